@@ -1,0 +1,14 @@
+"""Qwen2 and Qwen2.5: as Llama, with biases on q, k and v."""
+
+from __future__ import annotations
+
+from rotdistill_core import hookimpl
+from rotdistill_core.adapter import Adapter, rope_decoder
+
+QWEN2 = rope_decoder(("qwen2",), biases=("q", "k", "v"))
+
+
+@hookimpl
+def adapters() -> list[Adapter]:
+    """Offer the table."""
+    return [QWEN2]

@@ -1,0 +1,194 @@
+"""Refit the MLP's writer of each layer so that the student's stream follows the teacher's.
+
+With MLP activations `A [T, f]`, stream behind the layer `X [T, d]` and target `S [T, d]` (the teacher's state at the matched depth, in
+the student's basis), rows weighted by `w`: `W_down ← W_down + a Δᵀ`, `Δ = (Aᵀ w A + λI)⁻¹ Aᵀ w (S - X) [f, d]`, layer by layer, each on
+the activations of the already refitted student. Step a and ridge λ are chosen on validation rows, and a = 0 is always possible.
+With the MLP's output in place of A this is the map of Shopkhoev et al., ReplaceMe, arXiv:2505.02819.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotdistill_core.bank import Bank
+    from rotdistill_core.ledger import Out
+    from rotdistill_core.maps import Maps
+    from rotdistill_core.models import Pair
+    from rotdistill_core.moments import Moments
+    from rotdistill_core.samples import Layout, Samples
+    from rotdistill_core.walk import Progress, Walk
+    from rotdistill_core.weights import Weights
+
+Positive = Annotated[float, Field(gt=0)]
+JUDGED_ROWS = 1024
+
+
+@step
+class WriterRefit:
+    """Refit `down_proj` in closed form against the teacher's stream. The whole step is dropped if validation KL does not fall."""
+
+    use: Literal["writer-refit"] = "writer-refit"
+    features: Literal["activations", "output"] = "activations"
+    """Regress on MLP activations (f x d unknowns per layer) or on the MLP's output (d x d, the published form)."""
+    rows: Literal["rms", "plain"] = "rms"
+    """Weight rows by 1/RMS² of their target and attention sinks up, or count every row alike."""
+    sinks: Annotated[float, Field(ge=0)] = 20.0
+    """Weight of a sink row of the shared prompt, which stands there once for all texts, as a multiple of an ordinary row."""
+    ridge: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0)
+    """Candidates for λ, as multiples of the mean diagonal of `AᵀA`."""
+    layers: Literal["all", "cut"] = "all"
+    """Every layer whose stream differs from the teacher's, or only the layer in front of each cut."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How far targets lie from the student's own state (0) towards the teacher's (1); models of different bases want less."""
+
+    exact: ClassVar[bool] = False
+
+    @hookimpl
+    def fold(
+        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
+    ) -> Weights:
+        """See `Specs.fold`."""
+        from rotdistill_core.walk import Walk
+        from rotdistill_core.weights import file_entries
+
+        layout = samples.layout.select("fit", "validation")
+        walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
+        depths, made, cards = weights.lineage.depths, {}, {}
+        gaps = [i for i in range(weights.depth) if depths[i + 1] != depths[i] + 1]
+        start = (gaps[0] if gaps else weights.depth) if pair.same else 0
+        for i in walk:
+            if i < start or (self.layers == "cut" and i not in gaps):
+                walk.run()
+                continue
+            name = weights.adapter.writers["neurons"].replace("{i}", str(i))
+            if saved := out.find(f"refits/{i:05d}.safetensors"):
+                W = file_entries(saved)["weight"].read()
+            else:
+                W, cards[i] = self._solve(walk, i, name, _targets(weights, maps, bank, pair, layout, i + 1))
+                out.tensors(f"refits/{i:05d}.safetensors", {"weight": W})
+            made[name] = W
+            walk.replace(name, W)
+            walk.run()
+            progress(i + 1, weights.depth, f"refitted {name.rpartition('.weight')[0]}")
+        out.notes["layers"] = cards
+        refitted = weights.edit(made)
+        before = _validation_kl(weights, None, bank, pair, samples)
+        after = _validation_kl(refitted, walk, bank, pair, samples)
+        out.notes |= {"validation KL before": before, "validation KL after": after}
+        if not after < before:
+            out.notes["refused"] = f"validation KL would go from {before:.4f} to {after:.4f}; the weights are left as they were"
+            return weights
+        return refitted
+
+    def _solve(self, walk: Walk, layer: int, name: str, goal: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the layer's new writer `[d, f]` in the compute dtype, and what was chosen."""
+        from rotdistill_core.moments import Moments, ridge
+
+        f, d = walk.weights.entries[name].shape[::-1]
+        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal)
+        width = f if self.features == "activations" else d
+        fit, validation = Moments(width, d), Moments(width, d)
+        seen: list[Tensor] = []
+
+        def output(rows: Tensor, X: Tensor) -> None:
+            A, E = seen.pop(), self.strength * (goal[rows].to(X) - X)
+            for moments, use in ((fit, fit_rows[rows]), (validation, ~fit_rows[rows])):
+                moments.add(A[use], E[use], weight[rows][use])
+
+        site = "neurons" if self.features == "activations" else "mlp"
+        walk.run({site: lambda _, A: seen.append(A), "output": output}, keep=False)
+        best: tuple[float, float, float, Tensor | None] = (validation.yy, 0.0, 0.0, None)
+        for strength in self.ridge:
+            delta = ridge(fit.xx, fit.xy, strength, f"writer-refit: layer {layer}")
+            step = _best_step(validation, delta)
+            best = min(best, (validation.error(step * delta), step, strength, delta), key=lambda b: b[0])
+        error, step, strength, best_delta = best
+        W = walk.weights[name].to("cpu").double()
+        if best_delta is not None:
+            move = step * best_delta.T
+            W = W + (move if self.features == "activations" else move @ W)
+        card = {"ridge": strength, "step": step, "validation error": error / validation.yy if validation.yy else 0.0}
+        return W.to(walk.dtype), card
+
+    def _row_weights(self, goal: Tensor) -> Tensor:
+        """Return the weight of each row [rows]: 1/RMS², so that every reader's view counts alike, and sinks counted up."""
+        import torch
+
+        from rotdistill_core.bank import massive
+
+        if self.rows == "plain":
+            return torch.ones(len(goal))
+        weight = 1.0 / goal.double().pow(2).mean(-1).clamp_min(1e-12)
+        sink = massive(goal)
+        sink[0] = True
+        return (weight * torch.where(sink, self.sinks, 1.0)).float()
+
+
+def _best_step(validation: Moments, delta: Tensor) -> float:
+    """Return the step in [0, 1] with the least validation error along `delta`."""
+    curvature = float(((validation.xx @ delta) * delta).sum())
+    return min(1.0, max(0.0, float((delta * validation.xy).sum()) / curvature)) if curvature > 0 else 0.0
+
+
+def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layout, boundary: int) -> Tensor:
+    """Return the teacher's states at the matched depth, in the student's basis `[rows, d_s]`.
+
+    A student cut from the teacher shares its basis. Else the aligner's map of this boundary carries the teacher's rows back, and
+    each is scaled to the length of the student's own row: readers see directions only, and sinks stay what they are.
+
+    Raises:
+        RecipeError: models of different bases and no aligner before this step.
+    """
+    import torch
+
+    from rotdistill_core.errors import RecipeError
+
+    lineage = weights.lineage
+    depth = lineage.depths[boundary]
+    T = bank.rows("teacher", pair.teacher_depth(depth))[layout.rows_in(bank.layouts["teacher"])].double()
+    if not pair.same:
+        rotation = maps.rotation(boundary)
+        if rotation is None:
+            raise RecipeError("writer-refit: teacher and student have different bases; put an aligner (procrustes) before this step.")
+        T = T @ rotation.matrix.T.double() / rotation.scale
+        own, side = torch.full((len(T),), torch.nan, dtype=torch.float64), bank.layouts["student"]
+        own[_positions(side, layout)] = bank.rows("student", boundary).double().norm(dim=-1)
+        T = torch.where(own.isnan()[:, None], T, T * (own / T.norm(dim=-1).clamp_min(1e-12))[:, None])
+    if lineage.basis is not None:
+        T = T @ lineage.basis.to(T)
+    return T.float() if weights.dtype != torch.float64 else T
+
+
+def _positions(side: Layout, layout: Layout) -> Tensor:
+    """Return where the rows of `side` are in `layout`, which holds at least its texts."""
+    return side.rows_in(layout)
+
+
+def _validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, samples: Samples) -> float:
+    """Return the mean KL on answer tokens of the validation texts; `walk` has the final states already, or is made here."""
+    from rotdistill_core.heads import compare, shared_tokens
+    from rotdistill_core.walk import Walk
+
+    if walk is None:
+        walk = Walk(weights, samples.layout.select("validation"), pair.student.device, pair.student.dtype)
+        for _ in walk:
+            walk.run()
+    rows, targets, _ = walk.layout.predicting("validation")
+    some = slice(None, None, max(1, len(rows) // JUDGED_ROWS))
+    rows, targets = rows[some], targets[some]
+    T = bank.rows("teacher", pair.teacher.depth)[walk.layout.rows_in(bank.layouts["teacher"])[rows]]
+    S = walk.states[rows]
+    return float(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl.mean())
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [WriterRefit]

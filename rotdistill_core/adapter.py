@@ -1,0 +1,164 @@
+"""An architecture is a table: which space each axis of each parameter lives in.
+
+Everything else (folding a rotation, permuting neurons, checking a checkpoint, walking it layer by layer) is generic. No
+forward pass is subclassed, so transformers may change beneath a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rotdistill_core.errors import SetupError, nearest
+
+Config = Mapping[str, Any]
+"""A model's config.json."""
+
+LAYER = "{i}"
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter: the space of each axis, and the norm gain that it absorbs as a reader of the residual stream."""
+
+    axes: tuple[str, ...]
+    gain: str | None = None
+    """Name of the norm weight in front of this reader."""
+    tied: str | None = None
+    """Name of the parameter whose values this one shares when the config ties them."""
+    is_gain: bool = False
+    """It is a norm gain: elementwise on the stream, so it must be absorbed before a rotation."""
+    optional: bool = False
+    """It may be absent (biases that a config switches)."""
+
+    def at(self, layer: int) -> Param:
+        """Return this record with `{i}` filled in."""
+        return Param(
+            tuple(a.replace(LAYER, str(layer)) for a in self.axes),
+            self.gain.replace(LAYER, str(layer)) if self.gain else None,
+            self.tied, self.is_gain, self.optional,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where activations of a space are seen: a module inside a decoder layer, at its input or output."""
+
+    module: str
+    side: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The table of one architecture. Names are parameter names of the Hugging Face checkpoint; `{i}` is the layer."""
+
+    model_types: tuple[str, ...]
+    params: Mapping[str, Param]
+    dims: Callable[[Config], Mapping[str, int]]
+    """Size of each space, from the config."""
+    sites: Mapping[str, Site]
+    writers: Mapping[str, str]
+    """Site -> the parameter that carries it into the residual stream."""
+    body: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+    depth_key: str = "num_hidden_layers"
+    eps_key: str = "rms_norm_eps"
+    gain_offset: float = 0.0
+    """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""
+    refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Config key -> values under which the table does not hold."""
+
+    def depth(self, config: Config) -> int:
+        """Return the number of decoder layers."""
+        return int(config[self.depth_key])
+
+    def expand(self, config: Config) -> dict[str, Param]:
+        """Return every parameter name with its record."""
+        table: dict[str, Param] = {}
+        for name, param in self.params.items():
+            if LAYER in name:
+                table.update({name.replace(LAYER, str(i)): param.at(i) for i in range(self.depth(config))})
+            else:
+                table[name] = param
+        return table
+
+    def sizes(self, config: Config) -> dict[str, int]:
+        """Return every space with its size."""
+        sizes: dict[str, int] = {}
+        for space, size in self.dims(config).items():
+            if LAYER in space:
+                sizes.update({space.replace(LAYER, str(i)): size for i in range(self.depth(config))})
+            else:
+                sizes[space] = size
+        return sizes
+
+    def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+        """Compare a checkpoint's headers with the table: every tensor claimed once, every shape as declared.
+
+        Raises:
+            SetupError: listing all differences. No weight has been read by then.
+        """
+        table, sizes = self.expand(config), self.sizes(config)
+        tied = bool(config.get("tie_word_embeddings", False))
+        problems = [
+            f"{key} = {config[key]!r} is not covered by this table" for key, values in self.refuses.items() if config.get(key) in values
+        ]
+        for name, param in table.items():
+            expected = tuple(sizes[axis] for axis in param.axes)
+            if name not in shapes:
+                if not param.optional and not (param.tied and tied):
+                    problems.append(f"{name} is missing (expected {list(expected)})")
+            elif tuple(shapes[name]) != expected:
+                problems.append(f"{name} has shape {list(shapes[name])}, expected {list(expected)}")
+        problems += [f"{name} is not in the table.{nearest(name, table)}" for name in shapes if name not in table]
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise SetupError(f"{where}: the checkpoint does not fit the adapter for {'/'.join(self.model_types)}: {shown}.")
+
+
+def rope_decoder(
+    model_types: tuple[str, ...],
+    biases: tuple[str, ...] = (),
+    optional_biases: tuple[str, ...] = (),
+    refuses: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Adapter:
+    """Return the table of a Llama-shaped decoder: RMSNorm, rotary attention with key/value groups, SwiGLU.
+
+    `biases` and `optional_biases` name the projections (`q`, `o`, `down`, ...) that carry a bias, always or by config.
+    """
+    attn, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    before, between = "model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight"
+    weights = {
+        "q": (attn + "q_proj", ("q.{i}", "residual"), before), "k": (attn + "k_proj", ("kv.{i}", "residual"), before),
+        "v": (attn + "v_proj", ("kv.{i}", "residual"), before), "o": (attn + "o_proj", ("residual", "q.{i}"), None),
+        "gate": (mlp + "gate_proj", ("neurons.{i}", "residual"), between),
+        "up": (mlp + "up_proj", ("neurons.{i}", "residual"), between),
+        "down": (mlp + "down_proj", ("residual", "neurons.{i}"), None),
+    }  # fmt: skip
+    params = {"model.embed_tokens.weight": Param(("vocab", "residual"))}
+    params |= {f"{name}.weight": Param(axes, gain) for name, axes, gain in weights.values()}
+    for key in (*biases, *optional_biases):
+        name, axes, _ = weights[key]
+        params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases)
+    params |= {name: Param(("residual",), is_gain=True) for name in (before, between, "model.norm.weight")}
+    params["lm_head.weight"] = Param(("vocab", "residual"), "model.norm.weight", tied="model.embed_tokens.weight")
+    sites = {
+        "mid": Site("post_attention_layernorm", "input"), "neurons": Site("mlp.down_proj", "input"),
+        "mlp": Site("mlp.down_proj", "output"), "heads": Site("self_attn.o_proj", "input"),
+    }  # fmt: skip
+    writers = {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
+    return Adapter(model_types, params, _dims, sites, writers, refuses=refuses or {})
+
+
+def _dims(config: Config) -> Mapping[str, int]:
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    return {
+        "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
+        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads * head_dim,
+        "kv.{i}": int(config.get("num_key_value_heads") or heads) * head_dim,
+    }  # fmt: skip

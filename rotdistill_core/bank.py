@@ -1,0 +1,72 @@
+"""What was captured: the residual stream of teacher and student at every layer boundary, in safetensors shards with sidecars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.ledger import Out, sha256_of
+from rotdistill_core.samples import Layout
+from rotdistill_core.weights import file_entries
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Shards by side and boundary. Rows are those of the side's layout."""
+
+    root: Path
+    shards: Mapping[str, tuple[str, ...]]
+    """Side (`teacher`, `student`) -> shard of each boundary 0..L, relative to the folder of runs."""
+    layouts: Mapping[str, Layout]
+    depths: tuple[int, ...] = ()
+    """For each captured student boundary, its boundary in the original student."""
+
+    def rows(self, side: str, boundary: int) -> Tensor:
+        """Return the raw stream `[rows, d]` of one side at a layer boundary (0: embeddings), memory-mapped."""
+        return file_entries(self.root / self.shards[side][boundary])["rows"].read()
+
+    def info(self) -> dict[str, Any]:
+        """Return what `restore` needs, as JSON values."""
+        texts = {side: [t.id for t in layout.texts] for side, layout in self.layouts.items()}
+        return {"shards": {k: list(v) for k, v in self.shards.items()}, "texts": texts, "depths": list(self.depths)}
+
+
+def restore(info: Mapping[str, Any], root: Path, layout: Layout) -> Bank:
+    """Return the bank that `Bank.info` described."""
+    layouts = {}
+    for side, ids in info["texts"].items():
+        texts = {t.id: t for t in layout.texts}
+        layouts[side] = Layout(tuple(texts[i] for i in ids), layout.prefix)
+    return Bank(root, {k: tuple(v) for k, v in info["shards"].items()}, layouts, tuple(info["depths"]))
+
+
+def write_shard(out: Out, side: str, boundary: int, rows: Tensor, dtype: torch.dtype, about: Mapping[str, Any]) -> str:
+    """Commit one boundary's rows and their sidecar; return the shard's path relative to the folder of runs."""
+    name = f"shards/{side}/residual/{boundary:05d}"
+    path = out.tensors(f"{name}.safetensors", {"rows": rows.to("cpu", dtype)})
+    sidecar = {
+        **about, "site": "residual", "boundary": boundary, "tokens": rows.shape[0], "shape": list(rows.shape),
+        "dtype": str(dtype).removeprefix("torch."), "sha256": sha256_of(path), "shard": path.name,
+    }  # fmt: skip
+    out.json(f"{name}.json", sidecar)
+    return path.relative_to(out.store.root).as_posix()
+
+
+def normalised(X: Tensor) -> Tensor:
+    """Divide each row by its RMS, in float64: what a reader of the stream sees of it, gains apart."""
+    X = X.double()
+    return X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True).clamp_min(1e-30))
+
+
+def massive(X: Tensor, factor: float = 8.0) -> Tensor:
+    """Return the mask [rows] of massive-activation rows (attention sinks): RMS above `factor` times the median's.
+
+    (Sun et al., Massive Activations in Large Language Models, arXiv:2402.17762.)
+    """
+    rms = X.double().pow(2).mean(-1).sqrt()
+    return rms > factor * rms.median()

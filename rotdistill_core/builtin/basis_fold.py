@@ -1,0 +1,81 @@
+"""Fold one change of basis of the residual stream into all weights: exact, and undone by `unfold`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotdistill_core.bank import Bank
+    from rotdistill_core.ledger import Out
+    from rotdistill_core.maps import Maps
+    from rotdistill_core.models import Pair
+    from rotdistill_core.weights import Weights
+
+
+@step
+class BasisFold:
+    """Express the student in another basis of its residual stream. Norm gains are absorbed first, the head is untied.
+
+    `tied` uses the aligner's one rotation R (square). `canonical` carries the student into the teacher's principal frame:
+    `Q = polar(R E) [d_s, d_s]`, E `[d_t, d_s]` the leading principal directions of the teacher's stream; two students folded
+    this way share a basis without having met.
+    """
+
+    use: Literal["basis-fold"] = "basis-fold"
+    mode: Literal["tied", "canonical"] = "tied"
+    """Which basis."""
+
+    exact: ClassVar[bool] = True
+
+    @hookimpl
+    def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, out: Out) -> Weights:
+        """See `Specs.fold`."""
+        from rotdistill_core.errors import RecipeError
+        from rotdistill_core.maps import Rotation
+        from rotdistill_core.moments import polar
+
+        R = maps.tied()
+        if R is None:
+            raise RecipeError('basis-fold: needs an aligner before it that found one rotation for all layers (tie = "all").')
+        if self.mode == "tied":
+            if not R.square:
+                shape = " x ".join(str(n) for n in R.matrix.shape)
+                raise RecipeError(f'basis-fold: mode "tied" needs models of one width, the rotation is {shape}; use mode "canonical".')
+            Q = R.matrix.double()
+        else:
+            E, share = _principal(bank, pair, R.matrix.shape[0])
+            Q, _ = polar(R.matrix.double() @ E, "basis-fold: canonical frame")
+            out.notes["teacher variance in the frame"] = share
+        fold = Rotation(Q)
+        fold.verify(1e-8, "basis-fold")
+        return weights.fold({"residual": fold})
+
+
+def _principal(bank: Bank, pair: Pair, k: int) -> tuple[Tensor, float]:
+    """Return the teacher's k leading principal directions `E [d_t, k]` (uncentred, unit rows, all boundaries) and their share."""
+    import torch
+
+    from rotdistill_core.bank import massive, normalised
+
+    layout = bank.layouts["teacher"]
+    fit = layout.split("fit")
+    total = torch.zeros(pair.teacher.width, pair.teacher.width, dtype=torch.float64)
+    for boundary in range(pair.teacher.depth + 1):
+        X = bank.rows("teacher", boundary)
+        X = normalised(X[fit & ~massive(X)])
+        total += X.T @ X
+    values, vectors = torch.linalg.eigh(total)
+    E = vectors[:, -k:].flip(-1)
+    # An eigenvector's sign is LAPACK's whim; make the largest entry positive so that the frame is one and the same everywhere.
+    E = E * E.gather(0, E.abs().argmax(0, keepdim=True)).sign()
+    return E, float(values[-k:].sum() / values.sum())
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [BasisFold]

@@ -1,0 +1,93 @@
+"""Capture the residual stream of teacher and student at every layer boundary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from rotdistill_core.bank import Bank
+    from rotdistill_core.ledger import Out
+    from rotdistill_core.models import Model, Pair
+    from rotdistill_core.samples import Layout, Samples
+    from rotdistill_core.walk import Progress
+    from rotdistill_core.weights import Weights
+
+
+@step
+class Residuals:
+    """Run teacher and student once over all texts and keep the raw residual stream at every layer boundary.
+
+    The teacher's shards are shared by every run under the same folder, whatever happens to the student.
+    """
+
+    use: Literal["residuals"] = "residuals"
+    store: Literal["float32", "bfloat16", "compute"] = "compute"
+    """Dtype of the shards. `compute` keeps what was computed, so that a killed capture goes on at the layer where it was."""
+    student_texts: Annotated[int, Field(ge=1)] | None = None
+    """Capture the student on this many fit and validation texts only (alignment needs few); default all of them."""
+
+    @hookimpl
+    def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
+        """See `Specs.capture`."""
+        from rotdistill_core.bank import Bank
+
+        full, some = samples.layout, samples.layout.select("fit", "validation", most=self.student_texts)
+        teacher = pair.teacher
+        shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
+        total = teacher.depth + weights.depth
+        shards = {
+            "teacher": self._states("teacher", teacher, teacher.weights, full, shared, lambda i, n: progress(i, total, n)),
+            "student": self._states("student", pair.student, weights, some, out, lambda i, n: progress(teacher.depth + i, total, n)),
+        }
+        return Bank(out.store.root, shards, {"teacher": full, "student": some}, weights.lineage.depths)
+
+    def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Tell) -> tuple[str, ...]:
+        import torch
+
+        from rotdistill_core.bank import write_shard
+        from rotdistill_core.errors import RotdistillError
+        from rotdistill_core.walk import Walk
+        from rotdistill_core.weights import file_entries
+
+        dtype = model.dtype if self.store == "compute" else getattr(torch, self.store)
+        names = [f"shards/{side}/residual/{b:05d}" for b in range(weights.depth + 1)]
+        found = [path if (path := out.find(f"{n}.safetensors")) and out.find(f"{n}.json") else None for n in names]
+        if all(found):
+            return tuple(path.relative_to(out.store.root).as_posix() for path in found if path)
+        about = {"model": model.ref.model, "side": side, "layout": layout.digest(), "layers": weights.depth}
+        walk = Walk(weights, layout, model.device, model.dtype)
+
+        def keep(boundary: int) -> str:
+            bad = (~torch.isfinite(walk.states)).any(-1).nonzero().flatten().tolist()
+            if bad:
+                raise RotdistillError(f"{model.ref.model}: layer {boundary - 1}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}.")
+            if path := found[boundary]:
+                return str(path.relative_to(out.store.root).as_posix())
+            return write_shard(out, side, boundary, walk.states, dtype, about)
+
+        whole = next((b for b, path in enumerate(found) if path is None), 0) - 1
+        if whole >= 0 and dtype == model.dtype and (last := found[whole]):
+            walk.states, walk.boundary = file_entries(last)["rows"].read().clone(), whole
+        made = [path.relative_to(out.store.root).as_posix() for path in found[: walk.boundary] if path]
+        made.append(keep(walk.boundary))
+        for i in walk:
+            walk.run()
+            made.append(keep(i + 1))
+            tell(i + 1, f"{side}: {layout.rows} rows")
+        return tuple(made)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Tell = Callable[[int, str], None]
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [Residuals]

@@ -1,0 +1,101 @@
+"""Score every variant on the held-out questions, against the teacher's own answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotdistill_core.bank import Bank
+    from rotdistill_core.models import Pair
+    from rotdistill_core.samples import Row, Samples, Variant
+    from rotdistill_core.walk import Progress
+
+
+@step
+class Toggles:
+    """Compare each saved variant with the teacher on held-out answers.
+
+    `kl` (nats per answer token, over the shared vocabulary), `top1` agreement, `perplexity` of the teacher's answers,
+    `hidden_cosine` and `residual_rms_diff` (over the teacher's RMS) per layer and on average, `parameters`, `seconds`.
+    Hidden states are compared in the teacher's frame: the student's change of basis is taken back first, and between models
+    of different bases the best rotation per layer (from the fit texts and the unedited student) stands between them.
+    """
+
+    use: Literal["toggles"] = "toggles"
+    per_layer: bool = True
+    """Also report hidden states layer by layer."""
+
+    @hookimpl
+    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
+        """See `Specs.evaluate`."""
+        from rotdistill_core.heads import compare, shared_tokens
+        from rotdistill_core.samples import Row
+        from rotdistill_core.walk import Walk
+
+        weights, student = variant.weights, pair.student
+        layout = samples.layout.select("heldout")
+        rows, targets, languages = layout.predicting("heldout")
+        in_bank = layout.rows_in(bank.layouts["teacher"])[rows]
+        walk = Walk(weights, layout, student.device, student.dtype)
+        found: list[Row] = []
+
+        def measure(boundary: int) -> None:
+            depth = pair.teacher_depth(weights.lineage.depths[boundary])
+            X = _in_teacher_frame(walk.states[rows].double(), boundary, variant, pair, bank)
+            T = bank.rows("teacher", depth)[in_bank].double()
+            n = len(rows)
+            cosine = float((X * T).sum(-1).div(X.norm(dim=-1) * T.norm(dim=-1)).mean())
+            difference = float((X - T).pow(2).mean().sqrt() / T.pow(2).mean().sqrt())
+            found.append(Row(variant.name, "hidden_cosine", cosine, "heldout", boundary, None, n))
+            found.append(Row(variant.name, "residual_rms_diff", difference, "heldout", boundary, None, n))
+
+        for i in walk:
+            walk.run()
+            measure(i + 1)
+            progress(i + 1, weights.depth, f"{len(layout.texts)} held-out answers")
+        T = bank.rows("teacher", pair.teacher.depth)[in_bank]
+        seen = compare(pair.teacher.weights, T, weights, walk.states[rows], targets, shared_tokens(pair))
+        result = [Row(variant.name, name, value, "heldout", None, None, n) for name, value, n in (
+            ("kl", float(seen.kl.mean()), len(rows)), ("top1", float(seen.top1.mean()), len(rows)),
+            ("perplexity", float(seen.nll.mean().exp()), len(rows)),
+            ("hidden_cosine", _mean(found, "hidden_cosine"), len(rows)), ("residual_rms_diff", _mean(found, "residual_rms_diff"), len(rows)),
+        )]  # fmt: skip
+        for language in sorted(set(languages)):
+            mine = [k for k, name in enumerate(languages) if name == language]
+            result.append(Row(variant.name, "kl", float(seen.kl[mine].mean()), "heldout", None, language, len(mine)))
+        result += [Row(variant.name, "parameters", float(weights.parameters)), Row(variant.name, "seconds", variant.seconds)]
+        return result + (found if self.per_layer else [])
+
+
+def _mean(rows: list[Row], metric: str) -> float:
+    values = [row.value for row in rows if row.metric == metric]
+    return sum(values) / len(values)
+
+
+def _in_teacher_frame(X: Tensor, boundary: int, variant: Variant, pair: Pair, bank: Bank) -> Tensor:
+    """Carry student rows `[n, d_s]` into the teacher's frame `[n, d_t]`."""
+    from rotdistill_core.bank import massive
+    from rotdistill_core.moments import polar
+
+    lineage = variant.weights.lineage
+    if lineage.basis is not None:
+        X = X @ lineage.basis.T.to(X)
+    if pair.same:
+        return X
+    depth = lineage.depths[boundary]
+    side = bank.layouts["student"]
+    S = bank.rows("student", bank.depths.index(depth)).double()
+    T = bank.rows("teacher", pair.teacher_depth(depth))[side.rows_in(bank.layouts["teacher"])].double()
+    use = side.split("fit") & ~massive(S) & ~massive(T)
+    R, spectrum = polar(S[use].T @ T[use], f"toggles: boundary {boundary}")
+    return X @ R * float(spectrum.sum() / S[use].pow(2).sum())
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [Toggles]

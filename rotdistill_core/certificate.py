@@ -1,0 +1,78 @@
+"""Exact steps are proved: logits before and after, in float64 and float32, and the way back to the old weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.errors import CheckFailed
+from rotdistill_core.recipe import Check
+from rotdistill_core.samples import Layout
+from rotdistill_core.walk import Walk, final_norm
+from rotdistill_core.weights import Weights
+
+TEXTS = 4
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured on real prompts."""
+
+    logits_float64: float
+    """Largest absolute change of a logit, everything in float64."""
+    logits_float32: float
+    """The same with weights and arithmetic in float32."""
+    kl_float32: float
+    """Mean KL between the two, nats."""
+    unfold: float
+    """Largest change of a weight after fold and unfold, float64."""
+    texts: int
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures as JSON values."""
+        return asdict(self)
+
+    def enforce(self, check: Check, where: str) -> None:
+        """Raise CheckFailed for the first figure beyond its tolerance."""
+        for name in ("logits_float64", "logits_float32", "unfold"):
+            value, allowed = getattr(self, name), getattr(check, name)
+            if not value <= allowed:
+                raise CheckFailed(f"{where}: the certificate fails: {name} is {value:.2e}, more than {allowed:.0e}.")
+
+
+def certify(before: Weights, after: Weights, back: Weights, layout: Layout, device: torch.device, seed_texts: int = TEXTS) -> Certificate:
+    """Compare two views of one model on the validation texts, and `back` (after, unfolded) with `before` weight by weight."""
+    some = layout.select("validation", most=seed_texts)
+    wide = _change(before, after, some, device, torch.float64)[0]
+    narrow, kl = _change(before, after, some, device, torch.float32)
+    worst = 0.0
+    for name in before.entries:
+        if name not in back.entries:
+            return Certificate(wide, narrow, kl, float("inf"), len(some.texts))
+        worst = max(worst, float((before[name].double() - back[name].double()).abs().max()))
+    if set(back.entries) != set(before.entries):
+        worst = float("inf")
+    return Certificate(wide, narrow, kl, worst, len(some.texts))
+
+
+@torch.no_grad()
+def _change(before: Weights, after: Weights, layout: Layout, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    A, B = (_final(weights, layout, device, dtype) for weights in (before, after))
+    largest, kl = 0.0, 0.0
+    H, G = before.head().to(device, dtype), after.head().to(device, dtype)
+    for k in range(0, len(A), 256):
+        a, b = A[k : k + 256] @ H.T, B[k : k + 256] @ G.T
+        largest = max(largest, float((a - b).abs().max()))
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+    return largest, kl / len(A)
+
+
+def _final(weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    walk = Walk(weights, layout, device, dtype)
+    for _ in walk:
+        walk.run()
+    return final_norm(weights, walk.states.to(device))
+

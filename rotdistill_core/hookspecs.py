@@ -1,0 +1,95 @@
+"""The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
+
+`steps` and `adapters` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
+recipe order; each step class answers exactly one of them, and answering None is an error. Observers are told what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from rotdistill_core.adapter import Adapter
+    from rotdistill_core.bank import Bank
+    from rotdistill_core.ledger import Out
+    from rotdistill_core.maps import Maps
+    from rotdistill_core.models import Pair
+    from rotdistill_core.samples import Row, Samples, Variant
+    from rotdistill_core.walk import Progress
+    from rotdistill_core.weights import Weights
+
+hookspec = pluggy.HookspecMarker("rotdistill")
+hookimpl = pluggy.HookimplMarker("rotdistill")
+
+
+class Specs:
+    """Every hook that rotdistill calls."""
+
+    @hookspec
+    def steps(self) -> Sequence[type]:  # type: ignore[empty-body]
+        """Return the step classes of this plugin, each decorated with `@step`. Called once, when the plugin is loaded."""
+
+    @hookspec
+    def adapters(self) -> Sequence[Adapter]:  # type: ignore[empty-body]
+        """Return the architecture tables of this plugin. Called once, when a model of that `model_type` is opened."""
+
+    @hookspec(firstresult=True)
+    def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:  # type: ignore[empty-body]
+        """Run teacher and student over the samples and store what later steps need.
+
+        Args:
+            pair: teacher and student with their adapters, device and compute dtype.
+            weights: the student as the earlier steps left it.
+            samples: the tokenised texts with their split and row layout.
+            out: where files are committed; what a killed run committed is found again with `out.find`.
+            progress: call `progress(done, total, note)` after each unit of work.
+        """
+
+    @hookspec(firstresult=True)
+    def align(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:  # type: ignore[empty-body]
+        """Add maps from the student's spaces to the teacher's. `maps` holds what earlier aligners found; do not change it."""
+
+    @hookspec(firstresult=True)
+    def refine(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:  # type: ignore[empty-body]
+        """Improve maps that an earlier step found. Same contract as `align`."""
+
+    @hookspec(firstresult=True)
+    def fold(
+        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
+    ) -> Weights:  # type: ignore[empty-body]
+        """Turn what was computed into weights.
+
+        The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate
+        and stops the run with exit code 4 when it does not hold), False for transfer, which is judged on held-out texts.
+        `weights` is a lazy view: return an edited view, do not write into tensors.
+        """
+
+    @hookspec(firstresult=True)
+    def style(
+        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
+    ) -> Weights:  # type: ignore[empty-body]
+        """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
+
+    @hookspec
+    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:  # type: ignore[empty-body]
+        """Return result rows for one saved variant. Rows of all evaluators are put together."""
+
+    @hookspec
+    def before_step(self, step_id: str, variant: str) -> None:
+        """Observe that a step is about to run."""
+
+    @hookspec
+    def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
+        """Observe that a step's result is committed (`reused`: it already was)."""
+
+    @hookspec
+    def step_failed(self, step_id: str, variant: str, error: Exception) -> None:
+        """Observe that a step raised; the run ends with that error."""
+
+    @hookspec
+    def variant_saved(self, variant: str, folder: Path) -> None:
+        """Observe that a variant's checkpoint folder is complete."""

