@@ -225,6 +225,7 @@ class Run:
         out.notes["certificate"] = certificate.as_dict()
         undo = {f"gain.{name}": gain for name, gain in after.undo.gains.items()}
         undo |= {f"map.{space}": m.matrix if hasattr(m, "matrix") else m.index for space, m in after.undo.maps.items()}
+        undo |= {f"columns.{name}": columns for name, columns in after.undo.columns.items()}
         out.tensors("weights/undo.safetensors", undo)
         certificate.enforce(self.recipe.check, f'step "{placed.id}"')
 

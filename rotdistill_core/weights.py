@@ -18,6 +18,8 @@ from rotdistill_core.ledger import Out, json_blocks, tensor_blocks
 from rotdistill_core.maps import Map, Rotation, carry
 
 SHARD_BYTES = 4 << 30
+WEAK = 3e-3
+"""Gains below this share of the largest: dividing by them on the way back would magnify rounding beyond 1e-12."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Undo:
     """Norm weights that their readers absorbed, float64."""
     tied: bool
     """Whether the head was tied before."""
+    offset: float
+    """What the norm adds to its weight."""
+    columns: Mapping[str, Tensor]
+    """Reader -> its columns behind gains so near zero that absorbing them erases the columns, `[out, k]`."""
+
+    def weak(self, gain: str) -> Tensor:
+        """Return which columns those are: |gain| below `WEAK` of the largest."""
+        g = (self.gains[gain] + self.offset).abs()
+        return (g < WEAK * g.max()).nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,17 @@ class Weights:
         basis = self.lineage.basis
         if isinstance(Q := maps.get("residual"), Rotation):
             basis = Q.matrix if basis is None else basis @ Q.matrix
-        undo = Undo(maps, self.gains() if "residual" in maps else {}, self.tied)
+        undo = self._undo(maps)
         return replace(whole.edit(fused), lineage=replace(self.lineage, basis=basis), undo=undo)
+
+    def _undo(self, maps: Mapping[str, Map]) -> Undo:
+        undo = Undo(maps, self.gains() if "residual" in maps else {}, self.tied, self.adapter.gain_offset, {})
+        columns = {
+            name: self[name][:, weak].clone()
+            for name, param in self.adapter.expand(self.config).items()
+            if name in self.entries and param.gain in undo.gains and len(weak := undo.weak(param.gain))
+        }
+        return replace(undo, columns=columns)
 
     def unfold(self, undo: Undo) -> Weights:
         """Return the view before the fold that `undo` belongs to, in float64."""
@@ -147,7 +167,7 @@ class Weights:
         plain: dict[str, Entry] = {}
         for name, param in self.adapter.expand(self.config).items():
             if name in self.entries and not (undo.tied and name == self.adapter.head):
-                plain[name] = Entry(self.entries[name].shape, torch.float64, _unfolded(self, name, param, back, undo.gains))
+                plain[name] = Entry(self.entries[name].shape, torch.float64, _unfolded(self, name, param, back, undo))
         basis = self.lineage.basis
         if basis is not None and isinstance(Q := back.get("residual"), Rotation):
             basis = basis @ Q.matrix
@@ -254,13 +274,15 @@ def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], fu
     return read
 
 
-def _unfolded(
-    folded: Weights, name: str, param: Param, back: Mapping[str, Map], gains: Mapping[str, Tensor]
-) -> Callable[[], Tensor]:
+def _unfolded(folded: Weights, name: str, param: Param, back: Mapping[str, Map], undo: Undo) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        if param.is_gain and name in gains:
-            return gains[name]
+        if param.is_gain and name in undo.gains:
+            return undo.gains[name]
         tensor = carry(folded[name].double(), param.axes, back)
-        return tensor / (gains[param.gain] + folded.adapter.gain_offset) if param.gain in gains else tensor
+        if param.gain not in undo.gains:
+            return tensor
+        weak = undo.weak(param.gain)
+        tensor = tensor / (undo.gains[param.gain] + undo.offset).index_fill(0, weak, 1.0)
+        return tensor.index_copy(1, weak, undo.columns[name].double()) if name in undo.columns else tensor
 
     return read
