@@ -136,7 +136,8 @@ class Ledger:
 
     def append(self, kind: str, **fields: Any) -> None:
         """Append one durable line."""
-        record = {"schema": SCHEMA, "kind": kind, **fields}
+        # Through JSON once, so that what is marked is what will be read back (keys become strings, and sort as such).
+        record = json.loads(json.dumps({"schema": SCHEMA, "kind": kind, **fields}))
         line = json.dumps({**record, "mark": _mark(record)}, ensure_ascii=False) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         torn = self.path.exists() and not self.path.read_bytes()[-1:] == b"\n"
@@ -212,8 +213,8 @@ def _alive(pid: int) -> bool:
 class Out:
     """Where one step writes. Files are committed one by one, so a killed step keeps what it had finished."""
 
-    def __init__(self, store: Store, ledger: Ledger, key: str, others: Iterable[Ledger] = ()) -> None:
-        self.store, self.ledger, self.key = store, ledger, key
+    def __init__(self, store: Store, ledger: Ledger, key: str, step: str = "", others: Iterable[Ledger] = ()) -> None:
+        self.store, self.ledger, self.key, self.step = store, ledger, key, step
         self.notes: dict[str, Any] = {}
         """What the step wants remembered beside its result; shown in the report."""
         self.used: dict[str, File] = {}
@@ -235,7 +236,7 @@ class Out:
         Its files count as this step's own.
         """
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        shared = Out(self.store, self.ledger, key, self.store.ledgers())
+        shared = Out(self.store, self.ledger, key, self.step, self.store.ledgers())
         shared.used = self.used
         return shared
 

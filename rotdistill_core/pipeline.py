@@ -185,7 +185,7 @@ class Run:
         return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))
 
     def _execute(self, placed: Placed, state: State, samples: Samples, key: str) -> dict[str, Any]:
-        out, started = Out(self.store, self.ledger, key), time.monotonic()
+        out, started = Out(self.store, self.ledger, key, placed.id), time.monotonic()
         result = self._call(placed, state, samples, out)
         if isinstance(result, Bank):
             info = result.info()
@@ -226,7 +226,7 @@ class Run:
         undo = {f"gain.{name}": gain for name, gain in after.undo.gains.items()}
         undo |= {f"map.{space}": m.matrix if hasattr(m, "matrix") else m.index for space, m in after.undo.maps.items()}
         undo |= {f"columns.{name}": columns for name, columns in after.undo.columns.items()}
-        out.tensors("weights/undo.safetensors", undo)
+        out.tensors(f"weights/{placed.id}/undo.safetensors", undo)
         certificate.enforce(self.recipe.check, f'step "{placed.id}"')
 
     def _save(self, name: str, state: State, dtype: torch.dtype) -> Path:

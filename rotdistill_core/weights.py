@@ -203,7 +203,8 @@ class Weights:
     def store(self, out: Out, dtype: torch.dtype) -> dict[str, Any]:
         """Commit what changed since the student was opened and return how to read it all again (see `restore`)."""
         changed = {n: (e.shape, dtype, e.read) for n, e in self.entries.items() if e.stored is None}
-        path = out.find("weights/changed.safetensors") or out.write("weights/changed.safetensors", tensor_blocks(changed))
+        name = f"weights/{out.step}/changed.safetensors"
+        path = out.find(name) or out.write(name, tensor_blocks(changed))
         where: dict[str, list[str]] = {n: [_under(path, out.store.root), n] for n in changed}
         for name, entry in self.entries.items():
             if entry.stored is not None:
@@ -211,7 +212,8 @@ class Weights:
                 where[name] = [_under(file, out.store.root), key]
         basis = None
         if self.lineage.basis is not None:
-            lineage = out.find("weights/basis.safetensors") or out.tensors("weights/basis.safetensors", {"Q": self.lineage.basis})
+            name = f"weights/{out.step}/basis.safetensors"
+            lineage = out.find(name) or out.tensors(name, {"Q": self.lineage.basis})
             basis = _under(lineage, out.store.root)
         return {"config": dict(self.config), "depths": list(self.lineage.depths), "basis": basis, "tensors": where}
 

@@ -68,11 +68,11 @@ class WriterRefit:
                 walk.run()
                 continue
             name = weights.adapter.writers["neurons"].replace("{i}", str(i))
-            if saved := out.find(f"refits/{i:05d}.safetensors"):
+            if saved := out.find(f"weights/{out.step}/layer_{i:05d}.safetensors"):
                 W = file_entries(saved)["weight"].read()
             else:
                 W, cards[i] = self._solve(walk, i, name, _targets(weights, maps, bank, pair, layout, i + 1))
-                out.tensors(f"refits/{i:05d}.safetensors", {"weight": W})
+                out.tensors(f"weights/{out.step}/layer_{i:05d}.safetensors", {"weight": W})
             made[name] = W
             walk.replace(name, W)
             walk.run()
