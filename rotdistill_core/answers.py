@@ -12,7 +12,7 @@ from rotdistill_core.models import load_tokenizer
 
 @torch.no_grad()
 def greedy(
-    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, batch: int = 10
+    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, batch: int = 40
 ) -> dict[str, list[int]]:
     """Return the greedy continuation of each prompt, up to `most` tokens, ending with the end-of-turn token where it came."""
     from transformers import AutoModelForCausalLM, GenerationConfig

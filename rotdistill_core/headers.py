@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ class Header:
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """Read a safetensors header and compare it with the file's size, so that a torn file is an error here and never a SIGBUS later.
+    """Read a safetensors header and compare it with the file's size.
+
+    A torn file is thus an error here and never a SIGBUS later.
 
     Raises:
         SetupError: naming the file, when it is not a whole safetensors file of plain dtypes.
@@ -36,27 +39,40 @@ def read_header(path: Path) -> dict[str, Header]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise ValueError("its header length is impossible")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found: dict[str, Header] = {}
-        end = 0
-        for name, item in header.items():
-            start, stop = item["data_offsets"]
-            count = 1
-            for n in item["shape"]:
-                count *= n
-            if item["dtype"] not in DTYPES:
-                raise ValueError(f"tensor {name} has dtype {item['dtype']}, which is quantised or unknown")
-            if not 0 <= start <= stop or stop - start != count * WIDTH[item["dtype"]]:
-                raise ValueError(f"tensor {name} has impossible offsets")
-            end = max(end, stop)
-            found[name] = Header(path, DTYPES[item["dtype"]], tuple(item["shape"]), stop - start)
+            found = _tensors(path, json.loads(stream.read(length)))
+        end = sum(tensor.bytes for tensor in found.values())
         if 8 + length + end != size:
             raise ValueError(f"it is {size} bytes long and its header asks for {8 + length + end}; it is torn or was extended")
     except OSError as error:
         raise SetupError(f"{path}: cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SetupError(f"{path}: not a valid safetensors file: {error}.") from error
+    return found
+
+
+def _tensors(path: Path, header: object) -> dict[str, Header]:
+    """Return the tensors of a parsed header; they must lie one after the other, without overlap or gap."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    found: dict[str, Header] = {}
+    spans: list[tuple[int, int]] = []
+    for name, item in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        if dtype not in DTYPES:
+            raise ValueError(f"tensor {name} has dtype {dtype}, which is quantised or unknown")
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError(f"tensor {name} has a shape or offsets that are no whole numbers from 0")
+        if stop - start != math.prod(shape) * WIDTH[dtype]:
+            raise ValueError(f"tensor {name} has offsets that do not fit its shape")
+        spans.append((start, stop))
+        found[name] = Header(path, DTYPES[dtype], shape, stop - start)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise ValueError(f"its tensors overlap or leave a gap at byte {min(start, end)} of the data")
+        end = stop
     return found
 
 
@@ -70,7 +86,9 @@ def shard_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("the name of a shard must be text")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise SetupError(f"{index}: not a valid shard index: {error}.") from error
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
@@ -97,15 +115,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json.
 
     Raises:
-        SetupError: missing, not JSON, or asking for remote code.
+        SetupError: missing, not a JSON object, or asking for remote code.
     """
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SetupError(f"{path}: cannot be read: {error.strerror}. A model folder needs a config.json.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SetupError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise SetupError(f"{path}: must hold one JSON object.")
     for key in ("auto_map", "_attn_implementation_internal"):
         if key in config:
             raise SetupError(f"{path}: `{key}` asks to run code that comes with the model; that is refused.")

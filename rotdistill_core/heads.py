@@ -40,7 +40,7 @@ def shared_tokens(pair: Pair) -> int:
             f"{pair.teacher.ref.model} and {pair.student.ref.model} have different tokenizers: {differ} of {len(mine)} tokens of "
             f"the student have another id or none in the teacher. Only pairs with one tokenizer are supported."
         )
-    return min(max(mine.values()) + 1, pair.teacher.weights.head().shape[0], pair.student.weights.head().shape[0])
+    return min(int(max(mine.values())) + 1, pair.teacher.weights.head().shape[0], pair.student.weights.head().shape[0])
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="empty-body"
 """The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
 
 `steps` and `adapters` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
@@ -30,15 +31,15 @@ class Specs:
     """Every hook that rotdistill calls."""
 
     @hookspec
-    def steps(self) -> Sequence[type]:  # type: ignore[empty-body]
+    def steps(self) -> Sequence[type]:
         """Return the step classes of this plugin, each decorated with `@step`. Called once, when the plugin is loaded."""
 
     @hookspec
-    def adapters(self) -> Sequence[Adapter]:  # type: ignore[empty-body]
+    def adapters(self) -> Sequence[Adapter]:
         """Return the architecture tables of this plugin. Called once, when a model of that `model_type` is opened."""
 
     @hookspec(firstresult=True)
-    def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:  # type: ignore[empty-body]
+    def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
         """Run teacher and student over the samples and store what later steps need.
 
         Args:
@@ -50,17 +51,17 @@ class Specs:
         """
 
     @hookspec(firstresult=True)
-    def align(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:  # type: ignore[empty-body]
+    def align(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Add maps from the student's spaces to the teacher's. `maps` holds what earlier aligners found; do not change it."""
 
     @hookspec(firstresult=True)
-    def refine(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:  # type: ignore[empty-body]
+    def refine(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Improve maps that an earlier step found. Same contract as `align`."""
 
     @hookspec(firstresult=True)
     def fold(
         self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
-    ) -> Weights:  # type: ignore[empty-body]
+    ) -> Weights:
         """Turn what was computed into weights.
 
         The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate
@@ -71,11 +72,11 @@ class Specs:
     @hookspec(firstresult=True)
     def style(
         self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
-    ) -> Weights:  # type: ignore[empty-body]
+    ) -> Weights:
         """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
 
     @hookspec
-    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:  # type: ignore[empty-body]
+    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
         """Return result rows for one saved variant. Rows of all evaluators are put together."""
 
     @hookspec

@@ -51,25 +51,28 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
     Raises:
         SetupError: the disk refuses (full, read-only); nothing is left behind under the final name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     digest, size = hashlib.sha256(), 0
     try:
-        with temporary.open("wb") as stream:
-            for block in blocks:
-                digest.update(block)
-                size += stream.write(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                for block in blocks:
+                    digest.update(block)
+                    size += stream.write(block)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # there only when something failed before the rename
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SetupError(f"{path}: cannot be written: {error.strerror}. What was committed before stays valid.") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise _unwritable(path, error) from error
     return size, digest.hexdigest()
+
+
+def _unwritable(path: Path, error: OSError) -> SetupError:
+    return SetupError(f"{path}: cannot be written: {error.strerror}. What was committed before stays valid.")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -127,28 +130,40 @@ class Ledger:
             return
         for line in self.path.read_bytes().split(b"\n"):
             try:
-                record = json.loads(line)
-                mark = record.pop("mark")
-            except (ValueError, KeyError, AttributeError):
+                record: dict[str, Any] = json.loads(line)
+                whole = record.pop("mark") == _mark(record) and record.get("schema") == SCHEMA
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 continue  # a line torn by a crash, or edited: it commits nothing
-            if mark == _mark(record) and record.get("schema") == SCHEMA:
+            if whole:
                 yield record
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Append one durable line."""
+        """Append one durable line.
+
+        Raises:
+            SetupError: the disk refuses; half a line may stay behind, which commits nothing.
+        """
         # Through JSON once, so that what is marked is what will be read back (keys become strings, and sort as such).
         record = json.loads(json.dumps({"schema": SCHEMA, "kind": kind, **fields}))
         line = json.dumps({**record, "mark": _mark(record)}, ensure_ascii=False) + "\n"
+        try:
+            self._append_line(line.encode())
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self.records.append(record)
+
+    def _append_line(self, line: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and not self.path.read_bytes()[-1:] == b"\n"
+        torn = self.path.exists() and self.path.read_bytes()[-1:] != b"\n"
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, (b"\n" if torn else b"") + line.encode())
+            rest = (b"\n" if torn else b"") + line
+            while rest:  # the system may take only a part
+                rest = rest[os.write(handle, rest) :]
             os.fsync(handle)
         finally:
             os.close(handle)
         _sync_folder(self.folder)
-        self.records.append(record)
 
 
 def _mark(record: Mapping[str, Any]) -> str:

@@ -140,19 +140,22 @@ class Run:
     def save_dtype(self) -> torch.dtype:
         """Return the dtype of the checkpoints."""
         name = self.recipe.student.save_dtype
-        return self.pair.student.weights.dtype if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
+        return self.pair.student.weights.dtype if name == "auto" else getattr(torch, name)
 
     def _samples(self) -> Samples:
         """Tokenise the texts, with the teacher's own answers to the held-out questions, and freeze them in the run."""
         teacher, settings = self.pair.teacher, self.recipe.samples
-        asked = {q.id: prompt_tokens(teacher.tokenizer, self.style, q.question) for q in self.questions if q.answer is None}
-        key = digest("answers", teacher.sha256, asked, settings.answer_tokens, str(teacher.dtype), teacher.device.type)
-        out = Out(self.store, self.ledger, key).keyed(key)
-        path = out.find("answers/teacher.json")
-        if path is None:
-            self.progress(0, 1, f"the teacher answers {len(asked)} held-out questions")
-            path = out.json("answers/teacher.json", greedy(teacher.folder, asked, settings.answer_tokens, teacher.device, teacher.dtype))
-        answers = json.loads(path.read_text(encoding="utf-8"))
+        answers: dict[str, list[int]] = {}
+        for who, most in (("heldout", settings.answer_tokens), ("own", settings.own_answers)):
+            open_ones = [q for q in self.questions if q.answer is None and (q.split == "heldout") == (who == "heldout")]
+            asked = {q.id: prompt_tokens(teacher.tokenizer, self.style, q.question) for q in open_ones}
+            key = digest("answers", teacher.sha256, asked, most, str(teacher.dtype), teacher.device.type)
+            out = Out(self.store, self.ledger, key).keyed(key)
+            path = out.find(f"answers/teacher-{who}.json")
+            if path is None and asked:
+                self.progress(0, 1, f"the teacher answers {len(asked)} questions")
+                path = out.json(f"answers/teacher-{who}.json", greedy(teacher.folder, asked, most, teacher.device, teacher.dtype))
+            answers |= json.loads(path.read_text(encoding="utf-8")) if path else {}
         samples = tokenize(teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
         frozen = Out(self.store, self.ledger, samples.layout.digest())
         if frozen.find("samples.tsv") is None:

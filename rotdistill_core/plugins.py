@@ -5,7 +5,7 @@ Only what a recipe names is imported, so an installed but broken or hostile plug
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import pluggy
 
 from rotdistill_core.errors import PluginError, nearest
 from rotdistill_core.hookspecs import Specs
-from rotdistill_core.step import use_of
+from rotdistill_core.step import use_of, validator_of
 
 if TYPE_CHECKING:
     from rotdistill_core.adapter import Adapter
@@ -93,33 +93,40 @@ def load(group: str, name: str) -> tuple[Any, Origin]:
         ) from error
 
 
-def _collect(group: str, name: str, hook: str) -> tuple[list[Any], Origin]:
+def _collect(group: str, name: str, hook: str, names_of: Callable[[Any], Iterable[str]]) -> tuple[dict[str, Any], Origin]:
+    """Return what the plugin called `name` offers, by name. Whatever fails meanwhile is told with its distribution."""
     module, origin = load(group, name)
     pm = manager()
     try:
         pm.register(module)
-        found = [item for items in getattr(pm.hook, hook)() for item in items]
-    except Exception as error:
-        raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version}: {error}') from error
+        found = {each: item for items in getattr(pm.hook, hook)() for item in items for each in names_of(item)}
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f'plugin "{name}" of {origin.distribution} {origin.version}: {type(error).__name__}: {error}'
+        ) from error
     return found, origin
+
+
+def _step_names(cls: type) -> list[str]:
+    name = use_of(cls)
+    validator_of(cls)  # options that cannot be validated are the plugin's fault, so they fail here
+    return [name]
 
 
 def step_class(name: str) -> tuple[type, Origin]:
     """Return the step class that recipes call `name`, and where it comes from."""
-    classes, origin = _collect(STEPS, name, "steps")
-    for cls in classes:
-        if use_of(cls) == name:
-            return cls, origin
-    raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version} offers no step of that name.')
+    classes, origin = _collect(STEPS, name, "steps", _step_names)
+    if name not in classes:
+        raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version} offers no step of that name.')
+    return classes[name], origin
 
 
 def adapter_for(model_type: str) -> Adapter:
     """Return the table of an architecture. Unknown architectures are refused, never guessed."""
-    tables, origin = _collect(ADAPTERS, model_type, "adapters")
-    for table in tables:
-        if model_type in table.model_types:
-            return table  # type: ignore[no-any-return]
-    raise PluginError(f'{origin.distribution} {origin.version} offers no adapter for model type "{model_type}".')
+    tables, origin = _collect(ADAPTERS, model_type, "adapters", lambda table: table.model_types)
+    if model_type not in tables:
+        raise PluginError(f'{origin.distribution} {origin.version} offers no adapter for model type "{model_type}".')
+    return tables[model_type]  # type: ignore[no-any-return]
 
 
 def everything() -> Iterator[tuple[str, Origin, type | str]]:
@@ -133,6 +140,6 @@ def everything() -> Iterator[tuple[str, Origin, type | str]]:
     for name in installed(ADAPTERS):
         try:
             module, origin = load(ADAPTERS, name)
-            yield "adapter", origin, (module.__doc__ or "").strip().splitlines()[0]
+            yield "adapter", origin, (module.__doc__ or "").strip().partition("\n")[0]
         except PluginError as error:
             yield "adapter", Origin(name, "?", "?", "?"), str(error)

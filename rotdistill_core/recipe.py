@@ -62,6 +62,8 @@ class SamplesRef(Document):
     """Texts are cut after this many tokens."""
     answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     """Longest held-out answer that the teacher generates."""
+    own_answers: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Also fit on the teacher's own answers to the blurbs' questions, up to this many tokens each; 0 for blurbs alone."""
     limit: PositiveInt | None = None
     """Use only the first blurbs in order of a hash of their id (for trials)."""
 

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -154,6 +154,11 @@ class Samples:
     style: str
 
 
+def own(question: Question) -> Question:
+    """Return a blurb's question with its answer left to the teacher."""
+    return replace(question, id=f"{question.id}.own", answer=None)
+
+
 def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], str]:
     """Read blurbs, held-out questions and system prompt.
 
@@ -166,14 +171,20 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     style = base / ref.style
     if not style.is_file():
         problems.append(f"{style}: the system prompt is missing.")
-    places = {row["place"].casefold() for row in blurbs}
-    problems += [f"{base / ref.heldout}: {r['id']}: {r['place']} is also in the blurbs." for r in heldout if r["place"].casefold() in places]
+    ids, places = {row["id"] for row in blurbs}, {row["place"].casefold() for row in blurbs}
+    for row in heldout:
+        if row["id"] in ids:
+            problems.append(f"{base / ref.heldout}: the id {row['id']} is also in the blurbs.")
+        if row["place"].casefold() in places:
+            problems.append(f"{base / ref.heldout}: {row['id']}: {row['place']} is also in the blurbs.")
     if problems:
         raise RecipeError(*problems)
     fit = sorted(blurbs, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())[: ref.limit]
     cut = round(len(fit) * ref.validation)
     part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
     questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"]) for r in blurbs if r["id"] in part]
+    if ref.own_answers:
+        questions += [own(question) for question in questions]
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
     if len({q.split for q in questions}) < 3:
         raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
@@ -184,7 +195,7 @@ def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict
     try:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         problems.append(f"{path}: cannot be read: {error}.")
         return []
     if not rows or tuple(rows[0]) != tuple(columns):
@@ -193,7 +204,8 @@ def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict
     found: dict[str, dict[str, str]] = {}
     for number, cells in enumerate(rows[1:], 2):
         if len(cells) != len(columns) or not all(cell.strip() for cell in cells):
-            problems.append(f"{path}: line {number}: needs {len(columns)} non-empty cells, has {len([c for c in cells if c.strip()])}.")
+            filled = sum(bool(cell.strip()) for cell in cells)
+            problems.append(f"{path}: line {number}: needs {len(columns)} non-empty cells, has {filled}.")
         elif cells[0] in found:
             problems.append(f"{path}: line {number}: the id {cells[0]} is already used.")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import ConfigDict, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, with_config
 
 from rotdistill_core.errors import PluginError
 
@@ -41,14 +41,33 @@ def stage_of(cls: type) -> str:
 
 
 def use_of(cls: type) -> str:
-    """Return the name by which recipes select a step class: the default of its field `use`."""
+    """Return the name by which recipes select a step class: the default of its field `use`.
+
+    Raises:
+        PluginError: it is no step class, or has no such field.
+    """
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise PluginError(f"{cls!r} is no step; a step is a class made with @step.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "use" not in fields or not isinstance(fields["use"].default, str):
         raise PluginError(f'step {cls.__name__} needs a field `use: Literal["name"] = "name"`.')
     return fields["use"].default
 
 
+def validator_of(cls: type[T]) -> TypeAdapter[T]:
+    """Return what validates the options of a step class.
+
+    Raises:
+        PluginError: the type of an option cannot be resolved.
+    """
+    try:
+        adapter = TypeAdapter(cls)
+        adapter.rebuild()  # pydantic puts off what it cannot resolve; here it must fail
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        raise PluginError(f"the options of step {cls.__name__} cannot be validated: {error}") from error
+    return adapter
+
+
 def options_of(instance: object) -> dict[str, Any]:
     """Return a step's options as plain JSON values, defaults included."""
-    adapter: TypeAdapter[object] = TypeAdapter(type(instance))
-    return cast("dict[str, Any]", adapter.dump_python(instance, mode="json"))
+    return cast("dict[str, Any]", validator_of(type(instance)).dump_python(instance, mode="json"))

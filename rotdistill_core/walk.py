@@ -67,7 +67,7 @@ class Walk:
         if layout.prefix:
             self._batches.insert(0, (torch.arange(layout.prefix)[None], torch.ones(1, layout.prefix, dtype=torch.bool)))
         self._model = _skeleton(weights, dtype)
-        self._layers = list(self._model.get_submodule(weights.adapter.layers))
+        self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record()
         self.states = self._embed()
 

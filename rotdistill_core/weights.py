@@ -157,7 +157,7 @@ class Weights:
         columns = {
             name: self[name][:, weak].clone()
             for name, param in self.adapter.expand(self.config).items()
-            if name in self.entries and param.gain in undo.gains and len(weak := undo.weak(param.gain))
+            if name in self.entries and param.gain and param.gain in undo.gains and len(weak := undo.weak(param.gain))
         }
         return replace(undo, columns=columns)
 
@@ -281,7 +281,7 @@ def _unfolded(folded: Weights, name: str, param: Param, back: Mapping[str, Map],
         if param.is_gain and name in undo.gains:
             return undo.gains[name]
         tensor = carry(folded[name].double(), param.axes, back)
-        if param.gain not in undo.gains:
+        if not param.gain or param.gain not in undo.gains:
             return tensor
         weak = undo.weak(param.gain)
         tensor = tensor / (undo.gains[param.gain] + undo.offset).index_fill(0, weak, 1.0)

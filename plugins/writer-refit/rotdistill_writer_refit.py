@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Positive = Annotated[float, Field(gt=0)]
 JUDGED_ROWS = 1024
+SINK_RMS = 10.0
+"""Longest target of a sink row, in medians of the rows' RMS. Readers see its direction only; at full length (over 100 medians) the
+regression, which must make it out of activations like any other's, would leak it into every row."""
 
 
 @step
@@ -38,10 +41,12 @@ class WriterRefit:
     features: Literal["activations", "output"] = "activations"
     """Regress on MLP activations (f x d unknowns per layer) or on the MLP's output (d x d, the published form)."""
     rows: Literal["rms", "plain"] = "rms"
-    """Weight rows by 1/RMS² of their target and attention sinks up, or count every row alike."""
-    sinks: Annotated[float, Field(ge=0)] = 20.0
-    """Weight of a sink row of the shared prompt, which stands there once for all texts, as a multiple of an ordinary row."""
-    ridge: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.1, 0.3, 1.0)
+    """Weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks; or count every row alike."""
+    prompt: Annotated[float, Field(ge=0)] = 30.0
+    """Weight of a row of the shared prompt, which stands there once and is attended to by every text."""
+    sinks: Annotated[float, Field(ge=0)] = 1000.0
+    """Weight of an attention sink (position 0 and massive activations)."""
+    ridge: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.3, 3.0)
     """Candidates for λ, as multiples of the mean diagonal of `AᵀA`."""
     layers: Literal["all", "cut"] = "all"
     """Every layer whose stream differs from the teacher's, or only the layer in front of each cut."""
@@ -62,16 +67,18 @@ class WriterRefit:
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         depths, made, cards = weights.lineage.depths, {}, {}
         gaps = [i for i in range(weights.depth) if depths[i + 1] != depths[i] + 1]
-        start = (gaps[0] if gaps else weights.depth) if pair.same else 0
+        if pair.same and gaps and _follows(weights, maps, bank, pair, samples, gaps[0]):
+            walk.boundary = gaps[0]
+            walk.states = _targets(weights, maps, bank, pair, layout, gaps[0]).to(walk.dtype)
         for i in walk:
-            if i < start or (self.layers == "cut" and i not in gaps):
+            if self.layers == "cut" and i not in gaps:
                 walk.run()
                 continue
             name = weights.adapter.writers["neurons"].replace("{i}", str(i))
             if saved := out.find(f"weights/{out.step}/layer_{i:05d}.safetensors"):
                 W = file_entries(saved)["weight"].read()
             else:
-                W, cards[i] = self._solve(walk, i, name, _targets(weights, maps, bank, pair, layout, i + 1))
+                W, cards[i] = self._solve(walk, i, name, self._shortened(_targets(weights, maps, bank, pair, layout, i + 1)))
                 out.tensors(f"weights/{out.step}/layer_{i:05d}.safetensors", {"weight": W})
             made[name] = W
             walk.replace(name, W)
@@ -92,7 +99,7 @@ class WriterRefit:
         from rotdistill_core.moments import Moments, ridge
 
         f, d = walk.weights.entries[name].shape[::-1]
-        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal)
+        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal, walk.layout.prefix)
         width = f if self.features == "activations" else d
         fit, validation = Moments(width, d), Moments(width, d)
         seen: list[Tensor] = []
@@ -117,18 +124,26 @@ class WriterRefit:
         card = {"ridge": strength, "step": step, "validation error": error / validation.yy if validation.yy else 0.0}
         return W.to(walk.dtype), card
 
-    def _row_weights(self, goal: Tensor) -> Tensor:
-        """Return the weight of each row [rows]: 1/RMS², so that every reader's view counts alike, and sinks counted up."""
+    def _shortened(self, goal: Tensor) -> Tensor:
+        """Return the targets with sinks cut to `SINK_RMS` medians."""
+        if self.rows == "plain":
+            return goal
+        rms = goal.double().pow(2).mean(-1).sqrt()
+        return goal * (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0).to(goal)[:, None]
+
+    def _row_weights(self, goal: Tensor, prompt: int) -> Tensor:
+        """Return the weight of each row [rows]: 1/RMS², so that every reader's view counts alike; prompt and sinks counted up."""
         import torch
 
         from rotdistill_core.bank import massive
 
         if self.rows == "plain":
             return torch.ones(len(goal))
-        weight = 1.0 / goal.double().pow(2).mean(-1).clamp_min(1e-12)
-        sink = massive(goal)
-        sink[0] = True
-        return (weight * torch.where(sink, self.sinks, 1.0)).float()
+        factor = torch.ones(len(goal), dtype=torch.float64)
+        factor[:prompt] = self.prompt
+        factor[massive(goal)] = self.sinks
+        factor[0] = self.sinks
+        return (factor / goal.double().pow(2).mean(-1).clamp_min(1e-12)).float()
 
 
 def _best_step(validation: Moments, delta: Tensor) -> float:
@@ -164,6 +179,19 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
     if lineage.basis is not None:
         T = T @ lineage.basis.to(T)
     return T.float() if weights.dtype != torch.float64 else T
+
+
+def _follows(weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, boundary: int) -> bool:
+    """Try on two texts whether the student's stream is still the teacher's up to a boundary, so that it need not be walked again."""
+    from rotdistill_core.walk import Walk
+
+    walk = Walk(weights, samples.layout.select("validation", most=2), pair.student.device, pair.student.dtype)
+    for i in walk:
+        if i == boundary:
+            break
+        walk.run()
+    goal = _targets(weights, maps, bank, pair, walk.layout, boundary)
+    return bool((walk.states - goal.to(walk.states)).norm() <= 1e-3 * goal.norm())
 
 
 def _positions(side: Layout, layout: Layout) -> Tensor:

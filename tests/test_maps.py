@@ -1,0 +1,185 @@
+"""Maps between spaces, and what they do to readers, writers and biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rotdistill_core.errors import CheckFailed
+from rotdistill_core.ledger import Ledger, Out, Store
+from rotdistill_core.maps import Maps, Permutation, Rotation, carry, restore_maps, store_maps
+
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 2**31)
+sizes = st.integers(1, 6)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(seed: int, d: int, e: int | None = None, scale: float = 1.0) -> Rotation:
+    return Rotation(torch.linalg.qr(randn(seed, e or d, d))[0].T, scale)
+
+
+def permutation(seed: int, n: int) -> Permutation:
+    return Permutation(torch.randperm(n, generator=torch.Generator().manual_seed(seed)))
+
+
+def assert_close(one: Tensor, two: Tensor) -> None:
+    torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+
+
+@few
+@given(seeds, sizes, st.integers(0, 3))
+def test_a_rotation_followed_by_its_inverse_changes_nothing(seed: int, d: int, more: int) -> None:
+    R = rotation(seed, d, d + more, scale=2.5)
+    there_and_back = R.then(R.invert())
+    assert_close(there_and_back.matrix, torch.eye(d, dtype=torch.float64))
+    assert there_and_back.scale == pytest.approx(1.0)
+    assert R.square == (more == 0)
+    R.verify(1e-12, "here")
+
+
+@few
+@given(seeds, sizes, sizes)
+def test_then_is_one_rotation_after_the_other(seed: int, d: int, n: int) -> None:
+    one, two, X = rotation(seed, d, d + 1, 2.0), rotation(seed + 1, d + 1, d + 3, 3.0), randn(seed + 2, n, d)
+    assert_close(one.then(two).along(X, 1), two.along(one.along(X, 1), 1))
+    assert one.then(two).scale == 6.0
+    one.then(two).verify(1e-12, "here")
+
+
+def test_a_rectangular_rotation_makes_a_projector() -> None:
+    R = rotation(0, 3, 5)
+    P = R.invert().then(R).matrix
+    assert P.shape == (5, 5)
+    assert_close(P @ P, P)
+    assert float(P.trace()) == pytest.approx(3.0)
+
+
+def test_a_tall_matrix_is_no_rotation() -> None:
+    with pytest.raises(CheckFailed):
+        rotation(0, 3, 5).invert().verify(1e-6, "here")
+
+
+@pytest.mark.parametrize(("d", "e"), [(4, 4), (3, 5)])
+def test_verify_names_the_place_and_the_size_of_the_error(d: int, e: int) -> None:
+    R = rotation(0, d, e).matrix
+    R[0] *= 1.01
+    with pytest.raises(
+        CheckFailed, match=r"layer 2: the rotation is off orthogonal by \d\.\d\de-02, more than 1e-05"
+    ) as caught:
+        Rotation(R).verify(1e-5, "layer 2")
+    assert caught.value.exit_code == 4
+    assert Rotation(R).error() == pytest.approx(1.01**2 - 1)
+
+
+@pytest.mark.parametrize(("d", "e"), [(4, 4), (3, 5)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_rotation_that_is_not_finite_is_refused(d: int, e: int, bad: float) -> None:
+    R = rotation(0, d, e).matrix
+    R[-1, -1] = bad
+    with pytest.raises(CheckFailed):
+        Rotation(R).verify(1e-5, "here")
+
+
+def test_a_rotation_is_verified_in_float64() -> None:
+    R = rotation(0, 6).matrix.float()
+    assert 1e-9 < Rotation(R).error() < 1e-6
+    Rotation(R).verify(1e-5, "here")
+
+
+@few
+@given(seeds, sizes, sizes)
+def test_permutations_invert_and_follow_each_other(seed: int, n: int, rows: int) -> None:
+    one, two, X = permutation(seed, n), permutation(seed + 1, n), randn(seed, rows, n)
+    assert torch.equal(one.along(X, 1), X[:, one.index])
+    assert torch.equal(one.then(two).along(X, 1), X[:, one.index][:, two.index])
+    assert torch.equal(one.invert().along(one.along(X, 1), 1), X)
+    assert torch.equal(one.then(one.invert()).index, torch.arange(n))
+    one.verify(0.0, "here")
+
+
+@pytest.mark.parametrize("index", [[0, 0, 2], [1, 2, 3], [-1, 0, 1]])
+def test_an_index_that_is_no_bijection_is_refused(index: list[int]) -> None:
+    with pytest.raises(CheckFailed, match="layer 1: the permutation is not a bijection"):
+        Permutation(torch.tensor(index)).verify(0.0, "layer 1")
+
+
+@few
+@given(seeds, sizes, sizes, st.integers(0, 2))
+def test_readers_writers_and_biases_are_carried(seed: int, d: int, f: int, more: int) -> None:
+    R = rotation(seed, d, d + more)
+    Q, maps = R.matrix, {"residual": R}
+    reader, writer, bias = randn(seed, f, d), randn(seed + 1, d, f), randn(seed + 2, d)
+    assert_close(carry(reader, ("neurons.0", "residual"), maps), reader @ Q)
+    assert_close(carry(writer, ("residual", "neurons.0"), maps), Q.T @ writer)
+    assert_close(carry(bias, ("residual",), maps), bias @ Q)
+
+
+@few
+@given(seeds, sizes, sizes)
+def test_a_parameter_between_two_spaces_is_carried_on_both_axes(seed: int, d: int, f: int) -> None:
+    R, P = rotation(seed, d), permutation(seed, f)
+    maps = {"residual": R, "neurons.1": P}
+    W, b = randn(seed, f, d), randn(seed + 1, f)
+    assert_close(carry(W, ("neurons.1", "residual"), maps), W[P.index] @ R.matrix)
+    assert torch.equal(carry(b, ("neurons.1",), maps), b[P.index])
+    assert torch.equal(carry(W, ("neurons.2", "vocab"), maps), W)
+
+
+@few
+@given(seeds, sizes, sizes)
+def test_carrying_back_gives_the_old_parameter(seed: int, d: int, f: int) -> None:
+    maps = {"residual": rotation(seed, d), "neurons.0": permutation(seed, f)}
+    back = {space: one.invert() for space, one in maps.items()}
+    W, axes = randn(seed, d, f), ("residual", "neurons.0")
+    assert_close(carry(carry(W, axes, maps), axes, back), W)
+
+
+def test_carried_pairs_compute_what_they_computed() -> None:
+    maps = {"residual": rotation(0, 4), "neurons.0": permutation(1, 6)}
+    X, up, down = randn(2, 5, 4), randn(3, 6, 4), randn(4, 4, 6)
+    new_up, new_down = carry(up, ("neurons.0", "residual"), maps), carry(down, ("residual", "neurons.0"), maps)
+    Q = maps["residual"].along(torch.eye(4, dtype=torch.float64), 1)
+    assert_close((X @ Q) @ new_up.T @ new_down.T, X @ up.T @ down.T @ Q)
+
+
+def test_maps_know_their_tied_rotation() -> None:
+    R, other = rotation(0, 3), rotation(1, 3)
+    tied = Maps({"residual.0": R, "residual.1": Rotation(R.matrix.clone()), "neurons.0": permutation(0, 4)})
+    assert tied.tied() is R
+    assert tied.rotation(1) is tied["residual.1"]
+    assert tied.rotation(2) is None
+    assert tied.add({"residual.2": other}, {}).tied() is None
+    assert Maps().tied() is None
+
+
+def test_adding_maps_keeps_the_old_ones_untouched() -> None:
+    old = Maps({"residual.0": rotation(0, 3)}, {0: {"cosine": 0.1, "k": 3}})
+    new = old.add({"residual.1": rotation(1, 3)}, {0: {"cosine": 0.2}, 1: {"k": 3}})
+    assert list(old) == ["residual.0"]
+    assert old.cards == {0: {"cosine": 0.1, "k": 3}}
+    assert list(new) == ["residual.0", "residual.1"]
+    assert new.cards == {0: {"cosine": 0.2, "k": 3}, 1: {"k": 3}}
+
+
+def test_stored_maps_are_restored_and_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
+    R = rotation(0, 3, 5, scale=0.7)
+    maps = Maps({"residual.0": R, "residual.1": R, "neurons.0": permutation(0, 4)}, {0: {"k": 3}, 1: {"k": 3}})
+    out = Out(Store(tmp_path), Ledger(tmp_path / "run"), "key")
+    info = store_maps(maps, out)
+    assert len([path for path in out.used if path.endswith(".safetensors")]) == 2
+    found = restore_maps(info, tmp_path)
+    assert torch.equal(found["residual.1"].matrix, R.matrix)
+    assert found["residual.1"].scale == 0.7
+    assert torch.equal(found["neurons.0"].index, maps["neurons.0"].index)
+    assert found.tied() is found["residual.0"]
+    assert found.cards[0]["k"] == 3
+    assert found.cards[0]["map"]["kind"] == "Rotation"

@@ -1,0 +1,235 @@
+"""Plugins: found by name, imported only when named, and named themselves when they fail."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core import plugins, recipe
+from rotdistill_core.adapter import Adapter
+from rotdistill_core.errors import PluginError, RecipeError
+from rotdistill_core.plugins import ADAPTERS, STEPS
+
+GOOD = '''"""A step that does nothing."""
+from typing import Literal
+from rotdistill_core import hookimpl, step
+
+
+@step
+class Spin:
+    use: Literal["spin"] = "spin"
+    turns: int = 1
+    """How often."""
+
+    @hookimpl
+    def align(self, maps):
+        return maps
+
+
+@hookimpl
+def steps():
+    return [Spin]
+'''
+TWO_STAGES = GOOD.replace(
+    "    @hookimpl\n    def align",
+    "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align",
+)
+NO_STAGE = GOOD.replace("def align", "def prepare")
+TABLE = '''"""Checkpoints of model type `tiny`.
+
+More."""
+from rotdistill_core import hookimpl
+from rotdistill_core.adapter import rope_decoder
+
+
+@hookimpl
+def adapters():
+    return [rope_decoder(("tiny",))]
+'''
+RECIPE = 'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "residuals"\n'
+
+Install = Callable[..., str]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Return a function that puts a distribution on sys.path and returns the name of its module."""
+
+    def make(distribution: str, names: str | list[str], source: str, group: str = STEPS) -> str:
+        root = tmp_path / distribution
+        module = "fake_" + distribution.replace("-", "_")
+        info = root / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (root / f"{module}.py").write_text(source, encoding="utf-8")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        points = "".join(f"{name} = {module}\n" for name in ([names] if isinstance(names, str) else names))
+        (info / "entry_points.txt").write_text(f"[{group}]\n{points}")
+        monkeypatch.syspath_prepend(str(root))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        return module
+
+    return make
+
+
+def write_recipe(tmp_path: Path, extra: str = "") -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + extra, encoding="utf-8")
+    return path
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(PluginError) as caught:
+        call()
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_an_installed_step_is_found_with_its_origin(install: Install) -> None:
+    module = install("acme-spin", "spin", GOOD)
+    cls, origin = plugins.step_class("spin")
+    assert cls.__name__ == "Spin"
+    assert (origin.name, origin.distribution, origin.version, origin.target) == ("spin", "acme-spin", "1.0", module)
+
+
+def test_its_options_are_what_a_recipe_may_set(install: Install, tmp_path: Path) -> None:
+    install("acme-spin", "spin", GOOD)
+    loaded = recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturns = 3\n'))
+    assert loaded.steps[1].step.turns == 3
+    assert loaded.steps[1].stage == "align"
+    with pytest.raises(RecipeError, match=r'turn: unknown key\. Did you mean "turns"'):
+        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturn = 3\n'))
+
+
+def test_one_name_in_two_distributions_names_both(install: Install, tmp_path: Path) -> None:
+    install("acme-spin", "spin", GOOD)
+    install("bolt-spin", "spin", GOOD)
+    message = refusal(lambda: plugins.step_class("spin"))
+    assert "acme-spin and bolt-spin" in message
+    assert "uninstall" in message
+    assert recipe.load(write_recipe(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
+        ("import does_not_exist_anywhere", "ModuleNotFoundError"),
+        ("def (", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_touches_no_other_recipe(
+    install: Install, tmp_path: Path, source: str, reason: str
+) -> None:
+    install("acme-broken", "broken", source)
+    message = refusal(lambda: plugins.step_class("broken"))
+    assert 'plugin "broken" of acme-broken 1.0' in message
+    assert reason in message
+    assert recipe.load(write_recipe(tmp_path))
+    assert "step.broken" not in recipe.schema()["$defs"]
+    with pytest.raises(RecipeError, match="acme-broken"):
+        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "broken"\n'))
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["raise SystemExit(3)", "raise RuntimeError", "return 3", "return [int]", "return [object()]"],
+)
+def test_a_plugin_that_fails_when_asked_for_its_steps_is_named(install: Install, body: str) -> None:
+    install("acme-late", "late", f"from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    {body}\n")
+    assert "acme-late" in refusal(lambda: plugins.step_class("late"))
+
+
+def test_options_that_cannot_be_validated_are_the_plugins_fault(install: Install, tmp_path: Path) -> None:
+    install("acme-spin", "spin", GOOD.replace("turns: int = 1", 'turns: "Nowhere" = 1'))
+    with pytest.raises((RecipeError, PluginError), match="acme-spin"):
+        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
+
+
+def test_a_plugin_that_is_not_named_is_not_imported(install: Install, tmp_path: Path) -> None:
+    module = install("acme-spin", "spin", GOOD)
+    recipe.load(write_recipe(tmp_path))
+    assert module not in sys.modules
+    assert "spin" in plugins.installed(STEPS)
+    assert module not in sys.modules
+    recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
+    assert module in sys.modules
+
+
+@pytest.mark.parametrize(("group", "name"), [(STEPS, "no-such-step"), (ADAPTERS, "no-such-model")])
+def test_a_known_plugin_that_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, group: str, name: str
+) -> None:
+    monkeypatch.setitem(plugins.OFFERED_BY, name, f"rotdistill-{name}")
+    assert f"pip install rotdistill-{name}" in refusal(lambda: plugins.find(group, name))
+
+
+def test_an_unknown_step_gives_the_nearest_name() -> None:
+    message = refusal(lambda: plugins.step_class("residual"))
+    assert message == 'no step "residual" is installed. Did you mean "residuals"?'
+    assert "Did you mean" not in refusal(lambda: plugins.step_class("zzzzzz"))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"), [(TWO_STAGES, "['align', 'refine']"), (NO_STAGE, "none")], ids=["two", "none"]
+)
+def test_a_step_without_exactly_one_stage_hook_is_refused(install: Install, source: str, found: str) -> None:
+    install("acme-spin", "spin", source)
+    message = refusal(lambda: plugins.step_class("spin"))
+    assert "acme-spin" in message
+    assert "exactly one of capture, align, refine, fold, style, evaluate" in message
+    assert found in message
+
+
+def test_a_step_without_use_is_refused(install: Install) -> None:
+    install("acme-spin", "spin", GOOD.replace('use: Literal["spin"] = "spin"', "use: str"))
+    assert "needs a field `use" in refusal(lambda: plugins.step_class("spin"))
+
+
+def test_a_plugin_without_the_step_of_its_name_is_refused(install: Install) -> None:
+    install("acme-spin", ["spin", "swirl"], GOOD)
+    assert "offers no step of that name" in refusal(lambda: plugins.step_class("swirl"))
+
+
+def test_a_table_is_found_by_model_type(install: Install) -> None:
+    install("acme-tiny", "tiny", TABLE, ADAPTERS)
+    table = plugins.adapter_for("tiny")
+    assert isinstance(table, Adapter)
+    assert table.model_types == ("tiny",)
+
+
+def test_an_unknown_model_type_is_refused_not_guessed(install: Install) -> None:
+    install("acme-tiny", ["tiny", "small"], TABLE, ADAPTERS)
+    message = refusal(lambda: plugins.adapter_for("tinny"))
+    assert message == 'no adapter for model type "tinny" is installed. Did you mean "tiny"?'
+    assert 'no adapter for model type "small"' in refusal(lambda: plugins.adapter_for("small"))
+    assert 'model type ""' in refusal(lambda: plugins.adapter_for(""))
+
+
+def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) -> None:
+    install("acme-spin", "spin", GOOD)
+    install("acme-tiny", "tiny", TABLE, ADAPTERS)
+    install("acme-broken", "broken", "raise SystemExit(3)")
+    install("acme-torn", "torn", "raise RuntimeError", ADAPTERS)
+    install("bolt-spin", "twice", GOOD)
+    install("cord-spin", "twice", GOOD)
+    listed = {(kind, origin.name): what for kind, origin, what in plugins.everything()}
+    assert isinstance(listed["step", "spin"], type)
+    assert listed["adapter", "tiny"] == "Checkpoints of model type `tiny`."
+    assert "acme-broken" in str(listed["step", "broken"])
+    assert "acme-torn" in str(listed["adapter", "torn"])
+    assert "bolt-spin and cord-spin" in str(listed["step", "twice"])
+    assert ("step", "chop") in listed
+
+
+def test_everything_lists_an_adapter_without_a_docstring(install: Install) -> None:
+    install("acme-mute", "mute", TABLE[TABLE.index("from") :], ADAPTERS)
+    assert ("adapter", "mute") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+
+
+def test_everything_lists_a_plugin_that_offers_no_steps(install: Install) -> None:
+    install("acme-odd", "odd", "from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    return [int]\n")
+    assert ("step", "odd") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
