@@ -75,4 +75,3 @@ def _final(weights: Weights, layout: Layout, device: torch.device, dtype: torch.
     for _ in walk:
         walk.run()
     return final_norm(weights, walk.states.to(device))
-

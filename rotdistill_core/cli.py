@@ -144,7 +144,9 @@ def plan(path: RecipePath, sets: Sets = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def check(path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False) -> None:
+def check(
+    path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
+) -> None:
     """Check a recipe without running it, or recompute the hashes and rotations of a run from disk.
 
     Examples:
@@ -157,12 +159,16 @@ def check(path: Annotated[Path, typer.Argument(help="A recipe, or the folder of 
         from rotdistill_core import check as checks
 
         found = checks.check_run(path)
-        print(json.dumps(found)) if as_json else words().print(f"{found['files']} files, {found['rotations']} rotations, {len(found['problems'])} problems")
+        print(json.dumps(found)) if as_json else words().print(
+            f"{found['files']} files, {found['rotations']} rotations, {len(found['problems'])} problems"
+        )
         if found["problems"]:
             raise CheckFailed("\n".join(found["problems"]))
         return
     loaded = recipe.load(path)
-    print(json.dumps(loaded.resolved())) if as_json else words().print(f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}")
+    print(json.dumps(loaded.resolved())) if as_json else words().print(
+        f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}"
+    )
 
 
 @app.command("plugins")
@@ -185,7 +191,9 @@ def list_plugins(as_json: Json = False) -> None:
         print(json.dumps(rows))
         return
     for row in rows:
-        Console(highlight=False, soft_wrap=True).print(f"{row['name']:<18} {row['stage']:<9} {row['distribution']} {row['version']}  {escape(row['about'])}")
+        Console(highlight=False, soft_wrap=True).print(
+            f"{row['name']:<18} {row['stage']:<9} {row['distribution']} {row['version']}  {escape(row['about'])}"
+        )
 
 
 @app.command()
@@ -230,7 +238,10 @@ def main() -> None:
         if usage == 2 and hasattr(error, "format_message"):
             words().print(f"[red]error[/] {escape(error.format_message())}", soft_wrap=True)
             sys.exit(2)
-        words().print(f"[red]unexpected[/] {type(error).__name__}: {escape(str(error))}\nSet ROTDISTILL_TRACEBACK=1 for the traceback. Go on with:\n{escape(again)}", soft_wrap=True)
+        words().print(
+            f"[red]unexpected[/] {type(error).__name__}: {escape(str(error))}\nSet ROTDISTILL_TRACEBACK=1 for the traceback. Go on with:\n{escape(again)}",
+            soft_wrap=True,
+        )
         if verbose:
             raise
         sys.exit(1)

@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from rotdistill_core.adapter import Adapter
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.maps import Maps
-    from rotdistill_core.models import Pair
-    from rotdistill_core.samples import Row, Samples, Variant
-    from rotdistill_core.walk import Progress
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Adapter, Bank, Maps, Out, Pair, Progress, Row, Samples, Variant, Weights
 
 hookspec = pluggy.HookspecMarker("rotdistill")
 hookimpl = pluggy.HookimplMarker("rotdistill")
@@ -59,9 +52,7 @@ class Specs:
         """Improve maps that an earlier step found. Same contract as `align`."""
 
     @hookspec(firstresult=True)
-    def fold(
-        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
-    ) -> Weights:
+    def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """Turn what was computed into weights.
 
         The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate
@@ -70,9 +61,7 @@ class Specs:
         """
 
     @hookspec(firstresult=True)
-    def style(
-        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
-    ) -> Weights:
+    def style(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
 
     @hookspec

@@ -107,7 +107,7 @@ def tensor_blocks(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Call
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"tensor of shape {tuple(tensor.shape)} where {shape} was declared")
         if tensor.numel():
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _product(shape: Iterable[int]) -> int:
@@ -123,7 +123,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "ledger.jsonl"
-        self.records = list(self._read())
+        self.records: list[dict[str, Any]] = list(self._read())
 
     def _read(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
@@ -190,7 +190,8 @@ class Store:
             exists = path.is_file()
             self._good[key] = exists and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256
             if not self._good[key]:
-                self.warn(f"{path}: {'its bytes do not match its sha256' if exists else 'is gone'}; it is not used and will be made again.")
+                fault = "its bytes do not match its sha256" if exists else "is gone"
+                self.warn(f"{path}: {fault}; it is not used and will be made again.")
         return self._good[key]
 
     def forget(self, file: File) -> None:
@@ -200,7 +201,7 @@ class Store:
     def find(self, key: str) -> dict[str, Any] | None:
         """Return the newest committed step record with this key whose files all hash true."""
         for ledger in self.ledgers():
-            for record in reversed(ledger.records):
+            for record in ledger.records[::-1]:
                 if record["kind"] == "step" and record["key"] == key:
                     if all(self.verify(File(**f)) for f in record["files"]):
                         return record
@@ -264,7 +265,7 @@ class Out:
         return self.store.root / file.path
 
     def write(self, name: str, blocks: Blocks) -> Path:
-        """Commit a file of this step and return its path: `name` in the run folder, or beside it when another key has that name."""
+        """Commit a file of this step and return its path: `name` in the run folder, or beside it when that is another key's."""
         path = f"{self.run_id}/{name}"
         if any(r["kind"] == "file" and r["path"] == path and r["step"] != self.key for r in self.ledger.records):
             head, _, tail = name.partition("/")

@@ -180,7 +180,9 @@ def _from_hub(name: str, revision: str | None, say: Say) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         text = str(error).strip().splitlines()
         reason = text[0] if text else type(error).__name__
-        raise SetupError(f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in.") from error
+        raise SetupError(
+            f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in."
+        ) from error
 
 
 def cache_folder() -> Path:

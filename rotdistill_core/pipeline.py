@@ -126,7 +126,9 @@ class Run:
             stays = {p.id for p in next(iter(variants.values()))} | {p.id for p in exact}
             wanted = next(c for c in variants.values() if exact[0] in c)
             until = wanted.index(exact[0])
-            variants[RELOADED] = tuple(p for k, p in enumerate(wanted) if k <= until or p.stage == "evaluate" or p.id in stays and p.stage != "fold")
+            variants[RELOADED] = tuple(
+                p for k, p in enumerate(wanted) if k <= until or p.stage == "evaluate" or p.id in stays and p.stage != "fold"
+            )
         for name, chain in variants.items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)
             for placed in (p for p in chain if p.stage != "evaluate"):
@@ -217,7 +219,9 @@ class Run:
         result = caller(**{name: given[name] for name in (spec.argnames if spec else given)})
         expected = {"capture": Bank, "align": Maps, "refine": Maps, "fold": Weights, "style": Weights}[placed.stage]
         if not isinstance(result, expected):
-            raise PluginError(f'step "{placed.id}" of {placed.origin.distribution}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.')
+            raise PluginError(
+                f'step "{placed.id}" of {placed.origin.distribution}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.'
+            )
         return result
 
     def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
@@ -246,7 +250,9 @@ class Run:
             out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
             out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
             files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
-            self.ledger.append("step", key=key, id=f"save {name}", use="", plugin="", options={}, seconds=0.0, files=files, info={}, notes={})
+            self.ledger.append(
+                "step", key=key, id=f"save {name}", use="", plugin="", options={}, seconds=0.0, files=files, info={}, notes={}
+            )
         self.pm.hook.variant_saved(variant=name, folder=folder)
         return folder
 
@@ -294,4 +300,3 @@ class Run:
     def steps_key(self, variant: str) -> str:
         """Return the key behind a variant's last step."""
         return digest(*[done.key for (name, _), done in self.steps.items() if name == variant], str(self.save_dtype()))
-

@@ -88,8 +88,7 @@ def load(group: str, name: str) -> tuple[Any, Origin]:
         return point.load(), origin
     except (Exception, SystemExit) as error:
         raise PluginError(
-            f'plugin "{name}" of {origin.distribution} {origin.version} ({origin.target}) fails on import: '
-            f"{type(error).__name__}: {error}"
+            f'plugin "{name}" of {origin.distribution} {origin.version} ({origin.target}) fails on import: {type(error).__name__}: {error}'
         ) from error
 
 
@@ -101,9 +100,7 @@ def _collect(group: str, name: str, hook: str, names_of: Callable[[Any], Iterabl
         pm.register(module)
         found = {each: item for items in getattr(pm.hook, hook)() for item in items for each in names_of(item)}
     except (Exception, SystemExit) as error:
-        raise PluginError(
-            f'plugin "{name}" of {origin.distribution} {origin.version}: {type(error).__name__}: {error}'
-        ) from error
+        raise PluginError(f'plugin "{name}" of {origin.distribution} {origin.version}: {type(error).__name__}: {error}') from error
     return found, origin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tomllib
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PydanticUserError, ValidationError
+from pydantic_core import ErrorDetails
 
 from rotdistill_core.errors import PluginError, RecipeError, nearest
 from rotdistill_core.plugins import STEPS, Origin, installed, step_class
-from rotdistill_core.step import options_of, stage_of
+from rotdistill_core.step import options_of, stage_of, validator_of
 
 MAX_BYTES = 1_000_000
+NO_STEPS = "step: at least one [[step]] table is needed."
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
@@ -44,7 +47,7 @@ class StudentRef(ModelRef):
     """The student: what is edited and saved."""
 
     save_dtype: Dtype = "auto"
-    """Dtype of the checkpoints; `auto` is the student's own. A narrower type than the compute dtype adds a variant `round-trip`."""
+    """Dtype of the checkpoints; `auto` is the student's own. One narrower than the compute dtype adds a variant `round-trip`."""
 
 
 class SamplesRef(Document):
@@ -96,7 +99,7 @@ class Recipe(Document):
     """The texts."""
     check: Check = Check()
     """Tolerances."""
-    variants: Annotated[dict[Annotated[str, Field(pattern=NAME)], list[str]], Field(min_length=1)] = {"full": []}  # noqa: RUF012
+    variants: Annotated[dict[Annotated[str, Field(pattern=NAME)], list[str]], Field(min_length=1)] = {"full": []}
     """Variant name -> ids of the toggled steps that it runs; steps that no variant names always run."""
 
 
@@ -151,17 +154,19 @@ def load(path: Path, sets: Sequence[str] = ()) -> Loaded:
     """
     text = _read(path)
     tables = _extend(path, _parse(path, text))
-    problems = [p for item in sets for p in _override(tables, item)]
-    raw_steps = tables.pop("step", [])
+    steps = _step_tables(tables) or []
+    problems = [] if steps else [NO_STEPS]
+    problems += [p for item in sets for p in _override(tables, steps, item)]
+    tables.pop("step", None)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
-        problems += [_explain(e, Recipe) for e in error.errors()]
-    placed, step_problems = _place(raw_steps)
+        problems += _explain(error, tables, _known_keys())
+    placed, step_problems = _place(steps)
     problems += step_problems
     variants = tables.get("variants", {})
-    ids = [raw.get("id", raw.get("use")) for raw in raw_steps if isinstance(raw, dict)] if isinstance(raw_steps, list) else []
+    ids = [_id(raw) for raw in steps]
     for variant, names in variants.items() if isinstance(variants, dict) else ():
         for name in names if isinstance(names, list) else ():
             if name not in ids:
@@ -184,9 +189,21 @@ def _read(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
+        json.dumps(tables, default=str)  # nested too deeply to be walked: better refused here than anywhere after
+        return tables
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: is not valid TOML: {error}.") from error
+
+
+def _step_tables(tables: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the [[step]] tables of a document, or None when its `step` is something else."""
+    steps = tables.get("step", [])
+    return steps if isinstance(steps, list) and all(isinstance(raw, dict) for raw in steps) else None
+
+
+def _id(raw: Mapping[str, Any]) -> Any:
+    return raw.get("id", raw.get("use"))
 
 
 def _extend(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
@@ -194,48 +211,60 @@ def _extend(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
     parent = tables.pop("extends", None)
     if parent is None:
         return tables
-    if not isinstance(parent, str):
+    if not isinstance(parent, str) or "\0" in parent:
         raise RecipeError(f"{path}: extends: must be the path of one recipe.")
     base_path = path.parent / parent
     base = _parse(base_path, _read(base_path))
     if "extends" in base:
         raise RecipeError(f"{path}: extends: {parent} itself extends another recipe; one level only.")
-    steps = {s.get("id", s.get("use")): s for s in base.get("step", [])}
-    steps.update({s.get("id", s.get("use")): s for s in tables.get("step", [])})
-    merged = {
-        key: {**base[key], **value} if isinstance(value, dict) and key != "variants" and isinstance(base.get(key), dict) else value
-        for key, value in {**base, **tables}.items()
-    }
-    return {**merged, "step": list(steps.values())}
+    merged = {**base, **tables}
+    for key in base.keys() & tables.keys() - {"variants"}:
+        if isinstance(base[key], dict) and isinstance(tables[key], dict):
+            merged[key] = {**base[key], **tables[key]}
+    by_id = {**_by_id(base_path, base), **_by_id(path, tables)}
+    return {**merged, "step": [raw for same_id in by_id.values() for raw in same_id]}
 
 
-def _override(tables: dict[str, Any], item: str) -> list[str]:
+def _by_id(path: Path, tables: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Return the steps of a document by id. Two of one id stay two, so that they are reported."""
+    steps = _step_tables(tables)
+    if steps is None:
+        raise RecipeError(f"{path}: {NO_STEPS}")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for raw in steps:
+        found.setdefault(str(_id(raw)), []).append(raw)
+    return found
+
+
+def _override(tables: dict[str, Any], steps: Sequence[dict[str, Any]], item: str) -> list[str]:
+    """Apply one `--set` to the tables, or to the step that it names; return what is wrong with it."""
     key, equals, text = item.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        return [f'--set {item}: write it as key.path=value, for example chop.layers=24.']
+        return [f"--set {item}: write it as key.path=value, for example chop.layers=24."]
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text
-    target: Any = next((s for s in tables.get("step", []) if s.get("id", s.get("use")) == parts[0]), None)
+    target = next((raw for raw in steps if _id(raw) == parts[0]), None)
     if target is None and parts[0] not in Recipe.model_fields:
-        known = [*(s.get("id", s.get("use")) for s in tables.get("step", [])), *Recipe.model_fields]
+        known = [*(str(_id(raw)) for raw in steps), *Recipe.model_fields]
         return [f'--set {item}: no step or table is called "{parts[0]}".{nearest(parts[0], known)}']
-    inner = tables if target is None else target
+    inner: Any = tables if target is None else target
     for part in parts[:-1] if target is None else parts[1:-1]:
         inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return [f"--set {item}: {part} is a value and has no keys."]
     inner[parts[-1]] = value
     return []
 
 
-def _place(raw_steps: object) -> tuple[list[Placed], list[str]]:
-    if not isinstance(raw_steps, list) or not raw_steps:
-        return [], ["step: at least one [[step]] table is needed."]
+def _place(steps: Sequence[Mapping[str, Any]]) -> tuple[list[Placed], list[str]]:
+    """Validate the options of all steps; return the valid steps and what is wrong with the others."""
     placed: list[Placed] = []
     problems: list[str] = []
     seen: set[str] = set()
-    for number, raw in enumerate(raw_steps, 1):
+    for number, raw in enumerate(steps, 1):
         options = dict(raw)
         use, name = options.get("use"), options.pop("id", options.get("use"))
         where = f'step "{name}" (#{number})'
@@ -247,30 +276,55 @@ def _place(raw_steps: object) -> tuple[list[Placed], list[str]]:
         seen.add(str(name))
         try:
             cls, origin = step_class(use)
-            adapter: TypeAdapter[Any] = TypeAdapter(cls)
-            placed.append(Placed(str(name), adapter.validate_python(options), origin))
+            # As JSON, because strictly validated Python values may not be lists where a tuple is declared.
+            step: Any = validator_of(cls).validate_json(json.dumps(options, default=str), strict=True)
+            placed.append(Placed(str(name), step, origin))
         except PluginError as error:
             problems.append(f"{where}: {error}")
         except ValidationError as error:
-            names = [f for f in cls.__dataclass_fields__ if f != "use"]  # type: ignore[attr-defined]
-            problems += [f"{where}: {_explain(e, None, names)}" for e in error.errors()]
+            names = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
+            problems += [f"{where}: {p}" for p in _explain(error, options, {(): names})]
     return placed, problems
 
 
-def _explain(error: Any, model: type[BaseModel] | None, names: Sequence[str] = ()) -> str:
-    """Turn one pydantic error into 'key.path: what is wrong, what was meant'."""
-    loc = [str(part) for part in error["loc"] if not str(part).endswith("]")]
-    where = ".".join(loc)
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known: Sequence[str] = names
-        for part in loc[:-1] if model else ():
-            annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        if model:
-            known = [*model.model_fields, "step", "extends"]
-        return f"{where}: unknown key.{nearest(loc[-1], known)}"
-    value = "" if error["type"] == "missing" else f" (it is {error['input']!r:.80})"
-    return f"{where}: {error['msg']}{value}."
+def _known_keys() -> dict[tuple[str, ...], list[str]]:
+    """Return the keys that a recipe may have, by the path of their table."""
+    known: dict[tuple[str, ...], list[str]] = {(): [*Recipe.model_fields, "step", "extends"]}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Document):
+            known[name,] = list(field.annotation.model_fields)
+    return known
+
+
+def _explain(error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]) -> list[str]:
+    """Turn pydantic's errors into 'key.path: what is wrong, what was meant', one for each place in the document."""
+    found: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for detail in error.errors():
+        found.setdefault(_path_of(detail, document), []).append(detail)
+    problems: list[str] = []
+    for path, details in found.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
+            continue  # one branch of a union fails here and another further in, which says more
+        first, where = details[0], ".".join(path) or "options"
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            problems.append(f"{where}: unknown key.{nearest(path[-1], known.get(path[:-1], ()))}")
+        else:
+            value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
+            messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
+            problems.append(f"{where}: {messages}{value}.")
+    return problems
+
+
+def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:
+    """Return the keys that lead to an error. What else pydantic puts into its location names branches of unions."""
+    path: list[str] = []
+    for part in detail["loc"]:
+        is_key = isinstance(document, dict) and part in document
+        is_index = isinstance(document, list) and isinstance(part, int)
+        if is_key or is_index:
+            path.append(str(part))
+            document = document[part]
+    return (*path, str(detail["loc"][-1])) if detail["type"] == "missing" else tuple(path)
 
 
 def schema() -> dict[str, Any]:
@@ -284,10 +338,9 @@ def schema() -> dict[str, Any]:
     references = []
     for name in installed(STEPS):
         try:
-            cls, _ = step_class(name)
-        except PluginError:
-            continue
-        one = TypeAdapter(cls).json_schema(ref_template="#/$defs/{model}")
+            one = validator_of(step_class(name)[0]).json_schema(ref_template="#/$defs/{model}")
+        except (PluginError, PydanticUserError):
+            continue  # a broken plugin takes nobody else's schema away
         defs.update(one.pop("$defs", {}))
         one["properties"]["id"] = {"type": "string", "description": "Unique name of the step; defaults to `use`."}
         one["required"] = sorted({*one.get("required", []), "use"})

@@ -56,7 +56,9 @@ def markdown(loaded: Loaded, outcome: Outcome) -> str:
         lines += ["", "Held-out KL by language:", "", "| variant | " + " | ".join(languages) + " |", "|---" * (len(languages) + 1) + "|"]
         by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language}
         for variant in values:
-            lines.append(f"| {variant} | " + " | ".join(f"{by[variant, name]:.3f}" if (variant, name) in by else "" for name in languages) + " |")
+            lines.append(
+                f"| {variant} | " + " | ".join(f"{by[variant, name]:.3f}" if (variant, name) in by else "" for name in languages) + " |"
+            )
     lines += ["", "## Steps", ""]
     seen: set[str] = set()
     for (variant, step), done in outcome.steps.items():

@@ -218,9 +218,7 @@ def conversation(style: str, question: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": style}, {"role": "user", "content": question}]
 
 
-def tokenize(
-    tokenizer: Any, questions: Sequence[Question], answers: dict[str, list[int]], style: str, max_tokens: int
-) -> Samples:
+def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, list[int]], style: str, max_tokens: int) -> Samples:
     """Tokenise all texts with their chat template and lay them out.
 
     `answers` holds the teacher's own tokens for held-out questions.

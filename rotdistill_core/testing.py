@@ -132,7 +132,8 @@ def logits(weights: Weights, layout: Layout, dtype: torch.dtype = torch.float64)
     """Return all logits `[rows, vocab]`."""
     from rotdistill_core.walk import final_norm
 
-    return final_norm(weights, final_states(weights, layout, dtype)) @ weights.head().to(dtype).T
+    normed: Tensor = final_norm(weights, final_states(weights, layout, dtype))
+    return normed @ weights.head().to(dtype).T
 
 
 def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[str, Path]:

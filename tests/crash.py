@@ -127,7 +127,9 @@ def main() -> None:
     for stage, numbers in moments.items():
         for number in picker.sample(numbers, min(KILLS_PER_STAGE, len(numbers))):
             root, count = work / f"kill-{number}", iter(range(10**9))
-            killed = forked(lambda: carry_out(work, root, lambda _: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None))  # noqa: B023
+            killed = forked(
+                lambda: carry_out(work, root, lambda _: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None)
+            )  # noqa: B023
             again = forked(lambda: carry_out(work, root, lambda _: None))  # noqa: B023
             kills.append({"stage": stage, "killed": killed, "again": again, "same": hashes(root) == golden, "steps": solved(root)})
     print(json.dumps({"code": code, "golden": golden, "steps": steps, "kills": kills}))

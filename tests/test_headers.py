@@ -46,9 +46,7 @@ def refusal(path: Path, call: Callable[[Path], object]) -> str:
 
 def test_a_whole_file_is_read_without_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file(
-        {"m": torch.zeros(2, 3, dtype=torch.bfloat16), "s": torch.tensor(1.0), "e": torch.zeros(0, 4)}, path, {"a": "b"}
-    )
+    save_file({"m": torch.zeros(2, 3, dtype=torch.bfloat16), "s": torch.tensor(1.0), "e": torch.zeros(0, 4)}, path, {"a": "b"})
     assert read_header(path) == {
         "m": Header(path, "bfloat16", (2, 3), 12),
         "s": Header(path, "float32", (), 4),
@@ -84,18 +82,7 @@ def test_an_impossible_header_length_is_refused(tmp_path: Path, length: int) -> 
 
 @pytest.mark.parametrize(
     "header",
-    [
-        b"{not json",
-        b"\xff\xfe",
-        b"[" * 20_000,
-        b"[]",
-        b"17",
-        b"null",
-        b'"text"',
-        b'{"x": 3}',
-        b'{"x": []}',
-        b'{"x": {}}',
-    ],
+    [b"{not json", b"\xff\xfe", b"[" * 20_000, b"[]", b"17", b"null", b'"text"', b'{"x": 3}', b'{"x": []}', b'{"x": {}}'],
     ids=["broken", "bytes", "deep", "list", "number", "null", "string", "number inside", "list inside", "empty inside"],
 )
 def test_a_header_that_is_no_table_of_tensors_is_refused(tmp_path: Path, header: bytes) -> None:
@@ -140,9 +127,7 @@ def test_a_sharded_folder_is_read_by_its_index(tmp_path: Path) -> None:
     assert set(folder_headers(tmp_path)) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.safetensors", "/etc/passwd", "sub/in.safetensors", "..", "", "gone.safetensors"]
-)
+@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "sub/in.safetensors", "..", "", "gone.safetensors"])
 def test_a_shard_outside_the_folder_or_missing_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
@@ -153,17 +138,7 @@ def test_a_shard_outside_the_folder_or_missing_is_refused(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        "3",
-        "null",
-        "{}",
-        '{"weight_map": []}',
-        '{"weight_map": {"a": 3}}',
-        '{"weight_map": {"a": [], "b": "x"}}',
-    ],
+    "text", ["{", "[]", "3", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": [], "b": "x"}}']
 )
 def test_a_broken_shard_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)

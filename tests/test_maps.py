@@ -72,9 +72,7 @@ def test_a_tall_matrix_is_no_rotation() -> None:
 def test_verify_names_the_place_and_the_size_of_the_error(d: int, e: int) -> None:
     R = rotation(0, d, e).matrix
     R[0] *= 1.01
-    with pytest.raises(
-        CheckFailed, match=r"layer 2: the rotation is off orthogonal by \d\.\d\de-02, more than 1e-05"
-    ) as caught:
+    with pytest.raises(CheckFailed, match=r"layer 2: the rotation is off orthogonal by \d\.\d\de-02, more than 1e-05") as caught:
         Rotation(R).verify(1e-5, "layer 2")
     assert caught.value.exit_code == 4
     assert Rotation(R).error() == pytest.approx(1.01**2 - 1)

@@ -34,8 +34,7 @@ def steps():
     return [Spin]
 '''
 TWO_STAGES = GOOD.replace(
-    "    @hookimpl\n    def align",
-    "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align",
+    "    @hookimpl\n    def align", "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align"
 )
 NO_STAGE = GOOD.replace("def align", "def prepare")
 TABLE = '''"""Checkpoints of model type `tiny`.
@@ -121,9 +120,7 @@ def test_one_name_in_two_distributions_names_both(install: Install, tmp_path: Pa
         ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
-def test_a_broken_plugin_is_named_and_touches_no_other_recipe(
-    install: Install, tmp_path: Path, source: str, reason: str
-) -> None:
+def test_a_broken_plugin_is_named_and_touches_no_other_recipe(install: Install, tmp_path: Path, source: str, reason: str) -> None:
     install("acme-broken", "broken", source)
     message = refusal(lambda: plugins.step_class("broken"))
     assert 'plugin "broken" of acme-broken 1.0' in message
@@ -134,10 +131,7 @@ def test_a_broken_plugin_is_named_and_touches_no_other_recipe(
         recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "broken"\n'))
 
 
-@pytest.mark.parametrize(
-    "body",
-    ["raise SystemExit(3)", "raise RuntimeError", "return 3", "return [int]", "return [object()]"],
-)
+@pytest.mark.parametrize("body", ["raise SystemExit(3)", "raise RuntimeError", "return 3", "return [int]", "return [object()]"])
 def test_a_plugin_that_fails_when_asked_for_its_steps_is_named(install: Install, body: str) -> None:
     install("acme-late", "late", f"from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    {body}\n")
     assert "acme-late" in refusal(lambda: plugins.step_class("late"))
@@ -160,9 +154,7 @@ def test_a_plugin_that_is_not_named_is_not_imported(install: Install, tmp_path: 
 
 
 @pytest.mark.parametrize(("group", "name"), [(STEPS, "no-such-step"), (ADAPTERS, "no-such-model")])
-def test_a_known_plugin_that_is_missing_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, group: str, name: str
-) -> None:
+def test_a_known_plugin_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, group: str, name: str) -> None:
     monkeypatch.setitem(plugins.OFFERED_BY, name, f"rotdistill-{name}")
     assert f"pip install rotdistill-{name}" in refusal(lambda: plugins.find(group, name))
 
@@ -173,9 +165,7 @@ def test_an_unknown_step_gives_the_nearest_name() -> None:
     assert "Did you mean" not in refusal(lambda: plugins.step_class("zzzzzz"))
 
 
-@pytest.mark.parametrize(
-    ("source", "found"), [(TWO_STAGES, "['align', 'refine']"), (NO_STAGE, "none")], ids=["two", "none"]
-)
+@pytest.mark.parametrize(("source", "found"), [(TWO_STAGES, "['align', 'refine']"), (NO_STAGE, "none")], ids=["two", "none"])
 def test_a_step_without_exactly_one_stage_hook_is_refused(install: Install, source: str, found: str) -> None:
     install("acme-spin", "spin", source)
     message = refusal(lambda: plugins.step_class("spin"))

@@ -133,14 +133,7 @@ def test_steps_that_are_no_tables_are_a_problem(tmp_path: Path, first: str) -> N
 
 
 def test_set_changes_steps_and_tables(good: Path) -> None:
-    sets = (
-        "chop.layers=[0, 1]",
-        "basis.tie=2",
-        "seed=9",
-        "teacher.model=/other",
-        "samples.limit=12",
-        "name=again",
-    )
+    sets = ("chop.layers=[0, 1]", "basis.tie=2", "seed=9", "teacher.model=/other", "samples.limit=12", "name=again")
     loaded = recipe.load(good, sets)
     assert options(loaded, "chop")["layers"] == [0, 1]
     assert options(loaded, "basis")["tie"] == 2
@@ -201,11 +194,7 @@ def test_extends_two_levels_deep_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [
-        ('extends = "nowhere.toml"\n', "nowhere.toml: cannot be read"),
-        ("extends = 3\n", "extends"),
-        ("extends = ['a']\n", "extends"),
-    ],
+    [('extends = "nowhere.toml"\n', "nowhere.toml: cannot be read"), ("extends = 3\n", "extends"), ("extends = ['a']\n", "extends")],
 )
 def test_extending_nothing_is_a_problem(tmp_path: Path, text: str, wanted: str) -> None:
     assert wanted in problems_of(write(tmp_path / "child.toml", text))[0]

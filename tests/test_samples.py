@@ -157,9 +157,7 @@ def test_wrong_columns_are_named_by_file_and_line(tmp_path: Path, text: str) -> 
 
 def test_every_missing_file_is_named(tmp_path: Path) -> None:
     problems = problems_of(tmp_path)
-    assert all(
-        name in problem for name, problem in zip(("index.tsv", "heldout.tsv", "style.md"), problems, strict=True)
-    )
+    assert all(name in problem for name, problem in zip(("index.tsv", "heldout.tsv", "style.md"), problems, strict=True))
 
 
 def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
@@ -196,12 +194,9 @@ def test_the_prefix_is_there_once_and_each_text_has_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "targets", "languages"),
-    [("fit", [4, 5, 10], ["en", "en", "en"]), ("heldout", [8, 9, 12], ["de", "de", "fr"])],
+    ("split", "targets", "languages"), [("fit", [4, 5, 10], ["en", "en", "en"]), ("heldout", [8, 9, 12], ["de", "de", "fr"])]
 )
-def test_predicting_rows_are_the_tokens_before_each_answer_token(
-    split: str, targets: list[int], languages: list[str]
-) -> None:
+def test_predicting_rows_are_the_tokens_before_each_answer_token(split: str, targets: list[int], languages: list[str]) -> None:
     rows, found, spoken = FULL.predicting(split)
     assert found.tolist() == targets
     assert spoken == languages
@@ -239,9 +234,7 @@ class Letters:
     name_or_path = "letters"
     eos_token_id = 0
 
-    def apply_chat_template(
-        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool
-    ) -> dict[str, list[int]]:
+    def apply_chat_template(self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool) -> dict[str, list[int]]:
         text = "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat) + "<a>" * add_generation_prompt
         return {"input_ids": [ord(c) for c in text]}
 

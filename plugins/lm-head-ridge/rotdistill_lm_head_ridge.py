@@ -16,12 +16,7 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.models import Pair
-    from rotdistill_core.samples import Samples
-    from rotdistill_core.walk import Progress
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Bank, Out, Pair, Progress, Samples, Weights
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -63,7 +58,9 @@ class LmHeadRidge:
         moments = Moments(X.shape[1], T.shape[1])
         moments.add(X[fit], T[fit])
         eye = torch.eye(X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
-        solved = {r: (ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")) for r in self.ridge}
+        solved = {
+            r: (ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")) for r in self.ridge
+        }
         rows, _, _ = layout.predicting("validation")
         rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
         tokens = shared_tokens(pair)

@@ -16,10 +16,7 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.maps import Maps
-    from rotdistill_core.models import Pair
-    from rotdistill_core.walk import Progress
+    from rotdistill_core.api import Bank, Maps, Pair, Progress
 
 
 @step

@@ -17,14 +17,7 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.maps import Maps
-    from rotdistill_core.models import Pair
-    from rotdistill_core.moments import Moments
-    from rotdistill_core.samples import Layout, Samples
-    from rotdistill_core.walk import Progress, Walk
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Bank, Layout, Maps, Moments, Out, Pair, Progress, Samples, Walk, Weights
 
 Positive = Annotated[float, Field(gt=0)]
 JUDGED_ROWS = 1024
@@ -56,9 +49,7 @@ class WriterRefit:
     exact: ClassVar[bool] = False
 
     @hookimpl
-    def fold(
-        self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress
-    ) -> Weights:
+    def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.fold`."""
         from rotdistill_core.walk import Walk
         from rotdistill_core.weights import file_entries

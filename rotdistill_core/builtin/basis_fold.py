@@ -9,11 +9,7 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.maps import Maps
-    from rotdistill_core.models import Pair
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Bank, Maps, Out, Pair, Weights
 
 
 @step

@@ -9,11 +9,7 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.models import Pair
-    from rotdistill_core.samples import Samples
-    from rotdistill_core.walk import Progress
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Out, Pair, Progress, Samples, Weights
 
 ROWS = 2048
 

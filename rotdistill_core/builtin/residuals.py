@@ -9,12 +9,7 @@ from pydantic import Field
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
-    from rotdistill_core.bank import Bank
-    from rotdistill_core.ledger import Out
-    from rotdistill_core.models import Model, Pair
-    from rotdistill_core.samples import Layout, Samples
-    from rotdistill_core.walk import Progress
-    from rotdistill_core.weights import Weights
+    from rotdistill_core.api import Bank, Layout, Model, Out, Pair, Progress, Samples, Weights
 
 
 @step
@@ -64,7 +59,9 @@ class Residuals:
         def keep(boundary: int) -> str:
             bad = (~torch.isfinite(walk.states)).any(-1).nonzero().flatten().tolist()
             if bad:
-                raise RotdistillError(f"{model.ref.model}: layer {boundary - 1}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}.")
+                raise RotdistillError(
+                    f"{model.ref.model}: layer {boundary - 1}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}."
+                )
             if path := found[boundary]:
                 return str(path.relative_to(out.store.root).as_posix())
             return write_shard(out, side, boundary, walk.states, dtype, about)

@@ -1,0 +1,291 @@
+"""The steps that come with the core, on pico models: capture, chop, change of basis, scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rotdistill_procrustes import Procrustes
+from safetensors.torch import load_file
+
+from rotdistill_core.bank import Bank, restore
+from rotdistill_core.builtin.basis_fold import BasisFold
+from rotdistill_core.builtin.chop import Chop
+from rotdistill_core.builtin.residuals import Residuals
+from rotdistill_core.builtin.toggles import Toggles
+from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
+from rotdistill_core.ledger import Ledger, Out, Store, sha256_of
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.recipe import ModelRef
+from rotdistill_core.samples import Samples, Variant
+from rotdistill_core.testing import (
+    captured,
+    final_states,
+    logits,
+    pico_model,
+    pico_out,
+    pico_samples,
+    random_rotation,
+    rotated_twin,
+    save_folder,
+)
+from rotdistill_core.walk import Walk
+from rotdistill_core.weights import Weights
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return pico_samples(texts=20)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), pico_model(tmp_path / "student", "qwen2", seed=1))
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Pair:
+    return Pair(pico_model(tmp_path / "wide", seed=9, hidden_size=48), pico_model(tmp_path / "narrow", seed=1))
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> list[int]:
+    """Count the layers that are computed, and fail when there are more than `most`."""
+    ran: list[int] = []
+    real = Walk.run
+
+    def run(walk: Walk, *args: object, **kwargs: object) -> None:
+        assert len(ran) < most, "a layer was computed"
+        ran.append(walk.boundary)
+        real(walk, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Walk, "run", run)
+    return ran
+
+
+def shard_bytes(bank: Bank) -> dict[str, bytes]:
+    return {name: (bank.root / name).read_bytes() for shards in bank.shards.values() for name in shards}
+
+
+def test_residuals_write_one_shard_and_sidecar_per_boundary(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    bank = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    assert (len(bank.shards["teacher"]), len(bank.shards["student"])) == (4, 3)
+    assert (bank.depths, bank.layouts["teacher"]) == ((0, 1, 2), samples.layout)
+    assert {text.split for text in bank.layouts["student"].texts} == {"fit", "validation"}
+    for side, model in (("teacher", pair.teacher), ("student", pair.student)):
+        for boundary, name in enumerate(bank.shards[side]):
+            shard = bank.root / name
+            sidecar = json.loads(shard.with_suffix(".json").read_text(encoding="utf-8"))
+            rows = load_file(shard)["rows"]
+            assert sidecar["sha256"] == sha256_of(shard)
+            assert (sidecar["side"], sidecar["boundary"], sidecar["layers"]) == (side, boundary, model.depth)
+            assert (sidecar["model"], sidecar["dtype"], sidecar["shard"]) == (model.ref.model, "float32", shard.name)
+            assert sidecar["shape"] == list(rows.shape) == [bank.layouts[side].rows, model.width]
+            assert torch.equal(bank.rows(side, boundary), rows)
+        last = final_states(model.weights, bank.layouts[side], torch.float32)
+        assert torch.equal(bank.rows(side, model.depth), last)
+
+
+def test_a_second_capture_with_the_same_key_computes_nothing(
+    pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    count_runs(monkeypatch, most=0)
+    again = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    assert again.info() == first.info()
+    restored = restore(json.loads(json.dumps(first.info())), first.root, samples.layout)
+    assert restored == first
+
+
+def test_another_run_in_the_folder_shares_the_teachers_shards(
+    pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    ran = count_runs(monkeypatch)
+    out = Out(Store(tmp_path / "runs"), Ledger(tmp_path / "runs" / "other"), "other key", "step")
+    other = Residuals().capture(pair, pair.student.weights, samples, out, quiet)
+    assert ran == [0, 1]
+    assert other.shards["teacher"] == first.shards["teacher"]
+    assert set(other.shards["teacher"]) <= set(out.used)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_killed_capture_goes_on_at_the_layer_where_it_was(
+    pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "whole"), quiet)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="a layer was computed"):
+        count_runs(patch, most=stop)
+        Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    ran = count_runs(monkeypatch)
+    resumed = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    assert ran == [0, 1, 2, 0, 1][stop:]
+    assert shard_bytes(resumed) == shard_bytes(whole)
+
+
+def test_a_damaged_shard_is_captured_again(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    whole = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    expected = shard_bytes(whole)
+    shard = whole.root / whole.shards["student"][1]
+    shard.write_bytes(expected[whole.shards["student"][1]][:-1] + b"\x7f")
+    again = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    assert shard_bytes(again) == expected
+
+
+def test_residuals_can_be_kept_in_bfloat16_and_on_fewer_student_texts(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    step = Residuals(store="bfloat16", student_texts=3)
+    bank = step.capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+    assert len(bank.layouts["student"].texts) == 3
+    assert bank.rows("student", 2).dtype == torch.bfloat16
+    assert torch.equal(bank.rows("teacher", 3), final_states(pair.teacher.weights, samples.layout, torch.float32).bfloat16())
+
+
+def test_nan_in_the_student_stops_with_model_and_layer_named(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    broken = pair.student.weights.edit({DOWN: torch.full_like(pair.student.weights[DOWN], torch.nan)})
+    with pytest.raises(RotdistillError, match=r"student: layer 1: \d+ rows are NaN or Inf, the first is row 0") as told:
+        Residuals().capture(pair, broken, samples, pico_out(tmp_path / "runs"), quiet)
+    assert pair.student.ref.model in str(told.value)
+
+
+def test_infinite_weights_in_the_teacher_stop_with_model_and_layer_named(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    save_folder(pair.teacher.weights.edit({DOWN: torch.full((32, 48), torch.inf)}), pair.teacher.folder, tmp_path / "inf")
+    broken = Pair(open_model(ModelRef(model=str(tmp_path / "inf"))), pair.student)
+    with pytest.raises(RotdistillError, match=r"inf: layer 1: \d+ rows are NaN or Inf"):
+        Residuals().capture(broken, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
+
+
+def test_nan_in_the_embeddings_is_not_blamed_on_a_layer(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    broken = pair.student.weights.edit({name: torch.full_like(pair.student.weights[name], torch.nan)})
+    with pytest.raises(RotdistillError, match="NaN or Inf") as told:
+        Residuals().capture(pair, broken, samples, pico_out(tmp_path / "runs"), quiet)
+    assert "layer -1" not in str(told.value)
+
+
+def chopped(layers: int | list[int], weights: Weights, pair: Pair, samples: Samples, root: Path) -> tuple[Weights, Out]:
+    out = pico_out(root)
+    return Chop(layers=layers).fold(weights, pair, samples, out, quiet), out
+
+
+def test_chop_keeps_the_layers_it_is_given(tmp_path: Path, samples: Samples) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=6)
+    short, out = chopped([0, 2, 5], model.weights, Pair(model, model), samples, tmp_path / "runs")
+    assert short.lineage.depths == (0, 2, 5, 6)
+    assert out.notes["layers kept"] == [0, 2, 5]
+    assert torch.equal(short[DOWN], model.weights["model.layers.2.mlp.down_proj.weight"])
+
+
+@pytest.mark.parametrize("idle", [(1, 2), (2, 3), (3, 4)])
+def test_chop_cuts_the_run_of_layers_that_do_least(tmp_path: Path, samples: Samples, idle: tuple[int, int]) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=6)
+    names = [f"model.layers.{i}.{part}.weight" for i in idle for part in ("mlp.down_proj", "self_attn.o_proj")]
+    weights = model.weights.edit({name: 1e-3 * model.weights[name] for name in names})
+    short, out = chopped(4, weights, Pair(model, model), samples, tmp_path / "runs")
+    assert out.notes["layers kept"] == [i for i in range(6) if i not in idle]
+    angles = out.notes["angle over the cut, by first layer"]
+    assert sorted(angles) == [0, 1, 2, 3, 4]
+    assert min(angles, key=angles.__getitem__) == idle[0]
+    assert short.lineage.depths == (*out.notes["layers kept"], 6)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(6, [0, 1, 2, 3, 4, 5]), (2, [0, 5]), (1, [0])])
+def test_chop_to_a_number_keeps_the_first_layer(tmp_path: Path, samples: Samples, layers: int, kept: list[int]) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=6)
+    _, out = chopped(layers, model.weights, Pair(model, model), samples, tmp_path / "runs")
+    assert out.notes["layers kept"] == kept
+
+
+@pytest.mark.parametrize("layers", [3, [0, 2], [1, 0], [0, 0]])
+def test_chop_refuses_layers_that_are_not_there(pair: Pair, samples: Samples, tmp_path: Path, layers: int | list[int]) -> None:
+    with pytest.raises(RecipeError, match="chop: layers"):
+        chopped(layers, pair.student.weights, pair, samples, tmp_path / "runs")
+
+
+def aligned(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> tuple[Maps, Bank, Out]:
+    out = pico_out(root)
+    bank = captured(pair, pair.student.weights, samples, out)
+    return Procrustes(tie=tie).align(bank, Maps(), pair, quiet), bank, out  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["tied", "canonical"])
+def test_a_basis_fold_keeps_the_logits(pair: Pair, samples: Samples, tmp_path: Path, mode: str) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
+    folded = BasisFold(mode=mode).fold(pair.student.weights, maps, bank, pair, out)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(folded, samples.layout), logits(pair.student.weights, samples.layout), rtol=0, atol=1e-9)
+    tied = maps.tied()
+    assert tied is not None
+    assert folded.lineage.basis is not None
+    assert torch.equal(folded.lineage.basis, tied.matrix) is (mode == "tied")
+
+
+def test_a_canonical_fold_into_a_wider_teacher_keeps_the_logits(wide: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
+    folded = BasisFold(mode="canonical").fold(wide.student.weights, maps, bank, wide, out)
+    torch.testing.assert_close(logits(folded, samples.layout), logits(wide.student.weights, samples.layout), rtol=0, atol=1e-9)
+    assert folded.width == 32
+    assert 0 < out.notes["teacher variance in the frame"] < 1
+
+
+def test_a_tied_fold_refuses_a_rectangular_rotation(wide: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
+    with pytest.raises(RecipeError, match='32 x 48; use mode "canonical"'):
+        BasisFold().fold(wide.student.weights, maps, bank, wide, out)
+
+
+@pytest.mark.parametrize("mode", ["tied", "canonical"])
+@pytest.mark.parametrize("tie", [None, 1], ids=["no maps", "untied maps"])
+def test_a_basis_fold_needs_one_rotation(pair: Pair, samples: Samples, tmp_path: Path, mode: str, tie: int | None) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs", tie or "all")
+    with pytest.raises(RecipeError, match="needs an aligner before it that found one rotation"):
+        BasisFold(mode=mode).fold(pair.student.weights, maps if tie else Maps(), bank, pair, out)  # type: ignore[arg-type]
+
+
+def test_a_basis_fold_refuses_a_matrix_that_is_not_orthogonal(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    _, bank, out = aligned(pair, samples, tmp_path / "runs")
+    bent = Rotation(random_rotation(32) * 1.001)
+    with pytest.raises(CheckFailed, match="off orthogonal"):
+        BasisFold().fold(pair.student.weights, Maps({f"residual.{b}": bent for b in range(3)}), bank, pair, out)
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_two_canonical_students_end_in_one_basis(tmp_path: Path, samples: Samples, width: int) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width)
+    student = pico_model(tmp_path / "student", seed=1)
+    twin, _ = rotated_twin(student, tmp_path / "twin", 4)
+    made: list[Weights] = []
+    for k, one in enumerate((student, twin)):
+        pair = Pair(teacher, one)
+        maps, bank, out = aligned(pair, samples, tmp_path / f"runs{k}")
+        made.append(BasisFold(mode="canonical").fold(one.weights, maps, bank, pair, out))
+    for name in made[0].entries:
+        one_, other = made[0][name], made[1][name]
+        assert float((one_ - other).norm() / one_.norm()) < 1e-4, name
+
+
+def scores(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> dict[tuple[str, int | None, str | None], float]:
+    rows = Toggles().evaluate(Variant("x", weights, Maps(), 1.5), pair, bank, samples, quiet)
+    return {(row.metric, row.layer, row.language): row.value for row in rows}
+
+
+def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -> None:
+    model: Model = pico_model(tmp_path / "model")
+    pair = Pair(model, model)
+    seen = scores(model.weights, pair, captured(pair, model.weights, samples, pico_out(tmp_path / "runs")), samples)
+    assert seen["kl", None, None] == pytest.approx(0, abs=1e-9)
+    assert (seen["top1", None, None], seen["hidden_cosine", None, None]) == (1.0, pytest.approx(1.0))
+    assert seen["parameters", None, None] == model.weights.parameters
+
+
+def test_a_change_of_basis_scores_as_the_student_it_came_from(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
+    folded = BasisFold().fold(pair.student.weights, maps, bank, pair, out)
+    base, turned = (scores(w, pair, bank, samples) for w in (pair.student.weights.untie(), folded))
+    assert turned == pytest.approx(base, rel=1e-4, abs=1e-5)
