@@ -103,7 +103,8 @@ def rotated_twin(model: Model, folder: Path, seed: int = 0) -> tuple[Model, Tens
 
 def random_rotation(size: int, seed: int = 0) -> Tensor:
     """Return a random orthogonal matrix in float64."""
-    Q, _ = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+    noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    Q: Tensor = torch.linalg.qr(noise)[0]
     return Q
 
 

@@ -1,0 +1,193 @@
+"""Procrustes on captures: planted rotations are found again, and the diagnostics can tell a fit from chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from rotdistill_procrustes import Procrustes, steps
+
+from rotdistill_core.bank import Bank
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.models import Model, Pair
+from rotdistill_core.samples import Layout, Samples
+from rotdistill_core.step import stage_of
+from rotdistill_core.testing import captured, pico_model, pico_out, pico_samples, random_rotation, rotated_twin
+from rotdistill_core.weights import Weights
+
+Tie = Literal["all"] | int
+ties = pytest.mark.parametrize("tie", ["all", 1, 2])
+EYE = torch.eye(32, dtype=torch.float64)
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return pico_samples()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return pico_model(tmp_path / "model", num_hidden_layers=3)
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def aligned(pair: Pair, samples: Samples, root: Path, tie: Tie = "all", weights: Weights | None = None) -> tuple[Maps, Bank]:
+    bank = captured(pair, weights or pair.student.weights, samples, pico_out(root))
+    return Procrustes(tie=tie).align(bank, Maps(), pair, quiet), bank
+
+
+def matrices(maps: Maps, boundaries: int) -> list[torch.Tensor]:
+    found = [maps.rotation(b) for b in range(boundaries)]
+    assert all(isinstance(rotation, Rotation) for rotation in found)
+    assert len(maps) == len(maps.cards) == boundaries
+    return [rotation.matrix for rotation in found if rotation]
+
+
+def test_it_is_an_aligner() -> None:
+    assert steps() == [Procrustes]
+    assert stage_of(Procrustes) == "align"
+
+
+@ties
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_planted_rotation_is_found_again_from_the_capture_alone(tmp_path: Path, samples: Samples, model_type: str, tie: Tie) -> None:
+    teacher = pico_model(tmp_path / "model", model_type, num_hidden_layers=3)
+    twin, Q = rotated_twin(teacher, tmp_path / "twin", 4)
+    maps, _ = aligned(Pair(teacher, twin), samples, tmp_path / "runs", tie)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+    for card in maps.cards.values():
+        assert card["cosine_after"] == pytest.approx(1, abs=1e-9)
+        assert (card["rms_ratio"], card["scale"]) == pytest.approx((1, 1), abs=1e-6)
+    assert (maps.tied() is not None) is (tie == "all")
+
+
+@ties
+def test_identical_models_need_no_rotation(tmp_path: Path, model: Model, samples: Samples, tie: Tie) -> None:
+    maps, _ = aligned(Pair(model, model), samples, tmp_path / "runs", tie)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R, EYE, rtol=0, atol=1e-9)
+    assert all(card["cosine_before"] == pytest.approx(1, abs=1e-12) for card in maps.cards.values())
+
+
+@pytest.mark.parametrize(("tie", "stages"), [("all", [0, 0, 0, 0]), (1, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (3, [0, 0, 0, 1])])
+def test_boundaries_of_a_stage_share_their_rotation(tmp_path: Path, model: Model, samples: Samples, tie: Tie, stages: list[int]) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3)
+    maps, _ = aligned(Pair(teacher, model), samples, tmp_path / "runs", tie)
+    found = matrices(maps, 4)
+    assert [maps.cards[b]["stage"] for b in range(4)] == stages
+    for a in range(4):
+        for b in range(4):
+            assert torch.equal(found[a], found[b]) is (stages[a] == stages[b])
+
+
+@ties
+def test_a_wider_teacher_gives_orthonormal_rows_and_a_projector(tmp_path: Path, model: Model, samples: Samples, tie: Tie) -> None:
+    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=6)
+    maps, _ = aligned(Pair(teacher, model), samples, tmp_path / "runs", tie)
+    for boundary, R in enumerate(matrices(maps, 4)):
+        P = R.T @ R
+        assert R.shape == (32, 48)
+        torch.testing.assert_close(R @ R.T, EYE, rtol=0, atol=1e-12)
+        torch.testing.assert_close(P @ P, P, rtol=0, atol=1e-12)
+        assert maps.cards[boundary]["rank_rtr"] == pytest.approx(32)
+        assert maps.cards[boundary]["max_rrt"] < 1e-12
+        assert maps.cards[boundary]["cosine_before"] is None
+
+
+def test_a_student_inside_a_wider_stream_is_found_again(tmp_path: Path, model: Model, samples: Samples) -> None:
+    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3)
+    pair, out = Pair(teacher, model), pico_out(tmp_path / "runs")
+    bank = captured(pair, model.weights, samples, out)
+    inside = random_rotation(48, 2)[:32]
+    planted = [out.tensors(f"planted/{b}.safetensors", {"rows": bank.rows("student", b).double() @ inside}) for b in range(4)]
+    names = tuple(path.relative_to(bank.root).as_posix() for path in planted)
+    seen = Bank(bank.root, {**bank.shards, "teacher": names}, bank.layouts, bank.depths)
+    maps = Procrustes().align(seen, Maps(), pair, quiet)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R, inside, rtol=0, atol=1e-6)
+    assert all(card["cosine_after"] == pytest.approx(1, abs=1e-9) for card in maps.cards.values())
+
+
+def test_a_wider_student_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:
+    student = pico_model(tmp_path / "wide", hidden_size=48)
+    with pytest.raises(RecipeError, match=r"the student is wider \(48\) than the teacher \(32\)"):
+        aligned(Pair(model, student), samples, tmp_path / "runs")
+
+
+@ties
+def test_shuffled_rows_fit_far_worse(tmp_path: Path, model: Model, samples: Samples, tie: Tie) -> None:
+    twin, _ = rotated_twin(model, tmp_path / "twin", 4)
+    maps, _ = aligned(Pair(model, twin), samples, tmp_path / "runs", tie)
+    for card in maps.cards.values():
+        assert card["cosine_shuffled"] < card["cosine_after"] - 0.4
+        assert card["centred_shuffled"] < card["centred_after"] - 0.5
+        assert abs(card["cosine_before"]) < 0.5
+
+
+@ties
+@pytest.mark.parametrize("width", [32, 48])
+def test_fewer_rows_than_dimensions_still_give_an_orthogonal_map(tmp_path: Path, model: Model, tie: Tie, width: int) -> None:
+    layout = pico_samples(texts=5, prefix=0).layout
+    few = Layout(layout.select("fit", most=1).texts + layout.select("validation").texts, 0)
+    assert int(few.split("fit").sum()) < 32
+    pair = Pair(pico_model(tmp_path / "teacher", seed=9, hidden_size=width, num_hidden_layers=3), model)
+    bank = captured(pair, model.weights, Samples(few, (), ""), pico_out(tmp_path / "runs"))
+    maps = Procrustes(tie=tie).align(bank, Maps(), pair, quiet)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R @ R.T, EYE, rtol=0, atol=1e-10)
+
+
+def test_directions_that_no_row_has_stay_where_they_are(tmp_path: Path, model: Model, samples: Samples) -> None:
+    pair, out = Pair(model, model), pico_out(tmp_path / "runs")
+    bank = captured(pair, model.weights, samples, out)
+    flat = []
+    for b in range(4):
+        rows = bank.rows("student", b).clone()
+        rows[:, 20:] = 0
+        flat.append(out.tensors(f"flat/{b}.safetensors", {"rows": rows}).relative_to(bank.root).as_posix())
+    seen = Bank(bank.root, {"student": tuple(flat), "teacher": tuple(flat)}, bank.layouts, bank.depths)
+    for R in matrices(Procrustes().align(seen, Maps(), pair, quiet), 4):
+        torch.testing.assert_close(R, EYE, rtol=0, atol=1e-9)
+
+
+def test_sinks_do_not_turn_the_map(tmp_path: Path, model: Model, samples: Samples) -> None:
+    twin, Q = rotated_twin(model, tmp_path / "twin", 4)
+    pair, out = Pair(model, twin), pico_out(tmp_path / "runs")
+    bank = captured(pair, twin.weights, samples, out)
+    moved: dict[str, tuple[str, ...]] = {}
+    for side, row in (("student", 3), ("teacher", 4)):
+        names = []
+        for b in range(4):
+            rows = bank.rows(side, b).clone()
+            rows[[0, row + 30]] = 1e4 * torch.randn(2, 32, generator=torch.Generator().manual_seed(row + b))
+            names.append(out.tensors(f"sinks/{side}{b}.safetensors", {"rows": rows}).relative_to(bank.root).as_posix())
+        moved[side] = tuple(names)
+    maps = Procrustes().align(Bank(bank.root, moved, bank.layouts, bank.depths), Maps(), pair, quiet)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+
+
+def test_a_cut_student_is_aligned_with_the_depths_it_came_from(tmp_path: Path, samples: Samples) -> None:
+    teacher = pico_model(tmp_path / "model", num_hidden_layers=6)
+    twin, Q = rotated_twin(teacher, tmp_path / "twin", 4)
+    maps, bank = aligned(Pair(teacher, twin), samples, tmp_path / "runs", 1, twin.weights.cut([0, 1, 2, 5]))
+    assert bank.depths == (0, 1, 2, 5, 6)
+    for R in matrices(maps, 5)[:3]:
+        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+
+
+def test_earlier_maps_are_kept(tmp_path: Path, model: Model, samples: Samples) -> None:
+    earlier = Maps({"neurons.0": Rotation(EYE)}, {0: {"note": 1}})
+    pair = Pair(model, model)
+    bank = captured(pair, model.weights, samples, pico_out(tmp_path / "runs"))
+    maps = Procrustes().align(bank, earlier, pair, quiet)
+    assert maps["neurons.0"] is earlier["neurons.0"]
+    assert maps.cards[0]["note"] == 1
+    assert (len(earlier), dict(earlier.cards)) == (1, {0: {"note": 1}})

@@ -1,0 +1,222 @@
+"""The guides name what is there: hooks, arguments, options with their defaults, recipes, counts; links lead somewhere, examples run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+
+from rotdistill_core import plugins, recipe
+from rotdistill_core.adapter import Adapter
+from rotdistill_core.hookspecs import Specs
+from rotdistill_core.plugins import ADAPTERS, STEPS
+from rotdistill_core.step import STAGES, stage_of
+
+ROOT = Path(__file__).parents[1]
+GUIDE, RECIPES, SAMPLES = (ROOT / name / "README.md" for name in ("plugins", "recipes", "samples"))
+HOOKS = {name: hook for name, hook in vars(Specs).items() if hasattr(hook, "rotdistill_spec")}
+TABLES = (recipe.Recipe, recipe.ModelRef, recipe.StudentRef, recipe.SamplesRef, recipe.Check)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!\\)\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
+SHIPPED = {"rotdistill", *(f"rotdistill-{path.parent.name}" for path in ROOT.glob("plugins/*/pyproject.toml"))}
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def section(path: Path, title: str) -> str:
+    """Return what stands under a heading `### title`, up to the next heading."""
+    found = re.split(rf"^###+ `?{re.escape(title)}`?$", FENCE.sub("", read(path)), flags=re.MULTILINE)
+    assert len(found) == 2, f"{path.name} has {len(found) - 1} sections called {title}"
+    return re.split(r"^##", found[1], flags=re.MULTILINE)[0]
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """Return the table rows of a text by their first cell, without backticks."""
+    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0].strip("` "): row for row in rows}
+
+
+def shipped_steps() -> dict[str, type]:
+    """Return the installed steps that this repository ships, by name."""
+    found = {name: plugins.step_class(name) for name in plugins.installed(STEPS)}
+    return {name: cls for name, (cls, origin) in found.items() if origin.distribution in SHIPPED}
+
+
+STEP_CLASSES = shipped_steps()
+OPTIONS = [(name, f) for name, cls in STEP_CLASSES.items() for f in dataclasses.fields(cls) if f.name != "use"]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_the_guide_has_every_hook_with_its_signature(name: str) -> None:
+    found = inspect.signature(HOOKS[name])
+    arguments = [p for p in found.parameters.values() if p.name != "self"]
+    listed = ", ".join(f"{p.name}: {p.annotation}" for p in arguments)
+    text = section(GUIDE, name)
+    assert f"`{name}({listed}) -> {found.return_annotation}`" in text
+
+
+@pytest.mark.parametrize("argument", sorted({p for s in STAGES for p in inspect.signature(HOOKS[s]).parameters} - {"self"}))
+def test_the_guide_explains_every_argument_of_the_stages(argument: str) -> None:
+    assert argument == "variant" or f"| `{argument}` |" in read(GUIDE)
+
+
+@pytest.mark.parametrize("name", STEP_CLASSES)
+def test_the_guide_lists_every_step_under_its_stage(name: str) -> None:
+    assert f"`{name}`" in cells(read(GUIDE))[stage_of(STEP_CLASSES[name])][-1]
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Adapter)])
+def test_the_guide_names_every_field_of_an_adapter(field: str) -> None:
+    assert f"`{field}`" in read(GUIDE)
+
+
+def shown(field: dataclasses.Field[object]) -> str:
+    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if default is dataclasses.MISSING:
+        return "required"
+    return "none" if default is None else f"`{json.dumps(default)}`"
+
+
+@pytest.mark.parametrize(("name", "field"), OPTIONS, ids=[f"{name}.{field.name}" for name, field in OPTIONS])
+def test_every_option_is_documented_with_its_default(name: str, field: dataclasses.Field[object]) -> None:
+    own = ROOT / "plugins" / name / "README.md"
+    for text in (section(RECIPES, name), *([read(own)] if own.is_file() else [])):
+        row = cells(text).get(field.name)
+        assert row, f"{name}.{field.name} is not documented"
+        assert row[1] == shown(field)
+
+
+@pytest.mark.parametrize("name", STEP_CLASSES)
+def test_no_option_is_documented_that_is_not_there(name: str) -> None:
+    table = section(RECIPES, name).split("| option |")[-1].split("\n\n")[0]
+    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert documented == {f.name for f in dataclasses.fields(STEP_CLASSES[name])} - {"use"}
+
+
+@pytest.mark.parametrize("key", sorted({key for table in TABLES for key in table.model_fields} | {"step", "extends"}))
+def test_every_key_of_a_recipe_is_documented(key: str) -> None:
+    assert key in {name.strip("[]") for name in cells(read(RECIPES))}
+
+
+@pytest.mark.parametrize("table", [recipe.StudentRef, recipe.SamplesRef, recipe.Check], ids=lambda table: table.__name__)
+def test_keys_of_a_recipe_are_documented_with_their_defaults(table: type[recipe.Document]) -> None:
+    rows = cells(read(RECIPES))
+    for name, field in table.model_fields.items():
+        default = field.get_default()
+        wanted = "none" if default is None else f"`{json.dumps(default, default=str)}`"
+        assert rows[name][1] == ("required" if field.is_required() else wanted), name
+
+
+def test_every_shipped_recipe_is_described() -> None:
+    for path in (ROOT / "recipes").glob("*.toml"):
+        assert f"[{path.name}]({path.name})" in read(RECIPES)
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml")), ids=lambda p: p.name)
+def test_every_plugin_has_a_readme(folder: Path) -> None:
+    assert read(folder / "README.md").startswith(f"# {folder.name}\n")
+    assert len(read(folder / "README.md").splitlines()) >= 10
+
+
+def test_the_samples_are_counted_right() -> None:
+    counts = []
+    for file in ("index.tsv", "heldout.tsv"):
+        with (ROOT / "samples" / file).open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+        assert all(f"`{column}`" in read(SAMPLES) for column in rows[0])
+        counts.append(Counter(row["language"] for row in rows))
+    blurbs, heldout = counts
+    table = [row for row in cells(read(SAMPLES)).values() if len(row) == 4]
+    found = {row[1].strip("`"): (int(row[2]), int(row[3].strip("| "))) for row in table if row[1].startswith("`")}
+    assert found == {language: (n, heldout[language]) for language, n in blurbs.items()}
+    assert f"{blurbs.total()} | {heldout.total()} |" in read(SAMPLES)
+
+
+def documents() -> Iterator[Path]:
+    """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of anything installed."""
+    for folder, inside, files in os.walk(ROOT):
+        inside[:] = [d for d in inside if not d.startswith(".") and d not in ("runs", "shared", "node_modules")]
+        yield from (Path(folder, name) for name in files if name.endswith(".md"))
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", read(path)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", sorted(documents()), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    for target in LINK.findall(re.sub(r"`[^`\n]*`", "", FENCE.sub("", read(path)))):
+        if not re.match(r"[a-z][a-z0-9+.-]*:", target):
+            file, _, anchor = target.partition("#")
+            there = path.parent / unquote(file) if file else path
+            assert there.exists(), target
+            assert not anchor or there.suffix != ".md" or anchor in anchors(there), target
+
+
+Build = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Return a function that puts a file of the guide on sys.path and imports it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named = re.findall(r"`(\w+\.py)`(?:(?!```).)*?\n\n```python\n(.*?)^```$", read(GUIDE), re.MULTILINE | re.DOTALL)
+    sources = dict(named)
+
+    def build(file: str) -> ModuleType:
+        name = file.removesuffix(".py")
+        (tmp_path / file).write_text(sources[file], encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, tmp_path / file)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return build
+
+
+def install(root: Path, distribution: str, group: str, name: str, module: str) -> None:
+    info = root / f"{distribution.replace('-', '_')}-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}\n")
+
+
+def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
+    project = next(tomllib.loads(body) for kind, body in FENCE.findall(read(GUIDE)) if kind == "toml" and "[project]" in body)
+    ((name, module),) = project["project"]["entry-points"]["rotdistill"].items()
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"] == [f"{module}.py"]
+    example(f"{module}.py")
+    install(tmp_path, project["project"]["name"], STEPS, name, module)
+    cls, origin = plugins.step_class(name)
+    assert (stage_of(cls), origin.distribution) == ("align", project["project"]["name"])
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "{name}"\ncentre = true\n')
+    assert recipe.load(path).steps[0].step.centre
+    example("test_principal_axes.py").test_a_planted_rotation_is_found(tmp_path)
+
+
+def test_the_example_adapter_works(tmp_path: Path, example: Build) -> None:
+    module = "rotdistill_mistral_adapter"
+    assert f'`mistral = "{module}"`' in read(GUIDE)
+    example(f"{module}.py")
+    install(tmp_path, "rotdistill-mistral-adapter", ADAPTERS, "mistral", module)
+    example("test_mistral_adapter.py").test_the_table_holds(tmp_path)
