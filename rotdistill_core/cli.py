@@ -238,10 +238,8 @@ def main() -> None:
         if usage == 2 and hasattr(error, "format_message"):
             words().print(f"[red]error[/] {escape(error.format_message())}", soft_wrap=True)
             sys.exit(2)
-        words().print(
-            f"[red]unexpected[/] {type(error).__name__}: {escape(str(error))}\nSet ROTDISTILL_TRACEBACK=1 for the traceback. Go on with:\n{escape(again)}",
-            soft_wrap=True,
-        )
+        words().print(f"[red]unexpected[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True)
+        words().print(f"Set ROTDISTILL_TRACEBACK=1 for the traceback. Go on with:\n{escape(again)}", soft_wrap=True)
         if verbose:
             raise
         sys.exit(1)

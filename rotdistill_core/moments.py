@@ -89,7 +89,8 @@ def polar(M: Tensor, where: str, solve: Callable[[Tensor, str], tuple[Tensor, Te
     at hand. det R = -1 is allowed. (Schönemann, Psychometrika 31, 1966.)
     """
     U, S, Vt = solve(M, where)
-    rank = int((S > S[0] * max(M.shape) * torch.finfo(torch.float64).eps).sum()) if len(S) and S[0] > 0 else 0
+    floor = float(S.max()) * max(M.shape) * torch.finfo(torch.float64).eps
+    rank = int((floor < S).sum())
     if rank == M.shape[0]:
         return U @ Vt, S
     left = torch.linalg.svd(U[:, :rank], full_matrices=True)[0][:, rank:]

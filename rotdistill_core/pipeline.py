@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +121,8 @@ class Run:
         outcome = Outcome(self.folder, [], self.steps, {}, {})
         variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
         dtype = self.save_dtype()
-        exact = [p for chain in variants.values() for p in chain if getattr(p.step, "exact", False)]
-        if torch.finfo(dtype).bits < 32 and exact and RELOADED not in variants:
-            stays = {p.id for p in next(iter(variants.values()))} | {p.id for p in exact}
-            wanted = next(c for c in variants.values() if exact[0] in c)
-            until = wanted.index(exact[0])
-            variants[RELOADED] = tuple(
-                p for k, p in enumerate(wanted) if k <= until or p.stage == "evaluate" or p.id in stays and p.stage != "fold"
-            )
+        if torch.finfo(dtype).bits < 32 and (exact := self.loaded.exact_chain()):
+            variants.setdefault(RELOADED, exact)
         for name, chain in variants.items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)
             for placed in (p for p in chain if p.stage != "evaluate"):
@@ -195,15 +189,22 @@ class Run:
         if isinstance(result, Bank):
             info = result.info()
         elif isinstance(result, Maps):
+            for space, found in result.items():
+                found.verify(self.recipe.check.orthogonality, f'step "{placed.id}", {space}')
             info = store_maps(result, out)
         else:
             info = result.store(out, self.pair.student.dtype)
             if getattr(placed.step, "exact", False):
                 self._certify(placed, state.weights, result, samples, out)
-        files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
-        seconds = time.monotonic() - started
-        self.ledger.append("step", key=key, id=placed.id, use=placed.step.use, plugin=f"{placed.origin.distribution} {placed.origin.version}",
-                           options=options_of(placed.step), seconds=round(seconds, 3), files=files, info=info, notes=out.notes)  # fmt: skip
+        return self._record(key, placed.id, time.monotonic() - started, out, info, placed)
+
+    def _record(self, key: str, name: str, seconds: float, out: Out, info: dict[str, Any], placed: Placed | None = None) -> dict[str, Any]:
+        """Append the line that commits a result, and return it."""
+        about = {} if placed is None else {
+            "use": placed.step.use, "options": options_of(placed.step), "plugin": f"{placed.origin.distribution} {placed.origin.version}",
+        }  # fmt: skip
+        files = [asdict(file) for file in out.used.values()]
+        self.ledger.append("step", key=key, id=name, seconds=round(seconds, 3), files=files, info=info, notes=out.notes, **about)
         return self.ledger.records[-1]
 
     def _call(self, placed: Placed, state: State, samples: Samples, out: Out) -> Any:
@@ -219,9 +220,8 @@ class Run:
         result = caller(**{name: given[name] for name in (spec.argnames if spec else given)})
         expected = {"capture": Bank, "align": Maps, "refine": Maps, "fold": Weights, "style": Weights}[placed.stage]
         if not isinstance(result, expected):
-            raise PluginError(
-                f'step "{placed.id}" of {placed.origin.distribution}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.'
-            )
+            where = f'step "{placed.id}" of {placed.origin.distribution}'
+            raise PluginError(f"{where}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.")
         return result
 
     def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
@@ -249,10 +249,7 @@ class Run:
             out.write(f"checkpoints/{name}/README.md", write_card(self.loaded, name, self.steps))
             out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
             out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
-            files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
-            self.ledger.append(
-                "step", key=key, id=f"save {name}", use="", plugin="", options={}, seconds=0.0, files=files, info={}, notes={}
-            )
+            self._record(key, f"save {name}", 0.0, out, {})
         self.pm.hook.variant_saved(variant=name, folder=folder)
         return folder
 
@@ -266,10 +263,10 @@ class Run:
         if record is None:
             saved = self._saved(folder, state)
             variant = Variant(name, saved, state.maps, round(state.seconds, 3))
-            rows = placed.step.evaluate(variant, self.pair, state.bank, samples, self.progress)
-            self.ledger.append("step", key=key, id=f"{placed.id} {name}", use=placed.step.use, plugin="", options={}, files=[],
-                               seconds=round(time.monotonic() - started, 3), info={"rows": [list(row) for row in rows]}, notes={})  # fmt: skip
-            record = self.ledger.records[-1]
+            given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "progress": self.progress}
+            rows = placed.step.evaluate(**{k: given[k] for k in inspect.signature(placed.step.evaluate).parameters})
+            out, info = Out(self.store, self.ledger, key), {"rows": [list(row) for row in rows]}
+            record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
         self.pm.hook.after_step(step_id=placed.id, variant=name, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]

@@ -141,6 +141,14 @@ class Loaded:
         mine = self.recipe.variants[variant]
         return tuple(p for p in self.steps if p.id not in toggles or p.id in mine)
 
+    def exact_chain(self) -> tuple[Placed, ...]:
+        """Return the first variant's chain that has an exact fold, without its toggled transfers; empty when there is none."""
+        toggles = {name for names in self.recipe.variants.values() for name in names}
+        for chain in map(self.chain, self.recipe.variants):
+            if any(getattr(p.step, "exact", False) for p in chain):
+                return tuple(p for p in chain if p.id not in toggles or getattr(p.step, "exact", p.stage != "style"))
+        return ()
+
 
 def load(path: Path, sets: Sequence[str] = ()) -> Loaded:
     """Read and validate a recipe.

@@ -92,6 +92,11 @@ def carry_out(work: Path, root: Path, at_sync: Callable[[str], None]) -> None:
     pipeline.Run(recipe.load(work / "crash.toml"), root, observer, lambda *_: None).go()
 
 
+def note(log: Path, stage: str) -> None:
+    with log.open("a") as stream:
+        stream.write(stage + "\n")
+
+
 def forked(action: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
@@ -118,7 +123,7 @@ def main() -> None:
     pico_texts(work / "texts")
     (work / "crash.toml").write_text(RECIPE.format(model=model), encoding="utf-8")
     log = work / "syncs"
-    code = forked(lambda: carry_out(work, work / "golden", lambda stage: log.open("a").write(stage + "\n") and None))
+    code = forked(lambda: carry_out(work, work / "golden", lambda stage: note(log, stage)))
     golden, steps = hashes(work / "golden"), solved(work / "golden")
     moments: dict[str, list[int]] = defaultdict(list)
     for number, stage in enumerate(log.read_text().splitlines()):
@@ -129,8 +134,8 @@ def main() -> None:
             root, count = work / f"kill-{number}", iter(range(10**9))
             killed = forked(
                 lambda: carry_out(work, root, lambda _: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None)
-            )  # noqa: B023
-            again = forked(lambda: carry_out(work, root, lambda _: None))  # noqa: B023
+            )
+            again = forked(lambda: carry_out(work, root, lambda _: None))
             kills.append({"stage": stage, "killed": killed, "again": again, "same": hashes(root) == golden, "steps": solved(root)})
     print(json.dumps({"code": code, "golden": golden, "steps": steps, "kills": kills}))
 

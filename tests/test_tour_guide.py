@@ -21,7 +21,8 @@ sys.modules["rotdistill_core"] = None  # any import of it fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+chat = [{"role": "user", "content": "Hello"}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 made = model.generate(**ids, max_new_tokens=5, do_sample=False)
 tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
 print(json.dumps({"tokens": made.shape[1] - ids["input_ids"].shape[1], "tied": tied, "layers": model.config.num_hidden_layers}))

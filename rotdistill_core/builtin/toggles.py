@@ -56,11 +56,11 @@ class Toggles:
             progress(i + 1, weights.depth, f"{len(layout.texts)} held-out answers")
         T = bank.rows("teacher", pair.teacher.depth)[in_bank]
         seen = compare(pair.teacher.weights, T, weights, walk.states[rows], targets, shared_tokens(pair))
-        result = [Row(variant.name, name, value, "heldout", None, None, n) for name, value, n in (
-            ("kl", float(seen.kl.mean()), len(rows)), ("top1", float(seen.top1.mean()), len(rows)),
-            ("perplexity", float(seen.nll.mean().exp()), len(rows)),
-            ("hidden_cosine", _mean(found, "hidden_cosine"), len(rows)), ("residual_rms_diff", _mean(found, "residual_rms_diff"), len(rows)),
-        )]  # fmt: skip
+        overall = {
+            "kl": float(seen.kl.mean()), "top1": float(seen.top1.mean()), "perplexity": float(seen.nll.mean().exp()),
+            "hidden_cosine": _mean(found, "hidden_cosine"), "residual_rms_diff": _mean(found, "residual_rms_diff"),
+        }  # fmt: skip
+        result = [Row(variant.name, name, value, "heldout", None, None, len(rows)) for name, value in overall.items()]
         for language in sorted(set(languages)):
             mine = [k for k, name in enumerate(languages) if name == language]
             result.append(Row(variant.name, "kl", float(seen.kl[mine].mean()), "heldout", None, language, len(mine)))
