@@ -13,7 +13,7 @@ from rotdistill_core.samples import Layout
 from rotdistill_core.walk import Walk, final_norm
 from rotdistill_core.weights import Weights
 
-TEXTS = 4
+TEXTS = 2
 
 
 @dataclass(frozen=True)

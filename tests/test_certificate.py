@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core.certificate import Certificate, certify
+from rotdistill_core.certificate import TEXTS, Certificate, certify
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.maps import Permutation, Rotation, carry
 from rotdistill_core.recipe import Check
@@ -52,7 +52,7 @@ def test_a_right_fold_passes(before: Weights, layout: Layout) -> None:
     assert certificate.logits_float64 < certificate.logits_float32 <= 1e-3
     assert abs(certificate.kl_float32) < 1e-6
     assert certificate.unfold <= 1e-12
-    assert certificate.texts == 4
+    assert certificate.texts == TEXTS
     assert Certificate(**json.loads(json.dumps(certificate.as_dict()))) == certificate
 
 

@@ -7,9 +7,10 @@ The teacher's logits are `h_t W_tᵀ`, so with states after the final norm `X_s 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 
@@ -36,6 +37,9 @@ class LmHeadRidge:
     blend: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
     """Candidates for the share of the fitted head in the new one."""
 
+    texts: PositiveInt | None = None
+    """Fit on this many fit texts; default all. A head has few unknowns per row of the vocabulary and needs few."""
+
     exact: ClassVar[bool] = False
 
     @hookimpl
@@ -47,7 +51,8 @@ class LmHeadRidge:
         from rotdistill_core.moments import Moments, ridge
         from rotdistill_core.walk import Walk, final_norm
 
-        layout = samples.layout.select("fit", "validation")
+        fit_texts = samples.layout.select("fit", most=self.texts)
+        layout = replace(fit_texts, texts=fit_texts.texts + samples.layout.select("validation").texts)
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         for i in walk:
             walk.run()

@@ -33,6 +33,8 @@ class WriterRefit:
     use: Literal["writer-refit"] = "writer-refit"
     features: Literal["activations", "output"] = "activations"
     """Regress on MLP activations (f x d unknowns per layer) or on the MLP's output (d x d, the published form)."""
+    writers: Annotated[tuple[Literal["heads", "neurons"], ...], Field(min_length=1)] = ("neurons",)
+    """Which writers of a layer, in this order: `heads` is o_proj, `neurons` is down_proj (the one for `output` features)."""
     rows: Literal["rms", "plain"] = "rms"
     """Weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks; or count every row alike."""
     prompt: Annotated[float, Field(ge=0)] = 30.0
@@ -65,16 +67,19 @@ class WriterRefit:
             if self.layers == "cut" and i not in gaps:
                 walk.run()
                 continue
-            name = weights.adapter.writers["neurons"].replace("{i}", str(i))
-            if saved := out.find(f"weights/{out.step}/layer_{i:05d}.safetensors"):
-                W = file_entries(saved)["weight"].read()
-            else:
-                W, cards[i] = self._solve(walk, i, name, self._shortened(_targets(weights, maps, bank, pair, layout, i + 1)))
-                out.tensors(f"weights/{out.step}/layer_{i:05d}.safetensors", {"weight": W})
-            made[name] = W
-            walk.replace(name, W)
+            goal = self._shortened(_targets(weights, maps, bank, pair, layout, i + 1))
+            for site in self.writers:
+                name = weights.adapter.writers[site].replace("{i}", str(i))
+                file = f"weights/{out.step}/layer_{i:05d}_{site}.safetensors"
+                if saved := out.find(file):
+                    W = file_entries(saved)["weight"].read()
+                else:
+                    W, cards[f"{i} {site}"] = self._solve(walk, site, name, goal)
+                    out.tensors(file, {"weight": W})
+                made[name] = W
+                walk.replace(name, W)
             walk.run()
-            progress(i + 1, weights.depth, f"refitted {name.rpartition('.weight')[0]}")
+            progress(i + 1, weights.depth, f"refitted {' and '.join(self.writers)}")
         out.notes["layers"] = cards
         refitted = weights.edit(made)
         before = _validation_kl(weights, None, bank, pair, samples)
@@ -85,8 +90,8 @@ class WriterRefit:
             return weights
         return refitted
 
-    def _solve(self, walk: Walk, layer: int, name: str, goal: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return the layer's new writer `[d, f]` in the compute dtype, and what was chosen."""
+    def _solve(self, walk: Walk, site: str, name: str, goal: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return a new writer `[d, f]` of the open layer in the compute dtype, and what was chosen."""
         from rotdistill_core.moments import Moments, ridge
 
         f, d = walk.weights.entries[name].shape[::-1]
@@ -100,11 +105,11 @@ class WriterRefit:
             for moments, use in ((fit, fit_rows[rows]), (validation, ~fit_rows[rows])):
                 moments.add(A[use], E[use], weight[rows][use])
 
-        site = "neurons" if self.features == "activations" else "mlp"
-        walk.run({site: lambda _, A: seen.append(A), "output": output}, keep=False)
+        where = site if self.features == "activations" else "mlp"
+        walk.run({where: lambda _, A: seen.append(A), "output": output}, keep=False)
         best: tuple[float, float, float, Tensor | None] = (validation.yy, 0.0, 0.0, None)
         for strength in self.ridge:
-            delta = ridge(fit.xx, fit.xy, strength, f"writer-refit: layer {layer}")
+            delta = ridge(fit.xx, fit.xy, strength, f"writer-refit: {name}")
             step = _best_step(validation, delta)
             best = min(best, (validation.error(step * delta), step, strength, delta), key=lambda b: b[0])
         error, step, strength, best_delta = best

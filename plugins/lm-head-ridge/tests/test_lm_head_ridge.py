@@ -1,0 +1,169 @@
+"""The head ridge on pico pairs: a scrambled head is found again, and the small solve equals the dense one on logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rotdistill_lm_head_ridge import LmHeadRidge, steps
+
+from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.recipe import ModelRef
+from rotdistill_core.samples import Samples
+from rotdistill_core.step import stage_of
+from rotdistill_core.testing import captured, final_states, logits, pico_model, pico_out, pico_samples, pico_tokenizer, save_folder
+from rotdistill_core.walk import final_norm
+from rotdistill_core.weights import Weights
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+WORDS = 56
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    return pico_samples(WORDS)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Model:
+    return padded(pico_model(tmp_path / "teacher", seed=9))
+
+
+def padded(model: Model) -> Model:
+    """Give a model of 64 rows a tokenizer of fewer tokens."""
+    pico_tokenizer(WORDS).save_pretrained(model.folder)
+    return open_model(model.ref)
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def fitted(step: LmHeadRidge, pair: Pair, samples: Samples, root: Path) -> tuple[Weights, dict[str, Any]]:
+    out, weights = pico_out(root), pair.student.weights
+    bank = captured(pair, weights, samples, pico_out(root, "capture"))
+    return step.style(weights, bank, pair, samples, out, quiet), out.notes
+
+
+def scrambled(teacher: Model, folder: Path) -> Pair:
+    """Return the teacher and its twin with a random head, rows of padding tokens included."""
+    head = 0.15 * torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    save_folder(teacher.weights.untie().edit({HEAD: head}), teacher.folder, folder)
+    return Pair(teacher, open_model(ModelRef(model=str(folder))))
+
+
+def test_it_is_an_inexact_style() -> None:
+    assert steps() == [LmHeadRidge]
+    assert (stage_of(LmHeadRidge), LmHeadRidge.exact) == ("style", False)
+
+
+def test_a_scrambled_head_is_found_again(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    pair = scrambled(teacher, tmp_path / "student")
+    made, notes = fitted(LmHeadRidge(ridge=(1e-7, 0.1)), pair, samples, tmp_path / "runs")
+    layout = samples.layout.select("heldout")
+    expected, before, after = (logits(w, layout)[:, :WORDS] for w in (teacher.weights, pair.student.weights, made))
+    assert float((before - expected).abs().max()) > 1
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(made[HEAD][:WORDS], teacher.weights[EMBEDDING][:WORDS], rtol=0, atol=1e-3)
+    assert notes["chosen (ridge, blend)"] == [1e-7, 1.0]
+    assert notes["validation KL after"] == pytest.approx(0, abs=1e-6)
+    assert notes["validation KL before"] > 0.1
+
+
+@pytest.mark.parametrize("width", [32, 48])
+@pytest.mark.parametrize("strength", [0.01, 1.0])
+def test_the_small_solve_equals_the_dense_ridge_on_logits(tmp_path: Path, samples: Samples, width: int, strength: float) -> None:
+    wide = padded(pico_model(tmp_path / "teacher", seed=9, hidden_size=width))
+    own = padded(pico_model(tmp_path / "student", seed=1)).folder
+    pair = Pair(wide, open_model(ModelRef(model=str(own), dtype="float64")))
+    out, weights = pico_out(tmp_path / "runs"), pair.student.weights
+    bank = captured(pair, weights, samples, pico_out(tmp_path / "runs", "capture"))
+    made = LmHeadRidge(ridge=(strength,), blend=(1.0,)).style(weights, bank, pair, samples, out, quiet)
+    layout = samples.layout.select("fit", "validation")
+    fit = layout.split("fit")
+    X = final_norm(weights, final_states(weights, layout))[fit]
+    T = final_norm(wide.weights, bank.rows("teacher", wide.depth)[layout.rows_in(samples.layout)].double())[fit]
+    H_t, H_s = (w.head().double()[:WORDS] for w in (wide.weights, weights))
+    weight = (strength * float((X.T @ X).diagonal().mean())) ** 0.5 * torch.eye(32, dtype=torch.float64)
+    rows, targets = torch.cat([X, weight]), torch.cat([T @ H_t.T, weight @ H_s.T])
+    dense = torch.linalg.lstsq(rows, targets, driver="gelsd").solution.T
+    assert made is not weights
+    torch.testing.assert_close(made[HEAD][:WORDS], dense, rtol=0, atol=1e-8)
+
+
+def test_a_blend_lies_between_the_old_head_and_the_fitted_one(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    pair = scrambled(teacher, tmp_path / "student")
+    whole, part = (
+        fitted(LmHeadRidge(ridge=(0.1,), blend=(blend,)), pair, samples, tmp_path / f"runs {blend}")[0][HEAD] for blend in (1.0, 0.25)
+    )
+    old = pair.student.weights[HEAD]
+    torch.testing.assert_close(part, old + 0.25 * (whole - old), rtol=0, atol=1e-6)
+
+
+def test_a_tied_head_is_untied_and_the_config_says_so(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    student = padded(pico_model(tmp_path / "student", seed=1))
+    made, notes = fitted(LmHeadRidge(), Pair(teacher, student), samples, tmp_path / "runs")
+    assert student.weights.tied
+    assert "refused" not in notes
+    assert not made.tied
+    assert made.config["tie_word_embeddings"] is False
+    assert torch.equal(made[EMBEDDING], student.weights[EMBEDDING])
+    assert {name for name in student.weights.entries if not torch.equal(made[name], student.weights[name])} == set()
+    save_folder(made, student.folder, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert config["tie_word_embeddings"] is False
+    assert torch.equal(open_model(ModelRef(model=str(tmp_path / "saved"))).weights.head(), made[HEAD])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_padding_tokens_stay_as_they_are(teacher: Model, samples: Samples, tmp_path: Path, tied: bool) -> None:
+    student = padded(pico_model(tmp_path / "student", seed=1, tie_word_embeddings=tied))
+    made, _ = fitted(LmHeadRidge(), Pair(teacher, student), samples, tmp_path / "runs")
+    old = student.weights.head()
+    assert len(student.tokenizer.get_vocab()) == WORDS < len(old)
+    assert torch.equal(made[HEAD][WORDS:], old[WORDS:])
+    assert not bool((made[HEAD][:WORDS] == old[:WORDS]).all(1).any())
+
+
+@pytest.mark.parametrize("rows", [64, 72])
+def test_a_teacher_with_another_number_of_padding_rows_is_no_obstacle(samples: Samples, tmp_path: Path, rows: int) -> None:
+    teacher = padded(pico_model(tmp_path / "teacher", seed=9, vocab_size=rows, hidden_size=48))
+    student = padded(pico_model(tmp_path / "student", seed=1))
+    made, notes = fitted(LmHeadRidge(), Pair(teacher, student), samples, tmp_path / "runs")
+    assert made[HEAD].shape == (64, 32)
+    assert notes["validation KL after"] < notes["validation KL before"]
+
+
+def test_the_choice_is_the_candidate_of_least_validation_kl(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    student = padded(pico_model(tmp_path / "student", seed=1))
+    made, notes = fitted(LmHeadRidge(), Pair(teacher, student), samples, tmp_path / "runs")
+    scores = notes["validation KL by (ridge, blend)"]
+    assert len(scores) == 10
+    assert notes["validation KL before"] == scores["0, 0"]
+    assert notes["validation KL after"] == min(scores.values())
+    ridge, blend = notes["chosen (ridge, blend)"]
+    assert scores[f"{ridge:g}, {blend:g}"] == notes["validation KL after"]
+    layout = samples.layout.select("validation")
+    rows, _, _ = layout.predicting("validation")
+    p, q = (logits(w, layout)[rows, :WORDS].log_softmax(-1) for w in (teacher.weights, made))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(notes["validation KL after"], rel=1e-3)
+
+
+def test_a_student_that_is_its_teacher_keeps_its_head(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    made, notes = fitted(LmHeadRidge(), Pair(teacher, teacher), samples, tmp_path / "runs")
+    assert made is teacher.weights
+    assert "the head is left as it was" in notes["refused"]
+    assert notes["validation KL after"] == notes["validation KL before"]
+
+
+def test_candidates_that_are_all_worse_leave_the_head(
+    teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = scrambled(teacher, tmp_path / "student")
+    monkeypatch.setattr(LmHeadRidge, "_scores", lambda *_: {(0.0, 0.0): 1.0, (0.01, 0.5): 1.0, (0.1, 1.0): 2.0})
+    made, notes = fitted(LmHeadRidge(), pair, samples, tmp_path / "runs")
+    assert made is pair.student.weights
+    assert "refused" in notes

@@ -1,0 +1,235 @@
+"""The writer refit on students cut from pico teachers: planted edits are undone, and what does not help is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rotdistill_writer_refit as module
+import torch
+from rotdistill_procrustes import Procrustes
+from rotdistill_writer_refit import WriterRefit, steps
+
+from rotdistill_core.builtin.residuals import Residuals
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.heads import compare, shared_tokens
+from rotdistill_core.ledger import Out
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.recipe import ModelRef
+from rotdistill_core.samples import Samples
+from rotdistill_core.step import stage_of
+from rotdistill_core.testing import captured, final_states, pico_model, pico_out, pico_samples, random_rotation, rotated_twin, save_folder
+from rotdistill_core.walk import Walk
+from rotdistill_core.weights import Weights
+
+KEPT = [0, 1, 4, 5]
+SMALL = (1e-6, 1e-4)
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    return pico_samples(texts=80)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Model:
+    return pico_model(tmp_path / "teacher", num_hidden_layers=6)
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def refit(
+    step: WriterRefit, weights: Weights, pair: Pair, samples: Samples, root: Path, maps: Maps | None = None
+) -> tuple[Weights, dict[str, Any]]:
+    out = pico_out(root)
+    bank = captured(pair, weights, samples, pico_out(root, "capture"))
+    return step.fold(weights, maps or Maps(), bank, pair, samples, out, quiet), out.notes
+
+
+def changed(before: Weights, after: Weights) -> set[str]:
+    assert set(before.entries) == set(after.entries)
+    return {name for name in before.entries if not torch.equal(before[name], after[name])}
+
+
+def kl(weights: Weights, pair: Pair, samples: Samples, split: str) -> float:
+    layout = samples.layout.select(split)
+    rows, targets, _ = layout.predicting(split)
+    T, S = (final_states(w, layout, torch.float32)[rows] for w in (pair.teacher.weights, weights))
+    return float(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl.mean())
+
+
+def idle_teacher(folder: Path, **changes: Any) -> tuple[Model, Weights]:
+    """Return a model whose layers 2 and 3 write nothing, and its view: cutting them changes no state."""
+    model = pico_model(folder / "busy", num_hidden_layers=6, **changes)
+    writers = [n for n in model.weights.entries if n.startswith(("model.layers.2.", "model.layers.3.")) and ("down" in n or "o_" in n)]
+    silent = model.weights.edit({name: torch.zeros_like(model.weights[name]) for name in writers})
+    save_folder(silent, model.folder, folder / "idle")
+    opened = open_model(ModelRef(model=str(folder / "idle")))
+    return opened, opened.weights
+
+
+def test_it_is_an_inexact_fold() -> None:
+    assert steps() == [WriterRefit]
+    assert (stage_of(WriterRefit), WriterRefit.exact) == ("fold", False)
+
+
+@pytest.mark.parametrize("features", ["activations", "output"])
+@pytest.mark.parametrize("rows", ["rms", "plain"])
+@pytest.mark.parametrize("layers", ["all", "cut"])
+def test_a_cut_student_comes_nearer_to_its_teacher(
+    teacher: Model, samples: Samples, tmp_path: Path, features: str, rows: str, layers: str
+) -> None:
+    pair, weights = Pair(teacher, teacher), teacher.weights.cut(KEPT)
+    step = WriterRefit(features=features, rows=rows, layers=layers)  # type: ignore[arg-type]
+    made, notes = refit(step, weights, pair, samples, tmp_path / "runs")
+    assert "refused" not in notes
+    assert notes["validation KL before"] == pytest.approx(kl(weights, pair, samples, "validation"), rel=1e-4)
+    assert notes["validation KL after"] == pytest.approx(kl(made, pair, samples, "validation"), rel=1e-4)
+    assert notes["validation KL after"] < 0.6 * notes["validation KL before"]
+    assert kl(made, pair, samples, "heldout") < 0.6 * kl(weights, pair, samples, "heldout")
+    assert changed(weights, made) == {DOWN.format(i) for i in ([1, 2, 3] if layers == "all" else [1])}
+    assert all(0 <= card["step"] <= 1 and card["validation error"] <= 1 for card in notes["layers"].values())
+    assert (made.config, made.lineage) == (weights.config, weights.lineage)
+
+
+@pytest.mark.parametrize("after", [1.0, 1.5, float("nan")])
+def test_a_refit_that_does_not_lower_the_validation_kl_is_refused(
+    teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
+) -> None:
+    figures: Iterator[float] = iter([1.0, after])
+    monkeypatch.setattr(module, "_validation_kl", lambda *_: next(figures))
+    weights = teacher.weights.cut(KEPT)
+    made, notes = refit(WriterRefit(), weights, Pair(teacher, teacher), samples, tmp_path / "runs")
+    assert made is weights
+    assert "the weights are left as they were" in notes["refused"]
+
+
+def test_an_uncut_student_of_the_same_model_stays_as_good(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    pair = Pair(teacher, teacher)
+    made, notes = refit(WriterRefit(), teacher.weights, pair, samples, tmp_path / "runs")
+    assert (made is teacher.weights) is ("refused" in notes)
+    assert kl(made, pair, samples, "heldout") < 1e-6
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3])
+@pytest.mark.parametrize("rows", ["rms", "plain"])
+def test_a_planted_edit_of_one_writer_is_undone(tmp_path: Path, samples: Samples, layer: int, rows: str) -> None:
+    model, whole = idle_teacher(tmp_path)
+    pair, cut = Pair(model, model), whole.cut(KEPT)
+    assert kl(cut, pair, samples, "heldout") < 1e-9
+    noise = 0.1 * torch.randn(32, 48, generator=torch.Generator().manual_seed(layer))
+    student = cut.edit({DOWN.format(layer): cut[DOWN.format(layer)] + noise})
+    made, _ = refit(WriterRefit(ridge=SMALL, rows=rows), student, pair, samples, tmp_path / "runs")  # type: ignore[arg-type]
+    before, after = (kl(w, pair, samples, "heldout") for w in (student, made))
+    assert before > 1e-3
+    assert after < before / 10
+    torch.testing.assert_close(made[DOWN.format(layer)], cut[DOWN.format(layer)], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_planted_mix_of_the_mlp_output_is_undone(tmp_path: Path, samples: Samples, bias: bool) -> None:
+    model, whole = idle_teacher(tmp_path, mlp_bias=bias)
+    pair, cut = Pair(model, model), whole.cut(KEPT)
+    mix = torch.eye(32) + 0.15 * torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    writers = [DOWN.format(1), *([DOWN.format(1).replace("weight", "bias")] if bias else [])]
+    student = cut.edit({name: mix @ cut[name] for name in writers})
+    made, _ = refit(WriterRefit(features="output", ridge=SMALL, layers="cut"), student, pair, samples, tmp_path / "runs")
+    assert kl(made, pair, samples, "heldout") < kl(student, pair, samples, "heldout") / 10
+
+
+@pytest.mark.parametrize("side", ["fit and validation", "all texts"])
+def test_a_planted_edit_is_undone_through_an_aligner_and_a_change_of_basis(tmp_path: Path, samples: Samples, side: str) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=3)
+    twin, _ = rotated_twin(model, tmp_path / "twin", 4)
+    pair, out = Pair(model, twin), pico_out(tmp_path / "runs", "capture")
+    if side == "all texts":
+        bank = captured(pair, twin.weights, samples, out)
+    else:
+        bank = Residuals().capture(pair, twin.weights, samples, out, quiet)
+    maps = Procrustes(tie=1).align(bank, Maps(), pair, quiet)
+    noise = 0.1 * torch.randn(32, 48, generator=torch.Generator().manual_seed(2))
+    name = DOWN.format(1)
+    turned = twin.weights.edit({name: twin.weights[name] + noise}).fold({"residual": Rotation(random_rotation(32, 8))})
+    made = WriterRefit(ridge=SMALL).fold(turned, maps, bank, pair, samples, pico_out(tmp_path / "runs"), quiet)
+    before, after = (kl(w, pair, samples, "heldout") for w in (turned, made))
+    assert before > 1e-3
+    assert after < before / 10
+
+
+def test_targets_of_a_student_cut_after_the_capture_have_the_depth_of_their_layer(tmp_path: Path, samples: Samples) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=6)
+    twin, _ = rotated_twin(model, tmp_path / "twin", 4)
+    pair = Pair(model, twin)
+    bank = captured(pair, twin.weights, samples, pico_out(tmp_path / "runs"))
+    maps = Procrustes(tie=1).align(bank, Maps(), pair, quiet)
+    cut = twin.weights.cut(KEPT)
+    for boundary, depth in enumerate(cut.lineage.depths):
+        goal = module._targets(cut, maps, bank, pair, samples.layout, boundary)
+        torch.testing.assert_close(goal, bank.rows("student", depth), rtol=1e-3, atol=1e-3)
+
+
+def solved_bytes(root: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (root / "run" / "weights").rglob("layer_*.safetensors")}
+
+
+def test_the_same_refit_twice_gives_the_same_bytes(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    weights = teacher.weights.cut(KEPT)
+    one, two = (refit(WriterRefit(), weights, Pair(teacher, teacher), samples, tmp_path / name)[0] for name in ("one", "two"))
+    assert changed(one, two) == set()
+    assert solved_bytes(tmp_path / "one") == solved_bytes(tmp_path / "two")
+    assert sorted(int(name[6:11]) for name in solved_bytes(tmp_path / "one")) == [1, 2, 3]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let `most` layers be solved, then fail; return the list of layers that were."""
+    solved: list[int] = []
+    real = WriterRefit._solve
+
+    def solve(step: WriterRefit, walk: Walk, *rest: Any) -> Any:
+        if len(solved) == most:
+            raise KeyboardInterrupt
+        solved.append(walk.boundary)
+        return real(step, walk, *rest)
+
+    monkeypatch.setattr(WriterRefit, "_solve", solve)
+    return solved
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_killed_refit_goes_on_behind_its_last_committed_layer(
+    teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    pair, weights = Pair(teacher, teacher), teacher.weights.cut(KEPT)
+    bank = captured(pair, weights, samples, pico_out(tmp_path / "runs", "capture"))
+
+    def fold(root: Path) -> tuple[Weights, Out]:
+        out = pico_out(root)
+        return WriterRefit().fold(weights, Maps(), bank, pair, samples, out, quiet), out
+
+    whole, expected = fold(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, done)
+        if done == 3:
+            fold(tmp_path / "runs")
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                fold(tmp_path / "runs")
+    solved = stop_after(monkeypatch, 3)
+    resumed, out = fold(tmp_path / "runs")
+    assert solved == [1, 2, 3][done:]
+    assert changed(resumed, whole) == set()
+    assert solved_bytes(tmp_path / "runs") == solved_bytes(tmp_path / "whole")
+    assert out.notes["validation KL after"] == expected.notes["validation KL after"]
+    assert {name for name in out.used if "layer_" in name} == {name for name in expected.used if "layer_" in name}
+
+
+def test_different_bases_without_an_aligner_are_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    student = pico_model(tmp_path / "student", seed=1)
+    with pytest.raises(RecipeError, match=r"different bases; put an aligner \(procrustes\) before this step"):
+        refit(WriterRefit(), student.weights, Pair(teacher, student), samples, tmp_path / "runs")
