@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +13,12 @@ from rotdistill_procrustes import Procrustes, steps
 
 from rotdistill_core.bank import Bank
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.ledger import Out
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair
 from rotdistill_core.samples import Layout, Samples
 from rotdistill_core.step import stage_of
 from rotdistill_core.testing import captured, pico_model, pico_out, pico_samples, random_rotation, rotated_twin
-from rotdistill_core.weights import Weights
 
 Tie = Literal["all"] | int
 ties = pytest.mark.parametrize("tie", ["all", 1, 2])
@@ -37,8 +39,8 @@ def quiet(*_: object) -> None:
     """Take progress and say nothing."""
 
 
-def aligned(pair: Pair, samples: Samples, root: Path, tie: Tie = "all", weights: Weights | None = None) -> tuple[Maps, Bank]:
-    bank = captured(pair, weights or pair.student.weights, samples, pico_out(root))
+def aligned(pair: Pair, samples: Samples, root: Path, tie: Tie = "all") -> tuple[Maps, Bank]:
+    bank = captured(pair, pair.student.weights, samples, pico_out(root))
     return Procrustes(tie=tie).align(bank, Maps(), pair, quiet), bank
 
 
@@ -47,6 +49,15 @@ def matrices(maps: Maps, boundaries: int) -> list[torch.Tensor]:
     assert all(isinstance(rotation, Rotation) for rotation in found)
     assert len(maps) == len(maps.cards) == boundaries
     return [rotation.matrix for rotation in found if rotation]
+
+
+def planted(bank: Bank, out: Out, **sides: Sequence[torch.Tensor]) -> Bank:
+    """Return the bank with other rows in place of what was captured."""
+    shards = dict(bank.shards)
+    for side, states in sides.items():
+        paths = [out.tensors(f"planted/{side}/{b}.safetensors", {"rows": rows}) for b, rows in enumerate(states)]
+        shards[side] = tuple(path.relative_to(bank.root).as_posix() for path in paths)
+    return replace(bank, shards=shards)
 
 
 def test_it_is_an_aligner() -> None:
@@ -106,9 +117,7 @@ def test_a_student_inside_a_wider_stream_is_found_again(tmp_path: Path, model: M
     pair, out = Pair(teacher, model), pico_out(tmp_path / "runs")
     bank = captured(pair, model.weights, samples, out)
     inside = random_rotation(48, 2)[:32]
-    planted = [out.tensors(f"planted/{b}.safetensors", {"rows": bank.rows("student", b).double() @ inside}) for b in range(4)]
-    names = tuple(path.relative_to(bank.root).as_posix() for path in planted)
-    seen = Bank(bank.root, {**bank.shards, "teacher": names}, bank.layouts, bank.depths)
+    seen = planted(bank, out, teacher=[bank.rows("student", b).double() @ inside for b in range(4)])
     maps = Procrustes().align(seen, Maps(), pair, quiet)
     for R in matrices(maps, 4):
         torch.testing.assert_close(R, inside, rtol=0, atol=1e-6)
@@ -147,39 +156,38 @@ def test_fewer_rows_than_dimensions_still_give_an_orthogonal_map(tmp_path: Path,
 def test_directions_that_no_row_has_stay_where_they_are(tmp_path: Path, model: Model, samples: Samples) -> None:
     pair, out = Pair(model, model), pico_out(tmp_path / "runs")
     bank = captured(pair, model.weights, samples, out)
-    flat = []
-    for b in range(4):
-        rows = bank.rows("student", b).clone()
-        rows[:, 20:] = 0
-        flat.append(out.tensors(f"flat/{b}.safetensors", {"rows": rows}).relative_to(bank.root).as_posix())
-    seen = Bank(bank.root, {"student": tuple(flat), "teacher": tuple(flat)}, bank.layouts, bank.depths)
+    flat = [bank.rows("student", b).clone().index_fill_(1, torch.arange(20, 32), 0) for b in range(4)]
+    seen = planted(bank, out, student=flat, teacher=flat)
     for R in matrices(Procrustes().align(seen, Maps(), pair, quiet), 4):
         torch.testing.assert_close(R, EYE, rtol=0, atol=1e-9)
 
 
-def test_sinks_do_not_turn_the_map(tmp_path: Path, model: Model, samples: Samples) -> None:
+@pytest.mark.parametrize(("size", "at"), [(1e4, [0, 33]), (1e4, [34]), (1.0, [0])], ids=["sinks", "a sink", "position 0"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_sinks_and_the_first_position_do_not_turn_the_map(
+    tmp_path: Path, model: Model, samples: Samples, side: str, size: float, at: list[int]
+) -> None:
     twin, Q = rotated_twin(model, tmp_path / "twin", 4)
     pair, out = Pair(model, twin), pico_out(tmp_path / "runs")
     bank = captured(pair, twin.weights, samples, out)
-    moved: dict[str, tuple[str, ...]] = {}
-    for side, row in (("student", 3), ("teacher", 4)):
-        names = []
-        for b in range(4):
-            rows = bank.rows(side, b).clone()
-            rows[[0, row + 30]] = 1e4 * torch.randn(2, 32, generator=torch.Generator().manual_seed(row + b))
-            names.append(out.tensors(f"sinks/{side}{b}.safetensors", {"rows": rows}).relative_to(bank.root).as_posix())
-        moved[side] = tuple(names)
-    maps = Procrustes().align(Bank(bank.root, moved, bank.layouts, bank.depths), Maps(), pair, quiet)
+    states = [bank.rows(side, b).clone() for b in range(4)]
+    for b, rows in enumerate(states):
+        rows[at] = size * torch.randn(len(at), 32, generator=torch.Generator().manual_seed(b))
+    maps = Procrustes().align(planted(bank, out, **{side: states}), Maps(), pair, quiet)
     for R in matrices(maps, 4):
         torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
 
 
-def test_a_cut_student_is_aligned_with_the_depths_it_came_from(tmp_path: Path, samples: Samples) -> None:
-    teacher = pico_model(tmp_path / "model", num_hidden_layers=6)
-    twin, Q = rotated_twin(teacher, tmp_path / "twin", 4)
-    maps, bank = aligned(Pair(teacher, twin), samples, tmp_path / "runs", 1, twin.weights.cut([0, 1, 2, 5]))
-    assert bank.depths == (0, 1, 2, 5, 6)
-    for R in matrices(maps, 5)[:3]:
+@pytest.mark.parametrize("keep", [[0, 1, 2], [0, 2]])
+def test_boundaries_are_compared_at_the_same_relative_depth(tmp_path: Path, model: Model, samples: Samples, keep: list[int]) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=6)
+    pair, out = Pair(teacher, model), pico_out(tmp_path / "runs")
+    bank = captured(pair, model.weights.cut(keep), samples, out)
+    assert bank.depths == (*keep, 3)
+    turns = [random_rotation(32, depth) for depth in bank.depths]
+    states = [bank.rows("teacher", 2 * depth).double() @ Q for depth, Q in zip(bank.depths, turns, strict=True)]
+    maps = Procrustes(tie=1).align(planted(bank, out, student=states), Maps(), pair, quiet)
+    for R, Q in zip(matrices(maps, len(turns)), turns, strict=True):
         torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
 
 
