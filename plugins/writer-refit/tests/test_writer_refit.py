@@ -132,6 +132,34 @@ def test_a_planted_edit_of_one_writer_is_undone(tmp_path: Path, samples: Samples
     torch.testing.assert_close(made[DOWN.format(layer)], cut[DOWN.format(layer)], rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("writers", [("heads",), ("heads", "neurons")], ids=" ".join)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_planted_edit_of_the_attention_writer_is_undone(tmp_path: Path, samples: Samples, writers: tuple[str, ...], layer: int) -> None:
+    model, whole = idle_teacher(tmp_path)
+    pair, cut, name = Pair(model, model), whole.cut(KEPT), f"model.layers.{layer}.self_attn.o_proj.weight"
+    student = cut.edit({name: cut[name] + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(layer))})
+    # Heads come in front of the MLP, so the regression sees the MLP's answer to the edit as noise: less is undone in one pass.
+    made, _ = refit(WriterRefit(ridge=SMALL, writers=writers), student, pair, samples, tmp_path / "runs")  # type: ignore[arg-type]
+    before, after = (kl(w, pair, samples, "heldout") for w in (student, made))
+    assert before > 1e-3
+    assert after < 0.6 * before
+    parts = {"heads": "self_attn.o_proj", "neurons": "mlp.down_proj"}
+    assert {name.split(".", 3)[3] for name in changed(student, made)} == {f"{parts[w]}.weight" for w in writers}
+
+
+@pytest.mark.parametrize("writers", [("heads",), ("heads", "neurons")], ids=" ".join)
+def test_a_map_of_the_mlp_output_is_never_put_on_the_attention_writer(
+    teacher: Model, samples: Samples, tmp_path: Path, writers: tuple[str, ...]
+) -> None:
+    weights, step = teacher.weights.cut(KEPT), WriterRefit(features="output", writers=writers)  # type: ignore[arg-type]
+    try:
+        made, _ = refit(step, weights, Pair(teacher, teacher), samples, tmp_path / "runs")
+    except RecipeError as error:
+        assert "output" in str(error)
+    else:
+        assert not any("o_proj" in name for name in changed(weights, made))
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_a_planted_mix_of_the_mlp_output_is_undone(tmp_path: Path, samples: Samples, bias: bool) -> None:
     model, whole = idle_teacher(tmp_path, mlp_bias=bias)
