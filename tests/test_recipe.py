@@ -275,3 +275,8 @@ def test_loading_a_recipe_is_quick_and_imports_no_torch() -> None:
     command = [sys.executable, "-c", code, str(ROOT / "recipes" / "tour_guide.toml")]
     seconds = [float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2)]
     assert min(seconds) < 1.0
+
+
+def test_the_committed_schema_is_what_the_program_prints() -> None:
+    committed = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert committed == json.loads(json.dumps(recipe.schema()))
