@@ -47,27 +47,27 @@ def certify(before: Weights, after: Weights, back: Weights, layout: Layout, devi
     some = layout.select("validation", most=seed_texts)
     wide = _change(before, after, some, device, torch.float64)[0]
     narrow, kl = _change(before, after, some, device, torch.float32)
-    worst = 0.0
+    changes = [torch.zeros((), dtype=torch.float64)]
     for name in before.entries:
         if name not in back.entries:
             return Certificate(wide, narrow, kl, float("inf"), len(some.texts))
-        worst = max(worst, float((before[name].double() - back[name].double()).abs().max()))
-    if set(back.entries) != set(before.entries):
-        worst = float("inf")
+        changes.append((before[name].double() - back[name].double()).abs().max())
+    # torch's maximum keeps a NaN, Python's may lose it
+    worst = float(torch.stack(changes).max()) if set(back.entries) == set(before.entries) else float("inf")
     return Certificate(wide, narrow, kl, worst, len(some.texts))
 
 
 @torch.no_grad()
 def _change(before: Weights, after: Weights, layout: Layout, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     A, B = (_final(weights, layout, device, dtype) for weights in (before, after))
-    largest, kl = 0.0, 0.0
+    changes, kl = [], 0.0
     H, G = before.head().to(device, dtype), after.head().to(device, dtype)
     for k in range(0, len(A), 256):
         a, b = A[k : k + 256] @ H.T, B[k : k + 256] @ G.T
-        largest = max(largest, float((a - b).abs().max()))
+        changes.append((a - b).abs().max())
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
-    return largest, kl / len(A)
+    return float(torch.stack(changes).max()), kl / len(A)
 
 
 def _final(weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:

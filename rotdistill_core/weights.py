@@ -59,7 +59,7 @@ class Undo:
     def weak(self, gain: str) -> Tensor:
         """Return which columns those are: |gain| below `WEAK` of the largest."""
         g = (self.gains[gain] + self.offset).abs()
-        return (g < WEAK * g.max()).nonzero().flatten()
+        return (g <= WEAK * g.max()).nonzero().flatten()
 
 
 @dataclass(frozen=True)

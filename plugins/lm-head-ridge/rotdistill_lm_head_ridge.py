@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 JUDGED_ROWS, BLOCK = 1024, 128
+MARGIN = 1e-6
+"""Nats by which a fitted head must be better: less is rounding."""
 
 
 @step
@@ -72,6 +74,8 @@ class LmHeadRidge:
         H_t, H_s = pair.teacher.weights.head()[:tokens], weights.head()[:tokens]
         scores = self._scores(X[rows], T[rows], H_t.to(X), H_s.to(X), solved)
         best = min(scores, key=scores.__getitem__)
+        if scores[best] > scores[0.0, 0.0] - MARGIN:
+            best = (0.0, 0.0)
         out.notes |= {
             "validation KL by (ridge, blend)": {f"{r:g}, {b:g}": kl for (r, b), kl in scores.items()},
             "chosen (ridge, blend)": list(best), "validation KL before": scores[(0.0, 0.0)], "validation KL after": scores[best],

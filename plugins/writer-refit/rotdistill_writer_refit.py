@@ -8,6 +8,7 @@ With the MLP's output in place of A this is the map of Shopkhoev et al., Replace
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -53,12 +54,16 @@ class WriterRefit:
     @hookimpl
     def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.fold`."""
+        from rotdistill_core.errors import RecipeError
         from rotdistill_core.walk import Walk
         from rotdistill_core.weights import file_entries
 
+        if self.features == "output" and self.writers != ("neurons",):
+            raise RecipeError('writer-refit: features = "output" is a map of the MLP\'s output; writers must be ["neurons"].')
         layout = samples.layout.select("fit", "validation")
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
-        depths, made, cards = weights.lineage.depths, {}, {}
+        depths, cards = weights.lineage.depths, {}
+        made: dict[str, Tensor] = {}
         gaps = [i for i in range(weights.depth) if depths[i + 1] != depths[i] + 1]
         if pair.same and gaps and _follows(weights, maps, bank, pair, samples, gaps[0]):
             walk.boundary = gaps[0]
@@ -72,12 +77,13 @@ class WriterRefit:
                 name = weights.adapter.writers[site].replace("{i}", str(i))
                 file = f"weights/{out.step}/layer_{i:05d}_{site}.safetensors"
                 if saved := out.find(file):
-                    W = file_entries(saved)["weight"].read()
+                    solved = {key: entry.read() for key, entry in file_entries(saved).items()}
                 else:
-                    W, cards[f"{i} {site}"] = self._solve(walk, site, name, goal)
-                    out.tensors(file, {"weight": W})
-                made[name] = W
-                walk.replace(name, W)
+                    solved, cards[f"{i} {site}"] = self._solve(walk, site, name, goal)
+                    out.tensors(file, solved)
+                made |= solved
+                for key, tensor in solved.items():
+                    walk.replace(key, tensor)
             walk.run()
             progress(i + 1, weights.depth, f"refitted {' and '.join(self.writers)}")
         out.notes["layers"] = cards
@@ -90,8 +96,8 @@ class WriterRefit:
             return weights
         return refitted
 
-    def _solve(self, walk: Walk, site: str, name: str, goal: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return a new writer `[d, f]` of the open layer in the compute dtype, and what was chosen."""
+    def _solve(self, walk: Walk, site: str, name: str, goal: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return a new writer `[d, f]` of the open layer (and bias, if the MLP's output carries one), and what was chosen."""
         from rotdistill_core.moments import Moments, ridge
 
         f, d = walk.weights.entries[name].shape[::-1]
@@ -113,12 +119,15 @@ class WriterRefit:
             step = _best_step(validation, delta)
             best = min(best, (validation.error(step * delta), step, strength, delta), key=lambda b: b[0])
         error, step, strength, best_delta = best
-        W = walk.weights[name].to("cpu").double()
-        if best_delta is not None:
-            move = step * best_delta.T
-            W = W + (move if self.features == "activations" else move @ W)
+        new = {name: walk.weights[name].to("cpu").double()}
+        if best_delta is not None and self.features == "activations":
+            new[name] = new[name] + step * best_delta.T
+        elif best_delta is not None:
+            if (bias := f"{name.removesuffix('weight')}bias") in walk.weights.entries:
+                new[bias] = walk.weights[bias].to("cpu").double()
+            new = {key: tensor + step * best_delta.T @ tensor for key, tensor in new.items()}
         card = {"ridge": strength, "step": step, "validation error": error / validation.yy if validation.yy else 0.0}
-        return W.to(walk.dtype), card
+        return {key: tensor.to(walk.dtype) for key, tensor in new.items()}, card
 
     def _shortened(self, goal: Tensor) -> Tensor:
         """Return the targets with sinks cut to `SINK_RMS` medians."""
@@ -165,12 +174,14 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
     depth = lineage.depths[boundary]
     T = bank.rows("teacher", pair.teacher_depth(depth))[layout.rows_in(bank.layouts["teacher"])].double()
     if not pair.same:
-        rotation = maps.rotation(boundary)
+        captured = bank.depths.index(depth)
+        rotation = maps.rotation(captured)
         if rotation is None:
             raise RecipeError("writer-refit: teacher and student have different bases; put an aligner (procrustes) before this step.")
         T = T @ rotation.matrix.T.double() / rotation.scale
         own, side = torch.full((len(T),), torch.nan, dtype=torch.float64), bank.layouts["student"]
-        own[_positions(side, layout)] = bank.rows("student", boundary).double().norm(dim=-1)
+        both = replace(side, texts=tuple(text for text in side.texts if text in layout.texts))
+        own[both.rows_in(layout)] = bank.rows("student", captured).double().norm(dim=-1)[both.rows_in(side)]
         T = torch.where(own.isnan()[:, None], T, T * (own / T.norm(dim=-1).clamp_min(1e-12))[:, None])
     if lineage.basis is not None:
         T = T @ lineage.basis.to(T)
@@ -188,11 +199,6 @@ def _follows(weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samp
         walk.run()
     goal = _targets(weights, maps, bank, pair, walk.layout, boundary)
     return bool((walk.states - goal.to(walk.states)).norm() <= 1e-3 * goal.norm())
-
-
-def _positions(side: Layout, layout: Layout) -> Tensor:
-    """Return where the rows of `side` are in `layout`, which holds at least its texts."""
-    return side.rows_in(layout)
 
 
 def _validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, samples: Samples) -> float:

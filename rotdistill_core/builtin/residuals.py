@@ -29,7 +29,10 @@ class Residuals:
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
         """See `Specs.capture`."""
         from rotdistill_core.bank import Bank
+        from rotdistill_core.errors import RecipeError
 
+        if weights.lineage.basis is not None:
+            raise RecipeError("residuals: the student is in another basis already; put the capture before basis-fold.")
         full, some = samples.layout, samples.layout.select("fit", "validation", most=self.student_texts)
         teacher = pair.teacher
         shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
@@ -59,9 +62,8 @@ class Residuals:
         def keep(boundary: int) -> str:
             bad = (~torch.isfinite(walk.states)).any(-1).nonzero().flatten().tolist()
             if bad:
-                raise RotdistillError(
-                    f"{model.ref.model}: layer {boundary - 1}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}."
-                )
+                where = f"layer {boundary - 1}" if boundary else "the embeddings"
+                raise RotdistillError(f"{model.ref.model}: {where}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}.")
             if path := found[boundary]:
                 return str(path.relative_to(out.store.root).as_posix())
             return write_shard(out, side, boundary, walk.states, dtype, about)
