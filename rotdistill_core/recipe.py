@@ -138,8 +138,7 @@ class Loaded:
     def chain(self, variant: str) -> tuple[Placed, ...]:
         """Return the steps of a variant in file order: those that no variant names, and those that this one names."""
         toggles = {name for names in self.recipe.variants.values() for name in names}
-        mine = self.recipe.variants[variant]
-        return tuple(p for p in self.steps if p.id not in toggles or p.id in mine)
+        return tuple(p for p in self.steps if p.id not in toggles or p.id in self.recipe.variants[variant])
 
     def exact_chain(self) -> tuple[Placed, ...]:
         """Return the first variant's chain that has an exact fold, without its toggled transfers; empty when there is none."""
