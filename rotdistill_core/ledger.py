@@ -198,9 +198,9 @@ class Store:
         """Drop what is known of a path that has just been written again."""
         self._good = {k: v for k, v in self._good.items() if not k.startswith(f"{file.path}:")}
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        """Return the newest committed step record with this key whose files all hash true."""
-        for ledger in self.ledgers():
+    def find(self, key: str, only: Ledger | None = None) -> dict[str, Any] | None:
+        """Return the newest committed step record with this key whose files all hash true, from any run or from `only` one."""
+        for ledger in [only] if only else self.ledgers():
             for record in ledger.records[::-1]:
                 if record["kind"] == "step" and record["key"] == key:
                     if all(self.verify(File(**f)) for f in record["files"]):

@@ -240,7 +240,7 @@ class Run:
         """Write a variant as a plain Hugging Face folder, unless it is there and hashes true."""
         key = digest("checkpoint", name, state.key, str(dtype))
         folder = self.folder / "checkpoints" / name
-        if self.store.find(key) is None:
+        if self.store.find(key, self.ledger) is None:  # a run's checkpoints lie in its own folder, whoever else made the same
             out = Out(self.store, self.ledger, key)
             for path in tokenizer_files(self.pair.student.folder):
                 if path.suffix != ".safetensors":
