@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from rotdistill_core.models import load_tokenizer
 
 @torch.no_grad()
 def greedy(
-    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, batch: int = 40
+    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, batch: int = 64
 ) -> dict[str, list[int]]:
-    """Return the greedy continuation of each prompt, up to `most` tokens, ending with the end-of-turn token where it came."""
+    """Return the greedy continuation of each prompt, up to `most` tokens, ending with the end-of-turn token where it came.
+
+    What all prompts begin with (the system prompt) is computed once; shorter prompts are padded behind it.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -28,15 +32,33 @@ def greedy(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))
     model.generation_config = settings
+    shared = shared_start(list(prompts.values()))
+    start = (
+        model(torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device), use_cache=True).past_key_values
+        if shared
+        else None
+    )
     answers: dict[str, list[int]] = {}
     names = sorted(prompts, key=lambda name: len(prompts[name]))
     for k in range(0, len(names), batch):
         some = names[k : k + batch]
         longest = max(len(prompts[name]) for name in some)
-        ids = torch.tensor([[pad] * (longest - len(prompts[name])) + list(prompts[name]) for name in some], device=device)
-        mask = torch.tensor([[0] * (longest - len(prompts[name])) + [1] * len(prompts[name]) for name in some], device=device)
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
-        for name, tokens in zip(some, made, strict=True):
+        ids, mask = torch.full((len(some), longest), pad), torch.zeros(len(some), longest, dtype=torch.long)
+        for row, name in enumerate(some):
+            own = list(prompts[name])
+            ids[row, :shared], ids[row, longest - len(own) + shared :] = torch.tensor(own[:shared]), torch.tensor(own[shared:])
+            mask[row, :shared], mask[row, longest - len(own) + shared :] = 1, 1
+        past = copy.deepcopy(start)
+        if past is not None:
+            past.batch_repeat_interleave(len(some))
+        made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=past, generation_config=settings)
+        for name, tokens in zip(some, made[:, longest:].tolist(), strict=True):
             end = next((j for j, token in enumerate(tokens) if token in stops), None)
             answers[name] = tokens if end is None else tokens[: end + 1]
     return answers
+
+
+def shared_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many leading tokens all prompts share, leaving each at least one of its own."""
+    most = min(len(prompt) for prompt in prompts) - 1
+    return next((k for k in range(most) if len({prompt[k] for prompt in prompts}) > 1), most)

@@ -11,6 +11,8 @@ import hashlib
 import inspect
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,13 +167,8 @@ class Run:
         key = step_key(state.key, placed)
         record = None if self.fresh and (key not in {d.key for d in self.steps.values()}) else self.store.find(key)
         reused = record is not None
-        self.pm.hook.before_step(step_id=placed.id, variant=variant)
-        if record is None:
-            try:
-                record = self._execute(placed, state, samples, key)
-            except Exception as error:
-                self.pm.hook.step_failed(step_id=placed.id, variant=variant, error=error)
-                raise
+        with self._watched(placed, variant):
+            record = record or self._execute(placed, state, samples, key)
         seconds = float(record["seconds"])
         known = any(done.key == key for done in self.steps.values())
         self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
@@ -182,6 +179,16 @@ class Run:
         if placed.stage in ("align", "refine"):
             return replace(after, maps=restore_maps(info, self.store.root))
         return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))
+
+    @contextmanager
+    def _watched(self, placed: Placed, variant: str) -> Iterator[None]:
+        """Tell observers that a step begins, and when it fails."""
+        self.pm.hook.before_step(step_id=placed.id, variant=variant)
+        try:
+            yield
+        except Exception as error:
+            self.pm.hook.step_failed(step_id=placed.id, variant=variant, error=error)
+            raise
 
     def _execute(self, placed: Placed, state: State, samples: Samples, key: str) -> dict[str, Any]:
         out, started = Out(self.store, self.ledger, key, placed.id), time.monotonic()
@@ -258,15 +265,15 @@ class Run:
             raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
         key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
         record = None if self.fresh else self.store.find(key)
-        self.pm.hook.before_step(step_id=placed.id, variant=name)
         started, reused = time.monotonic(), record is not None
-        if record is None:
-            saved = self._saved(folder, state)
-            variant = Variant(name, saved, state.maps, round(state.seconds, 3))
-            given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "progress": self.progress}
-            rows = placed.step.evaluate(**{k: given[k] for k in inspect.signature(placed.step.evaluate).parameters})
-            out, info = Out(self.store, self.ledger, key), {"rows": [list(row) for row in rows]}
-            record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+        with self._watched(placed, name):
+            if record is None:
+                variant = Variant(name, self._saved(folder, state), state.maps, round(state.seconds, 3))
+                given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "progress": self.progress}
+                rows = placed.step.evaluate(**{k: given[k] for k in inspect.signature(placed.step.evaluate).parameters})
+                info = {"rows": [list(row) for row in rows]}
+                seconds, out = time.monotonic() - started, Out(self.store, self.ledger, key)
+                record = self._record(key, f"{placed.id} {name}", seconds, out, info, placed)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
         self.pm.hook.after_step(step_id=placed.id, variant=name, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]

@@ -168,9 +168,11 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     problems: list[str] = []
     blurbs = _table(base / ref.index, INDEX_COLUMNS, problems)
     heldout = _table(base / ref.heldout, HELDOUT_COLUMNS, problems)
-    style = base / ref.style
-    if not style.is_file():
-        problems.append(f"{style}: the system prompt is missing.")
+    style = ""
+    try:
+        style = (base / ref.style).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        problems.append(f"{base / ref.style}: the system prompt cannot be read: {error}.")
     ids, places = {row["id"] for row in blurbs}, {row["place"].casefold() for row in blurbs}
     for row in heldout:
         if row["id"] in ids:
@@ -188,7 +190,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
     if len({q.split for q in questions}) < 3:
         raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
-    return tuple(questions), style.read_text(encoding="utf-8").strip()
+    return tuple(questions), style
 
 
 def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict[str, str]]:

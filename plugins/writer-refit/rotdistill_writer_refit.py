@@ -8,6 +8,7 @@ With the MLP's output in place of A this is the map of Shopkhoev et al., Replace
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -75,12 +76,15 @@ class WriterRefit:
             goal = self._shortened(_targets(weights, maps, bank, pair, layout, i + 1))
             for site in self.writers:
                 name = weights.adapter.writers[site].replace("{i}", str(i))
-                file = f"weights/{out.step}/layer_{i:05d}_{site}.safetensors"
-                if saved := out.find(file):
+                file = f"weights/{out.step}/layer_{i:05d}_{site}"
+                saved, card = out.find(f"{file}.safetensors"), out.find(f"{file}.json")
+                if saved and card:
                     solved = {key: entry.read() for key, entry in file_entries(saved).items()}
+                    cards[f"{i} {site}"] = json.loads(card.read_text(encoding="utf-8"))
                 else:
                     solved, cards[f"{i} {site}"] = self._solve(walk, site, name, goal)
-                    out.tensors(file, solved)
+                    out.tensors(f"{file}.safetensors", solved)
+                    out.json(f"{file}.json", cards[f"{i} {site}"])
                 made |= solved
                 for key, tensor in solved.items():
                     walk.replace(key, tensor)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from rotdistill_core.api import Bank, Maps, Out, Pair, Weights
 
 
+ROWS = 4096
+"""Rows of each boundary that the principal frame is taken from."""
+
+
 @step
 class BasisFold:
     """Express the student in another basis of its residual stream. Norm gains are absorbed first, the head is untied.
@@ -57,12 +61,12 @@ def _principal(bank: Bank, pair: Pair, k: int) -> tuple[Tensor, float]:
 
     from rotdistill_core.bank import massive, normalised
 
-    layout = bank.layouts["teacher"]
-    fit = layout.split("fit")
+    fit = bank.layouts["teacher"].split("fit").nonzero().flatten()
+    some = fit[:: max(1, len(fit) // ROWS)]
     total = torch.zeros(pair.teacher.width, pair.teacher.width, dtype=torch.float64)
     for boundary in range(pair.teacher.depth + 1):
-        X = bank.rows("teacher", boundary)
-        X = normalised(X[fit & ~massive(X)])
+        X = bank.rows("teacher", boundary)[some]
+        X = normalised(X[~massive(X)])
         total += X.T @ X
     values, vectors = torch.linalg.eigh(total)
     E = vectors[:, -k:].flip(-1)

@@ -1,0 +1,141 @@
+"""Whole runs of pico recipes: what is shared between runs, what observers hear, what is left when a step fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core import pipeline, recipe
+from rotdistill_core.answers import shared_start
+from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.hookspecs import hookimpl
+from rotdistill_core.testing import pico_folder, pico_texts
+
+RECIPE = """
+name = "{name}"
+[teacher]
+model = "{model}"
+[student]
+model = "{model}"
+[samples]
+index = "texts/index.tsv"
+style = "texts/style.md"
+heldout = "texts/heldout.tsv"
+answer_tokens = 4
+[[step]]
+use = "chop"
+layers = 2
+[[step]]
+use = "residuals"
+[[step]]
+id = "refit"
+use = "writer-refit"
+[[step]]
+use = "toggles"
+[variants]
+base = []
+full = ["refit"]
+"""
+
+
+class Heard:
+    """Remembers what observers are told."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.failed: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Keep quiet."""
+
+    @hookimpl
+    def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
+        if not reused:
+            self.ran.append(f"{variant} {step_id}")
+
+    @hookimpl
+    def step_failed(self, step_id: str, variant: str, error: Exception) -> None:
+        self.failed.append(f"{variant} {step_id}: {error}")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    pico_texts(tmp_path / "texts")
+    pico_folder(tmp_path / "model", num_hidden_layers=3)
+    return tmp_path
+
+
+def written(work: Path, name: str) -> Path:
+    path = work / f"{name}.toml"
+    path.write_text(RECIPE.format(name=name, model=work / "model"), encoding="utf-8")
+    return path
+
+
+def run(work: Path, name: str, *sets: str) -> tuple[pipeline.Outcome, Heard]:
+    heard = Heard()
+    made = pipeline.Run(recipe.load(written(work, name), sets), work / "runs", heard, lambda *_: None)
+    try:
+        return made.go(), heard
+    except RotdistillError:
+        assert heard.failed
+        raise
+
+
+def test_a_second_recipe_shares_the_steps_and_writes_its_own_checkpoints(work: Path) -> None:
+    one, first = run(work, "one")
+    two, second = run(work, "two")
+    assert first.ran
+    assert second.ran == []
+    assert one.folder != two.folder
+    for name in ("base", "full"):
+        mine, theirs = two.folder / "checkpoints" / name, one.folder / "checkpoints" / name
+        assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        assert "# two:" in (mine / "README.md").read_text()
+    assert two.answers == one.answers
+
+
+def test_the_cards_of_a_refit_survive_a_kill(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(work, "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rotdistill_core.weights.Weights.store", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(work, "torn", "refit.ridge=[0.5]")
+    monkeypatch.undo()
+    torn, heard = run(work, "torn", "refit.ridge=[0.5]")
+    assert heard.ran == ["full refit", "full toggles"]
+    assert torn.steps["full", "refit"].notes["layers"].keys() == whole.steps["full", "refit"].notes["layers"].keys()
+
+
+def test_observers_hear_of_an_evaluator_that_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RotdistillError("no memory for it")
+
+    monkeypatch.setattr("rotdistill_toggles._in_teacher_frame", broken)
+    with pytest.raises(RotdistillError, match="no memory for it"):
+        run(work, "broken")
+
+
+def test_a_system_prompt_that_is_not_utf8_is_named(work: Path) -> None:
+    (work / "texts/style.md").write_bytes(b"caf\xe9")
+    with pytest.raises(RecipeError, match=r"style\.md: the system prompt cannot be read"):
+        pipeline.Run(recipe.load(written(work, "r")), work / "runs", Heard(), lambda *_: None)
+
+
+def test_results_of_a_run_name_every_variant(work: Path) -> None:
+    outcome, _ = run(work, "one")
+    assert {row.variant for row in outcome.rows} == {"base", "full"}
+    ledger = [json.loads(line) for line in (outcome.folder / "ledger.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in ledger if line["kind"] == "step"} >= {"chop", "residuals", "refit", "save full", "toggles base"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 4]], 1), ([[1, 2, 3]], 2), ([[5], [5, 6]], 0), ([[1, 2], [3, 4]], 0)],
+)
+def test_every_prompt_keeps_a_token_of_its_own(prompts: list[list[int]], shared: int) -> None:
+    assert shared_start(prompts) == shared
