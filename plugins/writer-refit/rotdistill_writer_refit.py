@@ -37,8 +37,9 @@ class WriterRefit:
     """Regress on MLP activations (f x d unknowns per layer) or on the MLP's output (d x d, the published form)."""
     writers: Annotated[tuple[Literal["heads", "neurons"], ...], Field(min_length=1)] = ("neurons",)
     """Which writers of a layer, in this order: `heads` is o_proj, `neurons` is down_proj (the one for `output` features)."""
-    rows: Literal["rms", "plain"] = "rms"
-    """Weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks; or count every row alike."""
+    rows: Literal["rms", "plain", "distinct"] = "rms"
+    """Weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks; or count every token of every text
+    alike (`plain`: the shared prompt as often as it is there; `distinct`: once)."""
     prompt: Annotated[float, Field(ge=0)] = 30.0
     """Weight of a row of the shared prompt, which stands there once and is attended to by every text."""
     sinks: Annotated[float, Field(ge=0)] = 1000.0
@@ -105,7 +106,7 @@ class WriterRefit:
         from rotdistill_core.moments import Moments, ridge
 
         f, d = walk.weights.entries[name].shape[::-1]
-        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal, walk.layout.prefix)
+        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal, walk.layout)
         width = f if self.features == "activations" else d
         fit, validation = Moments(width, d), Moments(width, d)
         seen: list[Tensor] = []
@@ -135,21 +136,23 @@ class WriterRefit:
 
     def _shortened(self, goal: Tensor) -> Tensor:
         """Return the targets with sinks cut to `SINK_RMS` medians."""
-        if self.rows == "plain":
+        if self.rows != "rms":
             return goal
         rms = goal.double().pow(2).mean(-1).sqrt()
         return goal * (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0).to(goal)[:, None]
 
-    def _row_weights(self, goal: Tensor, prompt: int) -> Tensor:
+    def _row_weights(self, goal: Tensor, layout: Layout) -> Tensor:
         """Return the weight of each row [rows]: 1/RMS², so that every reader's view counts alike; prompt and sinks counted up."""
         import torch
 
         from rotdistill_core.bank import massive
 
-        if self.rows == "plain":
-            return torch.ones(len(goal))
         factor = torch.ones(len(goal), dtype=torch.float64)
-        factor[:prompt] = self.prompt
+        if self.rows == "plain":
+            factor[: layout.prefix] = sum(text.split == "fit" for text in layout.texts)
+        if self.rows != "rms":
+            return factor.float()
+        factor[: layout.prefix] = self.prompt
         factor[massive(goal)] = self.sinks
         factor[0] = self.sinks
         return (factor / goal.double().pow(2).mean(-1).clamp_min(1e-12)).float()

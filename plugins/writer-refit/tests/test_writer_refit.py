@@ -80,7 +80,7 @@ def test_it_is_an_inexact_fold() -> None:
 
 
 @pytest.mark.parametrize("features", ["activations", "output"])
-@pytest.mark.parametrize("rows", ["rms", "plain"])
+@pytest.mark.parametrize("rows", ["rms", "plain", "distinct"])
 @pytest.mark.parametrize("layers", ["all", "cut"])
 def test_a_cut_student_comes_nearer_to_its_teacher(
     teacher: Model, samples: Samples, tmp_path: Path, features: str, rows: str, layers: str
@@ -96,6 +96,15 @@ def test_a_cut_student_comes_nearer_to_its_teacher(
     assert changed(weights, made) == {DOWN.format(i) for i in ([1, 2, 3] if layers == "all" else [1])}
     assert all(0 <= card["step"] <= 1 and card["validation error"] <= 1 for card in notes["layers"].values())
     assert (made.config, made.lineage) == (weights.config, weights.lineage)
+
+
+def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samples) -> None:
+    layout, goal = samples.layout.select("fit", "validation"), torch.ones(samples.layout.select("fit", "validation").rows, 4)
+    texts = sum(text.split == "fit" for text in layout.texts)
+    weight = {rows: WriterRefit(rows=rows)._row_weights(goal, layout) for rows in ("plain", "distinct")}  # type: ignore[arg-type]
+    assert (weight["distinct"] == 1).all()
+    assert (weight["plain"][: layout.prefix] == texts).all()
+    assert (weight["plain"][layout.prefix :] == 1).all()
 
 
 @pytest.mark.parametrize("after", [1.0, 1.5, float("nan")])
