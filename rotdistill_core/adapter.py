@@ -6,8 +6,8 @@ forward pass is subclassed, so transformers may change beneath a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rotdistill_core.errors import SetupError, nearest
@@ -28,17 +28,14 @@ class Param:
     tied: str | None = None
     """Name of the parameter whose values this one shares when the config ties them."""
     is_gain: bool = False
-    """It is a norm gain: elementwise on the stream, so it must be absorbed before a rotation."""
+    """It is a norm gain. Those that readers name are absorbed by them before a rotation, the others stay where they are."""
     optional: bool = False
     """It may be absent (biases that a config switches)."""
 
     def at(self, layer: int) -> Param:
         """Return this record with `{i}` filled in."""
-        return Param(
-            tuple(a.replace(LAYER, str(layer)) for a in self.axes),
-            self.gain.replace(LAYER, str(layer)) if self.gain else None,
-            self.tied, self.is_gain, self.optional,
-        )  # fmt: skip
+        axes = tuple(axis.replace(LAYER, str(layer)) for axis in self.axes)
+        return replace(self, axes=axes, gain=self.gain and self.gain.replace(LAYER, str(layer)))
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,10 @@ class Adapter:
     eps_key: str = "rms_norm_eps"
     gain_offset: float = 0.0
     """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""
+    softcap_key: str = ""
+    """Config key of c where the final logits are `c tanh(logits / c)`."""
+    defaults: Callable[[Config], Config] = lambda _: {}
+    """What the model's config class takes for keys that a config.json leaves out."""
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config key -> values under which the table does not hold."""
 
@@ -78,23 +79,20 @@ class Adapter:
 
     def expand(self, config: Config) -> dict[str, Param]:
         """Return every parameter name with its record."""
-        table: dict[str, Param] = {}
-        for name, param in self.params.items():
-            if LAYER in name:
-                table.update({name.replace(LAYER, str(i)): param.at(i) for i in range(self.depth(config))})
-            else:
-                table[name] = param
-        return table
+        return {n.replace(LAYER, str(i)): param.at(i) for n, param in self.params.items() for i in self._layers(n, config)}
 
     def sizes(self, config: Config) -> dict[str, int]:
         """Return every space with its size."""
-        sizes: dict[str, int] = {}
-        for space, size in self.dims(config).items():
-            if LAYER in space:
-                sizes.update({space.replace(LAYER, str(i)): size for i in range(self.depth(config))})
-            else:
-                sizes[space] = size
-        return sizes
+        return {s.replace(LAYER, str(i)): size for s, size in self.dims(config).items() for i in self._layers(s, config)}
+
+    def _layers(self, name: str, config: Config) -> Sequence[int]:
+        return range(self.depth(config)) if LAYER in name else (0,)
+
+    def gains(self, config: Config) -> tuple[list[str], list[str]]:
+        """Return the norm gains that readers absorb, and those that act on the stream with no reader behind them."""
+        table = self.expand(config)
+        absorbed = list(dict.fromkeys(param.gain for param in table.values() if param.gain))
+        return absorbed, [n for n, p in table.items() if p.is_gain and "residual" in p.axes and n not in absorbed]
 
     def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Compare a checkpoint's headers with the table: every tensor claimed once, every shape as declared.
@@ -124,14 +122,19 @@ def rope_decoder(
     model_types: tuple[str, ...],
     biases: tuple[str, ...] = (),
     optional_biases: tuple[str, ...] = (),
-    refuses: Mapping[str, tuple[Any, ...]] | None = None,
+    mlp_norm: str = "post_attention_layernorm",
+    head_norms: tuple[str, ...] = (),
+    output_norms: tuple[str, ...] = (),
+    **fields: Any,
 ) -> Adapter:
     """Return the table of a Llama-shaped decoder: RMSNorm, rotary attention with key/value groups, SwiGLU.
 
     `biases` and `optional_biases` name the projections (`q`, `o`, `down`, ...) that carry a bias, always or by config.
+    `mlp_norm` is the norm in front of the MLP, `head_norms` are norms inside attention whose one gain all heads share,
+    `output_norms` those on what attention and MLP write, in this order. `fields` are further fields of `Adapter`.
     """
-    attn, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    before, between = "model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight"
+    layer, attn, mlp = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    before, between = f"{layer}input_layernorm.weight", f"{layer}{mlp_norm}.weight"
     weights = {
         "q": (attn + "q_proj", ("q.{i}", "residual"), before), "k": (attn + "k_proj", ("kv.{i}", "residual"), before),
         "v": (attn + "v_proj", ("kv.{i}", "residual"), before), "o": (attn + "o_proj", ("residual", "q.{i}"), None),
@@ -144,14 +147,17 @@ def rope_decoder(
     for key in (*biases, *optional_biases):
         name, axes, _ = weights[key]
         params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases)
-    params |= {name: Param(("residual",), is_gain=True) for name in (before, between, "model.norm.weight")}
+    norms = (before, between, *(f"{layer}{norm}.weight" for norm in output_norms), "model.norm.weight")
+    params |= {name: Param(("residual",), is_gain=True) for name in norms}
+    params |= {f"{attn}{norm}.weight": Param(("head_dim.{i}",), is_gain=True) for norm in head_norms}
     params["lm_head.weight"] = Param(("vocab", "residual"), "model.norm.weight", tied="model.embed_tokens.weight")
     sites = {
-        "mid": Site("post_attention_layernorm", "input"), "neurons": Site("mlp.down_proj", "input"),
-        "mlp": Site("mlp.down_proj", "output"), "heads": Site("self_attn.o_proj", "input"),
+        "mid": Site(mlp_norm, "input"), "mlp": Site(output_norms[-1] if output_norms else "mlp.down_proj", "output"),
+        "neurons": Site("mlp.down_proj", "input"), "heads": Site("self_attn.o_proj", "input"),
     }  # fmt: skip
-    writers = {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
-    return Adapter(model_types, params, _dims, sites, writers, refuses=refuses or {})
+    # Behind a norm the stream is no linear function of neurons and heads, so nothing can be refitted to it.
+    writers = {} if output_norms else {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
+    return Adapter(model_types, params, _dims, sites, writers, **fields)
 
 
 def _dims(config: Config) -> Mapping[str, int]:
@@ -160,5 +166,5 @@ def _dims(config: Config) -> Mapping[str, int]:
     return {
         "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
         "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads * head_dim,
-        "kv.{i}": int(config.get("num_key_value_heads") or heads) * head_dim,
+        "kv.{i}": int(config.get("num_key_value_heads") or heads) * head_dim, "head_dim.{i}": head_dim,
     }  # fmt: skip
