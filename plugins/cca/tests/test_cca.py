@@ -148,6 +148,22 @@ def test_it_counts_what_is_shared_and_follows_it_under_loud_strangers(shared: in
     assert unshared.k <= 5
 
 
+def test_shared_pairs_are_those_of_the_generalised_eigenproblem() -> None:
+    """The student's canonical directions a are carried onto the patterns `C_t b` by which the teacher's variates show."""
+    S = rows("plain", 400, 8, 0)
+    T = S @ random_rotation(10, 1)[:8] + 0.3 * noise(400, 10, 2) * torch.linspace(1, 3, 10)
+    made = Cca(shrinkage=0.0, correlation=0.3).solve(sums(S, T), "here")
+    C_s, C_st, C_t = sums(S, T).centred()
+    values, a = scipy.linalg.eigh((C_st @ torch.linalg.solve(C_t, C_st.T)).numpy(), C_s.numpy())
+    torch.testing.assert_close(made.spectrum, torch.from_numpy(values[::-1].clip(0) ** 0.5), rtol=0, atol=1e-9)
+    assert 0 < made.k == int((values > 0.09).sum()) < 8
+    directions = torch.from_numpy(a[:, -made.k :].copy())
+    patterns = (directions.T @ C_st).T  # C_t b is C_ts a, up to length
+    bases = [torch.linalg.qr(X).Q for X in (directions, patterns)]
+    carried = torch.linalg.svdvals(bases[0].T @ made.R @ bases[1])
+    torch.testing.assert_close(carried, torch.ones(made.k, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
 def test_with_nothing_shared_it_is_procrustes() -> None:
     S = rows("shifted", 200, 8, 0)
     made = sums(S, S @ random_rotation(8, 1) + 0.3 * noise(200, 8, 2))
