@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import rotdistill_streams
+import scipy.linalg
 import torch
 from rotdistill_procrustes import Procrustes, steps
 
-from rotdistill_core.bank import Bank
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.bank import Bank, normalised
+from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.ledger import Out
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair
@@ -23,6 +27,11 @@ from rotdistill_core.testing import captured, pico_model, pico_out, pico_samples
 Tie = Literal["all"] | int
 ties = pytest.mark.parametrize("tie", ["all", 1, 2])
 EYE = torch.eye(32, dtype=torch.float64)
+MODES = {
+    "shrink": Procrustes(shrink=0.6), "zscore": Procrustes(whiten="zscore"), "full": Procrustes(whiten="full"),
+    "ridge": Procrustes(whiten="full", ridge=0.1), "all": Procrustes(whiten="full", ridge=0.01, shrink=0.6, tie=2),
+}  # fmt: skip
+modes = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture
@@ -199,3 +208,122 @@ def test_earlier_maps_are_kept(tmp_path: Path, model: Model, samples: Samples) -
     assert maps["neurons.0"] is earlier["neurons.0"]
     assert maps.cards[0]["note"] == 1
     assert (len(earlier), dict(earlier.cards)) == (1, {0: {"note": 1}})
+
+
+@modes
+def test_a_planted_rotation_is_found_again_whitened_or_not(tmp_path: Path, model: Model, samples: Samples, mode: str) -> None:
+    twin, Q = rotated_twin(model, tmp_path / "twin", 4)
+    pair = Pair(model, twin)
+    bank = captured(pair, twin.weights, samples, pico_out(tmp_path / "runs"))
+    maps = MODES[mode].align(bank, Maps(), pair, quiet)
+    for R in matrices(maps, 4):
+        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+    for card in maps.cards.values():
+        assert card["k"] == (19 if MODES[mode].shrink < 1 else 32)
+        assert card["centred_after"] == pytest.approx(1, abs=1e-9)
+        assert card["centred_shuffled"] < 0.5
+
+
+@modes
+def test_a_student_inside_a_wider_stream_is_found_again_whitened_or_not(tmp_path: Path, model: Model, samples: Samples, mode: str) -> None:
+    pair, out = Pair(pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3), model), pico_out(tmp_path / "runs")
+    bank = captured(pair, model.weights, samples, out)
+    inside = random_rotation(48, 2)[:32]
+    seen = planted(bank, out, teacher=[bank.rows("student", b).double() @ inside for b in range(4)])
+    for R in matrices(MODES[mode].align(seen, Maps(), pair, quiet), 4):
+        torch.testing.assert_close(R, inside, rtol=0, atol=1e-6)
+
+
+def test_the_card_has_every_figure_beside_its_nulls(tmp_path: Path, model: Model, samples: Samples) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3)
+    maps, bank = aligned(Pair(teacher, model), samples, tmp_path / "runs")
+    use = samples.layout.split("validation")
+    for boundary, card in maps.cards.items():
+        assert json.loads(json.dumps(card, allow_nan=False)) == card
+        for figure in ("cosine", "centred"):
+            assert {name.removeprefix(f"{figure}_") for name in card if name.startswith(figure)} == {
+                "before", "after", "shuffled", "random", "mean",
+            }  # fmt: skip
+        assert (card["aligner"], card["layer"], card["stage"], card["k"]) == ("procrustes", boundary, 0, 32)
+        assert card["singular_values"] == sorted(card["singular_values"], reverse=True)
+        assert sum(card["singular_values_shuffled"]) < sum(card["singular_values"])
+        assert card["gap_at_k"] == card["singular_values"][31] / card["singular_values"][0]
+        S, T = (normalised(bank.rows(side, boundary)[use]) for side in ("student", "teacher"))
+        R = maps.rotation(boundary)
+        assert R is not None
+        assert card["rows"] == int(use.sum())
+        assert card["cosine_after"] == pytest.approx(float(torch.cosine_similarity(S @ R.matrix, T).mean()))
+        assert card["centred_after"] == pytest.approx(float(torch.cosine_similarity((S - S.mean(0)) @ R.matrix, T - T.mean(0)).mean()))
+        assert abs(card["centred_random"]) < 0.2
+        fit = samples.layout.split("fit")
+        fit[0] = False
+        mean = normalised(bank.rows("teacher", boundary)[fit]).mean(0)
+        assert card["cosine_mean"] == pytest.approx(float(torch.cosine_similarity(mean[None], T).mean()))
+
+
+def test_the_rms_ratio_is_that_of_the_raw_streams(tmp_path: Path, model: Model, samples: Samples) -> None:
+    pair, out = Pair(model, model), pico_out(tmp_path / "runs")
+    bank = captured(pair, model.weights, samples, out)
+    louder = planted(bank, out, student=[3 * bank.rows("student", b) for b in range(4)])
+    cards = Procrustes().align(louder, Maps(), pair, quiet).cards.values()
+    assert all(card["rms_ratio"] == pytest.approx(3) and card["scale"] == pytest.approx(1) for card in cards)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_are_not_finite_stop_before_any_solve(
+    tmp_path: Path, model: Model, samples: Samples, side: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*_: object, **__: object) -> None:
+        raise AssertionError("LAPACK was called")
+
+    twin, _ = rotated_twin(model, tmp_path / "twin", 4)
+    pair, out = Pair(model, twin), pico_out(tmp_path / "runs")
+    bank = captured(pair, twin.weights, samples, out)
+    states = [bank.rows(side, b).clone() for b in range(4)]
+    states[1][40, 3], states[1][41, 2] = float("nan"), float("inf")
+    bad = planted(bank, out, **{side: states})
+    for name in ("svd", "eigh"):
+        monkeypatch.setattr(scipy.linalg, name, called)
+        monkeypatch.setattr(torch.linalg, name, called)
+    folder = (model if side == "teacher" else twin).ref.model
+    with pytest.raises(RotdistillError) as error:
+        MODES[mode].align(bad, Maps(), pair, quiet)
+    assert f"{side} {folder}, layer boundary 1, site residual: 2 of {states[1].numel()} values are NaN or Inf" in str(error.value)
+
+
+def test_chunks_do_not_change_the_answer(tmp_path: Path, model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), model)
+    maps, bank = aligned(pair, samples, tmp_path / "runs")
+    monkeypatch.setattr(rotdistill_streams, "CHUNK", 7)
+    again = Procrustes().align(bank, Maps(), pair, quiet)
+    torch.testing.assert_close(matrices(again, 4)[0], matrices(maps, 4)[0], rtol=0, atol=1e-10)
+    assert again.cards[2]["cosine_shuffled"] == pytest.approx(maps.cards[2]["cosine_shuffled"], abs=1e-9)
+
+
+def test_boundaries_are_read_one_at_a_time(tmp_path: Path, model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    rows = Bank.rows
+
+    def watched(bank: Bank, side: str, boundary: int) -> torch.Tensor:
+        alive.append(weakref.ref(read := rows(bank, side, boundary)))
+        assert sum(each() is not None for each in alive) <= 3
+        return read
+
+    monkeypatch.setattr(Bank, "rows", watched)
+    aligned(Pair(model, model), samples, tmp_path / "runs")
+    assert len(alive) == 16
+
+
+def test_a_split_without_rows_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:
+    for split, other in (("fit", "validation"), ("validation", "fit")):
+        some = Samples(Layout(samples.layout.select(other).texts, 0), (), "")
+        with pytest.raises(RecipeError, match=f"boundary 0 has no {split} rows"):
+            aligned(Pair(model, model), some, tmp_path / split)
+
+
+def test_a_ridge_that_would_do_nothing_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:
+    pair = Pair(model, model)
+    bank = captured(pair, model.weights, samples, pico_out(tmp_path / "runs"))
+    with pytest.raises(RecipeError, match="ridge is for the covariances"):
+        Procrustes(ridge=0.1).align(bank, Maps(), pair, quiet)
