@@ -6,9 +6,9 @@ forward pass is subclassed, so transformers may change beneath a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from rotdistill_core.errors import SetupError, nearest
 
@@ -31,14 +31,22 @@ class Param:
     """It is a norm gain: elementwise on the stream, so it must be absorbed before a rotation."""
     optional: bool = False
     """It may be absent (biases that a config switches)."""
+    gauge: str = ""
+    """The gauge that its axis outside the residual stream is free in; a `*` at the end marks what consumes the space."""
 
     def at(self, layer: int) -> Param:
         """Return this record with `{i}` filled in."""
-        return Param(
-            tuple(a.replace(LAYER, str(layer)) for a in self.axes),
-            self.gain.replace(LAYER, str(layer)) if self.gain else None,
-            self.tied, self.is_gain, self.optional,
-        )  # fmt: skip
+        axes = tuple(axis.replace(LAYER, str(layer)) for axis in self.axes)
+        gain, gauge = self.gain and self.gain.replace(LAYER, str(layer)), self.gauge.replace(LAYER, str(layer))
+        return replace(self, axes=axes, gain=gain, gauge=gauge)
+
+
+class HeadLayout(NamedTuple):
+    """How `q.{i}` and `kv.{i}` divide into heads; query heads `g query / groups ...` belong to key/value head g."""
+
+    query: int
+    groups: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class Adapter:
     sites: Mapping[str, Site]
     writers: Mapping[str, str]
     """Site -> the parameter that carries it into the residual stream."""
+    heads: Callable[[Config], HeadLayout]
+    """How attention divides into heads, from the config."""
     body: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
@@ -78,23 +88,14 @@ class Adapter:
 
     def expand(self, config: Config) -> dict[str, Param]:
         """Return every parameter name with its record."""
-        table: dict[str, Param] = {}
-        for name, param in self.params.items():
-            if LAYER in name:
-                table.update({name.replace(LAYER, str(i)): param.at(i) for i in range(self.depth(config))})
-            else:
-                table[name] = param
-        return table
+        return {n.replace(LAYER, str(i)): param.at(i) for n, param in self.params.items() for i in self._layers(n, config)}
 
     def sizes(self, config: Config) -> dict[str, int]:
         """Return every space with its size."""
-        sizes: dict[str, int] = {}
-        for space, size in self.dims(config).items():
-            if LAYER in space:
-                sizes.update({space.replace(LAYER, str(i)): size for i in range(self.depth(config))})
-            else:
-                sizes[space] = size
-        return sizes
+        return {s.replace(LAYER, str(i)): size for s, size in self.dims(config).items() for i in self._layers(s, config)}
+
+    def _layers(self, name: str, config: Config) -> Sequence[int]:
+        return range(self.depth(config)) if LAYER in name else (0,)
 
     def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Compare a checkpoint's headers with the table: every tensor claimed once, every shape as declared.
@@ -120,11 +121,17 @@ class Adapter:
             raise SetupError(f"{where}: the checkpoint does not fit the adapter for {'/'.join(self.model_types)}: {shown}.")
 
 
+GAUGES = {"q": "key.{i}*", "k": "key.{i}", "v": "value.{i}", "o": "value.{i}*", "up": "up.{i}", "down": "up.{i}*"}
+"""What is free inside a Llama-shaped layer, exactly: `value` any invertible matrix per key/value head, `key` one complex factor per
+key/value head and rotary pair (j, j + width / 2), `up` one factor per neuron."""
+
+
 def rope_decoder(
     model_types: tuple[str, ...],
     biases: tuple[str, ...] = (),
     optional_biases: tuple[str, ...] = (),
     refuses: Mapping[str, tuple[Any, ...]] | None = None,
+    gauges: Mapping[str, str] = GAUGES,
 ) -> Adapter:
     """Return the table of a Llama-shaped decoder: RMSNorm, rotary attention with key/value groups, SwiGLU.
 
@@ -140,10 +147,10 @@ def rope_decoder(
         "down": (mlp + "down_proj", ("residual", "neurons.{i}"), None),
     }  # fmt: skip
     params = {"model.embed_tokens.weight": Param(("vocab", "residual"))}
-    params |= {f"{name}.weight": Param(axes, gain) for name, axes, gain in weights.values()}
+    params |= {f"{name}.weight": Param(axes, gain, gauge=gauges.get(key, "")) for key, (name, axes, gain) in weights.items()}
     for key in (*biases, *optional_biases):
         name, axes, _ = weights[key]
-        params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases)
+        params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases, gauge=gauges.get(key, ""))
     params |= {name: Param(("residual",), is_gain=True) for name in (before, between, "model.norm.weight")}
     params["lm_head.weight"] = Param(("vocab", "residual"), "model.norm.weight", tied="model.embed_tokens.weight")
     sites = {
@@ -151,14 +158,19 @@ def rope_decoder(
         "mlp": Site("mlp.down_proj", "output"), "heads": Site("self_attn.o_proj", "input"),
     }  # fmt: skip
     writers = {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
-    return Adapter(model_types, params, _dims, sites, writers, refuses=refuses or {})
+    return Adapter(model_types, params, _dims, sites, writers, rope_heads, refuses=refuses or {})
+
+
+def rope_heads(config: Config) -> HeadLayout:
+    """Return the heads of a Llama-shaped config."""
+    query = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or config["hidden_size"] // query)
+    return HeadLayout(query, int(config.get("num_key_value_heads") or query), width)
 
 
 def _dims(config: Config) -> Mapping[str, int]:
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    heads = rope_heads(config)
     return {
         "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
-        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads * head_dim,
-        "kv.{i}": int(config.get("num_key_value_heads") or heads) * head_dim,
+        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads.query * heads.width, "kv.{i}": heads.groups * heads.width,
     }  # fmt: skip

@@ -51,11 +51,11 @@ class Specs:
         """
 
     @hookspec(firstresult=True)
-    def align(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
+    def align(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Add maps from the student's spaces to the teacher's. `maps` holds what earlier aligners found; do not change it."""
 
     @hookspec(firstresult=True)
-    def refine(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
+    def refine(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Improve maps that an earlier step found. Same contract as `align`."""
 
     @hookspec(firstresult=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotdistill_core.bank import Bank, write_shard
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Rotation
+from rotdistill_core.maps import Gauge, Map, Permutation, Rotation
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Layout, Samples, Text
@@ -106,6 +106,43 @@ def random_rotation(size: int, seed: int = 0) -> Tensor:
     noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     Q: Tensor = torch.linalg.qr(noise)[0]
     return Q
+
+
+def scramble(weights: Weights, seed: int = 0, invertible: bool = False) -> tuple[Weights, dict[str, Map]]:
+    """Return the same model in a random basis of everything that its table leaves free, and the maps that were planted.
+
+    One rotation of the stream; in every layer a permutation of key/value groups and of query heads inside them, a permutation of
+    neurons, value/output gauges (orthogonal, or any `invertible` ones), query/key gauges and signed up/down scales.
+    """
+    maker = torch.Generator().manual_seed(seed)
+    sizes, heads = weights.adapter.sizes(weights.config), weights.adapter.heads(weights.config)
+    free = {param.gauge.removesuffix("*") for param in weights.adapter.expand(weights.config).values()}
+    planted: dict[str, Map] = {"residual": Rotation(random_rotation(weights.width, seed))}
+    for i in range(weights.depth):
+        order = torch.randperm(heads.groups, generator=maker)
+        each = heads.query // heads.groups
+        inside = torch.stack([torch.randperm(each, generator=maker) for _ in order])
+        planted[f"q.{i}"] = Permutation((order[:, None] * each + inside).flatten()).blocks(heads.width)
+        planted[f"kv.{i}"] = Permutation(order).blocks(heads.width)
+        planted[f"neurons.{i}"] = Permutation(torch.randperm(sizes[f"neurons.{i}"], generator=maker))
+        noise = torch.randn(heads.groups, heads.width, heads.width, dtype=torch.float64, generator=maker)
+        factors = 2.0 * torch.randn(heads.groups, heads.width // 2, 2, dtype=torch.float64, generator=maker)
+        factors = factors / factors.norm(dim=-1, keepdim=True) * (0.5 + torch.rand(factors.shape[:2], generator=maker))[..., None]
+        scales = torch.randn(sizes[f"neurons.{i}"], dtype=torch.float64, generator=maker)
+        scales = scales.sign() * (0.5 + scales.abs())
+        eye = torch.eye(heads.width, dtype=torch.float64)
+        gauges = {
+            f"value.{i}": 0.3 * noise / heads.width**0.5 + eye if invertible else torch.linalg.qr(noise)[0],
+            f"key.{i}": rotary_blocks(torch.view_as_complex(factors)), f"up.{i}": scales[:, None, None],
+        }  # fmt: skip
+        planted |= {space: Gauge(blocks) for space, blocks in gauges.items() if space in free}
+    return weights.fold(planted), planted
+
+
+def rotary_blocks(factors: Tensor) -> Tensor:
+    """Return the matrices `[n, k, k]` that multiply rotary pairs (j, j + k / 2) by complex factors `[n, k / 2]`."""
+    a, b = torch.diag_embed(factors.real), torch.diag_embed(factors.imag)
+    return torch.cat([torch.cat([a, b], -1), torch.cat([-b, a], -1)], -2)
 
 
 def save_folder(weights: Weights, like: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
