@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def scramble(weights: Weights, seed: int = 0, invertible: bool = False) -> tuple
             f"key.{i}": rotary_blocks(torch.view_as_complex(factors)), f"up.{i}": scales[:, None, None],
         }  # fmt: skip
         planted |= {space: Gauge(blocks) for space, blocks in gauges.items() if space in free}
-    return weights.fold(planted), planted
+    return replace(weights.fold(planted), lineage=weights.lineage), planted  # a checkpoint like any other: nobody knows its basis
 
 
 def rotary_blocks(factors: Tensor) -> Tensor:
