@@ -28,7 +28,7 @@ class Param:
     tied: str | None = None
     """Name of the parameter whose values this one shares when the config ties them."""
     is_gain: bool = False
-    """It is a norm gain: elementwise on the stream, so it must be absorbed before a rotation."""
+    """It is a norm gain. Those that readers name are absorbed by them before a rotation, the others stay where they are."""
     optional: bool = False
     """It may be absent (biases that a config switches)."""
     gauge: str = ""
@@ -79,6 +79,10 @@ class Adapter:
     eps_key: str = "rms_norm_eps"
     gain_offset: float = 0.0
     """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""
+    softcap_key: str = ""
+    """Config key of c where the final logits are `c tanh(logits / c)`."""
+    defaults: Callable[[Config], Config] = lambda _: {}
+    """What the model's config class takes for keys that a config.json leaves out."""
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config key -> values under which the table does not hold."""
 
@@ -96,6 +100,12 @@ class Adapter:
 
     def _layers(self, name: str, config: Config) -> Sequence[int]:
         return range(self.depth(config)) if LAYER in name else (0,)
+
+    def gains(self, config: Config) -> tuple[list[str], list[str]]:
+        """Return the norm gains that readers absorb, and those that act on the stream with no reader behind them."""
+        table = self.expand(config)
+        absorbed = list(dict.fromkeys(param.gain for param in table.values() if param.gain))
+        return absorbed, [n for n, p in table.items() if p.is_gain and "residual" in p.axes and n not in absorbed]
 
     def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Compare a checkpoint's headers with the table: every tensor claimed once, every shape as declared.
@@ -130,15 +140,19 @@ def rope_decoder(
     model_types: tuple[str, ...],
     biases: tuple[str, ...] = (),
     optional_biases: tuple[str, ...] = (),
-    refuses: Mapping[str, tuple[Any, ...]] | None = None,
-    gauges: Mapping[str, str] = GAUGES,
+    mlp_norm: str = "post_attention_layernorm",
+    head_norms: tuple[str, ...] = (),
+    output_norms: tuple[str, ...] = (),
+    **fields: Any,
 ) -> Adapter:
     """Return the table of a Llama-shaped decoder: RMSNorm, rotary attention with key/value groups, SwiGLU.
 
     `biases` and `optional_biases` name the projections (`q`, `o`, `down`, ...) that carry a bias, always or by config.
+    `mlp_norm` is the norm in front of the MLP, `head_norms` are norms inside attention whose one gain all heads share,
+    `output_norms` those on what attention and MLP write, in this order. `fields` are further fields of `Adapter`.
     """
-    attn, mlp = "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    before, between = "model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight"
+    layer, attn, mlp = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
+    before, between = f"{layer}input_layernorm.weight", f"{layer}{mlp_norm}.weight"
     weights = {
         "q": (attn + "q_proj", ("q.{i}", "residual"), before), "k": (attn + "k_proj", ("kv.{i}", "residual"), before),
         "v": (attn + "v_proj", ("kv.{i}", "residual"), before), "o": (attn + "o_proj", ("residual", "q.{i}"), None),
@@ -146,19 +160,23 @@ def rope_decoder(
         "up": (mlp + "up_proj", ("neurons.{i}", "residual"), between),
         "down": (mlp + "down_proj", ("residual", "neurons.{i}"), None),
     }  # fmt: skip
+    gauges = {key: gauge for key, gauge in GAUGES.items() if not (head_norms and gauge.startswith("key"))}
     params = {"model.embed_tokens.weight": Param(("vocab", "residual"))}
     params |= {f"{name}.weight": Param(axes, gain, gauge=gauges.get(key, "")) for key, (name, axes, gain) in weights.items()}
     for key in (*biases, *optional_biases):
         name, axes, _ = weights[key]
         params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases, gauge=gauges.get(key, ""))
-    params |= {name: Param(("residual",), is_gain=True) for name in (before, between, "model.norm.weight")}
+    norms = (before, between, *(f"{layer}{norm}.weight" for norm in output_norms), "model.norm.weight")
+    params |= {name: Param(("residual",), is_gain=True) for name in norms}
+    params |= {f"{attn}{norm}.weight": Param(("head_dim.{i}",), is_gain=True) for norm in head_norms}
     params["lm_head.weight"] = Param(("vocab", "residual"), "model.norm.weight", tied="model.embed_tokens.weight")
     sites = {
-        "mid": Site("post_attention_layernorm", "input"), "neurons": Site("mlp.down_proj", "input"),
-        "mlp": Site("mlp.down_proj", "output"), "heads": Site("self_attn.o_proj", "input"),
+        "mid": Site(mlp_norm, "input"), "mlp": Site(output_norms[-1] if output_norms else "mlp.down_proj", "output"),
+        "neurons": Site("mlp.down_proj", "input"), "heads": Site("self_attn.o_proj", "input"),
     }  # fmt: skip
-    writers = {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
-    return Adapter(model_types, params, _dims, sites, writers, rope_heads, refuses=refuses or {})
+    # Behind a norm the stream is no linear function of neurons and heads, so nothing can be refitted to it.
+    writers = {} if output_norms else {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
+    return Adapter(model_types, params, _dims, sites, writers, rope_heads, **fields)
 
 
 def rope_heads(config: Config) -> HeadLayout:
@@ -173,4 +191,5 @@ def _dims(config: Config) -> Mapping[str, int]:
     return {
         "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
         "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads.query * heads.width, "kv.{i}": heads.groups * heads.width,
+        "head_dim.{i}": heads.width,
     }  # fmt: skip

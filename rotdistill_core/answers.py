@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,15 +34,14 @@ def greedy(
     settings = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))
     model.generation_config = settings
     shared = shared_start(list(prompts.values()))
-    start = (
-        model(torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device), use_cache=True).past_key_values
-        if shared
-        else None
-    )
+    first = torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device)
+    start = model(first, use_cache=True).past_key_values if shared else None
     answers: dict[str, list[int]] = {}
     names = sorted(prompts, key=lambda name: len(prompts[name]))
-    for k in range(0, len(names), batch):
-        some = names[k : k + batch]
+    # A sliding window counts padding as tokens, so with one only prompts of one length go together.
+    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    groups = [list(group) for _, group in groupby(names, lambda name: len(prompts[name]) if sliding else 0)]
+    for some in (group[k : k + batch] for group in groups for k in range(0, len(group), batch)):
         longest = max(len(prompts[name]) for name in some)
         ids, mask = torch.full((len(some), longest), pad), torch.zeros(len(some), longest, dtype=torch.long)
         for row, name in enumerate(some):

@@ -10,7 +10,7 @@ from torch import Tensor
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.recipe import Check
 from rotdistill_core.samples import Layout
-from rotdistill_core.walk import Walk, final_norm
+from rotdistill_core.walk import Walk, final_norm, head_logits
 from rotdistill_core.weights import Weights
 
 TEXTS = 2
@@ -47,13 +47,9 @@ def certify(before: Weights, after: Weights, back: Weights, layout: Layout, devi
     some = layout.select("validation", most=seed_texts)
     wide = _change(before, after, some, device, torch.float64)[0]
     narrow, kl = _change(before, after, some, device, torch.float32)
-    changes = [torch.zeros((), dtype=torch.float64)]
-    for name in before.entries:
-        if name not in back.entries:
-            return Certificate(wide, narrow, kl, float("inf"), len(some.texts))
-        changes.append((before[name].double() - back[name].double()).abs().max())
-    # torch's maximum keeps a NaN, Python's may lose it
-    worst = float(torch.stack(changes).max()) if set(back.entries) == set(before.entries) else float("inf")
+    worst = float("inf")
+    if set(back.entries) == set(before.entries):  # torch's maximum keeps a NaN, Python's may lose it
+        worst = float(torch.stack([(before[n].double() - back[n].double()).abs().max() for n in before.entries]).max())
     return Certificate(wide, narrow, kl, worst, len(some.texts))
 
 
@@ -63,7 +59,7 @@ def _change(before: Weights, after: Weights, layout: Layout, device: torch.devic
     changes, kl = [], 0.0
     H, G = before.head().to(device, dtype), after.head().to(device, dtype)
     for k in range(0, len(A), 256):
-        a, b = A[k : k + 256] @ H.T, B[k : k + 256] @ G.T
+        a, b = head_logits(before, A[k : k + 256], H), head_logits(after, B[k : k + 256], G)
         changes.append((a - b).abs().max())
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())

@@ -2,7 +2,6 @@
 
 Rows are activations, so a map acts as `X' = X Q`. A reader `W [out, in]` of that space becomes `W Q`, a writer `Qᵀ W`, a bias
 `b Q`: for an orthogonal Q all three contract the parameter's axis with Q, which is why one function folds any architecture.
-Only gauges need not be orthogonal; what reads their space contracts with the dual.
 """
 
 from __future__ import annotations
@@ -188,8 +187,7 @@ class Maps(Mapping[str, Map]):
 def carry(tensor: Tensor, axes: tuple[str, ...], maps: Mapping[str, Map], gauge: str = "", back: bool = False) -> Tensor:
     """Carry one parameter into the new bases of the spaces that its axes live in (float64 in, float64 out).
 
-    `gauge` is carried behind the space that is not the residual stream, by its dual where the name ends in `*`; `back` takes the
-    two in the other order, for maps that are inverses.
+    `gauge` follows the space that is not the residual stream, its dual where the name ends in `*`; `back` takes inverses in reverse.
     """
     for axis, space in enumerate(axes):
         chain = [space, gauge if space != "residual" else ""]

@@ -127,8 +127,8 @@ def open_model(ref: ModelRef, say: Say = lambda _: None) -> Model:
     """
     folder = locate(ref, say)
     config = read_config(folder)
-    model_type = str(config.get("model_type", ""))
-    adapter = adapter_for(model_type)
+    adapter = adapter_for(str(config.get("model_type", "")))
+    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
     adapter.check(config, {n: h.shape for n, h in folder_headers(folder).items()}, str(folder))
     return Model(ref, folder, config, adapter)
 

@@ -31,7 +31,8 @@ OFFERED_BY = {
         "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
     )
 } | {
-    "qwen2": "rotdistill-qwen2-adapter", "llama": "rotdistill-llama-adapter", ".gguf": "rotdistill-gguf", "package:": "rotdistill-gguf",
+    "llama": "rotdistill-llama-adapter", "qwen2": "rotdistill-qwen2-adapter", "qwen3": "rotdistill-qwen3-adapter",
+    "gemma3_text": "rotdistill-gemma3-adapter", ".gguf": "rotdistill-gguf", "package:": "rotdistill-gguf",
 }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class SamplesRef(Document):
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the blurbs on which options are chosen; split by id."""
     max_tokens: Annotated[int, Field(ge=16)] = 512
-    """Texts are cut after this many tokens."""
+    """Blurbs and own answers are cut after this many tokens; held-out answers never are."""
     answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     """Longest held-out answer that the teacher generates."""
     own_answers: Annotated[int, Field(ge=0, le=1024)] = 0

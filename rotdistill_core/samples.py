@@ -239,7 +239,7 @@ def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, l
             chat = [*conversation(style, q.question), {"role": "assistant", "content": q.answer}]
             whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
             answer = list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == prompt else _plain(tokenizer, q.answer)
-        tokens = tuple([*prompt, *answer][:max_tokens])
+        tokens = tuple([*prompt, *answer][: None if q.split == "heldout" else max_tokens])  # an option of the fit moves no score
         if len(tokens) <= len(prompt):
             raise SetupError(f"text {q.id}: its prompt alone has {len(prompt)} tokens; raise samples.max_tokens above {max_tokens}.")
         texts.append(Text(q.id, q.language, q.split, tokens, len(prompt)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rotdistill_core.adapter import Adapter
 from rotdistill_core.bank import Bank, write_shard
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.headers import folder_headers, read_config
 from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Gauge, Map, Permutation, Rotation
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Layout, Samples, Text
-from rotdistill_core.walk import Walk
+from rotdistill_core.walk import Walk, final_norm, head_logits
 from rotdistill_core.weights import Weights, open_folder
 
 PICO = {
@@ -112,32 +116,34 @@ def random_rotation(size: int, seed: int = 0) -> Tensor:
 def scramble(weights: Weights, seed: int = 0, invertible: bool = False) -> tuple[Weights, dict[str, Map]]:
     """Return the same model in a random basis of everything that its table leaves free, and the maps that were planted.
 
-    One rotation of the stream; in every layer a permutation of key/value groups and of query heads inside them, a permutation of
-    neurons, value/output gauges (orthogonal, or any `invertible` ones), query/key gauges and signed up/down scales.
+    One rotation of the stream (where nothing stands in its way); in every layer a permutation of key/value groups and of query
+    heads inside them, one of neurons, value/output gauges (orthogonal, or any `invertible` ones), query/key gauges and signed
+    up/down scales.
     """
-    maker = torch.Generator().manual_seed(seed)
-    sizes, heads = weights.adapter.sizes(weights.config), weights.adapter.heads(weights.config)
-    free = {param.gauge.removesuffix("*") for param in weights.adapter.expand(weights.config).values()}
-    planted: dict[str, Map] = {"residual": Rotation(random_rotation(weights.width, seed))}
-    for i in range(weights.depth):
-        order = torch.randperm(heads.groups, generator=maker)
-        each = heads.query // heads.groups
-        inside = torch.stack([torch.randperm(each, generator=maker) for _ in order])
-        planted[f"q.{i}"] = Permutation((order[:, None] * each + inside).flatten()).blocks(heads.width)
-        planted[f"kv.{i}"] = Permutation(order).blocks(heads.width)
-        planted[f"neurons.{i}"] = Permutation(torch.randperm(sizes[f"neurons.{i}"], generator=maker))
-        noise = torch.randn(heads.groups, heads.width, heads.width, dtype=torch.float64, generator=maker)
-        factors = 2.0 * torch.randn(heads.groups, heads.width // 2, 2, dtype=torch.float64, generator=maker)
-        factors = factors / factors.norm(dim=-1, keepdim=True) * (0.5 + torch.rand(factors.shape[:2], generator=maker))[..., None]
-        scales = torch.randn(sizes[f"neurons.{i}"], dtype=torch.float64, generator=maker)
-        scales = scales.sign() * (0.5 + scales.abs())
-        eye = torch.eye(heads.width, dtype=torch.float64)
-        gauges = {
-            f"value.{i}": 0.3 * noise / heads.width**0.5 + eye if invertible else torch.linalg.qr(noise)[0],
-            f"key.{i}": rotary_blocks(torch.view_as_complex(factors)), f"up.{i}": scales[:, None, None],
-        }  # fmt: skip
-        planted |= {space: Gauge(blocks) for space, blocks in gauges.items() if space in free}
+    planted = {space: found for maps in whole_permutations(weights, seed).values() for space, found in maps.items() if space != "residual"}
+    planted |= gauges(weights, seed, invertible)
+    if not weights.adapter.gains(weights.config)[1]:
+        planted["residual"] = Rotation(random_rotation(weights.width, seed))
     return replace(weights.fold(planted), lineage=weights.lineage), planted  # a checkpoint like any other: nobody knows its basis
+
+
+def gauges(weights: Weights, seed: int = 0, invertible: bool = False) -> dict[str, Map]:
+    """Return random gauges of every space that the table leaves free."""
+    maker = torch.Generator().manual_seed(seed)
+    sizes, (_, groups, width) = weights.adapter.sizes(weights.config), weights.adapter.heads(weights.config)
+    free = {param.gauge.removesuffix("*") for param in weights.adapter.expand(weights.config).values()}
+    found: dict[str, Map] = {}
+    for i in range(weights.depth):
+        noise = torch.randn(groups, width, width, dtype=torch.float64, generator=maker)
+        angles, lengths = torch.rand(2, groups, width // 2, dtype=torch.float64, generator=maker)
+        scales = torch.randn(sizes[f"neurons.{i}"], dtype=torch.float64, generator=maker)
+        blocks = {
+            "value": 0.3 * noise / width**0.5 + torch.eye(width) if invertible else torch.linalg.qr(noise)[0],
+            "key": rotary_blocks(torch.polar(0.5 + lengths, 2 * torch.pi * angles)),
+            "up": (scales.sign() * (0.5 + scales.abs()))[:, None, None],
+        }  # fmt: skip
+        found |= {f"{name}.{i}": Gauge(each) for name, each in blocks.items() if f"{name}.{i}" in free}
+    return found
 
 
 def rotary_blocks(factors: Tensor) -> Tensor:
@@ -169,10 +175,7 @@ def final_states(weights: Weights, layout: Layout, dtype: torch.dtype = torch.fl
 
 def logits(weights: Weights, layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return all logits `[rows, vocab]`."""
-    from rotdistill_core.walk import final_norm
-
-    normed: Tensor = final_norm(weights, final_states(weights, layout, dtype))
-    return normed @ weights.head().to(dtype).T
+    return head_logits(weights, final_norm(weights, final_states(weights, layout, dtype)), weights.head().to(dtype))
 
 
 def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[str, Path]:
@@ -200,3 +203,269 @@ def reopen(folder: Path, like: Weights) -> Weights:
     """Open a saved folder as a view with the same adapter."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return open_folder(folder, config, like.adapter)
+
+
+@torch.no_grad()
+def plain_transformers(adapter: Adapter, folder: Path, layout: Layout, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
+    """Return the stream at every boundary and the logits, row for row, as transformers computes them one text at a time.
+
+    Its norms drop to float32 whatever the dtype, so float64 agrees with a walk to about 1e-6.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    lost = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}
+    assert not lost, f"{folder}: transformers does not find its own tensors there: {lost}"
+    seen: list[Tensor] = []
+    norm = model.eval().get_submodule(adapter.norm.removesuffix(".weight"))
+    for module in (*model.get_submodule(adapter.layers), norm):
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    parts: list[list[Tensor]] = []
+    for k, text in enumerate(layout.texts):
+        seen.clear()
+        made = model(torch.tensor([text.tokens])).logits[0]
+        parts.append([rows[layout.prefix if k else 0 :] for rows in (*seen, made)])
+    *states, whole = (torch.cat(rows) for rows in zip(*parts, strict=True))
+    return states, whole
+
+
+# The checks of an adapter: each takes a table and a folder with a pico checkpoint, and says what is wrong with the table.
+
+EXACT, PLAIN = 1e-9, 1e-5
+
+
+def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, Layout]:
+    config = read_config(folder)
+    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+    return open_folder(folder, config, adapter), pico_samples(int(adapter.sizes(config)["vocab"]), texts=4).layout
+
+
+def _report(problems: Sequence[str]) -> None:
+    if problems:
+        raise AssertionError("the table is wrong:\n" + "\n".join(problems))
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    return float((one - two).abs().max())
+
+
+def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
+    """Compare every tensor of the checkpoint with the table, axis by axis."""
+    config, found, problems = read_config(folder), folder_headers(folder), []
+    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+    table, sizes = adapter.expand(config), adapter.sizes(config)
+    for name, header in found.items():
+        templates = [t for t in adapter.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)]
+        if len(templates) != 1 or name not in table:
+            problems.append(f"{name} is claimed {len(templates)} times: {templates}")
+        elif len(header.shape) != len(table[name].axes):
+            problems.append(f"{name} has {len(header.shape)} axes, declared are {list(table[name].axes)}")
+        else:
+            for axis, (size, space) in enumerate(zip(header.shape, table[name].axes, strict=True)):
+                if sizes.get(space) != size:
+                    like = [other for other, n in sizes.items() if n == size]
+                    problems.append(f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), it has {size} like {like}')
+    for name, param in table.items():
+        if name not in found and not param.optional and not (param.tied and config.get("tie_word_embeddings")):
+            problems.append(f"{name} is declared, the checkpoint does not have it")
+        if param.gain and not (param.gain in table and table[param.gain].is_gain):
+            problems.append(f"{name} absorbs {param.gain}, which is not declared as a gain")
+    _report(problems)
+
+
+def defaults_are_those_of_the_config_class(adapter: Adapter, folder: Path) -> None:
+    """Leave one key after the other out of config.json and compare what the table and transformers take instead."""
+    from transformers import AutoConfig
+
+    whole, problems = read_config(folder), []
+    for key in adapter.defaults(whole):
+        config = {k: v for k, v in whole.items() if k not in (key, "dtype")}
+        theirs, ours = getattr(AutoConfig.for_model(**config), key), adapter.defaults(config)[key]
+        if theirs != ours:
+            problems.append(f'defaults: "{key}" is {ours!r}, transformers takes {theirs!r}')
+    _report(problems)
+
+
+def the_walk_computes_what_transformers_computes(adapter: Adapter, folder: Path) -> None:
+    """Compare every boundary of the stream, and the logits, in float64."""
+    weights, layout = _opened(adapter, folder)
+    states, expected = plain_transformers(adapter, folder, layout)
+    other = replace(adapter, gain_offset=1.0 - adapter.gain_offset)
+    if _apart(logits(weights, layout), expected) > PLAIN >= _apart(logits(replace(weights, adapter=other), layout), expected):
+        _report([f"gain_offset is {adapter.gain_offset}, the norms of this model behave as with {other.gain_offset}"])
+    walk = Walk(weights, layout, torch.device("cpu"), torch.float64)
+    far = [_apart(walk.states, states[0])]
+    for i in walk:
+        walk.states = states[i].clone()
+        walk.run()
+        far.append(_apart(walk.states, states[i + 1]))
+    names = ["the embeddings", *(f"layer {i}" for i in range(weights.depth))]
+    problems = [f"the stream behind {n} differs from transformers by {x:.1e}" for n, x in zip(names, far, strict=True) if x > PLAIN]
+    made = head_logits(weights, final_norm(weights, states[-1]), weights.head().double())
+    if _apart(made, expected) > PLAIN:
+        problems.append(f"logits differ by {_apart(made, expected):.1e}: look at norm, head, eps_key, gain_offset and softcap_key")
+    _report(problems)
+
+
+def every_gain_is_absorbed_by_its_readers(adapter: Adapter, folder: Path) -> None:
+    """Fuse one norm gain after the other into the readers that name it; where that changes logits, find the reader to blame."""
+    weights, layout = _opened(adapter, folder)
+    weights, problems = weights.untie(), []
+    before, table = logits(weights, layout), adapter.expand(weights.config)
+    matrices = [
+        n for n, p in table.items() if n in weights.entries and len(p.axes) == 2 and p.axes[1] == "residual" and n != adapter.embedding
+    ]
+
+    def change(gain: str, readers: list[str]) -> float:
+        factor = weights.gain(gain)
+        fused = {name: weights[name].double() * factor for name in readers}
+        return _apart(logits(weights.edit({gain: torch.full_like(factor, 1.0 - adapter.gain_offset), **fused}), layout), before)
+
+    def layer_of(name: str) -> list[str]:
+        return re.findall(r"\.\d+\.", name)
+
+    missing, wrong = "reads behind {} and does not name it as its gain", "names {} as its gain and does not read behind it"
+    for gain in (n for n, p in table.items() if p.is_gain and p.axes == ("residual",)):
+        readers = [name for name in matrices if table[name].gain == gain]
+        if readers and change(gain, readers) <= EXACT:
+            continue
+        orphans = [name for name in matrices if table[name].gain is None and layer_of(name) == layer_of(gain)]
+        if orphans and change(gain, [*readers, *orphans]) <= EXACT:
+            problems += [f"{name}: axis 1 {missing.format(gain)}" for name in orphans]
+        elif readers:  # a norm on what a branch writes has none, and needs none
+            blamed = [n for n in matrices if change(gain, sorted({n} ^ set(readers))) <= EXACT]
+            problems += [f"{n}: axis 1 {(wrong if n in readers else missing).format(gain)}" for n in blamed]
+            problems += [] if blamed else [f"{gain} is not absorbed by the readers that name it: {readers}"]
+    _report(problems)
+
+
+def _blame(weights: Weights, maps: Mapping[str, Map], layout: Layout, wanted: Tensor) -> Iterator[str]:
+    """Yield the single axes of the table whose being carried or not explains that a fold changes the logits."""
+    table, sizes = weights.adapter.expand(weights.config), weights.adapter.sizes(weights.config)
+    for name, param in table.items():
+        for axis, space in enumerate(param.axes):
+            for other in ("none of them",) if space in maps else tuple(s for s in maps if sizes[s] == sizes[space]):
+                axes = (*param.axes[:axis], other, *param.axes[axis + 1 :])
+                changed = replace(weights.adapter, params={**table, name: replace(param, axes=axes)})
+                if name in weights.entries and _apart(logits(replace(weights, adapter=changed).fold(maps), layout), wanted) <= EXACT:
+                    yield f'{name}: axis {axis} is declared "{space}"; of {", ".join(maps)} it is {other}'
+
+
+def _compare_fold(weights: Weights, maps: Mapping[str, Map], layout: Layout, wanted: Tensor, what: str) -> list[str]:
+    change = _apart(logits(weights.fold(maps), layout), wanted)
+    if change <= EXACT:
+        return []
+    return list(_blame(weights, maps, layout, wanted)) or [f"{what} changes logits by {change:.1e}: an axis of {', '.join(maps)} is wrong"]
+
+
+def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path) -> None:
+    """Fold a random rotation: logits stay, or the table has norms behind writers and the fold says so."""
+    weights, layout = _opened(adapter, folder)
+    width = weights.width
+    if stuck := adapter.gains(weights.config)[1]:
+        try:
+            weights.fold({"residual": Rotation(random_rotation(width, 1))})
+        except RecipeError as told:
+            assert stuck[0] in str(told), told
+            return
+        raise AssertionError(f"{stuck[0]} has no reader behind it, yet the rotation was folded")
+    fused = logits(weights.fold({"residual": Rotation(torch.eye(width, dtype=torch.float64))}), layout)
+    _report(_compare_fold(weights, {"residual": Rotation(random_rotation(width, 1))}, layout, fused, "a rotation of the stream"))
+
+
+def whole_permutations(weights: Weights, seed: int = 3) -> dict[str, dict[str, Map]]:
+    """Return permutations that leave any model alone, by what they move: neurons and heads of each layer, channels of the stream."""
+    maker, sizes = torch.Generator().manual_seed(seed), weights.adapter.sizes(weights.config)
+
+    def shuffled(n: int) -> Tensor:
+        return torch.randperm(n, generator=maker)
+
+    moved: dict[str, dict[str, Map]] = {"channels of the stream": {"residual": Permutation(shuffled(sizes["residual"]))}}
+    for i in range(weights.depth):
+        moved[f"neurons of layer {i}"] = {f"neurons.{i}": Permutation(shuffled(sizes[f"neurons.{i}"]))}
+        heads, groups, width = weights.adapter.heads(weights.config)
+        order = shuffled(groups)
+        inside = torch.arange(heads).view(groups, -1)[order]  # a group's query heads follow it, in a new order
+        inside = torch.stack([some[shuffled(len(some))] for some in inside]).flatten()
+        moved[f"heads of layer {i}"] = {f"kv.{i}": Permutation(order).blocks(width), f"q.{i}": Permutation(inside).blocks(width)}
+    return moved
+
+
+def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
+    """Permute the neurons and the heads of each layer, and the channels of the stream: logits stay."""
+    weights, layout = _opened(adapter, folder)
+    before = logits(weights, layout)
+    _report(
+        [p for what, maps in whole_permutations(weights).items() for p in _compare_fold(weights, maps, layout, before, f"permuting {what}")]
+    )
+
+
+def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
+    """Put one random gauge after the other into the heads and neurons of each layer: logits stay."""
+    weights, layout = _opened(adapter, folder)
+    before = logits(weights, layout)
+    changes = {
+        space: _apart(logits(weights.fold({space: found}), layout), before) for space, found in gauges(weights, invertible=True).items()
+    }
+    _report([f'"{space}" is declared a gauge and changes logits by {x:.1e}' for space, x in changes.items() if x > EXACT])
+
+
+def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
+    """Fold everything that may be folded, and take it back."""
+    weights, _ = _opened(adapter, folder)
+    folded = scramble(weights)[0]
+    assert folded.undo is not None
+    back = folded.unfold(folded.undo)
+    problems = [f"{name} is there only before or only after" for name in set(weights.entries) ^ set(back.entries)]
+    for name in set(weights.entries) & set(back.entries):
+        change = _apart(weights[name].double(), back[name].double())
+        problems += [f"{name} comes back changed by {change:.1e}"] if change > 1e-12 else []
+    _report(problems)
+
+
+def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None:
+    """Save the folded model and compare what plain transformers computes from both folders."""
+    weights, layout = _opened(adapter, folder)
+    there = folder.with_name(f"{folder.name}-folded")
+    save_folder(scramble(weights)[0], folder, there, torch.float64)
+    _opened(adapter, there)
+    one, two = (plain_transformers(adapter, path, layout)[1] for path in (folder, there))
+    _report([f"a saved fold has other logits in transformers, by {_apart(one, two):.1e}"] if _apart(one, two) > PLAIN else [])
+
+
+def sites_are_found(adapter: Adapter, folder: Path) -> None:
+    """Observe every site: `mid` and `mlp` add up to the stream behind a layer, writers carry their sites into it."""
+    weights, layout = _opened(adapter, folder)
+    walk = Walk(weights, layout, torch.device("cpu"), torch.float64)
+    problems: list[str] = []
+    for i in walk:
+        lost = [s for s, site in adapter.sites.items() if site.module not in dict(walk.layer.named_modules())]
+        _report([f'site "{s}": a layer has no module "{adapter.sites[s].module}"' for s in lost])
+        seen: dict[str, Tensor] = {}
+
+        def note(site: str, rows: Tensor, X: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            seen.setdefault(site, torch.full((layout.rows, X.shape[1]), torch.nan, dtype=X.dtype))[rows] = X
+
+        start = walk.states.clone()
+        walk.run({site: lambda rows, X, site=site, note=note: note(site, rows, X) for site in adapter.sites})  # type: ignore[misc]
+        problems += [f'site "{s}" sees only some rows' for s, X in seen.items() if bool(X.isnan().any())]
+        if {"mid", "mlp"} <= seen.keys() and not _apart(seen["mid"] + seen["mlp"], walk.states) <= EXACT:
+            problems.append(f'sites "mid" and "mlp" do not add up to the stream behind layer {i}')
+        branches = {"attention": seen["mid"] - start, "the MLP": walk.states - seen["mid"]} if "mid" in seen else {}
+        for site, template in adapter.writers.items():
+            name = template.replace("{i}", str(i))
+            bias = f"{name.removesuffix('weight')}bias"
+            W, b = weights[name].double(), weights[bias].double() if bias in weights.entries else 0.0
+            if seen[site].shape[1] != W.shape[1]:
+                problems.append(f'site "{site}" is {seen[site].shape[1]} wide, its writer {name} reads {W.shape[1]}')
+            elif branches and not any(_apart(seen[site] @ W.T + b, X) <= EXACT for X in branches.values()):
+                problems.append(f'{name} does not carry the site "{site}" into what {" or ".join(branches)} adds to the stream')
+    _report(problems)
+
+
+ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
+    every_tensor_is_claimed_once, defaults_are_those_of_the_config_class, the_walk_computes_what_transformers_computes,
+    every_gain_is_absorbed_by_its_readers, a_rotation_of_the_stream_is_exact_or_refused, permutations_are_exact, gauges_are_exact,
+    unfolding_gives_the_weights_back, a_saved_fold_reloads_in_transformers, sites_are_found,
+)  # fmt: skip
+"""What every adapter must pass, on a pico checkpoint of each variant of its architecture: `check(adapter, folder)`."""

@@ -83,23 +83,20 @@ class Walk:
         return rows, mask
 
     def _embed(self) -> Tensor:
-        table = self.weights[self.weights.adapter.embedding]
+        name = self.weights.adapter.embedding
+        states = self.weights[name][self.layout.tokens].to(self.dtype)
         # The model's own scaling of embeddings (Gemma's sqrt(d)) is part of its embedding module.
-        module = self._model.get_submodule(self.weights.adapter.embedding.removesuffix(".weight"))
-        scale = getattr(module, "embed_scale", None)
-        states = table[self.layout.tokens].to(self.dtype)
-        return states * scale.to(states) if isinstance(scale, Tensor) else states
+        scale = getattr(self._model.get_submodule(name.removesuffix(".weight")), "embed_scale", torch.ones(()))
+        return states * scale.to(states)
 
     def _record(self) -> list[list[dict[str, Any]]]:
         """Run the body once with every layer replaced by a recorder; return the call arguments [batch][layer]."""
         from transformers import DynamicCache
 
         recorders = [_Recorder(layer) for layer in self._layers]
-        parent, _, leaf = self.weights.adapter.layers.rpartition(".")
-        setattr(self._model.get_submodule(parent), leaf, nn.ModuleList(recorders))
+        self._model.set_submodule(self.weights.adapter.layers, nn.ModuleList(recorders))
+        self._model.set_submodule(self.weights.adapter.norm.removesuffix(".weight"), nn.Identity())
         body = self._model.get_submodule(self.weights.adapter.body)
-        norm = self.weights.adapter.norm.removesuffix(".weight").rpartition(".")
-        setattr(self._model.get_submodule(norm[0]), norm[2], nn.Identity())
         calls = []
         for rows, _ in self._batches:
             past = int(rows[0, 0]) and self.layout.prefix
@@ -209,12 +206,19 @@ def _skeleton(weights: Weights, dtype: torch.dtype) -> nn.Module:
 def final_norm(weights: Weights, states: Tensor) -> Tensor:
     """Return states `[n, d]` after the final norm."""
     eps = float(weights.config[weights.adapter.eps_key])
-    gain = weights.gain(weights.adapter.norm).to(states)
     wide = states if states.dtype == torch.float64 else states.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(states.dtype) * gain
+    gain = weights.gain(weights.adapter.norm).to(wide)  # 1 + w, rounded to bfloat16, would be off by more than w is
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gain).to(states.dtype)
+
+
+def head_logits(weights: Weights, states: Tensor, head: Tensor) -> Tensor:
+    """Return the logits of states `[n, d]` behind the final norm, with a head `[tokens, d]`; capped where the model caps them."""
+    made = states @ head.T
+    cap = weights.config.get(weights.adapter.softcap_key)
+    return made if cap is None else cap * (made / cap).tanh()
 
 
 def log_probabilities(weights: Weights, states: Tensor, head: Tensor | None = None, tokens: int | None = None) -> Tensor:
     """Return `log softmax` of the logits of raw final states `[n, d]` over the first `tokens` rows of the head."""
     H = (weights.head() if head is None else head)[:tokens].to(states)
-    return (final_norm(weights, states) @ H.T).log_softmax(-1)
+    return head_logits(weights, final_norm(weights, states), H).log_softmax(-1)

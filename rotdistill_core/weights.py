@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rotdistill_core.adapter import Adapter, Param
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.ledger import Out, json_blocks, tensor_blocks
-from rotdistill_core.maps import Map, Rotation, carry
+from rotdistill_core.maps import Map, Permutation, carry
 
 SHARD_BYTES = 4 << 30
 WEAK = 3e-3
@@ -122,12 +122,11 @@ class Weights:
 
     def cut(self, keep: list[int]) -> Weights:
         """Return a view with only the layers `keep`, renumbered."""
-        old = self.adapter.expand(self.config)
         config = {**self.config, self.adapter.depth_key: len(keep)}
         if isinstance(config.get("layer_types"), list):
             config["layer_types"] = [config["layer_types"][k] for k in keep]
-        entries = {name: self.entries[name] for name in old if name in self.entries and name in self.adapter.params}
-        for template in (t for t in self.adapter.params if "{i}" in t):
+        entries: dict[str, Entry] = {}
+        for template in self.adapter.params:
             for new, k in enumerate(keep):
                 if (name := template.replace("{i}", str(k))) in self.entries:
                     entries[template.replace("{i}", str(new))] = self.entries[name]
@@ -139,21 +138,35 @@ class Weights:
         `RMSNorm(x Q) = RMSNorm(x) Q` holds only for gain 1; absorbing the final gain unties the head.
 
         Logits do not change. (Ashkboos et al., SliceGPT, arXiv:2401.15024, computational invariance.)
+        A stream that norms write to cannot be rotated: that is a RecipeError.
         """
-        whole = self.untie() if "residual" in maps else self
+        gains = self._absorbed(maps)
+        whole = self.untie() if gains else self
         fused: dict[str, Entry] = {}
         for name, param in self.adapter.expand(self.config).items():
             if name in whole.entries:
                 entry = whole.entries[name]
-                fused[name] = Entry(entry.shape, torch.float64, _folded(whole, name, param, maps, "residual" in maps))
+                fused[name] = Entry(entry.shape, torch.float64, _folded(whole, name, param, maps, gains))
         basis = self.lineage.basis
-        if isinstance(Q := maps.get("residual"), Rotation):
-            basis = Q.matrix if basis is None else basis @ Q.matrix
-        undo = self._undo(maps)
-        return replace(whole.edit(fused), lineage=replace(self.lineage, basis=basis), undo=undo)
+        if "residual" in maps:
+            basis = maps["residual"].along(torch.eye(self.width, dtype=torch.float64) if basis is None else basis, 1)
+        return replace(whole.edit(fused), lineage=replace(self.lineage, basis=basis), undo=self._undo(maps, gains))
 
-    def _undo(self, maps: Mapping[str, Map]) -> Undo:
-        undo = Undo(maps, self.gains() if "residual" in maps else {}, self.tied, self.adapter.gain_offset, {})
+    def _absorbed(self, maps: Mapping[str, Map]) -> list[str]:
+        """Return the gains that readers have to absorb: permutations of the stream commute with gains, rotations do not."""
+        if "residual" not in maps or isinstance(maps["residual"], Permutation):
+            return []
+        absorbed, stuck = self.adapter.gains(self.config)
+        if stuck:
+            raise RecipeError(
+                f"the residual stream of a {self.config['model_type']} model cannot be rotated: {len(stuck)} norm gains, the first is "
+                f"{stuck[0]}, act on what attention and MLP write. No reader stands behind them that could absorb them, and only "
+                "permutations commute with them. Leave out the step that rotates; neurons, heads and channels can be permuted."
+            )
+        return absorbed
+
+    def _undo(self, maps: Mapping[str, Map], gains: list[str]) -> Undo:
+        undo = Undo(maps, {name: self[name].double() for name in gains}, self.tied, self.adapter.gain_offset, {})
         columns = {
             name: self[name][:, weak].clone()
             for name, param in self.adapter.expand(self.config).items()
@@ -169,14 +182,10 @@ class Weights:
             if name in self.entries and not (undo.tied and name == self.adapter.head):
                 plain[name] = Entry(self.entries[name].shape, torch.float64, _unfolded(self, name, param, back, undo))
         basis = self.lineage.basis
-        if basis is not None and isinstance(Q := back.get("residual"), Rotation):
-            basis = basis @ Q.matrix
+        if basis is not None and "residual" in back:
+            basis = back["residual"].along(basis, 1)
         config = {**self.config, "tie_word_embeddings": undo.tied}
         return Weights(config, self.adapter, plain, replace(self.lineage, basis=basis))
-
-    def gains(self) -> dict[str, Tensor]:
-        """Return every norm weight, in float64: what `unfold` needs."""
-        return {n: self[n].double() for n, p in self.adapter.expand(self.config).items() if p.is_gain}
 
     def save(self, write: Callable[[str, Any], object], dtype: torch.dtype) -> None:
         """Write a plain Hugging Face checkpoint through `write(file name, blocks)`: weights, index, config, in that order."""
@@ -205,11 +214,8 @@ class Weights:
         changed = {n: (e.shape, dtype, e.read) for n, e in self.entries.items() if e.stored is None}
         name = f"weights/{out.step}/changed.safetensors"
         path = out.find(name) or out.write(name, tensor_blocks(changed))
-        where: dict[str, list[str]] = {n: [_under(path, out.store.root), n] for n in changed}
-        for name, entry in self.entries.items():
-            if entry.stored is not None:
-                file, key = entry.stored
-                where[name] = [_under(file, out.store.root), key]
+        where = {n: [_under(path, out.store.root), n] for n in changed}
+        where |= {n: [_under(e.stored[0], out.store.root), e.stored[1]] for n, e in self.entries.items() if e.stored}
         basis = None
         if self.lineage.basis is not None:
             name = f"weights/{out.step}/basis.safetensors"
@@ -256,20 +262,17 @@ def open_folder(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> We
     entries: dict[str, Entry] = {}
     for path in sorted({h.file for h in headers.values()}):
         entries.update(file_entries(path))
-    tied = bool(config.get("tie_word_embeddings", False))
-    if tied:  # some folders carry the tied head a second time; transformers ignores it, and so do we
+    if config.get("tie_word_embeddings"):  # some folders carry the tied head a second time; transformers ignores it, and so do we
         entries.pop(adapter.head, None)
-    elif adapter.head not in entries:
-        raise SetupError(f"{folder}: {adapter.head} is missing and the config does not tie it to the embedding.")
     return Weights(dict(config), adapter, entries, Lineage(tuple(range(adapter.depth(config) + 1))))
 
 
-def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], fuse: bool) -> Callable[[], Tensor]:
+def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], gains: list[str]) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        if param.is_gain and fuse:
+        if name in gains:
             return torch.full(whole.entries[name].shape, 1.0 - whole.adapter.gain_offset, dtype=torch.float64)
         tensor = whole[name].double()
-        if param.gain and fuse:
+        if param.gain in gains:
             tensor = tensor * whole.gain(param.gain)
         return carry(tensor, param.axes, maps, param.gauge)
 
@@ -278,7 +281,7 @@ def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], fu
 
 def _unfolded(folded: Weights, name: str, param: Param, back: Mapping[str, Map], undo: Undo) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        if param.is_gain and name in undo.gains:
+        if name in undo.gains:
             return undo.gains[name]
         tensor = carry(folded[name].double(), param.axes, back, param.gauge, back=True)
         if not param.gain or param.gain not in undo.gains:

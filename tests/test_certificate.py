@@ -121,3 +121,10 @@ def test_a_way_back_to_nan_fails(before: Weights, layout: Layout) -> None:
     broken = back.edit({name: torch.full((32, 48), torch.nan, dtype=torch.float64)})
     with pytest.raises(CheckFailed):
         certify(before, after, broken, layout, CPU).enforce(Check(), "step")
+
+
+def test_the_logits_of_a_certificate_are_capped_where_the_model_caps_them(tmp_path: Path, layout: Layout) -> None:
+    capped = pico_model(tmp_path / "model", "gemma3_text", head_dim=8, final_logit_softcapping=0.5).weights
+    name = capped.adapter.norm
+    turned = capped.edit({name: -2.0 - capped[name]})  # the gain is 1 + w, so every logit changes its sign
+    assert 0.9 < certify(capped, turned, turned, layout, CPU).logits_float64 <= 1.0

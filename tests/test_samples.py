@@ -14,6 +14,7 @@ import torch
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe import SamplesRef
 from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Layout, Question, Text, read_questions, tokenize
+from rotdistill_core.testing import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "DEVANAGARI", "CJK", "HIRAGANA", "KATAKANA", "HANGUL")
@@ -273,3 +274,11 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     plain.chat_template = ""
     with pytest.raises(SetupError, match="letters: the tokenizer has no chat template"):
         tokenize(plain, ASKED, {"q": [1]}, "Be brief.", 500)
+
+
+def test_held_out_answers_are_never_cut() -> None:
+    questions = [Question("a", "en", "fit", "w1", "w2 " * 40), Question("h", "en", "heldout", "w3", None)]
+    made = tokenize(pico_tokenizer(64), questions, {"h": [7] * 40}, "w4", 20)
+    lengths = {text.id: len(text.tokens) for text in made.layout.texts}
+    assert lengths["a"] == 20
+    assert lengths["h"] > 40

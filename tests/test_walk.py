@@ -11,12 +11,18 @@ from torch import Tensor
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.models import Model
 from rotdistill_core.samples import Layout
-from rotdistill_core.testing import final_states, pico_model, pico_samples
-from rotdistill_core.walk import Walk, final_norm, log_probabilities
+from rotdistill_core.testing import final_states, pico_model, pico_samples, plain_transformers
+from rotdistill_core.walk import Walk, final_norm, head_logits, log_probabilities
 from rotdistill_core.weights import Weights
 
 CPU = torch.device("cpu")
 SITES = {"mid": 32, "neurons": 48, "mlp": 32, "heads": 32}
+KINDS: dict[str, dict[str, object]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8},
+    "gemma3_text": {
+        "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9, "final_logit_softcapping": 5.0,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -33,28 +39,9 @@ def walk_of(weights: Weights, layout: Layout, dtype: torch.dtype = torch.float32
     return Walk(weights, layout, CPU, dtype, budget)
 
 
-@torch.no_grad()
-def plain(folder: Path, layout: Layout) -> tuple[list[Tensor], Tensor]:
-    """Return the stream at every boundary and the logits of plain transformers, row for row, one text at a time."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    seen: list[Tensor] = []
-    for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    boundaries = len(model.model.layers) + 1
-    states = [torch.full((layout.rows, model.config.hidden_size), torch.nan) for _ in range(boundaries)]
-    logits = torch.full((layout.rows, model.config.vocab_size), torch.nan)
-    for k, text in enumerate(layout.texts):
-        seen.clear()
-        made = model(torch.tensor([text.tokens])).logits[0]
-        own = slice(layout.starts[k], layout.starts[k + 1])
-        for boundary in range(boundaries):
-            states[boundary][: layout.prefix] = seen[boundary][: layout.prefix]
-            states[boundary][own] = seen[boundary][layout.prefix :]
-        logits[: layout.prefix], logits[own] = made[: layout.prefix], made[layout.prefix :]
-    return states, logits
+def plain(model: Model, layout: Layout) -> tuple[list[Tensor], Tensor]:
+    """Return the stream at every boundary and the logits of plain transformers in float32."""
+    return plain_transformers(model.adapter, model.folder, layout, torch.float32)
 
 
 def assert_near(made: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -62,20 +49,20 @@ def assert_near(made: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None
     torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("prefix", [0, 6])
 def test_the_walk_computes_what_plain_transformers_computes(tmp_path: Path, model_type: str, tied: bool, prefix: int) -> None:
-    model = pico_model(tmp_path / "model", model_type, tie_word_embeddings=tied)
+    model = pico_model(tmp_path / "model", model_type, tie_word_embeddings=tied, **KINDS[model_type])
     layout = pico_samples(texts=12, prefix=prefix).layout
-    states, logits = plain(model.folder, layout)
+    states, logits = plain(model, layout)
     walk = walk_of(model.weights, layout)
     assert model.weights.tied is tied
     assert_near(walk.states, states[0])
     for i in walk:
         walk.run()
         assert_near(walk.states, states[i + 1])
-    assert_near(final_norm(model.weights, walk.states) @ model.weights.head().T, logits)
+    assert_near(head_logits(model.weights, final_norm(model.weights, walk.states), model.weights.head()), logits)
     assert_near(log_probabilities(model.weights, walk.states), logits.log_softmax(-1))
 
 
@@ -108,12 +95,12 @@ def test_the_shared_prefix_gives_what_every_text_alone_gives(llama: Model, layou
 def test_float64_agrees_with_plain_transformers_to_float32(tmp_path: Path, model_type: str) -> None:
     model = pico_model(tmp_path / "model", model_type, num_hidden_layers=3)
     layout = pico_samples(texts=5).layout
-    assert_near(final_states(model.weights, layout).float(), plain(model.folder, layout)[0][-1])
+    assert_near(final_states(model.weights, layout).float(), plain(model, layout)[0][-1])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_observers_see_every_row_once_and_in_its_place(tmp_path: Path, model_type: str, layout: Layout) -> None:
-    model = pico_model(tmp_path / "model", model_type)
+    model = pico_model(tmp_path / "model", model_type, **KINDS[model_type])
     walk = walk_of(model.weights, layout, torch.float64)
     for i in walk:
         seen = {site: torch.full((layout.rows, width), torch.nan, dtype=torch.float64) for site, width in SITES.items()}

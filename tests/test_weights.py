@@ -85,7 +85,9 @@ def test_a_fold_with_a_random_rotation_leaves_the_logits_equal(tmp_path: Path, l
     torch.testing.assert_close(final_states(folded, layout), final_states(weights, layout) @ Q, rtol=0, atol=1e-9)
     assert not folded.tied
     assert folded.config["tie_word_embeddings"] is False
-    assert all(torch.equal(gain, torch.ones(32, dtype=torch.float64)) for gain in folded.gains().values())
+    assert folded.undo is not None
+    assert set(folded.undo.gains) == {n for n, p in weights.adapter.expand(weights.config).items() if p.is_gain}
+    assert all(torch.equal(folded[name], torch.ones(32, dtype=torch.float64)) for name in folded.undo.gains)
     assert folded.lineage.basis is not None
     assert torch.equal(folded.lineage.basis, Q)
 
@@ -103,6 +105,22 @@ def test_a_fold_of_permuted_neurons_leaves_the_logits_equal(tmp_path: Path, layo
     assert folded.tied is tied
     assert folded.lineage.basis is None
     assert largest_change(folded.unfold(folded.undo), weights) == 0.0  # type: ignore[arg-type]
+
+
+@ties
+def test_a_permutation_of_the_stream_moves_the_gains_along(tmp_path: Path, layout: Layout, tied: bool) -> None:
+    weights = pico_model(tmp_path / "model", tie_word_embeddings=tied).weights
+    P = Permutation(torch.randperm(32, generator=torch.Generator().manual_seed(4)))
+    folded = weights.fold({"residual": P})
+    torch.testing.assert_close(logits(folded, layout), logits(weights, layout), rtol=0, atol=1e-9)
+    assert torch.equal(folded[GAIN], weights[GAIN].double()[P.index])
+    assert folded.tied is tied
+    assert folded.undo is not None
+    assert not folded.undo.gains
+    assert folded.lineage.basis is not None
+    moved = final_states(weights, layout) @ folded.lineage.basis
+    torch.testing.assert_close(final_states(folded, layout), moved, rtol=0, atol=1e-9)
+    assert largest_change(folded.unfold(folded.undo), weights) == 0.0
 
 
 def test_two_folds_after_each_other_are_the_fold_of_their_product(llama: Model, layout: Layout) -> None:

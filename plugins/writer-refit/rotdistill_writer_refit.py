@@ -62,6 +62,9 @@ class WriterRefit:
 
         if self.features == "output" and self.writers != ("neurons",):
             raise RecipeError('writer-refit: features = "output" is a map of the MLP\'s output; writers must be ["neurons"].')
+        if not set(self.writers) <= set(weights.adapter.writers):
+            kind = weights.config["model_type"]
+            raise RecipeError(f"writer-refit: in a {kind} model a norm stands between writers and stream; none can be refitted to it.")
         layout = samples.layout.select("fit", "validation")
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         depths, cards = weights.lineage.depths, {}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from rotdistill_qwen2_adapter import QWEN2, adapters
 
-from rotdistill_core.headers import folder_headers
-from rotdistill_core.maps import Rotation
-from rotdistill_core.models import open_model
+from rotdistill_core.adapter import Adapter
 from rotdistill_core.plugins import adapter_for
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import logits, pico_model, pico_samples, random_rotation, save_folder
+from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
 
 CHANGES: list[dict[str, object]] = [
     {"tie_word_embeddings": True},
     {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
 ]
-changes = pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
 
 
 def test_the_installed_adapter_is_this_one() -> None:
@@ -29,36 +24,7 @@ def test_the_installed_adapter_is_this_one() -> None:
     assert adapter_for("qwen2") is QWEN2
 
 
-@changes
-def test_every_tensor_of_a_checkpoint_is_claimed_once(tmp_path: Path, changes: dict[str, object]) -> None:
-    model = pico_model(tmp_path / "model", "qwen2", **changes)
-    found = folder_headers(model.folder)
-    table, sizes = QWEN2.expand(model.config), QWEN2.sizes(model.config)
-    for name, header in found.items():
-        templates = [t for t in QWEN2.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)]
-        assert len(templates) == 1, name
-        assert header.shape == tuple(sizes[axis] for axis in table[name].axes)
-    unused = {name for name in table if name not in found}
-    assert all(table[name].optional or name == QWEN2.head for name in unused)
-    assert (QWEN2.head in unused) is model.weights.tied
-
-
-@changes
-def test_a_random_rotation_leaves_the_logits_equal(tmp_path: Path, changes: dict[str, object]) -> None:
-    weights = pico_model(tmp_path / "model", "qwen2", **changes).weights
-    layout = pico_samples(texts=4).layout
-    folded = weights.fold({"residual": Rotation(random_rotation(32, 1))})
-    torch.testing.assert_close(logits(folded, layout), logits(weights, layout), rtol=0, atol=1e-9)
-
-
-@changes
-def test_a_folded_folder_reloads(tmp_path: Path, changes: dict[str, object]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = pico_model(tmp_path / "model", "qwen2", **changes)
-    save_folder(model.weights.fold({"residual": Rotation(random_rotation(32, 1))}), model.folder, tmp_path / "folded")
-    assert open_model(ModelRef(model=str(tmp_path / "folded"))).depth == 2
-    tokens = torch.tensor([pico_samples(texts=1).layout.texts[0].tokens])
-    with torch.no_grad():
-        one, two = (AutoModelForCausalLM.from_pretrained(p).eval()(tokens).logits for p in (model.folder, tmp_path / "folded"))
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
+def test_the_table_holds(tmp_path: Path, check: Callable[[Adapter, Path], None], changes: dict[str, object]) -> None:
+    check(QWEN2, pico_folder(tmp_path / "model", "qwen2", **changes))

@@ -270,3 +270,9 @@ def test_different_bases_without_an_aligner_are_refused(teacher: Model, samples:
     student = pico_model(tmp_path / "student", seed=1)
     with pytest.raises(RecipeError, match=r"different bases; put an aligner \(procrustes\) before this step"):
         refit(WriterRefit(), student.weights, Pair(teacher, student), samples, tmp_path / "runs")
+
+
+def test_a_model_with_norms_behind_its_writers_is_refused(samples: Samples, tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model", "gemma3_text", head_dim=8)
+    with pytest.raises(RecipeError, match="in a gemma3_text model a norm stands between writers and stream"):
+        refit(WriterRefit(), model.weights, Pair(model, model), samples, tmp_path / "runs")

@@ -1,0 +1,118 @@
+"""The checks of an adapter tell which entry of a broken table is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core import testing
+from rotdistill_core.adapter import Adapter, Param, Site
+from rotdistill_core.plugins import adapter_for
+from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
+
+Q, DOWN, UP = (f"model.layers.{{i}}.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"))
+BEFORE, BETWEEN = (f"model.layers.{{i}}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
+LLAMA = adapter_for("llama")
+
+
+def broken(name: str, table: Adapter = LLAMA, **changes: object) -> Adapter:
+    """Return the table with one record changed."""
+    return replace(table, params={**table.params, name: replace(table.params[name], **changes)})  # type: ignore[arg-type]
+
+
+def without(name: str) -> Adapter:
+    return replace(LLAMA, params={n: p for n, p in LLAMA.params.items() if n != name})
+
+
+Check = Callable[[Adapter, Path], None]
+CASES: dict[str, tuple[Check, Adapter, str]] = {
+    "a tensor of another space": (
+        testing.every_tensor_is_claimed_once, broken(Q, axes=("kv.{i}", "residual")),
+        r'layers.0.self_attn.q_proj.weight: axis 0 is declared "kv.0" \(24\), it has 48 like \[\'q.0\', \'q.1\'\]',
+    ),
+    "axes the wrong way round": (
+        testing.every_tensor_is_claimed_once, broken(DOWN, axes=("neurons.{i}", "residual")),
+        r'layers.1.mlp.down_proj.weight: axis 1 is declared "residual" \(32\), it has 56',
+    ),
+    "an axis too many": (testing.every_tensor_is_claimed_once, broken(BEFORE, axes=("residual",) * 2), "has 1 axes, declared are"),
+    "a tensor left out": (testing.every_tensor_is_claimed_once, without(UP), "layers.0.mlp.up_proj.weight is claimed 0 times"),
+    "a tensor too many": (
+        testing.every_tensor_is_claimed_once, replace(LLAMA, params={**LLAMA.params, "x.{i}": Param(("residual",))}),
+        "x.1 is declared, the checkpoint does not have it",
+    ),
+    "a gain that is none": (testing.every_tensor_is_claimed_once, broken(Q, gain=UP), "q_proj.weight absorbs .*up_proj.weight, which"),
+    "a default of its own": (
+        testing.defaults_are_those_of_the_config_class, replace(LLAMA, defaults=lambda _: {"rms_norm_eps": 1e-5}),
+        'defaults: "rms_norm_eps" is 1e-05, transformers takes 1e-06',
+    ),
+    "gains 1 + w that are not": (
+        testing.the_walk_computes_what_transformers_computes, replace(LLAMA, gain_offset=1.0),
+        "gain_offset is 1.0, the norms of this model behave as with 0.0",
+    ),
+    "another epsilon": (
+        testing.the_walk_computes_what_transformers_computes, replace(LLAMA, eps_key="initializer_range"), "logits differ by .* eps_key",
+    ),
+    "a reader that names no gain": (
+        testing.every_gain_is_absorbed_by_its_readers, broken(UP, gain=None),
+        "layers.0.mlp.up_proj.weight: axis 1 reads behind model.layers.0.post_attention_layernorm.weight and does not name it",
+    ),
+    "a reader that names the gain of another norm": (
+        testing.every_gain_is_absorbed_by_its_readers, broken(UP, gain=BEFORE),
+        "layers.1.mlp.up_proj.weight: axis 1 names model.layers.1.input_layernorm.weight as its gain and does not read behind it",
+    ),
+    "a gain that no reader names": (
+        testing.every_gain_is_absorbed_by_its_readers, broken("lm_head.weight", gain=None),
+        "lm_head.weight: axis 1 reads behind model.norm.weight and does not name it as its gain",
+    ),
+    "neurons of another layer": (
+        testing.permutations_are_exact, broken(DOWN, axes=("residual", "neurons.0")),
+        'layers.1.mlp.down_proj.weight: axis 1 is declared "neurons.0"; of neurons.0 it is none of them',
+    ),
+    "heads of another layer": (
+        testing.permutations_are_exact, broken(Q, axes=("q.1", "residual")),
+        'layers.0.self_attn.q_proj.weight: axis 0 is declared "q.1"; of kv.0, q.0 it is q.0',
+    ),
+    "a gauge that is none": (
+        testing.gauges_are_exact, broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"), '"up.0" is declared a gauge and changes',
+    ),
+    "a consumer that is no producer": (
+        testing.gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
+    ),
+    "a site that is not there": (
+        testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
+        'site "mid": a layer has no module "mlp_norm"',
+    ),
+    "a site at the wrong place": (
+        testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
+        'sites "mid" and "mlp" do not add up to the stream behind layer 0',
+    ),
+    "a writer of another site": (
+        testing.sites_are_found, replace(LLAMA, writers={**LLAMA.writers, "neurons": LLAMA.writers["heads"]}),
+        'site "neurons" is 56 wide, its writer model.layers.0.self_attn.o_proj.weight reads 48',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "table", "message"), CASES.values(), ids=list(CASES))
+def test_a_broken_table_is_told_by_tensor_and_axis(tmp_path: Path, check: Check, table: Adapter, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(table, pico_folder(tmp_path / "model", head_dim=12, intermediate_size=56))
+
+
+def test_every_check_of_an_adapter_is_in_the_list() -> None:
+    assert {check for check, _, _ in CASES.values()} < set(ADAPTER_CHECKS)
+
+
+OUTPUT = "model.layers.{i}.post_feedforward_layernorm.weight"
+
+
+def test_a_norm_on_what_a_branch_writes_allows_no_rotation(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model", "gemma3_text", head_dim=12, intermediate_size=56)
+    table = adapter_for("gemma3_text")
+    for name in (OUTPUT, "model.layers.{i}.post_attention_layernorm.weight"):
+        table = broken(name, table, is_gain=False)  # as if they were biases
+    with pytest.raises(AssertionError, match="a rotation of the stream changes logits by"):
+        testing.a_rotation_of_the_stream_is_exact_or_refused(table, folder)
