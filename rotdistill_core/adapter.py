@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rotdistill_core.errors import SetupError, nearest
 
@@ -31,11 +31,22 @@ class Param:
     """It is a norm gain. Those that readers name are absorbed by them before a rotation, the others stay where they are."""
     optional: bool = False
     """It may be absent (biases that a config switches)."""
+    gauge: str = ""
+    """The gauge that its axis outside the residual stream is free in; a `*` at the end marks what consumes the space."""
 
     def at(self, layer: int) -> Param:
         """Return this record with `{i}` filled in."""
         axes = tuple(axis.replace(LAYER, str(layer)) for axis in self.axes)
-        return replace(self, axes=axes, gain=self.gain and self.gain.replace(LAYER, str(layer)))
+        gain, gauge = self.gain and self.gain.replace(LAYER, str(layer)), self.gauge.replace(LAYER, str(layer))
+        return replace(self, axes=axes, gain=gain, gauge=gauge)
+
+
+class HeadLayout(NamedTuple):
+    """How `q.{i}` and `kv.{i}` divide into heads; query heads `g query / groups ...` belong to key/value head g."""
+
+    query: int
+    groups: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class Adapter:
     sites: Mapping[str, Site]
     writers: Mapping[str, str]
     """Site -> the parameter that carries it into the residual stream."""
+    heads: Callable[[Config], HeadLayout]
+    """How attention divides into heads, from the config."""
     body: str = "model"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
@@ -118,6 +131,11 @@ class Adapter:
             raise SetupError(f"{where}: the checkpoint does not fit the adapter for {'/'.join(self.model_types)}: {shown}.")
 
 
+GAUGES = {"q": "key.{i}*", "k": "key.{i}", "v": "value.{i}", "o": "value.{i}*", "up": "up.{i}", "down": "up.{i}*"}
+"""What is free inside a Llama-shaped layer, exactly: `value` any invertible matrix per key/value head, `key` one complex factor per
+key/value head and rotary pair (j, j + width / 2), `up` one factor per neuron."""
+
+
 def rope_decoder(
     model_types: tuple[str, ...],
     biases: tuple[str, ...] = (),
@@ -142,11 +160,12 @@ def rope_decoder(
         "up": (mlp + "up_proj", ("neurons.{i}", "residual"), between),
         "down": (mlp + "down_proj", ("residual", "neurons.{i}"), None),
     }  # fmt: skip
+    gauges = {key: gauge for key, gauge in GAUGES.items() if not (head_norms and gauge.startswith("key"))}
     params = {"model.embed_tokens.weight": Param(("vocab", "residual"))}
-    params |= {f"{name}.weight": Param(axes, gain) for name, axes, gain in weights.values()}
+    params |= {f"{name}.weight": Param(axes, gain, gauge=gauges.get(key, "")) for key, (name, axes, gain) in weights.items()}
     for key in (*biases, *optional_biases):
         name, axes, _ = weights[key]
-        params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases)
+        params[f"{name}.bias"] = Param(axes[:1], optional=key in optional_biases, gauge=gauges.get(key, ""))
     norms = (before, between, *(f"{layer}{norm}.weight" for norm in output_norms), "model.norm.weight")
     params |= {name: Param(("residual",), is_gain=True) for name in norms}
     params |= {f"{attn}{norm}.weight": Param(("head_dim.{i}",), is_gain=True) for norm in head_norms}
@@ -157,14 +176,20 @@ def rope_decoder(
     }  # fmt: skip
     # Behind a norm the stream is no linear function of neurons and heads, so nothing can be refitted to it.
     writers = {} if output_norms else {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
-    return Adapter(model_types, params, _dims, sites, writers, **fields)
+    return Adapter(model_types, params, _dims, sites, writers, rope_heads, **fields)
+
+
+def rope_heads(config: Config) -> HeadLayout:
+    """Return the heads of a Llama-shaped config."""
+    query = int(config["num_attention_heads"])
+    width = int(config.get("head_dim") or config["hidden_size"] // query)
+    return HeadLayout(query, int(config.get("num_key_value_heads") or query), width)
 
 
 def _dims(config: Config) -> Mapping[str, int]:
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    heads = rope_heads(config)
     return {
         "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
-        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads * head_dim,
-        "kv.{i}": int(config.get("num_key_value_heads") or heads) * head_dim, "head_dim.{i}": head_dim,
+        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads.query * heads.width, "kv.{i}": heads.groups * heads.width,
+        "head_dim.{i}": heads.width,
     }  # fmt: skip

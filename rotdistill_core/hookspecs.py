@@ -42,20 +42,15 @@ class Specs:
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
         """Run teacher and student over the samples and store what later steps need.
 
-        Args:
-            pair: teacher and student with their adapters, device and compute dtype.
-            weights: the student as the earlier steps left it.
-            samples: the tokenised texts with their split and row layout.
-            out: where files are committed; what a killed run committed is found again with `out.find`.
-            progress: call `progress(done, total, note)` after each unit of work.
+        `weights` is the student as the earlier steps left it; what a killed run committed is found again with `out.find`.
         """
 
     @hookspec(firstresult=True)
-    def align(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
+    def align(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Add maps from the student's spaces to the teacher's. `maps` holds what earlier aligners found; do not change it."""
 
     @hookspec(firstresult=True)
-    def refine(self, bank: Bank, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
+    def refine(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
         """Improve maps that an earlier step found. Same contract as `align`."""
 
     @hookspec(firstresult=True)

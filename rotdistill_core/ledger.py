@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -97,7 +98,7 @@ def tensor_blocks(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Call
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype, _) in tensors.items():
-        end = offset + WIDTH[codes[dtype]] * _product(shape)
+        end = offset + WIDTH[codes[dtype]] * math.prod(shape)
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
@@ -109,13 +110,6 @@ def tensor_blocks(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Call
             raise ValueError(f"tensor of shape {tuple(tensor.shape)} where {shape} was declared")
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _product(shape: Iterable[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 class Ledger:
@@ -222,10 +216,8 @@ class Store:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # somebody else's
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +64,90 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Permutation:
-    """`X' = X[:, index]`: the new coordinate j is the old coordinate `index[j]`."""
+    """`X' = X[:, index]`: the new coordinate j is the old coordinate `index[j]`, or zero where that is -1.
+
+    Bijections can be folded. An assignment between spaces of different sizes is a record for blending.
+    """
 
     index: Tensor
+    size: int | None = None
+    """Coordinates of the old space, for an assignment that is no bijection."""
+
+    @property
+    def square(self) -> bool:
+        """Whether it is a change of basis of one space."""
+        return self.size is None
 
     def along(self, tensor: Tensor, axis: int) -> Tensor:
         """Reorder one axis of `tensor`."""
-        return tensor.index_select(axis, self.index)
+        moved = tensor.index_select(axis, self.index.clamp_min(0))
+        return moved if self.square else moved.index_fill(axis, (self.index < 0).nonzero().flatten(), 0)
 
     def invert(self) -> Permutation:
         """Return the permutation back."""
-        return Permutation(torch.argsort(self.index))
+        back = self.index.new_full((self.size or len(self.index),), -1)
+        taken = self.index >= 0
+        back[self.index[taken]] = taken.nonzero().flatten()
+        return Permutation(back, None if self.square else len(self.index))
 
     def then(self, other: Permutation) -> Permutation:
         """Return this map followed by `other`."""
-        return Permutation(self.index[other.index])
+        size = None if self.square and other.square else self.size or len(self.index)
+        return Permutation(torch.where(other.index < 0, -1, self.index[other.index]), size)
+
+    def blocks(self, width: int) -> Permutation:
+        """Return the same on blocks of `width` coordinates, as whole heads move."""
+        index = self.index[:, None] * width + torch.arange(width)
+        return Permutation(torch.where(self.index[:, None] < 0, -1, index).flatten(), self.size and self.size * width)
 
     def verify(self, tolerance: float, where: str) -> None:
-        """Raise CheckFailed unless the index is a bijection. (`tolerance` is there for the common interface.)"""
-        if not torch.equal(torch.sort(self.index).values, torch.arange(len(self.index))):
+        """Raise CheckFailed unless no coordinate is taken twice and all are there. (`tolerance` is there for the common interface.)"""
+        taken = [k for k in self.index.tolist() if self.square or k >= 0]
+        if len(set(taken)) < len(taken) or not set(taken) <= set(range(self.size or len(taken))):
             raise CheckFailed(f"{where}: the permutation is not a bijection (tolerance {tolerance}).")
 
 
-Map = Rotation | Permutation
+@dataclass(frozen=True)
+class Gauge:
+    """`X' = X G` with `blocks [n, k, k]` on the diagonal of G, one per head or neuron: any invertible matrices.
+
+    What produces the space contracts with G and what consumes it with the dual `G^-T`, so that their product stays. An axis that
+    is longer than `n k` holds each block several times in a row, as the query heads of one key/value head do.
+    """
+
+    blocks: Tensor
+    square = True
+
+    def along(self, tensor: Tensor, axis: int) -> Tensor:
+        """Contract one axis of `tensor` with the blocks."""
+        n, k, _ = self.blocks.shape
+        last = tensor.movedim(axis, -1)
+        split = last.reshape(*last.shape[:-1], n, -1, k)
+        return torch.einsum("...nrk,nkl->...nrl", split, self.blocks.to(tensor)).flatten(-3).movedim(-1, axis)
+
+    def dual(self) -> Gauge:
+        """Return the map of what consumes the space."""
+        return Gauge(torch.linalg.inv(self.blocks.double()).mT)
+
+    def invert(self) -> Gauge:
+        """Return the map back."""
+        return Gauge(self.dual().blocks.mT)
+
+    def then(self, other: Gauge) -> Gauge:
+        """Return this map followed by `other`."""
+        return Gauge(self.blocks @ other.blocks)
+
+    def verify(self, tolerance: float, where: str) -> None:
+        """Raise CheckFailed unless every block has an inverse, within tolerance."""
+        G = self.blocks.double()
+        inverse, _ = torch.linalg.inv_ex(G) if bool(G.isfinite().all()) else (G, None)
+        worst = float((G @ inverse - torch.eye(G.shape[-1], dtype=G.dtype)).abs().max())
+        if not worst <= tolerance:
+            raise CheckFailed(f"{where}: a block of the gauge has no inverse (off by {worst:.2e}, more than {tolerance:.0e}).")
+
+
+Map = Rotation | Permutation | Gauge
+KINDS: Mapping[str, type[Map]] = {kind.__name__: kind for kind in (Rotation, Permutation, Gauge)}
 
 
 @dataclass(frozen=True)
@@ -123,11 +184,23 @@ class Maps(Mapping[str, Map]):
         return Maps({**self.found, **found}, merged)
 
 
-def carry(tensor: Tensor, axes: tuple[str, ...], maps: Mapping[str, Map]) -> Tensor:
-    """Carry one parameter into the new bases of the spaces that its axes live in (float64 in, float64 out)."""
+def carry(tensor: Tensor, axes: tuple[str, ...], maps: Mapping[str, Map], gauge: str = "", back: bool = False) -> Tensor:
+    """Carry one parameter into the new bases of the spaces that its axes live in (float64 in, float64 out).
+
+    `gauge` follows the space that is not the residual stream, its dual where the name ends in `*`; `back` takes inverses in reverse.
+    """
     for axis, space in enumerate(axes):
-        if space in maps:
-            tensor = maps[space].along(tensor, axis)
+        chain = [space, gauge if space != "residual" else ""]
+        for name in reversed(chain) if back else chain:
+            found = maps.get(name.removesuffix("*"))
+            if found is not None:
+                tensor = (found.dual() if isinstance(found, Gauge) and name.endswith("*") else found).along(tensor, axis)
+    return tensor
+
+
+def tensor_of(found: Map) -> Tensor:
+    """Return the tensor that is the map."""
+    tensor: Tensor = getattr(found, fields(found)[0].name)
     return tensor
 
 
@@ -136,13 +209,13 @@ def store_maps(maps: Maps, out: Out) -> dict[str, Any]:
     spaces: dict[str, Any] = {}
     first: dict[int, str] = {}
     for space, found in maps.items():
-        matrix = found.matrix if isinstance(found, Rotation) else found.index
-        if id(matrix) not in first:
+        tensor = tensor_of(found)
+        if id(tensor) not in first:
             name = f"layer_{space.rpartition('.')[2]}" if space.startswith("residual.") else space.replace(".", "_")
-            path = out.tensors(f"rotations/{out.run_id}/{name}.safetensors", {"map": matrix})
-            first[id(matrix)] = path.relative_to(out.store.root).as_posix()
-        scale = found.scale if isinstance(found, Rotation) else None
-        spaces[space] = {"file": first[id(matrix)], "kind": type(found).__name__, "scale": scale}
+            path = out.tensors(f"rotations/{out.run_id}/{name}.safetensors", {"map": tensor})
+            first[id(tensor)] = path.relative_to(out.store.root).as_posix()
+        rest = {f.name: getattr(found, f.name) for f in fields(found)[1:]}
+        spaces[space] = {"file": first[id(tensor)], "kind": type(found).__name__, **rest}
     cards = {}
     for layer, card in maps.cards.items():
         path = out.json(f"rotations/{out.run_id}/layer_{layer}.json", {**card, "map": spaces.get(f"residual.{layer}")})
@@ -158,7 +231,7 @@ def restore_maps(info: Mapping[str, Any], root: Path) -> Maps:
         if about["file"] not in tensors:
             with safe_open(root / about["file"], "pt") as handle:
                 tensors[about["file"]] = handle.get_tensor("map").clone()
-        tensor = tensors[about["file"]]
-        found[space] = Rotation(tensor, about["scale"]) if about["kind"] == "Rotation" else Permutation(tensor)
+        rest = {key: value for key, value in about.items() if key not in ("file", "kind")}
+        found[space] = KINDS[about["kind"]](tensors[about["file"]], **rest)
     cards = {int(k): json.loads((root / path).read_text(encoding="utf-8")) for k, path in info["cards"].items()}
     return Maps(found, cards)

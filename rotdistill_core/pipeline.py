@@ -26,7 +26,7 @@ from rotdistill_core.card import write_card
 from rotdistill_core.certificate import certify
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Maps, restore_maps, store_maps
+from rotdistill_core.maps import Maps, restore_maps, store_maps, tensor_of
 from rotdistill_core.models import MANIFEST, Pair, open_model, tokenizer_files
 from rotdistill_core.plugins import manager
 from rotdistill_core.recipe import Loaded, Placed
@@ -238,7 +238,7 @@ class Run:
         certificate = certify(before, after, after.unfold(after.undo), samples.layout, self.pair.student.device)
         out.notes["certificate"] = certificate.as_dict()
         undo = {f"gain.{name}": gain for name, gain in after.undo.gains.items()}
-        undo |= {f"map.{space}": m.matrix if hasattr(m, "matrix") else m.index for space, m in after.undo.maps.items()}
+        undo |= {f"map.{space}": tensor_of(found) for space, found in after.undo.maps.items()}
         undo |= {f"columns.{name}": columns for name, columns in after.undo.columns.items()}
         out.tensors(f"weights/{placed.id}/undo.safetensors", undo)
         certificate.enforce(self.recipe.check, f'step "{placed.id}"')

@@ -28,7 +28,7 @@ OFFERED_BY = {
     name: f"rotdistill-{name}"
     for name in (
         "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder",
-        "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
+        "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
     )
 } | {
     "llama": "rotdistill-llama-adapter", "qwen2": "rotdistill-qwen2-adapter", "qwen3": "rotdistill-qwen3-adapter",

@@ -17,7 +17,7 @@ from rotdistill_core.bank import Bank, write_shard
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.headers import folder_headers, read_config
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Map, Permutation, Rotation
+from rotdistill_core.maps import Gauge, Map, Permutation, Rotation
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Layout, Samples, Text
@@ -111,6 +111,45 @@ def random_rotation(size: int, seed: int = 0) -> Tensor:
     noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     Q: Tensor = torch.linalg.qr(noise)[0]
     return Q
+
+
+def scramble(weights: Weights, seed: int = 0, invertible: bool = False) -> tuple[Weights, dict[str, Map]]:
+    """Return the same model in a random basis of everything that its table leaves free, and the maps that were planted.
+
+    One rotation of the stream (where nothing stands in its way); in every layer a permutation of key/value groups and of query
+    heads inside them, one of neurons, value/output gauges (orthogonal, or any `invertible` ones), query/key gauges and signed
+    up/down scales.
+    """
+    planted = {space: found for maps in whole_permutations(weights, seed).values() for space, found in maps.items() if space != "residual"}
+    planted |= gauges(weights, seed, invertible)
+    if not weights.adapter.gains(weights.config)[1]:
+        planted["residual"] = Rotation(random_rotation(weights.width, seed))
+    return replace(weights.fold(planted), lineage=weights.lineage), planted  # a checkpoint like any other: nobody knows its basis
+
+
+def gauges(weights: Weights, seed: int = 0, invertible: bool = False) -> dict[str, Map]:
+    """Return random gauges of every space that the table leaves free."""
+    maker = torch.Generator().manual_seed(seed)
+    sizes, (_, groups, width) = weights.adapter.sizes(weights.config), weights.adapter.heads(weights.config)
+    free = {param.gauge.removesuffix("*") for param in weights.adapter.expand(weights.config).values()}
+    found: dict[str, Map] = {}
+    for i in range(weights.depth):
+        noise = torch.randn(groups, width, width, dtype=torch.float64, generator=maker)
+        angles, lengths = torch.rand(2, groups, width // 2, dtype=torch.float64, generator=maker)
+        scales = torch.randn(sizes[f"neurons.{i}"], dtype=torch.float64, generator=maker)
+        blocks = {
+            "value": 0.3 * noise / width**0.5 + torch.eye(width) if invertible else torch.linalg.qr(noise)[0],
+            "key": rotary_blocks(torch.polar(0.5 + lengths, 2 * torch.pi * angles)),
+            "up": (scales.sign() * (0.5 + scales.abs()))[:, None, None],
+        }  # fmt: skip
+        found |= {f"{name}.{i}": Gauge(each) for name, each in blocks.items() if f"{name}.{i}" in free}
+    return found
+
+
+def rotary_blocks(factors: Tensor) -> Tensor:
+    """Return the matrices `[n, k, k]` that multiply rotary pairs (j, j + k / 2) by complex factors `[n, k / 2]`."""
+    a, b = torch.diag_embed(factors.real), torch.diag_embed(factors.imag)
+    return torch.cat([torch.cat([a, b], -1), torch.cat([-b, a], -1)], -2)
 
 
 def save_folder(weights: Weights, like: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -344,12 +383,11 @@ def whole_permutations(weights: Weights, seed: int = 3) -> dict[str, dict[str, M
     moved: dict[str, dict[str, Map]] = {"channels of the stream": {"residual": Permutation(shuffled(sizes["residual"]))}}
     for i in range(weights.depth):
         moved[f"neurons of layer {i}"] = {f"neurons.{i}": Permutation(shuffled(sizes[f"neurons.{i}"]))}
-        groups = int(weights.config.get("num_key_value_heads") or weights.config["num_attention_heads"])
+        heads, groups, width = weights.adapter.heads(weights.config)
         order = shuffled(groups)
-        k = torch.arange(sizes[f"kv.{i}"]).view(groups, -1)[order]
-        q = torch.arange(sizes[f"q.{i}"]).view(groups, -1, k.shape[1])[order]  # a group's query heads follow it, in a new order
-        q = torch.stack([heads[shuffled(len(heads))] for heads in q])
-        moved[f"heads of layer {i}"] = {f"kv.{i}": Permutation(k.flatten()), f"q.{i}": Permutation(q.flatten())}
+        inside = torch.arange(heads).view(groups, -1)[order]  # a group's query heads follow it, in a new order
+        inside = torch.stack([some[shuffled(len(some))] for some in inside]).flatten()
+        moved[f"heads of layer {i}"] = {f"kv.{i}": Permutation(order).blocks(width), f"q.{i}": Permutation(inside).blocks(width)}
     return moved
 
 
@@ -362,17 +400,20 @@ def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
     )
 
 
-def _all_folded(weights: Weights) -> Weights:
-    maps = {space: found for each in whole_permutations(weights).values() for space, found in each.items()}
-    if not weights.adapter.gains(weights.config)[1]:
-        maps["residual"] = Rotation(random_rotation(weights.width, 1))
-    return weights.fold(maps)
+def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
+    """Put one random gauge after the other into the heads and neurons of each layer: logits stay."""
+    weights, layout = _opened(adapter, folder)
+    before = logits(weights, layout)
+    changes = {
+        space: _apart(logits(weights.fold({space: found}), layout), before) for space, found in gauges(weights, invertible=True).items()
+    }
+    _report([f'"{space}" is declared a gauge and changes logits by {x:.1e}' for space, x in changes.items() if x > EXACT])
 
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
     """Fold everything that may be folded, and take it back."""
     weights, _ = _opened(adapter, folder)
-    folded = _all_folded(weights)
+    folded = scramble(weights)[0]
     assert folded.undo is not None
     back = folded.unfold(folded.undo)
     problems = [f"{name} is there only before or only after" for name in set(weights.entries) ^ set(back.entries)]
@@ -386,7 +427,7 @@ def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None
     """Save the folded model and compare what plain transformers computes from both folders."""
     weights, layout = _opened(adapter, folder)
     there = folder.with_name(f"{folder.name}-folded")
-    save_folder(_all_folded(weights), folder, there, torch.float64)
+    save_folder(scramble(weights)[0], folder, there, torch.float64)
     _opened(adapter, there)
     one, two = (plain_transformers(adapter, path, layout)[1] for path in (folder, there))
     _report([f"a saved fold has other logits in transformers, by {_apart(one, two):.1e}"] if _apart(one, two) > PLAIN else [])
@@ -424,7 +465,7 @@ def sites_are_found(adapter: Adapter, folder: Path) -> None:
 
 ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
     every_tensor_is_claimed_once, defaults_are_those_of_the_config_class, the_walk_computes_what_transformers_computes,
-    every_gain_is_absorbed_by_its_readers, a_rotation_of_the_stream_is_exact_or_refused, permutations_are_exact,
+    every_gain_is_absorbed_by_its_readers, a_rotation_of_the_stream_is_exact_or_refused, permutations_are_exact, gauges_are_exact,
     unfolding_gives_the_weights_back, a_saved_fold_reloads_in_transformers, sites_are_found,
 )  # fmt: skip
 """What every adapter must pass, on a pico checkpoint of each variant of its architecture: `check(adapter, folder)`."""

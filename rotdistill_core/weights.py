@@ -274,7 +274,7 @@ def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], ga
         tensor = whole[name].double()
         if param.gain in gains:
             tensor = tensor * whole.gain(param.gain)
-        return carry(tensor, param.axes, maps)
+        return carry(tensor, param.axes, maps, param.gauge)
 
     return read
 
@@ -283,7 +283,7 @@ def _unfolded(folded: Weights, name: str, param: Param, back: Mapping[str, Map],
     def read() -> Tensor:
         if name in undo.gains:
             return undo.gains[name]
-        tensor = carry(folded[name].double(), param.axes, back)
+        tensor = carry(folded[name].double(), param.axes, back, param.gauge, back=True)
         if not param.gain or param.gain not in undo.gains:
             return tensor
         weak = undo.weak(param.gain)

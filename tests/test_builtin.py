@@ -7,31 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from rotdistill_procrustes import Procrustes
 from safetensors.torch import load_file
 
 from rotdistill_core.bank import Bank, restore
-from rotdistill_core.builtin.basis_fold import BasisFold
 from rotdistill_core.builtin.residuals import Residuals
-from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
+from rotdistill_core.errors import RotdistillError
 from rotdistill_core.ledger import Ledger, Out, Store, sha256_of
-from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Samples
-from rotdistill_core.testing import (
-    captured,
-    final_states,
-    logits,
-    pico_model,
-    pico_out,
-    pico_samples,
-    random_rotation,
-    rotated_twin,
-    save_folder,
-)
+from rotdistill_core.testing import final_states, pico_model, pico_out, pico_samples, save_folder
 from rotdistill_core.walk import Walk
-from rotdistill_core.weights import Weights
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -166,64 +152,3 @@ def test_nan_in_the_embeddings_is_not_blamed_on_a_layer(pair: Pair, samples: Sam
     with pytest.raises(RotdistillError, match="NaN or Inf") as told:
         Residuals().capture(pair, broken, samples, pico_out(tmp_path / "runs"), quiet)
     assert "layer -1" not in str(told.value)
-
-
-def aligned(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> tuple[Maps, Bank, Out]:
-    out = pico_out(root)
-    bank = captured(pair, pair.student.weights, samples, out)
-    return Procrustes(tie=tie).align(bank, Maps(), pair, quiet), bank, out  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("mode", ["tied", "canonical"])
-def test_a_basis_fold_keeps_the_logits(pair: Pair, samples: Samples, tmp_path: Path, mode: str) -> None:
-    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
-    folded = BasisFold(mode=mode).fold(pair.student.weights, maps, bank, pair, out)  # type: ignore[arg-type]
-    torch.testing.assert_close(logits(folded, samples.layout), logits(pair.student.weights, samples.layout), rtol=0, atol=1e-9)
-    tied = maps.tied()
-    assert tied is not None
-    assert folded.lineage.basis is not None
-    assert torch.equal(folded.lineage.basis, tied.matrix) is (mode == "tied")
-
-
-def test_a_canonical_fold_into_a_wider_teacher_keeps_the_logits(wide: Pair, samples: Samples, tmp_path: Path) -> None:
-    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
-    folded = BasisFold(mode="canonical").fold(wide.student.weights, maps, bank, wide, out)
-    torch.testing.assert_close(logits(folded, samples.layout), logits(wide.student.weights, samples.layout), rtol=0, atol=1e-9)
-    assert folded.width == 32
-    assert 0 < out.notes["teacher variance in the frame"] < 1
-
-
-def test_a_tied_fold_refuses_a_rectangular_rotation(wide: Pair, samples: Samples, tmp_path: Path) -> None:
-    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
-    with pytest.raises(RecipeError, match='32 x 48; use mode "canonical"'):
-        BasisFold().fold(wide.student.weights, maps, bank, wide, out)
-
-
-@pytest.mark.parametrize("mode", ["tied", "canonical"])
-@pytest.mark.parametrize("tie", [None, 1], ids=["no maps", "untied maps"])
-def test_a_basis_fold_needs_one_rotation(pair: Pair, samples: Samples, tmp_path: Path, mode: str, tie: int | None) -> None:
-    maps, bank, out = aligned(pair, samples, tmp_path / "runs", tie or "all")
-    with pytest.raises(RecipeError, match="needs an aligner before it that found one rotation"):
-        BasisFold(mode=mode).fold(pair.student.weights, maps if tie else Maps(), bank, pair, out)  # type: ignore[arg-type]
-
-
-def test_a_basis_fold_refuses_a_matrix_that_is_not_orthogonal(pair: Pair, samples: Samples, tmp_path: Path) -> None:
-    _, bank, out = aligned(pair, samples, tmp_path / "runs")
-    bent = Rotation(random_rotation(32) * 1.001)
-    with pytest.raises(CheckFailed, match="off orthogonal"):
-        BasisFold().fold(pair.student.weights, Maps({f"residual.{b}": bent for b in range(3)}), bank, pair, out)
-
-
-@pytest.mark.parametrize("width", [32, 48])
-def test_two_canonical_students_end_in_one_basis(tmp_path: Path, samples: Samples, width: int) -> None:
-    teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width)
-    student = pico_model(tmp_path / "student", seed=1)
-    twin, _ = rotated_twin(student, tmp_path / "twin", 4)
-    made: list[Weights] = []
-    for k, one in enumerate((student, twin)):
-        pair = Pair(teacher, one)
-        maps, bank, out = aligned(pair, samples, tmp_path / f"runs{k}")
-        made.append(BasisFold(mode="canonical").fold(one.weights, maps, bank, pair, out))
-    for name in made[0].entries:
-        one_, other = made[0][name], made[1][name]
-        assert float((one_ - other).norm() / one_.norm()) < 1e-4, name

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Maps, Permutation, Rotation, carry, restore_maps, store_maps
+from rotdistill_core.maps import Gauge, Maps, Permutation, Rotation, carry, restore_maps, store_maps
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -181,3 +181,61 @@ def test_stored_maps_are_restored_and_a_tied_matrix_is_stored_once(tmp_path: Pat
     assert found.tied() is found["residual.0"]
     assert found.cards[0]["k"] == 3
     assert found.cards[0]["map"]["kind"] == "Rotation"
+
+
+def gauge(seed: int, n: int, k: int) -> Gauge:
+    return Gauge(0.2 * randn(seed, n, k, k) + torch.eye(k, dtype=torch.float64) * 2)
+
+
+@few
+@given(seeds, sizes, sizes, st.integers(1, 3))
+def test_a_gauge_keeps_what_producer_and_consumer_make_together(seed: int, n: int, k: int, copies: int) -> None:
+    G, maps = gauge(seed, n, k), {"value.0": gauge(seed, n, k)}
+    V, o = randn(seed + 1, n * k, 3), randn(seed + 2, 3, n * copies * k)
+    values = V.reshape(n, 1, k, 3).expand(n, copies, k, 3).reshape(-1, 3)
+    new_v = carry(V, ("kv.0", "residual"), maps, "value.0")
+    new_o = carry(o, ("residual", "q.0"), maps, "value.0*")
+    new_values = new_v.reshape(n, 1, k, 3).expand(n, copies, k, 3).reshape(-1, 3)
+    assert_close(new_o @ new_values, o @ values)
+    assert_close(G.along(G.invert().along(V, 0), 0), V)
+    assert_close(G.then(gauge(seed + 3, n, k)).along(V, 0), gauge(seed + 3, n, k).along(G.along(V, 0), 0))
+    G.verify(1e-9, "here")
+
+
+@few
+@given(seeds, sizes, sizes)
+def test_a_gauge_is_carried_behind_the_permutation_of_its_space_and_back_in_front_of_it(seed: int, n: int, k: int) -> None:
+    maps = {"kv.0": permutation(seed, n).blocks(k), "value.0": gauge(seed, n, k)}
+    back = {space: one.invert() for space, one in maps.items()}
+    W = randn(seed, n * k, 4)
+    there = carry(W, ("kv.0", "residual"), maps, "value.0")
+    assert_close(there, maps["value.0"].along(W.reshape(n, k, 4)[permutation(seed, n).index].flatten(0, 1), 0))
+    assert_close(carry(there, ("kv.0", "residual"), back, "value.0", back=True), W)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_gauge_without_inverse_is_refused(bad: float) -> None:
+    blocks = gauge(0, 3, 2).blocks
+    blocks[1, 0] = bad
+    with pytest.raises(CheckFailed, match=r"kv: a block of the gauge has no inverse"):
+        Gauge(blocks).verify(1e-5, "kv")
+
+
+def test_an_assignment_between_spaces_of_different_sizes_keeps_what_it_has() -> None:
+    wider, X = Permutation(torch.tensor([2, -1, 0, 1]), 3), randn(0, 5, 3)
+    assert not wider.square
+    wider.verify(0.0, "here")
+    assert_close(wider.along(X, 1), torch.stack([X[:, 2], torch.zeros(5, dtype=torch.float64), X[:, 0], X[:, 1]], 1))
+    assert wider.invert().index.tolist() == [2, 3, 0]
+    assert wider.then(wider.invert()).index.tolist() == [0, 1, 2]
+    assert wider.blocks(2).index.tolist() == [4, 5, -1, -1, 0, 1, 2, 3]
+    with pytest.raises(CheckFailed):
+        Permutation(torch.tensor([2, -1, 2, 1]), 3).verify(0.0, "here")
+
+
+def test_gauges_and_assignments_are_stored_and_restored(tmp_path: Path) -> None:
+    maps = Maps({"value.0": gauge(0, 2, 3), "neurons.0": Permutation(torch.tensor([1, -1, 0]), 2), "q.0": permutation(0, 4)})
+    found = restore_maps(store_maps(maps, Out(Store(tmp_path), Ledger(tmp_path / "run"), "key")), tmp_path)
+    assert torch.equal(found["value.0"].blocks, maps["value.0"].blocks)
+    assert (found["neurons.0"].index.tolist(), found["neurons.0"].size) == ([1, -1, 0], 2)
+    assert found["q.0"].square

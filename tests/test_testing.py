@@ -75,6 +75,12 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
         testing.permutations_are_exact, broken(Q, axes=("q.1", "residual")),
         'layers.0.self_attn.q_proj.weight: axis 0 is declared "q.1"; of kv.0, q.0 it is q.0',
     ),
+    "a gauge that is none": (
+        testing.gauges_are_exact, broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"), '"up.0" is declared a gauge and changes',
+    ),
+    "a consumer that is no producer": (
+        testing.gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
+    ),
     "a site that is not there": (
         testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
         'site "mid": a layer has no module "mlp_norm"',

@@ -28,6 +28,7 @@ from rotdistill_core.testing import (
     random_rotation,
     reopen,
     save_folder,
+    scramble,
 )
 from rotdistill_core.weights import Weights, open_folder, restore
 
@@ -305,3 +306,22 @@ def test_a_second_copy_of_a_tied_head_is_ignored(tmp_path: Path) -> None:
     weights = open_model(ModelRef(model=str(folder))).weights
     assert weights.tied
     assert torch.equal(weights.head(), tensors["model.embed_tokens.weight"])
+
+
+SHAPES = {"grouped": {}, "one group": {"num_key_value_heads": 1}, "no groups": {"num_key_value_heads": 4}, "wide heads": {"head_dim": 12}}
+
+
+@kinds
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+@pytest.mark.parametrize("invertible", [False, True], ids=["orthogonal", "any invertible"])
+def test_a_scrambled_model_is_the_same_model(
+    tmp_path: Path, layout: Layout, model_type: str, shape: dict[str, int], invertible: bool
+) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True} if model_type == "llama" else {}
+    weights = pico_model(tmp_path / "model", model_type, **shape, **biases).weights
+    scrambled, planted = scramble(weights, 5, invertible)
+    assert set(planted) == {"residual"} | {f"{s}.{i}" for s in ("q", "kv", "neurons", "value", "key", "up") for i in range(2)}
+    torch.testing.assert_close(logits(scrambled, layout), logits(weights, layout), rtol=0, atol=1e-9)
+    assert all(float((scrambled[n] - weights[n]).abs().max()) > 0.01 for n in weights.entries)
+    assert scrambled.undo is not None
+    assert largest_change(scrambled.unfold(scrambled.undo), weights) <= 1e-12

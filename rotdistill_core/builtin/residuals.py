@@ -38,12 +38,12 @@ class Residuals:
         shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
         total = teacher.depth + weights.depth
         shards = {
-            "teacher": self._states("teacher", teacher, teacher.weights, full, shared, lambda i, n: progress(i, total, n)),
-            "student": self._states("student", pair.student, weights, some, out, lambda i, n: progress(teacher.depth + i, total, n)),
+            "teacher": self._states("teacher", teacher, teacher.weights, full, shared, lambda i, _, n: progress(i, total, n)),
+            "student": self._states("student", pair.student, weights, some, out, lambda i, _, n: progress(teacher.depth + i, total, n)),
         }
         return Bank(out.store.root, shards, {"teacher": full, "student": some}, weights.lineage.depths)
 
-    def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Tell) -> tuple[str, ...]:
+    def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Progress) -> tuple[str, ...]:
         import torch
 
         from rotdistill_core.bank import write_shard
@@ -76,14 +76,8 @@ class Residuals:
         for i in walk:
             walk.run()
             made.append(keep(i + 1))
-            tell(i + 1, f"{side}: {layout.rows} rows")
+            tell(i + 1, weights.depth, f"{side}: {layout.rows} rows")
         return tuple(made)
-
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Tell = Callable[[int, str], None]
 
 
 @hookimpl

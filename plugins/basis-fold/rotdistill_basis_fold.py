@@ -1,0 +1,96 @@
+"""Fold what aligners found into all weights: a change of basis of the stream, of heads, of neurons and inside them.
+
+Exact, and undone by `unfold`. A map `X' = X Q` makes a reader `W Q` and a writer `Qᵀ W`; gauges make what produces their space
+`Gᵀ W` and what consumes it `W G^-T`. (Ashkboos et al., SliceGPT, arXiv:2401.15024.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotdistill_core.api import Bank, Map, Maps, Out, Pair, Rotation, Weights
+
+ROWS = 4096
+"""Rows of each boundary that the principal frame is taken from."""
+
+
+@step
+class BasisFold:
+    """Express the student in the bases that aligners found. Every map of one space onto itself is folded: heads, neurons, gauges.
+
+    For the residual stream, norm gains are absorbed first and the head is untied. `tied` uses the aligner's one rotation R
+    (square). `canonical` carries the student into the teacher's principal frame: `Q = polar(R E) [d_s, d_s]`, E `[d_t, d_s]` the
+    leading principal directions of the teacher's stream; two students folded this way share a basis without having met.
+    """
+
+    use: Literal["basis-fold"] = "basis-fold"
+    mode: Literal["tied", "canonical"] = "tied"
+    """Which basis of the stream."""
+
+    exact: ClassVar[bool] = True
+
+    @hookimpl
+    def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, out: Out) -> Weights:
+        """See `Specs.fold`."""
+        from rotdistill_core.errors import RecipeError
+        from rotdistill_core.maps import Rotation
+
+        stream = any(space.startswith("residual.") for space in maps)
+        inner: dict[str, Map] = {space: found for space, found in maps.items() if found.square and not space.startswith("residual.")}
+        out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))
+        R = maps.tied()
+        if R is not None:
+            fold = Rotation(self._frame(R, bank, pair, out))
+            fold.verify(1e-8, "basis-fold")
+            return weights.fold({"residual": fold, **inner})
+        if stream or not inner:
+            raise RecipeError(
+                'basis-fold: needs an aligner before it that found one rotation for all layers (tie = "all"), or maps of heads or neurons.'
+            )
+        return weights.fold(inner)
+
+    def _frame(self, R: Rotation, bank: Bank, pair: Pair, out: Out) -> Tensor:
+        """Return `Q [d, d]` of the mode."""
+        from rotdistill_core.errors import RecipeError
+        from rotdistill_core.moments import polar
+
+        if self.mode == "canonical":
+            E, share = _principal(bank, pair, R.matrix.shape[0])
+            out.notes["teacher variance in the frame"] = share
+            return polar(R.matrix.double() @ E, "basis-fold: canonical frame")[0]
+        if not R.square:
+            shape = " x ".join(str(n) for n in R.matrix.shape)
+            raise RecipeError(f'basis-fold: mode "tied" needs models of one width, the rotation is {shape}; use mode "canonical".')
+        return R.matrix.double()
+
+
+def _principal(bank: Bank, pair: Pair, k: int) -> tuple[Tensor, float]:
+    """Return the teacher's k leading principal directions `E [d_t, k]` (uncentred, unit rows, all boundaries) and their share."""
+    import torch
+
+    from rotdistill_core.bank import massive, normalised
+
+    fit = bank.layouts["teacher"].split("fit").nonzero().flatten()
+    some = fit[:: max(1, len(fit) // ROWS)]
+    total = torch.zeros(pair.teacher.width, pair.teacher.width, dtype=torch.float64)
+    for boundary in range(pair.teacher.depth + 1):
+        X = bank.rows("teacher", boundary)[some]
+        X = normalised(X[~massive(X)])
+        total += X.T @ X
+    values, vectors = torch.linalg.eigh(total)
+    E = vectors[:, -k:].flip(-1)
+    # An eigenvector's sign is LAPACK's whim; make the largest entry positive so that the frame is one and the same everywhere.
+    E = E * E.gather(0, E.abs().argmax(0, keepdim=True)).sign()
+    return E, float(values[-k:].sum() / values.sum())
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [BasisFold]

@@ -1,0 +1,130 @@
+"""Folding what aligners found: the logits stay, whatever is folded, and what cannot be folded is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rotdistill_basis_fold import BasisFold, steps
+from rotdistill_procrustes import Procrustes
+
+from rotdistill_core.bank import Bank
+from rotdistill_core.errors import CheckFailed, RecipeError
+from rotdistill_core.ledger import Out
+from rotdistill_core.maps import Maps, Permutation, Rotation
+from rotdistill_core.models import Pair
+from rotdistill_core.samples import Samples
+from rotdistill_core.step import stage_of
+from rotdistill_core.testing import captured, logits, pico_model, pico_out, pico_samples, random_rotation, rotated_twin, scramble
+from rotdistill_core.weights import Weights
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return pico_samples(texts=20)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), pico_model(tmp_path / "student", "qwen2", seed=1))
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Pair:
+    return Pair(pico_model(tmp_path / "wide", seed=9, hidden_size=48), pico_model(tmp_path / "narrow", seed=1))
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def test_it_is_an_exact_fold() -> None:
+    assert steps() == [BasisFold]
+    assert stage_of(BasisFold) == "fold"
+    assert BasisFold.exact
+
+
+def aligned(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> tuple[Maps, Bank, Out]:
+    out = pico_out(root)
+    bank = captured(pair, pair.student.weights, samples, out)
+    return Procrustes(tie=tie).align(bank, Maps(), pair, quiet), bank, out  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["tied", "canonical"])
+def test_a_basis_fold_keeps_the_logits(pair: Pair, samples: Samples, tmp_path: Path, mode: str) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
+    folded = BasisFold(mode=mode).fold(pair.student.weights, maps, bank, pair, out)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(folded, samples.layout), logits(pair.student.weights, samples.layout), rtol=0, atol=1e-9)
+    tied = maps.tied()
+    assert tied is not None
+    assert folded.lineage.basis is not None
+    assert torch.equal(folded.lineage.basis, tied.matrix) is (mode == "tied")
+
+
+def test_a_canonical_fold_into_a_wider_teacher_keeps_the_logits(wide: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
+    folded = BasisFold(mode="canonical").fold(wide.student.weights, maps, bank, wide, out)
+    torch.testing.assert_close(logits(folded, samples.layout), logits(wide.student.weights, samples.layout), rtol=0, atol=1e-9)
+    assert folded.width == 32
+    assert 0 < out.notes["teacher variance in the frame"] < 1
+
+
+def test_a_tied_fold_refuses_a_rectangular_rotation(wide: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(wide, samples, tmp_path / "runs")
+    with pytest.raises(RecipeError, match='32 x 48; use mode "canonical"'):
+        BasisFold().fold(wide.student.weights, maps, bank, wide, out)
+
+
+@pytest.mark.parametrize("mode", ["tied", "canonical"])
+@pytest.mark.parametrize("tie", [None, 1], ids=["no maps", "untied maps"])
+def test_a_basis_fold_needs_one_rotation(pair: Pair, samples: Samples, tmp_path: Path, mode: str, tie: int | None) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs", tie or "all")
+    with pytest.raises(RecipeError, match="needs an aligner before it that found one rotation"):
+        BasisFold(mode=mode).fold(pair.student.weights, maps if tie else Maps(), bank, pair, out)  # type: ignore[arg-type]
+
+
+def test_a_basis_fold_refuses_a_matrix_that_is_not_orthogonal(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    _, bank, out = aligned(pair, samples, tmp_path / "runs")
+    bent = Rotation(random_rotation(32) * 1.001)
+    with pytest.raises(CheckFailed, match="off orthogonal"):
+        BasisFold().fold(pair.student.weights, Maps({f"residual.{b}": bent for b in range(3)}), bank, pair, out)
+
+
+@pytest.mark.parametrize("width", [32, 48])
+def test_two_canonical_students_end_in_one_basis(tmp_path: Path, samples: Samples, width: int) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width)
+    student = pico_model(tmp_path / "student", seed=1)
+    twin, _ = rotated_twin(student, tmp_path / "twin", 4)
+    made: list[Weights] = []
+    for k, one in enumerate((student, twin)):
+        pair = Pair(teacher, one)
+        maps, bank, out = aligned(pair, samples, tmp_path / f"runs{k}")
+        made.append(BasisFold(mode="canonical").fold(one.weights, maps, bank, pair, out))
+    for name in made[0].entries:
+        one_, other = made[0][name], made[1][name]
+        assert float((one_ - other).norm() / one_.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["with the stream", "heads and neurons alone"])
+def test_heads_neurons_and_gauges_are_folded_too(pair: Pair, samples: Samples, tmp_path: Path, stream: bool) -> None:
+    _, planted = scramble(pair.student.weights, 3)
+    inner = {space: found for space, found in planted.items() if space != "residual"}
+    residual = {f"residual.{b}": planted["residual"] for b in range(3)} if stream else {}
+    out = pico_out(tmp_path / "runs")
+    bank = captured(pair, pair.student.weights, samples, out)
+    folded = BasisFold().fold(pair.student.weights, Maps({**residual, **inner}), bank, pair, out)
+    torch.testing.assert_close(logits(folded, samples.layout), logits(pair.student.weights, samples.layout), rtol=0, atol=1e-9)
+    assert out.notes["folded"] == {"q": 2, "kv": 2, "value": 2, "key": 2, "neurons": 2, "up": 2}
+    assert folded.tied is not stream
+    assert folded.undo is not None
+    back = folded.unfold(folded.undo)
+    assert max(float((back[n].double() - pair.student.weights[n].double()).abs().max()) for n in pair.student.weights.entries) <= 1e-12
+
+
+def test_an_assignment_that_is_no_bijection_is_not_folded(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    out = pico_out(tmp_path / "runs")
+    bank = captured(pair, pair.student.weights, samples, out)
+    wider = Permutation(torch.tensor([*range(48), -1, -1]), 48)
+    with pytest.raises(RecipeError, match="or maps of heads or neurons"):
+        BasisFold().fold(pair.student.weights, Maps({"neurons.0": wider}), bank, pair, out)

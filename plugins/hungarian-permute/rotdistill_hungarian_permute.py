@@ -1,0 +1,132 @@
+"""Which head and which neuron of one model is which of another: linear assignment on weights or on activations.
+
+Problem: `max_P sum_j score[P(j), j]` over one-to-one assignments (Kuhn, Naval Research Logistics 2, 1955; Ainsworth et al., Git
+Re-Basin, arXiv:2209.04836). Heads in two levels: query heads inside each pair of groups first, then groups on those totals, since
+the query heads of a key/value head can only move together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
+from rotdistill_matching import Scores, assign, layer_rows, match, partners, stream_map, unit, weight_scores
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rotdistill_core.api import Layout, Map, Maps, Model, Out, Pair, Progress, Samples, Walk, Weights
+
+
+@step
+class HungarianPermute:
+    """Match the student's heads and SwiGLU neurons with those of the teacher's layer at the same depth.
+
+    Between layers of one shape the maps are permutations that `basis-fold` folds exactly. Between different shapes they are
+    assignments for blending. The cards say how much a permutation gains over the identity and over a random one.
+    """
+
+    use: Literal["hungarian-permute"] = "hungarian-permute"
+    criterion: Literal["weights", "activations"] = "weights"
+    """`weights`: QK and OV circuits; gate, up and down. `activations`: attention maps; correlation of what `down_proj` reads."""
+    within_stage: PositiveInt = 1
+    """A layer may be matched with any teacher layer of its stage of this many layers, one to one (1: the one at its depth)."""
+    texts: PositiveInt = 32
+    """How many fit texts the activations are taken from."""
+
+    @hookimpl
+    def align(self, weights: Weights, maps: Maps, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Maps:
+        """See `Specs.align`."""
+        import torch
+
+        partner = partners(weights, pair)
+        s, t = weights.adapter.heads(weights.config), pair.teacher.adapter.heads(pair.teacher.config)
+        compare = self._by_activations(weights, pair, samples) if self.criterion == "activations" else by_weights(weights, pair, maps)
+        found: dict[str, Map] = {}
+        cards: dict[int, dict[str, Any]] = {}
+        for start in range(0, weights.depth, self.within_stage):
+            stage = range(start, min(start + self.within_stage, weights.depth))
+            tried = {(i, j): match(compare(i, partner[j]), s, t) for i in stage for j in stage}
+            taken = assign(torch.tensor([[tried[i, j].score for j in stage] for i in stage])).tolist()
+            for j, i in zip(stage, (start + k for k in taken), strict=True):
+                found |= tried[i, j].maps(i, s.width if s.width == t.width else None)
+                cards[i] = {"reference": partner[j], **tried[i, j].about}
+            progress(stage.stop, weights.depth, self.criterion)
+        for part in ("heads", "neurons"):
+            figures = [card[part] for card in cards.values()]
+            out.notes[part] = {
+                "layers that change": sum(not f["identity"] for f in figures), "of": len(figures),
+                **{k: sum(f[k] for f in figures) / len(figures) for k in figures[0] if k.endswith("score")},
+            }  # fmt: skip
+        return maps.add(found, cards)
+
+    def _by_activations(self, weights: Weights, pair: Pair, samples: Samples) -> Callable[[int, int], Scores]:
+        from rotdistill_core.bank import massive
+
+        layout = samples.layout.select("fit", most=self.texts)
+        models = ((weights, pair.student), (pair.teacher.weights, pair.teacher))
+        walks = [enumerate(_watched(view, model, layout)) for view, model in models]
+        seen: list[dict[int, Scores]] = [{}, {}]
+
+        def at(side: int, layer: int) -> Scores:
+            while layer not in seen[side]:
+                number, rows = next(walks[side])
+                seen[side][number] = rows
+                seen[side].pop(number - self.within_stage * (1 + models[side][0].depth // weights.depth), None)
+            return seen[side][layer]
+
+        def compare(i: int, j: int) -> Scores:
+            (A, X), (B, Y) = at(0, i), at(1, j)
+            use = ~massive(X) & ~massive(Y)
+            use[0] = False
+            X, Y = (unit((Z[use] - Z[use].mean(0)).T) for Z in (X, Y))
+            # A gauge may flip a neuron's sign, so only the size of the correlation counts.
+            return unit(A) @ unit(B).T, (X @ Y.T).abs_()
+
+        return compare
+
+
+def _watched(weights: Weights, model: Model, layout: Layout) -> Iterator[Scores]:
+    """Yield for each layer its attention maps `[H, pairs]`, without those onto position 0, and its neurons `[rows, f]`."""
+    from dataclasses import replace
+
+    from rotdistill_core.walk import Walk
+
+    # Only this attention returns its maps. One text at a time, so that nothing is padded.
+    plain = replace(weights, config={**weights.config, "attn_implementation": "eager"})
+    walk = Walk(plain, layout, model.device, model.dtype, budget=1)
+    for _ in walk:
+        yield _layer_seen(walk, weights.adapter.sites["heads"].module.rpartition(".")[0])
+
+
+def _layer_seen(walk: Walk, attention: str) -> Scores:
+    import torch
+
+    maps: list[Tensor] = []
+    neurons: list[Tensor] = []
+    hook = walk.layer.get_submodule(attention).register_forward_hook(
+        lambda _, __, made: maps.append(made[1][0, :, :, 1:].flatten(1).float().cpu())
+    )
+    walk.run({"neurons": lambda _, X: neurons.append(X.float().cpu())})
+    hook.remove()
+    return torch.cat(maps, 1), torch.cat(neurons)
+
+
+def by_weights(weights: Weights, pair: Pair, maps: Maps) -> Callable[[int, int], Scores]:
+    """Return the comparison of student layer i with teacher layer j by their weights, in the teacher's basis."""
+
+    def compare(i: int, j: int) -> Scores:
+        S = layer_rows(weights, i, {"residual": stream_map(weights, pair, maps, i)})
+        T = layer_rows(pair.teacher.weights, j, {})
+        return weight_scores(S, T, weights.adapter.heads(weights.config), pair.teacher.adapter.heads(pair.teacher.config))
+
+    return compare
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [HungarianPermute]
