@@ -173,7 +173,7 @@ def check(
 
 @app.command("plugins")
 def list_plugins(as_json: Json = False) -> None:
-    """List installed steps and adapters, broken ones too.
+    """List installed steps, adapters, sources and observers, broken ones too.
 
     Examples:
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 
 class RotdistillError(Exception):
@@ -44,3 +48,34 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the closest of `words`, or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def explain(error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]) -> list[str]:
+    """Turn pydantic's errors into 'key.path: what is wrong, what was meant', one for each place in the document."""
+    found: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for detail in error.errors():
+        found.setdefault(_path_of(detail, document), []).append(detail)
+    problems: list[str] = []
+    for path, details in found.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
+            continue  # one branch of a union fails here and another further in, which says more
+        first, where = details[0], ".".join(path) or "options"
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            problems.append(f"{where}: unknown key.{nearest(path[-1], known.get(path[:-1], ()))}")
+        else:
+            value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
+            messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
+            problems.append(f"{where}: {messages}{value}.")
+    return problems
+
+
+def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:
+    """Return the keys that lead to an error. What else pydantic puts into its location names branches of unions."""
+    path: list[str] = []
+    for part in detail["loc"]:
+        is_key = isinstance(document, dict) and part in document
+        is_index = isinstance(document, list) and isinstance(part, int)
+        if is_key or is_index:
+            path.append(str(part))
+            document = document[part]
+    return (*path, str(detail["loc"][-1])) if detail["type"] == "missing" else tuple(path)

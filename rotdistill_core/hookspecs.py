@@ -2,7 +2,8 @@
 """The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
 
 `steps`, `adapters` and `locate` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
-recipe order; each step class answers exactly one of them, and answering None is an error. Observers are told what happens.
+recipe order; each step class answers exactly one of them, and answering None is an error. Observers are told what happens; `say`
+tells the user one line. What an observer raises is said in a line too, and the run goes on.
 """
 
 from __future__ import annotations
@@ -71,17 +72,19 @@ class Specs:
         """Return result rows for one saved variant. Rows of all evaluators are put together."""
 
     @hookspec
-    def before_step(self, step_id: str, variant: str) -> None:
-        """Observe that a step is about to run."""
+    def before_step(self, step_id: str, variant: str, stage: str, folder: Path, say: Callable[[str], None]) -> None:
+        """Observe that a step is about to run; `folder` is the run's."""
 
     @hookspec
-    def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
+    def after_step(
+        self, step_id: str, variant: str, seconds: float, reused: bool, stage: str, folder: Path, say: Callable[[str], None]
+    ) -> None:
         """Observe that a step's result is committed (`reused`: it already was)."""
 
     @hookspec
-    def step_failed(self, step_id: str, variant: str, error: Exception) -> None:
+    def step_failed(self, step_id: str, variant: str, error: Exception, stage: str, folder: Path, say: Callable[[str], None]) -> None:
         """Observe that a step raised; the run ends with that error."""
 
     @hookspec
-    def variant_saved(self, variant: str, folder: Path) -> None:
-        """Observe that a variant's checkpoint folder is complete."""
+    def variant_saved(self, variant: str, folder: Path, say: Callable[[str], None]) -> None:
+        """Observe that a variant's checkpoint, `folder`, is complete."""

@@ -28,7 +28,7 @@ from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
 from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Maps, restore_maps, store_maps, tensor_of
 from rotdistill_core.models import MANIFEST, Pair, open_model, tokenizer_files
-from rotdistill_core.plugins import manager
+from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed
 from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize
 from rotdistill_core.step import options_of
@@ -98,6 +98,8 @@ class Run:
         self.pm.register(observer)
         for placed in loaded.steps:
             self.pm.register(placed.step, name=f"step.{placed.id}")
+        for name in dict.fromkeys(self.recipe.observers):
+            self.pm.register(load(OBSERVERS, name)[0], name=f"observer.{name}")
         self.say = observer.say
         self.pair = Pair(open_model(self.recipe.teacher, self.say), open_model(self.recipe.student, self.say))
         self.questions, self.style = read_questions(self.recipe.samples, loaded.path.parent)
@@ -172,7 +174,7 @@ class Run:
         seconds = float(record["seconds"])
         known = any(done.key == key for done in self.steps.values())
         self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
-        self.pm.hook.after_step(step_id=placed.id, variant=variant, seconds=seconds, reused=reused)
+        self._tell("after_step", variant, placed, seconds=seconds, reused=reused)
         info, after = record["info"], replace(state, key=key, seconds=state.seconds + seconds)
         if placed.stage == "capture":
             return replace(after, bank=banks.restore(info, self.store.root, samples.layout))
@@ -183,12 +185,21 @@ class Run:
     @contextmanager
     def _watched(self, placed: Placed, variant: str) -> Iterator[None]:
         """Tell observers that a step begins, and when it fails."""
-        self.pm.hook.before_step(step_id=placed.id, variant=variant)
+        self._tell("before_step", variant, placed)
         try:
             yield
         except Exception as error:
-            self.pm.hook.step_failed(step_id=placed.id, variant=variant, error=error)
+            self._tell("step_failed", variant, placed, error=error)
             raise
+
+    def _tell(self, hook: str, variant: str, placed: Placed | None = None, **more: Any) -> None:
+        """Tell the observers, one by one: what one raises is said in a line, and stops neither the others nor the run."""
+        about = {"step_id": placed.id, "stage": placed.stage, "folder": self.folder} if placed else {}
+        for name, plugin in self.pm.list_name_plugin():
+            try:
+                self.pm.subset_hook_caller(hook, self.pm.get_plugins() - {plugin})(variant=variant, say=self.say, **about, **more)
+            except (Exception, SystemExit) as error:
+                self.say(f"{name} failed in {hook}, the run goes on: {type(error).__name__}: {error}".partition("\n")[0])
 
     def _execute(self, placed: Placed, state: State, samples: Samples, key: str) -> dict[str, Any]:
         out, started = Out(self.store, self.ledger, key, placed.id), time.monotonic()
@@ -257,7 +268,7 @@ class Run:
             out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
             out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
             self._record(key, f"save {name}", 0.0, out, {})
-        self.pm.hook.variant_saved(variant=name, folder=folder)
+        self._tell("variant_saved", name, folder=folder)
         return folder
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
@@ -275,7 +286,7 @@ class Run:
                 seconds, out = time.monotonic() - started, Out(self.store, self.ledger, key)
                 record = self._record(key, f"{placed.id} {name}", seconds, out, info, placed)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
-        self.pm.hook.after_step(step_id=placed.id, variant=name, seconds=float(record["seconds"]), reused=reused)
+        self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]
 
     def _saved(self, folder: Path, state: State) -> Weights:

@@ -1,5 +1,5 @@
-"""Plugins are entry points in three groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type) and
-`rotdistill.sources` (name = ending or scheme of a model reference, like `.gguf` or `package:`).
+"""Plugins are entry points in four groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type), `rotdistill.sources`
+(name = ending or scheme of a model reference, like `.gguf` or `package:`) and `rotdistill.observers` (name = observer).
 
 Only what a recipe names is imported, so an installed but broken or hostile plugin cannot touch a run that does not use it.
 """
@@ -21,13 +21,13 @@ from rotdistill_core.step import use_of, validator_of
 if TYPE_CHECKING:
     from rotdistill_core.adapter import Adapter
 
-STEPS, ADAPTERS, SOURCES = "rotdistill", "rotdistill.adapters", "rotdistill.sources"
-KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are"}
+STEPS, ADAPTERS, SOURCES, OBSERVERS = "rotdistill", "rotdistill.adapters", "rotdistill.sources", "rotdistill.observers"
+KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are", OBSERVERS: "observer"}
 
 OFFERED_BY = {
     name: f"rotdistill-{name}"
     for name in (
-        "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder",
+        "residuals", "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder", "rotation-sanity",
         "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
     )
 } | {
@@ -82,15 +82,17 @@ def find(group: str, name: str) -> EntryPoint:
 
 
 def load(group: str, name: str) -> tuple[Any, Origin]:
-    """Import the plugin module that offers `name`.
+    """Import the plugin module that offers `name`, and hold its hooks to the specifications.
 
     Raises:
         PluginError: it is missing, offered twice, or fails on import (the message names its distribution).
     """
-    point = find(group, name)
+    point, pm = find(group, name), manager()
     origin = origin_of(point)
     try:
-        return point.load(), origin
+        pm.register(module := point.load())
+        pm.check_pending()
+        return module, origin
     except (Exception, SystemExit) as error:
         raise PluginError(
             f'plugin "{name}" of {origin.distribution} {origin.version} ({origin.target}) fails on import: {type(error).__name__}: {error}'
@@ -146,7 +148,7 @@ def everything() -> Iterator[tuple[str, Origin, type | str]]:
             yield "step", origin, cls
         except PluginError as error:
             yield "step", Origin(name, "?", "?", "?"), str(error)
-    for group, kind in ((ADAPTERS, "adapter"), (SOURCES, "source")):
+    for group, kind in ((ADAPTERS, "adapter"), (SOURCES, "source"), (OBSERVERS, "observer")):
         for name in installed(group):
             try:
                 module, origin = load(group, name)

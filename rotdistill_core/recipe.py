@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PydanticUserError, ValidationError
-from pydantic_core import ErrorDetails
 
-from rotdistill_core.errors import PluginError, RecipeError, nearest
-from rotdistill_core.plugins import STEPS, Origin, installed, step_class
+from rotdistill_core.errors import PluginError, RecipeError, explain, nearest
+from rotdistill_core.plugins import OBSERVERS, STEPS, Origin, installed, step_class
+from rotdistill_core.plugins import load as load_plugin
 from rotdistill_core.step import options_of, stage_of, validator_of
 
 MAX_BYTES = 1_000_000
@@ -99,6 +99,8 @@ class Recipe(Document):
     """The texts."""
     check: Check = Check()
     """Tolerances."""
+    observers: Annotated[list[str], Field(exclude=True)] = []
+    """Plugins that watch the run. They change nothing that is computed, so the resolved recipe and its hash are without them."""
     variants: Annotated[dict[Annotated[str, Field(pattern=NAME)], list[str]], Field(min_length=1)] = {"full": []}
     """Variant name -> ids of the toggled steps that it runs; steps that no variant names always run."""
 
@@ -169,9 +171,14 @@ def load(path: Path, sets: Sequence[str] = ()) -> Loaded:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
-        problems += _explain(error, tables, _known_keys())
+        problems += explain(error, tables, _known_keys())
     placed, step_problems = _place(steps)
     problems += step_problems
+    for name in watching if isinstance(watching := tables.get("observers"), list) else ():
+        try:
+            load_plugin(OBSERVERS, str(name))
+        except PluginError as error:
+            problems.append(f"observers: {error}")
     variants = tables.get("variants", {})
     ids = [_id(raw) for raw in steps]
     for variant, names in variants.items() if isinstance(variants, dict) else ():
@@ -290,7 +297,7 @@ def _place(steps: Sequence[Mapping[str, Any]]) -> tuple[list[Placed], list[str]]
             problems.append(f"{where}: {error}")
         except ValidationError as error:
             names = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
-            problems += [f"{where}: {p}" for p in _explain(error, options, {(): names})]
+            problems += [f"{where}: {p}" for p in explain(error, options, {(): names})]
     return placed, problems
 
 
@@ -301,37 +308,6 @@ def _known_keys() -> dict[tuple[str, ...], list[str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Document):
             known[name,] = list(field.annotation.model_fields)
     return known
-
-
-def _explain(error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]) -> list[str]:
-    """Turn pydantic's errors into 'key.path: what is wrong, what was meant', one for each place in the document."""
-    found: dict[tuple[str, ...], list[ErrorDetails]] = {}
-    for detail in error.errors():
-        found.setdefault(_path_of(detail, document), []).append(detail)
-    problems: list[str] = []
-    for path, details in found.items():
-        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
-            continue  # one branch of a union fails here and another further in, which says more
-        first, where = details[0], ".".join(path) or "options"
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            problems.append(f"{where}: unknown key.{nearest(path[-1], known.get(path[:-1], ()))}")
-        else:
-            value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
-            messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
-            problems.append(f"{where}: {messages}{value}.")
-    return problems
-
-
-def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:
-    """Return the keys that lead to an error. What else pydantic puts into its location names branches of unions."""
-    path: list[str] = []
-    for part in detail["loc"]:
-        is_key = isinstance(document, dict) and part in document
-        is_index = isinstance(document, list) and isinstance(part, int)
-        if is_key or is_index:
-            path.append(str(part))
-            document = document[part]
-    return (*path, str(detail["loc"][-1])) if detail["type"] == "missing" else tuple(path)
 
 
 def schema() -> dict[str, Any]:

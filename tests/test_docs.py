@@ -22,7 +22,7 @@ import pytest
 from rotdistill_core import plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.hookspecs import Specs
-from rotdistill_core.plugins import ADAPTERS, STEPS
+from rotdistill_core.plugins import ADAPTERS, OBSERVERS, STEPS
 from rotdistill_core.step import STAGES, stage_of
 
 ROOT = Path(__file__).parents[1]
@@ -212,6 +212,24 @@ def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
     path.write_text(f'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "{name}"\ncentre = true\n')
     assert recipe.load(path).steps[0].step.centre
     example("test_principal_axes.py").test_a_planted_rotation_is_found(tmp_path)
+
+
+def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
+    module = "rotdistill_slow_steps"
+    assert f'`slow-steps = "{module}"`' in read(GUIDE)
+    example(f"{module}.py")
+    install(tmp_path, "rotdistill-slow-steps", OBSERVERS, "slow-steps", module)
+    pm, said = plugins.manager(), list[str]()
+    pm.register(plugins.load(OBSERVERS, "slow-steps")[0])
+    for seconds, reused in ((90.0, False), (90.0, True), (9.0, False)):
+        told = {"step_id": "refit", "variant": "full", "seconds": seconds, "reused": reused}
+        pm.hook.after_step(**told, stage="fold", folder=tmp_path, say=said.append)
+    assert said == ["full: refit took 1.5 minutes"]
+
+
+@pytest.mark.parametrize("name", plugins.installed(OBSERVERS))
+def test_every_observer_is_described(name: str) -> None:
+    assert f"[{name}](../plugins/{name}/README.md)" in cells(section(RECIPES, "Observers"))
 
 
 def test_the_example_adapter_works(tmp_path: Path, example: Build) -> None:

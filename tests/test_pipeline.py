@@ -40,15 +40,33 @@ full = ["refit"]
 """
 
 
+BROKEN = """
+from rotdistill_core import hookimpl
+
+@hookimpl
+def before_step(stage, say):
+    raise RuntimeError(stage)
+
+@hookimpl
+def after_step(step_id, variant, stage, folder):
+    raise SystemExit(f"{step_id} of {variant}, {stage}, {folder.name}\\nand more")
+
+@hookimpl
+def variant_saved(variant):
+    raise ValueError
+"""
+
+
 class Heard:
     """Remembers what observers are told."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.failed: list[str] = []
+        self.said: list[str] = []
 
     def say(self, text: str) -> None:
-        """Keep quiet."""
+        self.said.append(text)
 
     @hookimpl
     def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
@@ -94,6 +112,25 @@ def test_a_second_recipe_shares_the_steps_and_writes_its_own_checkpoints(work: P
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
         assert "# two:" in (mine / "README.md").read_text()
     assert two.answers == one.answers
+
+
+def test_an_observer_that_raises_is_one_line_and_loses_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (work / "broken_watch.py").write_text(BROKEN)
+    info = work / "broken_watch-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-watch\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rotdistill.observers]\nbroken = broken_watch\n")
+    monkeypatch.syspath_prepend(str(work))
+    plain, first = run(work, "one")
+    watched, second = run(work, "one", 'observers=["broken", "broken"]')
+    assert watched.folder == plain.folder
+    assert (watched.rows, watched.checkpoints) == (plain.rows, plain.checkpoints)
+    told = [line for line in second.said if line.startswith("observer.broken failed")]
+    assert f"observer.broken failed in after_step, the run goes on: SystemExit: refit of full, fold, {plain.folder.name}" in told
+    assert {line.partition(",")[0].rpartition(" ")[2] for line in told} == {"before_step", "after_step", "variant_saved"}
+    assert all("\n" not in line for line in told)
+    assert first.ran
+    assert second.ran == []
 
 
 def test_the_cards_of_a_refit_survive_a_kill(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

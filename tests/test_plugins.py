@@ -11,7 +11,7 @@ import pytest
 from rotdistill_core import plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.errors import PluginError, RecipeError
-from rotdistill_core.plugins import ADAPTERS, STEPS
+from rotdistill_core.plugins import ADAPTERS, OBSERVERS, STEPS
 
 GOOD = '''"""A step that does nothing."""
 from typing import Literal
@@ -47,6 +47,16 @@ from rotdistill_core.adapter import rope_decoder
 @hookimpl
 def adapters():
     return [rope_decoder(("tiny",))]
+'''
+WATCH = '''"""Watches.
+
+Closely."""
+from rotdistill_core import hookimpl
+
+
+@hookimpl
+def after_step(step_id, folder):
+    raise SystemExit(f"{step_id} in {folder.name}\\nand more")
 '''
 RECIPE = 'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "residuals"\n'
 
@@ -159,6 +169,37 @@ def test_a_known_plugin_that_is_missing_says_what_to_install(monkeypatch: pytest
     assert f"pip install rotdistill-{name}" in refusal(lambda: plugins.find(group, name))
 
 
+def test_an_observer_is_imported_when_a_recipe_names_it(install: Install, tmp_path: Path) -> None:
+    module = install("acme-watch", "watch", WATCH, OBSERVERS)
+    path = write_recipe(tmp_path)
+    plain = recipe.load(path)
+    assert module not in sys.modules
+    path.write_text('observers = ["watch", "watch"]\n' + RECIPE, encoding="utf-8")
+    watched = recipe.load(path)
+    assert module in sys.modules
+    assert watched.recipe.observers == ["watch", "watch"]
+    assert watched.digest() == plain.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("after_step(", "after_stpe("), "unknown hook 'after_stpe'"),
+        (("folder", "place"), "Argument(s) {'place'}"),
+        (("import hookimpl", "import hookimp"), "ImportError"),
+    ],
+)
+def test_a_broken_observer_is_a_problem_of_the_recipe(install: Install, tmp_path: Path, change: tuple[str, str], reason: str) -> None:
+    install("acme-watch", "watch", WATCH.replace(*change), OBSERVERS)
+    path = write_recipe(tmp_path)
+    path.write_text('observers = ["watch"]\n' + RECIPE, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load(path)
+    (problem,) = caught.value.problems
+    assert 'observers: plugin "watch" of acme-watch 1.0' in problem
+    assert reason in problem
+
+
 def test_an_unknown_step_gives_the_nearest_name() -> None:
     message = refusal(lambda: plugins.step_class("residual"))
     assert message == 'no step "residual" is installed. Did you mean "residuals"?'
@@ -204,6 +245,7 @@ def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) ->
     install("acme-tiny", "tiny", TABLE, ADAPTERS)
     install("acme-broken", "broken", "raise SystemExit(3)")
     install("acme-torn", "torn", "raise RuntimeError", ADAPTERS)
+    install("acme-watch", "watch", WATCH, OBSERVERS)
     install("bolt-spin", "twice", GOOD)
     install("cord-spin", "twice", GOOD)
     listed = {(kind, origin.name): what for kind, origin, what in plugins.everything()}
@@ -212,6 +254,7 @@ def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) ->
     assert "acme-broken" in str(listed["step", "broken"])
     assert "acme-torn" in str(listed["adapter", "torn"])
     assert "bolt-spin and cord-spin" in str(listed["step", "twice"])
+    assert listed["observer", "watch"] == "Watches."
     assert ("step", "chop") in listed
 
 

@@ -117,6 +117,18 @@ def test_a_mistake_is_named_with_its_key(tmp_path: Path, tables: str, wanted: st
     assert any(wanted in problem for problem in problems), problems
 
 
+def test_unknown_observers_are_problems_beside_the_others(tmp_path: Path) -> None:
+    problems = problems_of(write(tmp_path / "bad.toml", 'observers = ["rotation-santy", 3]\n' + FIVE_MISTAKES))
+    assert len(problems) == 8
+    for wanted in (
+        'observers: no observer "rotation-santy" is installed. Did you mean "rotation-sanity"?',
+        'observers: no observer "3" is installed.',
+        "observers.1: Input should be a valid string (it is 3).",
+    ):
+        assert sum(problem.endswith(wanted) for problem in problems) == 1, (wanted, problems)
+    assert "observers: Input should be a valid list" in problems_of(write(tmp_path / "bad.toml", "observers = 3\n" + HEAD + STEPS))[0]
+
+
 @pytest.mark.parametrize("value", ['"4"', "true", "4.0"])
 def test_step_options_are_not_coerced(tmp_path: Path, value: str) -> None:
     problems_of(write(tmp_path / "bad.toml", HEAD + STEPS.replace("layers = 4", f"layers = 4\ntexts = {value}")))
