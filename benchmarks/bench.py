@@ -55,7 +55,7 @@ def texts(model: Model, limit: int) -> Samples:
 
 def capture(model: Model, samples: Samples, folder: Path) -> None:
     """Capture every boundary of one model into shards."""
-    from rotdistill_core.builtin.residuals import Residuals
+    from rotdistill_residuals import Residuals
 
     out = Out(Store(folder), Ledger(folder / f"run-{time.monotonic_ns()}"), f"bench {time.monotonic_ns()}", "bench")
     Residuals()._states("teacher", model, model.weights, samples.layout, out, lambda *_: None)

@@ -209,8 +209,12 @@ def schema() -> None:
     print(json.dumps(recipe.schema(), indent=1))
 
 
+class Interrupted(BaseException):
+    """A signal that ends the run. Not a KeyboardInterrupt, which typer would turn into a quiet return."""
+
+
 def _interrupted(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
+    raise Interrupted(number)
 
 
 def main() -> None:
@@ -221,10 +225,9 @@ def main() -> None:
     verbose = bool(os.environ.get("ROTDISTILL_TRACEBACK"))
     try:
         app(standalone_mode=False)
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
+    except Interrupted as stop:
         words().print(f"interrupted; what was finished is kept. Go on with:\n{escape(again)}")
-        sys.exit(128 + int(number))
+        sys.exit(128 + int(stop.args[0]))
     except RotdistillError as error:
         for problem in error.problems if isinstance(error, RecipeError) else [str(error)]:
             words().print(f"[red]error[/] {escape(problem)}", soft_wrap=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -176,3 +180,16 @@ def test_results_of_a_run_name_every_variant(work: Path) -> None:
 )
 def test_every_prompt_keeps_a_token_of_its_own(prompts: list[list[int]], shared: int) -> None:
     assert shared_start(prompts) == shared
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_says_how_to_go_on(work: Path, number: int, code: int) -> None:
+    command = [str(Path(sys.executable).with_name("rotdistill")), "run", str(written(work, "one"))]
+    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True) as child:
+        while not list(work.glob("runs/*/ledger.jsonl")) and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == code, said
+    assert "Go on with:" in said
+    assert said.rstrip().endswith("one.toml")

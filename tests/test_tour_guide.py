@@ -59,7 +59,8 @@ Job = tuple[Path, dict[str, dict[str, float]]]
 def test_transfer_brings_the_student_near_the_teacher(job: Job) -> None:
     table = job[1]
     assert table["full"]["kl"] <= 0.2 * table["base"]["kl"]
-    assert table["full"]["kl"] < table["refit"]["kl"] < table["base"]["kl"]
+    assert table["refit"]["kl"] <= 0.2 * table["base"]["kl"]
+    assert table["full"]["kl"] < 1.02 * table["refit"]["kl"]  # the head was chosen on validation texts; it adds nothing here
     assert table["style-only"]["kl"] < table["base"]["kl"]
 
 
@@ -85,7 +86,7 @@ def test_the_published_form_is_farther(job: Job) -> None:
     done = rotdistill(where, "run", str(ROOT / "recipes/replaceme.toml"), "--json")
     assert done.returncode == 0, done.stderr
     published = figures(json.loads(done.stdout)["results"])["published"]
-    assert job[1]["full"]["kl"] < 0.75 * published["kl"]
+    assert job[1]["full"]["kl"] < 0.5 * published["kl"]
 
 
 def test_a_second_run_recomputes_nothing(job: Job) -> None:

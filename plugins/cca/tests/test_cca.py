@@ -12,12 +12,12 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotdistill_basis_fold import BasisFold
 from rotdistill_cca import Cca, steps
 from rotdistill_procrustes import Procrustes
 from rotdistill_streams import Sums, add_up, cosine, gap_at
 
 from rotdistill_core.bank import Bank
-from rotdistill_basis_fold import BasisFold
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.maps import Maps
 from rotdistill_core.models import Model, Pair

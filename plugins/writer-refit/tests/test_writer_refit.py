@@ -10,9 +10,9 @@ import pytest
 import rotdistill_writer_refit as module
 import torch
 from rotdistill_procrustes import Procrustes
+from rotdistill_residuals import Residuals
 from rotdistill_writer_refit import WriterRefit, steps
 
-from rotdistill_core.builtin.residuals import Residuals
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.heads import compare, shared_tokens
 from rotdistill_core.ledger import Out

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rotdistill_residuals import Residuals
 from safetensors.torch import load_file
 
 from rotdistill_core.bank import Bank, restore
-from rotdistill_core.builtin.residuals import Residuals
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.ledger import Ledger, Out, Store, sha256_of
 from rotdistill_core.models import Pair, open_model
