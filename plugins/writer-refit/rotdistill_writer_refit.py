@@ -44,6 +44,8 @@ class WriterRefit:
     """Weight of a row of the shared prompt, which stands there once and is attended to by every text."""
     sinks: Annotated[float, Field(ge=0)] = 1000.0
     """Weight of an attention sink (position 0 and massive activations)."""
+    answers: Annotated[float, Field(ge=0)] = 4.0
+    """Weight of a row that predicts an answer which the teacher wrote itself: what the student is to say, in the teacher's words."""
     ridge: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.3, 3.0)
     """Candidates for λ, as multiples of the mean diagonal of `AᵀA`."""
     layers: Literal["all", "cut"] = "all"
@@ -60,11 +62,11 @@ class WriterRefit:
         from rotdistill_core.walk import Walk
         from rotdistill_core.weights import file_entries
 
+        own = frozenset(question.id for question in samples.questions if question.answer is None)
         if self.features == "output" and self.writers != ("neurons",):
             raise RecipeError('writer-refit: features = "output" is a map of the MLP\'s output; writers must be ["neurons"].')
         if not set(self.writers) <= set(weights.adapter.writers):
-            kind = weights.config["model_type"]
-            raise RecipeError(f"writer-refit: in a {kind} model a norm stands between writers and stream; none can be refitted to it.")
+            raise RecipeError(f"writer-refit: in a {weights.config['model_type']} model a norm stands between writers and stream.")
         layout = samples.layout.select("fit", "validation")
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         depths, cards = weights.lineage.depths, {}
@@ -86,7 +88,7 @@ class WriterRefit:
                     solved = {key: entry.read() for key, entry in file_entries(saved).items()}
                     cards[f"{i} {site}"] = json.loads(card.read_text(encoding="utf-8"))
                 else:
-                    solved, cards[f"{i} {site}"] = self._solve(walk, site, name, goal)
+                    solved, cards[f"{i} {site}"] = self._solve(walk, site, name, goal, own)
                     out.tensors(f"{file}.safetensors", solved)
                     out.json(f"{file}.json", cards[f"{i} {site}"])
                 made |= solved
@@ -104,12 +106,12 @@ class WriterRefit:
             return weights
         return refitted
 
-    def _solve(self, walk: Walk, site: str, name: str, goal: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _solve(self, walk: Walk, site: str, name: str, goal: Tensor, own: frozenset[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a new writer `[d, f]` of the open layer (and bias, if the MLP's output carries one), and what was chosen."""
         from rotdistill_core.moments import Moments, ridge
 
         f, d = walk.weights.entries[name].shape[::-1]
-        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal, walk.layout)
+        fit_rows, weight = walk.layout.split("fit"), self._row_weights(goal, walk.layout, own)
         width = f if self.features == "activations" else d
         fit, validation = Moments(width, d), Moments(width, d)
         seen: list[Tensor] = []
@@ -144,8 +146,8 @@ class WriterRefit:
         rms = goal.double().pow(2).mean(-1).sqrt()
         return goal * (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0).to(goal)[:, None]
 
-    def _row_weights(self, goal: Tensor, layout: Layout) -> Tensor:
-        """Return the weight of each row [rows]: 1/RMS², so that every reader's view counts alike; prompt and sinks counted up."""
+    def _row_weights(self, goal: Tensor, layout: Layout, own: frozenset[str] = frozenset()) -> Tensor:
+        """Return the weight of each row [rows]: 1/RMS², as every reader sees it; prompt, sinks and answers of the texts `own` up."""
         import torch
 
         from rotdistill_core.bank import massive
@@ -156,8 +158,10 @@ class WriterRefit:
         if self.rows != "rms":
             return factor.float()
         factor[: layout.prefix] = self.prompt
-        factor[massive(goal)] = self.sinks
-        factor[0] = self.sinks
+        for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
+            if text.id in own:
+                factor[max(start, start + text.answer - 1 - layout.prefix) : end] = self.answers
+        factor[massive(goal).index_fill(0, torch.zeros(1, dtype=torch.long), True)] = self.sinks
         return (factor / goal.double().pow(2).mean(-1).clamp_min(1e-12)).float()
 
 
@@ -173,8 +177,7 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
     A student cut from the teacher shares its basis. Else the aligner's map of this boundary carries the teacher's rows back, and
     each is scaled to the length of the student's own row: readers see directions only, and sinks stay what they are.
 
-    Raises:
-        RecipeError: models of different bases and no aligner before this step.
+    Raises RecipeError for models of different bases when no aligner stands before this step.
     """
     import torch
 

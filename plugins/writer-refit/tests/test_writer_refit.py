@@ -107,6 +107,17 @@ def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samp
     assert (weight["plain"][layout.prefix :] == 1).all()
 
 
+def test_the_teachers_own_answers_are_counted_up(samples: Samples) -> None:
+    layout = samples.layout.select("fit", "validation")
+    text, start = layout.texts[3], layout.starts[3]
+    weight = WriterRefit(answers=7.0)._row_weights(torch.ones(layout.rows, 4), layout, frozenset({text.id}))
+    answers = torch.zeros(layout.rows, dtype=torch.bool)
+    answers[start + text.answer - 1 - layout.prefix : layout.starts[4]] = True
+    assert answers.sum() == len(text.tokens) - text.answer + 1
+    assert (weight[answers] == 7).all()
+    assert (weight[~answers][layout.prefix :] == 1).all()
+
+
 @pytest.mark.parametrize("after", [1.0, 1.5, float("nan")])
 def test_a_refit_that_does_not_lower_the_validation_kl_is_refused(
     teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
