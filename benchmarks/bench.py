@@ -124,8 +124,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60, help="blurbs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--run", action="store_true", help="also measure the whole tour guide run (minutes)")
+    parser.add_argument("--only-memory", action="store_true", help="measure the peak memory of a capture and nothing else")
     parser.add_argument("--only-capture", action="store_true", help="capture once and leave (used to measure memory)")
     options = parser.parse_args()
+    again = [sys.executable, __file__, options.model, "--limit", str(options.limit), "--only-capture"]
+    if options.only_memory:
+        print(json.dumps({"model": options.model, "capture: peak anonymous memory, GB": round(peak_anonymous(again) / 1e9, 2)}, indent=1))
+        return
     model = open_model(ModelRef(model=options.model))
     samples = texts(model, options.limit)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +142,6 @@ def main() -> None:
         result["capture / bare forward"] = pairs(lambda: capture(model, samples, Path(folder)), forward, options.rounds)
         del forward
     result |= solves(options.rounds)
-    again = [sys.executable, __file__, options.model, "--limit", str(options.limit), "--only-capture"]
     result["capture: peak anonymous memory, GB"] = round(peak_anonymous(again) / 1e9, 2)
     if options.run:
         with tempfile.TemporaryDirectory() as folder:
