@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotdistill_core.ledger import Out, sha256_of
+from rotdistill_core.ledger import Out
 from rotdistill_core.samples import Layout
 from rotdistill_core.weights import file_entries
 
@@ -25,15 +25,26 @@ class Bank:
     layouts: Mapping[str, Layout]
     depths: tuple[int, ...] = ()
     """For each captured student boundary, its boundary in the original student."""
+    partners: tuple[int, ...] = ()
+    """For each boundary of the original student, the teacher's boundary that it is compared with."""
 
     def rows(self, side: str, boundary: int) -> Tensor:
         """Return the raw stream `[rows, d]` of one side at a layer boundary (0: embeddings), memory-mapped."""
         return file_entries(self.root / self.shards[side][boundary])["rows"].read()
 
+    def teacher(self, layout: Layout, depth: int) -> Tensor:
+        """Return the teacher's raw stream beside a boundary of the original student, a row for each row of `layout` `[rows, d_t]`."""
+        return self.rows("teacher", self.partners[depth])[layout.rows_in(self.layouts["teacher"])]
+
     def info(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON values."""
         texts = {side: [t.id for t in layout.texts] for side, layout in self.layouts.items()}
-        return {"shards": {k: list(v) for k, v in self.shards.items()}, "texts": texts, "depths": list(self.depths)}
+        return {
+            "shards": {k: list(v) for k, v in self.shards.items()},
+            "texts": texts,
+            "depths": list(self.depths),
+            "partners": list(self.partners),
+        }
 
 
 def restore(info: Mapping[str, Any], root: Path, layout: Layout) -> Bank:
@@ -42,19 +53,20 @@ def restore(info: Mapping[str, Any], root: Path, layout: Layout) -> Bank:
     for side, ids in info["texts"].items():
         texts = {t.id: t for t in layout.texts}
         layouts[side] = Layout(tuple(texts[i] for i in ids), layout.prefix)
-    return Bank(root, {k: tuple(v) for k, v in info["shards"].items()}, layouts, tuple(info["depths"]))
+    return Bank(root, {k: tuple(v) for k, v in info["shards"].items()}, layouts, tuple(info["depths"]), tuple(info["partners"]))
 
 
 def write_shard(out: Out, side: str, boundary: int, rows: Tensor, dtype: torch.dtype, about: Mapping[str, Any]) -> str:
     """Commit one boundary's rows and their sidecar; return the shard's path relative to the folder of runs."""
     name = f"shards/{side}/residual/{boundary:05d}"
     path = out.tensors(f"{name}.safetensors", {"rows": rows.to("cpu", dtype)})
+    shard = path.relative_to(out.store.root).as_posix()
     sidecar = {
         **about, "site": "residual", "boundary": boundary, "tokens": rows.shape[0], "shape": list(rows.shape),
-        "dtype": str(dtype).removeprefix("torch."), "sha256": sha256_of(path), "shard": path.name,
+        "dtype": str(dtype).removeprefix("torch."), "sha256": out.used[shard].sha256, "shard": path.name,
     }  # fmt: skip
     out.json(f"{name}.json", sidecar)
-    return path.relative_to(out.store.root).as_posix()
+    return shard
 
 
 def normalised(X: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def captured(pair: Pair, weights: Weights, samples: Samples, out: Out) -> Bank:
             walk.run()
             made.append(write_shard(out, side, i + 1, walk.states, torch.float32, {}))
         shards[side] = tuple(made)
-    return Bank(out.store.root, shards, {"teacher": samples.layout, "student": samples.layout}, weights.lineage.depths)
+    partners = tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
+    return Bank(out.store.root, shards, {"teacher": samples.layout, "student": samples.layout}, weights.lineage.depths, partners)
 
 
 def rotated_twin(model: Model, folder: Path, seed: int = 0) -> tuple[Model, Tensor]:

@@ -60,7 +60,7 @@ class LmHeadRidge:
             walk.run()
             progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
         X = final_norm(weights, walk.states)
-        T = final_norm(pair.teacher.weights, bank.rows("teacher", pair.teacher.depth)[layout.rows_in(bank.layouts["teacher"])].to(X))
+        T = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X))
         fit = layout.split("fit")
         moments = Moments(X.shape[1], T.shape[1])
         moments.add(X[fit], T[fit])

@@ -115,11 +115,10 @@ def paired(bank: Bank, pair: Pair, boundaries: list[int], split: str, use: str) 
     from rotdistill_core.moments import require_finite
 
     layout = bank.layouts["student"]
-    where = layout.rows_in(bank.layouts["teacher"])
     for boundary in boundaries:
-        depth = pair.teacher_depth(bank.depths[boundary])
-        S, T = bank.rows("student", boundary), bank.rows("teacher", depth)[where]
-        for X, side, model, at in ((S, "student", pair.student, boundary), (T, "teacher", pair.teacher, depth)):
+        depth = bank.depths[boundary]
+        S, T = bank.rows("student", boundary), bank.teacher(layout, depth)
+        for X, side, model, at in ((S, "student", pair.student, boundary), (T, "teacher", pair.teacher, bank.partners[depth])):
             require_finite(X, f"{use}: {side} {model.ref.model}, layer boundary {at}, site residual")
         wanted = layout.split(split) & ~massive(S) & ~massive(T)
         wanted[0] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -9,6 +10,8 @@ from pydantic import Field
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rotdistill_core.api import Bank, Layout, Model, Out, Pair, Progress, Samples, Weights
 
 
@@ -41,7 +44,8 @@ class Residuals:
             "teacher": self._states("teacher", teacher, teacher.weights, full, shared, lambda i, _, n: progress(i, total, n)),
             "student": self._states("student", pair.student, weights, some, out, lambda i, _, n: progress(teacher.depth + i, total, n)),
         }
-        return Bank(out.store.root, shards, {"teacher": full, "student": some}, weights.lineage.depths)
+        partners = tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
+        return Bank(out.store.root, shards, {"teacher": full, "student": some}, weights.lineage.depths, partners)
 
     def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Progress) -> tuple[str, ...]:
         import torch
@@ -59,24 +63,27 @@ class Residuals:
         about = {"model": model.ref.model, "side": side, "layout": layout.digest(), "layers": weights.depth}
         walk = Walk(weights, layout, model.device, model.dtype)
 
-        def keep(boundary: int) -> str:
-            bad = (~torch.isfinite(walk.states)).any(-1).nonzero().flatten().tolist()
+        def keep(boundary: int, states: Tensor) -> str:
+            bad = [] if torch.isfinite(states.sum()) else (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()
             if bad:
                 where = f"layer {boundary - 1}" if boundary else "the embeddings"
                 raise RotdistillError(f"{model.ref.model}: {where}: {len(bad)} rows are NaN or Inf, the first is row {bad[0]}.")
             if path := found[boundary]:
                 return str(path.relative_to(out.store.root).as_posix())
-            return write_shard(out, side, boundary, walk.states, dtype, about)
+            return write_shard(out, side, boundary, states, dtype, about)
 
         whole = next((b for b, path in enumerate(found) if path is None), 0) - 1
         if whole >= 0 and dtype == model.dtype and (last := found[whole]):
             walk.states, walk.boundary = file_entries(last)["rows"].read().clone(), whole
         made = [path.relative_to(out.store.root).as_posix() for path in found[: walk.boundary] if path]
-        made.append(keep(walk.boundary))
-        for i in walk:
-            walk.run()
-            made.append(keep(i + 1))
-            tell(i + 1, weights.depth, f"{side}: {layout.rows} rows")
+        with ThreadPoolExecutor(1) as writer:  # one layer's rows are hashed and written while the next is computed
+            ahead = writer.submit(keep, walk.boundary, walk.states.clone())
+            for i in walk:
+                walk.run()
+                made.append(ahead.result())
+                ahead = writer.submit(keep, i + 1, walk.states.clone())
+                tell(i + 1, weights.depth, f"{side}: {layout.rows} rows")
+            made.append(ahead.result())
         return tuple(made)
 
 

@@ -36,14 +36,12 @@ class Toggles:
         weights, student = variant.weights, pair.student
         layout = samples.layout.select("heldout")
         rows, targets, languages = layout.predicting("heldout")
-        in_bank = layout.rows_in(bank.layouts["teacher"])[rows]
         walk = Walk(weights, layout, student.device, student.dtype)
         found: list[Row] = []
 
         def measure(boundary: int) -> None:
-            depth = pair.teacher_depth(weights.lineage.depths[boundary])
             X = _in_teacher_frame(walk.states[rows].double(), boundary, variant, pair, bank)
-            T = bank.rows("teacher", depth)[in_bank].double()
+            T = bank.teacher(layout, weights.lineage.depths[boundary])[rows].double()
             n = len(rows)
             cosine = float((X * T).sum(-1).div(X.norm(dim=-1) * T.norm(dim=-1)).mean())
             difference = float((X - T).pow(2).mean().sqrt() / T.pow(2).mean().sqrt())
@@ -54,7 +52,7 @@ class Toggles:
             walk.run()
             measure(i + 1)
             progress(i + 1, weights.depth, f"{len(layout.texts)} held-out answers")
-        T = bank.rows("teacher", pair.teacher.depth)[in_bank]
+        T = bank.teacher(layout, student.depth)[rows]
         seen = compare(pair.teacher.weights, T, weights, walk.states[rows], targets, shared_tokens(pair))
         overall = {
             "kl": float(seen.kl.mean()), "top1": float(seen.top1.mean()), "perplexity": float(seen.nll.mean().exp()),
@@ -86,7 +84,7 @@ def _in_teacher_frame(X: Tensor, boundary: int, variant: Variant, pair: Pair, ba
     depth = lineage.depths[boundary]
     side = bank.layouts["student"]
     S = bank.rows("student", bank.depths.index(depth)).double()
-    T = bank.rows("teacher", pair.teacher_depth(depth))[side.rows_in(bank.layouts["teacher"])].double()
+    T = bank.teacher(side, depth).double()
     use = side.split("fit") & ~massive(S) & ~massive(T)
     R, spectrum = polar(S[use].T @ T[use], f"toggles: boundary {boundary}")
     return X @ R * float(spectrum.sum() / S[use].pow(2).sum())

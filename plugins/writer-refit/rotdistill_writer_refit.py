@@ -185,7 +185,7 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
 
     lineage = weights.lineage
     depth = lineage.depths[boundary]
-    T = bank.rows("teacher", pair.teacher_depth(depth))[layout.rows_in(bank.layouts["teacher"])].double()
+    T = bank.teacher(layout, depth).double()
     if not pair.same:
         captured = bank.depths.index(depth)
         rotation = maps.rotation(captured)
@@ -226,7 +226,7 @@ def _validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, 
     rows, targets, _ = walk.layout.predicting("validation")
     some = slice(None, None, max(1, len(rows) // JUDGED_ROWS))
     rows, targets = rows[some], targets[some]
-    T = bank.rows("teacher", pair.teacher.depth)[walk.layout.rows_in(bank.layouts["teacher"])[rows]]
+    T = bank.teacher(walk.layout, pair.student.depth)[rows]
     S = walk.states[rows]
     return float(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl.mean())
 
