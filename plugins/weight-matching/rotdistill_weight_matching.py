@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 from rotdistill_head_gauge import SIDES, shared_gauges, solve
-from rotdistill_matching import layer_rows, match, weight_scores
+from rotdistill_matching import layer_rows, match, partners, weight_scores
 
 from rotdistill_core import hookimpl, step
 
@@ -33,7 +33,7 @@ SPACES = {"q": "q", "o": "q", "k": "kv", "v": "kv", "gate": "neurons", "up": "ne
 class WeightMatching:
     """Find the rotation of the stream, permutations of heads and neurons, and gauges between two models of one shape, from weights.
 
-    The vocabulary is what both models share, so embedding and head give the first rotation. Needs no capture.
+    A student cut in depth is compared with the layers that it kept. The vocabulary is what both models share, so embedding and head give the first rotation. Needs no capture.
     """
 
     use: Literal["weight-matching"] = "weight-matching"
@@ -51,6 +51,7 @@ class WeightMatching:
         from rotdistill_core.moments import polar
 
         _require_one_shape(weights, pair)
+        others = partners(weights, pair)
         base = vocabulary_moments(weights, pair.teacher.weights)
         R, spectrum = polar(base, "weight-matching: vocabulary")
         eye, turns = torch.eye(len(R), dtype=torch.float64), [math.inf]
@@ -59,7 +60,7 @@ class WeightMatching:
         for done in range(1, self.rounds + 1):
             M = R.T @ base
             for i in range(weights.depth):
-                made, cards[i], told = self._layer(weights, pair, i, R)
+                made, cards[i], told = self._layer(weights, pair, i, others[i], R)
                 found |= made
                 M += told
                 progress(i + 1, weights.depth, f"round {done}")
@@ -75,13 +76,13 @@ class WeightMatching:
             found[f"residual.{b}"], cards[b] = rotation, {**cards.get(b, {}), **about}
         return maps.add(found, cards)
 
-    def _layer(self, weights: Weights, pair: Pair, i: int, R: Tensor) -> tuple[dict[str, Map], dict[str, Any], Tensor]:
+    def _layer(self, weights: Weights, pair: Pair, i: int, other: int, R: Tensor) -> tuple[dict[str, Map], dict[str, Any], Tensor]:
         """Return the maps of one layer's heads and neurons, their figures, and what the layer then says about the stream."""
         import torch
 
         heads, d = weights.adapter.heads(weights.config), len(R)
         S = {role: torch.cat([X[:, :d] @ R, X[:, d:]], 1) for role, X in layer_rows(weights, i, {}).items()}
-        T = layer_rows(pair.teacher.weights, i, {})
+        T = layer_rows(pair.teacher.weights, other, {})
         before = _distance(S, T)
         made = match(weight_scores(S, T, heads, heads), heads, heads)
         found = made.maps(i, heads.width)
@@ -91,7 +92,7 @@ class WeightMatching:
             found[f"{name}.{i}"] = gauge
             one, other = SIDES[name]
             S |= {one: gauge.along(S[one], 0), other: gauge.dual().along(S[other], 0)}
-        about = {"reference": i, **made.about, "distance_stream_alone": before, "distance": _distance(S, T)}
+        about = {"reference": other, **made.about, "distance_stream_alone": before, "distance": _distance(S, T)}
         return found, about, sum((moments(S[role][:, :d], T[role][:, :d]) for role in S), torch.zeros_like(R))
 
 
@@ -136,7 +137,8 @@ def _require_one_shape(weights: Weights, pair: Pair) -> None:
     if weights.lineage.basis is not None:
         raise RecipeError("weight-matching: the student is in another basis already; put it before basis-fold.")
     mine, theirs = ((v.adapter.sizes(v.config), v.adapter.heads(v.config)) for v in (weights, pair.teacher.weights))
-    differ = [space for space in mine[0].keys() | theirs[0].keys() if mine[0].get(space) != theirs[0].get(space)]
+    differ = [space for space in mine[0].keys() & theirs[0].keys() if mine[0][space] != theirs[0][space]]
+    differ += ["depth"] if pair.student.depth != pair.teacher.depth else []
     if differ or mine[1] != theirs[1]:
         what = min(differ, default="heads")
         raise RecipeError(f'weight-matching: needs models of one shape, these differ in {what}; use "procrustes" and "hungarian-permute".')
