@@ -33,7 +33,8 @@ SPACES = {"q": "q", "o": "q", "k": "kv", "v": "kv", "gate": "neurons", "up": "ne
 class WeightMatching:
     """Find the rotation of the stream, permutations of heads and neurons, and gauges between two models of one shape, from weights.
 
-    A student cut in depth is compared with the layers that it kept. The vocabulary is what both models share, so embedding and head give the first rotation. Needs no capture.
+    A student cut in depth is compared with the layers that it kept. The vocabulary is what both models share, so embedding
+    and head give the first rotation. Needs no capture.
     """
 
     use: Literal["weight-matching"] = "weight-matching"
@@ -51,7 +52,7 @@ class WeightMatching:
         from rotdistill_core.moments import polar
 
         _require_one_shape(weights, pair)
-        others = partners(weights, pair)
+        kept = partners(weights, pair)
         base = vocabulary_moments(weights, pair.teacher.weights)
         R, spectrum = polar(base, "weight-matching: vocabulary")
         eye, turns = torch.eye(len(R), dtype=torch.float64), [math.inf]
@@ -60,7 +61,7 @@ class WeightMatching:
         for done in range(1, self.rounds + 1):
             M = R.T @ base
             for i in range(weights.depth):
-                made, cards[i], told = self._layer(weights, pair, i, others[i], R)
+                made, cards[i], told = self._layer(weights, pair, i, kept[i], R)
                 found |= made
                 M += told
                 progress(i + 1, weights.depth, f"round {done}")
@@ -76,13 +77,13 @@ class WeightMatching:
             found[f"residual.{b}"], cards[b] = rotation, {**cards.get(b, {}), **about}
         return maps.add(found, cards)
 
-    def _layer(self, weights: Weights, pair: Pair, i: int, other: int, R: Tensor) -> tuple[dict[str, Map], dict[str, Any], Tensor]:
+    def _layer(self, weights: Weights, pair: Pair, i: int, reference: int, R: Tensor) -> tuple[dict[str, Map], dict[str, Any], Tensor]:
         """Return the maps of one layer's heads and neurons, their figures, and what the layer then says about the stream."""
         import torch
 
         heads, d = weights.adapter.heads(weights.config), len(R)
         S = {role: torch.cat([X[:, :d] @ R, X[:, d:]], 1) for role, X in layer_rows(weights, i, {}).items()}
-        T = layer_rows(pair.teacher.weights, other, {})
+        T = layer_rows(pair.teacher.weights, reference, {})
         before = _distance(S, T)
         made = match(weight_scores(S, T, heads, heads), heads, heads)
         found = made.maps(i, heads.width)
@@ -92,7 +93,7 @@ class WeightMatching:
             found[f"{name}.{i}"] = gauge
             one, other = SIDES[name]
             S |= {one: gauge.along(S[one], 0), other: gauge.dual().along(S[other], 0)}
-        about = {"reference": other, **made.about, "distance_stream_alone": before, "distance": _distance(S, T)}
+        about = {"reference": reference, **made.about, "distance_stream_alone": before, "distance": _distance(S, T)}
         return found, about, sum((moments(S[role][:, :d], T[role][:, :d]) for role in S), torch.zeros_like(R))
 
 
