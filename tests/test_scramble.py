@@ -1,0 +1,35 @@
+"""The scramble test on the real small model: what benchmarks/scramble.py prints, checked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/scramble.py"
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), "--limit", "10", "--only", "weights", "--only", "activations"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+    return found
+
+
+def test_a_scrambled_model_computes_the_same_and_averages_to_garbage(figures: dict[str, Any]) -> None:
+    assert figures["largest change of a logit, float64"] <= 1e-8
+    assert figures["barrier before"] > 3
+
+
+@pytest.mark.parametrize("source", ["weights", "activations"])
+def test_it_is_brought_back(figures: dict[str, Any], source: str) -> None:
+    found = figures[f"from {source}"]
+    assert found["permutations wrong"] == 0
+    assert found["barrier"] <= 1e-3
+    assert found["farthest weight"] <= (1e-5 if source == "weights" else 1e-3)
