@@ -1,0 +1,65 @@
+"""How well a rotation per layer carries one model's stream onto another's: held-out cosines beside their nulls, layer by layer.
+
+    python benchmarks/alignment.py TEACHER STUDENT [--limit 104] [--layer-map match] [--keep FOLDER]
+
+Captures both models on the blurbs, solves procrustes with `tie = 1` on the fit texts, whitened in none, one or both of the two ways,
+and prints a table over the student's layer boundaries: cosine on validation rows as they are, centred, and what shuffled teacher rows
+give. `--keep` names a folder that keeps the capture for the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from rotdistill_procrustes import Procrustes
+from rotdistill_residuals import Residuals
+
+from rotdistill_core.maps import Maps
+from rotdistill_core.models import Pair, open_model
+from rotdistill_core.recipe import ModelRef, SamplesRef
+from rotdistill_core.samples import read_questions, tokenize
+from rotdistill_core.testing import pico_out
+
+ROOT = Path(__file__).resolve().parents[1]
+WHITENS: tuple[Literal["none", "zscore", "full"], ...] = ("none", "zscore", "full")
+
+
+def quiet(*_: object) -> None:
+    """Take progress and say nothing."""
+
+
+def main() -> None:
+    """Capture, solve, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("--limit", type=int, default=104, help="blurbs")
+    parser.add_argument("--ridge", type=float, default=0.0, help="of the whitened solves")
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args()
+    pair = Pair(open_model(ModelRef(model=options.teacher)), open_model(ModelRef(model=options.student)))
+    questions, style = read_questions(SamplesRef(limit=options.limit), ROOT / "recipes")
+    samples = tokenize(pair.teacher.tokenizer, [q for q in questions if q.answer is not None], {}, style, 256)
+    with tempfile.TemporaryDirectory() as folder:
+        out = pico_out(options.keep or Path(folder), "capture")
+        bank = Residuals().capture(pair, pair.student.weights, samples, out, quiet)
+        cards = {}
+        for whiten in WHITENS:
+            ridge = options.ridge if whiten != "none" else 0.0
+            cards[whiten] = Procrustes(tie=1, whiten=whiten, ridge=ridge).align(bank, Maps(), pair, quiet).cards
+    print(f"{samples.layout.rows} rows, {len(samples.layout.texts)} texts\n")
+    print("| layer | teacher | " + " | ".join(f"{w}: raw | centred | null raw | null centred" for w in WHITENS) + " |")
+    print("|---" * (2 + 4 * len(WHITENS)) + "|")
+    for boundary in cards["none"]:
+        cells = [str(boundary), str(bank.partners[boundary])]
+        for whiten in WHITENS:
+            card = cards[whiten][boundary]
+            cells += [f"{card[name]:.3f}" for name in ("cosine_after", "centred_after", "cosine_shuffled", "centred_shuffled")]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
