@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
+from rotdistill_layer_map import explained, monotone, spread
 
 from rotdistill_core import hookimpl, step
 
@@ -27,6 +29,8 @@ class Residuals:
     """Dtype of the shards. `compute` keeps what was computed, so that a killed capture goes on at the layer where it was."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Capture the student on this many fit and validation texts only (alignment needs few); default all of them."""
+    layer_map: Literal["stretch", "match"] = "stretch"
+    """Which teacher boundary is beside which of the student's: the one at its relative depth, or the monotone map of largest R²."""
 
     @hookimpl
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
@@ -36,6 +40,8 @@ class Residuals:
 
         if weights.lineage.basis is not None:
             raise RecipeError("residuals: the student is in another basis already; put the capture before basis-fold.")
+        if pair.same and self.layer_map == "match":
+            raise RecipeError('residuals: this student is the teacher, cut: its layer map is known; leave out layer_map = "match".')
         full, some = samples.layout, samples.layout.select("fit", "validation", most=self.student_texts)
         teacher = pair.teacher
         shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
@@ -44,8 +50,16 @@ class Residuals:
             "teacher": self._states("teacher", teacher, teacher.weights, full, shared, lambda i, _, n: progress(i, total, n)),
             "student": self._states("student", pair.student, weights, some, out, lambda i, _, n: progress(teacher.depth + i, total, n)),
         }
-        partners = tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
-        return Bank(out.store.root, shards, {"teacher": full, "student": some}, weights.lineage.depths, partners)
+        depths, partners = weights.lineage.depths, tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
+        bank = Bank(out.store.root, shards, {"teacher": full, "student": some}, depths, partners)
+        if self.layer_map == "stretch":
+            return bank
+        table = explained(bank, progress)
+        found = monotone(table)
+        out.json("layer_map.json", {"student boundary -> teacher boundary": dict(zip(depths, found, strict=True)), "R²": table.tolist()})
+        sums = [float(table[range(len(depths)), [*to]].mean()) for to in ((partners[b] for b in depths), found)]
+        out.notes |= {"layer map": found, "mean R² of match": sums[1], "mean R² of stretch": sums[0]}
+        return replace(bank, partners=spread(depths, found, len(partners)))
 
     def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Progress) -> tuple[str, ...]:
         import torch
