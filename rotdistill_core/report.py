@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from jinja2 import Environment, PackageLoader
 from rich.table import Table
 
 from rotdistill_core.ledger import Ledger, write_file
-from rotdistill_core.pipeline import Outcome
+from rotdistill_core.pipeline import Done, Outcome
 from rotdistill_core.recipe import Loaded
 from rotdistill_core.samples import Row
 
@@ -46,31 +47,16 @@ def rich_table(rows: Sequence[Row]) -> Table:
 
 def markdown(loaded: Loaded, outcome: Outcome) -> str:
     """Return report.md."""
-    values = figures(outcome.rows)
-    lines = [f"# {loaded.recipe.name}", "", f"Teacher `{loaded.recipe.teacher.model}`, student `{loaded.recipe.student.model}`.", ""]
-    lines += ["| variant | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for variant, metrics in values.items():
-        lines.append(f"| {variant} | " + " | ".join(f.format(metrics[n]) if n in metrics else "" for n, _, f in COLUMNS) + " |")
-    languages = sorted({row.language for row in outcome.rows if row.language})
-    if languages:
-        lines += ["", "Held-out KL by language:", "", "| variant | " + " | ".join(languages) + " |", "|---" * (len(languages) + 1) + "|"]
-        by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language}
-        for variant in values:
-            lines.append(
-                f"| {variant} | " + " | ".join(f"{by[variant, name]:.3f}" if (variant, name) in by else "" for name in languages) + " |"
-            )
-    lines += ["", "## Steps", ""]
-    seen: set[str] = set()
+    by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language}
+    first: dict[str, tuple[str, str, Done]] = {}
     for (variant, step), done in outcome.steps.items():
-        if done.key not in seen:
-            seen.add(done.key)
-            lines.append(f"- **{step}** ({variant}{', reused' if done.reused else ''}, {done.seconds:.0f} s)")
-            lines += [f"  - {name}: {_short(value)}" for name, value in done.notes.items()]
-    lines += ["", "## Answers", ""]
-    for identity in next(iter(outcome.answers.values()), {}):
-        lines += [f"Question `{identity}`", ""]
-        lines += [f"- **{who}**: {' '.join(said[identity].split())}" for who, said in outcome.answers.items()]
-    return "\n".join([*lines, ""])
+        first.setdefault(done.key, (variant, step, done))
+    made = Environment(loader=PackageLoader("rotdistill_core"), trim_blocks=True, lstrip_blocks=True)  # noqa: S701  Markdown, not HTML
+    made.filters["short"] = _short
+    return made.get_template("report.md.j2").render(
+        recipe=loaded.recipe, columns=COLUMNS, values=figures(outcome.rows), by=by, answers=outcome.answers,
+        languages=sorted({language for _, language in by}), steps=first.values(),
+    )  # fmt: skip
 
 
 def _short(value: object) -> str:
@@ -78,9 +64,7 @@ def _short(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         return "; ".join(f"{k}: {_short(v)}" for k, v in value.items())
-    if isinstance(value, list):
-        return ", ".join(_short(v) for v in value)
-    return str(value)
+    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
 def write(loaded: Loaded, outcome: Outcome) -> None:
