@@ -20,7 +20,7 @@ from rotdistill_residuals import Residuals
 from rotdistill_core.maps import Maps
 from rotdistill_core.models import Pair, open_model
 from rotdistill_core.recipe import ModelRef, SamplesRef
-from rotdistill_core.samples import read_questions, tokenize
+from rotdistill_core.samples import read_questions, tokenize, tokenize_both
 from rotdistill_core.testing import pico_out
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,19 +38,22 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("--limit", type=int, default=104, help="blurbs")
     parser.add_argument("--ridge", type=float, default=0.0, help="of the whitened solves")
+    parser.add_argument("--layer-map", choices=["stretch", "match"], default="stretch")
+    parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     pair = Pair(open_model(ModelRef(model=options.teacher)), open_model(ModelRef(model=options.student)))
     questions, style = read_questions(SamplesRef(limit=options.limit), ROOT / "recipes")
-    samples = tokenize(pair.teacher.tokenizer, [q for q in questions if q.answer is not None], {}, style, 256)
+    given = (pair.teacher.tokenizer, [q for q in questions if q.answer is not None], {}, style, options.max_tokens)
+    samples = tokenize(*given) if pair.one_tokenizer else tokenize_both(pair.student.tokenizer, *given)
     with tempfile.TemporaryDirectory() as folder:
         out = pico_out(options.keep or Path(folder), "capture")
-        bank = Residuals().capture(pair, pair.student.weights, samples, out, quiet)
+        bank = Residuals(layer_map=options.layer_map).capture(pair, pair.student.weights, samples, out, quiet)
         cards = {}
         for whiten in WHITENS:
             ridge = options.ridge if whiten != "none" else 0.0
             cards[whiten] = Procrustes(tie=1, whiten=whiten, ridge=ridge).align(bank, Maps(), pair, quiet).cards
-    print(f"{samples.layout.rows} rows, {len(samples.layout.texts)} texts\n")
+    print(f"{samples.layout.rows} rows, {len(samples.layout.texts)} texts; {out.notes}\n")
     print("| layer | teacher | " + " | ".join(f"{w}: raw | centred | null raw | null centred" for w in WHITENS) + " |")
     print("|---" * (2 + 4 * len(WHITENS)) + "|")
     for boundary in cards["none"]:

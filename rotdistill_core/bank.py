@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.ledger import Out
-from rotdistill_core.samples import Layout
+from rotdistill_core.samples import Layout, Samples
 from rotdistill_core.weights import file_entries
 
 
@@ -21,7 +21,8 @@ class Bank:
 
     root: Path
     shards: Mapping[str, tuple[str, ...]]
-    """Side (`teacher`, `student`) -> shard of each boundary 0..L, relative to the folder of runs."""
+    """Side (`teacher`, `student`) -> shard of each boundary 0..L, relative to the folder of runs. With two tokenizers there are
+    `spans` too: for each row of the student's texts the teacher's rows [start, end) beside it `[rows, 2]`, (0, 1) where there are none."""
     layouts: Mapping[str, Layout]
     depths: tuple[int, ...] = ()
     """For each captured student boundary, its boundary in the original student."""
@@ -34,7 +35,23 @@ class Bank:
 
     def teacher(self, layout: Layout, depth: int) -> Tensor:
         """Return the teacher's raw stream beside a boundary of the original student, a row for each row of `layout` `[rows, d_t]`."""
-        return self.rows("teacher", self.partners[depth])[layout.rows_in(self.layouts["teacher"])]
+        return self.beside(layout, self.partners[depth])
+
+    def beside(self, layout: Layout, boundary: int) -> Tensor:
+        """Return the teacher's stream at its own boundary for rows of the student's `layout`: means over spans of its tokens."""
+        T = self.rows("teacher", boundary)
+        if "spans" not in self.shards:
+            return T[layout.rows_in(self.layouts["teacher"])]
+        start, end = self._spans(layout).T
+        rows = torch.cat([torch.arange(a, b) for a, b in zip(start.tolist(), end.tolist(), strict=True)])
+        return torch.segment_reduce(T[rows], "mean", lengths=end - start, axis=0)
+
+    def paired(self, layout: Layout) -> Tensor:
+        """Return the mask [rows] of rows that have teacher rows beside them: all, unless the two have different tokenizers."""
+        return self._spans(layout)[:, 0] > 0 if "spans" in self.shards else torch.ones(layout.rows, dtype=torch.bool)
+
+    def _spans(self, layout: Layout) -> Tensor:
+        return self.rows("spans", 0)[layout.rows_in(self.layouts["spans"])]
 
     def info(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON values."""
@@ -47,10 +64,11 @@ class Bank:
         }
 
 
-def restore(info: Mapping[str, Any], root: Path, layout: Layout) -> Bank:
+def restore(info: Mapping[str, Any], root: Path, samples: Samples) -> Bank:
     """Return the bank that `Bank.info` described."""
     layouts = {}
     for side, ids in info["texts"].items():
+        layout = samples.teacher if side == "teacher" else samples.layout
         texts = {t.id: t for t in layout.texts}
         layouts[side] = Layout(tuple(texts[i] for i in ids), layout.prefix)
     return Bank(root, {k: tuple(v) for k, v in info["shards"].items()}, layouts, tuple(info["depths"]), tuple(info["partners"]))

@@ -99,6 +99,11 @@ class Pair:
         """Whether the student starts as the teacher itself, so that both share one basis."""
         return self.teacher.sha256 == self.student.sha256
 
+    @cached_property
+    def one_tokenizer(self) -> bool:
+        """Whether both give the same ids to the same tokens."""
+        return self.same or self.student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
+
     def teacher_depth(self, boundary: int) -> int:
         """Return the teacher's layer boundary at the same relative depth as a boundary of the original student."""
         return round(boundary * self.teacher.depth / self.student.depth)

@@ -30,7 +30,7 @@ from rotdistill_core.maps import Maps, restore_maps, store_maps, tensor_of
 from rotdistill_core.models import MANIFEST, Pair, open_model, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed
-from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize
+from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
 from rotdistill_core.walk import Progress
 from rotdistill_core.weights import Undo, Weights, open_folder, restore
@@ -120,7 +120,7 @@ class Run:
             out.write("recipe.toml", [self.loaded.text.encode()])
             out.json("recipe.resolved.json", self.loaded.resolved())
         samples = self._samples()
-        base = digest(self.pair.teacher.sha256, self.pair.student.sha256, samples.layout.digest(), self.recipe.seed,
+        base = digest(self.pair.teacher.sha256, self.pair.student.sha256, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
         outcome = Outcome(self.folder, [], self.steps, {}, {})
         variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
@@ -156,8 +156,9 @@ class Run:
                 self.progress(0, 1, f"the teacher answers {len(asked)} questions")
                 path = out.json(f"answers/teacher-{who}.json", greedy(teacher.folder, asked, most, teacher.device, teacher.dtype))
             answers |= json.loads(path.read_text(encoding="utf-8")) if path else {}
-        samples = tokenize(teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
-        frozen = Out(self.store, self.ledger, samples.layout.digest())
+        given = (teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
+        samples = tokenize(*given) if self.pair.one_tokenizer else tokenize_both(self.pair.student.tokenizer, *given)
+        frozen = Out(self.store, self.ledger, samples.digest())
         if frozen.find("samples.tsv") is None:
             lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsha256\n"]
             for t in samples.layout.texts:
@@ -177,7 +178,7 @@ class Run:
         self._tell("after_step", variant, placed, seconds=seconds, reused=reused)
         info, after = record["info"], replace(state, key=key, seconds=state.seconds + seconds)
         if placed.stage == "capture":
-            return replace(after, bank=banks.restore(info, self.store.root, samples.layout))
+            return replace(after, bank=banks.restore(info, self.store.root, samples))
         if placed.stage in ("align", "refine"):
             return replace(after, maps=restore_maps(info, self.store.root))
         return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,11 +148,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Samples:
-    """All texts of a run, tokenised for teacher and student alike."""
+    """All texts of a run, tokenised."""
 
     layout: Layout
+    """As the student reads them."""
     questions: tuple[Question, ...]
     style: str
+    theirs: Layout | None = None
+    """As the teacher reads them, where it has another tokenizer."""
+
+    @property
+    def teacher(self) -> Layout:
+        """The texts as the teacher reads them."""
+        return self.theirs or self.layout
+
+    def digest(self) -> str:
+        """Return the sha256 of all tokens."""
+        return self.layout.digest() + (self.theirs.digest() if self.theirs else "")
 
 
 def own(question: Question) -> Question:
@@ -238,12 +251,26 @@ def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, l
         else:
             chat = [*conversation(style, q.question), {"role": "assistant", "content": q.answer}]
             whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
-            answer = list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == prompt else _plain(tokenizer, q.answer)
+            answer = list(whole[len(prompt) :]) if list(whole[: len(prompt)]) == prompt else plain(tokenizer, q.answer)
         tokens = tuple([*prompt, *answer][: None if q.split == "heldout" else max_tokens])  # an option of the fit moves no score
         if len(tokens) <= len(prompt):
             raise SetupError(f"text {q.id}: its prompt alone has {len(prompt)} tokens; raise samples.max_tokens above {max_tokens}.")
         texts.append(Text(q.id, q.language, q.split, tokens, len(prompt)))
     return Samples(Layout(tuple(texts), _common_prefix(texts)), tuple(questions), style)
+
+
+def tokenize_both(student: Any, teacher: Any, questions: Sequence[Question], answers: dict[str, list[int]], *about: Any) -> Samples:
+    """Tokenise for two tokenizers; the teacher's answers are read as text, and that is what the student is given."""
+    theirs = tokenize(teacher, questions, answers, *about).layout
+    said = {name: plain(student, spoken(teacher, tokens)) for name, tokens in answers.items()}
+    return replace(tokenize(student, questions, said, *about), theirs=theirs)
+
+
+def spoken(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of generated tokens, up to the first special token or broken character."""
+    plainly = list(takewhile(lambda token: token not in tokenizer.all_special_ids, tokens))
+    text: str = tokenizer.decode(plainly)
+    return text.partition("\ufffd")[0].strip()
 
 
 def prompt_tokens(tokenizer: Any, style: str, question: str) -> list[int]:
@@ -252,7 +279,7 @@ def prompt_tokens(tokenizer: Any, style: str, question: str) -> list[int]:
     return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
 
 
-def _plain(tokenizer: Any, answer: str) -> list[int]:
+def plain(tokenizer: Any, answer: str) -> list[int]:
     """Tokenise an answer by itself, for templates whose generation prompt is not a prefix of the whole chat."""
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 

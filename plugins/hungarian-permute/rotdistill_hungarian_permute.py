@@ -65,7 +65,9 @@ class HungarianPermute:
 
     def _by_activations(self, weights: Weights, pair: Pair, samples: Samples) -> Callable[[int, int], Scores]:
         from rotdistill_core.bank import massive
+        from rotdistill_core.heads import shared_tokens
 
+        shared_tokens(pair)  # attention maps are compared token by token
         layout = samples.layout.select("fit", most=self.texts)
         models = ((weights, pair.student), (pair.teacher.weights, pair.teacher))
         walks = [enumerate(_watched(view, model, layout)) for view, model in models]

@@ -53,6 +53,7 @@ class LmHeadRidge:
         from rotdistill_core.moments import Moments, ridge
         from rotdistill_core.walk import Walk, final_norm
 
+        tokens = shared_tokens(pair)
         fit_texts = samples.layout.select("fit", most=self.texts)
         layout = replace(fit_texts, texts=fit_texts.texts + samples.layout.select("validation").texts)
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
@@ -70,7 +71,6 @@ class LmHeadRidge:
         }
         rows, _, _ = layout.predicting("validation")
         rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
-        tokens = shared_tokens(pair)
         H_t, H_s = pair.teacher.weights.head()[:tokens], weights.head()[:tokens]
         scores = self._scores(X[rows], T[rows], H_t.to(X), H_s.to(X), solved)
         best = min(scores, key=scores.__getitem__)

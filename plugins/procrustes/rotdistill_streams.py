@@ -120,7 +120,7 @@ def paired(bank: Bank, pair: Pair, boundaries: list[int], split: str, use: str) 
         S, T = bank.rows("student", boundary), bank.teacher(layout, depth)
         for X, side, model, at in ((S, "student", pair.student, boundary), (T, "teacher", pair.teacher, bank.partners[depth])):
             require_finite(X, f"{use}: {side} {model.ref.model}, layer boundary {at}, site residual")
-        wanted = layout.split(split) & ~massive(S) & ~massive(T)
+        wanted = layout.split(split) & ~massive(S) & ~massive(T) & bank.paired(layout)
         wanted[0] = False
         if not wanted.any():
             raise RecipeError(f"{use}: boundary {boundary} has no {split} rows to work on; capture the student on more texts.")

@@ -34,14 +34,13 @@ def explained(bank: Bank, progress: Progress) -> Tensor:
     from rotdistill_core.moments import ridge
 
     layout = bank.layouts["student"]
-    where = layout.rows_in(bank.layouts["teacher"])
     mine, theirs = (len(bank.shards[side]) for side in ("student", "teacher"))
-    kept = torch.ones(layout.rows, dtype=torch.bool)
+    kept = bank.paired(layout)
     kept[0] = False
     for b in range(mine):
         kept &= ~massive(bank.rows("student", b))
     for b in range(theirs):
-        kept &= ~massive(bank.rows("teacher", b)[where])
+        kept &= ~massive(bank.beside(layout, b))
     splits = [(kept & layout.split(split)).nonzero().flatten() for split in ("fit", "validation")]
     if not all(len(rows) for rows in splits):
         raise RecipeError('residuals: layer_map = "match" needs fit and validation rows of the student; capture it on more texts.')
@@ -54,7 +53,7 @@ def explained(bank: Bank, progress: Progress) -> Tensor:
         hats.append((other @ ridge(one.T @ one, one.T.contiguous(), RIDGE, f"residuals: student boundary {b}")).float())
     table = torch.zeros(mine, theirs, dtype=torch.float64)
     for m in range(theirs):
-        Y = normalised(bank.rows("teacher", m)[where[torch.cat([fit, validation])]]).float()
+        Y = normalised(bank.beside(layout, m)[torch.cat([fit, validation])]).float()
         Y = Y - Y[: len(fit)].mean(0)
         one, other = Y[: len(fit)], Y[len(fit) :]
         total = other.double().pow(2).sum().clamp_min(1e-30)

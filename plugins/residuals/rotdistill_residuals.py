@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 from rotdistill_layer_map import explained, monotone, spread
+from rotdistill_spans import pair_rows
 
 from rotdistill_core import hookimpl, step
 
@@ -42,7 +43,7 @@ class Residuals:
             raise RecipeError("residuals: the student is in another basis already; put the capture before basis-fold.")
         if pair.same and self.layer_map == "match":
             raise RecipeError('residuals: this student is the teacher, cut: its layer map is known; leave out layer_map = "match".')
-        full, some = samples.layout, samples.layout.select("fit", "validation", most=self.student_texts)
+        full, some = samples.teacher, samples.layout.select("fit", "validation", most=self.student_texts)
         teacher = pair.teacher
         shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
         total = teacher.depth + weights.depth
@@ -51,7 +52,10 @@ class Residuals:
             "student": self._states("student", pair.student, weights, some, out, lambda i, _, n: progress(teacher.depth + i, total, n)),
         }
         depths, partners = weights.lineage.depths, tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
-        bank = Bank(out.store.root, shards, {"teacher": full, "student": some}, depths, partners)
+        layouts = {"teacher": full, "student": some}
+        if samples.theirs:
+            layouts["spans"], shards["spans"] = samples.layout, (self._spans(pair, samples, out),)
+        bank = Bank(out.store.root, shards, layouts, depths, partners)
         if self.layer_map == "stretch":
             return bank
         table = explained(bank, progress)
@@ -60,6 +64,13 @@ class Residuals:
         sums = [float(table[range(len(depths)), [*to]].mean()) for to in ((partners[b] for b in depths), found)]
         out.notes |= {"layer map": found, "mean R² of match": sums[1], "mean R² of stretch": sums[0]}
         return replace(bank, partners=spread(depths, found, len(partners)))
+
+    def _spans(self, pair: Pair, samples: Samples, out: Out) -> str:
+        """Commit which rows of the teacher stand beside each of the student's, and a table of texts; return the shard."""
+        spans, lines = pair_rows(samples, (pair.student.tokenizer, pair.teacher.tokenizer))
+        out.write("alignment.tsv", [f"{line}\n".encode() for line in lines])
+        out.notes["paired rows"] = f"{int((spans[:, 0] > 0).sum())} of {len(spans)}"
+        return out.tensors("shards/spans.safetensors", {"rows": spans}).relative_to(out.store.root).as_posix()
 
     def _states(self, side: str, model: Model, weights: Weights, layout: Layout, out: Out, tell: Progress) -> tuple[str, ...]:
         import torch

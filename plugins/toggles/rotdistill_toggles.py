@@ -29,20 +29,23 @@ class Toggles:
     @hookimpl
     def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
         """See `Specs.evaluate`."""
-        from rotdistill_core.heads import compare, shared_tokens
+        import torch
+
+        from rotdistill_core.heads import BLOCK, compare, shared_tokens
         from rotdistill_core.samples import Row
-        from rotdistill_core.walk import Walk
+        from rotdistill_core.walk import Walk, log_probabilities
 
         weights, student = variant.weights, pair.student
         layout = samples.layout.select("heldout")
         rows, targets, languages = layout.predicting("heldout")
         walk = Walk(weights, layout, student.device, student.dtype)
+        beside = bank.paired(layout)[rows]
         found: list[Row] = []
 
         def measure(boundary: int) -> None:
-            X = _in_teacher_frame(walk.states[rows].double(), boundary, variant, pair, bank)
-            T = bank.teacher(layout, weights.lineage.depths[boundary])[rows].double()
-            n = len(rows)
+            X = _in_teacher_frame(walk.states[rows][beside].double(), boundary, variant, pair, bank)
+            T = bank.teacher(layout, weights.lineage.depths[boundary])[rows][beside].double()
+            n = len(X)
             cosine = float((X * T).sum(-1).div(X.norm(dim=-1) * T.norm(dim=-1)).mean())
             difference = float((X - T).pow(2).mean().sqrt() / T.pow(2).mean().sqrt())
             found.append(Row(variant.name, "hidden_cosine", cosine, "heldout", boundary, None, n))
@@ -52,14 +55,19 @@ class Toggles:
             walk.run()
             measure(i + 1)
             progress(i + 1, weights.depth, f"{len(layout.texts)} held-out answers")
-        T = bank.teacher(layout, student.depth)[rows]
-        seen = compare(pair.teacher.weights, T, weights, walk.states[rows], targets, shared_tokens(pair))
-        overall = {
-            "kl": float(seen.kl.mean()), "top1": float(seen.top1.mean()), "perplexity": float(seen.nll.mean().exp()),
-            "hidden_cosine": _mean(found, "hidden_cosine"), "residual_rms_diff": _mean(found, "residual_rms_diff"),
-        }  # fmt: skip
+        overall = {"hidden_cosine": _mean(found, "hidden_cosine"), "residual_rms_diff": _mean(found, "residual_rms_diff")}
+        S, by_language = walk.states[rows], []
+        if pair.one_tokenizer:
+            T = bank.teacher(layout, student.depth)[rows]
+            seen = compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair))
+            nll, overall = seen.nll, {"kl": float(seen.kl.mean()), "top1": float(seen.top1.mean()), **overall}
+            by_language = sorted(set(languages))
+        else:  # probabilities of different tokens cannot be compared; how likely the teacher's words are can be told
+            head, blocks = weights.head().to(S), [range(k, min(k + BLOCK, len(S))) for k in range(0, len(S), BLOCK)]
+            nll = torch.cat([-log_probabilities(weights, S[b], head).gather(-1, targets[b][:, None])[:, 0] for b in blocks]).double()
+        overall["perplexity"] = float(nll.mean().exp())
         result = [Row(variant.name, name, value, "heldout", None, None, len(rows)) for name, value in overall.items()]
-        for language in sorted(set(languages)):
+        for language in by_language:
             mine = [k for k, name in enumerate(languages) if name == language]
             result.append(Row(variant.name, "kl", float(seen.kl[mine].mean()), "heldout", None, language, len(mine)))
         result += [Row(variant.name, "parameters", float(weights.parameters)), Row(variant.name, "seconds", variant.seconds)]
@@ -85,7 +93,7 @@ def _in_teacher_frame(X: Tensor, boundary: int, variant: Variant, pair: Pair, ba
     side = bank.layouts["student"]
     S = bank.rows("student", bank.depths.index(depth)).double()
     T = bank.teacher(side, depth).double()
-    use = side.split("fit") & ~massive(S) & ~massive(T)
+    use = side.split("fit") & ~massive(S) & ~massive(T) & bank.paired(side)
     R, spectrum = polar(S[use].T @ T[use], f"toggles: boundary {boundary}")
     return X @ R * float(spectrum.sum() / S[use].pow(2).sum())
 

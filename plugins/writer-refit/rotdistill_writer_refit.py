@@ -67,6 +67,7 @@ class WriterRefit:
             raise RecipeError('writer-refit: features = "output" is a map of the MLP\'s output; writers must be ["neurons"].')
         if not set(self.writers) <= set(weights.adapter.writers):
             raise RecipeError(f"writer-refit: in a {weights.config['model_type']} model a norm stands between writers and stream.")
+        before = _validation_kl(weights, None, bank, pair, samples)  # ahead of the work: it refuses two tokenizers
         layout = samples.layout.select("fit", "validation")
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         depths, cards = weights.lineage.depths, {}
@@ -98,7 +99,6 @@ class WriterRefit:
             progress(i + 1, weights.depth, f"refitted {' and '.join(self.writers)}")
         out.notes["layers"] = cards
         refitted = weights.edit(made)
-        before = _validation_kl(weights, None, bank, pair, samples)
         after = _validation_kl(refitted, walk, bank, pair, samples)
         out.notes |= {"validation KL before": before, "validation KL after": after}
         if not after < before:

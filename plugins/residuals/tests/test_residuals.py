@@ -85,7 +85,7 @@ def test_a_second_capture_with_the_same_key_computes_nothing(
     count_runs(monkeypatch, most=0)
     again = Residuals().capture(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"), quiet)
     assert again.info() == first.info()
-    restored = restore(json.loads(json.dumps(first.info())), first.root, samples.layout)
+    restored = restore(json.loads(json.dumps(first.info())), first.root, samples)
     assert restored == first
 
 
