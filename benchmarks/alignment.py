@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rotdistill_procrustes import Procrustes
 from rotdistill_residuals import Residuals
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     pair = Pair(open_model(ModelRef(model=options.teacher)), open_model(ModelRef(model=options.student)))
     questions, style = read_questions(SamplesRef(limit=options.limit), ROOT / "recipes")
-    given = (pair.teacher.tokenizer, [q for q in questions if q.answer is not None], {}, style, options.max_tokens)
+    given: tuple[Any, ...] = (pair.teacher.tokenizer, [q for q in questions if q.answer is not None], {}, style, options.max_tokens)
     samples = tokenize(*given) if pair.one_tokenizer else tokenize_both(pair.student.tokenizer, *given)
     with tempfile.TemporaryDirectory() as folder:
         out = pico_out(options.keep or Path(folder), "capture")
