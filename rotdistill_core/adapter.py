@@ -76,6 +76,7 @@ class Adapter:
     norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
     depth_key: str = "num_hidden_layers"
+    width_key: str = "hidden_size"
     eps_key: str = "rms_norm_eps"
     gain_offset: float = 0.0
     """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""

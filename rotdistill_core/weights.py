@@ -15,7 +15,7 @@ from rotdistill_core.adapter import Adapter, Param
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.ledger import Out, json_blocks, tensor_blocks
-from rotdistill_core.maps import Map, Permutation, carry
+from rotdistill_core.maps import Map, Permutation, Rotation, carry
 
 SHARD_BYTES = 4 << 30
 WEAK = 3e-3
@@ -39,7 +39,7 @@ class Lineage:
     depths: tuple[int, ...]
     """For each layer boundary 0..L, its boundary in the original student."""
     basis: Tensor | None = None
-    """`Q [d, d]`: the stream is the original stream times Q."""
+    """`Q [d, e]`, d <= e: the stream is the original stream times Q."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Undo:
     maps: Mapping[str, Map]
     gains: Mapping[str, Tensor]
     """Norm weights that their readers absorbed, float64."""
-    tied: bool
-    """Whether the head was tied before."""
+    config: Mapping[str, Any]
+    """The config before."""
     offset: float
     """What the norm adds to its weight."""
     columns: Mapping[str, Tensor]
@@ -135,7 +135,8 @@ class Weights:
 
     def fold(self, maps: Mapping[str, Map]) -> Weights:
         """Return a view in the new bases, in float64. Norm gains are absorbed by their readers first, because
-        `RMSNorm(x Q) = RMSNorm(x) Q` holds only for gain 1; absorbing the final gain unties the head.
+        `RMSNorm(x Q) = RMSNorm(x) Q` holds only for gain 1; absorbing the final gain unties the head. A rectangular rotation
+        `[d, e]` widens the stream: the mean square over e is d/e of that over d, so gains become `sqrt(d/e)` and eps `eps d/e`.
 
         Logits do not change. (Ashkboos et al., SliceGPT, arXiv:2401.15024, computational invariance.)
         A stream that norms write to cannot be rotated: that is a RecipeError.
@@ -143,14 +144,25 @@ class Weights:
         gains = self._absorbed(maps)
         whole = self.untie() if gains else self
         fused: dict[str, Entry] = {}
+        sizes = self.adapter.sizes({**self.config, **(wider := self._widened(maps))})
         for name, param in self.adapter.expand(self.config).items():
             if name in whole.entries:
-                entry = whole.entries[name]
-                fused[name] = Entry(entry.shape, torch.float64, _folded(whole, name, param, maps, gains))
+                fused[name] = Entry(tuple(sizes[axis] for axis in param.axes), torch.float64, _folded(whole, name, param, maps, gains))
         basis = self.lineage.basis
         if "residual" in maps:
             basis = maps["residual"].along(torch.eye(self.width, dtype=torch.float64) if basis is None else basis, 1)
-        return replace(whole.edit(fused), lineage=replace(self.lineage, basis=basis), undo=self._undo(maps, gains))
+        return replace(whole.edit(fused, **wider), lineage=replace(self.lineage, basis=basis), undo=self._undo(maps, gains))
+
+    def _widened(self, maps: Mapping[str, Map]) -> dict[str, Any]:
+        """Return what a rotation into a wider space changes in the config."""
+        R = maps.get("residual")
+        if not isinstance(R, Rotation) or R.square:
+            return {}
+        inner = [name for name, p in self.adapter.expand(self.config).items() if p.is_gain and "residual" not in p.axes]
+        if inner:
+            raise RecipeError(f"a {self.config['model_type']} model cannot be widened: {inner[0]} shares its eps with norms that change.")
+        (d, e), eps = R.matrix.shape, self.adapter.eps_key
+        return {self.adapter.width_key: e, eps: float(self.config[eps]) * d / e, "head_dim": self.adapter.heads(self.config).width}
 
     def _absorbed(self, maps: Mapping[str, Map]) -> list[str]:
         """Return the gains that readers have to absorb: permutations of the stream commute with gains, rotations do not."""
@@ -166,7 +178,7 @@ class Weights:
         return absorbed
 
     def _undo(self, maps: Mapping[str, Map], gains: list[str]) -> Undo:
-        undo = Undo(maps, {name: self[name].double() for name in gains}, self.tied, self.adapter.gain_offset, {})
+        undo = Undo(maps, {name: self[name].double() for name in gains}, self.config, self.adapter.gain_offset, {})
         columns = {
             name: self[name][:, weak].clone()
             for name, param in self.adapter.expand(self.config).items()
@@ -178,14 +190,14 @@ class Weights:
         """Return the view before the fold that `undo` belongs to, in float64."""
         back = {space: m.invert() for space, m in undo.maps.items()}
         plain: dict[str, Entry] = {}
+        tied, sizes = undo.config.get("tie_word_embeddings"), self.adapter.sizes(undo.config)
         for name, param in self.adapter.expand(self.config).items():
-            if name in self.entries and not (undo.tied and name == self.adapter.head):
-                plain[name] = Entry(self.entries[name].shape, torch.float64, _unfolded(self, name, param, back, undo))
+            if name in self.entries and not (tied and name == self.adapter.head):
+                plain[name] = Entry(tuple(sizes[axis] for axis in param.axes), torch.float64, _unfolded(self, name, param, back, undo))
         basis = self.lineage.basis
         if basis is not None and "residual" in back:
             basis = back["residual"].along(basis, 1)
-        config = {**self.config, "tie_word_embeddings": undo.tied}
-        return Weights(config, self.adapter, plain, replace(self.lineage, basis=basis))
+        return Weights(undo.config, self.adapter, plain, replace(self.lineage, basis=basis))
 
     def save(self, write: Callable[[str, Any], object], dtype: torch.dtype) -> None:
         """Write a plain Hugging Face checkpoint through `write(file name, blocks)`: weights, index, config, in that order."""
@@ -270,7 +282,8 @@ def open_folder(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> We
 def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], gains: list[str]) -> Callable[[], Tensor]:
     def read() -> Tensor:
         if name in gains:
-            return torch.full(whole.entries[name].shape, 1.0 - whole.adapter.gain_offset, dtype=torch.float64)
+            d, e = found.matrix.shape if isinstance(found := maps["residual"], Rotation) else (1, 1)
+            return torch.full((e,), (d / e) ** 0.5 - whole.adapter.gain_offset, dtype=torch.float64)
         tensor = whole[name].double()
         if param.gain in gains:
             tensor = tensor * whole.gain(param.gain)

@@ -1,13 +1,13 @@
 """Fold what aligners found into all weights: a change of basis of the stream, of heads, of neurons and inside them.
 
-Exact, and undone by `unfold`. A map `X' = X Q` makes a reader `W Q` and a writer `Qᵀ W`; gauges make what produces their space
-`Gᵀ W` and what consumes it `W G^-T`. (Ashkboos et al., SliceGPT, arXiv:2401.15024.)
+Exact (but for `block`), and undone by `unfold`. A map `X' = X Q` makes a reader `W Q` and a writer `Qᵀ W`; gauges make what produces
+their space `Gᵀ W` and what consumes it `W G^-T`. (Ashkboos et al., SliceGPT, arXiv:2401.15024.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
 
@@ -26,14 +26,19 @@ class BasisFold:
 
     For the residual stream, norm gains are absorbed first and the head is untied. `tied` uses the aligner's one rotation R
     (square). `canonical` carries the student into the teacher's principal frame: `Q = polar(R E) [d_s, d_s]`, E `[d_t, d_s]` the
-    leading principal directions of the teacher's stream; two students folded this way share a basis without having met.
+    leading principal directions of the teacher's stream; two students folded this way share a basis without having met. `widen` takes
+    the student into the teacher's own coordinates: the hidden size becomes d_t. `block` rotates every layer by its own R_l between its
+    norms and its writers, with nothing on the skip path to undo it: not exact, there to be measured.
     """
 
     use: Literal["basis-fold"] = "basis-fold"
-    mode: Literal["tied", "canonical"] = "tied"
+    mode: Literal["tied", "canonical", "widen", "block"] = "tied"
     """Which basis of the stream."""
 
-    exact: ClassVar[bool] = True
+    @property
+    def exact(self) -> bool:
+        """Whether the logits stay."""
+        return self.mode != "block"
 
     @hookimpl
     def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, out: Out) -> Weights:
@@ -44,6 +49,8 @@ class BasisFold:
         stream = any(space.startswith("residual.") for space in maps)
         inner: dict[str, Map] = {space: found for space, found in maps.items() if found.square and not space.startswith("residual.")}
         out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))
+        if self.mode == "block":
+            return _blockwise(weights, maps, bank)
         R = maps.tied()
         if R is not None:
             fold = Rotation(self._frame(R, bank, pair, out))
@@ -64,10 +71,32 @@ class BasisFold:
             E, share = _principal(bank, pair, R.matrix.shape[0])
             out.notes["teacher variance in the frame"] = share
             return polar(R.matrix.double() @ E, "basis-fold: canonical frame")[0]
-        if not R.square:
+        if R.square is not (self.mode == "tied"):
             shape = " x ".join(str(n) for n in R.matrix.shape)
-            raise RecipeError(f'basis-fold: mode "tied" needs models of one width, the rotation is {shape}; use mode "canonical".')
+            other = 'models of one width; use "canonical" or "widen"' if self.mode == "tied" else 'a wider teacher; use "tied"'
+            raise RecipeError(f'basis-fold: the rotation is {shape}, and mode "{self.mode}" needs {other}.')
         return R.matrix.double()
+
+
+def _blockwise(weights: Weights, maps: Maps, bank: Bank) -> Weights:
+    """Return a view whose layer l reads `W R_l` and writes `R_lᵀ W` (biases too), R_l `[d, d]` from the boundary in front of it.
+
+    Raises:
+        RecipeError: a layer without a square rotation.
+    """
+    from rotdistill_core.errors import RecipeError
+    from rotdistill_core.maps import carry
+
+    edited, table = {}, weights.adapter.expand(weights.config)
+    for i in range(weights.depth):
+        depth = weights.lineage.depths[i]
+        R = maps.rotation(bank.depths.index(depth)) if depth in bank.depths else None
+        if R is None or not R.square:
+            raise RecipeError(f'basis-fold: mode "block" needs a square rotation in front of every layer; layer {i} has none.')
+        mine = [n for n in weights.entries if n.startswith(f"{weights.adapter.layers}.{i}.") and not table[n].is_gain]
+        for name in (n for n in mine if "residual" in table[n].axes):
+            edited[name] = carry(weights[name].double(), table[name].axes, {"residual": R})
+    return weights.edit(edited)
 
 
 def _principal(bank: Bank, pair: Pair, k: int) -> tuple[Tensor, float]:

@@ -64,8 +64,9 @@ class HungarianPermute:
         return maps.add(found, cards)
 
     def _by_activations(self, weights: Weights, pair: Pair, samples: Samples) -> Callable[[int, int], Scores]:
+        from rotdistill_predictions import shared_tokens
+
         from rotdistill_core.bank import massive
-        from rotdistill_core.heads import shared_tokens
 
         shared_tokens(pair)  # attention maps are compared token by token
         layout = samples.layout.select("fit", most=self.texts)

@@ -48,8 +48,8 @@ class LmHeadRidge:
     def style(self, weights: Weights, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.style`."""
         import torch
+        from rotdistill_predictions import shared_tokens
 
-        from rotdistill_core.heads import shared_tokens
         from rotdistill_core.moments import Moments, ridge
         from rotdistill_core.walk import Walk, final_norm
 

@@ -30,8 +30,8 @@ class Toggles:
     def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
         """See `Specs.evaluate`."""
         import torch
+        from rotdistill_predictions import BLOCK, compare, shared_tokens
 
-        from rotdistill_core.heads import BLOCK, compare, shared_tokens
         from rotdistill_core.samples import Row
         from rotdistill_core.walk import Walk, log_probabilities
 

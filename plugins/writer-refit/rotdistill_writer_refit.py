@@ -216,7 +216,8 @@ def _follows(weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samp
 
 def _validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, samples: Samples) -> float:
     """Return the mean KL on answer tokens of the validation texts; `walk` has the final states already, or is made here."""
-    from rotdistill_core.heads import compare, shared_tokens
+    from rotdistill_predictions import compare, shared_tokens
+
     from rotdistill_core.walk import Walk
 
     if walk is None:

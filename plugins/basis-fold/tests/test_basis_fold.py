@@ -16,7 +16,18 @@ from rotdistill_core.maps import Maps, Permutation, Rotation
 from rotdistill_core.models import Pair
 from rotdistill_core.samples import Samples
 from rotdistill_core.step import stage_of
-from rotdistill_core.testing import captured, logits, pico_model, pico_out, pico_samples, random_rotation, rotated_twin, scramble
+from rotdistill_core.testing import (
+    captured,
+    logits,
+    pico_model,
+    pico_out,
+    pico_samples,
+    plain_transformers,
+    random_rotation,
+    rotated_twin,
+    save_folder,
+    scramble,
+)
 from rotdistill_core.weights import Weights
 
 
@@ -42,7 +53,7 @@ def quiet(*_: object) -> None:
 def test_it_is_an_exact_fold() -> None:
     assert steps() == [BasisFold]
     assert stage_of(BasisFold) == "fold"
-    assert BasisFold.exact
+    assert [BasisFold(mode=mode).exact for mode in ("tied", "canonical", "widen", "block")] == [True, True, True, False]  # type: ignore[arg-type]
 
 
 def aligned(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> tuple[Maps, Bank, Out]:
@@ -72,7 +83,7 @@ def test_a_canonical_fold_into_a_wider_teacher_keeps_the_logits(wide: Pair, samp
 
 def test_a_tied_fold_refuses_a_rectangular_rotation(wide: Pair, samples: Samples, tmp_path: Path) -> None:
     maps, bank, out = aligned(wide, samples, tmp_path / "runs")
-    with pytest.raises(RecipeError, match='32 x 48; use mode "canonical"'):
+    with pytest.raises(RecipeError, match='32 x 48, and mode "tied" needs models of one width'):
         BasisFold().fold(wide.student.weights, maps, bank, wide, out)
 
 
@@ -128,3 +139,53 @@ def test_an_assignment_that_is_no_bijection_is_not_folded(pair: Pair, samples: S
     wider = Permutation(torch.tensor([*range(48), -1, -1]), 48)
     with pytest.raises(RecipeError, match="or maps of heads or neurons"):
         BasisFold().fold(pair.student.weights, Maps({"neurons.0": wider}), bank, pair, out)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_widening_keeps_the_logits_and_is_taken_back(samples: Samples, tmp_path: Path, model_type: str, tied: bool) -> None:
+    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48)
+    pair = Pair(teacher, pico_model(tmp_path / "narrow", model_type, seed=1, tie_word_embeddings=tied))
+    weights = pair.student.weights
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
+    folded = BasisFold(mode="widen").fold(weights, maps, bank, pair, out)
+    assert (folded.width, folded.config["head_dim"]) == (48, 8)
+    torch.testing.assert_close(logits(folded, samples.layout), logits(weights, samples.layout), rtol=0, atol=1e-9)
+    assert folded.undo is not None
+    assert folded.lineage.basis is not None
+    assert folded.lineage.basis.shape == (32, 48)
+    back = folded.unfold(folded.undo)
+    assert back.config == weights.config
+    assert all(float((back[n] - weights[n].double()).abs().max()) < 1e-12 for n in weights.entries)
+    assert {n: e.shape for n, e in back.entries.items()} == {n: e.shape for n, e in weights.entries.items()}
+    save_folder(folded, pair.student.folder, tmp_path / "saved", torch.float32)
+    seen = plain_transformers(weights.adapter, tmp_path / "saved", samples.layout)[1]
+    torch.testing.assert_close(seen, logits(weights, samples.layout), rtol=0, atol=1e-3)
+
+
+def test_widening_wants_a_wider_teacher_and_norms_of_the_stream_only(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs")
+    with pytest.raises(RecipeError, match="needs a wider teacher"):
+        BasisFold(mode="widen").fold(pair.student.weights, maps, bank, pair, out)
+    normed = Pair(pico_model(tmp_path / "big", seed=9, hidden_size=48), pico_model(tmp_path / "qwen3", "qwen3", seed=1))
+    maps, bank, out = aligned(normed, samples, tmp_path / "more")
+    with pytest.raises(RecipeError, match=r"q_norm.weight shares its eps"):
+        BasisFold(mode="widen").fold(normed.student.weights, maps, bank, normed, out)
+
+
+def test_a_rotation_per_block_is_not_exact_and_nothing_with_the_identity(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    weights = pair.student.weights
+    maps, bank, out = aligned(pair, samples, tmp_path / "runs", tie=1)
+    folded = BasisFold(mode="block").fold(weights, maps, bank, pair, out)
+    assert float((logits(folded, samples.layout) - logits(weights, samples.layout)).abs().max()) > 0.1
+    R, name = maps.rotation(1), "model.layers.1.self_attn.{}.{}"
+    assert R is not None
+    torch.testing.assert_close(folded[name.format("q_proj", "weight")], weights[name.format("q_proj", "weight")].double() @ R.matrix)
+    torch.testing.assert_close(folded[name.format("o_proj", "weight")], R.matrix.T @ weights[name.format("o_proj", "weight")].double())
+    assert torch.equal(folded[name.format("q_proj", "bias")], weights[name.format("q_proj", "bias")])
+    assert folded.undo is None
+    still = Maps({f"residual.{b}": Rotation(torch.eye(32, dtype=torch.float64)) for b in range(3)})
+    same = BasisFold(mode="block").fold(weights, still, bank, pair, out)
+    torch.testing.assert_close(logits(same, samples.layout), logits(weights, samples.layout), rtol=0, atol=1e-12)
+    with pytest.raises(RecipeError, match="layer 0 has none"):
+        BasisFold(mode="block").fold(weights, Maps(), bank, pair, out)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import rotdistill_writer_refit as module
 import torch
+from rotdistill_predictions import compare, shared_tokens
 from rotdistill_procrustes import Procrustes
 from rotdistill_residuals import Residuals
 from rotdistill_writer_refit import WriterRefit, steps
 
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.heads import compare, shared_tokens
 from rotdistill_core.ledger import Out
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair, open_model
