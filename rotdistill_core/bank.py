@@ -53,6 +53,15 @@ class Bank:
     def _spans(self, layout: Layout) -> Tensor:
         return self.rows("spans", 0)[layout.rows_in(self.layouts["spans"])]
 
+    @property
+    def aligning(self) -> Bank:
+        """The bank that aligners see: with an anchor, that stands in the teacher's place."""
+        if "anchor" not in self.shards:
+            return self
+        shards = {"teacher": self.shards["anchor"], "student": self.shards["student"]}
+        layouts = {"teacher": self.layouts["anchor"], "student": self.layouts["student"]}
+        return Bank(self.root, shards, layouts, self.depths, tuple(range(len(self.partners))))
+
     def info(self) -> dict[str, Any]:
         """Return what `restore` needs, as JSON values."""
         texts = {side: [t.id for t in layout.texts] for side, layout in self.layouts.items()}

@@ -89,10 +89,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student."""
+    """Teacher and student, and an anchor of the student's shape where the recipe names one."""
 
     teacher: Model
     student: Model
+    anchor: Model | None = None
+
+    @property
+    def aligning(self) -> Pair:
+        """The pair that aligners see: with an anchor, that stands in the teacher's place."""
+        return Pair(self.anchor, self.student) if self.anchor else self
 
     @property
     def same(self) -> bool:
@@ -136,6 +142,23 @@ def open_model(ref: ModelRef, say: Say = lambda _: None) -> Model:
     config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
     adapter.check(config, {n: h.shape for n, h in folder_headers(folder).items()}, str(folder))
     return Model(ref, folder, config, adapter)
+
+
+def open_pair(teacher: ModelRef, student: ModelRef, anchor: ModelRef | None, say: Say = lambda _: None) -> Pair:
+    """Open the models of a recipe.
+
+    Raises:
+        SetupError: see `open_model`; or the anchor has another shape than the student.
+    """
+    pair = Pair(open_model(teacher, say), open_model(student, say), open_model(anchor, say) if anchor else None)
+    if pair.anchor:
+        views = (pair.student, pair.anchor)
+        mine, its = ({"layers": m.depth, "heads": tuple(m.adapter.heads(m.config)), **m.adapter.sizes(m.config)} for m in views)
+        differ = [what for what in {**mine, **its} if mine.get(what) != its.get(what)]
+        if differ:
+            shown = f"{differ[0]}: {its.get(differ[0])}, and {mine.get(differ[0])} in the student"
+            raise SetupError(f"{pair.anchor.ref.model}: an anchor is a checkpoint of the student's shape; this one differs in {shown}.")
+    return pair
 
 
 def locate(ref: ModelRef, say: Say = lambda _: None) -> Path:

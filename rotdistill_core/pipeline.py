@@ -27,7 +27,7 @@ from rotdistill_core.certificate import certify
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
 from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Maps, restore_maps, store_maps, tensor_of
-from rotdistill_core.models import MANIFEST, Pair, open_model, tokenizer_files
+from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed
 from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
@@ -101,7 +101,7 @@ class Run:
         for name in dict.fromkeys(self.recipe.observers):
             self.pm.register(load(OBSERVERS, name)[0], name=f"observer.{name}")
         self.say = observer.say
-        self.pair = Pair(open_model(self.recipe.teacher, self.say), open_model(self.recipe.student, self.say))
+        self.pair = open_pair(self.recipe.teacher, self.recipe.student, self.recipe.anchor, self.say)
         self.questions, self.style = read_questions(self.recipe.samples, loaded.path.parent)
         self.store = Store(root.resolve(), observer.say)
         self.folder = self.store.root / run_folder(loaded, root).name
@@ -120,7 +120,8 @@ class Run:
             out.write("recipe.toml", [self.loaded.text.encode()])
             out.json("recipe.resolved.json", self.loaded.resolved())
         samples = self._samples()
-        base = digest(self.pair.teacher.sha256, self.pair.student.sha256, samples.digest(), self.recipe.seed,
+        models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
+        base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
         outcome = Outcome(self.folder, [], self.steps, {}, {})
         variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
@@ -233,7 +234,10 @@ class Run:
             raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
         others = {plugin for name, plugin in self.pm.list_name_plugin() if name.startswith("step.") and plugin is not placed.step}
         caller = self.pm.subset_hook_caller(placed.stage, others)
-        given = {"weights": state.weights, "maps": state.maps, "bank": state.bank, "pair": self.pair, "samples": samples,
+        pair, bank = self.pair, state.bank
+        if placed.stage in ("align", "refine") or getattr(placed.step, "exact", False):
+            pair, bank = pair.aligning, bank and bank.aligning
+        given = {"weights": state.weights, "maps": state.maps, "bank": bank, "pair": pair, "samples": samples,
                  "out": out, "progress": self.progress}  # fmt: skip
         spec = caller.spec
         result = caller(**{name: given[name] for name in (spec.argnames if spec else given)})

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.ledger import Store
-from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.models import Model, open_pair
 from rotdistill_core.recipe import Loaded
 from rotdistill_core.samples import read_questions
 
@@ -46,7 +46,7 @@ def plan(loaded: Loaded, root: Path) -> Plan:
     """
     from rotdistill_core.pipeline import run_folder  # keeps `torch` out of every other command's start
 
-    pair = Pair(open_model(loaded.recipe.teacher), open_model(loaded.recipe.student))
+    pair = open_pair(loaded.recipe.teacher, loaded.recipe.student, loaded.recipe.anchor)
     questions, _ = read_questions(loaded.recipe.samples, loaded.path.parent)
     folder = run_folder(loaded, root)
     ledgers = [ledger for ledger in Store(root).ledgers() if ledger.folder.name == folder.name]
@@ -57,7 +57,8 @@ def plan(loaded: Loaded, root: Path) -> Plan:
             name = f"{placed.id} {variant}" if placed.stage == "evaluate" else placed.id
             plugin = f"{placed.origin.distribution} {placed.origin.version}"
             steps.append(Planned(variant, placed.id, placed.stage, plugin, "done" if name in done else "to do"))
-    sizes = {f"teacher {loaded.recipe.teacher.model}": _bytes(pair.teacher), f"student {loaded.recipe.student.model}": _bytes(pair.student)}
+    models = {"teacher": pair.teacher, "student": pair.student, "anchor": pair.anchor}
+    sizes = {f"{role} {model.ref.model}": _bytes(model) for role, model in models.items() if model}
     splits = [q.split for q in questions]
     return Plan(folder, tuple(steps), sizes, {split: splits.count(split) for split in dict.fromkeys(splits)})
 

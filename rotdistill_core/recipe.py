@@ -95,6 +95,8 @@ class Recipe(Document):
     """The large model."""
     student: StudentRef
     """The small model; the same reference as the teacher, with a `chop` step, cuts the teacher down."""
+    anchor: ModelRef | None = None
+    """Another checkpoint of the student's shape: what aligners align the student to, instead of to the teacher."""
     samples: SamplesRef = SamplesRef()
     """The texts."""
     check: Check = Check()

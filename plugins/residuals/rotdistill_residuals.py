@@ -53,6 +53,10 @@ class Residuals:
         }
         depths, partners = weights.lineage.depths, tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
         layouts = {"teacher": full, "student": some}
+        if pair.anchor:
+            anchor, about = pair.anchor, ("anchor residuals", pair.anchor.sha256, some.digest(), str(pair.anchor.dtype), self.store)
+            layouts["anchor"] = some
+            shards["anchor"] = self._states("anchor", anchor, anchor.weights, some, out.keyed(*about), progress)
         if samples.theirs:
             layouts["spans"], shards["spans"] = samples.layout, (self._spans(pair, samples, out),)
         bank = Bank(out.store.root, shards, layouts, depths, partners)

@@ -189,8 +189,8 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
     if not pair.same:
         captured = bank.depths.index(depth)
         rotation = maps.rotation(captured)
-        if rotation is None:
-            raise RecipeError("writer-refit: teacher and student have different bases; put an aligner (procrustes) before this step.")
+        if rotation is None or pair.anchor:
+            raise RecipeError("writer-refit: teacher and student have different bases; put an aligner (to no anchor) before this step.")
         T = T @ rotation.matrix.T.double() / rotation.scale
         own, side = torch.full((len(T),), torch.nan, dtype=torch.float64), bank.layouts["student"]
         both = replace(side, texts=tuple(text for text in side.texts if text in layout.texts))

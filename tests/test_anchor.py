@@ -1,0 +1,83 @@
+"""An anchor: the student is brought into the basis of another checkpoint of its own shape, and judged against the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rotdistill_core import pipeline, recipe
+from rotdistill_core.errors import SetupError
+from rotdistill_core.maps import Rotation
+from rotdistill_core.models import open_model
+from rotdistill_core.recipe import ModelRef
+from rotdistill_core.testing import pico_folder, pico_texts, reopen, save_folder, scramble
+
+RECIPE = """
+name = "anchored"
+teacher.model = "{root}/teacher"
+anchor.model = "{root}/{anchor}"
+[student]
+model = "{root}/scrambled"
+save_dtype = "float32"
+[samples]
+index = "texts/index.tsv"
+style = "texts/style.md"
+heldout = "texts/heldout.tsv"
+answer_tokens = 4
+[[step]]
+use = "residuals"
+{align}
+[[step]]
+use = "basis-fold"
+mode = "{mode}"
+[[step]]
+use = "toggles"
+"""
+ALIGNERS = {"weights": ["weight-matching"], "activations": ["procrustes", "hungarian-permute", "head-gauge"], "stream": ["cca"]}
+
+
+class Quiet:
+    """Listens and says nothing."""
+
+    def say(self, text: str) -> None:
+        """Keep quiet."""
+
+
+def run(root: Path, aligners: str, anchor: str = "original", mode: str = "tied") -> pipeline.Outcome:
+    align = "\n".join(f'[[step]]\nuse = "{use}"' for use in ALIGNERS[aligners])
+    (root / "r.toml").write_text(RECIPE.format(root=root, align=align, anchor=anchor, mode=mode), encoding="utf-8")
+    return pipeline.Run(recipe.load(root / "r.toml"), root / "runs", Quiet(), lambda *_: None).go()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    pico_texts(tmp_path / "texts")
+    pico_folder(tmp_path / "teacher", seed=9, hidden_size=48, num_hidden_layers=3)
+    pico_folder(tmp_path / "original", seed=1)
+    pico_folder(tmp_path / "deeper", seed=1, num_hidden_layers=3)
+    original = open_model(ModelRef(model=str(tmp_path / "original")))
+    save_folder(scramble(original.weights, 3)[0], original.folder, tmp_path / "scrambled")
+    return tmp_path
+
+
+@pytest.mark.parametrize("aligners", ["weights", "activations"])
+def test_a_scrambled_student_is_brought_to_its_anchor(root: Path, aligners: str) -> None:
+    outcome = run(root, aligners)
+    assert outcome.steps["full", "basis-fold"].notes["certificate"]["logits_float64"] <= 1e-9
+    original = open_model(ModelRef(model=str(root / "original"))).weights
+    canonical = original.fold({"residual": Rotation(torch.eye(32, dtype=torch.float64))})
+    back = reopen(outcome.checkpoints["full"], original)
+    assert max(float((back[n] - canonical[n]).norm() / canonical[n].norm()) for n in canonical.entries) < 1e-3
+    assert {"kl", "top1"} <= {row.metric for row in outcome.rows}
+
+
+def test_the_principal_frame_is_the_anchors(root: Path) -> None:
+    notes = run(root, "stream", mode="canonical").steps["full", "basis-fold"].notes
+    assert notes["teacher variance in the frame"] == pytest.approx(1.0)  # all 32 directions of the anchor, not 32 of the teacher's 48
+
+
+def test_an_anchor_of_another_shape_is_refused(root: Path) -> None:
+    with pytest.raises(SetupError, match="an anchor is a checkpoint of the student's shape; this one differs in layers: 3, and 2"):
+        run(root, "weights", anchor="deeper")
