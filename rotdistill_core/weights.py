@@ -144,10 +144,12 @@ class Weights:
         gains = self._absorbed(maps)
         whole = self.untie() if gains else self
         fused: dict[str, Entry] = {}
-        sizes = self.adapter.sizes({**self.config, **(wider := self._widened(maps))})
+        wider = self._widened(maps)
+        width = wider.get(self.adapter.width_key, self.width)
         for name, param in self.adapter.expand(self.config).items():
             if name in whole.entries:
-                fused[name] = Entry(tuple(sizes[axis] for axis in param.axes), torch.float64, _folded(whole, name, param, maps, gains))
+                shape = tuple(width if axis == "residual" else n for axis, n in zip(param.axes, whole.entries[name].shape, strict=True))
+                fused[name] = Entry(shape, torch.float64, _folded(whole, name, param, maps, gains))
         basis = self.lineage.basis
         if "residual" in maps:
             basis = maps["residual"].along(torch.eye(self.width, dtype=torch.float64) if basis is None else basis, 1)
@@ -190,10 +192,11 @@ class Weights:
         """Return the view before the fold that `undo` belongs to, in float64."""
         back = {space: m.invert() for space, m in undo.maps.items()}
         plain: dict[str, Entry] = {}
-        tied, sizes = undo.config.get("tie_word_embeddings"), self.adapter.sizes(undo.config)
+        tied, width = undo.config.get("tie_word_embeddings"), self.adapter.sizes(undo.config)["residual"]
         for name, param in self.adapter.expand(self.config).items():
             if name in self.entries and not (tied and name == self.adapter.head):
-                plain[name] = Entry(tuple(sizes[axis] for axis in param.axes), torch.float64, _unfolded(self, name, param, back, undo))
+                shape = tuple(width if axis == "residual" else n for axis, n in zip(param.axes, self.entries[name].shape, strict=True))
+                plain[name] = Entry(shape, torch.float64, _unfolded(self, name, param, back, undo))
         basis = self.lineage.basis
         if basis is not None and "residual" in back:
             basis = back["residual"].along(basis, 1)

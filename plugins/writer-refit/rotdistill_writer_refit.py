@@ -190,7 +190,9 @@ def _targets(weights: Weights, maps: Maps, bank: Bank, pair: Pair, layout: Layou
         captured = bank.depths.index(depth)
         rotation = maps.rotation(captured)
         if rotation is None or pair.anchor:
-            raise RecipeError("writer-refit: teacher and student have different bases; put an aligner (to no anchor) before this step.")
+            raise RecipeError(
+                "writer-refit: teacher and student have different bases; put an aligner (procrustes) before this step, and no [anchor]."
+            )
         T = T @ rotation.matrix.T.double() / rotation.scale
         own, side = torch.full((len(T),), torch.nan, dtype=torch.float64), bank.layouts["student"]
         both = replace(side, texts=tuple(text for text in side.texts if text in layout.texts))
@@ -227,8 +229,7 @@ def _validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, 
     rows, targets, _ = walk.layout.predicting("validation")
     some = slice(None, None, max(1, len(rows) // JUDGED_ROWS))
     rows, targets = rows[some], targets[some]
-    T = bank.teacher(walk.layout, pair.student.depth)[rows]
-    S = walk.states[rows]
+    T, S = bank.teacher(walk.layout, pair.student.depth)[rows], walk.states[rows]
     return float(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl.mean())
 
 
