@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from rotdistill_core.models import load_tokenizer
+from rotdistill_core.samples import shared_start
 
 
 @torch.no_grad()
@@ -56,9 +57,3 @@ def greedy(
             end = next((j for j, token in enumerate(tokens) if token in stops), None)
             answers[name] = tokens if end is None else tokens[: end + 1]
     return answers
-
-
-def shared_start(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many leading tokens all prompts share, leaving each at least one of its own."""
-    most = min(len(prompt) for prompt in prompts) - 1
-    return next((k for k in range(most) if len({prompt[k] for prompt in prompts}) > 1), most)

@@ -104,7 +104,6 @@ def run(
         from rotdistill_core import pipeline, report  # torch and transformers load here, after the recipe is known to be good
 
         outcome = pipeline.Run(loaded, RUNS, screen, screen.progress, fresh).go()
-        report.write(loaded, outcome)
     finally:
         screen.stop()
     if as_json:
@@ -112,7 +111,9 @@ def run(
         return
     wide = Console(width=None if sys.stdout.isatty() else 140)
     wide.print(report.rich_table(outcome.rows))
-    wide.print(f"checkpoints  {escape(_here(outcome.folder / 'checkpoints'))}\nreport       {escape(_here(outcome.folder / 'report.md'))}")
+    for path in (outcome.folder / name for name in ("checkpoints", "report.md")):
+        if path.exists():
+            wide.print(f"{path.stem:<12} {escape(_here(path))}")
     for name, answers in outcome.answers.items():
         for identity, text in answers.items():
             wide.print(f"\n[bold]{escape(name)}[/] answers {escape(identity)}: {escape(' '.join(text.split()))}")
@@ -147,7 +148,7 @@ def plan(path: RecipePath, sets: Sets = None, as_json: Json = False) -> None:
 def check(
     path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
 ) -> None:
-    """Check a recipe without running it, or recompute the hashes and rotations of a run from disk.
+    """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
 
     Examples:
 
@@ -160,7 +161,7 @@ def check(
 
         found = checks.check_run(path)
         print(json.dumps(found)) if as_json else words().print(
-            f"{found['files']} files, {found['rotations']} rotations, {len(found['problems'])} problems"
+            f"{found['files']} files, {found['maps']} maps, {len(found['folds'])} folds taken back, {len(found['problems'])} problems"
         )
         if found["problems"]:
             raise CheckFailed("\n".join(found["problems"]))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from rotdistill_core.api import Adapter, Bank, Maps, Out, Pair, Progress, Row, Samples, Variant, Weights
+    from rotdistill_core.api import Adapter, Bank, Loaded, Maps, Out, Outcome, Pair, Progress, Row, Samples, Variant, Weights
 
 hookspec = pluggy.HookspecMarker("rotdistill")
 hookimpl = pluggy.HookimplMarker("rotdistill")
@@ -88,3 +88,7 @@ class Specs:
     @hookspec
     def variant_saved(self, variant: str, folder: Path, say: Callable[[str], None]) -> None:
         """Observe that a variant's checkpoint, `folder`, is complete."""
+
+    @hookspec
+    def run_ended(self, loaded: Loaded, outcome: Outcome, out: Out, say: Callable[[str], None]) -> None:
+        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder."""

@@ -204,6 +204,11 @@ def tensor_of(found: Map) -> Tensor:
     return tensor
 
 
+def map_of(tensor: Tensor) -> Map:
+    """Return the foldable map that `tensor` is: an index, a matrix, or blocks."""
+    return (Permutation, Rotation, Gauge)[tensor.ndim - 1](tensor)
+
+
 def store_maps(maps: Maps, out: Out) -> dict[str, Any]:
     """Commit maps: one JSON card and one safetensors file per boundary under `rotations/<run>/`, a tied matrix only once."""
     spaces: dict[str, Any] = {}

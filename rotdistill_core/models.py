@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from rotdistill_core.weights import Weights
 
 MANIFEST = "COMPLETE"
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.json",
-          "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model"]  # fmt: skip
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "generation_config")
 
 Say = Callable[[str], None]
@@ -178,22 +176,4 @@ def locate(ref: ModelRef, say: Say = lambda _: None) -> Path:
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
-    return _from_hub(name, ref.revision, say)
-
-
-def _from_hub(name: str, revision: str | None, say: Say) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, local_files_only=True))
-    except (OSError, ValueError):
-        say(f"{name}: not in the local cache, downloading")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        text = str(error).strip().splitlines()
-        reason = text[0] if text else type(error).__name__
-        raise SetupError(
-            f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in."
-        ) from error
+    return source("hub:", f"hub:{name}@{ref.revision or ''}", say)

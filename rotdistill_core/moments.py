@@ -14,7 +14,7 @@ from rotdistill_core.errors import RotdistillError
 class Moments:
     """Weighted sums over paired rows x [d_x], y [d_y]: `xx = Σ w x xᵀ`, `xy = Σ w x yᵀ`, `yy = Σ w ‖y‖²`, `weight = Σ w`.
 
-    Additive, so batches, shards and machines can be merged. Products are taken in the rows' dtype, sums kept in float64.
+    Additive: batch after batch, in any order. Products are taken in the rows' dtype, sums kept in float64.
     """
 
     def __init__(self, d_x: int, d_y: int) -> None:
@@ -32,13 +32,6 @@ class Moments:
         self.xy += (X.T @ Y).to("cpu", torch.float64)
         self.yy += float(Y.double().pow(2).sum())
         self.weight += float(w.sum())
-
-    def merge(self, other: Moments) -> None:
-        """Add another set of sums."""
-        self.xx += other.xx
-        self.xy += other.xy
-        self.yy += other.yy
-        self.weight += other.weight
 
     def error(self, B: Tensor) -> float:
         """Return `Σ w ‖y - x B‖²` for `B [d_x, d_y]`, from the sums alone."""

@@ -26,14 +26,15 @@ from rotdistill_core.card import write_card
 from rotdistill_core.certificate import certify
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Maps, restore_maps, store_maps, tensor_of
+from rotdistill_core.maps import Maps, restore_maps, store_maps
 from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed
+from rotdistill_core.report import as_json
 from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
 from rotdistill_core.walk import Progress
-from rotdistill_core.weights import Undo, Weights, open_folder, restore
+from rotdistill_core.weights import UNDO, Undo, Weights, open_folder, restore
 
 RELOADED = "round-trip"
 
@@ -136,6 +137,9 @@ class Run:
             judges = [p for p in chain if p.stage == "evaluate"]
             outcome.rows += [row for placed in judges for row in self._evaluate(name, placed, state, outcome.checkpoints[name], samples)]
         outcome.answers = self._answers(outcome, samples)
+        out = Out(self.store, self.ledger, "report")
+        out.write("results.jsonl", [(json.dumps(item, ensure_ascii=False) + "\n").encode() for item in as_json(outcome.rows)])
+        self._tell("run_ended", "", loaded=self.loaded, outcome=outcome, out=out)
         return outcome
 
     def save_dtype(self) -> torch.dtype:
@@ -173,6 +177,8 @@ class Run:
         reused = record is not None
         with self._watched(placed, variant):
             record = record or self._execute(placed, state, samples, key)
+        if record not in self.ledger.records:  # another run made it; this ledger says what this run stands on
+            self.ledger.append(**record)
         seconds = float(record["seconds"])
         known = any(done.key == key for done in self.steps.values())
         self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
@@ -216,15 +222,18 @@ class Run:
             info = result.store(out, self.pair.student.dtype)
             if getattr(placed.step, "exact", False):
                 self._certify(placed, state.weights, result, samples, out)
-        return self._record(key, placed.id, time.monotonic() - started, out, info, placed)
+        return self._record(key, placed.id, time.monotonic() - started, out, info, placed, state.key)
 
-    def _record(self, key: str, name: str, seconds: float, out: Out, info: dict[str, Any], placed: Placed | None = None) -> dict[str, Any]:
+    def _record(self, key: str, name: str, seconds: float, out: Out, info: dict[str, Any], placed: Placed | None = None,
+                before: str = "") -> dict[str, Any]:  # fmt: skip
         """Append the line that commits a result, and return it."""
         about = {} if placed is None else {
             "use": placed.step.use, "options": options_of(placed.step), "plugin": f"{placed.origin.distribution} {placed.origin.version}",
         }  # fmt: skip
         files = [asdict(file) for file in out.used.values()]
-        self.ledger.append("step", key=key, id=name, seconds=round(seconds, 3), files=files, info=info, notes=out.notes, **about)
+        self.ledger.append(
+            "step", key=key, before=before, id=name, seconds=round(seconds, 3), files=files, info=info, notes=out.notes, **about
+        )
         return self.ledger.records[-1]
 
     def _call(self, placed: Placed, state: State, samples: Samples, out: Out) -> Any:
@@ -253,10 +262,7 @@ class Run:
         self.progress(0, 1, "certificate: logits in float64 and float32, and the way back")
         certificate = certify(before, after, after.unfold(after.undo), samples.layout, self.pair.student.device)
         out.notes["certificate"] = certificate.as_dict()
-        undo = {f"gain.{name}": gain for name, gain in after.undo.gains.items()}
-        undo |= {f"map.{space}": tensor_of(found) for space, found in after.undo.maps.items()}
-        undo |= {f"columns.{name}": columns for name, columns in after.undo.columns.items()}
-        out.tensors(f"weights/{placed.id}/undo.safetensors", undo)
+        out.tensors(f"weights/{placed.id}/{UNDO}", after.undo.tensors())
         certificate.enforce(self.recipe.check, f'step "{placed.id}"')
 
     def _save(self, name: str, state: State, dtype: torch.dtype) -> Path:
@@ -307,7 +313,8 @@ class Run:
         for name in dict.fromkeys([shown[0], "full" if "full" in shown else shown[-1]]):
             folder = outcome.checkpoints[name]
             asked = {t.id: list(t.tokens[: t.answer]) for t in held}
-            key = digest("answer", self.steps_key(name), asked, settings.answer_tokens)
+            before = digest(*[done.key for (variant, _), done in self.steps.items() if variant == name], str(self.save_dtype()))
+            key = digest("answer", before, asked, settings.answer_tokens)
             out = Out(self.store, self.ledger, key)
             path = out.find(f"answers/{name}.json")
             if path is None:
@@ -316,7 +323,3 @@ class Run:
             made = json.loads(path.read_text(encoding="utf-8"))
             found[name] = {k: tokenizer.decode(v, skip_special_tokens=True) for k, v in made.items()}
         return found
-
-    def steps_key(self, variant: str) -> str:
-        """Return the key behind a variant's last step."""
-        return digest(*[done.key for (name, _), done in self.steps.items() if name == variant], str(self.save_dtype()))

@@ -25,14 +25,14 @@ STEPS, ADAPTERS, SOURCES, OBSERVERS = "rotdistill", "rotdistill.adapters", "rotd
 KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are", OBSERVERS: "observer"}
 
 OFFERED_BY = {
-    name: f"rotdistill-{name}"
+    name: f"rotdistill-{name.strip('.:')}"
     for name in (
         "residuals", "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder", "rotation-sanity",
         "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
+        "report", "hub:", ".gguf",
     )
-} | {
-    "llama": "rotdistill-llama-adapter", "qwen2": "rotdistill-qwen2-adapter", "qwen3": "rotdistill-qwen3-adapter",
-    "gemma3_text": "rotdistill-gemma3-adapter", ".gguf": "rotdistill-gguf", "package:": "rotdistill-gguf",
+} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3")} | {
+    "gemma3_text": "rotdistill-gemma3-adapter", "package:": "rotdistill-gguf",
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ class Recipe(Document):
     """The texts."""
     check: Check = Check()
     """Tolerances."""
-    observers: Annotated[list[str], Field(exclude=True)] = []
+    observers: Annotated[list[str], Field(exclude=True)] = ["report"]
     """Plugins that watch the run. They change nothing that is computed, so the resolved recipe and its hash are without them."""
     variants: Annotated[dict[Annotated[str, Field(pattern=NAME)], list[str]], Field(min_length=1)] = {"full": []}
     """Variant name -> ids of the toggled steps that it runs; steps that no variant names always run."""

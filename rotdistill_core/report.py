@@ -1,16 +1,11 @@
-"""Results as a table on the terminal, as results.jsonl and as report.md."""
+"""Results as objects and as a table on the terminal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from jinja2 import Environment, PackageLoader
 from rich.table import Table
 
-from rotdistill_core.ledger import Ledger, write_file
-from rotdistill_core.pipeline import Done, Outcome
-from rotdistill_core.recipe import Loaded
 from rotdistill_core.samples import Row
 
 COLUMNS = (
@@ -43,34 +38,3 @@ def rich_table(rows: Sequence[Row]) -> Table:
         cells = [form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS]
         table.add_row(variant, *cells, style="bold" if metrics.get("kl") == best else None)
     return table
-
-
-def markdown(loaded: Loaded, outcome: Outcome) -> str:
-    """Return report.md."""
-    by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language}
-    first: dict[str, tuple[str, str, Done]] = {}
-    for (variant, step), done in outcome.steps.items():
-        first.setdefault(done.key, (variant, step, done))
-    made = Environment(loader=PackageLoader("rotdistill_core"), trim_blocks=True, lstrip_blocks=True)  # noqa: S701  Markdown, not HTML
-    made.filters["short"] = _short
-    return made.get_template("report.md.j2").render(
-        recipe=loaded.recipe, columns=COLUMNS, values=figures(outcome.rows), by=by, answers=outcome.answers,
-        languages=sorted({language for _, language in by}), steps=first.values(),
-    )  # fmt: skip
-
-
-def _short(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return "; ".join(f"{k}: {_short(v)}" for k, v in value.items())
-    return ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
-
-
-def write(loaded: Loaded, outcome: Outcome) -> None:
-    """Write results.jsonl and report.md into the run folder and commit them in its ledger."""
-    ledger = Ledger(outcome.folder)
-    lines = [(json.dumps(item, ensure_ascii=False) + "\n").encode() for item in as_json(outcome.rows)]
-    for name, blocks in (("results.jsonl", lines), ("report.md", [markdown(loaded, outcome).encode()])):
-        size, digest = write_file(outcome.folder / name, blocks)
-        ledger.append("file", step="report", name=name, path=f"{outcome.folder.name}/{name}", bytes=size, sha256=digest)

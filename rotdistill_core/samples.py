@@ -167,11 +167,6 @@ class Samples:
         return self.layout.digest() + (self.theirs.digest() if self.theirs else "")
 
 
-def own(question: Question) -> Question:
-    """Return a blurb's question with its answer left to the teacher."""
-    return replace(question, id=f"{question.id}.own", answer=None)
-
-
 def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], str]:
     """Read blurbs, held-out questions and system prompt.
 
@@ -199,7 +194,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
     questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"]) for r in blurbs if r["id"] in part]
     if ref.own_answers:
-        questions += [own(question) for question in questions]
+        questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions]  # the teacher answers these
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
     if len({q.split for q in questions}) < 3:
         raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
@@ -256,7 +251,7 @@ def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, l
         if len(tokens) <= len(prompt):
             raise SetupError(f"text {q.id}: its prompt alone has {len(prompt)} tokens; raise samples.max_tokens above {max_tokens}.")
         texts.append(Text(q.id, q.language, q.split, tokens, len(prompt)))
-    return Samples(Layout(tuple(texts), _common_prefix(texts)), tuple(questions), style)
+    return Samples(Layout(tuple(texts), shared_start([text.tokens[: text.answer] for text in texts])), tuple(questions), style)
 
 
 def tokenize_both(student: Any, teacher: Any, questions: Sequence[Question], answers: dict[str, list[int]], *about: Any) -> Samples:
@@ -284,11 +279,7 @@ def plain(tokenizer: Any, answer: str) -> list[int]:
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def _common_prefix(texts: Sequence[Text]) -> int:
-    """Return how many leading tokens all texts share, leaving each at least the token that predicts its answer."""
-    limit = min(text.answer - 1 for text in texts)
-    first = texts[0].tokens
-    for k in range(limit):
-        if any(text.tokens[k] != first[k] for text in texts):
-            return k
-    return limit
+def shared_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many leading tokens all prompts share, leaving each at least one of its own (it predicts the answer)."""
+    most = min(len(prompt) for prompt in prompts) - 1
+    return next((k for k in range(most) if len({prompt[k] for prompt in prompts}) > 1), most)

@@ -15,9 +15,10 @@ from rotdistill_core.adapter import Adapter, Param
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.ledger import Out, json_blocks, tensor_blocks
-from rotdistill_core.maps import Map, Permutation, Rotation, carry
+from rotdistill_core.maps import Map, Permutation, Rotation, carry, map_of, tensor_of
 
 SHARD_BYTES = 4 << 30
+UNDO = "undo.safetensors"
 WEAK = 3e-3
 """Gains below this share of the largest: dividing by them on the way back would magnify rounding beyond 1e-12."""
 
@@ -55,6 +56,12 @@ class Undo:
     """What the norm adds to its weight."""
     columns: Mapping[str, Tensor]
     """Reader -> its columns behind gains so near zero that absorbing them erases the columns, `[out, k]`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything but the config, to be stored."""
+        found = {f"map.{space}": tensor_of(found) for space, found in self.maps.items()}
+        found |= {f"gain.{name}": gain for name, gain in self.gains.items()}
+        return found | {f"columns.{name}": columns for name, columns in self.columns.items()}
 
     def weak(self, gain: str) -> Tensor:
         """Return which columns those are: |gain| below `WEAK` of the largest."""
@@ -253,6 +260,16 @@ def restore(info: Mapping[str, Any], student: Weights, root: Path) -> Weights:
     entries = {name: opened[file][key] for name, (file, key) in info["tensors"].items()}
     basis = file_entries(root / info["basis"])["Q"].read().clone() if info["basis"] else None
     return Weights(info["config"], student.adapter, entries, Lineage(tuple(info["depths"]), basis))
+
+
+def restore_undo(path: Path, before: Weights) -> Undo:
+    """Return what `Undo.tensors` gave, for the weights before the fold."""
+    parts: dict[str, dict[str, Tensor]] = {"map": {}, "gain": {}, "columns": {}}
+    for name, entry in file_entries(path).items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = entry.read().clone()
+    maps = {space: map_of(tensor) for space, tensor in parts["map"].items()}
+    return Undo(maps, parts["gain"], before.config, before.adapter.gain_offset, parts["columns"])
 
 
 def file_entries(path: Path) -> dict[str, Entry]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core import pipeline, recipe
-from rotdistill_core.answers import shared_start
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.hookspecs import hookimpl
+from rotdistill_core.samples import shared_start
 from rotdistill_core.testing import pico_folder, pico_texts
 
 RECIPE = """

@@ -25,7 +25,7 @@ from rotdistill_core.testing import pico_folder, pico_texts
 
 RECIPE = """
 name = "sane"
-observers = ["rotation-sanity"]
+observers = ["report", "rotation-sanity"]
 [teacher]
 model = "{work}/teacher"
 [student]
