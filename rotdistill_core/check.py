@@ -13,7 +13,7 @@ from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.ledger import File, Ledger, Store
 from rotdistill_core.maps import Gauge, Map, Rotation, restore_maps, tensor_of
 from rotdistill_core.models import open_model
-from rotdistill_core.recipe import ModelRef
+from rotdistill_core.recipe import StudentRef
 from rotdistill_core.weights import UNDO, Weights, restore, restore_undo
 
 TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ def check_run(folder: Path) -> dict[str, Any]:
         problems += [f"{where}, {space}{fault}" for space, one in maps.items() for fault in _faults(one)]
         if "certificate" in record["notes"]:
             resolved = json.loads((store.root / folder.name / "recipe.resolved.json").read_text(encoding="utf-8"))
-            error, allowed = unfold(record, steps, open_model(ModelRef(**resolved["student"])).weights, store.root)
+            error, allowed = unfold(record, steps, open_model(StudentRef(**resolved["student"])).weights, store.root)
             found["unfolded"][record["id"]] = error
             if not error <= allowed:
                 problems.append(f"{where}: unfolded, its weights are off by {error:.1e}, more than {allowed:.0e}.")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Layout, Samples, Text
 from rotdistill_core.walk import Walk, final_norm, head_logits
 from rotdistill_core.weights import Weights, open_folder
+
+if TYPE_CHECKING:
+    from rotdistill_core.pipeline import Outcome
 
 PICO = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -192,6 +195,24 @@ def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[st
     held = ["id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods"]
     held += [f"held-{k}\ten\tother {k}\tland\t{say(k + 40, 5)}\t{json.dumps([])}\t{json.dumps([])}" for k in range(questions)]
     return _write_all(folder, {"index.tsv": index, "heldout.tsv": held, "style.md": ["w1 w2 w3 w4"]})
+
+
+class Quiet:
+    """What a run reports to: it keeps the lines, and shows none."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Keep one line."""
+        self.lines.append(text)
+
+
+def carry_out(path: Path, screen: Any = None) -> Outcome:
+    """Carry out a recipe, in `runs/` beside it."""
+    from rotdistill_core import pipeline, recipe
+
+    return pipeline.Run(recipe.load(path), path.parent / "runs", screen or Quiet(), lambda *_: None).go()
 
 
 def _write_all(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, Path]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core import pipeline, recipe
+from rotdistill_core import pipeline
 from rotdistill_core.errors import SetupError
 from rotdistill_core.maps import Rotation
 from rotdistill_core.models import open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import pico_folder, pico_texts, reopen, save_folder, scramble
+from rotdistill_core.testing import carry_out, pico_folder, pico_texts, reopen, save_folder, scramble
 
 RECIPE = """
 name = "anchored"
@@ -38,17 +38,10 @@ use = "toggles"
 ALIGNERS = {"weights": ["weight-matching"], "activations": ["procrustes", "hungarian-permute", "head-gauge"], "stream": ["cca"]}
 
 
-class Quiet:
-    """Listens and says nothing."""
-
-    def say(self, text: str) -> None:
-        """Keep quiet."""
-
-
 def run(root: Path, aligners: str, anchor: str = "original", mode: str = "tied") -> pipeline.Outcome:
     align = "\n".join(f'[[step]]\nuse = "{use}"' for use in ALIGNERS[aligners])
     (root / "r.toml").write_text(RECIPE.format(root=root, align=align, anchor=anchor, mode=mode), encoding="utf-8")
-    return pipeline.Run(recipe.load(root / "r.toml"), root / "runs", Quiet(), lambda *_: None).go()
+    return carry_out(root / "r.toml")
 
 
 @pytest.fixture

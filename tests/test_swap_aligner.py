@@ -10,18 +10,11 @@ import pytest
 from rotdistill_core import pipeline, recipe
 from rotdistill_core.models import open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import pico_folder, pico_texts, save_folder, scramble
+from rotdistill_core.testing import Quiet, pico_folder, pico_texts, save_folder, scramble
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = ["chop.layers=4", "samples.answer_tokens=4", "samples.own_answers=0", "check.logits_float32=1e-2", "observers=[]"]
 FILES = {"index": "index.tsv", "style": "style.md", "heldout": "heldout.tsv"}
-
-
-class Quiet:
-    """Listens and says nothing."""
-
-    def say(self, text: str) -> None:
-        """Keep quiet."""
 
 
 def run(work: Path, use: str, student: str) -> tuple[pipeline.Outcome, pipeline.Run]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rotdistill_core import pipeline, recipe
-from rotdistill_core.testing import pico_folder, pico_texts
+from rotdistill_core import pipeline
+from rotdistill_core.testing import carry_out, pico_folder, pico_texts
 
 RECIPE = """
 name = "told"
@@ -33,17 +33,12 @@ cut = ["chop"]
 """
 
 
-class Quiet:
-    def say(self, text: str) -> None:
-        """Nobody listens."""
-
-
 def ended(work: Path, observers: str = "") -> pipeline.Outcome:
     pico_texts(work / "texts")
     pico_folder(work / "model")
     path = work / "told.toml"
     path.write_text(RECIPE.format(work=work, observers=observers), encoding="utf-8")
-    return pipeline.Run(recipe.load(path), work / "runs", Quiet(), lambda *_: None).go()
+    return carry_out(path)
 
 
 def test_the_report_holds_the_figures_of_the_results(tmp_path: Path) -> None:

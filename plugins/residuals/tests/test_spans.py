@@ -13,10 +13,10 @@ from rotdistill_spans import pair_rows, token_bytes
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rotdistill_core import pipeline, recipe
+from rotdistill_core import pipeline
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.samples import Question, Samples, tokenize_both
-from rotdistill_core.testing import pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_texts
 
 CORPUS = ["the tower was built in 1889", "la tour fut construite", "башня построена", "塔は建てられた", "मीनार बनाई गई"]
 TEMPLATES = (
@@ -149,20 +149,13 @@ use = "toggles"
 """
 
 
-class Quiet:
-    """Listens and says nothing."""
-
-    def say(self, text: str) -> None:
-        """Keep quiet."""
-
-
 def whole_run(root: Path, more: str = "") -> pipeline.Outcome:
     pico_texts(root / "texts")
     for name, tokenizer, shape in (("teacher", TWO, {"hidden_size": 48, "num_hidden_layers": 3}), ("student", ONE, {})):
         folder = pico_folder(root / name, vocab_size=len(tokenizer), **shape)
         tokenizer.save_pretrained(folder)
     (root / "two.toml").write_text(RECIPE.format(root=root, more=more), encoding="utf-8")
-    return pipeline.Run(recipe.load(root / "two.toml"), root / "runs", Quiet(), lambda *_: None).go()
+    return carry_out(root / "two.toml")
 
 
 def test_a_whole_run_with_two_tokenizers(tmp_path: Path) -> None:

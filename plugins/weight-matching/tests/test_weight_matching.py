@@ -9,13 +9,23 @@ import pytest
 import torch
 from rotdistill_weight_matching import WeightMatching, steps
 
-from rotdistill_core import pipeline, recipe
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.maps import Maps, Permutation, Rotation
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.step import stage_of
-from rotdistill_core.testing import logits, pico_model, pico_out, pico_samples, pico_texts, random_rotation, reopen, save_folder, scramble
+from rotdistill_core.testing import (
+    carry_out,
+    logits,
+    pico_model,
+    pico_out,
+    pico_samples,
+    pico_texts,
+    random_rotation,
+    reopen,
+    save_folder,
+    scramble,
+)
 from rotdistill_core.weights import Weights
 
 EYE = torch.eye(32, dtype=torch.float64)
@@ -153,13 +163,6 @@ ALIGNERS = {
 }  # fmt: skip
 
 
-class Quiet:
-    """Listens and says nothing."""
-
-    def say(self, text: str) -> None:
-        """Keep quiet."""
-
-
 @pytest.mark.parametrize("name", ALIGNERS)
 def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(tmp_path: Path, name: str) -> None:
     model = pico_model(tmp_path / "model", attention_bias=True, tie_word_embeddings=False)
@@ -169,7 +172,7 @@ def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(tmp_pat
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(name=name, root=tmp_path, align=align), encoding="utf-8")
     for again in (False, True):
-        outcome = pipeline.Run(recipe.load(path), tmp_path / "runs", Quiet(), lambda *_: None).go()
+        outcome = carry_out(path)
         done = outcome.steps["full", "basis-fold"]
         assert done.reused is again
         assert done.notes["folded"] == {"q": 2, "kv": 2, "neurons": 2, "value": 2, "key": 2, "up": 2}
