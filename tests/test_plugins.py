@@ -41,7 +41,7 @@ TABLE = '''"""Checkpoints of model type `tiny`.
 
 More."""
 from rotdistill_core import hookimpl
-from rotdistill_core.adapter import rope_decoder
+from rotdistill_rope_decoder import rope_decoder
 
 
 @hookimpl

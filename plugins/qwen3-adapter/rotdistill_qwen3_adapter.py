@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rotdistill_rope_decoder import rope_decoder
+
 from rotdistill_core import hookimpl
-from rotdistill_core.adapter import Adapter, Config, rope_decoder
+from rotdistill_core.adapter import Adapter, Config
 
 
 def defaults(config: Config) -> Config:
