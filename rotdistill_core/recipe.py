@@ -59,6 +59,8 @@ class SamplesRef(Document):
     """The system prompt."""
     heldout: str = "../samples/heldout.tsv"
     """Held-out questions; their answers are the teacher's own."""
+    guard: str | None = None
+    """Texts outside the domain: id, language, kind, text. What they cost is shown beside what the domain gains."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the blurbs on which options are chosen; split by id."""
     max_tokens: Annotated[int, Field(ge=16)] = 512

@@ -10,6 +10,7 @@ from rotdistill_core.samples import Row
 
 COLUMNS = (
     ("kl", "held-out KL, nats/token", "{:.4f}"), ("top1", "top-1", "{:.3f}"), ("perplexity", "perplexity", "{:.2f}"),
+    ("guard_kl", "guard KL", "{:.4f}"), ("guard_perplexity", "guard perplexity", "{:.2f}"),
     ("hidden_cosine", "hidden cosine", "{:.4f}"), ("residual_rms_diff", "residual RMS diff", "{:.4f}"),
     ("parameters", "parameters", "{:,.0f}"), ("seconds", "seconds", "{:.0f}"),
 )  # fmt: skip

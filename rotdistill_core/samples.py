@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rotdistill_core.weights import Weights
 
 INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
+GUARD_COLUMNS = ("id", "language", "kind", "text")
 HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
 
 
@@ -51,7 +52,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the samples: a question, and its answer where the answer is known."""
+    """One line of the samples: a question, and its answer where the answer is known; a text of the guard has no question."""
 
     id: str
     language: str
@@ -69,11 +70,13 @@ class Text:
     split: str
     tokens: tuple[int, ...]
     answer: int
+    plain: bool = False
+    """It does not begin with the prefix that the others share."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which row of a `[rows, d]` matrix holds which token. The prefix that all texts share comes first and is there once."""
+    """Which row of a `[rows, d]` matrix holds which token. The prefix that all texts but plain ones share comes first, once."""
 
     texts: tuple[Text, ...]
     prefix: int
@@ -83,8 +86,12 @@ class Layout:
         """First row of each text's own tokens, and the number of rows at the end."""
         starts = [self.prefix]
         for text in self.texts:
-            starts.append(starts[-1] + len(text.tokens) - self.prefix)
+            starts.append(starts[-1] + len(text.tokens) - self.skipped(text))
         return starts
+
+    def skipped(self, text: Text) -> int:
+        """Return how many leading tokens of a text have their rows in the prefix."""
+        return 0 if text.plain else self.prefix
 
     @property
     def rows(self) -> int:
@@ -94,8 +101,8 @@ class Layout:
     @cached_property
     def tokens(self) -> Tensor:
         """Token id of each row [rows]."""
-        own = [t for text in self.texts for t in text.tokens[self.prefix :]]
-        return torch.tensor([*(self.texts[0].tokens[: self.prefix] if self.texts else ()), *own])
+        own = [t for text in self.texts for t in text.tokens[self.skipped(text) :]]
+        return torch.tensor([*next((t.tokens[: self.prefix] for t in self.texts if not t.plain), ()), *own])
 
     def split(self, *splits: str) -> Tensor:
         """Return the mask [rows] of rows in these splits; prefix rows count as `fit`."""
@@ -114,14 +121,16 @@ class Layout:
         for k, text in enumerate(self.texts):
             if text.split == split:
                 own = range(text.answer - 1, len(text.tokens) - 1)
-                rows += [self.starts[k] + p - self.prefix if p >= self.prefix else p for p in own]
+                skipped = self.skipped(text)
+                rows += [self.starts[k] + p - skipped if p >= skipped else p for p in own]
                 targets += [text.tokens[p + 1] for p in own]
                 languages += [text.language] * len(own)
         return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), languages
 
     def select(self, *splits: str, most: int | None = None) -> Layout:
-        """Return the layout of the texts in these splits (the first `most` of them), with the same prefix."""
-        return Layout(tuple(t for t in self.texts if t.split in splits)[:most], self.prefix)
+        """Return the layout of the texts in these splits (the first `most` of them), with the prefix where any of them has it."""
+        texts = tuple(t for t in self.texts if t.split in splits)[:most]
+        return Layout(texts, 0 if texts and all(t.plain for t in texts) else self.prefix)
 
     def rows_in(self, full: Layout) -> Tensor:
         """Return, for each row here, its row in the layout that this one was selected from."""
@@ -131,10 +140,12 @@ class Layout:
         return torch.cat(parts)
 
     def batches(self, budget: int = 1536) -> list[list[int]]:
-        """Return text indices in batches of about `budget` padded tokens, texts of like length together."""
+        """Return text indices in batches of about `budget` padded tokens, texts of like length together, plain ones by themselves."""
         batches: list[list[int]] = []
-        for k in sorted(range(len(self.texts)), key=lambda k: len(self.texts[k].tokens), reverse=True):
-            if batches and (len(batches[-1]) + 1) * (len(self.texts[batches[-1][0]].tokens) - self.prefix) <= budget:
+        for k in sorted(range(len(self.texts)), key=lambda k: (self.texts[k].plain, -len(self.texts[k].tokens))):
+            first = self.texts[batches[-1][0] if batches else k]
+            room = (len(batches[-1]) + 1) * (len(first.tokens) - self.skipped(first)) <= budget if batches else False
+            if room and first.plain == self.texts[k].plain:
                 batches[-1].append(k)
             else:
                 batches.append([k])
@@ -142,7 +153,7 @@ class Layout:
 
     def digest(self) -> str:
         """Return the sha256 of ids, splits and tokens."""
-        value = [self.prefix, [[t.id, t.split, t.answer, t.tokens] for t in self.texts]]
+        value = [self.prefix, [[t.id, t.split, t.answer, t.tokens, t.plain] for t in self.texts]]
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -176,6 +187,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     problems: list[str] = []
     blurbs = _table(base / ref.index, INDEX_COLUMNS, problems)
     heldout = _table(base / ref.heldout, HELDOUT_COLUMNS, problems)
+    guard = _table(base / ref.guard, GUARD_COLUMNS, problems) if ref.guard else []
     style = ""
     try:
         style = (base / ref.style).read_text(encoding="utf-8").strip()
@@ -187,18 +199,26 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
             problems.append(f"{base / ref.heldout}: the id {row['id']} is also in the blurbs.")
         if row["place"].casefold() in places:
             problems.append(f"{base / ref.heldout}: {row['id']}: {row['place']} is also in the blurbs.")
+    ids |= {row["id"] for row in heldout}
+    problems += [f"{ref.guard}: the id {row['id']} is also in another file." for row in guard if row["id"] in ids]
     if problems:
         raise RecipeError(*problems)
-    fit = sorted(blurbs, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())[: ref.limit]
+    fit = sorted(blurbs, key=_shuffled)[: ref.limit]
     cut = round(len(fit) * ref.validation)
     part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
     questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"]) for r in blurbs if r["id"] in part]
     if ref.own_answers:
         questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions]  # the teacher answers these
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
-    if len({q.split for q in questions}) < 3:
+    for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
+        questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
+    if not {"fit", "validation", "heldout"} <= {q.split for q in questions}:
         raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
     return tuple(questions), style
+
+
+def _shuffled(row: Mapping[str, str]) -> str:
+    return hashlib.sha256(row["id"].encode()).hexdigest()
 
 
 def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict[str, str]]:
@@ -240,6 +260,9 @@ def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, l
         raise SetupError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model.")
     texts = []
     for q in questions:
+        if q.split.startswith("guard"):  # as it stands, without the chat around it
+            texts.append(Text(q.id, q.language, q.split, tuple(tokenizer(q.answer)["input_ids"]), 1, plain=True))
+            continue
         prompt = prompt_tokens(tokenizer, style, q.question)
         if q.answer is None:
             answer = answers[q.id]
@@ -251,11 +274,14 @@ def tokenize(tokenizer: Any, questions: Sequence[Question], answers: dict[str, l
         if len(tokens) <= len(prompt):
             raise SetupError(f"text {q.id}: its prompt alone has {len(prompt)} tokens; raise samples.max_tokens above {max_tokens}.")
         texts.append(Text(q.id, q.language, q.split, tokens, len(prompt)))
-    return Samples(Layout(tuple(texts), shared_start([text.tokens[: text.answer] for text in texts])), tuple(questions), style)
+    return Samples(
+        Layout(tuple(texts), shared_start([text.tokens[: text.answer] for text in texts if not text.plain])), tuple(questions), style
+    )
 
 
 def tokenize_both(student: Any, teacher: Any, questions: Sequence[Question], answers: dict[str, list[int]], *about: Any) -> Samples:
     """Tokenise for two tokenizers; the teacher's answers are read as text, and that is what the student is given."""
+    questions = [q for q in questions if not q.split.startswith("guard")]  # only probabilities are compared on those
     theirs = tokenize(teacher, questions, answers, *about).layout
     said = {name: plain(student, spoken(teacher, tokens)) for name, tokens in answers.items()}
     return replace(tokenize(student, questions, said, *about), theirs=theirs)

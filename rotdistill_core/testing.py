@@ -71,8 +71,8 @@ def pico_model(folder: Path, model_type: str = "llama", seed: int = 0, **changes
     return open_model(ModelRef(model=str(pico_folder(folder, model_type, seed, **changes))))
 
 
-def pico_samples(vocabulary: int = 64, texts: int = 40, prefix: int = 6, seed: int = 0) -> Samples:
-    """Return random texts that share a prefix: 60 % fit, 20 % validation, 20 % held-out."""
+def pico_samples(vocabulary: int = 64, texts: int = 40, prefix: int = 6, seed: int = 0, guard: int = 0) -> Samples:
+    """Return random texts that share a prefix: 60 % fit, 20 % validation, 20 % held-out; and `guard` plain ones."""
     maker = torch.Generator().manual_seed(seed)
     shared = torch.randint(0, vocabulary, (prefix,), generator=maker).tolist()
     made = []
@@ -81,6 +81,9 @@ def pico_samples(vocabulary: int = 64, texts: int = 40, prefix: int = 6, seed: i
         split = ("fit", "fit", "fit", "validation", "heldout")[k % 5]
         own = [k % vocabulary, *torch.randint(0, vocabulary, (length,), generator=maker).tolist()]
         made.append(Text(f"t{k}", "en", split, (*shared, *own), prefix + 4))
+    for k in range(guard):
+        own = torch.randint(0, vocabulary, (8 + k,), generator=maker).tolist()
+        made.append(Text(f"g{k}", "en", "guard-validation" if k % 2 else "guard", tuple(own), 1, plain=True))
     return Samples(Layout(tuple(made), prefix), (), "")
 
 

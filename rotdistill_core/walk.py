@@ -63,9 +63,9 @@ class Walk:
         self.weights, self.layout, self.device, self.dtype = weights, layout, device, dtype
         self.boundary = 0
         self.layer = nn.Module()
-        self._batches = [self._batch(texts) for texts in layout.batches(budget)]
+        self._batches = [(*self._batch(texts), layout.skipped(layout.texts[texts[0]])) for texts in layout.batches(budget)]
         if layout.prefix:
-            self._batches.insert(0, (torch.arange(layout.prefix)[None], torch.ones(1, layout.prefix, dtype=torch.bool)))
+            self._batches.insert(0, (torch.arange(layout.prefix)[None], torch.ones(1, layout.prefix, dtype=torch.bool), 0))
         self._model = _skeleton(weights, dtype)
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record()
@@ -98,8 +98,7 @@ class Walk:
         self._model.set_submodule(self.weights.adapter.norm.removesuffix(".weight"), nn.Identity())
         body = self._model.get_submodule(self.weights.adapter.body)
         calls = []
-        for rows, _ in self._batches:
-            past = int(rows[0, 0]) and self.layout.prefix
+        for rows, _, past in self._batches:
             cache = None
             if past:
                 cache = DynamicCache()
@@ -152,9 +151,9 @@ class Walk:
         current: list[Tensor] = []
         hooks = [self._hook(site, see, current) for site, see in observers.items()]
         try:
-            for (rows, mask), calls in zip(self._batches, self._calls, strict=True):
+            for (rows, mask, past), calls in zip(self._batches, self._calls, strict=True):
                 current[:] = [rows[mask], mask]
-                kwargs = {**calls[self.boundary], "past_key_values": cache}
+                kwargs = {**calls[self.boundary], "past_key_values": cache if past or not int(rows[0, 0]) else None}
                 made = self.layer(self.states[rows].to(self.device), **kwargs)
                 made = (made[0] if isinstance(made, tuple) else made)[mask.to(self.device)]
                 if output is not None:

@@ -13,7 +13,7 @@ import torch
 
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe import SamplesRef
-from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Layout, Question, Text, read_questions, tokenize
+from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Layout, Question, Text, read_questions, tokenize, tokenize_both
 from rotdistill_core.testing import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -220,6 +220,55 @@ def test_a_selection_may_be_cut_short() -> None:
     assert FULL.select("fit", "heldout").digest() == FULL.digest() != FULL.select("fit").digest()
 
 
+MIXED = Layout(
+    (TEXTS[0], Text("g", "en", "guard", (20, 21, 22), 1, plain=True), TEXTS[1], Text("h", "en", "guard", (23, 24), 1, plain=True)), 2
+)
+
+
+def test_plain_texts_have_all_their_rows_and_no_prefix() -> None:
+    assert MIXED.starts == [2, 5, 8, 12, 14]
+    assert MIXED.tokens.tolist() == [1, 2, 3, 4, 5, 20, 21, 22, 6, 7, 8, 9, 23, 24]
+    rows, targets, _ = MIXED.predicting("guard")
+    assert MIXED.tokens[rows].tolist() == [20, 21, 23]
+    assert targets.tolist() == [21, 22, 24]
+    alone = MIXED.select("guard")
+    assert (alone.prefix, alone.tokens.tolist()) == (0, [20, 21, 22, 23, 24])
+    assert torch.equal(MIXED.tokens[alone.rows_in(MIXED)], alone.tokens)
+    assert MIXED.select("guard", "heldout").prefix == 2
+    for batch in MIXED.batches():
+        assert len({MIXED.texts[k].plain for k in batch}) == 1
+    assert sorted(k for batch in MIXED.batches(4) for k in batch) == [0, 1, 2, 3]
+
+
+def test_the_guard_is_read_as_it_stands(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, [blurb(f"b{k}") for k in range(6)])
+    (folder / "guard.tsv").write_text("id\tlanguage\tkind\ttext\n" + "".join(f"g{k}\ten\tcode\ta\\nb{k}\n" for k in range(4)))
+    ref = REF.model_copy(update={"guard": "guard.tsv"})
+    guard = [q for q in read_questions(ref, folder)[0] if q.split.startswith("guard")]
+    assert Counter(q.split for q in guard) == {"guard": 2, "guard-validation": 2}
+    layout = tokenize(Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 30).layout
+    assert layout.prefix == len("<s>Be brief.\n<u>Wh")
+    assert {"".join(map(chr, t.tokens)) for t in layout.texts if t.plain} == {f"a\nb{k}" for k in range(4)}
+    assert tokenize_both(Letters(), Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 500).layout.texts[-1].id == "q"
+
+
+def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, [blurb(f"b{k}") for k in range(6)])
+    (folder / "guard.tsv").write_text("id\tlanguage\tkind\ttext\nb0\ten\tcode\tx\n")
+    with pytest.raises(RecipeError, match=r"guard\.tsv: the id b0 is also in another file"):
+        read_questions(REF.model_copy(update={"guard": "guard.tsv"}), folder)
+
+
+def test_the_shipped_guard_is_about_something_else() -> None:
+    questions, _ = read_questions(SamplesRef(guard="../samples/general/index.tsv"), SAMPLES.parent / "recipes")
+    guard = [q for q in questions if q.split.startswith("guard")]
+    assert Counter(q.split for q in guard) == {"guard": 20, "guard-validation": 20}
+    assert len({q.language for q in guard}) >= 12
+    places = {row["place"].casefold() for row in (*BLURBS[1], *HELDOUT[1])}
+    for q in guard:
+        assert not [place for place in places if place in str(q.answer).casefold()]
+
+
 @pytest.mark.parametrize("budget", [1, 5, 8, 1000])
 def test_batches_hold_every_text_once_and_keep_their_budget(budget: int) -> None:
     batches = FULL.batches(budget)
@@ -234,6 +283,13 @@ class Letters:
     chat_template = "yes"
     name_or_path = "letters"
     eos_token_id = 0
+    all_special_ids = (0,)
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
 
     def apply_chat_template(self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool) -> dict[str, list[int]]:
         text = "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat) + "<a>" * add_generation_prompt

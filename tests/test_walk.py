@@ -91,6 +91,18 @@ def test_the_shared_prefix_gives_what_every_text_alone_gives(llama: Model, layou
         assert_near(alone[first + layout.prefix : last], shared[layout.starts[k] : layout.starts[k + 1]], 1e-12)
 
 
+@pytest.mark.parametrize("model_type", KINDS)
+def test_plain_texts_are_walked_beside_those_with_the_prefix(tmp_path: Path, model_type: str) -> None:
+    model = pico_model(tmp_path / "model", model_type, **KINDS[model_type])
+    mixed = pico_samples(texts=5, guard=3).layout
+    together, apart = final_states(model.weights, mixed), Layout(mixed.texts, 0)
+    alone = final_states(model.weights, apart)
+    for k, text in enumerate(mixed.texts):
+        last = apart.starts[k + 1]
+        assert_near(together[mixed.starts[k] : mixed.starts[k + 1]], alone[apart.starts[k] + mixed.skipped(text) : last], 1e-12)
+    assert_near(final_states(model.weights, mixed.select("guard")), together[mixed.select("guard").rows_in(mixed)], 1e-12)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_float64_agrees_with_plain_transformers_to_float32(tmp_path: Path, model_type: str) -> None:
     model = pico_model(tmp_path / "model", model_type, num_hidden_layers=3)

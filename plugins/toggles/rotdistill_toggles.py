@@ -20,6 +20,7 @@ class Toggles:
     `hidden_cosine` and `residual_rms_diff` (over the teacher's RMS) per layer and on average, `parameters`, `seconds`.
     Hidden states are compared in the teacher's frame: the student's change of basis is taken back first, and between models
     of different bases the best rotation per layer (from the fit texts and the unedited student) stands between them.
+    `guard_kl` and `guard_perplexity` are those of every token of the guard's reported half: what the domain's gain costs elsewhere.
     """
 
     use: Literal["toggles"] = "toggles"
@@ -36,7 +37,7 @@ class Toggles:
         from rotdistill_core.walk import Walk, log_probabilities
 
         weights, student = variant.weights, pair.student
-        layout = samples.layout.select("heldout")
+        layout = samples.layout.select("heldout", "guard")
         rows, targets, languages = layout.predicting("heldout")
         walk = Walk(weights, layout, student.device, student.dtype)
         beside = bank.paired(layout)[rows]
@@ -54,7 +55,7 @@ class Toggles:
         for i in walk:
             walk.run()
             measure(i + 1)
-            progress(i + 1, weights.depth, f"{len(layout.texts)} held-out answers")
+            progress(i + 1, weights.depth, f"{len(layout.texts)} held-out texts")
         overall = {"hidden_cosine": _mean(found, "hidden_cosine"), "residual_rms_diff": _mean(found, "residual_rms_diff")}
         S, by_language = walk.states[rows], []
         if pair.one_tokenizer:
@@ -70,6 +71,12 @@ class Toggles:
         for language in by_language:
             mine = [k for k, name in enumerate(languages) if name == language]
             result.append(Row(variant.name, "kl", float(seen.kl[mine].mean()), "heldout", None, language, len(mine)))
+        guard, words, _ = layout.predicting("guard")
+        if len(guard):
+            T = bank.teacher(layout, student.depth)[guard]
+            seen = compare(pair.teacher.weights, T, weights, walk.states[guard], words, shared_tokens(pair))
+            found_there = {"guard_kl": float(seen.kl.mean()), "guard_perplexity": float(seen.nll.mean().exp())}
+            result += [Row(variant.name, name, value, "guard", None, None, len(guard)) for name, value in found_there.items()]
         result += [Row(variant.name, "parameters", float(weights.parameters)), Row(variant.name, "seconds", variant.seconds)]
         return result + (found if self.per_layer else [])
 

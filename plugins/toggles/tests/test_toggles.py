@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from rotdistill_toggles import Toggles, steps
 
 from rotdistill_core.bank import Bank
@@ -12,7 +13,7 @@ from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair
 from rotdistill_core.samples import Samples, Variant
 from rotdistill_core.step import stage_of
-from rotdistill_core.testing import captured, pico_model, pico_out, pico_samples, random_rotation
+from rotdistill_core.testing import captured, logits, pico_model, pico_out, pico_samples, random_rotation
 from rotdistill_core.weights import Weights
 
 
@@ -50,3 +51,17 @@ def test_a_change_of_basis_scores_as_the_student_it_came_from(samples: Samples, 
     folded = pair.student.weights.fold({"residual": Rotation(random_rotation(32))})
     base, turned = (scores(w, pair, bank, samples) for w in (pair.student.weights.untie(), folded))
     assert turned == pytest.approx(base, rel=1e-4, abs=1e-5)
+
+
+def test_what_a_variant_loses_outside_the_domain_is_told_from_the_reported_half_of_the_guard(tmp_path: Path) -> None:
+    samples = pico_samples(texts=10, guard=4)
+    pair = Pair(pico_model(tmp_path / "teacher", seed=1), pico_model(tmp_path / "student"))
+    bank = captured(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"))
+    seen = scores(pair.student.weights, pair, bank, samples)
+    rows, targets, _ = samples.layout.predicting("guard")
+    p, q = (logits(model.weights, samples.layout, torch.float32)[rows].log_softmax(-1) for model in (pair.teacher, pair.student))
+    assert seen["guard_kl", None, None] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert seen["guard_perplexity", None, None] == pytest.approx(float((-q.gather(-1, targets[:, None]).mean()).exp()), rel=1e-4)
+    without = scores(pair.student.weights, pair, bank, pico_samples(texts=10))
+    assert seen["kl", None, None] == pytest.approx(without["kl", None, None], rel=1e-5)
+    assert ("guard_kl", None, None) not in without
