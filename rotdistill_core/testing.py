@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -111,6 +114,27 @@ def rotated_twin(model: Model, folder: Path, seed: int = 0) -> tuple[Model, Tens
     Q = random_rotation(model.width, seed)
     save_folder(model.weights.fold({"residual": Rotation(Q)}), model.folder, folder)
     return open_model(ModelRef(model=str(folder))), Q
+
+
+@contextmanager
+def other_signs(seed: int) -> Iterator[None]:
+    """Let every decomposition return other signs, which are as right as the ones that it returned."""
+    maker, svd, eigh = torch.Generator().manual_seed(seed), scipy.linalg.svd, torch.linalg.eigh
+
+    def signs(n: int) -> Tensor:
+        return 1 - 2 * torch.randint(0, 2, (n,), generator=maker).double()
+
+    def flipped_svd(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        U, S, Vt = svd(*args, **kwargs)
+        flip = signs(len(S)).numpy()
+        return U * flip, S, flip[:, None] * Vt
+
+    def flipped_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(A)
+        return values, vectors * signs(len(values))
+
+    with mock.patch.object(scipy.linalg, "svd", flipped_svd), mock.patch.object(torch.linalg, "eigh", flipped_eigh):
+        yield
 
 
 def random_rotation(size: int, seed: int = 0) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import scipy.linalg
@@ -23,7 +21,7 @@ from rotdistill_core.maps import Maps
 from rotdistill_core.models import Model, Pair
 from rotdistill_core.samples import Samples
 from rotdistill_core.step import stage_of
-from rotdistill_core.testing import captured, logits, pico_model, pico_out, pico_samples, random_rotation, rotated_twin
+from rotdistill_core.testing import captured, logits, other_signs, pico_model, pico_out, pico_samples, random_rotation, rotated_twin
 
 KINDS = ["plain", "rank-deficient", "few rows", "repeated", "constant channel", "duplicated channel", "shifted"]
 solvers = st.builds(Cca, shrinkage=st.sampled_from([0.0, 0.01, 0.5]), correlation=st.sampled_from([None, 0.0, 0.6, 1.0]))
@@ -66,29 +64,6 @@ def rows(kind: str, n: int, d: int, seed: int) -> torch.Tensor:
 
 def sums(S: torch.Tensor, T: torch.Tensor) -> Sums:
     return add_up([[(S, T, T.roll(len(T) // 2, 0))]], S.shape[1], T.shape[1])
-
-
-@contextmanager
-def other_signs(seed: int) -> Iterator[None]:
-    """Let every decomposition return other signs, which are as right as the ones that it returned."""
-    maker, svd, eigh = torch.Generator().manual_seed(seed), scipy.linalg.svd, torch.linalg.eigh
-
-    def signs(n: int) -> torch.Tensor:
-        return 1 - 2 * torch.randint(0, 2, (n,), generator=maker).double()
-
-    def flipped_svd(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        U, S, Vt = svd(*args, **kwargs)
-        flip = signs(len(S)).numpy()
-        return U * flip, S, flip[:, None] * Vt
-
-    def flipped_eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values, vectors = eigh(A)
-        return values, vectors * signs(len(values))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scipy.linalg, "svd", flipped_svd)
-        patch.setattr(torch.linalg, "eigh", flipped_eigh)
-        yield
 
 
 def test_it_is_an_aligner() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import scipy.linalg
 import torch
@@ -16,7 +12,7 @@ from rotdistill_streams import Sums, add_up, cosine, gap_at
 
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.moments import polar
-from rotdistill_core.testing import random_rotation
+from rotdistill_core.testing import other_signs, random_rotation
 
 KINDS = ["plain", "rank-deficient", "few rows", "repeated", "constant channel", "duplicated channel", "shifted"]
 widths, seeds = st.integers(4, 12), st.integers(0, 10**6)
@@ -47,29 +43,6 @@ def rows(kind: str, n: int, d: int, seed: int) -> torch.Tensor:
 def sums(S: torch.Tensor, T: torch.Tensor, chunk: int = 10**6) -> Sums:
     parts = list(zip(S.split(chunk), T.split(chunk), T.roll(len(T) // 2, 0).split(chunk), strict=True))
     return add_up([parts], S.shape[1], T.shape[1])
-
-
-@contextmanager
-def other_signs(seed: int) -> Iterator[None]:
-    """Let every decomposition return other signs, which are as right as the ones that it returned."""
-    maker, svd, eigh = torch.Generator().manual_seed(seed), scipy.linalg.svd, torch.linalg.eigh
-
-    def signs(n: int) -> torch.Tensor:
-        return 1 - 2 * torch.randint(0, 2, (n,), generator=maker).double()
-
-    def flipped_svd(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        U, S, Vt = svd(*args, **kwargs)
-        flip = signs(len(S)).numpy()
-        return U * flip, S, flip[:, None] * Vt
-
-    def flipped_eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        values, vectors = eigh(A)
-        return values, vectors * signs(len(values))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scipy.linalg, "svd", flipped_svd)
-        patch.setattr(torch.linalg, "eigh", flipped_eigh)
-        yield
 
 
 @settings(max_examples=250, deadline=None)
