@@ -4,7 +4,7 @@
 
 Captures both models on the blurbs, solves procrustes with `tie = 1` on the fit texts, whitened in none, one or both of the two ways,
 and prints a table over the student's layer boundaries: cosine on validation rows as they are, centred, and what shuffled teacher rows
-give. `--keep` names a folder that keeps the capture for the next call.
+give. `--keep` names a folder that keeps the capture for the next call, `--explain` adds what other maps reach.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rotdistill_procrustes import Procrustes
 from rotdistill_residuals import Residuals
+from rotdistill_streams import cosine, paired
+from torch import Tensor
 
+from rotdistill_core.bank import Bank, normalised
 from rotdistill_core.maps import Maps
 from rotdistill_core.models import Pair, open_model
+from rotdistill_core.moments import polar, ridge
 from rotdistill_core.recipe import ModelRef, SamplesRef
 from rotdistill_core.samples import read_questions, tokenize, tokenize_both
 from rotdistill_core.testing import pico_out
@@ -41,6 +46,7 @@ def main() -> None:
     parser.add_argument("--layer-map", choices=["stretch", "match"], default="stretch")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--explain", action="store_true", help="a second table: what holds the cosines down")
     options = parser.parse_args()
     pair = Pair(open_model(ModelRef(model=options.teacher)), open_model(ModelRef(model=options.student)))
     questions, style = read_questions(SamplesRef(limit=options.limit), ROOT / "recipes")
@@ -62,6 +68,35 @@ def main() -> None:
             card = cards[whiten][boundary]
             cells += [f"{card[name]:.3f}" for name in ("cosine_after", "centred_after", "cosine_shuffled", "centred_shuffled")]
         print("| " + " | ".join(cells) + " |")
+    if options.explain:
+        explain(bank, pair)
+
+
+def explain(bank: Bank, pair: Pair) -> None:
+    """Print what holds the centred cosine down, per boundary: what other maps reach on the same validation rows.
+
+    `any linear map` is a ridge regression: a d_s x d_t matrix, where a rotation is one of orthonormal rows. `its rank` is the teacher's
+    rows projected to their d_s leading directions, a bound for every map from d_s channels. Tokens are `seen` in the fit texts or not.
+    """
+    boundaries = list(range(len(bank.depths)))
+    tokens, fit = bank.layouts["student"].tokens, bank.layouts["student"].split("fit")
+    solved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for boundary, S, T, rows in paired(bank, pair, boundaries, "fit", "explain"):
+        X, Y = normalised(S[rows]), normalised(T[rows])
+        R = polar(X.T @ Y, "explain")[0]
+        X, Y = X - X.mean(0), Y - Y.mean(0)
+        leading = torch.linalg.eigh(Y.T @ Y).eigenvectors[:, -X.shape[1] :]
+        solved[boundary] = ridge(X.T @ X, X.T @ Y, 0.1, "explain"), leading, R
+    print("\n| layer | rotation | any linear map | its rank | rotation, tokens seen | unseen | share unseen |")
+    print("|---|---|---|---|---|---|---|")
+    for boundary, S, T, rows in paired(bank, pair, boundaries, "validation", "explain"):
+        X, Y = (normalised(A[rows]) for A in (S, T))
+        X, Y = X - X.mean(0), Y - Y.mean(0)
+        linear, leading, R = solved[boundary]
+        new = ~torch.isin(tokens[rows], tokens[fit])
+        figures = [cosine(X @ R, Y), cosine(X @ linear, Y), cosine(Y @ leading @ leading.T, Y)]
+        figures += [cosine((X @ R)[~new], Y[~new]), cosine((X @ R)[new], Y[new]), float(new.double().mean())]
+        print(f"| {boundary} | " + " | ".join(f"{value:.3f}" for value in figures) + " |", flush=True)
 
 
 if __name__ == "__main__":

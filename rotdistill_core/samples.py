@@ -59,6 +59,7 @@ class Question:
     split: str
     question: str
     answer: str | None
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     fit = sorted(blurbs, key=_shuffled)[: ref.limit]
     cut = round(len(fit) * ref.validation)
     part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
-    questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"]) for r in blurbs if r["id"] in part]
+    questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"], r["place"]) for r in blurbs if r["id"] in part]
     if ref.own_answers:
         questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions]  # the teacher answers these
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]

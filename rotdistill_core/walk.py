@@ -66,7 +66,7 @@ class Walk:
         self._batches = [(*self._batch(texts), layout.skipped(layout.texts[texts[0]])) for texts in layout.batches(budget)]
         if layout.prefix:
             self._batches.insert(0, (torch.arange(layout.prefix)[None], torch.ones(1, layout.prefix, dtype=torch.bool), 0))
-        self._model = _skeleton(weights, dtype)
+        self._model = skeleton(weights, dtype)
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record()
         self.states = self._embed()
@@ -185,7 +185,7 @@ class _Norm(nn.Module):
         return states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps) * (self.offset + self.weight)
 
 
-def _skeleton(weights: Weights, dtype: torch.dtype) -> nn.Module:
+def skeleton(weights: Weights, dtype: torch.dtype) -> nn.Module:
     """Build the model with parameters on the meta device and its buffers (rotary tables) real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
