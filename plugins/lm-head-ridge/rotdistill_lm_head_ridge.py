@@ -7,6 +7,7 @@ The teacher's logits are `h_t W_tᵀ`, so with states after the final norm `X_s 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rotdistill_core.api import Bank, Out, Pair, Progress, Samples, Weights
+    from rotdistill_core.api import Bank, Layout, Out, Pair, Progress, Samples, Weights
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -30,7 +31,8 @@ MARGIN = 1e-6
 class LmHeadRidge:
     """Fit the head to the teacher's logits, ridge towards the student's own head. Rows of padding tokens stay as they are.
 
-    Ridge and blend are chosen on the KL of validation texts, and leaving the head alone is always a candidate.
+    Ridge and blend are chosen on the KL of validation texts, and leaving the head alone is always a candidate. `objective = "kl"` then
+    fits a linear map in front of that head to the KL itself, on rows that predict answers; it is taken if validation KL falls further.
     """
 
     use: Literal["lm-head-ridge"] = "lm-head-ridge"
@@ -38,19 +40,26 @@ class LmHeadRidge:
     """Candidates for λ, as multiples of the mean diagonal of `C_ss`."""
     blend: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
     """Candidates for the share of the fitted head in the new one."""
-
     texts: PositiveInt | None = None
     """Fit on this many fit texts; default all. A head has few unknowns per row of the vocabulary and needs few."""
+    objective: Literal["ridge", "kl"] = "ridge"
+    """Stop at the ridge, or go on to the KL."""
+    anchor: Annotated[float, Field(ge=0)] = 1e-3
+    """Penalty on the mean square of what the map adds to the logits, against mean KL."""
+    rows: PositiveInt = 4096
+    """Most rows that the map is fitted on, the teacher's own answers first."""
+    tokens: PositiveInt = 8192
+    """Most tokens that the map's KL tells apart."""
+    steps: PositiveInt = 24
+    """Most steps of L-BFGS."""
 
     exact: ClassVar[bool] = False
 
     @hookimpl
     def style(self, weights: Weights, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.style`."""
-        import torch
         from rotdistill_predictions import shared_tokens
 
-        from rotdistill_core.moments import Moments, ridge
         from rotdistill_core.walk import Walk, final_norm
 
         tokens = shared_tokens(pair)
@@ -62,50 +71,106 @@ class LmHeadRidge:
             progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
         X = final_norm(weights, walk.states)
         T = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X))
-        fit = layout.split("fit")
+        rows, _, _ = layout.predicting("validation")
+        rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
+        H_t, H_s = pair.teacher.weights.head()[:tokens].to(X), weights.head()[:tokens].to(X)
+        before = _kl(X[rows], T[rows], H_s, H_t)
+        head, after = self._ridged(X, T, H_s, H_t, layout.split("fit"), rows, before, out)
+        progress(weights.depth + 1, weights.depth + 1, f"ridge: KL {before:.4f} to {after:.4f}")
+        if self.objective == "kl":
+            own = frozenset(question.id for question in samples.questions if question.answer is None)
+            head, after = self._mapped(X, T, head, H_t, _answers(layout, own, self.rows), rows, after, out, progress)
+        out.notes |= {"validation KL before": before, "validation KL after": after}
+        if head is H_s:
+            out.notes["refused"] = "no candidate lowers the validation KL; the head is left as it was"
+            return weights
+        whole = weights.head().to(X.dtype).clone()
+        whole[:tokens] = head
+        return weights.untie().edit({weights.adapter.head: whole})
+
+    def _ridged(
+        self, X: Tensor, T: Tensor, H_s: Tensor, H_t: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out
+    ) -> tuple[Tensor, float]:
+        """Return the head `[V, d_s]` of the best ridge and blend on validation rows, or the student's own, and its KL."""
+        import torch
+
+        from rotdistill_core.moments import Moments, ridge
+
         moments = Moments(X.shape[1], T.shape[1])
         moments.add(X[fit], T[fit])
         eye = torch.eye(X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
         solved = {
             r: (ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")) for r in self.ridge
         }
-        rows, _, _ = layout.predicting("validation")
-        rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
-        H_t, H_s = pair.teacher.weights.head()[:tokens], weights.head()[:tokens]
-        scores = self._scores(X[rows], T[rows], H_t.to(X), H_s.to(X), solved)
+        scores = {(0.0, 0.0): before} | self._scores(X[rows], T[rows], H_t, H_s, solved)
         best = min(scores, key=scores.__getitem__)
+        out.notes["validation KL by (ridge, blend)"] = {f"{r:g}, {b:g}": kl for (r, b), kl in scores.items()}
         if scores[best] > scores[0.0, 0.0] - MARGIN:
-            best = (0.0, 0.0)
-        out.notes |= {
-            "validation KL by (ridge, blend)": {f"{r:g}, {b:g}": kl for (r, b), kl in scores.items()},
-            "chosen (ridge, blend)": list(best), "validation KL before": scores[(0.0, 0.0)], "validation KL after": scores[best],
-        }  # fmt: skip
-        progress(weights.depth + 1, weights.depth + 1, f"ridge {best[0]:g}, blend {best[1]:g}")
-        if best == (0.0, 0.0):
-            out.notes["refused"] = "no candidate lowers the validation KL; the head is left as it was"
-            return weights
+            out.notes["chosen (ridge, blend)"] = [0.0, 0.0]
+            return H_s, before
+        out.notes["chosen (ridge, blend)"] = list(best)
         (A, B), share = solved[best[0]], best[1]
-        head = weights.head().to(X.dtype).clone()
-        fitted = H_t.to(X) @ A.T.to(X) + H_s.to(X) @ B.T.to(X)
-        head[:tokens] += share * (fitted - head[:tokens])
-        return weights.untie().edit({weights.adapter.head: head})
+        return H_s + share * (H_t @ A.T.to(X) + H_s @ B.T.to(X) - H_s), scores[best]
+
+    def _mapped(
+        self, X: Tensor, T: Tensor, head: Tensor, H_t: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out, progress: Progress
+    ) -> tuple[Tensor, float]:
+        """Return the head behind the best map `head (I + M)ᵀ`, or the head as it is, and its KL."""
+        from rotdistill_head_map import fit_map, lesson, likeliest
+
+        def given(some: Tensor) -> tuple[Callable[[int, int], Tensor], Callable[[int, int], Tensor], int]:
+            return lambda a, b: (T[some[a:b]] @ H_t.T).log_softmax(-1), lambda a, b: X[some[a:b]] @ head.T, len(some)
+
+        tokens = likeliest(*given(fit), self.tokens)
+        lessons = [lesson(*given(some), tokens) for some in (fit, rows)]
+        H = head[tokens]
+
+        def judge(M: Tensor) -> float:
+            return float(lessons[1].kl((X[rows] + X[rows] @ M) @ H.T).mean())
+
+        M = fit_map(X[fit], H, lessons[0], judge, self.anchor, self.steps, lambda k, kl: progress(k, self.steps, f"map: KL {kl:.4f}"))
+        mapped = head + head @ M.T
+        after = _kl(X[rows], T[rows], mapped, H_t)
+        out.notes["map"] = {"rows": len(fit), "tokens": len(tokens), "validation KL before": before, "validation KL after": after}
+        return (mapped, after) if after < before - MARGIN else (head, before)
 
     def _scores(
         self, X: Tensor, T: Tensor, H_t: Tensor, H_s: Tensor, solved: dict[float, tuple[Tensor, Tensor]]
     ) -> dict[tuple[float, float], float]:
-        """Return the mean KL of every (ridge, blend), and of (0, 0): the head as it is."""
-        total = {(0.0, 0.0): 0.0} | {(r, b): 0.0 for r in self.ridge for b in self.blend}
+        """Return the mean KL of every (ridge, blend)."""
+        total = {(r, b): 0.0 for r in self.ridge for b in self.blend}
         for k in range(0, len(X), BLOCK):
             x, teacher = X[k : k + BLOCK], T[k : k + BLOCK] @ H_t.T
             p = teacher.log_softmax(-1)
             own = x @ H_s.T
-            candidates = {(0.0, 0.0): own}
             for r, (A, B) in solved.items():
                 fitted = (x @ A.to(x)) @ H_t.T + (x @ B.to(x)) @ H_s.T
-                candidates |= {(r, b): own + b * (fitted - own) for b in self.blend}
-            for key, logits in candidates.items():
-                total[key] += float((p.exp() * (p - logits.log_softmax(-1))).sum())
+                for share in self.blend:
+                    total[r, share] += float((p.exp() * (p - (own + share * (fitted - own)).log_softmax(-1))).sum())
         return {key: value / len(X) for key, value in total.items()}
+
+
+def _kl(X: Tensor, T: Tensor, head: Tensor, H_t: Tensor) -> float:
+    """Return the mean KL of rows `X [n, d_s]` behind a head, against the teacher's `T [n, d_t]`; both after the final norm."""
+    total = 0.0
+    for k in range(0, len(X), BLOCK):
+        p, q = ((A[k : k + BLOCK] @ H.T).log_softmax(-1) for A, H in ((T, H_t), (X, head)))
+        total += float((p.exp() * (p - q)).sum())
+    return total / len(X)
+
+
+def _answers(layout: Layout, own: frozenset[str], most: int) -> Tensor:
+    """Return at most `most` rows that predict answers of fit texts: those of the texts `own` first, evenly spread."""
+    import torch
+
+    rows, _, _ = layout.predicting("fit")
+    mine = torch.cat([torch.full((len(t.tokens) - t.answer,), t.id in own) for t in layout.texts if t.split == "fit"])
+    chosen: list[Tensor] = []
+    for some in (rows[mine], rows[~mine]):
+        room = most - sum(map(len, chosen))
+        if room > 0 and len(some):
+            chosen.append(some[:: -(-len(some) // room)])
+    return torch.cat(chosen)
 
 
 @hookimpl

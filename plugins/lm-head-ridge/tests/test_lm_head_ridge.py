@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_lm_head_ridge import LmHeadRidge, steps
+from rotdistill_lm_head_ridge import LmHeadRidge, _answers, steps
 
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.samples import Samples
+from rotdistill_core.samples import Layout, Samples, Text
 from rotdistill_core.step import stage_of
 from rotdistill_core.testing import captured, final_states, logits, pico_model, pico_out, pico_samples, pico_tokenizer, save_folder
 from rotdistill_core.walk import final_norm
@@ -167,3 +167,37 @@ def test_candidates_that_are_all_worse_leave_the_head(
     made, notes = fitted(LmHeadRidge(), pair, samples, tmp_path / "runs")
     assert made is pair.student.weights
     assert "refused" in notes
+
+
+def test_the_map_lowers_the_kl_further_and_the_head_is_the_mapped_one(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    pair = Pair(teacher, padded(pico_model(tmp_path / "student", seed=1)))
+    _, first = fitted(LmHeadRidge(), pair, samples, tmp_path / "one")
+    made, notes = fitted(LmHeadRidge(objective="kl"), pair, samples, tmp_path / "two")
+    assert notes["validation KL before"] == first["validation KL before"]
+    assert notes["map"]["validation KL before"] == pytest.approx(first["validation KL after"])
+    assert notes["validation KL after"] < first["validation KL after"] - 1e-4
+    layout = samples.layout.select("validation")
+    rows, _, _ = layout.predicting("validation")
+    p, q = (logits(w, layout)[rows, :WORDS].log_softmax(-1) for w in (teacher.weights, made))
+    assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(notes["validation KL after"], rel=1e-3)
+    assert torch.equal(made.head()[WORDS:], pair.student.weights.head()[WORDS:])
+    assert {n for n in made.entries if n == HEAD or not torch.equal(made[n], pair.student.weights[n])} == {HEAD}
+
+
+def test_a_map_that_does_not_help_leaves_the_head(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    made, notes = fitted(LmHeadRidge(objective="kl"), Pair(teacher, teacher), samples, tmp_path / "runs")
+    assert made is teacher.weights
+    assert "the head is left as it was" in notes["refused"]
+
+
+def test_rows_of_the_teacher_s_own_answers_come_first() -> None:
+    layout = Layout(tuple(Text(f"t{k}", "en", "fit", tuple(range(10)), 4) for k in range(4)), 2)
+    rows, _, _ = layout.predicting("fit")
+    mine = rows[6:12]
+    for most in (2, 6, 9, 100):
+        chosen = _answers(layout, frozenset({"t1"}), most)
+        assert len(chosen) <= most
+        taken = set(chosen.tolist())
+        assert taken <= set(rows.tolist())
+        assert taken & set(mine.tolist()) == (set(mine.tolist()) if most >= 6 else {int(mine[0]), int(mine[3])})
+    assert len(_answers(layout, frozenset(), 100)) == len(rows)
