@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from rotdistill_core.api import Bank, Layout, Out, Pair, Progress, Samples, Weights
 
+Said = Callable[["Tensor"], "Tensor"]
+"""Rows [n] -> log-probabilities `[n, V]`."""
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 JUDGED_ROWS, BLOCK = 1024, 128
@@ -42,8 +44,8 @@ class LmHeadRidge:
     """Candidates for the share of the fitted head in the new one."""
     texts: PositiveInt | None = None
     """Fit on this many fit texts; default all. A head has few unknowns per row of the vocabulary and needs few."""
-    objective: Literal["ridge", "kl"] = "ridge"
-    """Stop at the ridge, or go on to the KL."""
+    objective: Literal["ridge", "kl", "text"] = "ridge"
+    """Stop at the ridge, or go on to the KL. `text` is the control without a teacher: the map alone, to the texts' own next tokens."""
     anchor: Annotated[float, Field(ge=0)] = 1e-3
     """Penalty on the mean square of what the map adds to the logits, against mean KL."""
     rows: PositiveInt = 4096
@@ -70,16 +72,21 @@ class LmHeadRidge:
             walk.run()
             progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
         X = final_norm(weights, walk.states)
-        T = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X))
         rows, _, _ = layout.predicting("validation")
         rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
-        H_t, H_s = pair.teacher.weights.head()[:tokens].to(X), weights.head()[:tokens].to(X)
-        before = _kl(X[rows], T[rows], H_s, H_t)
-        head, after = self._ridged(X, T, H_s, H_t, layout.split("fit"), rows, before, out)
+        head = H_s = weights.head()[:tokens].to(X)
+        if self.objective == "text":
+            said = _texts(layout, tokens)
+            before = after = _kl(said, X, rows, H_s)
+        else:
+            T, H_t = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X)), pair.teacher.weights.head()[:tokens]
+            said = _teacher(T, H_t.to(X))
+            before = _kl(said, X, rows, H_s)
+            head, after = self._ridged(X, T, H_s, H_t.to(X), layout.split("fit"), rows, before, out)
         progress(weights.depth + 1, weights.depth + 1, f"ridge: KL {before:.4f} to {after:.4f}")
-        if self.objective == "kl":
+        if self.objective != "ridge":
             own = frozenset(question.id for question in samples.questions if question.answer is None)
-            head, after = self._mapped(X, T, head, H_t, _answers(layout, own, self.rows), rows, after, out, progress)
+            head, after = self._mapped(said, X, head, _answers(layout, own, self.rows), rows, after, out, progress)
         out.notes |= {"validation KL before": before, "validation KL after": after}
         if head is H_s:
             out.notes["refused"] = "no candidate lowers the validation KL; the head is left as it was"
@@ -113,13 +120,13 @@ class LmHeadRidge:
         return H_s + share * (H_t @ A.T.to(X) + H_s @ B.T.to(X) - H_s), scores[best]
 
     def _mapped(
-        self, X: Tensor, T: Tensor, head: Tensor, H_t: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out, progress: Progress
+        self, said: Said, X: Tensor, head: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out, progress: Progress
     ) -> tuple[Tensor, float]:
         """Return the head behind the best map `head (I + M)ᵀ`, or the head as it is, and its KL."""
         from rotdistill_head_map import fit_map, lesson, likeliest
 
         def given(some: Tensor) -> tuple[Callable[[int, int], Tensor], Callable[[int, int], Tensor], int]:
-            return lambda a, b: (T[some[a:b]] @ H_t.T).log_softmax(-1), lambda a, b: X[some[a:b]] @ head.T, len(some)
+            return lambda a, b: said(some[a:b]), lambda a, b: X[some[a:b]] @ head.T, len(some)
 
         tokens = likeliest(*given(fit), self.tokens)
         lessons = [lesson(*given(some), tokens) for some in (fit, rows)]
@@ -130,7 +137,7 @@ class LmHeadRidge:
 
         M = fit_map(X[fit], H, lessons[0], judge, self.anchor, self.steps, lambda k, kl: progress(k, self.steps, f"map: KL {kl:.4f}"))
         mapped = head + head @ M.T
-        after = _kl(X[rows], T[rows], mapped, H_t)
+        after = _kl(said, X, rows, mapped)
         out.notes["map"] = {"rows": len(fit), "tokens": len(tokens), "validation KL before": before, "validation KL after": after}
         return (mapped, after) if after < before - MARGIN else (head, before)
 
@@ -150,13 +157,25 @@ class LmHeadRidge:
         return {key: value / len(X) for key, value in total.items()}
 
 
-def _kl(X: Tensor, T: Tensor, head: Tensor, H_t: Tensor) -> float:
-    """Return the mean KL of rows `X [n, d_s]` behind a head, against the teacher's `T [n, d_t]`; both after the final norm."""
+def _teacher(T: Tensor, H: Tensor) -> Said:
+    """Return what the teacher says: log-probabilities of rows, from its states behind the final norm and its head."""
+    return lambda rows: (T[rows] @ H.T).log_softmax(-1)
+
+
+def _texts(layout: Layout, tokens: int) -> Said:
+    """Return what the texts say: all of the probability on the token that comes next."""
+    import torch
+
+    return lambda rows: torch.full((len(rows), tokens), -1e30).scatter(1, layout.tokens[rows + 1][:, None], 0.0)
+
+
+def _kl(said: Said, X: Tensor, rows: Tensor, head: Tensor) -> float:
+    """Return the mean KL of rows of `X [n, d_s]` (after the final norm) behind a head."""
     total = 0.0
-    for k in range(0, len(X), BLOCK):
-        p, q = ((A[k : k + BLOCK] @ H.T).log_softmax(-1) for A, H in ((T, H_t), (X, head)))
+    for some in (rows[k : k + BLOCK] for k in range(0, len(rows), BLOCK)):
+        p, q = said(some), (X[some] @ head.T).log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
-    return total / len(X)
+    return total / len(rows)
 
 
 def _answers(layout: Layout, own: frozenset[str], most: int) -> Tensor:

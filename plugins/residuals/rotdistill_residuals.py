@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
+from rotdistill_control import controlled
 from rotdistill_layer_map import explained, monotone, spread
 from rotdistill_spans import pair_rows
 
@@ -33,6 +34,10 @@ class Residuals:
     layer_map: Literal["stretch", "match"] = "stretch"
     """Which teacher boundary is beside which of the student's: the one at its relative depth, or the monotone map of largest R²."""
 
+    control: Literal["none", "shuffled", "self"] = "none"
+    """For fit and validation texts take other teacher rows: the right ones in another order, or the student's own. What is fitted to
+    these and still helps on held-out texts owes it to something else."""
+
     @hookimpl
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:
         """See `Specs.capture`."""
@@ -43,6 +48,8 @@ class Residuals:
             raise RecipeError("residuals: the student is in another basis already; put the capture before basis-fold.")
         if pair.same and self.layer_map == "match":
             raise RecipeError('residuals: this student is the teacher, cut: its layer map is known; leave out layer_map = "match".')
+        if self.control == "self" and (not pair.same or self.student_texts):
+            raise RecipeError('residuals: control = "self" needs a student cut from its teacher, captured on all texts.')
         full, some = samples.teacher, samples.layout.select("fit", "validation", most=self.student_texts)
         teacher = pair.teacher
         shared = out.keyed("teacher residuals", teacher.sha256, full.digest(), str(teacher.dtype), teacher.device.type, self.store)
@@ -60,6 +67,8 @@ class Residuals:
         if samples.theirs:
             layouts["spans"], shards["spans"] = samples.layout, (self._spans(pair, samples, out),)
         bank = Bank(out.store.root, shards, layouts, depths, partners)
+        if self.control != "none":
+            bank = controlled(self.control, bank, out, {"model": teacher.ref.model})
         if self.layer_map == "stretch":
             return bank
         table = explained(bank, progress)

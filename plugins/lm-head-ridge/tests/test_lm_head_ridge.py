@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_lm_head_ridge import LmHeadRidge, _answers, steps
+from rotdistill_lm_head_ridge import LmHeadRidge, _answers, _texts, steps
 
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
@@ -201,3 +201,19 @@ def test_rows_of_the_teacher_s_own_answers_come_first() -> None:
         assert taken <= set(rows.tolist())
         assert taken & set(mine.tolist()) == (set(mine.tolist()) if most >= 6 else {int(mine[0]), int(mine[3])})
     assert len(_answers(layout, frozenset(), 100)) == len(rows)
+
+
+def test_the_text_objective_asks_no_teacher(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    student = padded(pico_model(tmp_path / "student", seed=1))
+    heads = []
+    for name, model in (("one", teacher), ("two", padded(pico_model(tmp_path / "other", seed=5)))):
+        heads.append(fitted(LmHeadRidge(objective="text", anchor=0.0), Pair(model, student), samples, tmp_path / name)[0].head())
+    assert torch.equal(heads[0], heads[1])
+
+
+def test_the_text_objective_likes_the_next_tokens() -> None:
+    layout = Layout((Text("a", "en", "fit", (1, 2, 3, 4), 2), Text("b", "en", "fit", (1, 2, 5), 2)), 1)
+    rows, targets, _ = layout.predicting("fit")
+    said = _texts(layout, 7)(rows)
+    assert said.argmax(-1).tolist() == targets.tolist()
+    assert said.exp().sum(-1).tolist() == [1.0] * len(rows)

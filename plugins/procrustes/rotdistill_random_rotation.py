@@ -1,0 +1,48 @@
+"""The control of every aligner: rotations that have never seen the models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Map, Maps, Pair, Weights
+
+
+@step
+class RandomRotation:
+    """Map the student's stream onto the teacher's by a random `R [d_s, d_t]`, `R Rᵀ = I`: what alignment has to beat."""
+
+    use: Literal["random-rotation"] = "random-rotation"
+    tie: Literal[1, "all"] = "all"
+    """One rotation for all layers, which can be folded, or one for each."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Which."""
+
+    @hookimpl
+    def align(self, weights: Weights, maps: Maps, pair: Pair) -> Maps:
+        """See `Specs.align`."""
+        import torch
+
+        from rotdistill_core.errors import RecipeError
+        from rotdistill_core.maps import Rotation
+
+        d, e = weights.width, pair.teacher.width
+        if d > e:
+            raise RecipeError(f"random-rotation: the student is wider ({d}) than the teacher ({e}).")
+        maker = torch.Generator().manual_seed(self.seed)
+        found: dict[str, Map] = {}
+        for boundary in range(weights.depth + 1):
+            if boundary == 0 or self.tie == 1:
+                R = Rotation(torch.linalg.qr(torch.randn(e, d, dtype=torch.float64, generator=maker)).Q.T.contiguous())
+            found[f"residual.{boundary}"] = R
+        return maps.add(found, {})
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [RandomRotation]

@@ -1,0 +1,37 @@
+"""Controls: a bank whose teacher says nothing about the texts that steps are fitted on, to be held beside the real one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Bank, Out
+
+
+def controlled(kind: str, bank: Bank, out: Out, about: dict[str, Any]) -> Bank:
+    """Return the bank with other teacher rows for fit and validation texts; held-out and guard texts keep theirs.
+
+    `shuffled`: the same rows in another order, one order for all boundaries, the shared prompt left where it is. `self`: the rows of the
+    student as it was captured, at every boundary that it has.
+    """
+    import torch
+
+    from rotdistill_core.bank import write_shard
+
+    full, mine = bank.layouts["teacher"], bank.layouts["student"]
+    fitted = full.split("fit", "validation").nonzero().flatten()
+    fitted = fitted[fitted >= full.prefix]
+    order = fitted[torch.randperm(len(fitted), generator=torch.Generator().manual_seed(0))]
+    shards = []
+    for boundary, shard in enumerate(bank.shards["teacher"]):
+        T = bank.rows("teacher", boundary)
+        if kind == "shuffled":
+            T = T.index_copy(0, fitted, T[order])
+        elif boundary in bank.depths:
+            T = T.index_copy(0, mine.rows_in(full), bank.rows("student", bank.depths.index(boundary)).to(T))
+        else:  # a boundary that the student does not have
+            shards.append(shard)
+            continue
+        shards.append(write_shard(out, kind, boundary, T, T.dtype, {**about, "side": kind}))
+    return replace(bank, shards={**bank.shards, "teacher": tuple(shards)})
