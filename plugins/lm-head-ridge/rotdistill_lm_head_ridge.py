@@ -46,7 +46,7 @@ class LmHeadRidge:
     """Fit on this many fit texts; default all. A head has few unknowns per row of the vocabulary and needs few."""
     objective: Literal["ridge", "kl", "text"] = "ridge"
     """Stop at the ridge, or go on to the KL. `text` is the control without a teacher: the map alone, to the texts' own next tokens."""
-    anchor: Annotated[float, Field(ge=0)] = 1e-3
+    anchor: Annotated[float, Field(ge=0)] = 30.0
     """Penalty on the mean square of what the map adds to the logits, against mean KL."""
     rows: PositiveInt = 4096
     """Most rows that the map is fitted on, the teacher's own answers first."""
