@@ -161,7 +161,7 @@ def check(
 
         found = checks.check_run(path)
         print(json.dumps(found)) if as_json else words().print(
-            f"{found['files']} files, {found['maps']} maps, {len(found['folds'])} folds taken back, {len(found['problems'])} problems"
+            f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
         )
         if found["problems"]:
             raise CheckFailed("\n".join(found["problems"]))

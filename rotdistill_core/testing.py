@@ -210,7 +210,7 @@ def logits(weights: Weights, layout: Layout, dtype: torch.dtype = torch.float64)
 
 
 def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[str, Path]:
-    """Write index.tsv, heldout.tsv and a style prompt for the pico tokenizer."""
+    """Write index.tsv, heldout.tsv, guard.tsv and a style prompt for the pico tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"w{k}" for k in range(58)]
 
@@ -221,7 +221,8 @@ def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[st
     index += [f"en-{k}\ten\tplace {k}\tland\t{say(k, 5)}\t{say(k + 5, 12)}" for k in range(blurbs)]
     held = ["id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods"]
     held += [f"held-{k}\ten\tother {k}\tland\t{say(k + 40, 5)}\t{json.dumps([])}\t{json.dumps([])}" for k in range(questions)]
-    return _write_all(folder, {"index.tsv": index, "heldout.tsv": held, "style.md": ["w1 w2 w3 w4"]})
+    guard = ["id\tlanguage\tkind\ttext", *(f"g-{k}\ten\tprose\t{say(k + 50, 9)}" for k in range(4))]
+    return _write_all(folder, {"index.tsv": index, "heldout.tsv": held, "guard.tsv": guard, "style.md": ["w1 w2 w3 w4"]})
 
 
 class Quiet:

@@ -14,7 +14,7 @@ from rotdistill_core.testing import Quiet, pico_folder, pico_texts, save_folder,
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SMALL = ["chop.layers=4", "samples.answer_tokens=4", "samples.own_answers=0", "check.logits_float32=1e-2", "observers=[]"]
-FILES = {"index": "index.tsv", "style": "style.md", "heldout": "heldout.tsv"}
+FILES = {"index": "index.tsv", "style": "style.md", "heldout": "heldout.tsv", "guard": "guard.tsv"}
 
 
 def run(work: Path, use: str, student: str) -> tuple[pipeline.Outcome, pipeline.Run]:
