@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 Said = Callable[["Tensor"], "Tensor"]
 """Rows [n] -> log-probabilities `[n, V]`."""
+Guard = tuple["Tensor", float]
+"""Rows [n], none without a guard, and the KL on them that no head may go beyond."""
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 JUDGED_ROWS, BLOCK = 1024, 128
+STRENGTHS = (1.0, 0.5, 0.25)
+"""Shares of the map that a guard may choose from."""
 MARGIN = 1e-6
 """Nats by which a fitted head must be better: less is rounding."""
 
@@ -55,6 +59,9 @@ class LmHeadRidge:
     steps: PositiveInt = 24
     """Most steps of L-BFGS."""
 
+    guard: Annotated[float, Field(ge=1)] | None = None
+    """Choose only among heads whose KL on the guard's validation half is at most this multiple of the student's own head's."""
+
     exact: ClassVar[bool] = False
 
     @hookimpl
@@ -62,31 +69,37 @@ class LmHeadRidge:
         """See `Specs.style`."""
         from rotdistill_predictions import shared_tokens
 
+        from rotdistill_core.errors import RecipeError
         from rotdistill_core.walk import Walk, final_norm
 
         tokens = shared_tokens(pair)
         fit_texts = samples.layout.select("fit", most=self.texts)
-        layout = replace(fit_texts, texts=fit_texts.texts + samples.layout.select("validation").texts)
+        splits = ("validation", "guard-validation") if self.guard else ("validation",)
+        layout = replace(fit_texts, texts=fit_texts.texts + samples.layout.select(*splits).texts)
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         for i in walk:
             walk.run()
             progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
         X = final_norm(weights, walk.states)
         rows, _, _ = layout.predicting("validation")
-        rows = rows[:: max(1, len(rows) // JUDGED_ROWS)]
+        rows, others = rows[:: max(1, len(rows) // JUDGED_ROWS)], layout.predicting("guard-validation")[0]
+        if self.guard and not len(others):
+            raise RecipeError("lm-head-ridge: guard needs texts outside the domain; name them as samples.guard.")
         head = H_s = weights.head()[:tokens].to(X)
         if self.objective == "text":
             said = _texts(layout, tokens)
             before = after = _kl(said, X, rows, H_s)
+            guard = self._limit(said, X, others, H_s)
         else:
             T, H_t = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X)), pair.teacher.weights.head()[:tokens]
             said = _teacher(T, H_t.to(X))
             before = _kl(said, X, rows, H_s)
-            head, after = self._ridged(X, T, H_s, H_t.to(X), layout.split("fit"), rows, before, out)
+            guard = self._limit(said, X, others, H_s)
+            head, after = self._ridged(X, T, H_s, H_t.to(X), layout.split("fit"), rows, before, guard, out)
         progress(weights.depth + 1, weights.depth + 1, f"ridge: KL {before:.4f} to {after:.4f}")
         if self.objective != "ridge":
             own = frozenset(question.id for question in samples.questions if question.answer is None)
-            head, after = self._mapped(said, X, head, _answers(layout, own, self.rows), rows, after, out, progress)
+            head, after = self._mapped(said, X, head, _answers(layout, own, self.rows), rows, after, guard, out, progress)
         out.notes |= {"validation KL before": before, "validation KL after": after}
         if head is H_s:
             out.notes["refused"] = "no candidate lowers the validation KL; the head is left as it was"
@@ -95,8 +108,21 @@ class LmHeadRidge:
         whole[:tokens] = head
         return weights.untie().edit({weights.adapter.head: whole})
 
+    def _limit(self, said: Said, X: Tensor, rows: Tensor, head: Tensor) -> Guard:
+        """Return the rows of the guard and the KL that no head may go beyond; no rows without a guard."""
+        return (rows, self.guard * _kl(said, X, rows, head)) if self.guard else (rows[:0], 0.0)
+
     def _ridged(
-        self, X: Tensor, T: Tensor, H_s: Tensor, H_t: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out
+        self,
+        X: Tensor,
+        T: Tensor,
+        H_s: Tensor,
+        H_t: Tensor,
+        fit: Tensor,
+        rows: Tensor,
+        before: float,
+        guard: tuple[Tensor, float],
+        out: Out,
     ) -> tuple[Tensor, float]:
         """Return the head `[V, d_s]` of the best ridge and blend on validation rows, or the student's own, and its KL."""
         import torch
@@ -110,7 +136,9 @@ class LmHeadRidge:
             r: (ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")) for r in self.ridge
         }
         scores = {(0.0, 0.0): before} | self._scores(X[rows], T[rows], H_t, H_s, solved)
-        best = min(scores, key=scores.__getitem__)
+        others, limit = guard
+        beyond = {key for key, kl in self._scores(X[others], T[others], H_t, H_s, solved).items() if kl > limit} if len(others) else set()
+        best = min((key for key in scores if key not in beyond), key=scores.__getitem__)
         out.notes["validation KL by (ridge, blend)"] = {f"{r:g}, {b:g}": kl for (r, b), kl in scores.items()}
         if scores[best] > scores[0.0, 0.0] - MARGIN:
             out.notes["chosen (ridge, blend)"] = [0.0, 0.0]
@@ -120,15 +148,17 @@ class LmHeadRidge:
         return H_s + share * (H_t @ A.T.to(X) + H_s @ B.T.to(X) - H_s), scores[best]
 
     def _mapped(
-        self, said: Said, X: Tensor, head: Tensor, fit: Tensor, rows: Tensor, before: float, out: Out, progress: Progress
-    ) -> tuple[Tensor, float]:
+        self, said: Said, X: Tensor, head: Tensor, fit: Tensor, rows: Tensor, before: float, guard: Guard, out: Out,
+        progress: Progress,
+    ) -> tuple[Tensor, float]:  # fmt: skip
         """Return the head behind the best map `head (I + M)ᵀ`, or the head as it is, and its KL."""
+        import torch
         from rotdistill_head_map import fit_map, lesson, likeliest
 
         def given(some: Tensor) -> tuple[Callable[[int, int], Tensor], Callable[[int, int], Tensor], int]:
             return lambda a, b: said(some[a:b]), lambda a, b: X[some[a:b]] @ head.T, len(some)
 
-        tokens = likeliest(*given(fit), self.tokens)
+        tokens = likeliest(*given(torch.cat([fit, rows])), self.tokens)
         lessons = [lesson(*given(some), tokens) for some in (fit, rows)]
         H = head[tokens]
 
@@ -136,9 +166,20 @@ class LmHeadRidge:
             return float(lessons[1].kl((X[rows] + X[rows] @ M) @ H.T).mean())
 
         M = fit_map(X[fit], H, lessons[0], judge, self.anchor, self.steps, lambda k, kl: progress(k, self.steps, f"map: KL {kl:.4f}"))
-        mapped = head + head @ M.T
+        for share in STRENGTHS:
+            mapped = head + share * (head @ M.T)
+            if not len(guard[0]) or _kl(said, X, guard[0], mapped) <= guard[1]:
+                break
+        else:
+            mapped, share = head, 0.0
         after = _kl(said, X, rows, mapped)
-        out.notes["map"] = {"rows": len(fit), "tokens": len(tokens), "validation KL before": before, "validation KL after": after}
+        out.notes["map"] = {
+            "rows": len(fit),
+            "tokens": len(tokens),
+            "strength": share,
+            "validation KL before": before,
+            "validation KL after": after,
+        }
         return (mapped, after) if after < before - MARGIN else (head, before)
 
     def _scores(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from rotdistill_lm_head_ridge import LmHeadRidge, _answers, _texts, steps
 
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Layout, Samples, Text
@@ -217,3 +218,38 @@ def test_the_text_objective_likes_the_next_tokens() -> None:
     said = _texts(layout, 7)(rows)
     assert said.argmax(-1).tolist() == targets.tolist()
     assert said.exp().sum(-1).tolist() == [1.0] * len(rows)
+
+
+@pytest.mark.parametrize("objective", ["ridge", "kl"])
+def test_a_guard_bounds_what_the_head_may_cost_elsewhere(teacher: Model, tmp_path: Path, objective: Literal["ridge", "kl"]) -> None:
+    samples = pico_samples(texts=40, guard=8)
+    pair = Pair(teacher, padded(pico_model(tmp_path / "student", seed=1)))
+    layout = samples.layout.select("guard-validation")
+    rows, _, _ = layout.predicting("guard-validation")
+
+    def cost(weights: Weights) -> float:
+        p, q = (logits(w, layout)[rows, :WORDS].log_softmax(-1) for w in (teacher.weights, weights))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    free, _ = fitted(LmHeadRidge(objective=objective), pair, samples, tmp_path / "free")
+    ratio = cost(free) / cost(pair.student.weights)
+    bounds = [1.0, 1.02, 5.0]
+    for bound in bounds:
+        made, notes = fitted(LmHeadRidge(objective=objective, guard=bound), pair, samples, tmp_path / str(bound))
+        assert cost(made) <= bound * cost(pair.student.weights) * (1 + 1e-4)
+        assert notes["validation KL after"] <= notes["validation KL before"]
+        if bound > ratio:
+            assert torch.equal(made.head(), free.head())
+
+
+def test_a_guard_that_nothing_can_meet_leaves_the_head(teacher: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(teacher, padded(pico_model(tmp_path / "student", seed=1)))
+    monkeypatch.setattr(LmHeadRidge, "_limit", lambda _, __, ___, rows, ____: (rows, -1.0))
+    made, notes = fitted(LmHeadRidge(objective="kl", guard=1.0), pair, pico_samples(texts=40, guard=4), tmp_path / "runs")
+    assert made is pair.student.weights
+    assert notes["map"]["strength"] == 0.0
+
+
+def test_a_guard_without_its_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"name them as samples\.guard"):
+        fitted(LmHeadRidge(guard=1.02), Pair(teacher, teacher), samples, tmp_path / "runs")
