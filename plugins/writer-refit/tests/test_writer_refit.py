@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rotdistill_writer_refit as module
+import rotdistill_refit_goals as goals
 import torch
 from rotdistill_predictions import compare, shared_tokens
 from rotdistill_procrustes import Procrustes
 from rotdistill_residuals import Residuals
-from rotdistill_writer_refit import WriterRefit, steps
+from rotdistill_writer_refit import Open, WriterRefit, steps
 
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.ledger import Out
@@ -22,7 +22,6 @@ from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Samples
 from rotdistill_core.step import stage_of
 from rotdistill_core.testing import captured, final_states, pico_model, pico_out, pico_samples, random_rotation, rotated_twin, save_folder
-from rotdistill_core.walk import Walk
 from rotdistill_core.weights import Weights
 
 KEPT = [0, 1, 4, 5]
@@ -101,7 +100,7 @@ def test_a_cut_student_comes_nearer_to_its_teacher(
 def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samples) -> None:
     layout, goal = samples.layout.select("fit", "validation"), torch.ones(samples.layout.select("fit", "validation").rows, 4)
     texts = sum(text.split == "fit" for text in layout.texts)
-    weight = {rows: WriterRefit(rows=rows)._row_weights(goal, layout) for rows in ("plain", "distinct")}  # type: ignore[arg-type]
+    weight = {rows: WriterRefit(rows=rows)._counts(goal, layout, frozenset()) for rows in ("plain", "distinct")}  # type: ignore[arg-type]
     assert (weight["distinct"] == 1).all()
     assert (weight["plain"][: layout.prefix] == texts).all()
     assert (weight["plain"][layout.prefix :] == 1).all()
@@ -110,7 +109,7 @@ def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samp
 def test_the_teachers_own_answers_are_counted_up(samples: Samples) -> None:
     layout = samples.layout.select("fit", "validation")
     text, start = layout.texts[3], layout.starts[3]
-    weight = WriterRefit(answers=7.0)._row_weights(torch.ones(layout.rows, 4), layout, frozenset({text.id}))
+    weight = WriterRefit(answers=7.0)._counts(torch.ones(layout.rows, 4), layout, frozenset({text.id}))
     answers = torch.zeros(layout.rows, dtype=torch.bool)
     answers[start + text.answer - 1 - layout.prefix : layout.starts[4]] = True
     assert answers.sum() == len(text.tokens) - text.answer + 1
@@ -123,7 +122,7 @@ def test_a_refit_that_does_not_lower_the_validation_kl_is_refused(
     teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
 ) -> None:
     figures: Iterator[float] = iter([1.0, after])
-    monkeypatch.setattr(module, "_validation_kl", lambda *_: next(figures))
+    monkeypatch.setattr(goals, "validation_kl", lambda *_: next(figures))
     weights = teacher.weights.cut(KEPT)
     made, notes = refit(WriterRefit(), weights, Pair(teacher, teacher), samples, tmp_path / "runs")
     assert made is weights
@@ -218,7 +217,7 @@ def test_targets_of_a_student_cut_after_the_capture_have_the_depth_of_their_laye
     maps = Procrustes(tie=1).align(bank, Maps(), pair, quiet)
     cut = twin.weights.cut(KEPT)
     for boundary, depth in enumerate(cut.lineage.depths):
-        goal = module._targets(cut, maps, bank, pair, samples.layout, boundary)
+        goal = goals.goal_at(cut, maps, bank, pair, samples.layout, boundary)
         torch.testing.assert_close(goal, bank.rows("student", depth), rtol=1e-3, atol=1e-3)
 
 
@@ -237,15 +236,15 @@ def test_the_same_refit_twice_gives_the_same_bytes(teacher: Model, samples: Samp
 def stop_after(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
     """Let `most` layers be solved, then fail; return the list of layers that were."""
     solved: list[int] = []
-    real = WriterRefit._solve
+    real = WriterRefit._writer
 
-    def solve(step: WriterRefit, walk: Walk, *rest: Any) -> Any:
+    def solve(step: WriterRefit, here: Open, *rest: Any) -> Any:
         if len(solved) == most:
             raise KeyboardInterrupt
-        solved.append(walk.boundary)
-        return real(step, walk, *rest)
+        solved.append(here.walk.boundary)
+        return real(step, here, *rest)
 
-    monkeypatch.setattr(WriterRefit, "_solve", solve)
+    monkeypatch.setattr(WriterRefit, "_writer", solve)
     return solved
 
 
