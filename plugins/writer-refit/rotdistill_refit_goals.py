@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from rotdistill_judge import Scores, by_text, judged
 from rotdistill_predictions import compare, shared_tokens
 from torch import Tensor
 
@@ -79,14 +80,12 @@ def follows(weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Sampl
     return bool((walk.states - goal.to(walk.states)).norm() <= 1e-3 * goal.norm())
 
 
-def validation_kl(weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, samples: Samples) -> float:
-    """Return the mean KL on answer tokens of the validation texts; `walk` has the final states already, or is made here."""
+def kl_on(split: str, weights: Weights, walk: Walk | None, bank: Bank, pair: Pair, samples: Samples) -> Scores:
+    """Return the KL on what the texts of a split answer; `walk` has been through them already, or is made here."""
     if walk is None:
-        walk = Walk(weights, samples.layout.select("validation"), pair.student.device, pair.student.dtype)
+        walk = Walk(weights, samples.layout.select(split), pair.student.device, pair.student.dtype)
         for _ in walk:
             walk.run()
-    rows, targets, _ = walk.layout.predicting("validation")
-    some = slice(None, None, max(1, len(rows) // JUDGED_ROWS))
-    rows, targets = rows[some], targets[some]
+    rows, targets, text = judged(walk.layout, samples, split, JUDGED_ROWS)
     T, S = bank.teacher(walk.layout, pair.student.depth)[rows], walk.states[rows]
-    return float(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl.mean())
+    return by_text(compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair)).kl, text)

@@ -17,6 +17,7 @@ from pydantic import Field
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
+    from rotdistill_judge import Scores
     from torch import Tensor
 
     from rotdistill_core.api import Bank, Layout, Maps, Moments, Out, Pair, Progress, Samples, Walk, Weights
@@ -58,18 +59,23 @@ class WriterRefit:
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How far targets lie from the student's own state (0) towards the teacher's (1); models of different bases want less."""
 
+    guard: Annotated[float, Field(ge=1)] | None = None
+    """Take only so much of the refit that the KL on the guard's validation half is at most this multiple of what it was."""
+
     exact: ClassVar[bool] = False
 
     @hookimpl
     def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.fold`."""
-        from rotdistill_refit_goals import follows, goal_at, shortened, validation_kl
+        from rotdistill_judge import settle
+        from rotdistill_predictions import shared_tokens
+        from rotdistill_refit_goals import follows, goal_at, kl_on, shortened
 
         from rotdistill_core.walk import Walk
 
         self._check(weights)
         own = frozenset(question.id for question in samples.questions if question.answer is None)
-        before = validation_kl(weights, None, bank, pair, samples)  # ahead of the work: it refuses two tokenizers
+        shared_tokens(pair)  # ahead of the work: it refuses two tokenizers
         layout = samples.layout.select("fit", "validation")
         walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
         depths, cards = weights.lineage.depths, {}
@@ -101,12 +107,12 @@ class WriterRefit:
             progress(i + 1, weights.depth, f"refitted {' and '.join(self.writers)}")
         out.notes["layers"] = cards
         refitted = weights.edit(made)
-        after = validation_kl(refitted, walk, bank, pair, samples)
-        out.notes |= {"validation KL before": before, "validation KL after": after}
-        if not after < before:
-            out.notes["refused"] = f"validation KL would go from {before:.4f} to {after:.4f}; the weights are left as they were"
-            return weights
-        return refitted
+
+        def score(view: Weights, split: str) -> Scores:
+            there = walk if view is refitted and split == "validation" else None
+            return kl_on(split, view, there, bank, pair, samples)
+
+        return settle(weights, refitted, score, self.guard, out.notes)
 
     def _check(self, weights: Weights) -> None:
         from rotdistill_core.errors import RecipeError

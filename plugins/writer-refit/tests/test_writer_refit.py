@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import rotdistill_refit_goals as goals
 import torch
+from rotdistill_judge import Scores
 from rotdistill_predictions import compare, shared_tokens
 from rotdistill_procrustes import Procrustes
 from rotdistill_residuals import Residuals
@@ -122,11 +123,20 @@ def test_a_refit_that_does_not_lower_the_validation_kl_is_refused(
     teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: float
 ) -> None:
     figures: Iterator[float] = iter([1.0, after])
-    monkeypatch.setattr(goals, "validation_kl", lambda *_: next(figures))
+    monkeypatch.setattr(goals, "kl_on", lambda *_: Scores(torch.full((9,), next(figures)).double(), torch.ones(9).double()))
     weights = teacher.weights.cut(KEPT)
     made, notes = refit(WriterRefit(), weights, Pair(teacher, teacher), samples, tmp_path / "runs")
     assert made is weights
     assert "the weights are left as they were" in notes["refused"]
+
+
+@pytest.mark.parametrize(("guard", "most"), [(1.0, 1.0), (1.02, 1.02), (50.0, 50.0)])
+def test_a_guard_bounds_what_is_paid_elsewhere(teacher: Model, tmp_path: Path, guard: float, most: float) -> None:
+    texts, weights = pico_samples(texts=80, guard=12), teacher.weights.cut(KEPT)
+    made, notes = refit(WriterRefit(guard=guard, prompt=0.0), weights, Pair(teacher, teacher), texts, tmp_path / "runs")
+    before, after = (kl(w, Pair(teacher, teacher), texts, "guard-validation") for w in (weights, made))
+    assert after <= most * before * (1 + 1e-5)
+    assert notes["guard KL before"] == pytest.approx(before, rel=1e-4)
 
 
 def test_an_uncut_student_of_the_same_model_stays_as_good(teacher: Model, samples: Samples, tmp_path: Path) -> None:

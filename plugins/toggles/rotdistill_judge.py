@@ -1,0 +1,126 @@
+"""Whether an edit is better on validation texts by more than chance, and how much of it a guard allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.samples import Layout, Samples
+from rotdistill_core.weights import Entry, Weights
+
+STRENGTHS = (1.0, 0.5, 0.25, 0.1)
+"""Shares of an edit that a guard may choose from."""
+FEWEST = 4
+"""Texts below which a spread over texts says nothing."""
+
+
+class Judged(NamedTuple):
+    """Rows by which an edit is judged."""
+
+    rows: Tensor
+    """Rows of the layout [n]; each predicts the next token."""
+    targets: Tensor
+    """Those tokens [n]."""
+    text: Tensor
+    """The number of each row's text in the layout [n]."""
+
+
+def judged(layout: Layout, samples: Samples, split: str, most: int | None = None) -> Judged:
+    """Return at most about `most` rows, evenly spread, that predict answers in the texts of a split.
+
+    Where the teacher answered some of the split's questions itself only those count: it is such answers that the student is scored on.
+    """
+    own = {question.id for question in samples.questions if question.answer is None}
+    rows, targets, _ = layout.predicting(split)
+    numbers = [k for k, text in enumerate(layout.texts) if text.split == split]
+    text = torch.tensor([k for k in numbers for _ in range(len(layout.texts[k].tokens) - layout.texts[k].answer)], dtype=torch.long)
+    use = torch.tensor([layout.texts[k].id in own for k in text.tolist()], dtype=torch.bool)
+    use = use if bool(use.any()) else ~use
+    some = slice(None, None, max(1, -(-int(use.sum()) // most)) if most else 1)
+    return Judged(rows[use][some], targets[use][some], text[use][some])
+
+
+class Scores(NamedTuple):
+    """The KL of an edit, text by text."""
+
+    total: Tensor
+    """Sum of the KL over each text's judged rows [texts], nats."""
+    rows: Tensor
+    """How many rows of each text were judged [texts]."""
+
+    @property
+    def mean(self) -> float:
+        """Mean KL of a row, nats."""
+        return float(self.total.sum() / self.rows.sum())
+
+
+def by_text(kl: Tensor, text: Tensor) -> Scores:
+    """Return the scores of rows `kl [n]` that belong to the texts numbered `text [n]`; a value that is not finite makes the mean so."""
+    texts, where, rows = torch.unique(text, return_inverse=True, return_counts=True)
+    return Scores(torch.zeros(len(texts), dtype=torch.float64).index_add(0, where, kl.double()), rows.double())
+
+
+def better(before: Scores, after: Scores) -> bool:
+    """Say whether the mean KL falls by more than one standard error of its change, over texts.
+
+    The error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, section 2.11). Fewer than `FEWEST` texts, or a KL that is
+    not finite, are never better.
+    """
+    change, rows, n = after.total - before.total, after.rows, len(after.rows)
+    if n < FEWEST or not bool(torch.isfinite(change).all()):
+        return False
+    mean = float(change.sum() / rows.sum())
+    error = float((change - mean * rows).pow(2).sum().mul(n / (n - 1)).sqrt() / rows.sum())
+    return mean + error < 0
+
+
+def between(before: Weights, after: Weights, share: float) -> Weights:
+    """Return the view `before + share (after - before)`, for two views of one shape."""
+    if share == 1.0:
+        return after
+    changed = {name: entry for name, entry in after.entries.items() if name not in before.entries or entry is not before.entries[name]}
+    start = before if after.tied else before.untie()
+
+    def read(name: str, entry: Entry) -> Tensor:
+        old = start[name].double()
+        return (old + share * (entry.read().double() - old)).to(entry.dtype)
+
+    return after.edit({n: Entry(e.shape, e.dtype, lambda n=n, e=e: read(n, e)) for n, e in changed.items()})  # type: ignore[misc]
+
+
+def settle(before: Weights, after: Weights, score: Callable[[Weights, str], Scores], guard: float | None, notes: dict[str, Any]) -> Weights:
+    """Return as much of an edit as the guard allows, or the weights before it where that is not better; the notes say which and why.
+
+    Args:
+        before: the weights that the edit started from.
+        after: the whole edit.
+        score: KL of a view on a split, `validation` or `guard-validation`.
+        guard: most that the KL on the guard's validation half may grow to, as a multiple of what it was; None for no guard.
+        notes: the step's.
+    """
+    start, kept = score(before, "validation"), after
+    if guard is not None:
+        own = score(before, "guard-validation").mean
+        costs = {1.0: score(after, "guard-validation").mean}
+        for share in STRENGTHS:
+            kept = between(before, after, share)
+            costs[share] = costs.get(share) or score(kept, "guard-validation").mean
+            if costs[share] <= guard * own:
+                break
+        else:
+            kept = before
+        notes |= {"guard KL before": own, "guard KL by strength": {f"{share:g}": kl for share, kl in costs.items()}}
+    end = score(kept, "validation")
+    notes |= {"validation KL before": start.mean, "validation KL after": end.mean}
+    if kept is before:
+        notes["refused"] = (
+            f"at every strength the guard's KL would grow beyond {guard:g} times what it was; the weights are left as they were"
+        )
+    elif not better(start, end):
+        move = f"from {start.mean:.4f} to {end.mean:.4f}"
+        notes["refused"] = f"validation KL would go {move}, no gain beyond chance; the weights are left as they were"
+        kept = before
+    return kept
