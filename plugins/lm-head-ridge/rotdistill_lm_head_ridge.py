@@ -67,6 +67,7 @@ class LmHeadRidge:
     @hookimpl
     def style(self, weights: Weights, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.style`."""
+        from rotdistill_judge import better, by_text, judged
         from rotdistill_predictions import shared_tokens
 
         from rotdistill_core.errors import RecipeError
@@ -81,19 +82,18 @@ class LmHeadRidge:
             walk.run()
             progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
         X = final_norm(weights, walk.states)
-        rows, _, _ = layout.predicting("validation")
-        rows, others = rows[:: max(1, len(rows) // JUDGED_ROWS)], layout.predicting("guard-validation")[0]
+        (rows, _, text), others = judged(layout, samples, "validation", JUDGED_ROWS), layout.predicting("guard-validation")[0]
         if self.guard and not len(others):
             raise RecipeError("lm-head-ridge: guard needs texts outside the domain; name them as samples.guard.")
         head = H_s = weights.head()[:tokens].to(X)
         if self.objective == "text":
             said = _texts(layout, tokens)
-            before = after = _kl(said, X, rows, H_s)
+            before = after = float(_kl(said, X, rows, H_s).mean())
             guard = self._limit(said, X, others, H_s)
         else:
             T, H_t = final_norm(pair.teacher.weights, bank.teacher(layout, pair.student.depth).to(X)), pair.teacher.weights.head()[:tokens]
             said = _teacher(T, H_t.to(X))
-            before = _kl(said, X, rows, H_s)
+            before = float(_kl(said, X, rows, H_s).mean())
             guard = self._limit(said, X, others, H_s)
             head, after = self._ridged(X, T, H_s, H_t.to(X), layout.split("fit"), rows, before, guard, out)
         progress(weights.depth + 1, weights.depth + 1, f"ridge: KL {before:.4f} to {after:.4f}")
@@ -101,8 +101,8 @@ class LmHeadRidge:
             own = frozenset(question.id for question in samples.questions if question.answer is None)
             head, after = self._mapped(said, X, head, _answers(layout, own, self.rows), rows, after, guard, out, progress)
         out.notes |= {"validation KL before": before, "validation KL after": after}
-        if head is H_s:
-            out.notes["refused"] = "no candidate lowers the validation KL; the head is left as it was"
+        if head is H_s or not better(*(by_text(_kl(said, X, rows, H), text) for H in (H_s, head))):
+            out.notes["refused"] = "no candidate lowers the validation KL beyond chance; the head is left as it was"
             return weights
         whole = weights.head().to(X.dtype).clone()
         whole[:tokens] = head
@@ -110,7 +110,7 @@ class LmHeadRidge:
 
     def _limit(self, said: Said, X: Tensor, rows: Tensor, head: Tensor) -> Guard:
         """Return the rows of the guard and the KL that no head may go beyond; no rows without a guard."""
-        return (rows, self.guard * _kl(said, X, rows, head)) if self.guard else (rows[:0], 0.0)
+        return (rows, self.guard * float(_kl(said, X, rows, head).mean())) if self.guard else (rows[:0], 0.0)
 
     def _ridged(
         self,
@@ -168,11 +168,11 @@ class LmHeadRidge:
         M = fit_map(X[fit], H, lessons[0], judge, self.anchor, self.steps, lambda k, kl: progress(k, self.steps, f"map: KL {kl:.4f}"))
         for share in STRENGTHS:
             mapped = head + share * (head @ M.T)
-            if not len(guard[0]) or _kl(said, X, guard[0], mapped) <= guard[1]:
+            if not len(guard[0]) or float(_kl(said, X, guard[0], mapped).mean()) <= guard[1]:
                 break
         else:
             mapped, share = head, 0.0
-        after = _kl(said, X, rows, mapped)
+        after = float(_kl(said, X, rows, mapped).mean())
         out.notes["map"] = {
             "rows": len(fit),
             "tokens": len(tokens),
@@ -210,13 +210,15 @@ def _texts(layout: Layout, tokens: int) -> Said:
     return lambda rows: torch.full((len(rows), tokens), -1e30).scatter(1, layout.tokens[rows + 1][:, None], 0.0)
 
 
-def _kl(said: Said, X: Tensor, rows: Tensor, head: Tensor) -> float:
-    """Return the mean KL of rows of `X [n, d_s]` (after the final norm) behind a head."""
-    total = 0.0
+def _kl(said: Said, X: Tensor, rows: Tensor, head: Tensor) -> Tensor:
+    """Return the KL of rows [n] of `X [rows, d_s]` (after the final norm) behind a head."""
+    import torch
+
+    parts = []
     for some in (rows[k : k + BLOCK] for k in range(0, len(rows), BLOCK)):
         p, q = said(some), (X[some] @ head.T).log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
-    return total / len(rows)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
 
 
 def _answers(layout: Layout, own: frozenset[str], most: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Style by a short training run: the teacher's own continuations of the system prompt and a place name, on the logits alone.
 
-Minimises the mean `KL(softmax(h_t W_tᵀ) ‖ student)` over continuation tokens and the shared vocabulary, in the low-rank matrices of a
-LoRA `W + s B A` (Hu et al., arXiv:2106.09685). The products are then added to the weights, which is exact; nothing is captured.
+Minimises the mean `KL(softmax(h_t W_tᵀ) ‖ student)` over the tokens that the teacher wrote, in the low-rank matrices of a LoRA
+`W + s B A` (Hu et al., arXiv:2106.09685). The products are then added to the weights, which is exact; nothing is captured.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
+    from rotdistill_lesson import Lesson
     from torch import Tensor
 
     from rotdistill_core.api import Layout, Out, Pair, Progress, Samples, Weights
+    from rotdistill_core.samples import Text
 
 
 @step
@@ -31,6 +33,8 @@ class PromptKl:
     """Every linear layer of attention and MLP, or only the head; through a LoRA both."""
     rank: PositiveInt = 16
     """Rank of `B A`; its scale s is 2."""
+    ask: Annotated[tuple[Literal["places", "questions"], ...], Field(min_length=1)] = ("places",)
+    """Behind what the teacher goes on: place names by themselves, the questions of the blurbs (`samples.own_answers`), or both."""
     prompts: PositiveInt = 200
     """How many place names, of the fit and validation texts."""
     tokens: Annotated[int, Field(ge=1, le=256)] = 32
@@ -39,12 +43,16 @@ class PromptKl:
     """Most passes over the continuations; validation stops earlier."""
     rate: Annotated[float, Field(gt=0)] = 5e-4
     """Learning rate of Adam, warmed up and decayed."""
+    bfloat16: bool = False
+    """Multiply in bfloat16 while training: four times as fast on a processor with AMX or a GPU, slow on others."""
     batch: PositiveInt = 4
     """Continuations in one step."""
     patience: PositiveInt = 2
     """Stop after this many looks at the validation KL (two an epoch) that were no better."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the first A and of the order."""
+    guard: Annotated[float, Field(ge=1)] | None = None
+    """Take only so much of the LoRA that the KL on the guard's validation half is at most this multiple of what it was."""
 
     exact: ClassVar[bool] = False
 
@@ -52,10 +60,12 @@ class PromptKl:
     def style(self, weights: Weights, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.style`."""
         import torch
+        from rotdistill_judge import settle
+        from rotdistill_lesson import Lesson
         from rotdistill_predictions import shared_tokens
 
-        layout = self._continuations(pair, samples, out, progress)
-        lesson = Lesson(pair, layout, shared_tokens(pair), progress)
+        layout = self._texts(pair, samples, out, progress)
+        lesson = Lesson(pair, layout, shared_tokens(pair), progress, self.bfloat16)
         view = weights.untie() if self.train == "head" else weights
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -70,12 +80,7 @@ class PromptKl:
                     best, kept = after, {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
                 if worse == self.patience:
                     break
-        out.notes |= {
-            "continuations": len(layout.texts),
-            "validation KL": curve,
-            "validation KL before": before,
-            "validation KL after": best,
-        }
+        out.notes |= {"texts": len([t for t in layout.texts if not t.plain]), "validation KL by look": curve}
         if not kept:
             out.notes["refused"] = "training did not lower the validation KL; the weights are left as they were"
             return weights
@@ -84,14 +89,32 @@ class PromptKl:
             student.save_pretrained(folder, save_embedding_layers=False)
             for path in sorted(Path(folder).glob("adapter_*")):
                 out.write(f"weights/{out.step}/adapter/{path.name}", [path.read_bytes()])
-        return view.edit({name: (view[name].double() + delta).to(pair.student.dtype) for name, delta in deltas(student)})
+        made = view.edit({name: (view[name].double() + delta).to(pair.student.dtype) for name, delta in deltas(student)})
+        return settle(weights, made, lambda some, split: lesson.scores(some, split, samples), self.guard, out.notes)
 
-    def _continuations(self, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Layout:
-        """Return the teacher's greedy continuations, as texts whose answer is the continuation."""
+    def _texts(self, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Layout:
+        """Return what the teacher says, as texts whose answer is that, and the guard's texts where there is a guard."""
+        from rotdistill_core.errors import RecipeError
+        from rotdistill_core.samples import Layout, shared_start
+
+        own = {q.id for q in samples.questions if q.answer is None and q.split != "heldout"}
+        answers = [t for t in samples.layout.texts if t.id in own] if "questions" in self.ask else []
+        outside = [t for t in samples.layout.texts if t.split == "guard-validation"] if self.guard else []
+        if "questions" in self.ask and not answers:
+            raise RecipeError(
+                'prompt-kl: ask = ["questions"] learns from the teacher\'s answers; let it write some: samples.own_answers = 64.'
+            )
+        if self.guard and not outside:
+            raise RecipeError("prompt-kl: guard needs texts outside the domain; name them as samples.guard.")
+        said = self._continuations(pair, samples, out, progress) if "places" in self.ask else []
+        return Layout((*said, *answers, *outside), shared_start([t.tokens[: t.answer] for t in (*said, *answers)]))
+
+    def _continuations(self, pair: Pair, samples: Samples, out: Out, progress: Progress) -> list[Text]:
+        """Return the teacher's greedy continuations of the prompt and place names."""
         import json
 
         from rotdistill_core.answers import greedy
-        from rotdistill_core.samples import Layout, Text, prompt_tokens, shared_start
+        from rotdistill_core.samples import Text, prompt_tokens
 
         teacher, asked = pair.teacher, {q.id: q for q in samples.questions if q.place and not q.id.endswith(".own")}
         chosen = list(asked.values())[: self.prompts]
@@ -102,8 +125,7 @@ class PromptKl:
             progress(0, 1, f"the teacher continues {len(prompts)} prompts")
             path = kept.json("answers/continuations.json", greedy(teacher.folder, prompts, self.tokens, teacher.device, teacher.dtype))
         said: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
-        texts = [Text(q.id, q.language, q.split, (*prompts[q.id], *said[q.id]), len(prompts[q.id])) for q in chosen if said[q.id]]
-        return Layout(tuple(texts), shared_start([t.tokens[: t.answer] for t in texts]))
+        return [Text(f"{q.id}.place", q.language, q.split, (*prompts[q.id], *said[q.id]), len(prompts[q.id])) for q in chosen if said[q.id]]
 
     def _with_lora(self, weights: Weights, pair: Pair) -> Any:
         """Return the student as a peft model that trains nothing but its LoRA."""
@@ -148,56 +170,6 @@ class PromptKl:
                 progress(done, total, f"KL {loss.item():.3f}")
                 if done in looks:
                     yield lesson.kl(student, weights, "validation")
-
-
-class Lesson:
-    """The continuations, and the teacher's final states at their tokens."""
-
-    def __init__(self, pair: Pair, layout: Layout, tokens: int, progress: Progress) -> None:
-        from rotdistill_core.walk import Walk
-
-        self.pair, self.layout, self.tokens = pair, layout, tokens
-        walk = Walk(pair.teacher.weights, layout, pair.teacher.device, pair.teacher.dtype)
-        for i in walk:
-            walk.run()
-            progress(i + 1, pair.teacher.depth, f"teacher on {layout.rows} rows")
-        self.states = walk.states
-        self.head = pair.teacher.weights.head()[:tokens].to(walk.states.dtype)
-
-    def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
-        """Return the KL of every continuation token of some texts [n]."""
-        import torch
-
-        from rotdistill_core.walk import log_probabilities
-
-        device, adapter = self.pair.student.device, weights.adapter
-        some = [self.layout.texts[k] for k in texts]
-        longest = max(len(text.tokens) for text in some)
-        ids, mask = torch.zeros(len(some), longest, dtype=torch.long), torch.zeros(len(some), longest, dtype=torch.long)
-        wanted, rows = torch.zeros(len(some), longest, dtype=torch.bool), []
-        for b, (k, text) in enumerate(zip(texts, some, strict=True)):
-            n, first = len(text.tokens), self.layout.starts[k] - self.layout.prefix
-            ids[b, :n], mask[b, :n] = torch.tensor(text.tokens), 1
-            wanted[b, text.answer - 1 : n - 1] = True
-            rows.append(torch.arange(first + text.answer - 1, first + n - 1))
-        base = student.get_base_model()
-        body = base.get_submodule(adapter.body)
-        states = body(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0][wanted.to(device)]
-        made = base.get_submodule(adapter.head.removesuffix(".weight"))(states)[:, : self.tokens]
-        cap = weights.config.get(adapter.softcap_key)
-        q = (made if cap is None else cap * (made / cap).tanh()).log_softmax(-1)
-        p = log_probabilities(self.pair.teacher.weights, self.states[torch.cat(rows)], self.head, self.tokens).to(q)
-        kl: Tensor = (p.exp() * (p - q)).sum(-1)
-        return kl
-
-    def kl(self, student: Any, weights: Weights, split: str) -> float:
-        """Return the mean KL over the continuation tokens of a split, nats."""
-        import torch
-
-        texts = [k for k, text in enumerate(self.layout.texts) if text.split == split]
-        with torch.no_grad():
-            parts = [self.losses(student, weights, texts[k : k + 4]) for k in range(0, len(texts), 4)]
-        return float(torch.cat(parts).double().mean())
 
 
 def deltas(student: Any) -> Iterator[tuple[str, Tensor]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rotdistill_prompt_kl import Lesson, PromptKl, deltas, steps
+from rotdistill_lesson import Lesson
+from rotdistill_prompt_kl import PromptKl, deltas, steps
 from torch import Tensor
 
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.models import Model, Pair
 from rotdistill_core.samples import Layout, Question, Samples
 from rotdistill_core.step import stage_of
@@ -50,7 +52,7 @@ def test_the_validation_kl_falls_and_the_folded_weights_are_the_trained_ones(
     made, notes = taught(pair, tmp_path, train=train)
     assert notes["validation KL after"] < 0.98 * notes["validation KL before"]  # type: ignore[operator]
     step = PromptKl(**OPTIONS, train=train)  # type: ignore[arg-type]
-    lesson = Lesson(pair, step._continuations(pair, SAMPLES, pico_out(tmp_path / "runs"), quiet), 64, quiet)
+    lesson = Lesson(pair, step._texts(pair, SAMPLES, pico_out(tmp_path / "runs"), quiet), 64, quiet)
     plain = step._with_lora(made, pair)  # its B is zero
     assert lesson.kl(plain, made, "validation") == pytest.approx(notes["validation KL after"], rel=1e-4)
     changed = {n for n in made.entries if n not in pair.student.weights.entries or not torch.equal(made[n], pair.student.weights[n])}
@@ -113,4 +115,42 @@ def test_the_order_of_the_products_is_b_times_a(tmp_path: Path) -> None:
 
 def test_training_that_stops_helping_stops(tmp_path: Path) -> None:
     _, notes = taught(pair_of(tmp_path), tmp_path, epochs=50, rate=0.3, patience=1)
-    assert len(notes["validation KL"]) < 50  # type: ignore[arg-type]
+    assert len(notes["validation KL by look"]) < 50  # type: ignore[arg-type]
+
+
+def asked(folder: Path) -> tuple[Pair, Samples]:
+    """Return a pair and texts of which the teacher wrote the answers, with a guard."""
+    texts = pico_samples(texts=40, guard=8)
+    own = tuple(Question(t.id, "en", t.split, "w1", None) for t in texts.layout.texts if not t.plain)
+    return pair_of(folder), Samples(texts.layout, own, "w7 w8 w9")
+
+
+def test_it_learns_from_answers_to_the_questions_too(tmp_path: Path) -> None:
+    pair, samples = asked(tmp_path)
+    out = pico_out(tmp_path / "runs")
+    made = PromptKl(ask=("questions",), rank=4, epochs=3, rate=5e-3).style(pair.student.weights, pair, samples, out, quiet)
+    assert made is not pair.student.weights
+    assert out.notes["validation KL after"] < out.notes["validation KL before"]
+    assert out.notes["texts"] == sum(t.split in ("fit", "validation") for t in samples.layout.texts)
+
+
+@pytest.mark.parametrize("guard", [1.0, 1.05])
+def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
+    pair, samples = asked(tmp_path)
+    step, out = PromptKl(ask=("questions",), rank=4, epochs=3, rate=2e-2, guard=guard), pico_out(tmp_path / "runs")
+    made = step.style(pair.student.weights, pair, samples, out, quiet)
+    lesson = Lesson(pair, samples.layout, 64, quiet)
+    before, after = (lesson.scores(view, "guard-validation", samples).mean for view in (pair.student.weights, made))
+    assert after <= guard * before * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("options", "told"), [({"ask": ("questions",)}, "samples.own_answers = 64"), ({"guard": 1.02}, "samples.guard")])
+def test_what_the_samples_lack_is_named(tmp_path: Path, options: dict[str, object], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        taught(pair_of(tmp_path), tmp_path, **options)
+
+
+def test_narrow_products_learn_about_the_same(tmp_path: Path) -> None:
+    pair = pair_of(tmp_path)
+    after = [taught(pair, tmp_path / str(narrow), bfloat16=narrow)[1]["validation KL after"] for narrow in (False, True)]
+    assert after[1] == pytest.approx(after[0], rel=0.05)
