@@ -23,7 +23,7 @@ def markdown(loaded: Loaded, outcome: Outcome) -> str:
     """Return report.md."""
     from rotdistill_core.report import COLUMNS, figures
 
-    by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language}
+    by = {(r.variant, r.language): r.value for r in outcome.rows if r.metric == "kl" and r.language and r.text is None}
     first: dict[str, tuple[str, str, Any]] = {}
     for (variant, step), done in outcome.steps.items():
         first.setdefault(done.key, (variant, step, done))
