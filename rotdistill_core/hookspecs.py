@@ -68,7 +68,7 @@ class Specs:
         """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
 
     @hookspec
-    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
+    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, out: Out, progress: Progress) -> list[Row]:
         """Return result rows for one saved variant. Rows of all evaluators are put together."""
 
     @hookspec

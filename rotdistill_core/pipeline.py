@@ -238,9 +238,7 @@ class Run:
 
     def _call(self, placed: Placed, state: State, samples: Samples, out: Out) -> Any:
         """Call the one hook of one step, and hold the plugin to its contract."""
-        needs_bank = "bank" in inspect.signature(getattr(placed.step, placed.stage)).parameters
-        if needs_bank and state.bank is None:
-            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        self._takes(placed, state)
         others = {plugin for name, plugin in self.pm.list_name_plugin() if name.startswith("step.") and plugin is not placed.step}
         caller = self.pm.subset_hook_caller(placed.stage, others)
         pair, bank = self.pair, state.bank
@@ -255,6 +253,13 @@ class Run:
             where = f'step "{placed.id}" of {placed.origin.distribution}'
             raise PluginError(f"{where}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.")
         return result
+
+    def _takes(self, placed: Placed, state: State) -> list[str]:
+        """Return the arguments that a step's hook takes; where the bank is one of them there must be one."""
+        names = list(inspect.signature(getattr(placed.step, placed.stage)).parameters)
+        if "bank" in names and state.bank is None:
+            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        return names
 
     def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
         if not isinstance(after.undo, Undo):
@@ -283,20 +288,19 @@ class Run:
         return folder
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
-        if state.bank is None:
-            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        names = self._takes(placed, state)
         key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):
             if record is None:
-                variant = Variant(name, self._saved(folder, state), state.maps, round(state.seconds, 3))
-                given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "progress": self.progress}
-                rows = placed.step.evaluate(**{k: given[k] for k in inspect.signature(placed.step.evaluate).parameters})
-                info = {"rows": [list(row) for row in rows]}
-                seconds, out = time.monotonic() - started, Out(self.store, self.ledger, key)
-                record = self._record(key, f"{placed.id} {name}", seconds, out, info, placed)
-        self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
+                variant = Variant(name, self._saved(folder, state), state.maps, round(state.seconds, 3), folder)
+                out = Out(self.store, self.ledger, key, placed.id)
+                given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "out": out,
+                         "progress": self.progress}  # fmt: skip
+                info = {"rows": [list(row) for row in placed.step.evaluate(**{k: given[k] for k in names})]}
+                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+        self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), record["notes"])
         self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]
 

@@ -50,6 +50,8 @@ class Variant:
     """The checkpoint as saved."""
     maps: Maps
     seconds: float
+    folder: Path
+    """Where the checkpoint lies: a plain Hugging Face folder."""
 
 
 @dataclass(frozen=True)

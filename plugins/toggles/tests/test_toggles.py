@@ -36,7 +36,7 @@ def scores(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> dict[t
 
 
 def judged(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> list[Row]:
-    return Toggles().evaluate(Variant("x", weights, Maps(), 1.5), pair, bank, samples, quiet)
+    return Toggles().evaluate(Variant("x", weights, Maps(), 1.5, Path()), pair, bank, samples, quiet)
 
 
 def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -> None:
