@@ -90,5 +90,8 @@ class Specs:
         """Observe that a variant's checkpoint, `folder`, is complete."""
 
     @hookspec
-    def run_ended(self, loaded: Loaded, outcome: Outcome, out: Out, say: Callable[[str], None]) -> None:
-        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder."""
+    def run_ended(self, loaded: Loaded, outcome: Outcome, out: Out, say: Callable[[str], None]) -> object:
+        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder.
+
+        Return None, or what the terminal shows below the results: text, or anything that rich prints.
+        """

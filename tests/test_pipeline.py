@@ -115,7 +115,7 @@ def test_a_second_recipe_shares_the_steps_and_writes_its_own_checkpoints(work: P
         mine, theirs = two.folder / "checkpoints" / name, one.folder / "checkpoints" / name
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
         assert "# two:" in (mine / "README.md").read_text()
-    assert two.answers == one.answers
+    assert two.rows == one.rows
 
 
 def test_an_observer_that_raises_is_one_line_and_loses_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
