@@ -193,3 +193,10 @@ def test_an_interrupted_run_says_how_to_go_on(work: Path, number: int, code: int
     assert child.returncode == code, said
     assert "Go on with:" in said
     assert said.rstrip().endswith("one.toml")
+
+
+def test_a_judge_that_takes_the_bank_asks_for_a_capture(work: Path) -> None:
+    path = written(work, "bare")
+    path.write_text(path.read_text(encoding="utf-8").replace('[[step]]\nuse = "residuals"\n', ""), encoding="utf-8")
+    with pytest.raises(RecipeError, match='step "toggles": needs captured states'):
+        pipeline.Run(recipe.load(path), work / "runs", Heard(), lambda *_: None).go()
