@@ -59,7 +59,10 @@ class Answers:
 
 
 def compared(teacher: str, said: str, language: str | None, language_of: Callable[[str], str]) -> dict[str, float]:
-    """Return the figures of one answer beside the teacher's; `language` is the question's, None where it cannot be identified."""
+    """Return the figures of one answer beside the teacher's; `language` is the question's, None where it cannot be identified.
+
+    Where the teacher's answer is in no language there is nothing that another could be in as well, and so no figure of that.
+    """
     from sacrebleu.metrics.chrf import CHRF
 
     ratio = max(len(said), 1) / max(len(teacher), 1)  # an empty answer counts as one character: its logarithm stays finite
@@ -67,9 +70,10 @@ def compared(teacher: str, said: str, language: str | None, language_of: Callabl
         "answer_chrf": CHRF().sentence_score(said, [teacher]).score,
         "answer_length": ratio,
         "answer_length_gap": abs(math.log(ratio)),
-        "answer_language_teacher": float(language_of(said) == language_of(teacher)),
     }
-    return figures if language is None else {**figures, "answer_language": float(language_of(said) == language)}
+    spoken = language_of(said)
+    goals = {"answer_language": language or UNKNOWN, "answer_language_teacher": language_of(teacher)}
+    return figures | {metric: float(spoken == goal) for metric, goal in goals.items() if goal != UNKNOWN}
 
 
 def identifier(languages: Iterable[str]) -> tuple[frozenset[str], Callable[[str], str]]:

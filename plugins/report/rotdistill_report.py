@@ -85,20 +85,23 @@ def compare(found: Mapping[str, Mapping[str, Estimate]], one: str, two: str) -> 
 
     lengths = f"{went('answer_length', '{:.2f}')} times the teacher's, mean |ln| of that {went('answer_length_gap', '{:.2f}')}"
     asked = f"{went('answer_language', '{:.0%}')} in the question's language, " if "answer_language" in found else ""
-    languages = f"{asked}{went('answer_language_teacher', '{:.0%}')} in that of the teacher's answer"
-    return [
-        f"Length: {lengths}: {verdict('answer_length_gap', -1)}",
-        f"Language: {languages}: {verdict('answer_language_teacher', 1)}",
-        f"chrF against the teacher's answers: {went('answer_chrf', '{:.1f}')}: {verdict('answer_chrf', 1)}",
-    ]
+    lines = [f"Length: {lengths}: {verdict('answer_length_gap', -1)}"]
+    if "answer_language_teacher" in found:  # not where no answer of the teacher is in a language that can be told
+        languages = f"{asked}{went('answer_language_teacher', '{:.0%}')} in that of the teacher's answer"
+        lines.append(f"Language: {languages}: {verdict('answer_language_teacher', 1)}")
+    return [*lines, f"chrF against the teacher's answers: {went('answer_chrf', '{:.1f}')}: {verdict('answer_chrf', 1)}"]
 
 
 def span(interval: Interval, metric: str, sign: str = "") -> str:
     """Return a figure with its interval, `0.590 [0.520, 0.661]`."""
     form = f"{{:{sign}{FIGURES.get(metric, ('', '.3f'))[1]}}}"
     ends = () if math.isnan(interval.low) else (interval.low, interval.high)
-    value, *around = (form.format(x) for x in (interval.value, *ends))
+    value, *around = (_unsigned_zero(form.format(x)) for x in (interval.value, *ends))
     return f"{value} [{', '.join(around)}]" if around else value
+
+
+def _unsigned_zero(number: str) -> str:
+    return number if number.strip("+-0.") else number.lstrip("+-")
 
 
 def terminal(told: Told) -> object:
@@ -117,7 +120,7 @@ def terminal(told: Told) -> object:
             table.add_row(variant, told.own(known[0], variant), *(told.change(metric, variant) for metric in known))
         parts.append(table)
     if told.shown:
-        parts += [Text(f"Answers, {' → '.join(told.shown)}")] if told.words else []
+        parts += [Text(f"\nAnswers, {' → '.join(told.shown)}")] if told.words else []
         parts += [Text(f"  {line}") for line in told.words]
         question, first_answer = next(iter(told.answers[told.shown[0]].items()))
         said = {"teacher": first_answer["teacher"]} | {variant: told.answers[variant][question]["said"] for variant in told.shown}

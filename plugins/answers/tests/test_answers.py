@@ -72,6 +72,7 @@ def test_an_answer_in_another_language_is_told_from_the_question_and_from_the_te
     assert (found["answer_language"], found["answer_language_teacher"]) == (1, 0)
     assert 0 < found["answer_chrf"] < 50
     assert "answer_language" not in compared(FRENCH, ENGLISH, None, language_of)
+    assert "answer_language_teacher" not in compared(", , ,", "; ; ;", "en", language_of)
 
 
 @pytest.mark.parametrize(("times", "gap"), [(2, math.log(2)), (0.5, math.log(2)), (1, 0)])

@@ -96,6 +96,8 @@ def test_the_terminal_shows_intervals_and_one_question(tmp_path: Path) -> None:
     assert span(found["cut"].own, "kl") in shown
     assert [line.split()[2] for line in shown.splitlines() if " answers held-" in line] == ["held-0:"] * 3
     assert "Answers, base → full" in shown
+    assert "chrF against the teacher's answers: " in shown
+    assert "Language:" not in shown  # pico models speak none
 
 
 def judged(gap: Interval, language: Interval, chrf: Interval) -> list[str]:
@@ -111,6 +113,12 @@ def test_words_follow_the_intervals() -> None:
     assert ["away" in line for line in judged(up, down, down)] == [True] * 3
     assert ["no change beyond noise" in line for line in judged(flat, flat, alone)] == [True] * 3
     assert [line.partition(":")[0] for line in judged(up, up, up)] == ["Length", "Language", "chrF against the teacher's answers"]
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert span(Interval(-1e-7, -2e-7, 1e-7), "kl", "+") == "0.000 [0.000, 0.000]"
+    assert span(Interval(-0.0104, -0.2, 10.0), "kl", "+") == "-0.010 [-0.200, +10.000]"
+    assert span(Interval(0.5, math.nan, math.nan), "kl") == "0.500"
 
 
 def test_a_run_without_answers_has_no_section_of_them(tmp_path: Path) -> None:
