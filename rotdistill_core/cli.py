@@ -110,13 +110,11 @@ def run(
         print(json.dumps({"run_dir": str(outcome.folder), "results": report.as_json(outcome.rows)}, ensure_ascii=False))
         return
     wide = Console(width=None if sys.stdout.isatty() else 140)
-    wide.print(report.rich_table(outcome.rows))
+    for told in (report.rich_table(outcome.rows), *outcome.told):
+        wide.print(told)
     for path in (outcome.folder / name for name in ("checkpoints", "report.md")):
         if path.exists():
             wide.print(f"{path.stem:<12} {escape(_here(path))}")
-    for name, answers in outcome.answers.items():
-        for identity, text in answers.items():
-            wide.print(f"\n[bold]{escape(name)}[/] answers {escape(identity)}: {escape(' '.join(text.split()))}")
 
 
 @app.command()

@@ -68,7 +68,7 @@ class Specs:
         """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
 
     @hookspec
-    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, progress: Progress) -> list[Row]:
+    def evaluate(self, variant: Variant, pair: Pair, bank: Bank, samples: Samples, out: Out, progress: Progress) -> list[Row]:
         """Return result rows for one saved variant. Rows of all evaluators are put together."""
 
     @hookspec
@@ -90,5 +90,8 @@ class Specs:
         """Observe that a variant's checkpoint, `folder`, is complete."""
 
     @hookspec
-    def run_ended(self, loaded: Loaded, outcome: Outcome, out: Out, say: Callable[[str], None]) -> None:
-        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder."""
+    def run_ended(self, loaded: Loaded, outcome: Outcome, out: Out, say: Callable[[str], None]) -> object:
+        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder.
+
+        Return None, or what the terminal shows below the results: text, or anything that rich prints.
+        """

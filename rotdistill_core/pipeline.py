@@ -69,8 +69,8 @@ class Outcome:
     steps: dict[tuple[str, str], Done]
     """(variant, step id) -> what happened."""
     checkpoints: dict[str, Path]
-    answers: dict[str, dict[str, str]]
-    """Variant -> question id -> its own answer; `teacher` is there too."""
+    told: list[Any]
+    """What observers say at the end, to be shown below the results."""
 
 
 def digest(*parts: object) -> str:
@@ -124,7 +124,7 @@ class Run:
         models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
         base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
-        outcome = Outcome(self.folder, [], self.steps, {}, {})
+        outcome = Outcome(self.folder, [], self.steps, {}, [])
         variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
         dtype = self.save_dtype()
         if torch.finfo(dtype).bits < 32 and (exact := self.loaded.exact_chain()):
@@ -136,10 +136,9 @@ class Run:
             outcome.checkpoints[name] = self._save(name, state, dtype)
             judges = [p for p in chain if p.stage == "evaluate"]
             outcome.rows += [row for placed in judges for row in self._evaluate(name, placed, state, outcome.checkpoints[name], samples)]
-        outcome.answers = self._answers(outcome, samples)
         out = Out(self.store, self.ledger, "report")
         out.write("results.jsonl", [(json.dumps(item, ensure_ascii=False) + "\n").encode() for item in as_json(outcome.rows)])
-        self._tell("run_ended", "", loaded=self.loaded, outcome=outcome, out=out)
+        outcome.told = self._tell("run_ended", "", loaded=self.loaded, outcome=outcome, out=out)
         return outcome
 
     def save_dtype(self) -> torch.dtype:
@@ -200,14 +199,16 @@ class Run:
             self._tell("step_failed", variant, placed, error=error)
             raise
 
-    def _tell(self, hook: str, variant: str, placed: Placed | None = None, **more: Any) -> None:
+    def _tell(self, hook: str, variant: str, placed: Placed | None = None, **more: Any) -> list[Any]:
         """Tell the observers, one by one: what one raises is said in a line, and stops neither the others nor the run."""
+        told: list[Any] = []
         about = {"step_id": placed.id, "stage": placed.stage, "folder": self.folder} if placed else {}
         for name, plugin in self.pm.list_name_plugin():
             try:
-                self.pm.subset_hook_caller(hook, self.pm.get_plugins() - {plugin})(variant=variant, say=self.say, **about, **more)
+                told += self.pm.subset_hook_caller(hook, self.pm.get_plugins() - {plugin})(variant=variant, say=self.say, **about, **more)
             except (Exception, SystemExit) as error:
                 self.say(f"{name} failed in {hook}, the run goes on: {type(error).__name__}: {error}".partition("\n")[0])
+        return told
 
     def _execute(self, placed: Placed, state: State, samples: Samples, key: str) -> dict[str, Any]:
         out, started = Out(self.store, self.ledger, key, placed.id), time.monotonic()
@@ -238,9 +239,7 @@ class Run:
 
     def _call(self, placed: Placed, state: State, samples: Samples, out: Out) -> Any:
         """Call the one hook of one step, and hold the plugin to its contract."""
-        needs_bank = "bank" in inspect.signature(getattr(placed.step, placed.stage)).parameters
-        if needs_bank and state.bank is None:
-            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        self._takes(placed, state)
         others = {plugin for name, plugin in self.pm.list_name_plugin() if name.startswith("step.") and plugin is not placed.step}
         caller = self.pm.subset_hook_caller(placed.stage, others)
         pair, bank = self.pair, state.bank
@@ -255,6 +254,13 @@ class Run:
             where = f'step "{placed.id}" of {placed.origin.distribution}'
             raise PluginError(f"{where}: {placed.stage} must return {expected.__name__}, not {type(result).__name__}.")
         return result
+
+    def _takes(self, placed: Placed, state: State) -> list[str]:
+        """Return the arguments that a step's hook takes; where the bank is one of them there must be one."""
+        names = list(inspect.signature(getattr(placed.step, placed.stage)).parameters)
+        if "bank" in names and state.bank is None:
+            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        return names
 
     def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
         if not isinstance(after.undo, Undo):
@@ -283,43 +289,22 @@ class Run:
         return folder
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
-        if state.bank is None:
-            raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        names = self._takes(placed, state)
         key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):
             if record is None:
-                variant = Variant(name, self._saved(folder, state), state.maps, round(state.seconds, 3))
-                given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "progress": self.progress}
-                rows = placed.step.evaluate(**{k: given[k] for k in inspect.signature(placed.step.evaluate).parameters})
-                info = {"rows": [list(row) for row in rows]}
-                seconds, out = time.monotonic() - started, Out(self.store, self.ledger, key)
-                record = self._record(key, f"{placed.id} {name}", seconds, out, info, placed)
-        self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), {})
+                variant = Variant(name, self._saved(folder, state), state.maps, round(state.seconds, 3), folder)
+                out = Out(self.store, self.ledger, key, placed.id)
+                given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "out": out,
+                         "progress": self.progress}  # fmt: skip
+                info = {"rows": [list(row) for row in placed.step.evaluate(**{k: given[k] for k in names})]}
+                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+        self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), record["notes"])
         self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]
 
     def _saved(self, folder: Path, state: State) -> Weights:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return replace(open_folder(folder, config, state.weights.adapter), lineage=state.weights.lineage)
-
-    def _answers(self, outcome: Outcome, samples: Samples) -> dict[str, dict[str, str]]:
-        """Let the first and the last listed variant answer one held-out question, beside the teacher."""
-        tokenizer, settings = self.pair.student.tokenizer, self.recipe.samples
-        held = [t for t in samples.layout.texts if t.split == "heldout"][:1]
-        found = {"teacher": {t.id: tokenizer.decode(t.tokens[t.answer :], skip_special_tokens=True) for t in held}}
-        shown = list(self.recipe.variants)
-        for name in dict.fromkeys([shown[0], "full" if "full" in shown else shown[-1]]):
-            folder = outcome.checkpoints[name]
-            asked = {t.id: list(t.tokens[: t.answer]) for t in held}
-            before = digest(*[done.key for (variant, _), done in self.steps.items() if variant == name], str(self.save_dtype()))
-            key = digest("answer", before, asked, settings.answer_tokens)
-            out = Out(self.store, self.ledger, key)
-            path = out.find(f"answers/{name}.json")
-            if path is None:
-                made = greedy(folder, asked, settings.answer_tokens, self.pair.student.device, self.pair.student.dtype)
-                path = out.json(f"answers/{name}.json", made)
-            made = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = {k: tokenizer.decode(v, skip_special_tokens=True) for k, v in made.items()}
-        return found

@@ -22,10 +22,10 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Return variant -> metric -> value for the figures over all layers and languages."""
+    """Return variant -> metric -> value for the figures over all layers, languages and texts."""
     table: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.layer is None and row.language is None:
+        if row.layer is None and row.language is None and row.text is None:
             table.setdefault(row.variant, {})[row.metric] = row.value
     return table
 

@@ -37,6 +37,8 @@ class Row(NamedTuple):
     layer: int | None = None
     language: str | None = None
     n: int | None = None
+    text: str | None = None
+    """The text that it is about: its share of the figure over all texts, with weight `n`. Its language is given too."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Variant:
     """The checkpoint as saved."""
     maps: Maps
     seconds: float
+    folder: Path
+    """Where the checkpoint lies: a plain Hugging Face folder."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +118,19 @@ class Layout:
                 mask[self.starts[k] : self.starts[k + 1]] = True
         return mask
 
-    def predicting(self, split: str) -> tuple[Tensor, Tensor, list[str]]:
-        """Return the rows that predict answer tokens, those tokens, and the text's language, one per row."""
+    def predicting(self, split: str) -> tuple[Tensor, Tensor, list[Text]]:
+        """Return the rows that predict answer tokens, those tokens, and the text of each, one per row."""
         rows: list[int] = []
         targets: list[int] = []
-        languages: list[str] = []
+        texts: list[Text] = []
         for k, text in enumerate(self.texts):
             if text.split == split:
                 own = range(text.answer - 1, len(text.tokens) - 1)
                 skipped = self.skipped(text)
                 rows += [self.starts[k] + p - skipped if p >= skipped else p for p in own]
                 targets += [text.tokens[p + 1] for p in own]
-                languages += [text.language] * len(own)
-        return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), languages
+                texts += [text] * len(own)
+        return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), texts
 
     def select(self, *splits: str, most: int | None = None) -> Layout:
         """Return the layout of the texts in these splits (the first `most` of them), with the prefix where any of them has it."""

@@ -115,7 +115,7 @@ def test_a_second_recipe_shares_the_steps_and_writes_its_own_checkpoints(work: P
         mine, theirs = two.folder / "checkpoints" / name, one.folder / "checkpoints" / name
         assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
         assert "# two:" in (mine / "README.md").read_text()
-    assert two.answers == one.answers
+    assert two.rows == one.rows
 
 
 def test_an_observer_that_raises_is_one_line_and_loses_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +193,10 @@ def test_an_interrupted_run_says_how_to_go_on(work: Path, number: int, code: int
     assert child.returncode == code, said
     assert "Go on with:" in said
     assert said.rstrip().endswith("one.toml")
+
+
+def test_a_judge_that_takes_the_bank_asks_for_a_capture(work: Path) -> None:
+    path = written(work, "bare")
+    path.write_text(path.read_text(encoding="utf-8").replace('[[step]]\nuse = "residuals"\n', ""), encoding="utf-8")
+    with pytest.raises(RecipeError, match='step "toggles": needs captured states'):
+        pipeline.Run(recipe.load(path), work / "runs", Heard(), lambda *_: None).go()

@@ -198,9 +198,10 @@ def test_the_prefix_is_there_once_and_each_text_has_its_rows() -> None:
     ("split", "targets", "languages"), [("fit", [4, 5, 10], ["en", "en", "en"]), ("heldout", [8, 9, 12], ["de", "de", "fr"])]
 )
 def test_predicting_rows_are_the_tokens_before_each_answer_token(split: str, targets: list[int], languages: list[str]) -> None:
-    rows, found, spoken = FULL.predicting(split)
+    rows, found, texts = FULL.predicting(split)
     assert found.tolist() == targets
-    assert spoken == languages
+    assert [t.language for t in texts] == languages
+    assert [t.id for t in texts] == [t.id for t in TEXTS if t.split == split for _ in range(t.answer, len(t.tokens))]
     before = [t.tokens[p - 1] for t in TEXTS if t.split == split for p in range(t.answer, len(t.tokens))]
     assert FULL.tokens[rows].tolist() == before
 

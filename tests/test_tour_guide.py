@@ -48,7 +48,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[
 def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for row in results:
-        assert list(row) == ["variant", "metric", "value", "split", "layer", "language", "n"]
+        assert list(row) == ["variant", "metric", "value", "split", "layer", "language", "n", "text"]
         if row["layer"] is None and row["language"] is None:
             table.setdefault(str(row["variant"]), {})[str(row["metric"])] = float(str(row["value"]))
     return table

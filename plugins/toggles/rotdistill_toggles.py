@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rotdistill_core.api import Bank, Pair, Progress, Row, Samples, Variant
+    from rotdistill_core.samples import Text
 
 
 @step
@@ -21,6 +22,7 @@ class Toggles:
     Hidden states are compared in the teacher's frame: the student's change of basis is taken back first, and between models
     of different bases the best rotation per layer (from the fit texts and the unedited student) stands between them.
     `guard_kl` and `guard_perplexity` are those of every token of the guard's reported half: what the domain's gain costs elsewhere.
+    `kl`, `top1` and `guard_kl` also by text, which is what their spread can be told from.
     """
 
     use: Literal["toggles"] = "toggles"
@@ -38,7 +40,7 @@ class Toggles:
 
         weights, student = variant.weights, pair.student
         layout = samples.layout.select("heldout", "guard")
-        rows, targets, languages = layout.predicting("heldout")
+        rows, targets, texts = layout.predicting("heldout")
         walk = Walk(weights, layout, student.device, student.dtype)
         beside = bank.paired(layout)[rows]
         found: list[Row] = []
@@ -56,27 +58,23 @@ class Toggles:
             walk.run()
             measure(i + 1)
             progress(i + 1, weights.depth, f"{len(layout.texts)} held-out texts")
-        overall = {"hidden_cosine": _mean(found, "hidden_cosine"), "residual_rms_diff": _mean(found, "residual_rms_diff")}
-        S, by_language = walk.states[rows], []
+        S, result = walk.states[rows], list[Row]()
         if pair.one_tokenizer:
             T = bank.teacher(layout, student.depth)[rows]
             seen = compare(pair.teacher.weights, T, weights, S, targets, shared_tokens(pair))
-            nll, overall = seen.nll, {"kl": float(seen.kl.mean()), "top1": float(seen.top1.mean()), **overall}
-            by_language = sorted(set(languages))
+            nll, result = seen.nll, _by_text(variant.name, "kl", seen.kl, texts) + _by_text(variant.name, "top1", seen.top1, texts)
+            result += _by_language(variant.name, "kl", seen.kl, texts)
         else:  # probabilities of different tokens cannot be compared; how likely the teacher's words are can be told
             head, blocks = weights.head().to(S), [range(k, min(k + BLOCK, len(S))) for k in range(0, len(S), BLOCK)]
             nll = torch.cat([-log_probabilities(weights, S[b], head).gather(-1, targets[b][:, None])[:, 0] for b in blocks]).double()
-        overall["perplexity"] = float(nll.mean().exp())
-        result = [Row(variant.name, name, value, "heldout", None, None, len(rows)) for name, value in overall.items()]
-        for language in by_language:
-            mine = [k for k, name in enumerate(languages) if name == language]
-            result.append(Row(variant.name, "kl", float(seen.kl[mine].mean()), "heldout", None, language, len(mine)))
-        guard, words, _ = layout.predicting("guard")
+        overall = {name: _mean(found, name) for name in ("hidden_cosine", "residual_rms_diff")} | {"perplexity": float(nll.mean().exp())}
+        result += [Row(variant.name, name, value, "heldout", None, None, len(rows)) for name, value in overall.items()]
+        guard, words, texts = layout.predicting("guard")
         if len(guard):
             T = bank.teacher(layout, student.depth)[guard]
             seen = compare(pair.teacher.weights, T, weights, walk.states[guard], words, shared_tokens(pair))
-            found_there = {"guard_kl": float(seen.kl.mean()), "guard_perplexity": float(seen.nll.mean().exp())}
-            result += [Row(variant.name, name, value, "guard", None, None, len(guard)) for name, value in found_there.items()]
+            result += _by_text(variant.name, "guard_kl", seen.kl, texts)
+            result.append(Row(variant.name, "guard_perplexity", float(seen.nll.mean().exp()), "guard", None, None, len(guard)))
         result += [Row(variant.name, "parameters", float(weights.parameters)), Row(variant.name, "seconds", variant.seconds)]
         return result + (found if self.per_layer else [])
 
@@ -84,6 +82,32 @@ class Toggles:
 def _mean(rows: list[Row], metric: str) -> float:
     values = [row.value for row in rows if row.metric == metric]
     return sum(values) / len(values)
+
+
+def _by_text(variant: str, metric: str, values: Tensor, texts: list[Text]) -> list[Row]:
+    """Return the mean of values `[n]`, one per token, over all of them and over those of each text; `texts[k]` is the text of value k."""
+    from rotdistill_core.samples import Row
+
+    rows = [Row(variant, metric, float(values.mean()), texts[0].split, None, None, len(values))]
+    for text, mine in _where([text.id for text in texts]).items():
+        about = texts[mine[0]]
+        rows.append(Row(variant, metric, float(values[mine].mean()), about.split, None, about.language, len(mine), text))
+    return rows
+
+
+def _by_language(variant: str, metric: str, values: Tensor, texts: list[Text]) -> list[Row]:
+    """Return the mean of values `[n]` over the tokens of each language."""
+    from rotdistill_core.samples import Row
+
+    where = _where([text.language for text in texts])
+    return [Row(variant, metric, float(values[where[k]].mean()), texts[0].split, None, k, len(where[k])) for k in sorted(where)]
+
+
+def _where(names: list[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for k, name in enumerate(names):
+        found.setdefault(name, []).append(k)
+    return found
 
 
 def _in_teacher_frame(X: Tensor, boundary: int, variant: Variant, pair: Pair, bank: Bank) -> Tensor:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
+
+from rich.console import Console
+from rotdistill_intervals import Estimate, Interval, estimates
+from rotdistill_report import _cell, compare, span
 
 from rotdistill_core import pipeline
 from rotdistill_core.testing import carry_out, pico_folder, pico_texts
@@ -27,17 +33,22 @@ use = "chop"
 layers = 1
 [[step]]
 use = "toggles"
+[[step]]
+use = "answers"
 [variants]
 base = []
 cut = ["chop"]
+full = ["chop"]
 """
 
 
-def ended(work: Path, observers: str = "") -> pipeline.Outcome:
+def ended(work: Path, observers: str = "", without: str = "", variants: str = "") -> pipeline.Outcome:
     pico_texts(work / "texts")
     pico_folder(work / "model")
     path = work / "told.toml"
-    path.write_text(RECIPE.format(work=work, observers=observers), encoding="utf-8")
+    text = RECIPE.format(work=work, observers=observers)
+    text = text.replace(f'[[step]]\nuse = "{without}"\n', "") if without else text
+    path.write_text(text.replace('full = ["chop"]', variants) if variants else text, encoding="utf-8")
     return carry_out(path)
 
 
@@ -48,10 +59,83 @@ def test_the_report_holds_the_figures_of_the_results(tmp_path: Path) -> None:
     whole = {(r["variant"], r["metric"]): r["value"] for r in results if r["layer"] is None and r["language"] is None}
     for variant in ("base", "cut"):
         assert f"| {variant} | {whole[variant, 'kl']:.4f} | {whole[variant, 'top1']:.3f} |" in text
-        [said] = outcome.answers[variant].values()
-        assert f"- **{variant}**: {' '.join(said.split())}" in text
     assert "- **chop** (cut," in text
-    assert "- **teacher**:" in text
+
+
+def test_answers_to_all_questions_stand_side_by_side(tmp_path: Path) -> None:
+    outcome = ended(tmp_path)
+    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    base, cut = (outcome.steps[variant, "answers"].notes["answers"] for variant in ("base", "full"))
+    assert len(base) == 3
+    assert "| id | language | question | teacher | base | full |" in text
+    for question, about in base.items():
+        cells = [_cell(words) for words in (about["question"], about["teacher"], about["said"], cut[question]["said"])]
+        assert f"| {question} | en | {' | '.join(cells)} |" in text
+    assert "- answers:" not in text  # not once more among what steps noted
+
+
+def test_intervals_are_those_of_the_results(tmp_path: Path) -> None:
+    outcome = ended(tmp_path)
+    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    found = estimates(outcome.rows, "base")
+    assert "| variant | held-out KL | change | top-1 | change |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| cut |") and span(found["kl"]["cut"].own, "kl") in line]
+    change = found["kl"]["cut"].change
+    assert change is not None
+    assert change.low > 0  # random layers: without one of them the student is farther from its teacher on every text
+    assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in line
+
+
+def test_the_terminal_shows_intervals_and_one_question(tmp_path: Path) -> None:
+    outcome = ended(tmp_path)
+    console = Console(width=200, file=io.StringIO(), record=True)
+    for told in outcome.told:
+        console.print(told)
+    shown = console.export_text()
+    found = estimates(outcome.rows, "base")["kl"]
+    assert span(found["cut"].own, "kl") in shown
+    assert [line.split()[2] for line in shown.splitlines() if " answers held-" in line] == ["held-0:"] * 3
+    assert "Answers, base → full" in shown
+    assert "chrF against the teacher's answers: " in shown
+    assert "Language:" not in shown  # pico models speak none
+
+
+def judged(gap: Interval, language: Interval, chrf: Interval) -> list[str]:
+    changes = {"answer_length": gap, "answer_length_gap": gap, "answer_language": language, "answer_language_teacher": language,
+               "answer_chrf": chrf}  # fmt: skip
+    one = Estimate(Interval(1.0, 0.9, 1.1), None)
+    return compare({metric: {"base": one, "full": Estimate(one.own, change)} for metric, change in changes.items()}, "base", "full")
+
+
+def test_words_follow_the_intervals() -> None:
+    up, down, flat, alone = (Interval(*ends) for ends in ((2, 1, 3), (-2, -3, -1), (1, -1, 2), (2, math.nan, math.nan)))
+    assert ["towards" in line for line in judged(down, up, up)] == [True] * 3
+    assert ["away" in line for line in judged(up, down, down)] == [True] * 3
+    assert ["no change beyond noise" in line for line in judged(flat, flat, alone)] == [True] * 3
+    assert [line.partition(":")[0] for line in judged(up, up, up)] == ["Length", "Language", "chrF against the teacher's answers"]
+
+
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    assert span(Interval(-1e-7, -2e-7, 1e-7), "kl", "+") == "0.000 [0.000, 0.000]"
+    assert span(Interval(-0.0104, -0.2, 10.0), "kl", "+") == "-0.010 [-0.200, +10.000]"
+    assert span(Interval(0.5, math.nan, math.nan), "kl") == "0.500"
+
+
+def test_a_run_without_answers_has_no_section_of_them(tmp_path: Path) -> None:
+    outcome = ended(tmp_path, without="answers")
+    assert "## Answers" not in (outcome.folder / "report.md").read_text(encoding="utf-8")
+    assert "## How sure the figures are" in (outcome.folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_variant_that_a_judge_left_out_has_empty_cells(tmp_path: Path) -> None:
+    outcome = ended(tmp_path, variants='full = ["chop", "answers"]\nmore = ["answers"]')
+    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
+    assert "| id | language | question | teacher | full |" in text
+    assert "| base |" not in text.partition("## Answers")[2]
+
+
+def test_what_would_end_a_cell_is_written_out() -> None:
+    assert _cell("a | b\n<br> c\\") == "a \\| b &lt;br> c\\\\"
 
 
 def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:

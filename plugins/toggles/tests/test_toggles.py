@@ -11,7 +11,7 @@ from rotdistill_toggles import Toggles, steps
 from rotdistill_core.bank import Bank
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair
-from rotdistill_core.samples import Samples, Variant
+from rotdistill_core.samples import Row, Samples, Variant
 from rotdistill_core.step import stage_of
 from rotdistill_core.testing import captured, logits, pico_model, pico_out, pico_samples, random_rotation
 from rotdistill_core.weights import Weights
@@ -32,8 +32,11 @@ def test_toggles_is_an_evaluator() -> None:
 
 
 def scores(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> dict[tuple[str, int | None, str | None], float]:
-    rows = Toggles().evaluate(Variant("x", weights, Maps(), 1.5), pair, bank, samples, quiet)
-    return {(row.metric, row.layer, row.language): row.value for row in rows}
+    return {(row.metric, row.layer, row.language): row.value for row in judged(weights, pair, bank, samples) if row.text is None}
+
+
+def judged(weights: Weights, pair: Pair, bank: Bank, samples: Samples) -> list[Row]:
+    return Toggles().evaluate(Variant("x", weights, Maps(), 1.5, Path()), pair, bank, samples, quiet)
 
 
 def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -> None:
@@ -65,3 +68,20 @@ def test_what_a_variant_loses_outside_the_domain_is_told_from_the_reported_half_
     without = scores(pair.student.weights, pair, bank, pico_samples(texts=10))
     assert seen["kl", None, None] == pytest.approx(without["kl", None, None], rel=1e-5)
     assert ("guard_kl", None, None) not in without
+
+
+def test_the_figures_of_the_texts_add_up_to_those_over_all_tokens(tmp_path: Path) -> None:
+    samples = pico_samples(texts=20, guard=6)
+    pair = Pair(pico_model(tmp_path / "teacher", seed=1), pico_model(tmp_path / "student"))
+    rows = judged(pair.student.weights, pair, captured(pair, pair.student.weights, samples, pico_out(tmp_path / "runs")), samples)
+    for metric, split in (("kl", "heldout"), ("top1", "heldout"), ("guard_kl", "guard")):
+        (whole,) = [row for row in rows if row.metric == metric and row.language is None]
+        texts = {row.text: row for row in rows if row.metric == metric and row.text}
+        assert {name: row.n for name, row in texts.items()} == {
+            text.id: len(text.tokens) - text.answer for text in samples.layout.texts if text.split == split
+        }
+        assert {row.language for row in texts.values()} == {"en"}
+        assert sum(row.value * (row.n or 0) for row in texts.values()) / sum(row.n or 0 for row in texts.values()) == pytest.approx(
+            whole.value
+        )
+        assert len({row.value for row in texts.values()}) > 1

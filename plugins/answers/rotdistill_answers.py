@@ -1,0 +1,105 @@
+"""Let variants answer the held-out questions, and compare what they say with the teacher's own answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import PositiveInt
+
+from rotdistill_core import hookimpl, step
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Out, Pair, Progress, Row, Samples, Variant
+
+LANGUAGES = ("ar", "de", "el", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "ru", "zh")
+"""Told apart beside those of the questions: a model may drift into a language that nobody asked in."""
+UNKNOWN = "und"
+
+
+@step
+class Answers:
+    """Let each saved variant answer the held-out questions, greedily, and compare with the teacher's answers.
+
+    `answer_chrf` (chrF, 0 to 100), `answer_length` (characters over the teacher's), `answer_length_gap` (mean |ln| of that),
+    `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
+    answer), over all answers and for each. The answers themselves are kept in the ledger, for the report.
+    """
+
+    use: Literal["answers"] = "answers"
+    tokens: PositiveInt | None = None
+    """Longest answer; without it, as long as the teacher's longest."""
+
+    @hookimpl
+    def evaluate(self, variant: Variant, pair: Pair, samples: Samples, out: Out, progress: Progress) -> list[Row]:
+        """See `Specs.evaluate`."""
+        from rotdistill_core.answers import greedy
+        from rotdistill_core.samples import Row
+
+        texts = [text for text in samples.layout.texts if text.split == "heldout"]
+        most = self.tokens or max(len(text.tokens) - text.answer for text in texts)
+        progress(0, len(texts), f"{variant.name} answers {len(texts)} questions")
+        asked = {text.id: text.tokens[: text.answer] for text in texts}
+        made = greedy(variant.folder, asked, most, pair.student.device, pair.student.dtype)
+        questions = {question.id: question.question for question in samples.questions}
+        known, language_of = identifier(text.language for text in texts)
+        kept: dict[str, dict[str, str]] = {}
+        found: dict[str, list[Row]] = {}
+        for text in texts:
+            teacher, said = (words(pair.student.tokenizer, tokens) for tokens in (text.tokens[text.answer :], made[text.id]))
+            kept[text.id] = {"language": text.language, "question": questions.get(text.id, ""), "teacher": teacher, "said": said}
+            for metric, value in compared(teacher, said, text.language if text.language in known else None, language_of).items():
+                found.setdefault(metric, []).append(Row(variant.name, metric, value, "heldout", None, text.language, 1, text.id))
+        out.notes["answers"] = kept
+        if lost := sorted({text.language for text in texts} - known):
+            out.notes["languages that cannot be identified"] = lost
+        means = [Row(variant.name, metric, _mean(rows), "heldout", None, None, len(rows)) for metric, rows in found.items()]
+        return means + [row for rows in found.values() for row in rows]
+
+
+def compared(teacher: str, said: str, language: str | None, language_of: Callable[[str], str]) -> dict[str, float]:
+    """Return the figures of one answer beside the teacher's; `language` is the question's, None where it cannot be identified.
+
+    Where the teacher's answer is in no language there is nothing that another could be in as well, and so no figure of that.
+    """
+    from sacrebleu.metrics.chrf import CHRF
+
+    ratio = max(len(said), 1) / max(len(teacher), 1)  # an empty answer counts as one character: its logarithm stays finite
+    figures = {
+        "answer_chrf": CHRF().sentence_score(said, [teacher]).score,
+        "answer_length": ratio,
+        "answer_length_gap": abs(math.log(ratio)),
+    }
+    spoken = language_of(said)
+    goals = {"answer_language": language or UNKNOWN, "answer_language_teacher": language_of(teacher)}
+    return figures | {metric: float(spoken == goal) for metric, goal in goals.items() if goal != UNKNOWN}
+
+
+def identifier(languages: Iterable[str]) -> tuple[frozenset[str], Callable[[str], str]]:
+    """Return the languages that are told apart, and a function from text to the code of its language.
+
+    The model comes with py3langid. What is in no language (empty, or signs alone) is `und`.
+    """
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    model: Any = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=0.5)
+    known = frozenset({*LANGUAGES, *languages} & set(model.labels))
+    model.set_languages(sorted(known))
+    return known, lambda text: str(model.classify(text)[0])
+
+
+def words(tokenizer: Any, tokens: Iterable[int]) -> str:
+    """Return the text of an answer's tokens; a last character that is only there in part is left out."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text.strip().rstrip("\ufffd")
+
+
+def _mean(rows: list[Row]) -> float:
+    return sum(row.value for row in rows) / len(rows)
+
+
+@hookimpl
+def steps() -> list[type]:
+    """Offer the step."""
+    return [Answers]
