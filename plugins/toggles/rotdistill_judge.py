@@ -34,10 +34,10 @@ def judged(layout: Layout, samples: Samples, split: str, most: int | None = None
     Where the teacher answered some of the split's questions itself only those count: it is such answers that the student is scored on.
     """
     own = {question.id for question in samples.questions if question.answer is None}
-    rows, targets, _ = layout.predicting(split)
-    numbers = [k for k, text in enumerate(layout.texts) if text.split == split]
-    text = torch.tensor([k for k in numbers for _ in range(len(layout.texts[k].tokens) - layout.texts[k].answer)], dtype=torch.long)
-    use = torch.tensor([layout.texts[k].id in own for k in text.tolist()], dtype=torch.bool)
+    rows, targets, texts = layout.predicting(split)
+    number = {text.id: k for k, text in enumerate(layout.texts)}
+    text = torch.tensor([number[t.id] for t in texts], dtype=torch.long)
+    use = torch.tensor([t.id in own for t in texts], dtype=torch.bool)
     use = use if bool(use.any()) else ~use
     some = slice(None, None, max(1, -(-int(use.sum()) // most)) if most else 1)
     return Judged(rows[use][some], targets[use][some], text[use][some])
