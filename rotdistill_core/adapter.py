@@ -78,6 +78,9 @@ class Adapter:
     depth_key: str = "num_hidden_layers"
     width_key: str = "hidden_size"
     eps_key: str = "rms_norm_eps"
+    neurons_key: str = "intermediate_size"
+    groups_key: str = "num_key_value_heads"
+    query_key: str = "num_attention_heads"
     gain_offset: float = 0.0
     """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""
     softcap_key: str = ""

@@ -101,7 +101,7 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "wanted"),
     [
-        (STEPS.replace("layers = 4", ""), 'step "chop" (#1): layers: Field required'),
+        (STEPS.replace("layers = 4", ""), 'step "chop" (#1): options: Value error, say what stays'),
         (STEPS.replace('use = "residuals"', 'id = "r"'), "step #2: use: missing"),
         (STEPS.replace('id = "fold"', 'id = "basis"'), "must be a unique string"),
         ("", "at least one [[step]] table is needed"),

@@ -1,8 +1,10 @@
-"""Cut layers out of the student."""
+"""Cut the student: layers, neurons, groups of heads, the stream."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -11,68 +13,121 @@ from rotdistill_core import hookimpl, step
 if TYPE_CHECKING:
     from rotdistill_core.api import Out, Pair, Progress, Samples, Weights
 
-ROWS = 2048
-
 
 @step
 class Chop:
-    """Keep some of the student's layers.
+    """Keep some of the student's layers, neurons, key/value groups or stream: any of them together, or a share of all by `keep`.
 
-    Given a number, the run of layers is cut whose input and output differ least in angle on the samples
-    (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887).
+    Layers go first. Given a number, `choose = "angle"` cuts the run whose input and output differ least in angle on the samples
+    (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887); `"kl"` cuts what costs least KL to
+    the uncut student, its own logits. Then the stream is cut in its principal basis and its readers are refitted, and heads and neurons
+    are cut by what their removal costs once their writer is refitted.
+    `keep` is the share that stays of all parameters but those of embedding and head; a head that a narrower stream unties has to be
+    paid for. How it is shared between depth and width is decided by the KL of a few splits behind a small refit; they are in the notes.
     """
 
     use: Literal["chop"] = "chop"
-    layers: PositiveInt | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    layers: PositiveInt | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """How many layers stay, or which (numbered from 0)."""
+    choose: Literal["angle", "kl"] = "angle"
+    """How a number of layers is chosen."""
+    neurons: PositiveInt | None = None
+    """How many neurons stay in each MLP."""
+    groups: PositiveInt | None = None
+    """How many key/value groups stay in each attention, with their query heads."""
+    width: PositiveInt | None = None
+    """How wide the residual stream stays; the head is untied."""
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Instead of these: which share of the parameters stays, embedding and head apart."""
     texts: PositiveInt = 24
     """On how many fit texts the angles are measured."""
+    fitted: PositiveInt = 16384
+    """On how many rows of fit texts neurons, groups and stream are chosen and refitted."""
+    rows: PositiveInt = 768
+    """On how many rows of validation texts KL is measured, the teacher's own answers first."""
 
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse a step that says nothing, or two things."""
+        asked = self._asked()
+        if self.keep is not None and asked:
+            raise ValueError(f"keep decides how much goes of everything; leave out {', '.join(asked)}")
+        if self.keep is None and not asked:
+            raise ValueError("say what stays: layers, neurons, groups, width, or keep for a share of all")
+
+    def _asked(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("layers", "neurons", "groups", "width") if getattr(self, name) is not None}
 
     @hookimpl
     def fold(self, weights: Weights, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.fold`."""
-        from rotdistill_core.errors import RecipeError
-
-        depth = weights.depth
-        if isinstance(self.layers, list):
-            keep = self.layers
-            if sorted(set(keep)) != keep or keep[-1] >= depth:
-                raise RecipeError(f"chop: layers must rise and stay below {depth}, the student's depth.")
-        elif self.layers > depth:
-            raise RecipeError(f"chop: layers = {self.layers}, but the student has {depth}.")
-        else:
-            keep = self._choose(weights, depth - self.layers, pair, samples, out, progress)
-        out.notes["layers kept"] = keep
-        return weights.cut(keep)
-
-    def _choose(self, weights: Weights, drop: int, pair: Pair, samples: Samples, out: Out, progress: Progress) -> list[int]:
-        import torch
+        from rotdistill_chop_depth import chosen
+        from rotdistill_chop_keep import Size, Trial, best_split, cut
 
         from rotdistill_core.walk import Walk
 
-        depth = weights.depth
-        if drop == 0:
-            return list(range(depth))
-        if depth - drop < 2:
-            return list(range(depth - drop))
+        self._check(weights)
+        device, dtype = pair.student.device, pair.student.dtype
+        whole, old = replace(weights, lineage=replace(weights.lineage, basis=None)), weights.lineage.basis
+        known: dict[int, list[int]] = {}
+        pick = cache(lambda count: self._pick(whole, count, known, pair, samples, out, progress))
+        if self.keep is not None:
+            tried = out.notes.setdefault("splits", {})
+            size, kept = best_split(whole, self.keep, Trial(whole, samples, self.rows, device, dtype), pick, tried, progress)
+        else:
+            kept = self.layers if isinstance(self.layers, list) else pick(self.layers or whole.depth)
+            full = Size.of(whole)
+            size = Size(len(kept), self.neurons or full.neurons, self.groups or full.groups, self.width or full.width)
+        layout = chosen(samples, "fit", self.fitted)
+        made = cut(whole, kept, size, lambda short: Walk(short, layout, device, dtype), progress)
+        out.notes |= {"layers kept": kept, **dict(zip(("neurons", "groups", "width"), size[1:], strict=True))}
+        inner, all_inner = size.parameters(whole)[0], Size.of(whole).parameters(whole)[0]
+        out.notes["parameters kept, embedding and head apart"] = inner / all_inner
+        new = made.lineage.basis
+        # Between two models the cut student is what is captured and aligned, so that its stream is its own basis.
+        basis = old if new is None else (new if old is None else old @ new) if pair.same else None
+        return replace(made, lineage=replace(made.lineage, basis=basis))
+
+    def _check(self, weights: Weights) -> None:
+        """Refuse what cannot be cut so, before any weight is read."""
+        from rotdistill_chop_keep import Size
+
+        from rotdistill_core.errors import RecipeError
+
+        full, asked = Size.of(weights), self._asked()
+        if isinstance(self.layers, list):
+            if sorted(set(self.layers)) != self.layers or self.layers[-1] >= full.layers:
+                raise RecipeError(f"chop: layers must rise and stay below {full.layers}, the student's depth.")
+            del asked["layers"]
+        for name, value in asked.items():
+            if value > getattr(full, name):
+                raise RecipeError(f"chop: {name} = {value}, but the student has {getattr(full, name)}.")
+        if why := full._replace(**asked).refused(weights):
+            raise RecipeError(f"chop: transformers refuses {', '.join(f'{k} = {v}' for k, v in asked.items())}: {why}")
+
+    def _pick(
+        self, weights: Weights, count: int, known: dict[int, list[int]], pair: Pair, samples: Samples, out: Out, progress: Progress
+    ) -> list[int]:
+        """Return which layers stay, `count` of them; `known` keeps what one search finds for all smaller cuts too."""
+        from rotdistill_chop_depth import Judge, least_angle, least_kl
+
+        from rotdistill_core.walk import Walk
+
+        depth, drop = weights.depth, weights.depth - count
+        if drop == 0 or count < 2:
+            return list(range(count))
+        if self.choose == "kl":
+            if drop not in known:
+                judge = Judge(weights, samples, self.rows, pair.student.device, pair.student.dtype)
+                found = least_kl(judge, drop, progress)
+                known |= {r: [i for i in range(depth) if i not in gone] for r, (gone, _) in found.items()}
+                out.notes["KL by number of layers cut"] = {str(r): kl for r, (_, kl) in found.items()}
+            return known[drop]
         walk = Walk(weights, samples.layout.select("fit", most=self.texts), pair.student.device, pair.student.dtype)
-        # Rows of the shared prompt are left out: they are few, and position 0 is an attention sink.
-        some = torch.arange(walk.layout.prefix, walk.layout.rows)
-        some = some[:: max(1, len(some) // ROWS)]
-        recent = [walk.states[some]]
-        angles: dict[int, float] = {}
-        for i in walk:
-            walk.run()
-            recent.append(walk.states[some])
-            if len(recent) > drop:
-                before = recent.pop(0)
-                cosine = torch.cosine_similarity(before.double(), recent[-1].double(), dim=-1).clamp(-1, 1)
-                angles[i + 1 - drop] = float(cosine.acos().mean())
-            progress(i + 1, depth, f"angles on {len(some)} rows")
+        angles = least_angle(walk, drop, progress)
         out.notes["angle over the cut, by first layer"] = angles
-        cut = min(range(1, depth - drop), key=angles.__getitem__)
+        cut = min(range(1, depth - drop), key=angles.__getitem__, default=1)
         return [*range(cut), *range(cut + drop, depth)]
 
 

@@ -113,16 +113,7 @@ class LmHeadRidge:
         return (rows, self.guard * float(_kl(said, X, rows, head).mean())) if self.guard else (rows[:0], 0.0)
 
     def _ridged(
-        self,
-        X: Tensor,
-        T: Tensor,
-        H_s: Tensor,
-        H_t: Tensor,
-        fit: Tensor,
-        rows: Tensor,
-        before: float,
-        guard: tuple[Tensor, float],
-        out: Out,
+        self, X: Tensor, T: Tensor, H_s: Tensor, H_t: Tensor, fit: Tensor, rows: Tensor, before: float, guard: Guard, out: Out
     ) -> tuple[Tensor, float]:
         """Return the head `[V, d_s]` of the best ridge and blend on validation rows, or the student's own, and its KL."""
         import torch

@@ -44,7 +44,7 @@ class Residuals:
         from rotdistill_core.bank import Bank
         from rotdistill_core.errors import RecipeError
 
-        if weights.lineage.basis is not None:
+        if weights.lineage.basis is not None and weights.width == pair.student.width:  # a stream cut by `chop` has a basis too
             raise RecipeError("residuals: the student is in another basis already; put the capture before basis-fold.")
         if pair.same and self.layer_map == "match":
             raise RecipeError('residuals: this student is the teacher, cut: its layer map is known; leave out layer_map = "match".')
