@@ -52,9 +52,9 @@ def texts(draw: random.Random, kind: str, count: int, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def table(head: str, **values: Any) -> str:
+def table(title: str, /, **values: Any) -> str:
     """Return a TOML table; JSON writes these values as TOML does."""
-    return "\n".join([head, *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""])
+    return "\n".join([title, *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""])
 
 
 def recipe(draw: random.Random, model: str, count: int, name: str) -> str:

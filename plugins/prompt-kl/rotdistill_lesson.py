@@ -10,22 +10,28 @@ from rotdistill_predictions import compare
 from torch import Tensor
 
 from rotdistill_core.walk import Walk, log_probabilities
+from rotdistill_core.weights import file_entries
 
 if TYPE_CHECKING:
-    from rotdistill_core.api import Layout, Pair, Progress, Samples, Weights
+    from rotdistill_core.api import Layout, Out, Pair, Progress, Samples, Weights
 
 
 class Lesson:
     """The continuations, and the teacher's final states at their tokens."""
 
-    def __init__(self, pair: Pair, layout: Layout, tokens: int, progress: Progress, narrow: bool = False) -> None:
+    def __init__(self, pair: Pair, layout: Layout, tokens: int, out: Out, progress: Progress, narrow: bool = False) -> None:
         self.pair, self.layout, self.tokens, self.narrow = pair, layout, tokens, narrow
-        walk = Walk(pair.teacher.weights, layout, pair.teacher.device, pair.teacher.dtype)
-        for i in walk:
-            walk.run()
-            progress(i + 1, pair.teacher.depth, f"teacher on {layout.rows} rows")
-        self.states = walk.states
-        self.head = pair.teacher.weights.head()[:tokens].to(walk.states.dtype)
+        teacher = pair.teacher
+        kept = out.keyed("final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type)
+        path = kept.find("shards/final.safetensors")
+        if path is None:
+            walk = Walk(teacher.weights, layout, teacher.device, teacher.dtype)
+            for i in walk:
+                walk.run()
+                progress(i + 1, teacher.depth, f"teacher on {layout.rows} rows")
+            path = kept.tensors("shards/final.safetensors", {"rows": walk.states.cpu()})
+        self.states = file_entries(path)["rows"].read().clone()
+        self.head = teacher.weights.head()[:tokens].to(self.states.dtype)
 
     def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
         """Return the KL of every continuation token of some texts [n], in float32 at least."""

@@ -65,7 +65,7 @@ class PromptKl:
         from rotdistill_predictions import shared_tokens
 
         layout = self._texts(pair, samples, out, progress)
-        lesson = Lesson(pair, layout, shared_tokens(pair), progress, self.bfloat16)
+        lesson = Lesson(pair, layout, shared_tokens(pair), out, progress, self.bfloat16)
         view = weights.untie() if self.train == "head" else weights
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)

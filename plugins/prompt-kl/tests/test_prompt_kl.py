@@ -52,7 +52,7 @@ def test_the_validation_kl_falls_and_the_folded_weights_are_the_trained_ones(
     made, notes = taught(pair, tmp_path, train=train)
     assert notes["validation KL after"] < 0.98 * notes["validation KL before"]  # type: ignore[operator]
     step = PromptKl(**OPTIONS, train=train)  # type: ignore[arg-type]
-    lesson = Lesson(pair, step._texts(pair, SAMPLES, pico_out(tmp_path / "runs"), quiet), 64, quiet)
+    lesson = Lesson(pair, step._texts(pair, SAMPLES, pico_out(tmp_path / "runs"), quiet), 64, pico_out(tmp_path / "runs"), quiet)
     plain = step._with_lora(made, pair)  # its B is zero
     assert lesson.kl(plain, made, "validation") == pytest.approx(notes["validation KL after"], rel=1e-4)
     changed = {n for n in made.entries if n not in pair.student.weights.entries or not torch.equal(made[n], pair.student.weights[n])}
@@ -139,7 +139,7 @@ def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
     pair, samples = asked(tmp_path)
     step, out = PromptKl(ask=("questions",), rank=4, epochs=3, rate=2e-2, guard=guard), pico_out(tmp_path / "runs")
     made = step.style(pair.student.weights, pair, samples, out, quiet)
-    lesson = Lesson(pair, samples.layout, 64, quiet)
+    lesson = Lesson(pair, samples.layout, 64, pico_out(tmp_path / "runs"), quiet)
     before, after = (lesson.scores(view, "guard-validation", samples).mean for view in (pair.student.weights, made))
     assert after <= guard * before * (1 + 1e-5)
 
