@@ -73,7 +73,7 @@ class WriterRefit:
 
         from rotdistill_core.walk import Walk
 
-        self._check(weights)
+        self._check(weights, samples)
         own = frozenset(question.id for question in samples.questions if question.answer is None)
         shared_tokens(pair)  # ahead of the work: it refuses two tokenizers
         layout = samples.layout.select("fit", "validation")
@@ -114,13 +114,15 @@ class WriterRefit:
 
         return settle(weights, refitted, score, self.guard, out.notes)
 
-    def _check(self, weights: Weights) -> None:
+    def _check(self, weights: Weights, samples: Samples) -> None:
         from rotdistill_core.errors import RecipeError
 
         if self.features == "output" and self.writers != ("neurons",):
             raise RecipeError('writer-refit: features = "output" is a map of the MLP\'s output; writers must be ["neurons"].')
         if not set(self.writers) <= set(weights.adapter.writers):
             raise RecipeError(f"writer-refit: in a {weights.config['model_type']} model a norm stands between writers and stream.")
+        if self.guard and not samples.layout.select("guard-validation").texts:
+            raise RecipeError("writer-refit: guard needs texts outside the domain; name them as samples.guard.")
 
     def _counts(self, goal: Tensor, layout: Layout, own: frozenset[str]) -> Tensor:
         """Return how often each row counts [rows]."""

@@ -139,6 +139,11 @@ def test_a_guard_bounds_what_is_paid_elsewhere(teacher: Model, tmp_path: Path, g
     assert notes["guard KL before"] == pytest.approx(before, rel=1e-4)
 
 
+def test_a_guard_without_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"name them as samples\.guard"):
+        refit(WriterRefit(guard=1.02), teacher.weights.cut(KEPT), Pair(teacher, teacher), samples, tmp_path / "runs")
+
+
 def test_an_uncut_student_of_the_same_model_stays_as_good(teacher: Model, samples: Samples, tmp_path: Path) -> None:
     pair = Pair(teacher, teacher)
     made, notes = refit(WriterRefit(), teacher.weights, pair, samples, tmp_path / "runs")
