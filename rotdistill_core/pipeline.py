@@ -120,7 +120,7 @@ class Run:
         if out.find("recipe.toml") is None:
             out.write("recipe.toml", [self.loaded.text.encode()])
             out.json("recipe.resolved.json", self.loaded.resolved())
-        samples = self._samples()
+        samples = self.samples()
         models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
         base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
@@ -146,7 +146,7 @@ class Run:
         name = self.recipe.student.save_dtype
         return self.pair.student.weights.dtype if name == "auto" else getattr(torch, name)
 
-    def _samples(self) -> Samples:
+    def samples(self) -> Samples:
         """Tokenise the texts, with the teacher's own answers to the held-out questions, and freeze them in the run."""
         teacher, settings = self.pair.teacher, self.recipe.samples
         answers: dict[str, list[int]] = {}

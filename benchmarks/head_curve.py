@@ -1,0 +1,100 @@
+"""What a head fitted in closed form gains with more texts and other λ: held-out KL, in nats.
+
+    python benchmarks/head_curve.py RECIPE [--set ID.FIELD=VALUE ...] [--runs DIR] [--texts 25 50 100 200]
+
+Texts are blurbs and the teacher's own answers to their questions, counted as the recipe does. Each head is the ridge of `lm-head-ridge`; its
+blend is chosen on validation rows, λ is not: the whole curve is printed. What a run under DIR has captured of the teacher is reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rotdistill_judge import judged
+from rotdistill_predictions import compare, shared_tokens
+from rotdistill_residuals import Residuals
+from torch import Tensor
+
+from rotdistill_core.ledger import Out
+from rotdistill_core.moments import Moments, ridge
+from rotdistill_core.pipeline import Run
+from rotdistill_core.recipe import load
+from rotdistill_core.walk import Walk, final_norm
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0, 100.0)
+BLENDS = (0.25, 0.5, 1.0)
+
+
+class Said:
+    """Watches a run and prints what it is told."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(line)
+
+
+class Heads:
+    """Teacher and student on all texts, and the heads fitted to some of them."""
+
+    def __init__(self, run: Run) -> None:
+        quiet, pair = lambda *_: None, run.pair
+        self.samples, self.pair = run.samples(), pair
+        out = Out(run.store, run.ledger, "head curve", "residuals")
+        bank = Residuals(student_texts=1).capture(pair, pair.student.weights, self.samples, out, quiet)
+        self.layout = self.samples.layout.select("fit", "validation", "heldout")
+        walk = Walk(pair.student.weights, self.layout, pair.student.device, pair.student.dtype)
+        for _ in walk:
+            walk.run()
+        self.raw, self.theirs = walk.states, bank.teacher(self.layout, pair.student.depth).to(walk.states)
+        self.X, self.T = final_norm(walk.weights, self.raw), final_norm(pair.teacher.weights, self.theirs)
+        self.tokens = shared_tokens(pair)
+        self.H_s, self.H_t = (model.weights.head().to(self.X) for model in (pair.student, pair.teacher))
+
+    def kl(self, split: str, head: Tensor) -> float:
+        """Return the mean KL of a head on a split."""
+        rows, targets, _ = judged(self.layout, self.samples, split, 1024 if split == "validation" else None)
+        weights = self.pair.student.weights
+        return float(compare(self.pair.teacher.weights, self.theirs[rows], weights, self.raw[rows], targets, self.tokens, head).kl.mean())
+
+    def fitted(self, names: set[str], strength: float) -> Tensor:
+        """Return the ridge head of fit texts of these names (and the shared prompt)."""
+        some = [k for k, text in enumerate(self.layout.texts) if text.split == "fit" and text.id.removesuffix(".own") in names]
+        starts = self.layout.starts
+        rows = torch.cat([torch.arange(self.layout.prefix), *(torch.arange(starts[k], starts[k + 1]) for k in some)])
+        moments = Moments(self.X.shape[1], self.T.shape[1])
+        moments.add(self.X[rows], self.T[rows])
+        eye = torch.eye(self.X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
+        A, B = (ridge(moments.xx, right, strength, "head").to(self.X) for right in (moments.xy, strength * eye))
+        made = self.H_s.clone()
+        made[: self.tokens] = self.H_t[: self.tokens] @ A.T + self.H_s[: self.tokens] @ B.T
+        return made
+
+
+def main() -> None:
+    """Print the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--texts", type=int, nargs="+", default=[25, 50, 100, 200])
+    asked = parser.parse_args()
+    heads = Heads(Run(load(asked.recipe, asked.sets), asked.runs, Said(), lambda *_: None))
+    names = [t.id for t in heads.layout.texts if t.split == "fit" and not t.id.endswith(".own")]
+    share = len(names) / len({t.id for t in heads.layout.texts if t.split != "heldout" and not t.id.endswith(".own")})
+    print(f"base: validation {heads.kl('validation', heads.H_s):.4f}, held-out {heads.kl('heldout', heads.H_s):.4f}")
+    print(f"| texts (of which fit) | λ | blend | validation | held-out |\n|{'---|' * 5}", flush=True)
+    for count in asked.texts:
+        few = set(names[: round(share * count)])
+        for strength in STRENGTHS if count == max(asked.texts) else (0.1, 0.3, 1.0):
+            made = heads.fitted(few, strength)
+            blended = {b: heads.H_s + b * (made - heads.H_s) for b in BLENDS}
+            scores = {b: heads.kl("validation", head) for b, head in blended.items()}
+            best = min(scores, key=scores.__getitem__)
+            told = f"{scores[best]:.4f} | {heads.kl('heldout', blended[best]):.4f}"
+            print(f"| {count} ({len(few)}) | {strength:g} | {best:g} | {told} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
