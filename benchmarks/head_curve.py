@@ -2,8 +2,8 @@
 
     python benchmarks/head_curve.py RECIPE [--set ID.FIELD=VALUE ...] [--runs DIR] [--texts 25 50 100 200]
 
-Texts are blurbs and the teacher's own answers to their questions, counted as the recipe does. Each head is the ridge of `lm-head-ridge`; its
-blend is chosen on validation rows, λ is not: the whole curve is printed. What a run under DIR has captured of the teacher is reused.
+Texts are blurbs and the teacher's own answers to their questions, counted as the recipe does. Each head is the ridge of `lm-head-ridge`;
+its blend is chosen on validation rows, λ is not: the whole curve is printed. What a run under DIR has captured of the teacher is reused.
 """
 
 from __future__ import annotations
