@@ -33,6 +33,10 @@ class Bank:
         """Return the raw stream `[rows, d]` of one side at a layer boundary (0: embeddings), memory-mapped."""
         return file_entries(self.root / self.shards[side][boundary])["rows"].read()
 
+    def width(self, side: str) -> int:
+        """Return how wide the stream of one side was when it was captured, from the header alone."""
+        return file_entries(self.root / self.shards[side][0])["rows"].shape[1]
+
     def teacher(self, layout: Layout, depth: int) -> Tensor:
         """Return the teacher's raw stream beside a boundary of the original student, a row for each row of `layout` `[rows, d_t]`."""
         return self.beside(layout, self.partners[depth])

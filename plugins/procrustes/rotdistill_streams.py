@@ -80,7 +80,7 @@ def solve_stages(
     from rotdistill_core.errors import RecipeError
     from rotdistill_core.maps import Rotation
 
-    width = bank.rows("student", 0).shape[1]  # of the student as it was captured: `chop` may have cut its stream
+    width = bank.width("student")  # of the student as it was captured: `chop` may have cut its stream
     if width > pair.teacher.width:
         raise RecipeError(f"{use}: the student is wider ({width}) than the teacher ({pair.teacher.width}).")
     boundaries = list(range(len(bank.depths)))
@@ -139,7 +139,7 @@ def fit_sums(bank: Bank, pair: Pair, boundaries: list[int], use: str, squares: b
             yield normalised(S[some]), normalised(T[some]), normalised(T[other])
 
     streams = (parts(S, T, rows) for _, S, T, rows in paired(bank, pair, boundaries, "fit", use))
-    return add_up(streams, bank.rows("student", 0).shape[1], pair.teacher.width, squares)
+    return add_up(streams, bank.width("student"), pair.teacher.width, squares)
 
 
 def gap_at(S: Tensor, k: int) -> float:
