@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -117,6 +118,8 @@ def main() -> int:
                 failed += 1
                 continue
             found, bad = estimates(outcome.rows, "base")["kl"], bad_weights(outcome)
+            for big in ("shards", "checkpoints", "weights"):  # some gigabytes a recipe; the answers are shared
+                shutil.rmtree(outcome.folder / big)
             changes = {name: e.change for name, e in found.items() if name != "base" and e.change}
             worse = [name for name, change in changes.items() if change.low > 0]
             failed += bool(worse or bad)
