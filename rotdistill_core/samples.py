@@ -209,16 +209,18 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     if problems:
         raise RecipeError(*problems)
     fit = sorted(blurbs, key=_shuffled)[: ref.limit]
-    cut = round(len(fit) * ref.validation)
-    part = {row["id"]: "validation" if k < cut else "fit" for k, row in enumerate(fit)}
+    said = list(dict.fromkeys((row["question"], row["blurb"]) for row in fit))  # copies on one side: what was fitted must not judge
+    judges = set(said[: round(len(said) * ref.validation)])
+    part = {row["id"]: "validation" if (row["question"], row["blurb"]) in judges else "fit" for row in fit}
     questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"], r["place"]) for r in blurbs if r["id"] in part]
-    if ref.own_answers:
-        questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions]  # the teacher answers these
+    if ref.own_answers:  # the teacher answers these, each question once
+        asked = {q.question: q for q in sorted(questions, key=lambda q: q.split, reverse=True)}
+        questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions if asked[q.question] is q]
     questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
     for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
         questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
     if not {"fit", "validation", "heldout"} <= {q.split for q in questions}:
-        raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
+        raise RecipeError(f"{base / ref.index}: too few different texts: fit, validation and held-out each need at least one.")
     return tuple(questions), style
 
 

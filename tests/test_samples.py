@@ -172,8 +172,23 @@ def test_an_id_in_both_tables_is_refused(tmp_path: Path) -> None:
     assert "b0" in problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))[0]
 
 
+def test_copies_of_a_text_fall_on_one_side_and_a_question_is_asked_once(tmp_path: Path) -> None:
+    rows = [[f"{name}-{k}", *blurb(name)[1:]] for k in range(20) for name in ("b1", "b2", "b3", "b4")]
+    rows += [["other", *blurb("b1")[1:5], "Another answer."]]
+    ref = REF.model_copy(update={"own_answers": 8, "validation": 0.5})
+    questions, _ = read_questions(ref, write_tables(tmp_path, rows))
+    texts = {split: {(q.question, q.answer) for q in questions if q.split == split and q.answer} for split in ("fit", "validation")}
+    assert not texts["fit"] & texts["validation"]
+    assert texts["fit"]
+    assert texts["validation"]
+    own = [q for q in questions if q.id.endswith(".own")]
+    assert sorted(q.question for q in own) == [f"What is b{k}?" for k in (1, 2, 3, 4)]
+    fitted = {q.question for q in questions if q.split == "fit"}
+    assert all(q.split == "fit" for q in own if q.question in fitted)
+
+
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
-    assert "too few texts" in problems_of(write_tables(tmp_path, [blurb("b0")]))[0]
+    assert "too few different texts" in problems_of(write_tables(tmp_path, [blurb("b0")]))[0]
 
 
 TEXTS = (
