@@ -75,7 +75,7 @@ def recipe(draw: random.Random, model: str, count: int, name: str) -> str:
             table("[teacher]", model=model),
             table("[student]", model=model),
             table(
-                "[samples]", **samples, max_tokens=192, answer_tokens=32, validation=0.5 if count < 10 else 0.2,
+                "[samples]", **samples, max_tokens=128, answer_tokens=32, validation=0.5 if count < 10 else 0.2,
                 own_answers=draw.choice([0, 16]),
             ),
             table("[[step]]", use="chop", layers=draw.randint(20, 29)),

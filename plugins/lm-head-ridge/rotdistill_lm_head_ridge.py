@@ -67,21 +67,18 @@ class LmHeadRidge:
     @hookimpl
     def style(self, weights: Weights, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """See `Specs.style`."""
+        from rotdistill_head_states import final_states
         from rotdistill_judge import better, by_text, judged
         from rotdistill_predictions import shared_tokens
 
         from rotdistill_core.errors import RecipeError
-        from rotdistill_core.walk import Walk, final_norm
+        from rotdistill_core.walk import final_norm
 
         tokens = shared_tokens(pair)
         fit_texts = samples.layout.select("fit", most=self.texts)
         splits = ("validation", "guard-validation") if self.guard else ("validation",)
         layout = replace(fit_texts, texts=fit_texts.texts + samples.layout.select(*splits).texts)
-        walk = Walk(weights, layout, pair.student.device, pair.student.dtype)
-        for i in walk:
-            walk.run()
-            progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
-        X = final_norm(weights, walk.states)
+        X = final_norm(weights, final_states(weights, bank, pair.student, layout, progress))
         (rows, _, text), others = judged(layout, samples, "validation", JUDGED_ROWS), layout.predicting("guard-validation")[0]
         if self.guard and not len(others):
             raise RecipeError("lm-head-ridge: guard needs texts outside the domain; name them as samples.guard.")
