@@ -43,7 +43,7 @@ def texts(draw: random.Random, kind: str, count: int, path: Path) -> None:
     with (SAMPLES / "index.tsv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     draw.shuffle(rows)
-    chosen = rows[:count] if kind != "copies" else [rows[k % max(1, count // 4)] for k in range(count)]
+    chosen = rows[:count] if kind != "copies" else [rows[k % max(2, count // 4)] for k in range(count)]
     lines = ["\t".join(rows[0])]
     for k, row in enumerate(chosen):
         made = {**row, "id": f"t-{k}"}
