@@ -1,13 +1,12 @@
 """From recipe to checkpoints and results: order, keys, reuse, variants.
 
-A step's key is the sha256 of its options, its plugin (distribution, version, source), everything before it, models, texts and seed. A
+A step's key is the sha256 of its options, its plugin (distribution, version, code), everything before it, models, texts and seed. A
 key that a ledger holds with files that still hash true is reused: that is resume, sharing between variants, and the reason
 why trying another aligner costs one alignment.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import time
@@ -29,7 +28,7 @@ from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Maps, restore_maps, store_maps
 from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
-from rotdistill_core.recipe import Loaded, Placed
+from rotdistill_core.recipe import Loaded, Placed, digest
 from rotdistill_core.report import as_json
 from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
@@ -73,23 +72,6 @@ class Outcome:
     """What observers say at the end, to be shown below the results."""
 
 
-def digest(*parts: object) -> str:
-    """Return the sha256 of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def step_key(before: str, placed: Placed) -> str:
-    """Return the key of a step behind everything before it."""
-    source = inspect.getsourcefile(type(placed.step))
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-    return digest(before, placed.id, options_of(placed.step), placed.origin.distribution, placed.origin.version, code)
-
-
-def run_folder(loaded: Loaded, root: Path) -> Path:
-    """Return the run's folder: the same recipe, options included, always has the same one."""
-    return root / f"{loaded.recipe.name}-{loaded.digest()[:8]}"
-
-
 class Run:
     """One recipe being carried out. The only place that keeps state."""
 
@@ -105,7 +87,7 @@ class Run:
         self.pair = open_pair(self.recipe.teacher, self.recipe.student, self.recipe.anchor, self.say)
         self.questions, self.style = read_questions(self.recipe.samples, loaded.path.parent)
         self.store = Store(root.resolve(), observer.say)
-        self.folder = self.store.root / run_folder(loaded, root).name
+        self.folder = loaded.folder(self.store.root)
         self.ledger = Ledger(self.folder)
         self.store.sweep(self.folder)
         self.steps: dict[tuple[str, str], Done] = {}
@@ -171,13 +153,12 @@ class Run:
         return samples
 
     def _step(self, variant: str, placed: Placed, state: State, samples: Samples) -> State:
-        key = step_key(state.key, placed)
+        key = placed.key(state.key)
         record = None if self.fresh and (key not in {d.key for d in self.steps.values()}) else self.store.find(key)
         reused = record is not None
         with self._watched(placed, variant):
             record = record or self._execute(placed, state, samples, key)
-        if record not in self.ledger.records:  # another run made it; this ledger says what this run stands on
-            self.ledger.append(**record)
+        self._stand_on(record)
         seconds = float(record["seconds"])
         known = any(done.key == key for done in self.steps.values())
         self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
@@ -188,6 +169,11 @@ class Run:
         if placed.stage in ("align", "refine"):
             return replace(after, maps=restore_maps(info, self.store.root))
         return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))
+
+    def _stand_on(self, record: dict[str, Any]) -> None:
+        """Say in this run's ledger what the run stands on, where another run made it."""
+        if record not in self.ledger.records:
+            self.ledger.append(**record)
 
     @contextmanager
     def _watched(self, placed: Placed, variant: str) -> Iterator[None]:
@@ -290,7 +276,7 @@ class Run:
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
         names = self._takes(placed, state)
-        key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
+        key = placed.key(digest(state.key, name, str(self.save_dtype())))
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):
@@ -301,6 +287,7 @@ class Run:
                          "progress": self.progress}  # fmt: skip
                 info = {"rows": [list(row) for row in placed.step.evaluate(**{k: given[k] for k in names})]}
                 record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+        self._stand_on(record)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), record["notes"])
         self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]

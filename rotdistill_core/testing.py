@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -241,6 +244,23 @@ def carry_out(path: Path, screen: Any = None) -> Outcome:
     from rotdistill_core import pipeline, recipe
 
     return pipeline.Run(recipe.load(path), path.parent / "runs", screen or Quiet(), lambda *_: None).go()
+
+
+def command_line(*words: str) -> tuple[int, str, str]:
+    """Call the command line in this process; return its exit code and what it printed on stdout and on stderr."""
+    from rotdistill_core.cli import main
+
+    out, err, code = StringIO(), StringIO(), 0
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with redirect_stdout(out), redirect_stderr(err), mock.patch.object(sys, "argv", ["rotdistill", *words]):
+            main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
 
 
 def _write_all(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, Path]:

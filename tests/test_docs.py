@@ -22,8 +22,9 @@ import pytest
 from rotdistill_core import plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.hookspecs import Specs
-from rotdistill_core.plugins import ADAPTERS, OBSERVERS, STEPS
+from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
 from rotdistill_core.step import STAGES, stage_of
+from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[1]
 GUIDE, RECIPES, SAMPLES = (ROOT / name / "README.md" for name in ("plugins", "recipes", "samples"))
@@ -225,6 +226,18 @@ def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
         told = {"step_id": "refit", "variant": "full", "seconds": seconds, "reused": reused}
         pm.hook.after_step(**told, stage="fold", folder=tmp_path, say=said.append)
     assert said == ["full: refit took 1.5 minutes"]
+
+
+def test_the_example_verb_works(tmp_path: Path, example: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "rotdistill_where"
+    assert f'`where = "{module}"`' in read(GUIDE)
+    example(f"{module}.py")
+    install(tmp_path, "rotdistill-where", COMMANDS, "where", module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/trial-1/checkpoints/full").mkdir(parents=True)
+    assert command_line("where", "trial") == (0, "runs/trial-1/checkpoints/full\n", "")
+    assert command_line("where", "other")[0] == 2
+    assert "rotdistill where tour-guide --json" in command_line("where", "--help")[1]
 
 
 @pytest.mark.parametrize("name", plugins.installed(OBSERVERS))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from rotdistill_core import hookimpl, recipe
+from rotdistill_core.cli import RUNS, Json, RecipePath, Sets
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.ledger import Store
 from rotdistill_core.models import Model, open_pair
 from rotdistill_core.recipe import Loaded
-from rotdistill_core.samples import read_questions
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,17 @@ class Plan:
     """Split -> number of texts."""
 
 
-def plan(loaded: Loaded, root: Path) -> Plan:
+def foresee(loaded: Loaded, root: Path) -> Plan:
     """Return what `run` would do.
 
     Raises:
         RotdistillError: the recipe's models or texts are not there or do not fit.
     """
-    from rotdistill_core.pipeline import run_folder  # keeps `torch` out of every other command's start
-
     pair = open_pair(loaded.recipe.teacher, loaded.recipe.student, loaded.recipe.anchor)
+    from rotdistill_core.samples import read_questions  # keeps torch out of every other command's start
+
     questions, _ = read_questions(loaded.recipe.samples, loaded.path.parent)
-    folder = run_folder(loaded, root)
+    folder = loaded.folder(root)
     ledgers = [ledger for ledger in Store(root).ledgers() if ledger.folder.name == folder.name]
     done = {record["id"] for ledger in ledgers for record in ledger.records if record["kind"] == "step"}
     steps = []
@@ -73,3 +79,30 @@ def rich_plan(planned: Plan) -> Table:
     for step in planned.steps:
         table.add_row(step.variant, step.id, step.stage, step.plugin, step.state)
     return table
+
+
+def plan(path: RecipePath, sets: Sets = None, as_json: Json = False) -> None:
+    """Show what `run` would do: order, what is there already, sizes from headers. Loads no weights.
+
+    Examples:
+
+      rotdistill plan recipes/tour_guide.toml
+
+      rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
+    """
+    planned = foresee(recipe.load(path, sets or []), RUNS)
+    if as_json:
+        steps = [vars(step) for step in planned.steps]
+        print(json.dumps({"run_dir": str(planned.folder), "steps": steps, "bytes": planned.sizes, "texts": planned.texts}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(rich_plan(planned))
+    for what, size in planned.sizes.items():
+        console.print(f"{escape(what)}: {size / 1e9:.2f} GB")
+    console.print(", ".join(f"{n} {split}" for split, n in planned.texts.items()) + " texts")
+
+
+@hookimpl
+def commands() -> list[Callable[..., None]]:
+    """Offer the verb."""
+    return [plan]
