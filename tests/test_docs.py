@@ -151,7 +151,9 @@ def test_the_samples_are_counted_right() -> None:
 def documents() -> Iterator[Path]:
     """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of anything installed."""
     for folder, inside, files in os.walk(ROOT):
-        inside[:] = [d for d in inside if not d.startswith(".") and d not in ("runs", "shared", "node_modules")]
+        inside[:] = [
+            d for d in inside if not d.startswith(".") and (d not in ("runs", "shared", "node_modules") or folder.endswith("plugins"))
+        ]
         yield from (Path(folder, name) for name in files if name.endswith(".md"))
 
 
