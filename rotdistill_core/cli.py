@@ -18,7 +18,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from rotdistill_core import plugins, recipe
-from rotdistill_core.errors import CheckFailed, PluginError, RecipeError, RotdistillError, SetupError, nearest
+from rotdistill_core.errors import PluginError, RecipeError, RotdistillError, SetupError, nearest
 from rotdistill_core.hookspecs import hookimpl
 from rotdistill_core.step import stage_of
 
@@ -145,34 +145,6 @@ def run(
     for path in (outcome.folder / name for name in ("checkpoints", "report.md")):
         if path.exists():
             wide.print(f"{path.stem:<12} {escape(_here(path))}")
-
-
-@app.command()
-def check(
-    path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
-) -> None:
-    """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
-
-    Examples:
-
-      rotdistill check recipes/tour_guide.toml
-
-      rotdistill check runs/tour-guide-1a2b3c4d
-    """
-    if path.is_dir():
-        from rotdistill_core import check as checks
-
-        found = checks.check_run(path)
-        print(json.dumps(found)) if as_json else words().print(
-            f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
-        )
-        if found["problems"]:
-            raise CheckFailed("\n".join(found["problems"]))
-        return
-    loaded = recipe.load(path)
-    print(json.dumps(loaded.resolved())) if as_json else words().print(
-        f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}"
-    )
 
 
 @app.command("plugins")

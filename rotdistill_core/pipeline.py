@@ -30,12 +30,10 @@ from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed, digest
 from rotdistill_core.report import as_json
-from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
+from rotdistill_core.samples import Row, Samples, Variant, inputs, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
 from rotdistill_core.walk import Progress
 from rotdistill_core.weights import UNDO, Undo, Weights, open_folder, restore
-
-RELOADED = "round-trip"
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,12 @@ class Run:
         models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
         base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
+        start: dict[str, Any] = {"kind": "base", "key": base, "inputs": inputs(self.recipe, self.pair, self.questions, self.style)}
+        if not any(start.items() <= record.items() for record in self.ledger.records):
+            self.ledger.append(**start)
         outcome = Outcome(self.folder, [], self.steps, {}, [])
-        variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
         dtype = self.save_dtype()
-        if torch.finfo(dtype).bits < 32 and (exact := self.loaded.exact_chain()):
-            variants.setdefault(RELOADED, exact)
-        for name, chain in variants.items():
+        for name, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)
             for placed in (p for p in chain if p.stage != "evaluate"):
                 state = self._step(name, placed, state, samples)

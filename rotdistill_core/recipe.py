@@ -159,6 +159,11 @@ class Loaded:
         toggles = {name for names in self.recipe.variants.values() for name in names}
         return tuple(p for p in self.steps if p.id not in toggles or p.id in self.recipe.variants[variant])
 
+    def chains(self, narrow: bool) -> dict[str, tuple[Placed, ...]]:
+        """Return the steps of each variant; `round-trip` is one more where checkpoints are `narrow` (below 32 bits) and a fold is exact."""
+        found = {name: self.chain(name) for name in self.recipe.variants}
+        return {**found, "round-trip": exact, **found} if narrow and (exact := self.exact_chain()) else found
+
     def exact_chain(self) -> tuple[Placed, ...]:
         """Return the first variant's chain that has an exact fold, without its toggled transfers; empty when there is none."""
         toggles = {name for names in self.recipe.variants.values() for name in names}
