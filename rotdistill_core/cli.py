@@ -117,6 +117,7 @@ def run(
     path: RecipePath,
     sets: Sets = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")] = False,
+    unplanned: Annotated[bool, typer.Option("--no-plan", help="Begin without `plan`, and whatever it would say.")] = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe; whatever an earlier run made with the same inputs is reused.
@@ -128,6 +129,8 @@ def run(
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
     loaded = recipe.load(path, sets or [])
+    if not unplanned and "plan" in plugins.installed(plugins.COMMANDS):
+        plugins.command("plan")(path, sets, fresh, short=True)  # stops here where the machine does not suffice
     console = words()
     screen = Screen(console)
     try:

@@ -274,7 +274,8 @@ class Run:
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
         names = self._takes(placed, state)
-        key = placed.key(digest(state.key, name, str(self.save_dtype())))
+        behind = digest(state.key, name, str(self.save_dtype()))
+        key = placed.key(behind)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):
@@ -284,7 +285,7 @@ class Run:
                 given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "out": out,
                          "progress": self.progress}  # fmt: skip
                 info = {"rows": [list(row) for row in placed.step.evaluate(**{k: given[k] for k in names})]}
-                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed, behind)
         self._stand_on(record)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), record["notes"])
         self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
