@@ -148,6 +148,7 @@ class Run:
             for t in samples.layout.texts:
                 lines.append(f"{t.id}\t{t.language}\t{t.split}\t{len(t.tokens)}\t{t.answer}\t{digest(t.tokens)}\n")
             frozen.write("samples.tsv", [line.encode() for line in lines])
+            frozen.write("system.md", [self.style.encode()])
         return samples
 
     def _step(self, variant: str, placed: Placed, state: State, samples: Samples) -> State:
