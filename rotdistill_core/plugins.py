@@ -36,7 +36,7 @@ OFFERED_BY = {
         "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
         "report", "hub:", ".gguf",
     )
-} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3")} | {
+} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3", "phi3", "olmo2")} | {
     "gemma3_text": "rotdistill-gemma3-adapter", "package:": "rotdistill-gguf",
 }  # fmt: skip
 

@@ -324,19 +324,20 @@ def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
     config, found, problems = read_config(folder), folder_headers(folder), []
     config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
     table, sizes = adapter.expand(config), adapter.sizes(config)
-    for name, header in found.items():
+    shapes = adapter.unfused(config, {name: header.shape for name, header in found.items()})
+    for name, shape in shapes.items():
         templates = [t for t in adapter.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)]
         if len(templates) != 1 or name not in table:
             problems.append(f"{name} is claimed {len(templates)} times: {templates}")
-        elif len(header.shape) != len(table[name].axes):
-            problems.append(f"{name} has {len(header.shape)} axes, declared are {list(table[name].axes)}")
+        elif len(shape) != len(table[name].axes):
+            problems.append(f"{name} has {len(shape)} axes, declared are {list(table[name].axes)}")
         else:
-            for axis, (size, space) in enumerate(zip(header.shape, table[name].axes, strict=True)):
+            for axis, (size, space) in enumerate(zip(shape, table[name].axes, strict=True)):
                 if sizes.get(space) != size:
                     like = [other for other, n in sizes.items() if n == size]
                     problems.append(f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), it has {size} like {like}')
     for name, param in table.items():
-        if name not in found and not param.optional and not (param.tied and config.get("tie_word_embeddings")):
+        if name not in shapes and not param.optional and not (param.tied and config.get("tie_word_embeddings")):
             problems.append(f"{name} is declared, the checkpoint does not have it")
         if param.gain and not (param.gain in table and table[param.gain].is_gain):
             problems.append(f"{name} absorbs {param.gain}, which is not declared as a gain")
