@@ -89,6 +89,8 @@ class Adapter:
     """What the model's config class takes for keys that a config.json leaves out."""
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config key -> values under which the table does not hold."""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensor of a checkpoint -> the parameters of the table that it holds, one below the other."""
 
     def depth(self, config: Config) -> int:
         """Return the number of decoder layers."""
@@ -111,13 +113,30 @@ class Adapter:
         absorbed = list(dict.fromkeys(param.gain for param in table.values() if param.gain))
         return absorbed, [n for n, p in table.items() if p.is_gain and "residual" in p.axes and n not in absorbed]
 
+    def parts(self, config: Config) -> dict[str, dict[str, int]]:
+        """Return each fused tensor of a checkpoint with its parameters and how many rows of it are theirs."""
+        table, sizes, found = self.expand(config), self.sizes(config), {}
+        for whole, parts in self.fused.items():
+            for i in self._layers(whole, config):
+                names = [part.replace(LAYER, str(i)) for part in parts]
+                found[whole.replace(LAYER, str(i))] = {name: sizes[table[name].axes[0]] for name in names}
+        return found
+
+    def unfused(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the table's parameters in a checkpoint; a fused tensor whose rows do not add up stays as it is."""
+        found, parts = dict(shapes), self.parts(config)
+        for whole in [w for w in parts if w in found and sum(parts[w].values()) == found[w][0]]:
+            shape = found.pop(whole)
+            found |= {name: (rows, *shape[1:]) for name, rows in parts[whole].items()}
+        return found
+
     def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
         """Compare a checkpoint's headers with the table: every tensor claimed once, every shape as declared.
 
         Raises:
             SetupError: listing all differences. No weight has been read by then.
         """
-        table, sizes = self.expand(config), self.sizes(config)
+        table, sizes, shapes = self.expand(config), self.sizes(config), self.unfused(config, shapes)
         tied = bool(config.get("tie_word_embeddings", False))
         problems = [
             f"{key} = {config[key]!r} is not covered by this table" for key, values in self.refuses.items() if config.get(key) in values

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -14,13 +15,42 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from rotdistill_core import plugins, recipe
-from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
+from rotdistill_core.errors import PluginError, RecipeError, RotdistillError, SetupError, nearest
 from rotdistill_core.hookspecs import hookimpl
 from rotdistill_core.step import stage_of
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+class Verbs(TyperGroup):
+    """The verbs of this module and of installed plugins, which are imported when their verb, or the list of all, is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all verbs."""
+        return list(dict.fromkeys([*super().list_commands(ctx), *plugins.installed(plugins.COMMANDS)]))
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """Return one verb; a broken one fails when it is called, not when all are listed."""
+        if found := super().get_command(ctx, name):
+            return found
+        if name not in self.list_commands(ctx):
+            raise RecipeError(f'there is no verb "{name}".{nearest(name, self.list_commands(ctx))}')
+        one = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        try:
+            one.command(name)(plugins.command(name))
+        except PluginError as error:
+            problem = error
+
+            def broken() -> None:
+                raise problem
+
+            one.command(name, help=f"Broken: {error}", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(broken)
+        return typer.main.get_command(one)
+
+
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+                  epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
 RUNS = Path("runs")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, for example recipes/tour_guide.toml.", show_default=False)]
@@ -87,6 +117,7 @@ def run(
     path: RecipePath,
     sets: Sets = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")] = False,
+    unplanned: Annotated[bool, typer.Option("--no-plan", help="Begin without `plan`, and whatever it would say.")] = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe; whatever an earlier run made with the same inputs is reused.
@@ -98,6 +129,8 @@ def run(
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
     loaded = recipe.load(path, sets or [])
+    if not unplanned and "plan" in plugins.installed(plugins.COMMANDS):
+        plugins.command("plan")(path, sets, fresh, short=True)  # stops here where the machine does not suffice
     console = words()
     screen = Screen(console)
     try:
@@ -115,59 +148,6 @@ def run(
     for path in (outcome.folder / name for name in ("checkpoints", "report.md")):
         if path.exists():
             wide.print(f"{path.stem:<12} {escape(_here(path))}")
-
-
-@app.command()
-def plan(path: RecipePath, sets: Sets = None, as_json: Json = False) -> None:
-    """Show what `run` would do: order, what is there already, sizes from headers. Loads no weights.
-
-    Examples:
-
-      rotdistill plan recipes/tour_guide.toml
-
-      rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
-    """
-    loaded = recipe.load(path, sets or [])
-    from rotdistill_core import plan as plans
-
-    planned = plans.plan(loaded, RUNS)
-    if as_json:
-        steps = [vars(step) for step in planned.steps]
-        print(json.dumps({"run_dir": str(planned.folder), "steps": steps, "bytes": planned.sizes, "texts": planned.texts}))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(plans.rich_plan(planned))
-    for what, size in planned.sizes.items():
-        console.print(f"{escape(what)}: {size / 1e9:.2f} GB")
-    console.print(", ".join(f"{n} {split}" for split, n in planned.texts.items()) + " texts")
-
-
-@app.command()
-def check(
-    path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
-) -> None:
-    """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
-
-    Examples:
-
-      rotdistill check recipes/tour_guide.toml
-
-      rotdistill check runs/tour-guide-1a2b3c4d
-    """
-    if path.is_dir():
-        from rotdistill_core import check as checks
-
-        found = checks.check_run(path)
-        print(json.dumps(found)) if as_json else words().print(
-            f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
-        )
-        if found["problems"]:
-            raise CheckFailed("\n".join(found["problems"]))
-        return
-    loaded = recipe.load(path)
-    print(json.dumps(loaded.resolved())) if as_json else words().print(
-        f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}"
-    )
 
 
 @app.command("plugins")
@@ -216,32 +196,42 @@ def _interrupted(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+def _of_the_machine(error: Exception) -> str:
+    """Return what is wrong with the machine, where that is what failed: memory, or a file that cannot be read or written."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+        return f"the memory does not suffice: {error or 'none is left'}. `rotdistill plan` says what each step needs."
+    return f"{error.filename or 'a file'}: {error.strerror}." if isinstance(error, OSError) and error.strerror else ""
+
+
 def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
-    again = "rotdistill " + " ".join(sys.argv[1:])
-    verbose = bool(os.environ.get("ROTDISTILL_TRACEBACK"))
+    again = "rotdistill " + shlex.join(sys.argv[1:])
+    given = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     try:
-        app(standalone_mode=False)
+        app(given, standalone_mode=False)
     except Interrupted as stop:
-        words().print(f"interrupted; what was finished is kept. Go on with:\n{escape(again)}")
+        words().print(f"interrupted; what was finished is kept. Go on with:\n{escape(again)}", soft_wrap=True)
         sys.exit(128 + int(stop.args[0]))
-    except RotdistillError as error:
-        for problem in error.problems if isinstance(error, RecipeError) else [str(error)]:
-            words().print(f"[red]error[/] {escape(problem)}", soft_wrap=True)
-        if verbose:
-            raise
-        sys.exit(error.exit_code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        usage = getattr(error, "exit_code", None)
-        if usage == 2 and hasattr(error, "format_message"):
-            words().print(f"[red]error[/] {escape(error.format_message())}", soft_wrap=True)
-            sys.exit(2)
-        words().print(f"[red]unexpected[/] {type(error).__name__}: {escape(str(error))}", soft_wrap=True)
-        words().print(f"Set ROTDISTILL_TRACEBACK=1 for the traceback. Go on with:\n{escape(again)}", soft_wrap=True)
-        if verbose:
-            raise
-        sys.exit(1)
+        if len(given) < len(sys.argv) - 1:
+            traceback.print_exc()
+        sys.exit(_tell(error, again))
+
+
+def _tell(error: Exception, again: str) -> int:
+    """Say what went wrong, one paragraph a problem, and return the exit code."""
+    if machine := _of_the_machine(error):
+        error = SetupError(machine)
+    problems = error.problems if isinstance(error, RecipeError) else [str(error)]
+    if usage := getattr(error, "format_message", None):  # typer's own errors; the one about no verb at all has shown the help
+        problems = [message] if (message := usage()) else []
+    elif not isinstance(error, RotdistillError):
+        problems = [f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"]
+    kind = "error" if usage or isinstance(error, RotdistillError) else "unexpected"
+    for problem in problems:
+        words().print(f"[red]{kind}[/] {escape(problem)}", soft_wrap=True)
+    return int(getattr(error, "exit_code", 1))

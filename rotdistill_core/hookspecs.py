@@ -1,8 +1,8 @@
 # mypy: disable-error-code="empty-body"
 """The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
 
-`steps`, `adapters` and `locate` are answered by plugin modules. The stage hooks are answered by step instances, one at a time, in
-recipe order; each step class answers exactly one of them, and answering None is an error. Observers are told what happens; `say`
+`steps`, `adapters`, `commands` and `locate` are answered by plugin modules. The stage hooks are answered by step instances, one at a
+time, in recipe order; each step class answers exactly one, and answering None is an error. Observers are told what happens; `say`
 tells the user one line. What an observer raises is said in a line too, and the run goes on.
 """
 
@@ -31,6 +31,10 @@ class Specs:
     @hookspec
     def adapters(self) -> Sequence[Adapter]:
         """Return the architecture tables of this plugin. Called once, when a model of that `model_type` is opened."""
+
+    @hookspec
+    def commands(self) -> Sequence[Callable[..., None]]:
+        """Return the verbs of this plugin: functions, called like the verb, that typer can run. Called when one of them is asked for."""
 
     @hookspec(firstresult=True)
     def locate(self, reference: str, say: Callable[[str], None]) -> Path:

@@ -1,13 +1,12 @@
 """From recipe to checkpoints and results: order, keys, reuse, variants.
 
-A step's key is the sha256 of its options, its plugin (distribution, version, source), everything before it, models, texts and seed. A
+A step's key is the sha256 of its options, its plugin (distribution, version, code), everything before it, models, texts and seed. A
 key that a ledger holds with files that still hash true is reused: that is resume, sharing between variants, and the reason
 why trying another aligner costs one alignment.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import time
@@ -29,14 +28,12 @@ from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Maps, restore_maps, store_maps
 from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
-from rotdistill_core.recipe import Loaded, Placed
+from rotdistill_core.recipe import Loaded, Placed, digest
 from rotdistill_core.report import as_json
-from rotdistill_core.samples import Row, Samples, Variant, prompt_tokens, read_questions, tokenize, tokenize_both
+from rotdistill_core.samples import Row, Samples, Variant, inputs, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
 from rotdistill_core.walk import Progress
 from rotdistill_core.weights import UNDO, Undo, Weights, open_folder, restore
-
-RELOADED = "round-trip"
 
 
 @dataclass(frozen=True)
@@ -73,23 +70,6 @@ class Outcome:
     """What observers say at the end, to be shown below the results."""
 
 
-def digest(*parts: object) -> str:
-    """Return the sha256 of JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def step_key(before: str, placed: Placed) -> str:
-    """Return the key of a step behind everything before it."""
-    source = inspect.getsourcefile(type(placed.step))
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-    return digest(before, placed.id, options_of(placed.step), placed.origin.distribution, placed.origin.version, code)
-
-
-def run_folder(loaded: Loaded, root: Path) -> Path:
-    """Return the run's folder: the same recipe, options included, always has the same one."""
-    return root / f"{loaded.recipe.name}-{loaded.digest()[:8]}"
-
-
 class Run:
     """One recipe being carried out. The only place that keeps state."""
 
@@ -105,7 +85,7 @@ class Run:
         self.pair = open_pair(self.recipe.teacher, self.recipe.student, self.recipe.anchor, self.say)
         self.questions, self.style = read_questions(self.recipe.samples, loaded.path.parent)
         self.store = Store(root.resolve(), observer.say)
-        self.folder = self.store.root / run_folder(loaded, root).name
+        self.folder = loaded.folder(self.store.root)
         self.ledger = Ledger(self.folder)
         self.store.sweep(self.folder)
         self.steps: dict[tuple[str, str], Done] = {}
@@ -124,12 +104,12 @@ class Run:
         models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
         base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
+        start: dict[str, Any] = {"kind": "base", "key": base, "inputs": inputs(self.recipe, self.pair, self.questions, self.style)}
+        if not any(start.items() <= record.items() for record in self.ledger.records):
+            self.ledger.append(**start)
         outcome = Outcome(self.folder, [], self.steps, {}, [])
-        variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
         dtype = self.save_dtype()
-        if torch.finfo(dtype).bits < 32 and (exact := self.loaded.exact_chain()):
-            variants.setdefault(RELOADED, exact)
-        for name, chain in variants.items():
+        for name, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)
             for placed in (p for p in chain if p.stage != "evaluate"):
                 state = self._step(name, placed, state, samples)
@@ -168,16 +148,16 @@ class Run:
             for t in samples.layout.texts:
                 lines.append(f"{t.id}\t{t.language}\t{t.split}\t{len(t.tokens)}\t{t.answer}\t{digest(t.tokens)}\n")
             frozen.write("samples.tsv", [line.encode() for line in lines])
+            frozen.write("system.md", [self.style.encode()])
         return samples
 
     def _step(self, variant: str, placed: Placed, state: State, samples: Samples) -> State:
-        key = step_key(state.key, placed)
+        key = placed.key(state.key)
         record = None if self.fresh and (key not in {d.key for d in self.steps.values()}) else self.store.find(key)
         reused = record is not None
         with self._watched(placed, variant):
             record = record or self._execute(placed, state, samples, key)
-        if record not in self.ledger.records:  # another run made it; this ledger says what this run stands on
-            self.ledger.append(**record)
+        self._stand_on(record)
         seconds = float(record["seconds"])
         known = any(done.key == key for done in self.steps.values())
         self.steps[variant, placed.id] = Done(key, reused and not known, seconds, record["notes"])
@@ -188,6 +168,11 @@ class Run:
         if placed.stage in ("align", "refine"):
             return replace(after, maps=restore_maps(info, self.store.root))
         return replace(after, weights=restore(info, self.pair.student.weights, self.store.root))
+
+    def _stand_on(self, record: dict[str, Any]) -> None:
+        """Say in this run's ledger what the run stands on, where another run made it."""
+        if record not in self.ledger.records:
+            self.ledger.append(**record)
 
     @contextmanager
     def _watched(self, placed: Placed, variant: str) -> Iterator[None]:
@@ -290,7 +275,8 @@ class Run:
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
         names = self._takes(placed, state)
-        key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
+        behind = digest(state.key, name, str(self.save_dtype()))
+        key = placed.key(behind)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):
@@ -300,7 +286,8 @@ class Run:
                 given = {"variant": variant, "pair": self.pair, "bank": state.bank, "samples": samples, "out": out,
                          "progress": self.progress}  # fmt: skip
                 info = {"rows": [list(row) for row in placed.step.evaluate(**{k: given[k] for k in names})]}
-                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed)
+                record = self._record(key, f"{placed.id} {name}", time.monotonic() - started, out, info, placed, behind)
+        self._stand_on(record)
         self.steps[name, placed.id] = Done(key, reused, float(record["seconds"]), record["notes"])
         self._tell("after_step", name, placed, seconds=float(record["seconds"]), reused=reused)
         return [Row(*row) for row in record["info"]["rows"]]

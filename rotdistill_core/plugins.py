@@ -1,16 +1,21 @@
-"""Plugins are entry points in four groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type), `rotdistill.sources`
-(name = ending or scheme of a model reference, like `.gguf` or `package:`) and `rotdistill.observers` (name = observer).
+"""Plugins are entry points in five groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type), `rotdistill.sources`
+(name = ending or scheme of a model reference, like `.gguf` or `package:`), `rotdistill.observers` (name = observer) and
+`rotdistill.commands` (name = verb of the command line).
 
 Only what a recipe names is imported, so an installed but broken or hostile plugin cannot touch a run that does not use it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distribution, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pluggy
 
@@ -21,8 +26,8 @@ from rotdistill_core.step import use_of, validator_of
 if TYPE_CHECKING:
     from rotdistill_core.adapter import Adapter
 
-STEPS, ADAPTERS, SOURCES, OBSERVERS = "rotdistill", "rotdistill.adapters", "rotdistill.sources", "rotdistill.observers"
-KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are", OBSERVERS: "observer"}
+STEPS, ADAPTERS, SOURCES, OBSERVERS, COMMANDS = "rotdistill", *(f"rotdistill.{k}" for k in ("adapters", "sources", "observers", "commands"))
+KINDS = {STEPS: "step", ADAPTERS: "adapter for model type", SOURCES: "source for models that are", OBSERVERS: "observer", COMMANDS: "verb"}
 
 OFFERED_BY = {
     name: f"rotdistill-{name.strip('.:')}"
@@ -31,7 +36,7 @@ OFFERED_BY = {
         "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "toggles",
         "report", "hub:", ".gguf",
     )
-} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3")} | {
+} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3", "phi3", "olmo2")} | {
     "gemma3_text": "rotdistill-gemma3-adapter", "package:": "rotdistill-gguf",
 }  # fmt: skip
 
@@ -62,6 +67,22 @@ def origin_of(point: EntryPoint) -> Origin:
 def installed(group: str) -> list[str]:
     """Return the names that installed distributions offer in `group`, imported or not."""
     return sorted({point.name for point in entry_points(group=group)})
+
+
+def code_of(origin: Origin) -> str:
+    """Return the sha256 of all Python code of a distribution, tests apart: helper modules make a step's result as its own file does.
+
+    What is installed in place for editing lists no files and says where its folder is.
+    """
+    dist = distribution(origin.distribution)
+    found = [Path(str(file.locate())) for file in dist.files or () if file.suffix == ".py"]
+    where = json.loads(dist.read_text("direct_url.json") or "{}")
+    if where.get("dir_info", {}).get("editable"):
+        inside = Path(unquote(where["url"].removeprefix("file://"))).rglob("*.py")
+        found += [p for p in inside if not {"tests", ".venv"} & {*p.parts}]
+    own = importlib.util.find_spec(origin.target.partition(":")[0])
+    found += [Path(own.origin)] if own and own.origin else []
+    return hashlib.sha256("".join(sorted({hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.is_file()})).encode()).hexdigest()
 
 
 def find(group: str, name: str) -> EntryPoint:
@@ -133,6 +154,14 @@ def adapter_for(model_type: str) -> Adapter:
     return tables[model_type]  # type: ignore[no-any-return]
 
 
+def command(name: str) -> Callable[..., None]:
+    """Return the function behind a verb of the command line."""
+    verbs, origin = _collect(COMMANDS, name, "commands", lambda function: [function.__name__])
+    if name not in verbs:
+        raise PluginError(f'{origin.distribution} {origin.version} offers no verb "{name}".')
+    return verbs[name]  # type: ignore[no-any-return]
+
+
 def source(kind: str, reference: str, say: Callable[[str], None]) -> Path:
     """Return the folder of a model whose kind of reference a plugin opens."""
     pm = manager()
@@ -148,7 +177,7 @@ def everything() -> Iterator[tuple[str, Origin, type | str]]:
             yield "step", origin, cls
         except PluginError as error:
             yield "step", Origin(name, "?", "?", "?"), str(error)
-    for group, kind in ((ADAPTERS, "adapter"), (SOURCES, "source"), (OBSERVERS, "observer")):
+    for group, kind in ((ADAPTERS, "adapter"), (SOURCES, "source"), (OBSERVERS, "observer"), (COMMANDS, "verb")):
         for name in installed(group):
             try:
                 module, origin = load(group, name)

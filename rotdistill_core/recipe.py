@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PydanticUserError, ValidationError
 
 from rotdistill_core.errors import PluginError, RecipeError, explain, nearest
-from rotdistill_core.plugins import OBSERVERS, STEPS, Origin, installed, step_class
+from rotdistill_core.plugins import OBSERVERS, STEPS, Origin, code_of, installed, step_class
 from rotdistill_core.plugins import load as load_plugin
 from rotdistill_core.step import options_of, stage_of, validator_of
 
@@ -109,6 +109,11 @@ class Recipe(Document):
     """Variant name -> ids of the toggled steps that it runs; steps that no variant names always run."""
 
 
+def digest(*parts: object) -> str:
+    """Return the sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Placed:
     """A step in its place: id, options and where its plugin comes from."""
@@ -121,6 +126,10 @@ class Placed:
     def stage(self) -> str:
         """The one hook that the step answers."""
         return stage_of(type(self.step))
+
+    def key(self, before: str) -> str:
+        """Return the key of the step behind everything before it."""
+        return digest(before, self.id, options_of(self.step), self.origin.distribution, self.origin.version, code_of(self.origin))
 
 
 @dataclass(frozen=True)
@@ -141,10 +150,19 @@ class Loaded:
         """Return the sha256 of the resolved recipe."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
+    def folder(self, root: Path) -> Path:
+        """Return the run's folder: the same recipe, options included, always has the same one."""
+        return root / f"{self.recipe.name}-{self.digest()[:8]}"
+
     def chain(self, variant: str) -> tuple[Placed, ...]:
         """Return the steps of a variant in file order: those that no variant names, and those that this one names."""
         toggles = {name for names in self.recipe.variants.values() for name in names}
         return tuple(p for p in self.steps if p.id not in toggles or p.id in self.recipe.variants[variant])
+
+    def chains(self, narrow: bool) -> dict[str, tuple[Placed, ...]]:
+        """Return the steps of each variant; `round-trip` is one more where checkpoints are `narrow` (below 32 bits) and a fold is exact."""
+        found = {name: self.chain(name) for name in self.recipe.variants}
+        return {**found, "round-trip": exact, **found} if narrow and (exact := self.exact_chain()) else found
 
     def exact_chain(self) -> tuple[Placed, ...]:
         """Return the first variant's chain that has an exact fold, without its toggled transfers; empty when there is none."""
@@ -166,7 +184,11 @@ def load(path: Path, sets: Sequence[str] = ()) -> Loaded:
         RecipeError: everything that is wrong with it, in one report.
     """
     text = _read(path)
-    tables = _extend(path, _parse(path, text))
+    return validated(path, text, _extend(path, _parse(path, text)), sets)
+
+
+def validated(path: Path, text: str, tables: dict[str, Any], sets: Sequence[str] = ()) -> Loaded:
+    """Return the recipe in `tables`, which become its own; see `load`."""
     steps = _step_tables(tables) or []
     problems = [] if steps else [NO_STEPS]
     problems += [p for item in sets for p in _override(tables, steps, item)]

@@ -1,4 +1,4 @@
-"""The texts of a run: read, split, tokenised, and laid out as rows."""
+"""The texts of a run: read, split, tokenised, and laid out as rows. torch loads when rows are made of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from rotdistill_core.errors import RecipeError, SetupError
-from rotdistill_core.recipe import SamplesRef
+from rotdistill_core.recipe import Recipe, SamplesRef, digest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rotdistill_core.maps import Maps
+    from rotdistill_core.models import Pair
     from rotdistill_core.weights import Weights
 
 INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
@@ -106,11 +106,15 @@ class Layout:
     @cached_property
     def tokens(self) -> Tensor:
         """Token id of each row [rows]."""
+        import torch
+
         own = [t for text in self.texts for t in text.tokens[self.skipped(text) :]]
         return torch.tensor([*next((t.tokens[: self.prefix] for t in self.texts if not t.plain), ()), *own])
 
     def split(self, *splits: str) -> Tensor:
         """Return the mask [rows] of rows in these splits; prefix rows count as `fit`."""
+        import torch
+
         mask = torch.zeros(self.rows, dtype=torch.bool)
         mask[: self.prefix] = "fit" in splits
         for k, text in enumerate(self.texts):
@@ -120,6 +124,8 @@ class Layout:
 
     def predicting(self, split: str) -> tuple[Tensor, Tensor, list[Text]]:
         """Return the rows that predict answer tokens, those tokens, and the text of each, one per row."""
+        import torch
+
         rows: list[int] = []
         targets: list[int] = []
         texts: list[Text] = []
@@ -139,6 +145,8 @@ class Layout:
 
     def rows_in(self, full: Layout) -> Tensor:
         """Return, for each row here, its row in the layout that this one was selected from."""
+        import torch
+
         where = {text.id: k for k, text in enumerate(full.texts)}
         parts = [torch.arange(self.prefix)]
         parts += [torch.arange(full.starts[where[t.id]], full.starts[where[t.id] + 1]) for t in self.texts]
@@ -222,6 +230,14 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     if not {"fit", "validation", "heldout"} <= {q.split for q in questions}:
         raise RecipeError(f"{base / ref.index}: too few different texts: fit, validation and held-out each need at least one.")
     return tuple(questions), style
+
+
+def inputs(recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str) -> dict[str, str]:
+    """Return what a run starts from, by name: hashes that need no tokenizer and hardly a byte of the weights."""
+    texts = [[*map(vars, questions)], style, recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"})]
+    models = {role: model.glance for role in ("teacher", "student", "anchor") if (model := getattr(pair, role))}
+    refs = (recipe.teacher, recipe.student)
+    return {**models, "texts": digest(texts), "seed": str(recipe.seed), "compute": " ".join(f"{ref.dtype} {ref.device}" for ref in refs)}
 
 
 def _shuffled(row: Mapping[str, str]) -> str:

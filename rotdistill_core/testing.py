@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import signal
+import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -17,13 +22,15 @@ from torch import Tensor
 
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.bank import Bank, write_shard
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.headers import folder_headers, read_config
+from rotdistill_core.hookspecs import Specs
 from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Gauge, Map, Permutation, Rotation
+from rotdistill_core.maps import Gauge, Map, Maps, Permutation, Rotation, tensor_of
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.samples import Layout, Samples, Text
+from rotdistill_core.samples import Layout, Samples, Text, Variant
+from rotdistill_core.step import options_of, stage_of, validator_of
 from rotdistill_core.walk import Walk, final_norm, head_logits
 from rotdistill_core.weights import Weights, open_folder
 
@@ -243,6 +250,20 @@ def carry_out(path: Path, screen: Any = None) -> Outcome:
     return pipeline.Run(recipe.load(path), path.parent / "runs", screen or Quiet(), lambda *_: None).go()
 
 
+def command_line(*words: str) -> tuple[int, str, str]:
+    """Call the command line in this process; return its exit code and what it printed on stdout and on stderr."""
+    from rotdistill_core.cli import main
+
+    out, err, code = StringIO(), StringIO(), 0
+    inside = mock.patch.multiple(sys, argv=["rotdistill", *words]), mock.patch.object(signal, "signal")  # handlers are the caller's
+    with redirect_stdout(out), redirect_stderr(err), inside[0], inside[1]:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return code, out.getvalue(), err.getvalue()
+
+
 def _write_all(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, Path]:
     for name, lines in files.items():
         (folder / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
@@ -304,19 +325,20 @@ def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
     config, found, problems = read_config(folder), folder_headers(folder), []
     config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
     table, sizes = adapter.expand(config), adapter.sizes(config)
-    for name, header in found.items():
+    shapes = adapter.unfused(config, {name: header.shape for name, header in found.items()})
+    for name, shape in shapes.items():
         templates = [t for t in adapter.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)]
         if len(templates) != 1 or name not in table:
             problems.append(f"{name} is claimed {len(templates)} times: {templates}")
-        elif len(header.shape) != len(table[name].axes):
-            problems.append(f"{name} has {len(header.shape)} axes, declared are {list(table[name].axes)}")
+        elif len(shape) != len(table[name].axes):
+            problems.append(f"{name} has {len(shape)} axes, declared are {list(table[name].axes)}")
         else:
-            for axis, (size, space) in enumerate(zip(header.shape, table[name].axes, strict=True)):
+            for axis, (size, space) in enumerate(zip(shape, table[name].axes, strict=True)):
                 if sizes.get(space) != size:
                     like = [other for other, n in sizes.items() if n == size]
                     problems.append(f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), it has {size} like {like}')
     for name, param in table.items():
-        if name not in found and not param.optional and not (param.tied and config.get("tie_word_embeddings")):
+        if name not in shapes and not param.optional and not (param.tied and config.get("tie_word_embeddings")):
             problems.append(f"{name} is declared, the checkpoint does not have it")
         if param.gain and not (param.gain in table and table[param.gain].is_gain):
             problems.append(f"{name} absorbs {param.gain}, which is not declared as a gain")
@@ -445,31 +467,26 @@ def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
     """Permute the neurons and the heads of each layer, and the channels of the stream: logits stay."""
     weights, layout = _opened(adapter, folder)
     before = logits(weights, layout)
-    _report(
-        [p for what, maps in whole_permutations(weights).items() for p in _compare_fold(weights, maps, layout, before, f"permuting {what}")]
-    )
+    for what, maps in whole_permutations(weights).items():
+        _report(_compare_fold(weights, maps, layout, before, f"permuting {what}"))
 
 
 def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
     """Put one random gauge after the other into the heads and neurons of each layer: logits stay."""
     weights, layout = _opened(adapter, folder)
     before = logits(weights, layout)
-    changes = {
-        space: _apart(logits(weights.fold({space: found}), layout), before) for space, found in gauges(weights, invertible=True).items()
-    }
+    folds = {space: weights.fold({space: found}) for space, found in gauges(weights, invertible=True).items()}
+    changes = {space: _apart(logits(folded, layout), before) for space, folded in folds.items()}
     _report([f'"{space}" is declared a gauge and changes logits by {x:.1e}' for space, x in changes.items() if x > EXACT])
 
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
     """Fold everything that may be folded, and take it back."""
     weights, _ = _opened(adapter, folder)
-    folded = scramble(weights)[0]
-    assert folded.undo is not None
-    back = folded.unfold(folded.undo)
+    back = (folded := scramble(weights)[0]).unfold(folded.undo)  # type: ignore[arg-type]  # a fold can be undone
     problems = [f"{name} is there only before or only after" for name in set(weights.entries) ^ set(back.entries)]
-    for name in set(weights.entries) & set(back.entries):
-        change = _apart(weights[name].double(), back[name].double())
-        problems += [f"{name} comes back changed by {change:.1e}"] if change > 1e-12 else []
+    changes = {name: _apart(weights[name].double(), back[name].double()) for name in set(weights.entries) & set(back.entries)}
+    problems += [f"{name} comes back changed by {change:.1e}" for name, change in changes.items() if change > 1e-12]
     _report(problems)
 
 
@@ -519,3 +536,97 @@ ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
     unfolding_gives_the_weights_back, a_saved_fold_reloads_in_transformers, sites_are_found,
 )  # fmt: skip
 """What every adapter must pass, on a pico checkpoint of each variant of its architecture: `check(adapter, folder)`."""
+
+
+def _tried(cls: type, options: Mapping[str, Any], folder: Path, **size: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a step on a pico model and its twin in another basis; return what it gave and what it was given, as tensors by name."""
+    student = pico_model(folder / "student", **size)
+    if size:  # a channel that is always 0
+        table = {n: p for n, p in student.adapter.expand(student.config).items() if n in student.weights.entries}
+        axes = {n: p.axes.index("residual") for n, p in table.items() if "residual" in p.axes and not p.gain and not p.is_gain}
+        dead = student.weights.edit({n: student.weights[n].index_fill(axis, torch.tensor(0), 0.0) for n, axis in axes.items()})
+        save_folder(dead, student.folder, folder / "dead")
+        student = open_model(ModelRef(model=str(folder / "dead")))
+    teacher, Q = rotated_twin(student, folder / "teacher")
+    pair, samples, out = Pair(teacher, student), pico_samples(texts=5 if size else 40, guard=2), pico_out(folder / "runs")
+    bank = captured(pair, student.weights, samples, out)
+    maps = Maps({f"residual.{b}": Rotation(Q) for b in range(student.depth + 1)} if stage_of(cls) != "align" else {})
+    given = {"pair": pair, "samples": samples, "out": out, "bank": bank, "maps": maps, "weights": student.weights,
+             "variant": Variant("base", student.weights, maps, 0.0, student.folder), "progress": lambda *_: None}  # fmt: skip
+    hook = getattr(validator_of(cls).validate_json(json.dumps(options), strict=True), stage_of(cls))
+    torch.seed()  # what a step draws must come from its own seed
+    made = hook(**{name: given[name] for name in inspect.signature(hook).parameters})
+    return _tensors(made), {**_tensors(maps), **_tensors(bank), **_tensors(reopen(student.folder, student.weights)), "Q": Q}
+
+
+def _tensors(made: Any) -> dict[str, Any]:
+    """Return what a stage gives by name: maps, weights, captured rows, or result rows."""
+    if isinstance(made, Bank):
+        return {f"{side} {b}": made.rows(side, b).clone() for side, shards in made.shards.items() for b in range(len(shards))}
+    if isinstance(made, Weights):
+        return {name: made[name].clone() for name in made.entries}
+    assert made is not None, "the hook gave None"
+    return {f"map {space}": tensor_of(found) for space, found in made.items()} if isinstance(made, Maps) else {"rows": list(made)}
+
+
+def the_hook_is_as_specified(cls: type, _: Mapping[str, Any], __: Path) -> None:
+    """Compare the arguments of the one stage hook, and their annotations, with its specification."""
+    mine, theirs = (inspect.signature(getattr(of, stage_of(cls))) for of in (cls, Specs))
+    wrong = [p for n, p in mine.parameters.items() if n != "self" and str(p) != str(theirs.parameters.get(n))]
+    assert not wrong and mine.return_annotation == theirs.return_annotation, f"{wrong} or the result differ from {theirs}"
+
+
+def options_survive_toml_and_json(cls: type, options: Mapping[str, Any], _: Path) -> None:
+    """Write the options as a recipe does and read them again; each has a description."""
+    read: Any = validator_of(cls).validate_json
+    told = options_of(read(json.dumps(options), strict=True))
+    text = "\n".join(f"{key} = {json.dumps(value)}" for key, value in told.items() if value is not None)
+    assert options_of(read(json.dumps(tomllib.loads(text)), strict=True)) == told
+    bare = [n for n, about in validator_of(cls).json_schema()["properties"].items() if n != "use" and not about.get("description")]
+    assert not bare, f"no text under {bare}: it is what a recipe's author reads"
+
+
+def it_does_the_same_again_and_changes_no_input(cls: type, options: Mapping[str, Any], folder: Path) -> None:
+    """Run it twice on the same inputs, and compare what it gives, and the inputs with fresh ones."""
+    (made, seen), (again, fresh) = (_tried(cls, options, folder / name) for name in ("one", "two"))
+    for what, one, two in (("result", made, again), ("input", seen, fresh)):
+        differ = [k for k in one if not (torch.equal(one[k], two[k]) if isinstance(one[k], Tensor) else one[k] == two[k])]
+        assert one.keys() == two.keys() and not differ, f"the {what} differs: {differ or one.keys() ^ two.keys()}"
+
+
+def hard_inputs_are_solved_or_refused(cls: type, options: Mapping[str, Any], folder: Path) -> None:
+    """Run it where there are fewer rows than channels, and one channel is always 0: finite, or an error that says why."""
+    with suppress(RotdistillError):
+        made, _ = _tried(cls, options, folder, hidden_size=128, num_attention_heads=4)
+        bad = [k for k, value in made.items() if isinstance(value, Tensor) and not bool(value.double().isfinite().all())]
+        assert not bad, f"not finite: {bad}"
+
+
+def a_planted_rotation_is_found(cls: type, options: Mapping[str, Any], folder: Path) -> None:
+    """Align a model with its twin in another basis: the map is the planted rotation. For solvers of rotations."""
+    made, given = _tried(cls, options, folder)
+    far = {k: _apart(value.double(), given["Q"]) for k, value in made.items() if k.startswith("map residual")}
+    assert far and max(far.values()) < 1e-4, f"off the planted rotation by {far}"
+
+
+STEP_CHECKS: tuple[Callable[[type, Mapping[str, Any], Path], None], ...] = (
+    the_hook_is_as_specified, options_survive_toml_and_json, it_does_the_same_again_and_changes_no_input, hard_inputs_are_solved_or_refused,
+)  # fmt: skip
+"""What every step must pass: `check(class, options, empty folder)`. Solvers of rotations add `a_planted_rotation_is_found`."""
+
+
+def parametrize_with_checks(subject: Adapter | type, *cases: Mapping[str, Any], checks: Sequence[Any] = ()) -> Any:
+    """Let a test run every check of an adapter (cases: changes of the pico config) or a step class (cases: its options).
+
+    `@parametrize_with_checks(TABLE, {"head_dim": 12})` before `def test_it_conforms(check, tmp_path): check(tmp_path)`.
+    """
+    import pytest
+
+    def bound(check: Any, case: Mapping[str, Any]) -> Callable[[Path], None]:
+        if not isinstance(subject, Adapter):
+            return lambda folder: check(subject, case, folder)
+        return lambda folder: check(subject, pico_folder(folder / "model", subject.model_types[0], **case))
+
+    chosen = checks or (ADAPTER_CHECKS if isinstance(subject, Adapter) else STEP_CHECKS)
+    some = [pytest.param(bound(c, case), id=" ".join([c.__name__, *case])) for case in cases or ({},) for c in chosen]
+    return pytest.mark.parametrize("check", some)

@@ -62,7 +62,7 @@ class Walk:
     def __init__(self, weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype, budget: int = 1536) -> None:
         self.weights, self.layout, self.device, self.dtype = weights, layout, device, dtype
         self.boundary = 0
-        self.layer = nn.Module()
+        self.layer, self._files = nn.Module(), weights.files
         self._batches = [(*self._batch(texts), layout.skipped(layout.texts[texts[0]])) for texts in layout.batches(budget)]
         if layout.prefix:
             self._batches.insert(0, (torch.arange(layout.prefix)[None], torch.ones(1, layout.prefix, dtype=torch.bool), 0))
@@ -129,8 +129,7 @@ class Walk:
 
     def _read(self, i: int) -> dict[str, Tensor]:
         prefix = f"{self.weights.adapter.layers}.{i}."
-        names = [n for n in self.weights.entries if n.startswith(prefix)]
-        return {n.removeprefix(prefix): self.weights[n].to(self.device, self.dtype) for n in names}
+        return {n.removeprefix(prefix): e.read().to(self.device, self.dtype) for n, e in self._files.items() if n.startswith(prefix)}
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Put a new value of one parameter of the open layer in place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ class Weights:
     def parameters(self) -> int:
         """Number of parameters; a tied head counts once."""
         return sum(torch.Size(entry.shape).numel() for entry in self.entries.values())
+
+    @property
+    def files(self) -> dict[str, Entry]:
+        """The tensors as a checkpoint holds them: fused ones whole."""
+        found = dict(self.entries)
+        for whole, parts in self.adapter.parts(self.config).items():
+            some = [found.pop(name) for name in parts]
+            shape = (sum(entry.shape[0] for entry in some), *some[0].shape[1:])
+            found[whole] = Entry(shape, some[0].dtype, lambda some=some: torch.cat([entry.read() for entry in some]))  # type: ignore[misc]
+        return found
 
     def head(self) -> Tensor:
         """Return the head `[vocab, d]`, tied or not."""
@@ -213,7 +224,8 @@ class Weights:
         """Write a plain Hugging Face checkpoint through `write(file name, blocks)`: weights, index, config, in that order."""
         shards: list[dict[str, Entry]] = [{}]
         room = SHARD_BYTES
-        for name, entry in self.entries.items():
+        entries = self.files
+        for name, entry in entries.items():
             size = torch.Size(entry.shape).numel() * dtype.itemsize
             if size > room and shards[-1]:
                 shards.append({})
@@ -226,7 +238,7 @@ class Weights:
             write(name, tensor_blocks({n: (e.shape, dtype, e.read) for n, e in shard.items()}))
         if len(shards) > 1:
             where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(torch.Size(e.shape).numel() for e in self.entries.values()) * dtype.itemsize
+            total = sum(torch.Size(e.shape).numel() for e in entries.values()) * dtype.itemsize
             write("model.safetensors.index.json", json_blocks({"metadata": {"total_size": total}, "weight_map": where}))
         config = {k: v for k, v in self.config.items() if k != "torch_dtype"}
         write("config.json", json_blocks({**config, "dtype": str(dtype).removeprefix("torch.")}))
@@ -294,9 +306,21 @@ def open_folder(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> We
     entries: dict[str, Entry] = {}
     for path in sorted({h.file for h in headers.values()}):
         entries.update(file_entries(path))
+    for whole, parts in adapter.parts(config).items():
+        if whole in entries:
+            entries |= _split(entries.pop(whole), parts)
     if config.get("tie_word_embeddings"):  # some folders carry the tied head a second time; transformers ignores it, and so do we
         entries.pop(adapter.head, None)
     return Weights(dict(config), adapter, entries, Lineage(tuple(range(adapter.depth(config) + 1))))
+
+
+def _split(whole: Entry, parts: Mapping[str, int]) -> dict[str, Entry]:
+    """Return the parameters that a fused tensor holds, as entries of their own."""
+    ends = list(accumulate(parts.values()))
+    return {
+        name: Entry((rows, *whole.shape[1:]), whole.dtype, lambda a=end - rows, b=end: whole.read()[a:b])  # type: ignore[misc]
+        for (name, rows), end in zip(parts.items(), ends, strict=True)
+    }
 
 
 def _folded(whole: Weights, name: str, param: Param, maps: Mapping[str, Map], gains: list[str]) -> Callable[[], Tensor]:

@@ -22,8 +22,9 @@ import pytest
 from rotdistill_core import plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.hookspecs import Specs
-from rotdistill_core.plugins import ADAPTERS, OBSERVERS, STEPS
+from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
 from rotdistill_core.step import STAGES, stage_of
+from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[1]
 GUIDE, RECIPES, SAMPLES = (ROOT / name / "README.md" for name in ("plugins", "recipes", "samples"))
@@ -150,7 +151,9 @@ def test_the_samples_are_counted_right() -> None:
 def documents() -> Iterator[Path]:
     """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of anything installed."""
     for folder, inside, files in os.walk(ROOT):
-        inside[:] = [d for d in inside if not d.startswith(".") and d not in ("runs", "shared", "node_modules")]
+        inside[:] = [
+            d for d in inside if not d.startswith(".") and (d not in ("runs", "shared", "node_modules") or folder.endswith("plugins"))
+        ]
         yield from (Path(folder, name) for name in files if name.endswith(".md"))
 
 
@@ -227,6 +230,18 @@ def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
     assert said == ["full: refit took 1.5 minutes"]
 
 
+def test_the_example_verb_works(tmp_path: Path, example: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "rotdistill_where"
+    assert f'`where = "{module}"`' in read(GUIDE)
+    example(f"{module}.py")
+    install(tmp_path, "rotdistill-where", COMMANDS, "where", module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/trial-1/checkpoints/full").mkdir(parents=True)
+    assert command_line("where", "trial") == (0, "runs/trial-1/checkpoints/full\n", "")
+    assert command_line("where", "other")[0] == 2
+    assert "rotdistill where tour-guide --json" in command_line("where", "--help")[1]
+
+
 @pytest.mark.parametrize("name", plugins.installed(OBSERVERS))
 def test_every_observer_is_described(name: str) -> None:
     assert f"[{name}](../plugins/{name}/README.md)" in cells(section(RECIPES, "Observers"))
@@ -237,4 +252,6 @@ def test_the_example_adapter_works(tmp_path: Path, example: Build) -> None:
     assert f'`mistral = "{module}"`' in read(GUIDE)
     example(f"{module}.py")
     install(tmp_path, "rotdistill-mistral-adapter", ADAPTERS, "mistral", module)
-    example("test_mistral_adapter.py").test_the_table_holds(tmp_path)
+    [checks] = example("test_mistral_adapter.py").test_the_table_holds.pytestmark
+    for number, case in enumerate(checks.args[1]):
+        case.values[0](tmp_path / str(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from rotdistill_core import plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.errors import PluginError, RecipeError
-from rotdistill_core.plugins import ADAPTERS, OBSERVERS, STEPS
+from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
+from rotdistill_core.testing import command_line
 
 GOOD = '''"""A step that does nothing."""
 from typing import Literal
@@ -57,6 +59,19 @@ from rotdistill_core import hookimpl
 @hookimpl
 def after_step(step_id, folder):
     raise SystemExit(f"{step_id} in {folder.name}\\nand more")
+'''
+VERB = '''"""Verbs."""
+from rotdistill_core import hookimpl
+
+
+def hop(times: int = 1) -> None:
+    """Hop about."""
+    print("hop " * times)
+
+
+@hookimpl
+def commands():
+    return [hop]
 '''
 RECIPE = 'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "residuals"\n'
 
@@ -266,3 +281,66 @@ def test_everything_lists_an_adapter_without_a_docstring(install: Install) -> No
 def test_everything_lists_a_plugin_that_offers_no_steps(install: Install) -> None:
     install("acme-odd", "odd", "from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    return [int]\n")
     assert ("step", "odd") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+
+
+def test_a_verb_is_found_listed_and_run(install: Install) -> None:
+    install("acme-hop", "hop", VERB, COMMANDS)
+    assert command_line("hop", "--times", "2") == (0, "hop hop \n", "")
+    assert "Hop about." in command_line("--help")[1]
+    assert ("verb", "hop") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+    code, _, err = command_line("hpo")
+    assert (code, 'Did you mean "hop"?' in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("def (", "SyntaxError"), (VERB.replace("return [hop]", "return []"), 'offers no verb "hop"'), ("hop = 1", "no verb")],
+)
+def test_a_broken_verb_is_named_and_breaks_no_other(install: Install, source: str, reason: str) -> None:
+    install("acme-hop", "hop", source, COMMANDS)
+    code, out, err = command_line("hop", "--anything", "else")
+    assert (code, out) == (2, "")
+    assert "acme-hop" in err
+    assert reason in err
+    assert command_line("check", "--help")[0] == 0
+    code, out, _ = command_line("--help")
+    assert (code, "Broken" in out) == (0, True)
+    assert "acme-hop" in command_line("plugins")[1]
+
+
+def test_one_verb_in_two_distributions_names_both(install: Install) -> None:
+    install("acme-hop", "hop", VERB, COMMANDS)
+    install("bolt-hop", "hop", VERB, COMMANDS)
+    code, _, err = command_line("hop")
+    assert (code, "acme-hop and bolt-hop" in err) == (2, True)
+
+
+def test_a_verb_of_the_core_is_not_replaced(install: Install) -> None:
+    install("acme-check", "check", VERB, COMMANDS)
+    assert "hop" not in command_line("check", "--help")[1]
+
+
+def test_the_code_of_a_step_is_all_of_its_distribution(install: Install, tmp_path: Path) -> None:
+    install("acme-spin", "spin", GOOD)
+    _, origin = plugins.step_class("spin")
+    root, before = tmp_path / "acme-spin", plugins.code_of(origin)
+    (root / "fake_helper.py").write_text("x = 1\n")
+    record = root / "acme_spin-1.0.dist-info/RECORD"
+    record.write_text("fake_acme_spin.py,,\nfake_helper.py,,\n")
+    listed = plugins.code_of(origin)
+    assert listed != before
+    (root / "fake_helper.py").write_text("x = 2\n")
+    assert plugins.code_of(origin) not in (before, listed)
+
+
+def test_the_code_of_a_step_installed_in_place_is_that_of_its_folder(install: Install, tmp_path: Path) -> None:
+    install("acme-spin", "spin", GOOD)
+    _, origin = plugins.step_class("spin")
+    source, before = tmp_path / "some where", plugins.code_of(origin)
+    (source / "tests").mkdir(parents=True)
+    where = {"url": source.as_uri(), "dir_info": {"editable": True}}
+    (tmp_path / "acme-spin/acme_spin-1.0.dist-info/direct_url.json").write_text(json.dumps(where))
+    (source / "tests" / "test_it.py").write_text("x = 1\n")
+    assert plugins.code_of(origin) == before
+    (source / "helper.py").write_text("x = 1\n")
+    assert plugins.code_of(origin) != before

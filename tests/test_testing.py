@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
+import torch
 
-from rotdistill_core import testing
+from rotdistill_core import hookimpl, step, testing
 from rotdistill_core.adapter import Adapter, Param, Site
-from rotdistill_core.plugins import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.plugins import STEPS, adapter_for, installed, step_class
+from rotdistill_core.testing import ADAPTER_CHECKS, STEP_CHECKS, parametrize_with_checks, pico_folder
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Bank, Pair
 
 Q, DOWN, UP = (f"model.layers.{{i}}.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"))
 BEFORE, BETWEEN = (f"model.layers.{{i}}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
@@ -116,3 +122,73 @@ def test_a_norm_on_what_a_branch_writes_allows_no_rotation(tmp_path: Path) -> No
         table = broken(name, table, is_gain=False)  # as if they were biases
     with pytest.raises(AssertionError, match="a rotation of the stream changes logits by"):
         testing.a_rotation_of_the_stream_is_exact_or_refused(table, folder)
+
+
+@pytest.mark.parametrize("name", installed(STEPS))
+def test_every_step_here_is_as_specified(tmp_path: Path, name: str) -> None:
+    options = {"chop": {"layers": 1}}.get(name, {})
+    for check in STEP_CHECKS[:2]:
+        check(step_class(name)[0], options, tmp_path)
+
+
+@parametrize_with_checks(step_class("chop")[0], {"layers": 1})
+def test_a_fold_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
+
+
+@parametrize_with_checks(step_class("procrustes")[0], {}, {"tie": 1}, checks=(*STEP_CHECKS, testing.a_planted_rotation_is_found))
+def test_a_solver_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
+
+
+@step
+class Spin:
+    """Turn by chance."""
+
+    use: Literal["spin"] = "spin"
+    fault: str = ""
+    """What it does wrong."""
+    bare: int = 0
+
+    @hookimpl
+    def align(self, bank: Bank, maps: Maps, pair: Pair) -> Maps:
+        """See `Specs.align`."""
+        R = torch.linalg.qr(torch.randn(pair.student.width, pair.student.width, dtype=torch.float64))[0]
+        if self.fault == "chance":
+            return maps.add({"residual.0": Rotation(R)}, {})
+        if self.fault == "input":
+            bank.rows("student", 0).zero_()
+            path = pair.student.folder / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:-4] + torch.randn(1).numpy().tobytes())
+        if self.fault == "none":
+            return None  # type: ignore[return-value]
+        return maps.add({"residual.0": Rotation(torch.full_like(R, torch.nan) if self.fault == "nan" else torch.eye(len(R)))}, {})
+
+
+@step
+class Astray:
+    """Ask for what no hook gives."""
+
+    use: Literal["astray"] = "astray"
+
+    @hookimpl
+    def align(self, bank: dict[str, int], maps: Maps) -> Maps:
+        """See `Specs.align`."""
+        return maps
+
+
+@pytest.mark.parametrize(
+    ("check", "cls", "fault", "told"),
+    [
+        (testing.the_hook_is_as_specified, Astray, None, r"dict\[str, int\]"),
+        (testing.options_survive_toml_and_json, Spin, "", r"no text under \['bare'\]"),
+        (testing.it_does_the_same_again_and_changes_no_input, Spin, "chance", r"the result differs: \['map residual.0'\]"),
+        (testing.it_does_the_same_again_and_changes_no_input, Spin, "input", "the input differs"),
+        (testing.it_does_the_same_again_and_changes_no_input, Spin, "none", "the hook gave None"),
+        (testing.hard_inputs_are_solved_or_refused, Spin, "nan", r"not finite: \['map residual.0'\]"),
+        (testing.a_planted_rotation_is_found, Spin, "", "off the planted rotation by"),
+    ],
+)
+def test_a_broken_step_is_told(tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        check(cls, {} if fault is None else {"fault": fault}, tmp_path)

@@ -104,6 +104,8 @@ class PromptKl:
             raise RecipeError(
                 'prompt-kl: ask = ["questions"] learns from the teacher\'s answers; let it write some: samples.own_answers = 64.'
             )
+        if pair.student.adapter.fused:
+            raise RecipeError(f"prompt-kl: a {pair.student.config['model_type']} model keeps projections fused, which no LoRA here trains.")
         if self.guard and not outside:
             raise RecipeError("prompt-kl: guard needs texts outside the domain; name them as samples.guard.")
         said = self._continuations(pair, samples, out, progress) if "places" in self.ask else []

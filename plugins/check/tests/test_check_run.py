@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from rotdistill_check_run import check_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rotdistill_core.check import check_run
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.ledger import Ledger, sha256_of
 from rotdistill_core.testing import carry_out, pico_folder, pico_texts
@@ -130,7 +130,7 @@ def test_a_student_that_is_gone_is_named(work: Path, tmp_path: Path, monkeypatch
     def gone(ref: Any, *_: Any) -> None:
         raise SetupError(f"{ref.model}: is neither a folder here nor a Hugging Face id (owner/name).")
 
-    monkeypatch.setattr("rotdistill_core.check.open_model", gone)
+    monkeypatch.setattr("rotdistill_check_run.open_model", gone)
     with pytest.raises(SetupError, match="student: is neither a folder"):
         check_run(next((work / "runs").glob("first-*")))
 

@@ -1,0 +1,48 @@
+"""The verb `check`: whether a recipe is valid, and whether a run is what it claims to be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from rotdistill_core import hookimpl, recipe
+from rotdistill_core.cli import Json, words
+from rotdistill_core.errors import CheckFailed
+
+
+def check(
+    path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
+) -> None:
+    """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
+
+    Examples:
+
+      rotdistill check recipes/tour_guide.toml
+
+      rotdistill check runs/tour-guide-*
+    """
+    if path.is_dir():
+        from rotdistill_check_run import check_run
+
+        found = check_run(path)
+        print(json.dumps(found)) if as_json else words().print(
+            f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
+        )
+        if found["problems"]:
+            raise CheckFailed("\n".join(found["problems"]))
+        return
+    loaded = recipe.load(path)
+    print(json.dumps(loaded.resolved())) if as_json else words().print(
+        f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}"
+    )
+
+
+@hookimpl
+def commands() -> list[Callable[..., None]]:
+    """Offer the verb."""
+    return [check]

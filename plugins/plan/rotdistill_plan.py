@@ -1,0 +1,103 @@
+"""The verb `plan`: what a run would do, what each step needs, and what is there already, from configs and headers alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rotdistill_foresee import Line, Plan, foresee, gb, machine, time_class
+from rotdistill_plan_models import NotHere
+
+from rotdistill_core import hookimpl, recipe
+from rotdistill_core.cli import RUNS, Json, RecipePath, Sets, words
+from rotdistill_core.errors import SetupError
+
+
+def plan(
+    path: RecipePath,
+    sets: Sets = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="As for `run --fresh`: nothing is reused.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="One line on stderr, as `run` begins with.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what `run` would do: what is there already and why not, memory, disk and time. Ends with 3 where this machine does not suffice.
+
+    Examples:
+
+      rotdistill plan recipes/tour_guide.toml
+
+      rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
+    """
+    loaded = recipe.load(path, sets or [])
+    try:
+        planned = foresee(loaded, RUNS, machine(RUNS), fresh, lambda text: words().print(escape(text)))
+    except NotHere as error:
+        if not short:
+            raise
+        words().print(f"plan: {escape(str(error))}", soft_wrap=True)
+        return
+    seconds, reused = sum(line.seconds for line in planned.todo), len(planned.lines) - len(planned.todo)
+    if as_json:
+        print(json.dumps(_document(planned, seconds), ensure_ascii=False))
+    elif short:
+        need, here = planned.peak, planned.machine
+        memory = f"memory about {gb(need['ram_bytes'])} of {gb(here.ram)}" if planned.todo else "nothing to make"
+        words().print(f"plan: {reused} of {len(planned.lines)} results are there; {memory}, disk {gb(need['disk_bytes'])} of "
+                      f"{gb(here.disk)}, {time_class(seconds)}", soft_wrap=True)  # fmt: skip
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console.print(_table(planned))
+        for text in _notes(planned, seconds):
+            console.print(escape(text), soft_wrap=True)
+    if planned.shortfalls:
+        raise SetupError(f"{path}: does not fit here: {'; '.join(planned.shortfalls)}. Nothing was loaded.")
+
+
+def _document(planned: Plan, seconds: float) -> dict[str, Any]:
+    models = {
+        role: {"parameters": m.shape.parameters(), "bytes": m.shape.bytes, "source": str(m.source)} for role, m in planned.models.items()
+    }
+    texts = {"rows": planned.texts.rows, "texts": planned.texts.texts, "shared prompt": planned.texts.prefix}
+    about = {"run_dir": str(planned.folder), "steps": [vars(line) for line in planned.lines], "models": models, "texts": texts}
+    here = vars(planned.machine)
+    return about | planned.peak | {"seconds": seconds, "time": time_class(seconds), "machine": here, "shortfalls": planned.shortfalls}
+
+
+def _notes(planned: Plan, seconds: float) -> Iterator[str]:
+    """Yield the lines below the table."""
+    for role, m in planned.models.items():
+        yield f"{role}: {m.shape.parameters() / 1e9:.2f} billion parameters, {gb(m.shape.bytes)}, by {m.source}"
+    yield f"texts: {planned.texts.total} rows of " + ", ".join(f"{n} {split}" for split, n in planned.texts.texts.items()) + " texts"
+    need, here = planned.peak, planned.machine
+    gpu = f", GPU about {gb(need['gpu_bytes'])} of {gb(here.gpu)}" if here.gpu else ""
+    yield (f"peak memory about {gb(need['ram_bytes'])} of {gb(here.ram)} free{gpu}, "
+           f"disk about {gb(need['disk_bytes'])} of {gb(here.disk)} free, {time_class(seconds)}")  # fmt: skip
+
+
+def _table(planned: Plan) -> Table:
+    """Return the plan as a table for the terminal; results of one step with one fate share a line."""
+    gpu = planned.machine.gpu
+    table = Table("step", "use", "variants", "memory", *(["GPU"] if gpu else []), "disk", "time", "result", title=str(planned.folder))
+    groups: dict[tuple[str, bool, str], list[Line]] = {}
+    for line in planned.lines:
+        groups.setdefault((line.id, line.reused, line.why), []).append(line)
+    for (name, reused, why), some in groups.items():
+        sizes = [max(line.ram_bytes for line in some), *([max(line.gpu_bytes for line in some)] if gpu else [])]
+        cells = [gb(size) if size else "" for size in (*sizes, sum(line.disk_bytes for line in some))]
+        names = ", ".join(dict.fromkeys(v for line in some for v in line.variants))
+        took = "" if reused else time_class(sum(line.seconds for line in some))
+        result = f"[dim]reused: {escape(why)}[/]" if reused else f"to do: {escape(why)}"
+        table.add_row(escape(name), escape(some[0].use), escape(names), *cells, took, result)
+    return table
+
+
+@hookimpl
+def commands() -> list[Callable[..., None]]:
+    """Offer the verb."""
+    return [plan]

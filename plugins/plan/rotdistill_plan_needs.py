@@ -1,0 +1,216 @@
+"""What each step needs: memory, disk and time, from sizes alone.
+
+Counted are the tensors that a step holds at once at its worst. Pages of weight files that are mapped come on top as far as there is
+room, and go again; so do a few hundred megabytes of libraries (`LIBRARIES`, counted once in the peak).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rotdistill_plan_models import WIDTH, Shape
+from rotdistill_plan_texts import Texts
+
+from rotdistill_core.recipe import Placed
+
+LIBRARIES = 0.45e9
+"""Memory of torch, transformers and scipy before anything is done, bytes (measured: 0.4 to 0.5 GB)."""
+BATCH = 1536
+"""Tokens that go through a layer at once; see `Walk`."""
+ANSWERS = 64
+"""Answers that are generated at once; see `greedy`."""
+BLOCK = 256
+"""Rows whose logits are compared at once."""
+F64 = 8
+Note = str
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step needs, in bytes and operations."""
+
+    ram: float = 0.0
+    device: float = 0.0
+    """Memory where models compute: the GPU's, or `ram` as well where there is none."""
+    disk: float = 0.0
+    work: float = 0.0
+    """Floating-point operations."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The two models at some point of a chain, and the texts."""
+
+    teacher: Shape
+    student: Shape
+    texts: Texts
+    compute: tuple[int, int]
+    """Bytes of a number while teacher and student compute."""
+    same: bool
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of the student."""
+        return self.compute[1]
+
+
+def walked(shape: Shape, rows: int, number: int) -> Need:
+    """Return what it takes to send rows through a model, layer by layer: two layers, all states, one batch."""
+    batch = min(rows, BATCH) * (3 * shape.neurons + 2 * shape.queries + 4 * shape.width)
+    return Need(rows * shape.width * number, (2 * shape.layer + batch) * number, 0, 2 * shape.parameters(inside=True) * rows)
+
+
+def generated(shape: Shape, texts: Texts, asked: int, said: int, number: int) -> Need:
+    """Return what it takes to let a whole model answer: its weights, keys and values of a batch, and logits."""
+    longest = texts.prefix + (texts.total - texts.prefix) / max(sum(texts.texts.values()), 1) + said / max(asked, 1)
+    cache = min(asked, ANSWERS) * longest * shape.depth * 2 * shape.keys * number
+    whole = shape.parameters() * number
+    return Need(0, whole + cache + min(asked, ANSWERS) * shape.vocab * 4, 0, 2 * shape.parameters() * said * 4)
+
+
+def teacher_answers(at: Pairing) -> Need:
+    """Return what the teacher's own answers need, ahead of all steps."""
+    return generated(at.teacher, at.texts, at.texts.asked, at.texts.said, at.compute[0]) if at.texts.asked else Need()
+
+
+def needs(placed: Placed, at: Pairing) -> Need:
+    """Return what a step needs; one that is not known here is taken for a plain one of its stage."""
+    use = placed.step.use
+    return (KNOWN.get(use) or BY_STAGE[placed.stage])(placed.step, at)
+
+
+def checkpoint(at: Pairing, number: int) -> Need:
+    """Return what a saved variant needs."""
+    largest = at.student.vocab * at.student.width
+    return Need(largest * (at.wide + number), 0, at.student.parameters() * number)
+
+
+def after(placed: Placed, at: Pairing) -> Pairing:
+    """Return the pair behind a step: cut, widened, its head untied."""
+    step, student = placed.step, at.student
+    if placed.step.use == "chop":
+        a, cut = student.adapter, {}
+        if step.layers is not None:
+            cut[a.depth_key] = step.layers if isinstance(step.layers, int) else len(step.layers)
+        for key, asked in ((a.neurons_key, step.neurons), (a.groups_key, step.groups), (a.width_key, step.width)):
+            cut |= {key: asked} if asked else {}
+        if step.groups:
+            heads = a.heads(student.config)
+            cut |= {a.query_key: step.groups * (heads.query // heads.groups), "head_dim": heads.width}
+        return replace(at, student=student.changed(step.keep or 1.0, **cut, **({"tie_word_embeddings": False} if step.width else {})))
+    untied: dict[str, Any] = {}
+    if placed.step.use in ("basis-fold", "lm-head-ridge"):  # the final norm's gain is absorbed, or the head fitted: it is tied no more
+        untied["tie_word_embeddings"] = False
+    if getattr(step, "mode", None) == "widen":
+        heads = student.adapter.heads(student.config)
+        untied |= {student.adapter.width_key: at.teacher.width, "head_dim": heads.width}
+    return replace(at, student=student.changed(**untied)) if untied else at
+
+
+def _capture(step: Any, at: Pairing) -> Need:
+    t, s, texts = at.teacher, at.student, at.texts
+    rows_t, rows_s = texts.total, texts.of("fit", "validation", most=getattr(step, "student_texts", None))
+    kind = getattr(step, "store", "compute")
+    number = [WIDTH.get(kind, c) for c in at.compute]
+    one, two = walked(t, rows_t, at.compute[0]), walked(s, rows_s, at.compute[1])
+    shards = (t.depth + 1) * rows_t * t.width * number[0] * (2 if getattr(step, "control", "none") != "none" else 1)
+    shards += (s.depth + 1) * rows_s * s.width * number[1]
+    return Need(2 * max(one.ram, two.ram), max(one.device, two.device), shards, one.work + two.work)
+
+
+def _align(_: Any, at: Pairing) -> Need:
+    s, t, rows = at.student, at.teacher, at.texts.of("fit")
+    chunks = min(rows, 4096) * (s.width + 2 * t.width) * F64
+    matrices = (6 * t.width**2 + 4 * s.width * t.width) * F64
+    work = 2.0 * rows * s.width * t.width * (s.depth + 1) + 30.0 * t.width**3
+    return Need(rows * (s.width + t.width) * at.wide + chunks + matrices, 0, s.width * t.width * F64, work)
+
+
+def _assign(_: Any, at: Pairing) -> Need:
+    s, t = at.student, at.teacher
+    layers = 2 * (s.layer + t.layer) * F64
+    work = s.depth * (2.0 * 3 * s.neurons * t.neurons * s.width + 1e-1 * min(s.neurons, t.neurons) ** 3)
+    return Need(layers + 3 * s.neurons * t.neurons * F64, 0, s.depth * (s.neurons + s.queries + s.keys) * F64, work)
+
+
+def _fold(_: Any, at: Pairing) -> Need:
+    s = at.student
+    head = s.vocab * s.width * F64
+    work = 4.0 * s.parameters() * s.width + 8.0 * s.parameters(inside=True) * 2 * at.texts.prefix
+    untied = s.changed(tie_word_embeddings=False)
+    return Need(4 * head, 2 * s.layer * F64, untied.parameters() * at.wide + s.width**2 * F64, work)
+
+
+def _refit(step: Any, at: Pairing) -> Need:
+    s, rows = at.student, at.texts.of("fit", "validation")
+    walk, writers = walked(s, rows, at.wide), getattr(step, "writers", ("neurons",))
+    sizes = [{"neurons": s.neurons, "heads": s.queries}[w] for w in writers]
+    f = max(sizes)
+    made = s.depth * sum(sizes) * s.width * at.wide
+    goals = rows * s.width * (F64 + 2 * at.wide)
+    moments = (7 * f**2 + 6 * f * s.width) * F64
+    work = walk.work * (1 + len(sizes)) + s.depth * sum(2.0 * rows * n * (n + s.width) + 5 * n**3 for n in sizes)
+    return Need(walk.ram + goals + moments + made, walk.device, 2 * made, work)
+
+
+def _head(step: Any, at: Pairing) -> Need:
+    s, t = at.student, at.teacher
+    rows = at.texts.of("fit", most=getattr(step, "texts", None)) + at.texts.of("validation")
+    walk, head = walked(s, rows, at.wide), s.vocab * s.width * at.wide
+    states = rows * (2 * s.width + 2 * t.width) * at.wide
+    lessons = getattr(step, "rows", 0) * getattr(step, "tokens", 0) * at.wide * 2 if getattr(step, "objective", "ridge") != "ridge" else 0
+    blocks = 8 * 128 * s.vocab * at.wide
+    held = 5 * head + s.vocab * t.width * at.wide
+    return Need(walk.ram + states + held + blocks + lessons, walk.device, head, walk.work + 10.0 * 1024 * s.vocab * (s.width + t.width))
+
+
+def _train(step: Any, at: Pairing) -> Need:
+    s, t, texts = at.student, at.teacher, at.texts
+    some = 1 if "questions" not in getattr(step, "ask", ()) else 2
+    rows = texts.of("fit", "validation")
+    states = rows * t.width * at.wide
+    length = (rows - texts.prefix) / max(texts.texts.get("fit", 1) + texts.texts.get("validation", 0), 1) + texts.prefix
+    batch = getattr(step, "batch", 4) * length * at.wide
+    grown = batch * (s.depth * (14 * s.width + 6 * s.neurons) + 4 * s.vocab)
+    work = 3 * getattr(step, "epochs", 3) * 2.0 * s.parameters() * rows * some
+    made = s.parameters(inside=True) * at.wide
+    heads = s.vocab * (s.width + t.width) * at.wide
+    return Need(states + made + heads, s.parameters() * at.wide + grown, states + made, work + walked(t, rows, at.compute[0]).work)
+
+
+def _cut(step: Any, at: Pairing) -> Need:
+    s = at.student
+    rows = min(at.texts.of("fit", most=step.texts), getattr(step, "fitted", 1 << 60))
+    walk, wide = walked(s, rows, at.wide), step.keep or step.neurons or step.groups or step.width
+    more = min(at.texts.of("fit"), step.fitted) * s.width * at.wide * 3 + 8 * s.neurons**2 * F64 if wide else 0
+    return Need(2 * walk.ram + more, walk.device, s.parameters() * at.wide if wide else 0, walk.work * (20 if wide else 1))
+
+
+def _judge(_: Any, at: Pairing) -> Need:
+    s, t = at.student, at.teacher
+    rows = at.texts.of("heldout", "guard")
+    walk = walked(s, rows, at.wide)
+    heads = s.vocab * (s.width + t.width) * at.wide + 7 * BLOCK * s.vocab * at.wide
+    frames = 0 if at.same else at.texts.of("fit") * (s.width + t.width) * F64
+    return Need(walk.ram + heads + frames, walk.device, 0, walk.work + 2.0 * rows * s.vocab * (s.width + t.width))
+
+
+def _answers(_: Any, at: Pairing) -> Need:
+    asked = at.texts.texts.get("heldout", 0)
+    return generated(at.student, at.texts, asked, round(at.texts.said * asked / max(at.texts.asked, 1)), at.wide)
+
+
+def _edit(_: Any, at: Pairing) -> Need:
+    return Need(at.student.parameters() * at.wide, 0, at.student.parameters() * at.wide, 2.0 * at.student.parameters() * at.texts.total)
+
+
+Estimate = Callable[[Any, Pairing], Need]
+BY_STAGE: dict[str, Estimate] = {
+    "capture": _capture, "align": _align, "refine": _align, "fold": _edit, "style": _edit, "evaluate": _judge,
+}  # fmt: skip
+KNOWN: dict[str, Estimate] = {
+    "basis-fold": _fold, "chop": _cut, "writer-refit": _refit, "lm-head-ridge": _head, "prompt-kl": _train, "answers": _answers,
+    "hungarian-permute": _assign, "head-gauge": _assign, "weight-matching": _assign,
+}  # fmt: skip

@@ -1,0 +1,205 @@
+"""What `plan` says before anything is loaded, held against hand-derived sizes and against what runs then do."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import rotdistill_plan_texts
+from rotdistill_foresee import Plan, foresee, machine
+from rotdistill_plan_models import known
+
+from rotdistill_core import recipe
+from rotdistill_core.recipe import ModelRef
+from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_texts
+
+ROOT = Path(__file__).parents[3]
+RECIPE = """
+name = "trial"
+[teacher]
+model = "model"
+[student]
+model = "model"
+save_dtype = "bfloat16"
+[samples]
+index = "texts/index.tsv"
+style = "texts/style.md"
+heldout = "texts/heldout.tsv"
+answer_tokens = 4
+[[step]]
+use = "chop"
+layers = 2
+[[step]]
+use = "residuals"
+[[step]]
+id = "basis"
+use = "procrustes"
+[[step]]
+id = "fold"
+use = "basis-fold"
+[[step]]
+use = "toggles"
+[variants]
+base = []
+full = ["basis", "fold"]
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    pico_folder(tmp_path / "model", num_hidden_layers=3)
+    pico_texts(tmp_path / "texts")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def planned(*sets: str, fresh: bool = False) -> Plan:
+    return foresee(recipe.load(Path("recipe.toml"), sets), Path("runs"), machine(Path("runs")), fresh)
+
+
+def why(made: Plan) -> dict[str, str]:
+    """Return step and first variant -> why it has to be made, of what has to be made."""
+    return {f"{line.id} {line.variants[0] if line.variants else ''}".strip(): line.why for line in made.todo}
+
+
+def test_the_32b_recipe_is_planned_offline_without_torch() -> None:
+    script = "import sys; from rotdistill_core.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    path = "recipes/tour_guide_qwen32b.toml"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    made = subprocess.run([sys.executable, "-c", script, "plan", path, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert made.returncode in (0, 3), made.stderr
+    assert "does not fit here" in made.stderr or made.returncode == 0
+    assert made.stderr.splitlines()[-1] == "False"
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 2
+    found = json.loads(made.stdout)
+    assert found["models"]["teacher"]["parameters"] == 32_763_876_352  # as published
+    assert found["models"]["student"]["parameters"] == 3_085_938_688
+    assert found["models"]["teacher"]["bytes"] == 2 * 32_763_876_352
+    assert found["models"]["student"]["bytes"] == 2 * 3_085_938_688
+    rows = sum(found["texts"]["rows"].values()) + found["texts"]["shared prompt"]
+    fitted = found["texts"]["rows"]["fit"] + found["texts"]["rows"]["validation"] + found["texts"]["shared prompt"]
+    steps = {step["id"]: step for step in found["steps"]}
+    capture = 65 * rows * 5120 * 2 + 37 * fitted * 2048 * 2  # every boundary of both, in bfloat16
+    assert steps["residuals"]["disk_bytes"] == pytest.approx(capture, rel=0.1)
+    assert capture > 26e9
+    layer = 5120 * (40 * 128 * 2 + 8 * 128 * 2) + 3 * 5120 * 27648  # q, o, k, v and the MLP
+    wide = 2 if found["machine"]["gpu"] else 4
+    batch = 1536 * 3 * 27648  # gate, up and their product
+    memory = (2 * rows * 5120 + 2 * layer + batch) * wide  # states and a copy that is written, two layers
+    assert sum(steps["residuals"][key] for key in ("ram_bytes", "gpu_bytes")) == pytest.approx(memory, rel=0.1)
+    answers = 32_763_876_352 * wide + 64 * 180 * 64 * 2 * 8 * 128 * wide  # all weights; keys and values of 64 answers of about 180 tokens
+    peak = max(found["ram_bytes"], found["gpu_bytes"])
+    assert peak == pytest.approx(answers, rel=0.1)
+    saved = 5 * (3_085_938_688 + 151936 * 2048) * 2 - 151936 * 2048 * 2  # of six variants all but base untie the head, but style-only too
+    assert sum(s["disk_bytes"] for s in found["steps"] if s["id"] == "checkpoints") == pytest.approx(saved + 3_085_938_688 * 2, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("0.5B", 494_032_768), ("1.5B", 1_543_714_304)])
+def test_shipped_configs_lead_to_the_published_parameters(name: str, parameters: int) -> None:
+    found = known(ModelRef(model=f"Qwen/Qwen2.5-{name}-Instruct"), ROOT / "samples", print)
+    assert found.shape.parameters() == parameters
+    assert found.model is None
+
+
+def test_what_is_planned_is_what_happens(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotdistill_plan_texts, "TEMPLATE", 3)  # the pico template is a word before and a word behind
+    first = planned()
+    assert set(why(first).values()) <= {
+        "not made before", "not made before from these models and texts", "not saved before behind these steps",
+    }  # fmt: skip
+    made = carry_out(work / "recipe.toml")
+    again = planned()
+    assert again.todo == []
+    assert {line.id for line in again.lines} >= {"answers of the teacher", "chop", "toggles", "checkpoints"}
+    assert any(line.variants == ["round-trip"] for line in again.lines)  # bfloat16 checkpoints get one more variant
+    disk = sum(path.stat().st_size for path in made.folder.rglob("*.safetensors") if "shards" in path.parts)
+    assert next(line for line in first.lines if line.id == "residuals").disk_bytes == pytest.approx(disk, rel=0.1)
+    code, _, err = command_line("run", "recipe.toml")
+    assert code == 0
+    assert "plan: 11 of 11 results are there; nothing to make" in err
+
+
+def test_it_says_what_changed_and_what_is_behind_it(work: Path) -> None:
+    carry_out(work / "recipe.toml")
+    found = planned("basis.tie=1")
+    assert why(found)["basis full"] == "changed: tie all → 1"
+    assert why(found)["fold full"] == "behind basis"
+    kept = [line for line in found.lines if line.id in ("chop", "residuals", "toggles") and line.reused]
+    assert {line.why.partition("-")[0] for line in kept} == {"trial"}  # it lies in the other run's folder
+    assert why(planned("chop.layers=3"))["chop base"] == "changed: layers 2 → 3"
+    assert why(planned("seed=5"))["chop base"] == "seed changed"
+    assert why(planned("student.dtype=float64"))["chop base"] == "compute changed"
+    assert why(planned(fresh=True))["chop base"] == "asked for with --fresh"
+    index = work / "texts" / "index.tsv"
+    index.write_text(index.read_text().replace("place 3", "place three"))
+    assert why(planned())["chop base"] == "texts changed"
+
+
+def test_what_it_calls_reused_is_reused(work: Path) -> None:
+    carry_out(work / "recipe.toml")
+    path = work / "other.toml"
+    path.write_text(RECIPE.replace('name = "trial"', 'name = "other"').replace('use = "procrustes"', 'use = "random-rotation"'))
+    said = foresee(recipe.load(path), Path("runs"), machine(Path("runs")))
+    made = carry_out(path)
+    happened = {key: done.reused for key, done in made.steps.items()}
+    for line in said.lines:
+        if line.use:
+            assert happened[line.variants[0], line.id] is line.reused, line
+
+
+def test_other_code_and_lost_files_are_told(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = carry_out(work / "recipe.toml")
+    real = recipe.code_of
+    monkeypatch.setattr(recipe, "code_of", lambda origin: "x" if origin.name == "procrustes" else real(origin))
+    assert why(planned())["basis full"] == "changed: the code of rotdistill-procrustes"
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    next(made.folder.rglob("shards/student/residual/00001.safetensors")).unlink()
+    assert why(planned())["residuals base"] == "its files are gone, or made from something else"
+    model = work / "model" / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-2] ^= 1
+    model.write_bytes(data)
+    assert why(planned())["chop base"] == "teacher, student changed"
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_shortfall_ends_with_3_before_anything_loads(work: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    code, out, err = command_line(verb, "recipe.toml")
+    assert code == 3
+    assert "does not fit here" in err
+    assert "of memory, 0 MB are free" in err
+    assert not Path("runs").exists()
+    assert ("runs/trial-" in out) is (verb == "plan")
+
+
+def test_run_can_begin_without(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert command_line("run", "recipe.toml", "--no-plan")[0] == 0
+
+
+def test_a_model_that_is_not_here_nor_described_is_an_error_of_plan_alone(work: Path) -> None:
+    Path("recipe.toml").write_text(RECIPE.replace('model = "model"', 'model = "nobody/nothing"'))
+    code, out, err = command_line("plan", "recipe.toml")
+    assert (code, out) == (3, "")
+    assert "there is no texts/configs/nobody/nothing.json" in err
+    assert command_line("plan", "recipe.toml", "--short")[0] == 0
+
+
+def test_the_document_has_it_all(work: Path) -> None:
+    code, out, err = command_line("plan", "recipe.toml", "--json")
+    assert (code, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    assert {"run_dir", "steps", "models", "texts", "ram_bytes", "gpu_bytes", "disk_bytes", "time", "machine", "shortfalls"} <= found.keys()
+    assert found["shortfalls"] == []
+    assert found["models"]["student"]["source"] == "model"

@@ -1,0 +1,237 @@
+"""Verbs over the runs on disk: runs, show, diff, rm, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rotdistill_run_folder import Record, RunFolder, all_runs, find_run, needed_by, remove
+
+from rotdistill_core import hookimpl
+from rotdistill_core.cli import RUNS, Json, words
+from rotdistill_core.errors import RecipeError
+
+
+def _names(incomplete: str) -> list[str]:
+    return [run.path.name for run in all_runs(RUNS) if run.path.name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or its folder.", show_default=False, autocompletion=_names)
+]
+
+
+def results() -> Console:
+    """Return the console for results (stdout): as wide as the terminal, or wide enough for tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def human(size: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def runs(as_json: Json = False) -> None:
+    """List the runs in runs/: state, variants, the lowest KL, size, and how much of it other runs stand on.
+
+    Examples:
+
+      rotdistill runs
+
+      rotdistill runs --json
+    """
+    found = all_runs(RUNS)
+    rows: list[dict[str, Any]] = []
+    for run in found:
+        shared = sum((RUNS / path).stat().st_size for path in needed_by(run, found) if (RUNS / path).is_file())
+        rows.append({
+            "run": run.path.name, "state": run.state, "variants": list(run.recipe.get("variants", {})), "best": _best(run),
+            "bytes": run.bytes, "shared_bytes": shared, "changed": _when(run),
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    if not rows:
+        words().print(f"no runs in {RUNS}/; `rotdistill run RECIPE` makes one.")
+        return
+    table = Table("run", "state", "variants", "lowest KL", "size", "shared", "changed")
+    for row in rows:
+        best = f"{row['best'][0]} {row['best'][1]:.4f}" if row["best"] else ""
+        sizes = human(row["bytes"]), human(row["shared_bytes"]) if row["shared_bytes"] else ""
+        table.add_row(*map(escape, (row["run"], row["state"], ", ".join(row["variants"]), best, *sizes, row["changed"])))
+    results().print(table)
+
+
+def _best(run: RunFolder) -> tuple[str, float] | None:
+    from rotdistill_core.report import figures
+
+    scored = [(v["kl"], name) for name, v in figures(run.rows()).items() if "kl" in v]
+    return (min(scored)[1], min(scored)[0]) if scored else None
+
+
+def _when(run: RunFolder) -> str:
+    return datetime.fromtimestamp(run.ledger.path.stat().st_mtime).astimezone().isoformat(" ", "minutes")[:16]
+
+
+def show(run: Name, as_json: Json = False) -> None:
+    """Show one run: models, steps with keys, times and sizes, where each result lies, and what the variants scored.
+
+    Examples:
+
+      rotdistill show tour-guide
+
+      rotdistill show tour-guide --json
+    """
+    from rotdistill_core.report import figures, rich_table
+
+    found = find_run(run, RUNS)
+    rows, recipe, needed = found.rows(), found.recipe, needed_by(found, all_runs(found.path.parent))
+    steps = list(_steps(found))
+    others = sorted({name for names in needed.values() for name in names})
+    if as_json:
+        about = {"run": found.path.name, "path": str(found.path), "state": found.state, "bytes": found.bytes, "needed_by": others}
+        print(json.dumps({**about, "recipe": recipe, "steps": steps, "figures": figures(rows)}, ensure_ascii=False))
+        return
+    console = results()
+    console.print(f"{escape(str(found.path))}: {found.state}, {human(found.bytes)}, {_when(found)}")
+    for role in ("teacher", "student", "anchor"):
+        if model := recipe.get(role):
+            console.print(f"{role:<8} {escape(model['model'])}")
+    if others:
+        console.print(f"{len(needed)} of its files are part of {escape(', '.join(others))}; `rm` leaves those.")
+    table = Table("step", "use", "plugin", "variants", "key", "seconds", "size", "lies in")
+    for step in steps:
+        where = "" if step["lies_in"] == found.path.name else step["lies_in"]
+        cells = step["id"], step["use"], step["plugin"], ", ".join(step["variants"]), step["key"][:10]
+        table.add_row(*map(escape, (*cells, f"{step['seconds']:.1f}", human(step["bytes"]), where)))
+    console.print(table)
+    if rows:
+        console.print(rich_table(rows))
+
+
+def _steps(run: RunFolder) -> list[dict[str, Any]]:
+    """Return each result that the run stands on, in order, with the variants that share it."""
+    made: dict[str, dict[str, Any]] = {}
+    for variant, chain in run.chains().items():
+        for step, record in chain.items():
+            owners = {file["path"].split("/")[0] for file in record["files"]}
+            about = {
+                "id": step, "use": record["use"], "plugin": record["plugin"], "key": record["key"], "seconds": record["seconds"],
+                "bytes": sum(file["bytes"] for file in record["files"]), "lies_in": ", ".join(sorted(owners)) or run.path.name,
+                "variants": [], "options": record["options"], "notes": record["notes"],
+            }  # fmt: skip
+            made.setdefault(record["key"], about)["variants"].append(variant)
+    return list(made.values())
+
+
+def diff(one: Name, two: Name, as_json: Json = False) -> None:
+    """Compare two runs: recipes, what their aligners found, and scores with intervals over the texts that both have.
+
+    Examples:
+
+      rotdistill diff tour-guide swap-aligner
+
+      rotdistill diff tour-guide swap-aligner --json
+    """
+    import rotdistill_run_diff as differ
+
+    a, b = find_run(one, RUNS), find_run(two, RUNS)
+    recipes, maps, scores = differ.recipes(a, b), differ.maps(a, b), differ.scores(a, b)
+    if as_json:
+        names = {"runs": [a.path.name, b.path.name], "recipes": [vars(r) for r in recipes]}
+        print(json.dumps({**names, "maps": [vars(m) for m in maps], "scores": [vars(s) for s in scores]}, ensure_ascii=False))
+        return
+    console = results()
+    console.print(f"{escape(a.path.name)} → {escape(b.path.name)}")
+    for told in (differ.recipe_table(recipes), differ.map_table(maps), differ.score_table(scores)):
+        if told:
+            console.print(told)
+    if not recipes and not maps:
+        console.print("the same recipe, and nothing that an aligner found to compare.")
+
+
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, as for `show`.", autocompletion=_names)],
+    keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Keep checkpoints, scores and report.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove runs. Files that results of other runs consist of stay, and are found again from there.
+
+    Examples:
+
+      rotdistill rm tour-guide --keep-checkpoints
+
+      rotdistill rm tour-guide
+    """
+    there = {(run := find_run(name, RUNS)).path.resolve(): run for name in names}
+    told = []
+    for run in there.values():
+        others = [each for each in all_runs(run.path.parent) if each.path.resolve() not in there]
+        needed = needed_by(run, others)
+        freed = remove(run, set(needed), keep_checkpoints)
+        kept = sorted(path for path in needed if (run.path.parent / path).is_file())
+        told.append({"run": run.path.name, "freed_bytes": freed, "kept": kept})
+        if not as_json:
+            users = ", ".join(sorted({name for names in needed.values() for name in names}))
+            left = f"; {len(kept)} files stay, they are part of {users}" if kept else ""
+            words().print(f"{escape(run.path.name)}: {human(freed)} freed{escape(left)}", soft_wrap=True)
+    if as_json:
+        print(json.dumps(told, ensure_ascii=False))
+
+
+def report(run: Name, as_json: Json = False) -> None:
+    """Write the report of a finished run anew, from its ledger alone, and say where it is.
+
+    Examples:
+
+      rotdistill report tour-guide
+
+      rotdistill report tour-guide --json
+    """
+    from rotdistill_core.ledger import Out, Store
+    from rotdistill_core.pipeline import Done, Outcome
+    from rotdistill_core.plugins import OBSERVERS, load, manager
+    from rotdistill_core.recipe import validated
+
+    found = find_run(run, RUNS)
+    if found.state != "done":
+        raise RecipeError(f"{found.path}: is {found.state}; there is a report when its recipe has run to the end.")
+    path = found.path / "recipe.toml"
+    loaded = validated(path, path.read_text(encoding="utf-8"), {**found.recipe})
+    chains = found.chains()
+    steps = {(v, s): Done(r["key"], _elsewhere(found, r), float(r["seconds"]), r["notes"]) for v, c in chains.items() for s, r in c.items()}
+    checkpoints = {name: found.path / "checkpoints" / name for name in chains}
+    outcome = Outcome(found.path, found.rows(), steps, checkpoints, [])
+    pm = manager()
+    pm.register(load(OBSERVERS, "report")[0])
+    told = pm.hook.run_ended(loaded=loaded, outcome=outcome, out=Out(Store(found.path.resolve().parent), found.ledger, "report"),
+                             say=words().print)  # fmt: skip
+    where = found.path / "report.md"
+    if as_json:
+        print(json.dumps({"run": found.path.name, "report": str(where)}))
+        return
+    console = results()
+    for each in told:
+        console.print(each)
+    print(where)
+
+
+def _elsewhere(run: RunFolder, record: Record) -> bool:
+    return any(not file["path"].startswith(f"{run.path.name}/") for file in record["files"])
+
+
+@hookimpl
+def commands() -> list[Callable[..., None]]:
+    """Offer the verbs."""
+    return [runs, show, diff, rm, report]

@@ -1,0 +1,127 @@
+"""The verb `new`: the beginning of a step, an adapter or a recipe, which works as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import rotdistill_scaffold_texts as texts
+import typer
+from rich.markup import escape
+
+from rotdistill_core import hookimpl
+from rotdistill_core.cli import Json, words
+from rotdistill_core.errors import RecipeError, SetupError, nearest
+from rotdistill_core.ledger import write_file
+from rotdistill_core.plugins import ADAPTERS, STEPS, installed
+from rotdistill_core.step import STAGES
+
+NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+
+
+class Kind(StrEnum):
+    """What can be begun."""
+
+    step = "step"
+    adapter = "adapter"
+    recipe = "recipe"
+
+
+def new(
+    kind: Annotated[Kind, typer.Argument(help="What to begin.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Its name: in recipes, or an adapter's model type.", show_default=False)],
+    stage: Annotated[str, typer.Option("--stage", help=f"A step's stage: {', '.join(STAGES)}.")] = "align",
+    into: Annotated[Path, typer.Option("--in", help="The folder to write into.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Write a step or an adapter, a folder to install that passes its own tests, or a recipe. Nothing is overwritten.
+
+    Examples:
+
+      rotdistill new step my-aligner --stage align
+
+      rotdistill new adapter mistral
+    """
+    if not NAME.fullmatch(name):
+        raise RecipeError(f'"{name}": a name is lower-case letters, digits and dashes, and begins with a letter.')
+    files = {"step": lambda: step(name, stage), "adapter": lambda: adapter(name), "recipe": lambda: recipe(name, into)}[kind.value]()
+    tops = sorted({into / Path(file).parts[0] for file in files})
+    if taken := [path for path in tops if path.exists()]:
+        raise RecipeError(f"{taken[0]}: is there already; choose another name, or another folder with --in.")
+    for file, text in files.items():
+        write_file(into / file, [text.encode()])
+    print(json.dumps([str(into / file) for file in files]) if as_json else "\n".join(map(str, tops)))
+    if kind is not Kind.recipe and not as_json:
+        there = escape(str(tops[0]))
+        words().print(f"try it:\npip install --no-build-isolation -e {there}\npython -m pytest {there}", soft_wrap=True)
+
+
+def step(name: str, stage: str) -> dict[str, str]:
+    """Return the files of a step, relative path -> text.
+
+    Raises:
+        RecipeError: there is no such stage, or a step of that name is installed.
+    """
+    if stage not in STAGES:
+        raise RecipeError(f'"{stage}" is no stage; say one of {", ".join(STAGES)}.{nearest(stage, STAGES)}')
+    if name in installed(STEPS):
+        raise RecipeError(f'a step "{name}" is installed already; choose another name.')
+    arguments, returns, body = texts.STAGES[stage]
+    edits = stage in ("fold", "style")
+    types = sorted(set(re.findall(r"[A-Z]\w+", f"{arguments} {returns}")))
+    about = {
+        "cls": "".join(part.capitalize() for part in re.split("[-_]", name)), "stage": stage, "arguments": arguments, "returns": returns,
+        "types": ", ".join(types), "exact": texts.EXACT if edits else "", "classvar": "ClassVar, " if edits else "",
+        "group": ".rotdistill", "dependencies": '"rotdistill>=0.1,<1"', "title": f"A step of the stage {stage}, for rotdistill.",
+    }  # fmt: skip
+    about |= _names(name, name)
+    about["body"] = Template(body).substitute(about)
+    return _plugin(name, {"{module}.py": texts.STEP, "tests/test_{snake}.py": texts.STEP_TEST}, about)
+
+
+def adapter(name: str) -> dict[str, str]:
+    """Return the files of an adapter.
+
+    Raises:
+        RecipeError: an adapter of that model type is installed.
+        SetupError: transformers knows no such model type.
+    """
+    if name in installed(ADAPTERS):
+        raise RecipeError(f'an adapter for model type "{name}" is installed already.')
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if name not in CONFIG_MAPPING_NAMES:
+        raise SetupError(f'the installed transformers knows no model type "{name}".{nearest(name, CONFIG_MAPPING_NAMES)}')
+    about = {
+        "group": '."rotdistill.adapters"', "dependencies": '"rotdistill>=0.1,<1", "rotdistill-llama-adapter>=0.1,<1"',
+        "title": f"Architecture table of model type {name}.", **_names(name, f"{name}-adapter"),
+    }  # fmt: skip
+    return _plugin(f"{name}-adapter", {"{module}.py": texts.ADAPTER, "tests/test_{snake}.py": texts.ADAPTER_TEST}, about)
+
+
+def recipe(name: str, into: Path) -> dict[str, str]:
+    """Return the file of a recipe, with the texts where they lie as seen from its folder."""
+    found = next((place for place in ("../samples", "samples") if (into / place / "index.tsv").is_file()), "../samples")
+    models = {"teacher": "Qwen/Qwen2.5-1.5B-Instruct", "student": "Qwen/Qwen2.5-0.5B-Instruct"}
+    return {f"{name}.toml": Template(texts.RECIPE).substitute(name=name, samples=found, **models)}
+
+
+def _names(name: str, distribution: str) -> dict[str, str]:
+    snake = distribution.replace("-", "_")
+    return {"name": name, "distribution": distribution, "snake": snake, "module": f"rotdistill_{snake}"}
+
+
+def _plugin(folder: str, files: Mapping[str, str], about: Mapping[str, str]) -> dict[str, str]:
+    whole = {"pyproject.toml": texts.PROJECT, "README.md": texts.README, **files}
+    return {f"{folder}/{file.format(**about)}": Template(text).substitute(about) for file, text in whole.items()}
+
+
+@hookimpl
+def commands() -> list[Callable[..., None]]:
+    """Offer the verb."""
+    return [new]

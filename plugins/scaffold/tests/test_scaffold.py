@@ -1,0 +1,98 @@
+"""What `new` writes is installed as a stranger would, passes its own tests, and is found by everything that lists plugins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core import recipe
+from rotdistill_core.step import STAGES
+from rotdistill_core.testing import command_line
+
+ROOT = Path(__file__).parents[3]
+RECIPE = 'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "residuals"\n[[step]]\nuse = "my-align"\n'
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder outside the project with a step of each stage and an adapter, and `site` where pip has installed them."""
+    root = tmp_path_factory.mktemp("outside")
+    for stage in STAGES:
+        code, out, err = command_line("new", "step", f"my-{stage}", "--stage", stage, "--in", str(root))
+        assert (code, out) == (0, f"{root / f'my-{stage}'}\n"), err
+    assert command_line("new", "adapter", "mistral", "--in", str(root))[0] == 0
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(root / "site"), *map(str, root.glob("m*"))], check=True, capture_output=True)
+    return root
+
+
+def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Call a module of the project's environment beside which the new plugins are installed."""
+    beside = {**os.environ, "PYTHONPATH": str(root / "site"), "NO_COLOR": "1"}
+    return subprocess.run([sys.executable, *words], cwd=root, env=beside, capture_output=True, text=True, check=False)
+
+
+def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
+    first = ["-k", "not strength and not tie_word_embeddings"]  # of the two cases that each is written with
+    words = ["-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *first]
+    made = call(begun, *words, *map(str, begun.glob("m*/tests")))
+    assert made.returncode == 0, made.stdout
+    assert "passed" in made.stdout
+
+
+def test_what_is_written_keeps_to_the_style_of_the_project(begun: Path) -> None:
+    files = [str(path) for path in begun.glob("m*/**/*.py")]
+    for words in (["check", "--ignore", "INP001,I001,S101"], ["format", "--check"]):
+        made = call(begun, "-m", "ruff", *words, "--config", str(ROOT / "pyproject.toml"), *files)
+        assert made.returncode == 0, made.stdout
+
+
+def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) -> None:
+    main = ["-c", "from rotdistill_core.cli import main; main()"]
+    rows = {row["name"]: row for row in json.loads(call(begun, *main, "plugins", "--json").stdout)}
+    assert rows["my-align"]["stage"] == "align"
+    assert rows["my-align"]["distribution"] == "rotdistill-my-align"
+    assert rows["mistral"]["stage"] == "adapter"
+    document = json.loads(call(begun, *main, "schema").stdout)
+    assert document["$defs"]["step.my-align"]["properties"]["use"]["enum"] == ["my-align"]
+    (begun / "good.toml").write_text(RECIPE)
+    assert call(begun, *main, "check", "good.toml").returncode == 0
+    (begun / "bad.toml").write_text(RECIPE + "strenght = 0.5\n")
+    made = call(begun, *main, "check", "bad.toml")
+    assert made.returncode == 2
+    assert 'step "my-align" (#2): strenght: unknown key. Did you mean "strength"?' in made.stderr
+    (begun / "bad.toml").write_text(RECIPE + "strength = 1.5\n")
+    assert 'step "my-align" (#2): strength: Input should be less than or equal to 1' in call(begun, *main, "check", "bad.toml").stderr
+
+
+def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
+    assert command_line("new", "recipe", "mine", "--in", str(tmp_path))[0] == 0
+    loaded = recipe.load(tmp_path / "mine.toml")
+    assert loaded.recipe.name == "mine"
+    assert [placed.id for placed in loaded.chain("full")] == ["residuals", "basis", "fold", "head", "toggles"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("step", "My Step"), 2, "a name is lower-case letters"),
+        (("step", "../step"), 2, "a name is lower-case letters"),
+        (("step", "mine", "--stage", "alien"), 2, 'Did you mean "align"?'),
+        (("step", "procrustes"), 2, 'a step "procrustes" is installed already'),
+        (("adapter", "llama"), 2, "is installed already"),
+        (("adapter", "mistrall"), 3, 'Did you mean "mistral"?'),
+        (("wheel", "mine"), 2, "wheel"),
+        (("recipe", "taken"), 2, "taken.toml: is there already"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(tmp_path: Path, words: tuple[str, ...], code: int, told: str) -> None:
+    (tmp_path / "taken.toml").write_text("x = 1")
+    found, out, err = command_line("new", *words, "--in", str(tmp_path))
+    assert (found, out) == (code, "")
+    assert told in err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.toml"]
