@@ -6,6 +6,7 @@ from rotdistill_judge import Scores, by_text, judged
 from rotdistill_predictions import compare, shared_tokens
 
 from rotdistill_core.api import Out, Pair, Progress, Samples, Walk, Weights
+from rotdistill_core.samples import Layout
 from rotdistill_core.weights import file_entries
 
 JUDGED_ROWS = 2048
@@ -16,7 +17,10 @@ class Judge:
 
     def __init__(self, pair: Pair, samples: Samples, split: str, out: Out, progress: Progress) -> None:
         self.pair, self.tokens, teacher = pair, shared_tokens(pair), pair.teacher
-        self.layout = layout = samples.layout.select(split)
+        own = {question.id for question in samples.questions if question.answer is None}
+        whole = samples.layout.select(split)
+        texts = tuple(text for text in whole.texts if text.id in own) or whole.texts  # those that `judged` would look at
+        self.layout = layout = Layout(texts, whole.prefix)
         self.rows, self.targets, self.text = judged(layout, samples, split, JUDGED_ROWS)
         kept = out.keyed("final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type)
         path = kept.find("shards/final.safetensors")
