@@ -91,6 +91,7 @@ class Soups:
         from rotdistill_judge import settle
         from rotdistill_soup_judge import Judge
 
+        self._check(weights)
         gathering = Gathering(self.ingredients, weights, pair, out, progress)
         judge = Judge(pair, samples, "validation", out, progress) if self.only_better or self.method == "greedy" else None
         if self.method == "lora":
@@ -101,6 +102,16 @@ class Soups:
         if not self.only_better or judge is None:
             return made
         return settle(weights, made, lambda view, _: judge(view), None, out.notes)
+
+    def _check(self, weights: Weights) -> None:
+        from rotdistill_core.errors import RecipeError
+
+        if self.layers and not self.layers[0] <= self.layers[1] < weights.depth:
+            raise RecipeError(f"soups: layers = {list(self.layers)}: write first and last, from 0 to {weights.depth - 1}.")
+        names = list(self._names(weights.untie()))
+        idle = [pattern for pattern in self.tensors if not any(fnmatchcase(name, pattern) for name in names)]
+        if idle:
+            raise RecipeError(f'soups: tensors: no parameter that is merged matches "{idle[0]}"; names are like {", ".join(names[:2])}.')
 
     def _made(self, base: Weights, parts: list[Ingredient], judge: Judge | None, pair: Pair, samples: Samples, out: Out,
               progress: Progress) -> Weights:  # fmt: skip
@@ -131,7 +142,7 @@ class Soups:
         """Add the ingredients, best first, where the validation KL of the mean falls."""
         alone: dict[int, float] = {}
         for k, part in enumerate(parts):
-            alone[k] = judge(part.view).mean
+            alone[k] = judge(self.merged(base, [part])).mean
             progress(k + 1, 2 * len(parts), f"{part.name}: validation KL {alone[k]:.4f}")
         order = sorted(alone, key=lambda k: alone[k])
         chosen, best, tried = order[:1], alone[order[0]], {}

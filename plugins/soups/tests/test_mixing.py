@@ -11,6 +11,7 @@ from rotdistill_mixing import Ingredient, elected, trimmed
 from rotdistill_soups import Soups, steps
 from torch import Tensor
 
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.models import Model, Pair, open_model
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.step import stage_of
@@ -134,3 +135,17 @@ def test_layers_and_patterns_choose_what_is_merged(tmp_path: Path, student: Mode
     for n in base:
         share = 0.0 if "down_proj" in n else 1.0 if ".mlp." in n else 0.5
         torch.testing.assert_close(made[n].double(), share * one[n] + (1 - share) * base[n], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"layers": (1, 2)}, r"layers = \[1, 2\]: write first and last, from 0 to 1"),
+        ({"layers": (1, 0)}, "write first and last"),
+        ({"tensors": {"*.mlp.gates": (1.0,)}}, r'no parameter that is merged matches "\*\.mlp\.gates"'),
+        ({"layers": (0, 0), "tensors": {"*.layers.1.*": (1.0,)}}, "no parameter that is merged"),
+    ],
+)
+def test_what_chooses_nothing_is_refused(tmp_path: Path, student: Model, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        soup(student, ("student",), tmp_path, **options)
