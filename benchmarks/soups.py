@@ -116,7 +116,7 @@ def ours(method: str, base: Path, folders: list[Path], out: Path, synced: bool) 
     student = open_model(ModelRef(model=str(base)))
     gathering = Gathering(some, student.weights, Pair(student, student), pico_out(out.parent / "runs"), lambda *_: None)
     parts = gathering.all(step.same_basis, None)
-    made = step.merged(gathering.base, parts)
+    made = step.merged(gathering.base, parts, dtype=torch.bfloat16)
 
     def plainly(name: str, blocks: Blocks) -> None:
         out.mkdir(exist_ok=True)

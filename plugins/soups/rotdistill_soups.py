@@ -17,6 +17,7 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 
 if TYPE_CHECKING:
+    import torch
     from rotdistill_gathering import Gathering
     from rotdistill_mixing import Ingredient, Mixer
     from rotdistill_soup_judge import Judge
@@ -159,14 +160,23 @@ class Soups:
         }
         return self.merged(base, [parts[k] for k in chosen])
 
-    def merged(self, base: Weights, parts: list[Ingredient], mixer: Callable[[str], Mixer] | None = None, weighed: bool = True) -> Weights:
-        """Return the student with every parameter that is asked for merged when it is read; the parts were `weighed` already or not."""
+    def merged(self, base: Weights, parts: list[Ingredient], mixer: Callable[[str], Mixer] | None = None, weighed: bool = True,
+               dtype: torch.dtype | None = None) -> Weights:  # fmt: skip
+        """Return the student with every parameter that is asked for merged when it is read.
+
+        Args:
+            base: the student in the form that the parts have.
+            parts: the ingredients.
+            mixer: how a parameter is made of them, where that is not said by the method.
+            weighed: the recipe's weights are for these parts.
+            dtype: what sums are rounded to, block by block; without it float32, or float64 where the student is that.
+        """
         import torch
         from rotdistill_ingredients import STUDENT
         from rotdistill_mixing import Ingredient, Mixture, elected, line, slerp, trimmed
 
         student, table = Ingredient(STUDENT, base, {}), base.adapter.expand(base.config)
-        dtype = torch.promote_types(base.dtype, torch.float32)
+        dtype = dtype or torch.promote_types(base.dtype, torch.float32)
         new = {}
         for name in self._names(base):
             shares = self._shares(name, len(parts)) if weighed else [1.0]
