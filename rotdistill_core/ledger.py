@@ -110,6 +110,7 @@ def tensor_blocks(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Call
             raise ValueError(f"tensor of shape {tuple(tensor.shape)} where {shape} was declared")
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        del tensor  # before the next one is made
 
 
 class Ledger:

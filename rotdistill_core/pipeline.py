@@ -259,8 +259,8 @@ class Run:
     def _save(self, name: str, state: State, dtype: torch.dtype) -> Path:
         """Write a variant as a plain Hugging Face folder, unless it is there and hashes true."""
         key = digest("checkpoint", name, state.key, str(dtype))
-        folder = self.folder / "checkpoints" / name
-        if self.store.find(key, self.ledger) is None:  # a run's checkpoints lie in its own folder, whoever else made the same
+        record = self.store.find(key, self.ledger)
+        if record is None:  # a run's checkpoints lie in its own folder, whoever else made the same
             out = Out(self.store, self.ledger, key)
             for path in tokenizer_files(self.pair.student.folder):
                 if path.suffix != ".safetensors":
@@ -269,7 +269,8 @@ class Run:
             out.write(f"checkpoints/{name}/README.md", write_card(self.loaded, name, self.steps))
             out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
             out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
-            self._record(key, f"save {name}", 0.0, out, {})
+            record = self._record(key, f"save {name}", 0.0, out, {})
+        folder = self.store.root / Path(record["files"][-1]["path"]).parent  # beside an older one, where what the recipe names has changed
         self._tell("variant_saved", name, folder=folder)
         return folder
 

@@ -129,7 +129,9 @@ class Placed:
 
     def key(self, before: str) -> str:
         """Return the key of the step behind everything before it."""
-        return digest(before, self.id, options_of(self.step), self.origin.distribution, self.origin.version, code_of(self.origin))
+        named: list[str] = getattr(self.step, "inputs", list)()  # the content of what its options name, such as other models
+        origin = self.origin
+        return digest(before, self.id, options_of(self.step), origin.distribution, origin.version, code_of(origin), *named)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import SetupError
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "vocab.json",
-          "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model"]  # fmt: skip
+WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "generation_config.json", "tokenizer*",
+          "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model"]  # fmt: skip
 
 
 @hookimpl

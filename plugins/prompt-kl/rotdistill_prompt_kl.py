@@ -35,6 +35,8 @@ class PromptKl:
     """Rank of `B A`; its scale s is 2."""
     ask: Annotated[tuple[Literal["places", "questions"], ...], Field(min_length=1)] = ("places",)
     """Behind what the teacher goes on: place names by themselves, the questions of the blurbs (`samples.own_answers`), or both."""
+    part: tuple[PositiveInt, PositiveInt] = (1, 1)
+    """Learn from the k-th of n parts of the fit texts, k and n: what another step learns from another part can be merged (`soups`)."""
     prompts: PositiveInt = 200
     """How many place names, of the fit and validation texts."""
     tokens: Annotated[int, Field(ge=1, le=256)] = 32
@@ -55,6 +57,11 @@ class PromptKl:
     """Take only so much of the LoRA that the KL on the guard's validation half is at most this multiple of what it was."""
 
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse a part that is not there."""
+        if self.part[0] > self.part[1]:
+            raise ValueError(f"part: there is no part {self.part[0]} of {self.part[1]}")
 
     @hookimpl
     def style(self, weights: Weights, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
@@ -152,7 +159,8 @@ class PromptKl:
         """Train, and yield the validation KL twice an epoch."""
         import torch
 
-        texts = [k for k, text in enumerate(lesson.layout.texts) if text.split == "fit"]
+        first, parts = self.part
+        texts = [k for k, text in enumerate(lesson.layout.texts) if text.split == "fit"][first - 1 :: parts]
         total = self.epochs * -(-len(texts) // self.batch)
         adam = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=self.rate, weight_decay=0.0)
         warm = max(1, total // 20)

@@ -134,6 +134,29 @@ def test_it_learns_from_answers_to_the_questions_too(tmp_path: Path) -> None:
     assert out.notes["texts"] == sum(t.split in ("fit", "validation") for t in samples.layout.texts)
 
 
+def test_parts_of_the_texts_teach_different_things_and_make_up_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, samples = asked(tmp_path)
+    seen: dict[int, set[int]] = {}
+    whole = Lesson.losses
+    for k in (1, 2, 3):
+
+        def losses(self: Lesson, student: object, weights: Weights, texts: list[int], k: int = k) -> Tensor:
+            seen.setdefault(k, set()).update(j for j in texts if self.layout.texts[j].split == "fit")
+            return whole(self, student, weights, texts)
+
+        monkeypatch.setattr(Lesson, "losses", losses)
+        step = PromptKl(ask=("questions",), rank=4, epochs=1, rate=5e-3, part=(k, 3))
+        step.style(pair.student.weights, pair, samples, pico_out(tmp_path / "runs", f"part {k}"), quiet)
+    fit = {j for j, text in enumerate(samples.layout.select("fit", "validation").texts) if text.split == "fit"}
+    assert sorted(map(len, seen.values())) == [8, 8, 8]
+    assert len(set.union(*seen.values())) == len(fit) == 24
+
+
+def test_a_part_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no part 4 of 3"):
+        PromptKl(part=(4, 3))
+
+
 @pytest.mark.parametrize("guard", [1.0, 1.05])
 def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
     pair, samples = asked(tmp_path)

@@ -1,0 +1,41 @@
+"""Checkpoints of earlier runs as models: `run:NAME/VARIANT`, and `run:NAME/path/inside` for an adapter that a step left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from rotdistill_core import hookimpl
+from rotdistill_core.errors import SetupError
+from rotdistill_core.ledger import Ledger
+
+RUNS = Path("runs")
+
+
+@hookimpl
+def locate(reference: str, say: Callable[[str], None]) -> Path:
+    """See `Specs.locate`. NAME is that of a recipe, where `runs` holds one run of it, or of the run's folder."""
+    name, _, inside = reference.removeprefix("run:").partition("/")
+    folders = sorted(p for p in RUNS.glob("*") if re.fullmatch(re.escape(name) + "(-[0-9a-f]{8})?", p.name) and p.is_dir())
+    saved = {folder: checkpoints(folder) for folder in folders}
+    found = {f: f / inside if "/" in inside else saved[f].get(inside) for f in folders}
+    there = {folder: path for folder, path in found.items() if path and path.is_dir()}
+    if len(there) == 1:
+        path = next(iter(there.values()))
+        say(f"{reference} is {path}")
+        return path
+    if there:
+        raise SetupError(f"{reference}: {len(there)} runs have it; write which: {', '.join(f'run:{f.name}/{inside}' for f in there)}.")
+    variants = ", ".join(sorted({variant for each in saved.values() for variant in each}))
+    why = f"that run has no {inside or 'variant'}; its variants: {variants}" if folders else f"{RUNS.resolve()} holds no run of that name"
+    raise SetupError(f"{reference}: {why}. Run its recipe first; a reference is written run:NAME/VARIANT.")
+
+
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """Return the newest checkpoint of each variant that a run's ledger commits."""
+    saved = {}
+    for record in Ledger(folder).records:
+        if record["kind"] == "step" and record["id"].startswith("save "):
+            saved[record["id"].removeprefix("save ")] = (folder.parent / record["files"][-1]["path"]).parent
+    return saved
