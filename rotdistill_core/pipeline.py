@@ -290,7 +290,8 @@ class Run:
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
         names = self._takes(placed, state)
-        key = step_key(digest(state.key, name, str(self.save_dtype())), placed)
+        asked = [[q.id, q.facts, q.falsehoods] for q in self.questions if q.facts or q.falsehoods]
+        key = step_key(digest(state.key, name, str(self.save_dtype()), asked), placed)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None
         with self._watched(placed, name):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from rotdistill_core.errors import RecipeError, SetupError
@@ -54,6 +55,15 @@ class Variant:
     """Where the checkpoint lies: a plain Hugging Face folder."""
 
 
+class Claim(NamedTuple):
+    """A statement that an answer may make."""
+
+    what: str
+    """The statement, in English."""
+    any: tuple[str, ...]
+    """Phrases in the question's language; one of them in an answer is taken as a sign that it makes the statement."""
+
+
 @dataclass(frozen=True)
 class Question:
     """One line of the samples: a question, and its answer where the answer is known; a text of the guard has no question."""
@@ -64,6 +74,8 @@ class Question:
     question: str
     answer: str | None
     place: str = ""
+    facts: tuple[Claim, ...] = ()
+    falsehoods: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
             problems.append(f"{base / ref.heldout}: {row['id']}: {row['place']} is also in the blurbs.")
     ids |= {row["id"] for row in heldout}
     problems += [f"{ref.guard}: the id {row['id']} is also in another file." for row in guard if row["id"] in ids]
+    claims = {r["id"]: [_claims(r, column, base / ref.heldout, problems) for column in HELDOUT_COLUMNS[-2:]] for r in heldout}
     if problems:
         raise RecipeError(*problems)
     fit = sorted(blurbs, key=_shuffled)[: ref.limit]
@@ -214,12 +227,23 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     questions = [Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"], r["place"]) for r in blurbs if r["id"] in part]
     if ref.own_answers:
         questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions]  # the teacher answers these
-    questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
+    questions += [Question(r["id"], r["language"], "heldout", r["question"], None, "", *claims[r["id"]]) for r in heldout]
     for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
         questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
-    if not {"fit", "validation", "heldout"} <= {q.split for q in questions}:
-        raise RecipeError(f"{base / ref.index}: too few texts: fit, validation and held-out each need at least one.")
+    if lost := {"fit", "validation", "heldout"} - {q.split for q in questions}:
+        file = ref.heldout if lost == {"heldout"} else ref.index
+        raise RecipeError(f"{base / file}: too few texts: {', '.join(sorted(lost))} has none; fit, validation and heldout each need one.")
     return tuple(questions), style
+
+
+def _claims(row: Mapping[str, str], column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
+    try:
+        return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"])) or "the list"
+        problems.append(f"{path}: {row['id']}: {column}: {where}: {detail['msg']}; it is a JSON list of objects with `what` and `any`.")
+        return ()
 
 
 def _shuffled(row: Mapping[str, str]) -> str:
