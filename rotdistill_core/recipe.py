@@ -84,6 +84,12 @@ class Check(Document):
     """Largest logit change of an exact step in float32."""
     unfold: Annotated[float, Field(gt=0)] = 1e-12
     """Largest weight change after fold and unfold in float64."""
+    kl_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest held-out KL of a variant, as a multiple of that of `base` (or the first variant that has one)."""
+    guard: Annotated[float, Field(gt=0)] | None = None
+    """Largest KL of a variant on the guard's texts, as a multiple of that of `base`."""
+    facts: Annotated[float, Field(ge=0)] | None = None
+    """Least factual completeness of a variant, as a multiple of that of `base`."""
 
 
 class Recipe(Document):

@@ -56,12 +56,10 @@ class Variant:
 
 
 class Claim(NamedTuple):
-    """A statement that an answer may make."""
+    """A statement, in English, and phrases in a question's language of which one in an answer is a sign that it makes the statement."""
 
     what: str
-    """The statement, in English."""
     any: tuple[str, ...]
-    """Phrases in the question's language; one of them in an answer is taken as a sign that it makes the statement."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +229,9 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
         questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
     if lost := {"fit", "validation", "heldout"} - {q.split for q in questions}:
-        file = ref.heldout if lost == {"heldout"} else ref.index
-        raise RecipeError(f"{base / file}: too few texts: {', '.join(sorted(lost))} has none; fit, validation and heldout each need one.")
+        raise RecipeError(
+            f"{base / (ref.heldout if lost == {'heldout'} else ref.index)}: too few texts: {', '.join(sorted(lost))} has none."
+        )
     return tuple(questions), style
 
 
@@ -240,9 +239,8 @@ def _claims(row: Mapping[str, str], column: str, path: Path, problems: list[str]
     try:
         return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"])) or "the list"
-        problems.append(f"{path}: {row['id']}: {column}: {where}: {detail['msg']}; it is a JSON list of objects with `what` and `any`.")
+        why = error.errors()[0]["msg"]
+        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {why}.")
         return ()
 
 

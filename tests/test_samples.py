@@ -183,7 +183,7 @@ def test_facts_that_are_no_claims_are_named(tmp_path: Path, cell: str) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
     (problem,) = problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))
     assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: h1: falsehoods: ")
-    assert "a JSON list of objects with `what` and `any`" in problem
+    assert "must be a JSON list of objects with `what` and `any`" in problem
 
 
 def test_facts_are_read_with_their_question(tmp_path: Path) -> None:
