@@ -36,18 +36,20 @@ def judge(told: Told, loaded: Loaded, outcome: Outcome) -> Told:
 
 
 def doubts(told: Told, loaded: Loaded) -> Iterator[Fault]:
-    """Yield why the run is not to be trusted: controls, a ridge that is none, maps that are no better than chance."""
+    """Yield why the run is not to be trusted: a control in place of the real thing, a ridge that is none, maps no better than chance."""
+    real = {name for name in loaded.recipe.variants if any(p.stage in ("align", "fold", "style") for p in loaded.chain(name))} - {told.base}
     for placed in loaded.steps:
         control, ridge = getattr(placed.step, "control", "none"), getattr(placed.step, "ridge", None)
-        users = [name for name in loaded.recipe.variants if placed in loaded.chain(name)]
-        if control in CONTROLS and users:
-            yield Fault("control", f"{placed.id} (in {', '.join(users)})", f"{CONTROLS[control]}.")
+        users = {name for name in loaded.recipe.variants if placed in loaded.chain(name)}
+        if control in CONTROLS and real <= users:  # beside the real thing a control is what it should be
+            yield Fault("control", placed.id, f"{CONTROLS[control]}.")
         if placed.stage in ("fold", "style") and isinstance(ridge, tuple) and users and max(ridge) < TINY:
             yield Fault("no ridge", placed.id, f"λ is at most {max(ridge):g} of the mean diagonal: the fit follows the noise of its rows.")
+    deliberate = {placed.id for placed in loaded.steps if placed.step.use == "random-rotation"}
     for step, cards in told.cards.items():
         pairs = [(c["cosine_after"], c["cosine_shuffled"]) for c in cards.values() if {"cosine_after", "cosine_shuffled"} <= c.keys()]
         blind = sum(not after > shuffled for after, shuffled in pairs)
-        if pairs and 2 * blind >= len(pairs):
+        if pairs and 2 * blind >= len(pairs) and step.partition(" ")[0] not in deliberate:
             yield Fault("chance", step, f"at {blind} of {len(pairs)} boundaries its map is no better than one fitted to shuffled rows.")
 
 
@@ -107,7 +109,7 @@ def added(loaded: Loaded, variant: str, than: str) -> tuple[list[str], list[str]
 def verdict(told: Told, loaded: Loaded, alarms: list[Fault]) -> tuple[str, str]:
     """Return in one sentence whether the run worked, and its colour."""
     if alarms:
-        return f"Not to be trusted: {alarms[0].where}: {alarms[0].what}", "bad"
+        return f"Not to be trusted: `{alarms[0].where}`: {alarms[0].what}", "bad"
     if told.failed:
         variant, faults = next(iter(told.failed.items()))
         more = f" {len(told.failed)} variants failed." if len(told.failed) > 1 else ""

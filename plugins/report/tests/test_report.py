@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -182,7 +183,7 @@ def test_page_markdown_json_and_results_hold_the_same_figures(tmp_path: Path) ->
                 str(r["layer"]): r["value"] for r in results if (r["variant"], r["metric"]) == (variant, metric) and r["layer"]
             }
     assert told["verdict"] in text
-    assert told["verdict"].replace("`", "") in re.sub(r"</?code>", "", page)
+    assert told["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
