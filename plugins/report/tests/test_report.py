@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rotdistill_intervals import Estimate, Interval, estimates
 from rotdistill_report import _cell
@@ -57,8 +58,13 @@ def ended(work: Path, observers: str = "", without: str = "", variants: str = ""
     return carry_out(path)
 
 
-def test_the_report_holds_the_figures_of_the_results(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """Return one run for everything that only reads it."""
+    return ended(tmp_path_factory.mktemp("told"))
+
+
+def test_the_report_holds_the_figures_of_the_results(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     results = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     whole = {(r["variant"], r["metric"]): r["value"] for r in results if r["layer"] is None and r["language"] is None}
@@ -70,8 +76,7 @@ def test_the_report_holds_the_figures_of_the_results(tmp_path: Path) -> None:
     assert "- **chop** (cut," in text
 
 
-def test_answers_to_all_questions_stand_side_by_side(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_answers_to_all_questions_stand_side_by_side(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     base, cut = (outcome.steps[variant, "answers"].notes["answers"] for variant in ("base", "full"))
     assert len(base) == 3
@@ -82,8 +87,7 @@ def test_answers_to_all_questions_stand_side_by_side(tmp_path: Path) -> None:
     assert "- answers:" not in text  # not once more among what steps noted
 
 
-def test_intervals_are_those_of_the_results(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_intervals_are_those_of_the_results(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     found = estimates(outcome.rows, "base")
     assert "| variant | held-out KL, nats/token | change | top-1 | change |" in text
@@ -94,8 +98,7 @@ def test_intervals_are_those_of_the_results(tmp_path: Path) -> None:
     assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in line
 
 
-def test_the_terminal_shows_intervals_and_one_question(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_the_terminal_shows_intervals_and_one_question(outcome: pipeline.Outcome) -> None:
     console = Console(width=200, file=io.StringIO(), record=True)
     for told in outcome.told:
         console.print(told)
@@ -161,8 +164,7 @@ def test_both_are_committed_and_written_again_by_the_next_run(tmp_path: Path) ->
         assert newest["results.jsonl"]["path"] == f"{outcome.folder.name}/results.jsonl"
 
 
-def test_page_markdown_json_and_results_hold_the_same_figures(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_page_markdown_json_and_results_hold_the_same_figures(outcome: pipeline.Outcome) -> None:
     page, text = ((outcome.folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
     told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
     results = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -186,8 +188,8 @@ def test_page_markdown_json_and_results_hold_the_same_figures(tmp_path: Path) ->
     assert told["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
 
 
-def test_the_page_stands_alone(tmp_path: Path) -> None:
-    page = (ended(tmp_path).folder / "report.html").read_text(encoding="utf-8")
+def test_the_page_stands_alone(outcome: pipeline.Outcome) -> None:
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<script|<link|<iframe|@import|\ssrc=|url\((?!#)", page)
     assert set(re.findall(r'href="([^"]*)"', page)) >= {"#variants", "#answers"}
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
@@ -199,6 +201,6 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert "#010203" not in page
 
 
-def test_what_is_quoted_is_no_markup(tmp_path: Path) -> None:
-    page = (ended(tmp_path).folder / "report.html").read_text(encoding="utf-8")
+def test_what_is_quoted_is_no_markup(outcome: pipeline.Outcome) -> None:
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     assert "# &lt;script&gt; of the recipe" in page
