@@ -121,6 +121,16 @@ def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(tmp_pat
     assert "card of rotated" not in files
 
 
+def test_where_every_variant_fails_there_is_a_report_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotdistill_core.pipeline.certify", lambda *_: Certificate(math.nan, 0.0, 0.0, 0.0, 2))
+    with pytest.raises(CheckFailed, match='variant "only" failed') as caught:
+        carry_out(written(tmp_path, variants={"only": []}))
+    whole, files = outputs(tmp_path)
+    assert list(whole) == [("only", "failed")]
+    assert str(caught.value).splitlines()[-1] == f"Everything is kept in {next((tmp_path / 'runs').iterdir())}."
+    assert json.loads(files["report.json"])["verdict"].startswith("Failed: `only` breaks a check: step")
+
+
 def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = rotdistill_predictions.compare
 

@@ -89,11 +89,11 @@ def _legend(axes: Axes, lines: int) -> None:
 
 
 def _lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], x: str, y: str, log: bool = False) -> None:
+    """Draw lines; what was before is grey and dashed, nulls are dotted."""
     for k, (name, points) in enumerate(lines.items()):
-        style = "--" if k == 0 else "-"
-        axes.plot(
-            [*points], [*points.values()], style, marker=MARKS[k % 8], color=COLOURS[k % 8], label=name, markevery=max(1, len(points) // 12)
-        )
+        before, null = k == 0 and len(lines) > 1, name.startswith("null")
+        colour, style = COLOURS[0 if before else 1 + k % 7], "--" if before else ":" if null else "-"
+        axes.plot([*points], [*points.values()], style, marker=MARKS[k % 8], color=colour, label=name, markevery=max(1, len(points) // 12))
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(x)
@@ -137,20 +137,25 @@ def _scores(told: Told) -> Iterator[Plot]:
 
 
 def _layers(told: Told) -> Iterator[Plot]:
-    """Yield how near hidden states are, layer by layer, before (`base`, dashed) and after."""
+    """Yield how near hidden states are, layer by layer, before (`base`) and after; variants that lie on `base` are named, not drawn."""
     for metric, variants in told.layers.items():
-        order = {name: variants[name] for name in (told.base, *variants) if name in variants}
-        lines = {name: points for name, points in order.items() if name == told.base or any(points != other for other in order.values())}
+        base = variants.get(told.base, {})
+        same = [name for name, points in variants.items() if name != told.base and _alike(points, base)]
+        order = [name for name in dict.fromkeys((told.base, *variants)) if name in variants and name not in same]
+        lines = {name: variants[name] for name in order}
         title = f"{column(metric).title} by layer"
-        yield Plot(
-            title,
-            _svg(title, lambda axes, lines=lines, metric=metric: _lines(axes, lines, BOUNDARY, _unit(metric))),
-            _about(metric, told.base),
-        )
+        svg = _svg(title, lambda axes, lines=lines, metric=metric: _lines(axes, lines, BOUNDARY, _unit(metric)))
+        yield Plot(title, svg, _about(metric) + (f" On the line of {told.base}: {', '.join(same)}." if same else ""))
     for metric, variants in told.curves.items():
         yield Plot(
             metric, _svg(metric, lambda axes, lines=variants, m=metric: _lines(axes, lines, "place on the way", m)), "Between two models."
         )
+
+
+def _alike(points: Mapping[int, float], base: Mapping[int, float]) -> bool:
+    """Say whether a curve could not be told from that of `base` where both are."""
+    shared = points.keys() & base.keys()
+    return bool(shared) and max(abs(points[k] - base[k]) for k in shared) < 0.01 * (max(base.values()) - min(base.values()))
 
 
 def _unit(metric: str) -> str:
@@ -158,9 +163,9 @@ def _unit(metric: str) -> str:
             "channel_rms_gap": "mean |ln| of channel RMS ratio"}.get(metric, metric)  # fmt: skip
 
 
-def _about(metric: str, base: str) -> str:
-    way = "higher" if column(metric).better > 0 else "lower"
-    return f"On held-out answers, in the teacher's frame; {way} is nearer. Dashed: {base}, before anything was done."
+def _about(metric: str) -> str:
+    way = {1: "; higher is nearer", -1: "; lower is nearer", 0: ""}[column(metric).better]
+    return f"On held-out answers, in the teacher's frame{way}."
 
 
 def _solved(told: Told) -> Iterator[Plot]:
@@ -214,7 +219,7 @@ def _languages(told: Told) -> Iterator[Plot]:
         variant: {k: row[k].value - base[k].value for k in row if k in base}
         for variant, row in told.languages.items() if variant != told.base
     }  # fmt: skip
-    gains = {variant: row for variant, row in gains.items() if any(abs(x) > 1e-3 for x in row.values())}
+    gains = {variant: row for variant, row in gains.items() if any(abs(x) > 1e-2 for x in row.values())}
     if not gains or len(base) < 2:
         return
 

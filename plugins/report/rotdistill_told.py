@@ -40,6 +40,10 @@ COLUMNS = {
 """Metric -> how it is shown; one that is not here goes by its own name."""
 
 
+FEWEST = 4
+"""Texts of a language below which an interval over them says nothing."""
+
+
 def column(metric: str) -> Column:
     """Return how a metric is shown."""
     return COLUMNS.get(metric, Column(metric.replace("_", " "), ".4g"))
@@ -191,6 +195,8 @@ def languages(rows: list[Row], base: str, seed: int) -> dict[str, dict[str, Figu
         if row.metric == "kl" and row.language and row.text is None:
             mine, first = ({t: v for t, v in seen.get(who, {}).items() if texts[t] == row.language} for who in (row.variant, base))
             change = changed(mine, first, seed) if row.variant != base else None
+            if change and len(mine) < FEWEST:
+                change = Interval(change.value, math.nan, math.nan)
             made.setdefault(row.variant, {})[row.language] = Figure(
                 row.value, f"{row.value:.3f}", "", span(change, "kl", "+") if change else ""
             )

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TINY = 1e-6
 """A ridge below this share of the mean diagonal is none: the fit follows every rounding of its rows."""
+SMALL = 0.01
+"""Share of a figure of `base` below which a change is not worth a line of its own."""
 EXACT = 1e-3
 """Nats by which a variant of exact steps may differ in its KL: float32 rounding is well below."""
 CONTROLS = {
@@ -72,7 +74,9 @@ def broken(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[Fault]:
     for variant, row in told.table.items():
         for metric in row:
             change = told.estimates.get(metric, {}).get(variant, Estimate(Interval(0, 0, 0), None)).change
-            if change and change.beyond_noise() and change.value * column(metric).better < 0:
+            scale = told.table[told.base][metric].value if metric in told.table.get(told.base, {}) else 0.0
+            beyond = change and change.beyond_noise() and abs(change.value) > SMALL * abs(scale)
+            if change and beyond and change.value * column(metric).better < 0:
                 yield Fault("worse", variant, f"{column(metric).title} went {span(change, metric, '+')} against {told.base}.")
 
 
@@ -118,18 +122,17 @@ def verdict(told: Told, loaded: Loaded, alarms: list[Fault]) -> tuple[str, str]:
     if not changes:
         return "Nothing to compare: the run has no second variant with a KL to the teacher.", "none"
     best = min(changes, key=lambda variant: changes[variant].value)
-    own, first = told.table[best]["kl"], told.table[told.base]["kl"]
-    if all(abs(change.value) <= EXACT for change in changes.values()) and not any(added(loaded, v, told.base)[1] for v in changes):
-        return f"Exact steps only: every variant scores as `{told.base}`, as it must.", "good"
+    than = told.base if told.base in told.estimates["kl"] else next(iter(told.estimates["kl"]))
+    own, first = told.table[best], told.table[than]
+    if all(abs(change.value) <= EXACT for change in changes.values()) and not any(added(loaded, v, than)[1] for v in changes):
+        return f"Exact steps only: every variant scores as `{than}`, as it must.", "good"
     if not (changes[best].beyond_noise() and changes[best].value < 0):
-        return f"It did not work: no variant is nearer to the teacher than `{told.base}` beyond what the choice of texts explains.", "bad"
+        return f"It did not work: no variant is nearer to the teacher than `{than}` beyond what the choice of texts explains.", "bad"
     cost = ""
-    if "guard_kl" in told.table[best] and "guard_kl" in told.table[told.base]:
-        cost = f" Outside the domain: {told.table[told.base]['guard_kl'].shown} before, {told.table[best]['guard_kl'].shown} after."
-    return (
-        f"It worked: `{best}` is nearest to the teacher, with a held-out KL of {own.shown} nats per token instead of {first.shown} "
-        f"({span(changes[best], 'kl', '+')}).{cost}"
-    ), "good"
+    if "guard_kl" in own and "guard_kl" in first:
+        cost = f" Outside the domain the KL went from {first['guard_kl'].shown} to {own['guard_kl'].shown}."
+    went = f"{own['kl'].shown} nats per token instead of {first['kl'].shown} ({span(changes[best], 'kl', '+')})"
+    return f"It worked: `{best}` is nearest to the teacher, with a held-out KL of {went}.{cost}", "good"
 
 
 def bought(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[str]:
@@ -159,7 +162,7 @@ def by_language(languages: Mapping[str, Mapping[str, Figure]], base: str) -> lis
     for variant, row in languages.items():
         gains = {k: languages[base][k].value - figure.value for k, figure in row.items() if k in languages.get(base, {})}
         gains = {k: gain for k, gain in gains.items() if math.isfinite(gain)}
-        if variant == base or len(gains) < 2 or max(map(abs, gains.values())) < EXACT:
+        if variant == base or len(gains) < 2 or max(map(abs, gains.values())) < 10 * EXACT:
             continue
         order = sorted(gains, key=lambda k: -gains[k])
         lines.append(
