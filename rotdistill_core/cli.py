@@ -185,7 +185,9 @@ def schema() -> None:
 
       rotdistill schema | python -m json.tool
     """
-    print(json.dumps(recipe.schema(), indent=1))
+    from rotdistill_core.schema import schema as made
+
+    print(json.dumps(made(), indent=1))
 
 
 class Interrupted(BaseException):

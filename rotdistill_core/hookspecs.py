@@ -62,8 +62,8 @@ class Specs:
     def fold(self, weights: Weights, maps: Maps, bank: Bank, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Weights:
         """Turn what was computed into weights.
 
-        The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate
-        and stops the run with exit code 4 when it does not hold), False for transfer, which is judged on held-out texts.
+        The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate; a variant
+        for which it does not hold fails, and the run ends with exit code 4), False for transfer, which is judged on held-out texts.
         `weights` is a lazy view: return an edited view, do not write into tensors.
         """
 

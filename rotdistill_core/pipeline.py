@@ -21,16 +21,15 @@ import torch
 from rotdistill_core import bank as banks
 from rotdistill_core.answers import greedy
 from rotdistill_core.bank import Bank
-from rotdistill_core.card import write_card
 from rotdistill_core.certificate import certify
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
 from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.maps import Maps, restore_maps, store_maps
-from rotdistill_core.models import MANIFEST, open_pair, tokenizer_files
+from rotdistill_core.models import MANIFEST, Pair, open_pair, tokenizer_files
 from rotdistill_core.plugins import OBSERVERS, load, manager
 from rotdistill_core.recipe import Loaded, Placed, digest
-from rotdistill_core.report import as_json
-from rotdistill_core.samples import Row, Samples, Variant, inputs, prompt_tokens, read_questions, tokenize, tokenize_both
+from rotdistill_core.report import as_json, gates
+from rotdistill_core.samples import Row, Samples, Variant, claimed, inputs, prompt_tokens, read_questions, tokenize, tokenize_both
 from rotdistill_core.step import options_of
 from rotdistill_core.walk import Progress
 from rotdistill_core.weights import UNDO, Undo, Weights, open_folder, restore
@@ -68,6 +67,9 @@ class Outcome:
     checkpoints: dict[str, Path]
     told: list[Any]
     """What observers say at the end, to be shown below the results."""
+    pair: Pair
+    failed: dict[str, list[str]]
+    """Variant -> which checks it breaks, in words."""
 
 
 class Run:
@@ -94,7 +96,8 @@ class Run:
         """Carry out the recipe.
 
         Raises:
-            RotdistillError: whatever went wrong; what was committed before is found again by the next call.
+            CheckFailed: variants break a check; the others were made, and all that was made is judged and reported.
+            RotdistillError: whatever else went wrong; what was committed before is found again by the next call.
         """
         out = Out(self.store, self.ledger, self.loaded.digest())
         if out.find("recipe.toml") is None:
@@ -107,18 +110,25 @@ class Run:
         start: dict[str, Any] = {"kind": "base", "key": base, "inputs": inputs(self.recipe, self.pair, self.questions, self.style)}
         if not any(start.items() <= record.items() for record in self.ledger.records):
             self.ledger.append(**start)
-        outcome = Outcome(self.folder, [], self.steps, {}, [])
+        outcome = Outcome(self.folder, [], self.steps, {}, [], self.pair, {})
         dtype = self.save_dtype()
         for name, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)
-            for placed in (p for p in chain if p.stage != "evaluate"):
-                state = self._step(name, placed, state, samples)
-            outcome.checkpoints[name] = self._save(name, state, dtype)
-            judges = [p for p in chain if p.stage == "evaluate"]
-            outcome.rows += [row for placed in judges for row in self._evaluate(name, placed, state, outcome.checkpoints[name], samples)]
+            try:
+                for placed in (p for p in chain if p.stage != "evaluate"):
+                    state = self._step(name, placed, state, samples)
+            except CheckFailed as error:
+                outcome.failed[name] = [str(error)]
+                continue
+            folder = outcome.checkpoints[name] = self._save(name, state, dtype)
+            outcome.rows += [row for p in chain if p.stage == "evaluate" for row in self._evaluate(name, p, state, folder, samples)]
+        outcome.failed |= gates(outcome.rows, self.recipe.check)
+        outcome.rows += [Row(name, "failed", float(len(faults))) for name, faults in outcome.failed.items()]
         out = Out(self.store, self.ledger, "report")
         out.write("results.jsonl", [(json.dumps(item, ensure_ascii=False) + "\n").encode() for item in as_json(outcome.rows)])
         outcome.told = self._tell("run_ended", "", loaded=self.loaded, outcome=outcome, out=out)
+        if faults := [f'variant "{name}" failed: {fault}' for name, found in outcome.failed.items() for fault in found]:
+            raise CheckFailed("\n".join([*faults, f"Everything is kept in {self.folder}."]))
         return outcome
 
     def save_dtype(self) -> torch.dtype:
@@ -266,7 +276,6 @@ class Run:
                 if path.suffix != ".safetensors":
                     out.write(f"checkpoints/{name}/{path.name}", [path.read_bytes()])
             state.weights.save(lambda file, blocks: out.write(f"checkpoints/{name}/{file}", blocks), dtype)
-            out.write(f"checkpoints/{name}/README.md", write_card(self.loaded, name, self.steps))
             out.write(f"checkpoints/{name}/recipe.toml", [self.loaded.text.encode()])
             out.json(f"checkpoints/{name}/{MANIFEST}", {Path(f.path).name: f.sha256 for f in out.used.values()})
             record = self._record(key, f"save {name}", 0.0, out, {})
@@ -276,7 +285,7 @@ class Run:
 
     def _evaluate(self, name: str, placed: Placed, state: State, folder: Path, samples: Samples) -> list[Row]:
         names = self._takes(placed, state)
-        behind = digest(state.key, name, str(self.save_dtype()))
+        behind = digest(state.key, name, str(self.save_dtype()), claimed(self.questions))
         key = placed.key(behind)
         record = None if self.fresh else self.store.find(key)
         started, reused = time.monotonic(), record is not None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PydanticUserError, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from rotdistill_core.errors import PluginError, RecipeError, explain, nearest
 from rotdistill_core.plugins import OBSERVERS, STEPS, Origin, code_of, installed, step_class
@@ -84,6 +84,12 @@ class Check(Document):
     """Largest logit change of an exact step in float32."""
     unfold: Annotated[float, Field(gt=0)] = 1e-12
     """Largest weight change after fold and unfold in float64."""
+    kl_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Largest held-out KL of a variant, as a multiple of that of `base` (or the first variant that has one)."""
+    guard: Annotated[float, Field(gt=0)] | None = None
+    """Largest KL of a variant on the guard's texts, as a multiple of that of `base`."""
+    facts: Annotated[float, Field(ge=0)] | None = None
+    """Least factual completeness of a variant, as a multiple of that of `base`."""
 
 
 class Recipe(Document):
@@ -336,34 +342,3 @@ def _known_keys() -> dict[tuple[str, ...], list[str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, Document):
             known[name,] = list(field.annotation.model_fields)
     return known
-
-
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of recipes for the plugins installed here.
-
-    Written for editors: each `const` becomes a one-value `enum` and `use` is required, because validators of older drafts
-    ignore `const` and would accept any step.
-    """
-    document = Recipe.model_json_schema(ref_template="#/$defs/{model}")
-    defs: dict[str, Any] = document.setdefault("$defs", {})
-    references = []
-    for name in installed(STEPS):
-        try:
-            one = validator_of(step_class(name)[0]).json_schema(ref_template="#/$defs/{model}")
-        except (PluginError, PydanticUserError):
-            continue  # a broken plugin takes nobody else's schema away
-        defs.update(one.pop("$defs", {}))
-        one["properties"]["id"] = {"type": "string", "description": "Unique name of the step; defaults to `use`."}
-        one["required"] = sorted({*one.get("required", []), "use"})
-        defs[f"step.{name}"] = one
-        references.append({"$ref": f"#/$defs/step.{name}"})
-    document["properties"]["step"] = {"type": "array", "items": {"anyOf": references}}
-    document["properties"]["extends"] = {"type": "string", "description": "Path of a recipe whose tables and steps are taken over."}
-    document.pop("required", None)
-    return _enums(document)  # type: ignore[no-any-return]
-
-
-def _enums(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {("enum" if k == "const" else k): [v] if k == "const" else _enums(v) for k, v in node.items() if k != "discriminator"}
-    return [_enums(item) for item in node] if isinstance(node, list) else node

@@ -1,11 +1,13 @@
-"""Results as objects and as a table on the terminal."""
+"""Results as objects, what they break, and a table on the terminal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
 
+from rotdistill_core.recipe import Check
 from rotdistill_core.samples import Row
 
 COLUMNS = (
@@ -17,8 +19,23 @@ COLUMNS = (
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return rows as the objects of results.jsonl."""
-    return [row._asdict() for row in rows]
+    """Return rows as the objects of results.jsonl; a value that is not finite, which JSON does not have, is text: `nan`, `inf`."""
+    return [row._asdict() | {"value": row.value if math.isfinite(row.value) else str(row.value)} for row in rows]
+
+
+def gates(rows: Sequence[Row], check: Check) -> dict[str, list[str]]:
+    """Return variant -> what breaks the recipe's checks. Ratios are to `base`, else the first that has the metric; 0.1 % is rounding."""
+    found: dict[str, list[str]] = {}
+    for variant, metric in dict.fromkeys((row.variant, row.metric) for row in rows if not math.isfinite(row.value)):
+        found.setdefault(variant, []).append(f"{metric} is not a number.")
+    table = figures(rows)
+    for key, metric, sign in (("kl_ratio", "kl", 1), ("guard", "guard_kl", 1), ("facts", "factual_completeness", -1)):
+        limit, base = getattr(check, key), next((n for n in ("base", *table) if metric in table.get(n, ())), None)
+        for name in (n for n in table if limit is not None and n != base):
+            own, its = table[name].get(metric, math.nan), table[base][metric] if base else math.nan
+            if not sign * own <= sign * limit * its + 1e-3 * its + 1e-6 and (base is None or metric in table[name]):
+                found.setdefault(name, []).append(f"{metric} is {own:.4g}; check.{key} = {limit:g} of {base}'s {its:.4g}.")
+    return found
 
 
 def figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -33,9 +50,11 @@ def figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def rich_table(rows: Sequence[Row]) -> Table:
     """Return the variant x metric table for the terminal, the lowest KL in bold."""
     values = figures(rows)
-    best = min((v["kl"] for v in values.values() if "kl" in v), default=None)
+    best = min((v["kl"] for v in values.values() if "kl" in v and math.isfinite(v["kl"])), default=None)
     table = Table("variant", *(title for _, title, _ in COLUMNS))
     for variant, metrics in values.items():
         cells = [form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS]
-        table.add_row(variant, *cells, style="bold" if metrics.get("kl") == best else None)
+        table.add_row(
+            f"{variant} (failed)" if "failed" in metrics else variant, *cells, style="bold" if metrics.get("kl") == best else None
+        )
     return table

@@ -12,6 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe import Recipe, SamplesRef, digest
 
@@ -54,6 +56,13 @@ class Variant:
     """Where the checkpoint lies: a plain Hugging Face folder."""
 
 
+class Claim(NamedTuple):
+    """A statement, in English, and phrases in a question's language of which one in an answer is a sign that it makes the statement."""
+
+    what: str
+    any: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Question:
     """One line of the samples: a question, and its answer where the answer is known; a text of the guard has no question."""
@@ -64,6 +73,8 @@ class Question:
     question: str
     answer: str | None
     place: str = ""
+    facts: tuple[Claim, ...] = ()
+    falsehoods: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,6 +225,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
             problems.append(f"{base / ref.heldout}: {row['id']}: {row['place']} is also in the blurbs.")
     ids |= {row["id"] for row in heldout}
     problems += [f"{ref.guard}: the id {row['id']} is also in another file." for row in guard if row["id"] in ids]
+    claims = {r["id"]: [_claims(r, column, base / ref.heldout, problems) for column in HELDOUT_COLUMNS[-2:]] for r in heldout}
     if problems:
         raise RecipeError(*problems)
     fit = sorted(blurbs, key=_shuffled)[: ref.limit]
@@ -224,20 +236,39 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     if ref.own_answers:  # the teacher answers these, each question once
         asked = {q.question: q for q in sorted(questions, key=lambda q: q.split, reverse=True)}
         questions += [replace(q, id=f"{q.id}.own", answer=None) for q in questions if asked[q.question] is q]
-    questions += [Question(r["id"], r["language"], "heldout", r["question"], None) for r in heldout]
+    questions += [Question(r["id"], r["language"], "heldout", r["question"], None, "", *claims[r["id"]]) for r in heldout]
     for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
         questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
-    if not {"fit", "validation", "heldout"} <= {q.split for q in questions}:
-        raise RecipeError(f"{base / ref.index}: too few different texts: fit, validation and held-out each need at least one.")
+    if lost := {"fit", "validation", "heldout"} - {q.split for q in questions}:
+        where = base / (ref.heldout if lost == {"heldout"} else ref.index)
+        raise RecipeError(f"{where}: too few different texts: {', '.join(sorted(lost))} has none.")
     return tuple(questions), style
 
 
 def inputs(recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str) -> dict[str, str]:
     """Return what a run starts from, by name: hashes that need no tokenizer and hardly a byte of the weights."""
-    texts = [[*map(vars, questions)], style, recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"})]
+    texts = [
+        [vars(replace(q, facts=(), falsehoods=())) for q in questions],
+        style,
+        recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"}),
+    ]
     models = {role: model.glance for role in ("teacher", "student", "anchor") if (model := getattr(pair, role))}
     refs = (recipe.teacher, recipe.student)
     return {**models, "texts": digest(texts), "seed": str(recipe.seed), "compute": " ".join(f"{ref.dtype} {ref.device}" for ref in refs)}
+
+
+def claimed(questions: Sequence[Question]) -> str:
+    """Return the hash of what answers are scored against: facts and falsehoods, which nothing but an evaluator sees."""
+    return digest([q.facts + q.falsehoods for q in questions])
+
+
+def _claims(row: Mapping[str, str], column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
+    try:
+        return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
+    except ValidationError as error:
+        why = error.errors()[0]["msg"]
+        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {why}.")
+        return ()
 
 
 def _shuffled(row: Mapping[str, str]) -> str:

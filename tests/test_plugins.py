@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core import plugins, recipe
+from rotdistill_core import plugins, recipe, schema
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.errors import PluginError, RecipeError
 from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
@@ -151,7 +151,7 @@ def test_a_broken_plugin_is_named_and_touches_no_other_recipe(install: Install, 
     assert 'plugin "broken" of acme-broken 1.0' in message
     assert reason in message
     assert recipe.load(write_recipe(tmp_path))
-    assert "step.broken" not in recipe.schema()["$defs"]
+    assert "step.broken" not in schema.schema()["$defs"]
     with pytest.raises(RecipeError, match="acme-broken"):
         recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "broken"\n'))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rotdistill_core import recipe
+from rotdistill_core import recipe, schema
 from rotdistill_core.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -262,12 +262,12 @@ def test_a_chain_holds_the_untoggled_steps_and_the_variants_own_in_file_order(go
 
 
 def test_the_schema_has_enums_and_requires_use() -> None:
-    schema = recipe.schema()
-    assert '"const"' not in json.dumps(schema)
-    names = [item["$ref"].rpartition("/")[2] for item in schema["properties"]["step"]["items"]["anyOf"]]
+    made = schema.schema()
+    assert '"const"' not in json.dumps(made)
+    names = [item["$ref"].rpartition("/")[2] for item in made["properties"]["step"]["items"]["anyOf"]]
     assert {"step.chop", "step.residuals", "step.basis-fold", "step.toggles"} <= set(names)
     for name in names:
-        one = schema["$defs"][name]
+        one = made["$defs"][name]
         assert one["properties"]["use"]["enum"] == [name.removeprefix("step.")]
         assert "use" in one["required"]
         assert one["additionalProperties"] is False
@@ -291,4 +291,4 @@ def test_loading_a_recipe_is_quick_and_imports_no_torch() -> None:
 
 def test_the_committed_schema_is_what_the_program_prints() -> None:
     committed = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
-    assert committed == json.loads(json.dumps(recipe.schema()))
+    assert committed == json.loads(json.dumps(schema.schema()))

@@ -13,7 +13,7 @@ import torch
 
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe import SamplesRef
-from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Layout, Question, Text, read_questions, tokenize, tokenize_both
+from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Claim, Layout, Question, Text, read_questions, tokenize, tokenize_both
 from rotdistill_core.testing import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -189,6 +189,22 @@ def test_copies_of_a_text_fall_on_one_side_and_a_question_is_asked_once(tmp_path
 
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
     assert "too few different texts" in problems_of(write_tables(tmp_path, [blurb("b0")]))[0]
+    (problem,) = problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], []))
+    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: too few different texts: heldout has none")
+
+
+@pytest.mark.parametrize("cell", ["none", "[1]", '[{"what": "x"}]', '[{"what": "x", "any": "y"}]', "{"])
+def test_facts_that_are_no_claims_are_named(tmp_path: Path, cell: str) -> None:
+    heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
+    (problem,) = problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))
+    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: h1: falsehoods: ")
+    assert "must be a JSON list of objects with `what` and `any`" in problem
+
+
+def test_facts_are_read_with_their_question(tmp_path: Path) -> None:
+    heldout = [["h1", "en", "Elsewhere", "x", "y?", '[{"what": "a", "any": ["b", "c"]}]', "[]"]]
+    questions, _ = read_questions(REF, write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))
+    assert [(q.facts, q.falsehoods) for q in questions if q.split == "heldout"] == [((Claim("a", ("b", "c")),), ())]
 
 
 TEXTS = (

@@ -22,10 +22,9 @@ UNKNOWN = "und"
 class Answers:
     """Let each saved variant answer the held-out questions, greedily, and compare with the teacher's answers.
 
-    `answer_chrf` (chrF, 0 to 100), `answer_length` (characters over the teacher's), `answer_length_gap` (mean |ln| of that),
-    `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
-    answer), over all answers and for each. The answers themselves are kept in the ledger, for the report.
-    """
+        `answer_chrf` (chrF, 0 to 100), `answer_length` (characters over the teacher's), `answer_length_gap` (mean |ln| of that),
+        `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
+    XX"""
 
     use: Literal["answers"] = "answers"
     tokens: PositiveInt | None = None
@@ -34,6 +33,8 @@ class Answers:
     @hookimpl
     def evaluate(self, variant: Variant, pair: Pair, samples: Samples, out: Out, progress: Progress) -> list[Row]:
         """See `Specs.evaluate`."""
+        from rotdistill_facts import judge
+
         from rotdistill_core.answers import greedy
         from rotdistill_core.samples import Row
 
@@ -42,19 +43,32 @@ class Answers:
         progress(0, len(texts), f"{variant.name} answers {len(texts)} questions")
         asked = {text.id: text.tokens[: text.answer] for text in texts}
         made = greedy(variant.folder, asked, most, pair.student.device, pair.student.dtype)
-        questions = {question.id: question.question for question in samples.questions}
+        questions = {question.id: question for question in samples.questions}
         known, language_of = identifier(text.language for text in texts)
-        kept: dict[str, dict[str, str]] = {}
+        kept: dict[str, dict[str, Any]] = {}
         found: dict[str, list[Row]] = {}
         for text in texts:
             teacher, said = (words(pair.student.tokenizer, tokens) for tokens in (text.tokens[text.answer :], made[text.id]))
-            kept[text.id] = {"language": text.language, "question": questions.get(text.id, ""), "teacher": teacher, "said": said}
-            for metric, value in compared(teacher, said, text.language if text.language in known else None, language_of).items():
-                found.setdefault(metric, []).append(Row(variant.name, metric, value, "heldout", None, text.language, 1, text.id))
+            about = questions[text.id]
+            figures = {
+                m: (v, 1) for m, v in compared(teacher, said, text.language if text.language in known else None, language_of).items()
+            }
+            kept[text.id] = {"language": text.language, "question": about.question, "teacher": teacher, "said": said}
+            for who, answer in (("teacher", teacher), ("said", said)):
+                spoken = language_of(answer)  # denied in the words of its own language
+                judged = judge(answer, about.facts, about.falsehoods, text.language if spoken == UNKNOWN else spoken)
+                kept[text.id][f"{who} names"], kept[text.id][f"{who} asserts"] = list(judged.named), list(judged.asserted)
+                end = "_teacher" if who == "teacher" else ""
+                if about.facts:
+                    figures[f"factual_completeness{end}"] = (len(judged.named) / len(about.facts), len(about.facts))
+                if about.falsehoods:
+                    figures[f"hallucination_rate{end}"] = (float(bool(judged.asserted)), 1)
+            for metric, (value, n) in figures.items():
+                found.setdefault(metric, []).append(Row(variant.name, metric, value, "heldout", None, text.language, n, text.id))
         out.notes["answers"] = kept
         if lost := sorted({text.language for text in texts} - known):
             out.notes["languages that cannot be identified"] = lost
-        means = [Row(variant.name, metric, _mean(rows), "heldout", None, None, len(rows)) for metric, rows in found.items()]
+        means = [_mean(rows) for rows in found.values()]
         return means + [row for rows in found.values() for row in rows]
 
 
@@ -95,8 +109,10 @@ def words(tokenizer: Any, tokens: Iterable[int]) -> str:
     return text.strip().rstrip("\ufffd")
 
 
-def _mean(rows: list[Row]) -> float:
-    return sum(row.value for row in rows) / len(rows)
+def _mean(rows: list[Row]) -> Row:
+    """Return the row of the mean of rows, weighted by their `n`."""
+    n = sum(row.n or 1 for row in rows)
+    return rows[0]._replace(value=sum(row.value * (row.n or 1) for row in rows) / n, language=None, n=n, text=None)
 
 
 @hookimpl

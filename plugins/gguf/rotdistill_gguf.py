@@ -6,6 +6,7 @@ quantisation did, and halves the folder.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -55,6 +56,7 @@ def dequantised(gguf: Path, say: Callable[[str], None]) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotdistill"
     folder = cache / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
     if _complete(folder):
+        _card(gguf, folder)
         return folder
     say(f"{gguf.name}: dequantising into {folder}")
     try:
@@ -73,7 +75,23 @@ def dequantised(gguf: Path, say: Callable[[str], None]) -> Path:
             raise SetupError(f"{gguf}: cannot be dequantised: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    _card(gguf, folder)
     return folder
+
+
+def _card(gguf: Path, folder: Path) -> None:
+    """Write a model card that keeps the file's licence and languages, unless there is one."""
+    path = folder / "README.md"
+    if path.is_file():
+        return
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    known = {"license": "general.license", "language": "general.languages"}
+    found = {key: fields[name].contents() for key, name in known.items() if name in fields}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in found.items()), "---", f"Dequantised from {gguf.name}.", ""]
+    with contextlib.suppress(SetupError):  # a cache that is only read does without
+        write_file(path, ["\n".join(lines).encode()])
 
 
 def _convert(gguf: Path, folder: Path) -> None:

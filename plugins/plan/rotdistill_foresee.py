@@ -19,7 +19,7 @@ from rotdistill_plan_texts import Texts, count, counter
 from rotdistill_core.ledger import Store
 from rotdistill_core.models import Pair
 from rotdistill_core.recipe import Loaded
-from rotdistill_core.samples import inputs, read_questions
+from rotdistill_core.samples import claimed, inputs, read_questions
 from rotdistill_core.step import options_of
 
 SPEED = {"cpu": 2e10, "gpu": 5e13}
@@ -121,7 +121,7 @@ def foresee(loaded: Loaded, root: Path, here: Machine, fresh: bool = False, say:
     dtype = s.shape.stored if r.student.save_dtype == "auto" else r.student.save_dtype
     folder = loaded.folder(root)
     past = Past(Store(root).ledgers(), folder.name)
-    found = list(fates(loaded, past, told, dtype, fresh))
+    found = list(fates(loaded, past, told, dtype, claimed(questions), fresh))
     lines = list(_lines(found, past, start, here, on_gpu[1], folder.name, dtype))
     made = Plan(folder, lines, models, rows, here)
     return replace(made, shortfalls=list(_shortfalls(made)))

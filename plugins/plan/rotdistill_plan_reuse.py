@@ -71,7 +71,7 @@ def _there(ledger: Ledger, record: Record) -> bool:
     return all((path := root / f["path"]).is_file() and path.stat().st_size == f["bytes"] for f in record["files"])
 
 
-def fates(loaded: Loaded, past: Past, inputs: Mapping[str, str] | None, dtype: str, fresh: bool = False) -> Iterator[Fate]:
+def fates(loaded: Loaded, past: Past, inputs: Mapping[str, str] | None, dtype: str, claims: str, fresh: bool = False) -> Iterator[Fate]:
     """Yield every result of a run in the order in which it needs them.
 
     Args:
@@ -79,6 +79,7 @@ def fates(loaded: Loaded, past: Past, inputs: Mapping[str, str] | None, dtype: s
         past: what was made.
         inputs: what the run starts from; None where the models are not here.
         dtype: of the checkpoints.
+        claims: the hash of what answers are scored against.
         fresh: nothing is to be reused.
     """
     known = UNKNOWN if inputs is None else past.base(inputs)
@@ -88,7 +89,7 @@ def fates(loaded: Loaded, past: Past, inputs: Mapping[str, str] | None, dtype: s
         before, missing, behind = known, f"{start} changed" if start else "", list[Placed]()
         for placed in chain:
             judged = placed.stage == "evaluate"
-            key = placed.key(digest(before, variant, f"torch.{dtype}") if judged else before)
+            key = placed.key(digest(before, variant, f"torch.{dtype}", claims) if judged else before)
             name = f"{placed.id} {variant}" if judged else placed.id
             if key not in seen:
                 run, record = ("", None) if fresh else past.made.get(key, ("", None))

@@ -7,7 +7,7 @@ not the texts that a step was fitted on, nor its seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,27 +65,46 @@ def bootstrap(values: NDArray[np.float64], counts: NDArray[np.float64], seed: in
     return Interval(value, float(low), float(high))
 
 
-def estimates(rows: Sequence[Row], base: str, seed: int = 0) -> dict[str, dict[str, Estimate]]:
+Texts = dict[str, tuple[float, float]]
+"""Text -> its figure, and its weight in the mean."""
+
+
+def by_text(rows: Iterable[Row]) -> dict[str, dict[str, Texts]]:
+    """Return metric -> variant -> texts, for every metric that has rows of single texts."""
+    seen: dict[str, dict[str, Texts]] = {}
+    for row in rows:
+        if row.text is not None:
+            seen.setdefault(row.metric, {}).setdefault(row.variant, {})[row.text] = (row.value, float(row.n or 1))
+    return seen
+
+
+def own(texts: Texts, seed: int = 0) -> Interval:
+    """Return the mean over texts, and its interval."""
+    import numpy as np
+
+    values, counts = np.array(list(texts.values())).T
+    return bootstrap(values, counts, seed)
+
+
+def changed(texts: Texts, first: Texts, seed: int = 0) -> Interval | None:
+    """Return the change from `first` on the texts that both have, and its paired interval; None where they share none."""
+    import numpy as np
+
+    shared = [text for text in texts if text in first]
+    if not shared:
+        return None
+    return bootstrap(np.array([texts[t][0] - first[t][0] for t in shared]), np.array([texts[t][1] for t in shared]), seed)
+
+
+def estimates(rows: Iterable[Row], base: str, seed: int = 0) -> dict[str, dict[str, Estimate]]:
     """Return metric -> variant -> estimate, for every metric that has rows of single texts.
 
     Changes are against `base`, or the first variant that has the metric where that has none, on the texts that both have.
     """
-    import numpy as np
-
-    seen: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
-    for row in rows:
-        if row.text is not None:
-            seen.setdefault(row.metric, {}).setdefault(row.variant, {})[row.text] = (row.value, float(row.n or 1))
     found: dict[str, dict[str, Estimate]] = {}
-    for metric, variants in seen.items():
+    for metric, variants in by_text(rows).items():
         reference = base if base in variants else next(iter(variants))
-        first = variants[reference]
         for variant, texts in variants.items():
-            own, counts = np.array(list(texts.values())).T
-            shared = [text for text in texts if text in first]
-            change = None
-            if variant != reference and shared:
-                differences = np.array([texts[text][0] - first[text][0] for text in shared])
-                change = bootstrap(differences, np.array([texts[text][1] for text in shared]), seed)
-            found.setdefault(metric, {})[variant] = Estimate(bootstrap(own, counts, seed), change)
+            change = changed(texts, variants[reference], seed) if variant != reference else None
+            found.setdefault(metric, {})[variant] = Estimate(own(texts, seed), change)
     return found

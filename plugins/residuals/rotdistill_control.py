@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def controlled(kind: str, bank: Bank, out: Out, about: dict[str, Any]) -> Bank:
     """Return the bank with other teacher rows for fit and validation texts; held-out and guard texts keep theirs.
 
-    `shuffled`: the same rows in another order, one order for all boundaries, the shared prompt left where it is. `self`: the rows of the
-    student as it was captured, at every boundary that it has.
+    `shuffled`: the same rows in another order, one order for all boundaries, the shared prompt left where it is. `reversed`: the rows of
+    the boundary that is as far from the other end. `self`: the rows of the student as it was captured, at every boundary that it has.
     """
     import torch
 
@@ -28,6 +28,8 @@ def controlled(kind: str, bank: Bank, out: Out, about: dict[str, Any]) -> Bank:
         T = bank.rows("teacher", boundary)
         if kind == "shuffled":
             T = T.index_copy(0, fitted, T[order])
+        elif kind == "reversed":
+            T = T.index_copy(0, fitted, bank.rows("teacher", len(bank.shards["teacher"]) - 1 - boundary)[fitted])
         elif boundary in bank.depths:
             T = T.index_copy(0, mine.rows_in(full), bank.rows("student", bank.depths.index(boundary)).to(T))
         else:  # a boundary that the student does not have

@@ -34,9 +34,9 @@ class Residuals:
     layer_map: Literal["stretch", "match"] = "stretch"
     """Which teacher boundary is beside which of the student's: the one at its relative depth, or the monotone map of largest R²."""
 
-    control: Literal["none", "shuffled", "self"] = "none"
-    """For fit and validation texts take other teacher rows: the right ones in another order, or the student's own. What is fitted to
-    these and still helps on held-out texts owes it to something else."""
+    control: Literal["none", "shuffled", "reversed", "self"] = "none"
+    """For fit and validation texts take other teacher rows: the right ones in another order, those of the layers in reverse, or the
+    student's own. What is fitted to these and still helps on held-out texts owes it to something else."""
 
     @hookimpl
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:

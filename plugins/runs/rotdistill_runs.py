@@ -191,7 +191,7 @@ def rm(
 
 
 def report(run: Name, as_json: Json = False) -> None:
-    """Write the report of a finished run anew, from its ledger alone, and say where it is.
+    """Write the report of a finished run anew, from its ledger, and say where it is. Its models must still be there.
 
     Examples:
 
@@ -200,9 +200,11 @@ def report(run: Name, as_json: Json = False) -> None:
       rotdistill report tour-guide --json
     """
     from rotdistill_core.ledger import Out, Store
+    from rotdistill_core.models import open_pair
     from rotdistill_core.pipeline import Done, Outcome
     from rotdistill_core.plugins import OBSERVERS, load, manager
     from rotdistill_core.recipe import validated
+    from rotdistill_core.report import gates
 
     found = find_run(run, RUNS)
     if found.state != "done":
@@ -212,7 +214,11 @@ def report(run: Name, as_json: Json = False) -> None:
     chains = found.chains()
     steps = {(v, s): Done(r["key"], _elsewhere(found, r), float(r["seconds"]), r["notes"]) for v, c in chains.items() for s, r in c.items()}
     checkpoints = {name: found.path / "checkpoints" / name for name in chains}
-    outcome = Outcome(found.path, found.rows(), steps, checkpoints, [])
+    rows, pair = found.rows(), open_pair(loaded.recipe.teacher, loaded.recipe.student, loaded.recipe.anchor, words().print)
+    failed = gates([row for row in rows if row.metric != "failed"], loaded.recipe.check)
+    unmade = {row.variant for row in rows if row.metric == "failed"} - failed.keys()
+    failed |= {variant: ["it broke a check when it was made; its recipe, run again, says which."] for variant in unmade}
+    outcome = Outcome(found.path, rows, steps, checkpoints, [], pair, failed)
     pm = manager()
     pm.register(load(OBSERVERS, "report")[0])
     told = pm.hook.run_ended(loaded=loaded, outcome=outcome, out=Out(Store(found.path.resolve().parent), found.ledger, "report"),

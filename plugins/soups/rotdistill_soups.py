@@ -152,12 +152,8 @@ class Soups:
             tried[parts[k].name] = kl
             chosen, best = ([*chosen, k], kl) if kl < best else (chosen, best)
             progress(len(parts) + len(tried) + 1, 2 * len(parts), f"with {parts[k].name}: {kl:.4f}")
-        names = [parts[k].name for k in chosen]
-        out.notes |= {
-            "validation KL alone": {part.name: alone[k] for k, part in enumerate(parts)},
-            "with one more": tried,
-            "members": names,
-        }
+        out.notes["validation KL alone"] = {part.name: alone[k] for k, part in enumerate(parts)}
+        out.notes["with one more"], out.notes["members"] = tried, [parts[k].name for k in chosen]
         return self.merged(base, [parts[k] for k in chosen])
 
     def merged(self, base: Weights, parts: list[Ingredient], mixer: Callable[[str], Mixer] | None = None, weighed: bool = True,

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from rotdistill_core.api import Bank, Pair, Progress, Row, Samples, Variant
     from rotdistill_core.samples import Text
 
+HIDDEN = ("hidden_cosine", "residual_rms_diff", "channel_rms_gap")
+
 
 @step
 class Toggles:
     """Compare each saved variant with the teacher on held-out answers.
 
     `kl` (nats per answer token, over the shared vocabulary), `top1` agreement, `perplexity` of the teacher's answers,
-    `hidden_cosine` and `residual_rms_diff` (over the teacher's RMS) per layer and on average, `parameters`, `seconds`.
+    `hidden_cosine`, `residual_rms_diff` (over the teacher's RMS) and `channel_rms_gap` (mean |ln| of the ratio of each channel's RMS to
+    the teacher's) per layer and on average, `parameters`, `seconds`.
     Hidden states are compared in the teacher's frame: the student's change of basis is taken back first, and between models
     of different bases the best rotation per layer (from the fit texts and the unedited student) stands between them.
     `guard_kl` and `guard_perplexity` are those of every token of the guard's reported half: what the domain's gain costs elsewhere.
@@ -51,8 +54,9 @@ class Toggles:
             n = len(X)
             cosine = float((X * T).sum(-1).div(X.norm(dim=-1) * T.norm(dim=-1)).mean())
             difference = float((X - T).pow(2).mean().sqrt() / T.pow(2).mean().sqrt())
-            found.append(Row(variant.name, "hidden_cosine", cosine, "heldout", boundary, None, n))
-            found.append(Row(variant.name, "residual_rms_diff", difference, "heldout", boundary, None, n))
+            mine, its = (rows.pow(2).mean(0).sqrt().clamp_min(1e-30) for rows in (X, T))
+            values = (cosine, difference, float((mine / its).log().abs().mean()))
+            found.extend(Row(variant.name, m, v, "heldout", boundary, None, n) for m, v in zip(HIDDEN, values, strict=True))
 
         for i in walk:
             walk.run()
@@ -67,7 +71,7 @@ class Toggles:
         else:  # probabilities of different tokens cannot be compared; how likely the teacher's words are can be told
             head, blocks = weights.head().to(S), [range(k, min(k + BLOCK, len(S))) for k in range(0, len(S), BLOCK)]
             nll = torch.cat([-log_probabilities(weights, S[b], head).gather(-1, targets[b][:, None])[:, 0] for b in blocks]).double()
-        overall = {name: _mean(found, name) for name in ("hidden_cosine", "residual_rms_diff")} | {"perplexity": float(nll.mean().exp())}
+        overall = {name: _mean(found, name) for name in HIDDEN} | {"perplexity": float(nll.mean().exp())}
         result += [Row(variant.name, name, value, "heldout", None, None, len(rows)) for name, value in overall.items()]
         guard, words, texts = layout.predicting("guard")
         if len(guard):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
+import re
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rotdistill_intervals import Estimate, Interval, estimates
-from rotdistill_report import _cell, compare, span
+from rotdistill_report import _cell
+from rotdistill_told import column, span
+from rotdistill_verdict import compare
 
 from rotdistill_core import pipeline
 from rotdistill_core.testing import carry_out, pico_folder, pico_texts
 
 RECIPE = """
+# <script> of the recipe
 name = "told"
 {observers}
 [teacher]
@@ -52,18 +58,25 @@ def ended(work: Path, observers: str = "", without: str = "", variants: str = ""
     return carry_out(path)
 
 
-def test_the_report_holds_the_figures_of_the_results(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """Return one run for everything that only reads it."""
+    return ended(tmp_path_factory.mktemp("told"))
+
+
+def test_the_report_holds_the_figures_of_the_results(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     results = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
     whole = {(r["variant"], r["metric"]): r["value"] for r in results if r["layer"] is None and r["language"] is None}
     for variant in ("base", "cut"):
-        assert f"| {variant} | {whole[variant, 'kl']:.4f} | {whole[variant, 'top1']:.3f} |" in text
+        (line,) = [
+            line for line in text.splitlines() if line.startswith(f"| {variant} | ") and f"{whole[variant, 'perplexity']:.2f}" in line
+        ]
+        assert line.replace("*", "").startswith(f"| {variant} | {whole[variant, 'kl']:.4f} | {whole[variant, 'top1']:.3f} |")
     assert "- **chop** (cut," in text
 
 
-def test_answers_to_all_questions_stand_side_by_side(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_answers_to_all_questions_stand_side_by_side(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     base, cut = (outcome.steps[variant, "answers"].notes["answers"] for variant in ("base", "full"))
     assert len(base) == 3
@@ -74,11 +87,10 @@ def test_answers_to_all_questions_stand_side_by_side(tmp_path: Path) -> None:
     assert "- answers:" not in text  # not once more among what steps noted
 
 
-def test_intervals_are_those_of_the_results(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_intervals_are_those_of_the_results(outcome: pipeline.Outcome) -> None:
     text = (outcome.folder / "report.md").read_text(encoding="utf-8")
     found = estimates(outcome.rows, "base")
-    assert "| variant | held-out KL | change | top-1 | change |" in text
+    assert "| variant | held-out KL, nats/token | change | top-1 | change |" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| cut |") and span(found["kl"]["cut"].own, "kl") in line]
     change = found["kl"]["cut"].change
     assert change is not None
@@ -86,8 +98,7 @@ def test_intervals_are_those_of_the_results(tmp_path: Path) -> None:
     assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in line
 
 
-def test_the_terminal_shows_intervals_and_one_question(tmp_path: Path) -> None:
-    outcome = ended(tmp_path)
+def test_the_terminal_shows_intervals_and_one_question(outcome: pipeline.Outcome) -> None:
     console = Console(width=200, file=io.StringIO(), record=True)
     for told in outcome.told:
         console.print(told)
@@ -151,3 +162,45 @@ def test_both_are_committed_and_written_again_by_the_next_run(tmp_path: Path) ->
         newest = {r["name"]: r for r in records if r["kind"] == "file"}
         assert {newest[name]["bytes"] for name in ("report.md",)} == {(outcome.folder / "report.md").stat().st_size}
         assert newest["results.jsonl"]["path"] == f"{outcome.folder.name}/results.jsonl"
+
+
+def test_page_markdown_json_and_results_hold_the_same_figures(outcome: pipeline.Outcome) -> None:
+    page, text = ((outcome.folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
+    results = [json.loads(line) for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    whole = {(r["variant"], r["metric"]): r["value"] for r in results if (r["layer"], r["language"], r["text"]) == (None, None, None)}
+    assert {(v, m): figure["value"] for v, row in told["table"].items() for m, figure in row.items()} == whole
+    lines = [re.sub(r"<[^>]*>", " ", line).split() for line in page.splitlines()]
+    for metric in ("kl", "top1", "perplexity", "hidden_cosine", "residual_rms_diff", "parameters", "answer_chrf"):
+        row = [told["table"][variant][metric] for variant in ("base", "cut", "full")]
+        for variant, figure in zip(("base", "cut", "full"), row, strict=True):
+            assert figure["shown"] == f"{whole[variant, metric]:{column(metric).form}}"
+            assert any(line.startswith(f"| {variant} |") and figure["shown"] in line for line in text.splitlines())
+            assert figure["change"] in text or metric not in told["estimates"]
+        said = [*column(metric).title.split(), *(word for figure in row for word in f"{figure['shown']} {figure['change']}".split())]
+        assert said in lines, metric
+    for metric, variants in told["layers"].items():
+        for variant, points in variants.items():
+            assert points == {
+                str(r["layer"]): r["value"] for r in results if (r["variant"], r["metric"]) == (variant, metric) and r["layer"]
+            }
+    assert told["verdict"] in text
+    assert told["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
+
+
+def test_the_page_stands_alone(outcome: pipeline.Outcome) -> None:
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|<link|<iframe|@import|\ssrc=|url\((?!#)", page)
+    assert set(re.findall(r'href="([^"]*)"', page)) >= {"#variants", "#answers"}
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert {target[1:] for target in re.findall(r'(?:href="|url\()(#[^")]*)', page)} <= set(ids)
+    assert page.count("<svg ") >= 3
+    assert "currentColor" in page
+    assert "#010203" not in page
+
+
+def test_what_is_quoted_is_no_markup(outcome: pipeline.Outcome) -> None:
+    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
+    assert "# &lt;script&gt; of the recipe" in page

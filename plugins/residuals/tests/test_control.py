@@ -21,7 +21,7 @@ def quiet(*_: object) -> None:
     """Take progress and say nothing."""
 
 
-def banks(tmp_path: Path, control: Literal["shuffled", "self"]) -> tuple[Bank, Bank]:
+def banks(tmp_path: Path, control: Literal["shuffled", "reversed", "self"]) -> tuple[Bank, Bank]:
     """Return the bank of a student without its teacher's second layer, and the same under control."""
     model = pico_model(tmp_path / "model", num_hidden_layers=4)
     pair, cut = Pair(model, model), model.weights.cut([0, 2, 3])
@@ -44,6 +44,15 @@ def test_shuffled_rows_are_the_same_rows_in_one_other_order(tmp_path: Path) -> N
     moved = orders[-1] != torch.arange(int(fitted.sum()))
     assert float(moved.double().mean()) > 0.9
     assert all(torch.equal(real.rows("teacher", b)[fitted][orders[-1]], other.rows("teacher", b)[fitted]) for b in range(5))
+
+
+def test_reversed_layers_are_the_layers_from_the_other_end(tmp_path: Path) -> None:
+    real, other = banks(tmp_path, "reversed")
+    fitted = SAMPLES.layout.split("fit", "validation").index_fill(0, torch.arange(SAMPLES.layout.prefix), False)
+    for boundary in range(5):
+        T, S = real.rows("teacher", boundary), other.rows("teacher", boundary)
+        assert torch.equal(S[fitted], real.rows("teacher", 4 - boundary)[fitted])
+        assert torch.equal(S[~fitted], T[~fitted])
 
 
 def test_a_student_may_be_its_own_teacher_where_it_is_fitted(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rotdistill_ingredients import content
-from rotdistill_runs import locate
+from rotdistill_run_source import locate
 from rotdistill_same_basis import mismatch
 from rotdistill_soup_fisher import fisher
 from rotdistill_soup_judge import Judge

@@ -46,6 +46,19 @@ def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -
     assert seen["kl", None, None] == pytest.approx(0, abs=1e-9)
     assert (seen["top1", None, None], seen["hidden_cosine", None, None]) == (1.0, pytest.approx(1.0))
     assert seen["parameters", None, None] == model.weights.parameters
+    assert seen["channel_rms_gap", None, None] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_channel_that_is_louder_than_the_teachers_is_told(tmp_path: Path, samples: Samples) -> None:
+    pair = Pair(pico_model(tmp_path / "teacher"), pico_model(tmp_path / "student"))
+    bank = captured(pair, pair.student.weights, samples, pico_out(tmp_path / "runs"))
+    name = pair.student.weights.adapter.embedding
+    factor = torch.ones(32).index_fill(0, torch.tensor([5]), 50.0)
+    loud = pair.student.weights.edit({name: pair.student.weights[name] * factor})
+    one, other = (scores(weights, pair, bank, samples) for weights in (pair.student.weights, loud))
+    assert one["channel_rms_gap", 1, None] == pytest.approx(0, abs=1e-6)
+    assert other["channel_rms_gap", 1, None] > 2 / 32  # that one channel alone: ln 50 = 3.9
+    assert other["channel_rms_gap", None, None] == pytest.approx(sum(other["channel_rms_gap", k, None] for k in (1, 2)) / 2)
 
 
 def test_a_change_of_basis_scores_as_the_student_it_came_from(samples: Samples, tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Facts and falsehoods in answers: agreement with labels made by hand, spellings of numbers and dates, and what denies."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from rotdistill_facts import judge, states
+from rotdistill_wording import plain
+
+from rotdistill_core.samples import Claim
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def labelled() -> list[tuple[dict[str, str], set[str], set[str]]]:
+    """Return each labelled answer with the claims that a reader and the scorer find in it: facts 1 to 6, falsehoods a to d."""
+    asked = {row["id"]: row for row in table(ROOT / "samples" / "heldout.tsv")}
+    found = []
+    for row in table(HERE / "labelled.tsv"):
+        claims = [[Claim(**c) for c in json.loads(asked[row["id"]][column])] for column in ("facts", "falsehoods")]
+        judged = judge(row["answer"], *claims, row["language"])
+        named = zip(claims, judged, ("123456", "abcd"), strict=True)
+        scored = {mark for some, what, marks in named for claim, mark in zip(some, marks, strict=True) if claim.what in what}
+        found.append((row, set(row["facts"] + row["falsehoods"]) - {"-"}, scored))
+    return found
+
+
+def test_the_scorers_agree_with_labels_made_by_hand() -> None:
+    found = labelled()
+    assert len(found) == 60
+    differ = [(row["id"], row["kind"], sorted(said), sorted(scored)) for row, said, scored in found if said != scored]
+    assert len(differ) / 60 <= 0.05, differ
+    listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` {kind} |" in listed for name, kind, *_ in differ)
+    assert listed.count("| `held-") == len(differ)
+
+
+SAME = [
+    ("en", "1,234", "1234"),
+    ("de", "1.234", "1234"),
+    ("fr", "1 234", "1234"),
+    ("fr", "1\u202f234", "1234"),
+    ("en", "3,000,000", "3000000"),
+    ("hi", "१२,३४,५६७", "1234567"),
+    ("ar", "١٩٨٩", "1989"),
+    ("ja", "１９８９年", "1989年"),
+    ("zh", "一九八七", "1987"),
+    ("ja", "八千体", "8000体"),
+    ("zh", "三万二千", "32000"),
+    ("en", "nineteen eighty-nine", "1989"),
+    ("de", "dreißig Meter", "30 meter"),
+    ("it", "millecinquecento", "1500"),
+    ("en", "14 July 1789", "July 14, 1789"),
+    ("fr", "14 juillet 1789", "14/07/1789"),
+    ("es", "14 de julio de 1789", "14.7.1789"),
+    ("de", "14. Juli 1789", "14.07.1789"),
+    ("ru", "14 июля 1789", "14.07.1789"),
+    ("ja", "1789年7月14日", "14.07.1789"),
+    ("pt", "Belém", "belem"),
+    ("fr", "l’œuvre", "l'œuvre"),
+    ("ko", "1789년 7월 14일", "14.07.1789"),
+    ("en", "the twelfth century", "the 12th century"),
+]
+
+
+@pytest.mark.parametrize(("language", "one", "other"), SAME)
+def test_spellings_of_one_thing_are_one(language: str, one: str, other: str) -> None:
+    assert plain(one, language) == plain(other, language)
+
+
+@pytest.mark.parametrize(
+    ("language", "one", "other"),
+    [
+        ("en", "1.5", "15"),
+        ("en", "1981, 300 people", "1981300 people"),
+        ("de", "3,5 Millionen", "35 millionen"),
+        ("en", "12.13.1789", "1789-13-12"),
+    ],
+)
+def test_what_is_not_one_thing_stays_apart(language: str, one: str, other: str) -> None:
+    assert plain(one, language) != plain(other, language)
+
+
+DENIED = [
+    ("en", "It was not built in 1889.", "built in 1889"),
+    ("en", "It was not, as many think, built in 1889.", "built in 1889"),
+    ("fr", "Elle n'a pas été construite en 1889.", "construite en 1889"),
+    ("de", "Er wurde 1889 nicht gebaut.", "1889"),
+    ("es", "No se construyó en 1889.", "en 1889"),
+    ("it", "Non fu costruita nel 1889.", "nel 1889"),
+    ("pt", "Não foi construída em 1889.", "em 1889"),
+    ("ru", "Она не построена в 1889 году.", "в 1889"),
+    ("ja", "1889年に建てられたのではありません。", "1889"),
+    ("zh", "它不是1889年建的。", "1889"),
+    ("hi", "यह १८८९ में नहीं बना था।", "1889"),
+    ("ar", "لم يُبنَ في ١٨٨٩.", "1889"),
+    ("el", "Δεν χτίστηκε το 1889.", "1889"),
+    ("ko", "1889년에 지어지지 않았다.", "1889"),
+    ("en", "Was it built in 1889?", "built in 1889"),
+    ("en", "Gustave Eiffel did not design it.", "Gustave Eiffel"),
+]
+SAID = [
+    ("en", "It was not built in 1889 but in 1887.", "1887"),
+    ("en", "It was built in 1889, not in 1887.", "1889"),
+    ("fr", "Pas en 1887, mais en 1889.", "1889"),
+    ("en", "Not only in 1889 was it shown.", "1889"),
+    ("de", "Nicht 1887, sondern 1889.", "1889"),
+    ("es", "No te pierdas la torre de 1889.", "1889"),
+    ("en", "It is closed. No, it opened in 1889.", "1889"),
+    ("ja", "1887年ではなく1889年です。", "1889"),
+    ("zh", "不是1887年，而是1889年。", "1889"),
+    ("ko", "1887년이 아니라 1889년이다.", "1889"),
+    ("it", "Non nel 1887, ma nel 1889.", "1889"),
+    ("ru", "Не в 1887, а в 1889 году.", "1889"),
+]
+
+
+@pytest.mark.parametrize(("language", "text", "phrase"), [*DENIED, *SAID])
+def test_a_phrase_that_is_denied_is_not_stated(language: str, text: str, phrase: str) -> None:
+    assert states(plain(text, language), Claim("", (phrase,)), language) is ((language, text, phrase) in SAID)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("30 metros", "130 metros"),
+        ("1889", "11889"),
+        ("Ludwig II", "ludwig iii"),
+        ("siglo XV ", "siglo xvi"),
+        ("em São Paulo", "tambem sao paulo"),
+        ("2,300", "2,300,000"),
+    ],
+)
+def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
+    assert not states(plain(text, "pt"), Claim("", (phrase,)), "pt")

@@ -1,0 +1,69 @@
+"""What was done to what: hashes and versions of everything that had a part in a run, and the model card of each checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Loaded, Model, Outcome
+
+VERSIONS = ("rotdistill", "torch", "transformers", "numpy", "scipy", "safetensors")
+
+
+def made_of(loaded: Loaded, outcome: Outcome) -> dict[str, dict[str, str]]:
+    """Return references and hashes of models and texts, and the versions of everything that had a part."""
+    from rotdistill_core.ledger import sha256_of
+
+    pair, base, texts = outcome.pair, loaded.path.parent, loaded.recipe.samples
+    roles = {"teacher": pair.teacher, "student": pair.student} | ({"anchor": pair.anchor} if pair.anchor else {})
+    files = {"blurbs": texts.index, "held-out questions": texts.heldout, "system prompt": texts.style, "guard": texts.guard}
+    plugins = {placed.origin.distribution: placed.origin.version for placed in loaded.steps}
+    return {
+        "models": {role: f"{model.ref.model}, sha256 {model.sha256}" for role, model in roles.items()},
+        "texts": {what: f"{Path(file).name}, sha256 {sha256_of(base / file)}" for what, file in files.items() if file},
+        "recipe": {"file": loaded.path.name, "sha256 when resolved": loaded.digest(), "seed": str(loaded.recipe.seed)},
+        "versions": {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS} | plugins,
+    }
+
+
+UNKNOWN = "unknown"
+STRICTER = (
+    r"cc0|unlicense|wtfpl|pddl", r"mit|bsd|isc|zlib|apache|cc-by-\d|cc-by$|odc-by", r"lgpl|mpl|epl|cdla|openrail|cc-by-sa", r"gpl", r"agpl",
+    r".*-n[cd](?:-|$)|.*noncommercial", r".*",
+)  # fmt: skip
+"""Licences from free to strict; what nothing else matches (a vendor's own, `other`, or none that is known) comes last."""
+
+
+def licence_of(model: Model) -> str:
+    """Return the licence that a model's card names."""
+    card = model.folder / "README.md"
+    front = card.read_text(encoding="utf-8", errors="replace").split("---")[1:2] if card.is_file() else []
+    found = re.search(r"^license(?:_name)?:\s*[\"']?([\w.+-]+)", front[0], re.MULTILINE) if front else None
+    return found[1].lower() if found else UNKNOWN
+
+
+def strictest(licences: list[str]) -> str:
+    """Return the licence under which something made of all of them can be passed on: the strictest."""
+    return max(licences, key=lambda name: next(k for k, pattern in enumerate(STRICTER) if re.match(pattern, name)))
+
+
+def card_of(told: Any, loaded: Loaded, outcome: Outcome, variant: str, template: Any) -> str:
+    """Return the README.md of a checkpoint."""
+    pair, chain = outcome.pair, loaded.chain(variant) if variant in loaded.recipe.variants else loaded.exact_chain()
+    models = {"student": pair.student} | ({} if pair.same else {"teacher": pair.teacher}) | ({"anchor": pair.anchor} if pair.anchor else {})
+    licences = {role: licence_of(model) for role, model in models.items()}
+    ran = [placed for placed in chain if placed.stage != "evaluate"]
+    kinds = {placed.id: "exact" if getattr(placed.step, "exact", False) else placed.stage for placed in ran}
+    languages = sorted({row.language for row in outcome.rows if row.language and re.fullmatch(r"[a-z]{2,3}", row.language)})
+    return str(
+        template.render(
+            told=told, variant=variant, models=models, licences=licences, licence=strictest(list(licences.values())), kinds=kinds,
+            languages=languages, relation="finetune", quote=json.dumps,
+            exact=[name for name, kind in kinds.items() if kind == "exact"], edits=[n for n, k in kinds.items() if k in ("fold", "style")],
+        )
+    )  # fmt: skip
