@@ -94,7 +94,7 @@ def test_the_32b_recipe_is_planned_offline_without_torch() -> None:
     layer = 5120 * (40 * 128 * 2 + 8 * 128 * 2) + 3 * 5120 * 27648  # q, o, k, v and the MLP
     wide = 2 if found["machine"]["gpu"] else 4
     batch = 1536 * 3 * 27648  # gate, up and their product
-    memory = (2 * rows * 5120 + 2 * layer + batch) * wide  # states and a copy that is written, two layers
+    memory = (2 * rows * 5120 + 2.5 * layer + batch) * wide  # states and a copy that is written, two layers and one in bfloat16
     assert sum(steps["residuals"][key] for key in ("ram_bytes", "gpu_bytes")) == pytest.approx(memory, rel=0.1)
     answers = 32_763_876_352 * wide + 64 * 180 * 64 * 2 * 8 * 128 * wide  # all weights; keys and values of 64 answers of about 180 tokens
     peak = max(found["ram_bytes"], found["gpu_bytes"])
@@ -203,3 +203,11 @@ def test_the_document_has_it_all(work: Path) -> None:
     assert {"run_dir", "steps", "models", "texts", "ram_bytes", "gpu_bytes", "disk_bytes", "time", "machine", "shortfalls"} <= found.keys()
     assert found["shortfalls"] == []
     assert found["models"]["student"]["source"] == "model"
+    assert {step["id"]: step["needs"] for step in found["steps"]}["fold"] == ["captured states", "maps"]
+
+
+def test_a_step_without_its_capture_is_refused_before_anything_runs(work: Path) -> None:
+    Path("recipe.toml").write_text(RECIPE.replace('[[step]]\nuse = "residuals"\n', ""))
+    code, out, err = command_line("plan", "recipe.toml")
+    assert (code, out) == (2, "")
+    assert 'step "toggles": needs captured states' in err
