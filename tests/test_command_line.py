@@ -69,7 +69,7 @@ def test_help_ends_with_two_examples(verb: str) -> None:
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pico_folder(tmp_path / "model", num_hidden_layers=25)
+    pico_folder(tmp_path / "model", num_hidden_layers=25, hidden_size=16, intermediate_size=24)
     pico_texts(tmp_path / "texts", blurbs=8, questions=2)
     (tmp_path / "recipes").mkdir()
     for name, aligner in (("tour-guide", "procrustes"), ("swap-aligner", "random-rotation")):
