@@ -113,21 +113,21 @@ class Adapter:
         absorbed = list(dict.fromkeys(param.gain for param in table.values() if param.gain))
         return absorbed, [n for n, p in table.items() if p.is_gain and "residual" in p.axes and n not in absorbed]
 
-    def parts(self, config: Config) -> dict[str, dict[str, int]]:
-        """Return each fused tensor of a checkpoint with its parameters and how many rows of it are theirs."""
-        table, sizes, found = self.expand(config), self.sizes(config), {}
-        for whole, parts in self.fused.items():
-            for i in self._layers(whole, config):
-                names = [part.replace(LAYER, str(i)) for part in parts]
-                found[whole.replace(LAYER, str(i))] = {name: sizes[table[name].axes[0]] for name in names}
-        return found
+    def parts(self, config: Config) -> dict[str, list[str]]:
+        """Return each fused tensor of a checkpoint with the parameters that it holds."""
+        return {
+            whole.replace(LAYER, str(i)): [part.replace(LAYER, str(i)) for part in parts]
+            for whole, parts in self.fused.items() for i in self._layers(whole, config)
+        }  # fmt: skip
 
     def unfused(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the table's parameters in a checkpoint; a fused tensor whose rows do not add up stays as it is."""
-        found, parts = dict(shapes), self.parts(config)
-        for whole in [w for w in parts if w in found and sum(parts[w].values()) == found[w][0]]:
-            shape = found.pop(whole)
-            found |= {name: (rows, *shape[1:]) for name, rows in parts[whole].items()}
+        found, table, sizes = dict(shapes), self.expand(config), self.sizes(config)
+        for whole, parts in self.parts(config).items():
+            rows = {name: sizes[table[name].axes[0]] for name in parts}
+            if whole in found and sum(rows.values()) == found[whole][0]:
+                shape = found.pop(whole)
+                found |= {name: (n, *shape[1:]) for name, n in rows.items()}
         return found
 
     def check(self, config: Config, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -212,7 +212,7 @@ def main() -> None:
     again = "rotdistill " + shlex.join(sys.argv[1:])
     given = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     try:
-        app(given, standalone_mode=False)
+        app(given, prog_name="rotdistill", standalone_mode=False)
     except Interrupted as stop:
         words().print(f"interrupted; what was finished is kept. Go on with:\n{escape(again)}", soft_wrap=True)
         sys.exit(128 + int(stop.args[0]))

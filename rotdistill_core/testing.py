@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,8 +148,7 @@ def other_signs(seed: int) -> Iterator[None]:
 def random_rotation(size: int, seed: int = 0) -> Tensor:
     """Return a random orthogonal matrix in float64."""
     noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    Q: Tensor = torch.linalg.qr(noise)[0]
-    return Q
+    return torch.linalg.qr(noise)[0]  # type: ignore[no-any-return]
 
 
 def scramble(weights: Weights, seed: int = 0, invertible: bool = False) -> tuple[Weights, dict[str, Map]]:
@@ -238,8 +238,7 @@ class Quiet:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
-        """Keep one line."""
+    def say(self, text: str) -> None:  # noqa: D102
         self.lines.append(text)
 
 
@@ -305,9 +304,13 @@ def plain_transformers(adapter: Adapter, folder: Path, layout: Layout, dtype: to
 EXACT, PLAIN = 1e-9, 1e-5
 
 
-def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, Layout]:
+def _config(adapter: Adapter, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+    return config | {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+
+
+def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, Layout]:
+    config = _config(adapter, folder)
     return open_folder(folder, config, adapter), pico_samples(int(adapter.sizes(config)["vocab"]), texts=4).layout
 
 
@@ -322,9 +325,10 @@ def _apart(one: Tensor, two: Tensor) -> float:
 
 def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
     """Compare every tensor of the checkpoint with the table, axis by axis."""
-    config, found, problems = read_config(folder), folder_headers(folder), []
-    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
-    table, sizes = adapter.expand(config), adapter.sizes(config)
+    config, found, problems = _config(adapter, folder), folder_headers(folder), []
+    table, sizes, (query, groups, width) = adapter.expand(config), adapter.sizes(config), adapter.heads(config)
+    if (query * width, groups * width) != (sizes["q.0"], sizes["kv.0"]) or query % groups:
+        problems.append(f"heads: {query} and {groups} of {width} do not make up q.0 ({sizes['q.0']}) and kv.0 ({sizes['kv.0']})")
     shapes = adapter.unfused(config, {name: header.shape for name, header in found.items()})
     for name, shape in shapes.items():
         templates = [t for t in adapter.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)]
@@ -384,17 +388,13 @@ def every_gain_is_absorbed_by_its_readers(adapter: Adapter, folder: Path) -> Non
     weights, layout = _opened(adapter, folder)
     weights, problems = weights.untie(), []
     before, table = logits(weights, layout), adapter.expand(weights.config)
-    matrices = [
-        n for n, p in table.items() if n in weights.entries and len(p.axes) == 2 and p.axes[1] == "residual" and n != adapter.embedding
-    ]
+    matrices = [n for n, p in table.items() if n in weights.entries and p.axes[1:] == ("residual",) and n != adapter.embedding]
+    layer_of = re.compile(r"\.\d+\.").findall
 
     def change(gain: str, readers: list[str]) -> float:
         factor = weights.gain(gain)
         fused = {name: weights[name].double() * factor for name in readers}
         return _apart(logits(weights.edit({gain: torch.full_like(factor, 1.0 - adapter.gain_offset), **fused}), layout), before)
-
-    def layer_of(name: str) -> list[str]:
-        return re.findall(r"\.\d+\.", name)
 
     missing, wrong = "reads behind {} and does not name it as its gain", "names {} as its gain and does not read behind it"
     for gain in (n for n, p in table.items() if p.is_gain and p.axes == ("residual",)):
@@ -427,7 +427,9 @@ def _compare_fold(weights: Weights, maps: Mapping[str, Map], layout: Layout, wan
     change = _apart(logits(weights.fold(maps), layout), wanted)
     if change <= EXACT:
         return []
-    return list(_blame(weights, maps, layout, wanted)) or [f"{what} changes logits by {change:.1e}: an axis of {', '.join(maps)} is wrong"]
+    names = [n for n, p in weights.adapter.expand(weights.config).items() if {*p.axes} & {*maps}]
+    doubt = f"{what} changes logits by {change:.1e}: `heads`, an axis, or the order in `fused` is wrong, of {', '.join(names)}"
+    return list(_blame(weights, maps, layout, wanted)) or [doubt]
 
 
 def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path) -> None:
@@ -447,11 +449,8 @@ def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path)
 
 def whole_permutations(weights: Weights, seed: int = 3) -> dict[str, dict[str, Map]]:
     """Return permutations that leave any model alone, by what they move: neurons and heads of each layer, channels of the stream."""
-    maker, sizes = torch.Generator().manual_seed(seed), weights.adapter.sizes(weights.config)
-
-    def shuffled(n: int) -> Tensor:
-        return torch.randperm(n, generator=maker)
-
+    sizes = weights.adapter.sizes(weights.config)
+    shuffled = partial(torch.randperm, generator=torch.Generator().manual_seed(seed))
     moved: dict[str, dict[str, Map]] = {"channels of the stream": {"residual": Permutation(shuffled(sizes["residual"]))}}
     for i in range(weights.depth):
         moved[f"neurons of layer {i}"] = {f"neurons.{i}": Permutation(shuffled(sizes[f"neurons.{i}"]))}
@@ -477,7 +476,8 @@ def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
     before = logits(weights, layout)
     folds = {space: weights.fold({space: found}) for space, found in gauges(weights, invertible=True).items()}
     changes = {space: _apart(logits(folded, layout), before) for space, folded in folds.items()}
-    _report([f'"{space}" is declared a gauge and changes logits by {x:.1e}' for space, x in changes.items() if x > EXACT])
+    on = {space: [n for n, p in weights.adapter.expand(weights.config).items() if p.gauge.removesuffix("*") == space] for space in changes}
+    _report([f'"{s}" is declared a gauge and changes logits by {x:.1e}, on {", ".join(on[s])}' for s, x in changes.items() if x > EXACT])
 
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:

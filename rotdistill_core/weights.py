@@ -306,20 +306,20 @@ def open_folder(folder: Path, config: Mapping[str, Any], adapter: Adapter) -> We
     entries: dict[str, Entry] = {}
     for path in sorted({h.file for h in headers.values()}):
         entries.update(file_entries(path))
-    for whole, parts in adapter.parts(config).items():
-        if whole in entries:
-            entries |= _split(entries.pop(whole), parts)
+    for whole in adapter.parts(config).keys() & entries.keys():
+        entry = entries.pop(whole)
+        entries |= _split(entry, adapter.unfused(config, {whole: entry.shape}))
     if config.get("tie_word_embeddings"):  # some folders carry the tied head a second time; transformers ignores it, and so do we
         entries.pop(adapter.head, None)
     return Weights(dict(config), adapter, entries, Lineage(tuple(range(adapter.depth(config) + 1))))
 
 
-def _split(whole: Entry, parts: Mapping[str, int]) -> dict[str, Entry]:
-    """Return the parameters that a fused tensor holds, as entries of their own."""
-    ends = list(accumulate(parts.values()))
+def _split(whole: Entry, parts: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """Return the parameters of these shapes that a fused tensor holds, as entries of their own."""
+    ends = accumulate(shape[0] for shape in parts.values())
     return {
-        name: Entry((rows, *whole.shape[1:]), whole.dtype, lambda a=end - rows, b=end: whole.read()[a:b])  # type: ignore[misc]
-        for (name, rows), end in zip(parts.items(), ends, strict=True)
+        name: Entry(shape, whole.dtype, lambda a=end - shape[0], b=end: whole.read()[a:b])  # type: ignore[misc]
+        for (name, shape), end in zip(parts.items(), ends, strict=True)
     }
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections import Counter
@@ -18,8 +19,9 @@ from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
+from typer.main import get_command
 
-from rotdistill_core import plugins, recipe
+from rotdistill_core import cli, plugins, recipe
 from rotdistill_core.adapter import Adapter
 from rotdistill_core.hookspecs import Specs
 from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
@@ -171,6 +173,29 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
             there = path.parent / unquote(file) if file else path
             assert there.exists(), target
             assert not anchor or there.suffix != ".md" or anchor in anchors(there), target
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Yield (document, line) for every call of `rotdistill` in a document: in a block of code, or between backticks."""
+    for path in sorted(documents()):
+        lines = [line for kind, body in FENCE.findall(read(path)) if kind in ("", "bash", "console") for line in body.splitlines()]
+        inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", read(path)))
+        for line in dict.fromkeys([*lines, *(text.replace("\\|", "|") for text in inline)]):
+            if re.match(r"rotdistill [a-z]+ \S", line):
+                yield path.relative_to(ROOT).as_posix(), line.strip()
+
+
+@pytest.mark.parametrize(("document", "line"), list(commands()), ids=lambda value: value[:60])
+def test_every_command_in_a_document_is_one(document: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line.partition("#")[0].partition(" > ")[0].partition(" | ")[0])[1:]
+    if any(re.fullmatch("[A-Z]+", word) for word in words):  # a pattern, such as `rotdistill plan RECIPE`
+        assert words[0] in get_command(cli.app).list_commands(None)  # type: ignore[arg-type]
+        return
+    monkeypatch.chdir(ROOT)
+    verb = get_command(cli.app).get_command(None, words[0])  # type: ignore[arg-type]
+    given = verb.make_context(words[0], words[1:]).params
+    if words[0] in ("run", "plan", "check") and str(given["path"]).endswith(".toml"):
+        recipe.load(given["path"], given.get("sets") or [])
 
 
 Build = Callable[[str], ModuleType]

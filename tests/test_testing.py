@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rotdistill_core import hookimpl, step, testing
-from rotdistill_core.adapter import Adapter, Param, Site
+from rotdistill_core.adapter import Adapter, HeadLayout, Param, Site
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.plugins import STEPS, adapter_for, installed, step_class
 from rotdistill_core.testing import ADAPTER_CHECKS, STEP_CHECKS, parametrize_with_checks, pico_folder
@@ -29,8 +29,8 @@ def broken(name: str, table: Adapter = LLAMA, **changes: object) -> Adapter:
     return replace(table, params={**table.params, name: replace(table.params[name], **changes)})  # type: ignore[arg-type]
 
 
-def without(name: str) -> Adapter:
-    return replace(LLAMA, params={n: p for n, p in LLAMA.params.items() if n != name})
+def without(name: str, table: Adapter = LLAMA) -> Adapter:
+    return replace(table, params={n: p for n, p in table.params.items() if n != name})
 
 
 Check = Callable[[Adapter, Path], None]
@@ -87,6 +87,17 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
     "a consumer that is no producer": (
         testing.gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
     ),
+    "heads that do not make up their space": (
+        testing.every_tensor_is_claimed_once, replace(LLAMA, heads=lambda _: HeadLayout(4, 4, 12)),
+        r"heads: 4 and 4 of 12 do not make up q.0 \(48\) and kv.0 \(24\)",
+    ),
+    "another number of heads": (
+        testing.permutations_are_exact, replace(LLAMA, heads=lambda _: HeadLayout(2, 1, 24)),
+        "permuting heads of layer 0 changes logits .* `heads`, .* is wrong, of model.layers.0.self_attn.q_proj.weight, ",
+    ),
+    "a tie that is not declared": (
+        testing.every_tensor_is_claimed_once, broken("lm_head.weight", tied=None), "lm_head.weight is declared, the checkpoint does not",
+    ),
     "a site that is not there": (
         testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
         'site "mid": a layer has no module "mlp_norm"',
@@ -108,6 +119,35 @@ def test_a_broken_table_is_told_by_tensor_and_axis(tmp_path: Path, check: Check,
         check(table, pico_folder(tmp_path / "model", head_dim=12, intermediate_size=56))
 
 
+FUSED, OLMO = adapter_for("phi3"), adapter_for("olmo2")
+ATTENTION = "model.layers.{i}.self_attn."
+
+
+def reordered(order: str) -> Adapter:
+    return replace(FUSED, fused={**FUSED.fused, f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{name}_proj.weight" for name in order)})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "check", "table", "message"),
+    [
+        ("phi3", testing.permutations_are_exact, reordered("kqv"), "order in `fused` is wrong, of .*0.self_attn.q_proj.weight, "),
+        ("phi3", testing.gauges_are_exact, reordered("qvk"), '"value.0" is declared .*, on model.layers.0.self_attn.v_proj.weight, '),
+        ("phi3", testing.every_tensor_is_claimed_once, replace(FUSED, fused={}), "layers.0.self_attn.qkv_proj.weight is claimed 0 times"),
+        ("olmo2", testing.every_tensor_is_claimed_once, broken(f"{ATTENTION}q_norm.weight", OLMO, axes=("head_dim.{i}",)),
+         r'layers.0.self_attn.q_norm.weight: axis 0 is declared "head_dim.0" \(12\), it has 48'),
+        ("olmo2", testing.every_gain_is_absorbed_by_its_readers, broken(Q, OLMO, gain="model.layers.{i}.post_attention_layernorm.weight"),
+         r"post_attention_layernorm.weight is not absorbed by the readers that name it: \['model.layers.0.self_attn.q_proj.weight'\]"),
+        ("olmo2", testing.gauges_are_exact, broken(f"{ATTENTION}k_proj.weight", OLMO, gauge="key.{i}"),
+         '"key.0" .* on model.layers.0.self_attn.k_proj.weight'),
+        ("qwen2", testing.every_tensor_is_claimed_once, without(f"{ATTENTION}k_proj.bias", adapter_for("qwen2")),
+         "layers.0.self_attn.k_proj.bias is claimed 0 times"),
+    ],
+)  # fmt: skip
+def test_broken_tables_of_other_architectures(tmp_path: Path, model_type: str, check: Check, table: Adapter, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check(table, pico_folder(tmp_path / "model", model_type, head_dim=12, intermediate_size=56))
+
+
 def test_every_check_of_an_adapter_is_in_the_list() -> None:
     assert {check for check, _, _ in CASES.values()} < set(ADAPTER_CHECKS)
 
@@ -126,7 +166,10 @@ def test_a_norm_on_what_a_branch_writes_allows_no_rotation(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", installed(STEPS))
 def test_every_step_here_is_as_specified(tmp_path: Path, name: str) -> None:
-    options = {"chop": {"layers": 1}}.get(name, {})
+    needed: dict[str, dict[str, Any]] = {
+        "chop": {"layers": 1}, "soups": {"ingredients": ["student"]}, "interpolation-barrier": {"between": ["variant", "elsewhere"]},
+    }  # fmt: skip
+    options = needed.get(name, {})
     for check in STEP_CHECKS[:2]:
         check(step_class(name)[0], options, tmp_path)
 

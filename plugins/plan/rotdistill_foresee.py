@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from typing import Any
 
 import psutil
 from rotdistill_plan_models import WIDTH, Known, known
-from rotdistill_plan_needs import LIBRARIES, Need, Pairing, after, checkpoint, needs, teacher_answers
+from rotdistill_plan_needs import Need, Pairing, after, around, checkpoint, needs, teacher_answers
 from rotdistill_plan_reuse import UNKNOWN, Fate, Past, fates, saved
 from rotdistill_plan_texts import Texts, count, counter
 
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.ledger import Store
 from rotdistill_core.models import Pair
 from rotdistill_core.recipe import Loaded
@@ -35,6 +37,8 @@ class Line:
     use: str
     stage: str
     plugin: str
+    needs: list[str]
+    """What has to be made before it: captured states, maps."""
     variants: list[str]
     reused: bool
     why: str
@@ -71,6 +75,8 @@ class Plan:
     models: dict[str, Known]
     texts: Texts
     machine: Machine
+    around: int
+    """Memory that is there in every step, bytes."""
     shortfalls: list[str] = field(default_factory=list)
 
     @property
@@ -81,7 +87,7 @@ class Plan:
     @property
     def peak(self) -> dict[str, int]:
         """Memory at its worst and disk in all, of what has to be made."""
-        ram = max((line.ram_bytes for line in self.todo), default=0) + round(LIBRARIES)
+        ram = max((line.ram_bytes for line in self.todo), default=0) + self.around
         gpu = max((line.gpu_bytes for line in self.todo), default=0)
         return {"ram_bytes": ram, "gpu_bytes": gpu, "disk_bytes": sum(line.disk_bytes for line in self.todo)}
 
@@ -123,7 +129,7 @@ def foresee(loaded: Loaded, root: Path, here: Machine, fresh: bool = False, say:
     past = Past(Store(root).ledgers(), folder.name)
     found = list(fates(loaded, past, told, dtype, claimed(questions), fresh))
     lines = list(_lines(found, past, start, here, on_gpu[1], folder.name, dtype))
-    made = Plan(folder, lines, models, rows, here)
+    made = Plan(folder, lines, models, rows, here, round(around(start)))
     return replace(made, shortfalls=list(_shortfalls(made)))
 
 
@@ -132,7 +138,9 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         ram, device = (need.ram, need.device) if gpu else (need.ram + need.device, 0)
         took = need.work / here.speed if seconds is None else seconds
         sizes = (0, 0, 0, 0.0) if reused else (round(ram), round(device), round(need.disk), round(took, 1))
-        return Line(name, use, about.get("stage", ""), about.get("plugin", ""), about.get("variants", []), reused, why, *sizes)
+        named = dict(zip(("ram_bytes", "gpu_bytes", "disk_bytes", "seconds"), sizes, strict=True))
+        rest: dict[str, Any] = {"stage": "", "plugin": "", "needs": [], "variants": [], **about, **named}
+        return Line(id=name, use=use, reused=reused, why=why, **rest)
 
     if start.texts.asked:
         had = past.start != UNKNOWN
@@ -142,7 +150,12 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
     for fate in found:
         at = reduce(lambda pair, placed: after(placed, pair), fate.behind, start)
         placed, origin = fate.placed, fate.placed.origin
-        about = {"stage": placed.stage, "plugin": f"{origin.distribution} {origin.version}", "variants": fate.variants}
+        about = {
+            "stage": placed.stage,
+            "plugin": f"{origin.distribution} {origin.version}",
+            "variants": fate.variants,
+            "needs": _takes(fate),
+        }
         seconds = float(fate.last["seconds"]) if fate.last and fate.last["options"] == options_of(placed.step) else None
         ends |= dict.fromkeys(fate.variants, at if placed.stage == "evaluate" else after(placed, at))
         yield line(placed.id, placed.step.use, needs(placed, at), fate.record is not None, fate.why, about, seconds)
@@ -150,6 +163,19 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         there = saved(past, run, variant, found, dtype)
         why = "in the run's folder" if there else "not saved before behind these steps"
         yield line("checkpoints", "", checkpoint(at, WIDTH[dtype]), there, why, {"variants": [variant]})
+
+
+def _takes(fate: Fate) -> list[str]:
+    """Return what a step stands on, by the arguments of its hook.
+
+    Raises:
+        RecipeError: it wants captured states, and nothing before it captures any.
+    """
+    placed = fate.placed
+    names = inspect.signature(getattr(placed.step, placed.stage)).parameters
+    if "bank" in names and not any(before.stage == "capture" for before in fate.behind):
+        raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+    return [what for name, what in (("bank", "captured states"), ("maps", "maps")) if name in names]
 
 
 def _shortfalls(planned: Plan) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What each step needs: memory, disk and time, from sizes alone.
 
-Counted are the tensors that a step holds at once at its worst. Pages of weight files that are mapped come on top as far as there is
-room, and go again; so do a few hundred megabytes of libraries (`LIBRARIES`, counted once in the peak).
+Counted are the tensors that a step holds at once at its worst. Libraries and tokenizers are counted once, in the peak (`around`). Pages of
+weight files that are mapped come on top as far as there is room, and go again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from rotdistill_plan_texts import Texts
 
 from rotdistill_core.recipe import Placed
 
-LIBRARIES = 0.45e9
-"""Memory of torch, transformers and scipy before anything is done, bytes (measured: 0.4 to 0.5 GB)."""
+LIBRARIES = 0.4e9
+"""Memory of torch, transformers and scipy, bytes: 0.3 GB once they are loaded, and what their threads keep."""
+TOKEN = 600
+"""Memory of a tokenizer for each of its tokens, bytes."""
 BATCH = 1536
 """Tokens that go through a layer at once; see `Walk`."""
 ANSWERS = 64
@@ -56,10 +58,15 @@ class Pairing:
         return self.compute[1]
 
 
+def around(at: Pairing) -> float:
+    """Return the memory that is there in every step."""
+    return LIBRARIES + TOKEN * (at.teacher.vocab + at.student.vocab)
+
+
 def walked(shape: Shape, rows: int, number: int) -> Need:
-    """Return what it takes to send rows through a model, layer by layer: two layers, all states, one batch."""
+    """Return what it takes to send rows through a model, layer by layer: two layers and one being read, all states, one batch."""
     batch = min(rows, BATCH) * (3 * shape.neurons + 2 * shape.queries + 4 * shape.width)
-    return Need(rows * shape.width * number, (2 * shape.layer + batch) * number, 0, 2 * shape.parameters(inside=True) * rows)
+    return Need(rows * shape.width * number, (2.5 * shape.layer + batch) * number, 0, 2 * shape.parameters(inside=True) * rows)
 
 
 def generated(shape: Shape, texts: Texts, asked: int, said: int, number: int) -> Need:
@@ -140,7 +147,8 @@ def _fold(_: Any, at: Pairing) -> Need:
     head = s.vocab * s.width * F64
     work = 4.0 * s.parameters() * s.width + 8.0 * s.parameters(inside=True) * 2 * at.texts.prefix
     untied = s.changed(tie_word_embeddings=False)
-    return Need(4 * head, 2 * s.layer * F64, untied.parameters() * at.wide + s.width**2 * F64, work)
+    logits = 8 * BLOCK * s.vocab * F64  # the certificate compares both models' in blocks of rows
+    return Need(5 * head + logits, 2.5 * s.layer * F64, untied.parameters() * at.wide + s.width**2 * F64, work)
 
 
 def _refit(step: Any, at: Pairing) -> Need:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,32 @@ full = ["basis", "fold"]
 """
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the recipe has run once."""
+    root = tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        pico_folder(root / "model", num_hidden_layers=3)
+        pico_texts(root / "texts")
+        (root / "recipe.toml").write_text(RECIPE)
+        carry_out(root / "recipe.toml")
+    return root
+
+
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    pico_folder(tmp_path / "model", num_hidden_layers=3)
-    pico_texts(tmp_path / "texts")
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    return tmp_path
+def ran(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy to work in."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def work(ran: Path) -> Path:
+    """Return the same before it has run."""
+    shutil.rmtree(ran / "runs")
+    return ran
 
 
 def planned(*sets: str, fresh: bool = False) -> Plan:
@@ -94,7 +114,7 @@ def test_the_32b_recipe_is_planned_offline_without_torch() -> None:
     layer = 5120 * (40 * 128 * 2 + 8 * 128 * 2) + 3 * 5120 * 27648  # q, o, k, v and the MLP
     wide = 2 if found["machine"]["gpu"] else 4
     batch = 1536 * 3 * 27648  # gate, up and their product
-    memory = (2 * rows * 5120 + 2 * layer + batch) * wide  # states and a copy that is written, two layers
+    memory = (2 * rows * 5120 + 2.5 * layer + batch) * wide  # states and a copy that is written, two layers and one in bfloat16
     assert sum(steps["residuals"][key] for key in ("ram_bytes", "gpu_bytes")) == pytest.approx(memory, rel=0.1)
     answers = 32_763_876_352 * wide + 64 * 180 * 64 * 2 * 8 * 128 * wide  # all weights; keys and values of 64 answers of about 180 tokens
     peak = max(found["ram_bytes"], found["gpu_bytes"])
@@ -128,8 +148,7 @@ def test_what_is_planned_is_what_happens(work: Path, monkeypatch: pytest.MonkeyP
     assert "plan: 11 of 11 results are there; nothing to make" in err
 
 
-def test_it_says_what_changed_and_what_is_behind_it(work: Path) -> None:
-    carry_out(work / "recipe.toml")
+def test_it_says_what_changed_and_what_is_behind_it(ran: Path) -> None:
     found = planned("basis.tie=1")
     assert why(found)["basis full"] == "changed: tie all → 1"
     assert why(found)["fold full"] == "behind basis"
@@ -139,14 +158,13 @@ def test_it_says_what_changed_and_what_is_behind_it(work: Path) -> None:
     assert why(planned("seed=5"))["chop base"] == "seed changed"
     assert why(planned("student.dtype=float64"))["chop base"] == "compute changed"
     assert why(planned(fresh=True))["chop base"] == "asked for with --fresh"
-    index = work / "texts" / "index.tsv"
+    index = ran / "texts" / "index.tsv"
     index.write_text(index.read_text().replace("place 3", "place three"))
     assert why(planned())["chop base"] == "texts changed"
 
 
-def test_what_it_calls_reused_is_reused(work: Path) -> None:
-    carry_out(work / "recipe.toml")
-    path = work / "other.toml"
+def test_what_it_calls_reused_is_reused(ran: Path) -> None:
+    path = ran / "other.toml"
     path.write_text(RECIPE.replace('name = "trial"', 'name = "other"').replace('use = "procrustes"', 'use = "random-rotation"'))
     said = foresee(recipe.load(path), Path("runs"), machine(Path("runs")))
     made = carry_out(path)
@@ -156,16 +174,14 @@ def test_what_it_calls_reused_is_reused(work: Path) -> None:
             assert happened[line.variants[0], line.id] is line.reused, line
 
 
-def test_other_code_and_lost_files_are_told(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = carry_out(work / "recipe.toml")
+def test_other_code_and_lost_files_are_told(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = recipe.code_of
     monkeypatch.setattr(recipe, "code_of", lambda origin: "x" if origin.name == "procrustes" else real(origin))
     assert why(planned())["basis full"] == "changed: the code of rotdistill-procrustes"
-    monkeypatch.undo()
-    monkeypatch.chdir(work)
-    next(made.folder.rglob("shards/student/residual/00001.safetensors")).unlink()
+    monkeypatch.setattr(recipe, "code_of", real)
+    next(ran.rglob("shards/student/residual/00001.safetensors")).unlink()
     assert why(planned())["residuals base"] == "its files are gone, or made from something else"
-    model = work / "model" / "model.safetensors"
+    model = ran / "model" / "model.safetensors"
     data = bytearray(model.read_bytes())
     data[-2] ^= 1
     model.write_bytes(data)
@@ -203,3 +219,11 @@ def test_the_document_has_it_all(work: Path) -> None:
     assert {"run_dir", "steps", "models", "texts", "ram_bytes", "gpu_bytes", "disk_bytes", "time", "machine", "shortfalls"} <= found.keys()
     assert found["shortfalls"] == []
     assert found["models"]["student"]["source"] == "model"
+    assert {step["id"]: step["needs"] for step in found["steps"]}["fold"] == ["captured states", "maps"]
+
+
+def test_a_step_without_its_capture_is_refused_before_anything_runs(work: Path) -> None:
+    Path("recipe.toml").write_text(RECIPE.replace('[[step]]\nuse = "residuals"\n', ""))
+    code, out, err = command_line("plan", "recipe.toml")
+    assert (code, out) == (2, "")
+    assert 'step "toggles": needs captured states' in err

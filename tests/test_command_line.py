@@ -1,0 +1,90 @@
+"""Every verb says what it does and ends its help with two examples, and these run."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from rotdistill_core import cli, plugins
+from rotdistill_core.testing import command_line, pico_folder, pico_texts
+
+RECIPE = """
+name = "{name}"
+[teacher]
+model = "model"
+[student]
+model = "model"
+[samples]
+index = "../texts/index.tsv"
+style = "../texts/style.md"
+heldout = "../texts/heldout.tsv"
+answer_tokens = 4
+[[step]]
+use = "chop"
+layers = 23
+[[step]]
+use = "residuals"
+[[step]]
+id = "basis"
+use = "{aligner}"
+[[step]]
+id = "fold"
+use = "basis-fold"
+[[step]]
+use = "toggles"
+[variants]
+base = []
+full = ["basis", "fold"]
+"""
+OWN = {info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands if info.callback}
+VERBS = {**OWN, **{name: plugins.command(name) for name in plugins.installed(plugins.COMMANDS)}}
+DESIGNED = {"run", "plan", "check", "runs", "show", "diff", "rm", "report", "chat", "plugins", "schema", "new"}
+
+
+def examples(verb: str) -> list[str]:
+    """Return the examples of a verb's help."""
+    _, found, text = (inspect.getdoc(VERBS[verb]) or "").partition("\nExamples:\n")
+    assert found, f"{verb} has no examples"
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def test_the_verbs_are_those_of_the_design() -> None:
+    assert set(VERBS) == DESIGNED
+    assert list(get_command(cli.app).list_commands(None)) == list(VERBS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_two_examples(verb: str) -> None:
+    code, out, err = command_line(verb, "--help")
+    assert (code, err) == (0, "")
+    lines = examples(verb)
+    assert len(lines) == 2
+    assert all(line.startswith(f"rotdistill {verb}") for line in lines)
+    assert all(line.split(" --")[0].split(' "')[0] in out for line in lines)
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pico_folder(tmp_path / "model", num_hidden_layers=25, hidden_size=16, intermediate_size=24)
+    pico_texts(tmp_path / "texts", blurbs=8, questions=2)
+    (tmp_path / "recipes").mkdir()
+    for name, aligner in (("tour-guide", "procrustes"), ("swap-aligner", "random-rotation")):
+        (tmp_path / f"recipes/{name.replace('-', '_')}.toml").write_text(RECIPE.format(name=name, aligner=aligner))
+    assert command_line("run", "recipes/swap_aligner.toml")[0] == 0
+    ordered = ["run", *(verb for verb in VERBS if verb not in ("run", "rm")), "rm"]
+    for line in [line for verb in ordered for line in examples(verb)]:
+        if "layers=24" not in line and "keep-checkpoints" not in line:  # a second run of one name would make `tour-guide` two
+            words = shlex.split(line.partition(" > ")[0].partition(" | ")[0])[1:]
+            expanded = [str(p) for w in words for p in (sorted(tmp_path.glob(w)) if "*" in w else [w])]
+            code, out, err = command_line(*expanded)
+            assert code == 0, (line, err)
+            assert out or err
+    assert not list((tmp_path / "runs").glob("tour-guide-*/checkpoints"))
+    assert command_line(*shlex.split("plan recipes/tour_guide.toml --set chop.layers=24 --json"))[0] == 0
+    assert command_line(*shlex.split("run recipes/tour_guide.toml --set chop.layers=24"))[0] == 0
+    assert command_line(*shlex.split("rm tour-guide --keep-checkpoints"))[0] == 0
+    assert list((tmp_path / "runs").glob("tour-guide-*/checkpoints/full/model.safetensors"))
