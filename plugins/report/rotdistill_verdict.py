@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rotdistill_intervals import Estimate, Interval, by_text, changed
-from rotdistill_told import Fault, Figure, Told, column, span
+from rotdistill_told import COLUMNS, Fault, Figure, Told, column, span
 
 if TYPE_CHECKING:
     from rotdistill_core.api import Loaded, Outcome
@@ -19,6 +19,8 @@ SMALL = 0.01
 """Share of a figure of `base` below which a change is not worth a line of its own."""
 EXACT = 1e-3
 """Nats by which a variant of exact steps may differ in its KL: float32 rounding is well below."""
+BOUGHT = ("kl", "guard_kl", "top1", "answer_chrf", "factual_completeness", "hallucination_rate")
+"""What is said of each variant's own steps; metrics of other evaluators follow."""
 CONTROLS = {
     "shuffled": "the teacher's rows were shuffled on purpose: what is fitted to them has nothing to learn",
     "self": "the student was its own teacher on purpose: there is nothing to learn",
@@ -146,7 +148,7 @@ def bought(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[str]:
         parent = max(smaller, key=lambda other: len(steps[other]))
         new, moved = added(loaded, variant, parent)
         parts = []
-        for metric in ("kl", "guard_kl", "top1", "answer_chrf", "factual_completeness", "hallucination_rate"):
+        for metric in (*BOUGHT, *(metric for metric in texts if metric not in COLUMNS and not metric.endswith("_teacher"))):
             both = [texts.get(metric, {}).get(v) for v in (variant, parent)]
             change = changed(both[0], both[1], loaded.recipe.seed) if both[0] and both[1] else None
             if change:
