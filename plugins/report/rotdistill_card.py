@@ -33,8 +33,8 @@ def made_of(loaded: Loaded, outcome: Outcome) -> dict[str, dict[str, str]]:
 
 UNKNOWN = "unknown"
 STRICTER = (
-    r"cc0|unlicense|wtfpl|pddl", r"mit|bsd|isc|zlib|apache|cc-by-\d|cc-by$|odc-by", r"lgpl|mpl|epl|cdla|openrail|cc-by-sa", r"gpl", r"agpl",
-    r".*-n[cd](?:-|$)|.*noncommercial", r".*",
+    r"cc0|unlicense|wtfpl|pddl", r"mit|bsd|isc|zlib", r"apache|cc-by-\d|cc-by$|odc-by", r"lgpl|mpl|epl|cdla|openrail|cc-by-sa", r"gpl",
+    r"agpl", r".*-n[cd](?:-|$)|.*noncommercial", r".*",
 )  # fmt: skip
 """Licences from free to strict; what nothing else matches (a vendor's own, `other`, or none that is known) comes last."""
 
