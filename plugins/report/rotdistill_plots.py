@@ -32,7 +32,7 @@ SOLVED: dict[str, tuple[dict[str, str], str, bool, str]] = {
     ),
     **{
         f"{part} matched": (
-            {"nothing moved": f"{part}.identity_score", "permuted": f"{part}.score", "null: at random": f"{part}.random_score"},
+            {"before: nothing moved": f"{part}.identity_score", "permuted": f"{part}.score", "null: at random": f"{part}.random_score"},
             "mean similarity", False, MATCHED,
         )
         for part in ("heads", "neurons")
@@ -100,7 +100,7 @@ def _layers(told: Told) -> Iterator[Plot]:
         order = [name for name in dict.fromkeys((told.base, *variants)) if name in variants and name not in same]
         lines = {name: variants[name] for name in order}
         title = f"{column(metric).title} by layer"
-        made = svg(title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric)))
+        made = svg(title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric), before=told.base))
         yield Plot(title, made, _about(metric) + (f" On the line of {told.base}: {', '.join(same)}." if same else ""))
     for metric, variants in told.curves.items():
         yield Plot(metric, svg(metric, partial(lines_of, lines=variants, x="place on the way", y=metric)), "Between two models.")

@@ -51,11 +51,11 @@ def legend(axes: Axes, lines: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(3, lines), borderaxespad=0.1, handlelength=1.6, columnspacing=1.2)
 
 
-def lines_of(axes: Axes, lines: Mapping[str, Mapping[int, float]], x: str, y: str, log: bool = False) -> None:
-    """Draw lines; what was before is grey and dashed, nulls are dotted."""
+def lines_of(axes: Axes, lines: Mapping[str, Mapping[int, float]], x: str, y: str, log: bool = False, before: str = "before") -> None:
+    """Draw lines; the one called `before` is grey and dashed, nulls are dotted."""
     for k, (name, points) in enumerate(lines.items()):
-        before, null = k == 0 and len(lines) > 1, name.startswith("null")
-        colour, style = COLOURS[0 if before else 1 + k % 7], "--" if before else ":" if null else "-"
+        old, null = name.startswith(before), name.startswith("null")
+        colour, style = COLOURS[0 if old else 1 + k % 7], "--" if old else ":" if null else "-"
         axes.plot([*points], [*points.values()], style, marker=MARKS[k % 8], color=colour, label=name, markevery=max(1, len(points) // 12))
     if log:
         axes.set_yscale("log")
