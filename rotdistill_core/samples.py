@@ -229,9 +229,8 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     for k, r in enumerate(sorted(guard, key=_shuffled)):  # half to choose by, half to report
         questions.append(Question(r["id"], r["language"], "guard-validation" if k % 2 else "guard", "", r["text"].replace("\\n", "\n")))
     if lost := {"fit", "validation", "heldout"} - {q.split for q in questions}:
-        raise RecipeError(
-            f"{base / (ref.heldout if lost == {'heldout'} else ref.index)}: too few texts: {', '.join(sorted(lost))} has none."
-        )
+        where = base / (ref.heldout if lost == {"heldout"} else ref.index)
+        raise RecipeError(f"{where}: too few texts: {', '.join(sorted(lost))} has none.")
     return tuple(questions), style
 
 
@@ -239,8 +238,7 @@ def _claims(row: Mapping[str, str], column: str, path: Path, problems: list[str]
     try:
         return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {why}.")
+        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {error.errors()[0]['msg']}.")
         return ()
 
 
