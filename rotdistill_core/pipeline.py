@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Outcome:
     checkpoints: dict[str, Path]
     told: list[Any]
     """What observers say at the end, to be shown below the results."""
-    pair: Pair
-    failed: dict[str, list[str]]
+    pair: Pair | None = None
+    failed: dict[str, list[str]] = field(default_factory=dict)
     """Variant -> which checks it breaks, in words."""
 
 
@@ -127,7 +127,7 @@ class Run:
         models = [model.sha256 for model in (self.pair.teacher, self.pair.student, self.pair.anchor) if model]
         base = digest(*models, samples.digest(), self.recipe.seed,
                       str(self.pair.student.dtype), self.pair.student.device.type)  # fmt: skip
-        outcome = Outcome(self.folder, [], self.steps, {}, [], self.pair, {})
+        outcome = Outcome(self.folder, [], self.steps, {}, [], self.pair)
         variants = {name: self.loaded.chain(name) for name in self.recipe.variants}
         dtype = self.save_dtype()
         if torch.finfo(dtype).bits < 32 and (exact := self.loaded.exact_chain()):

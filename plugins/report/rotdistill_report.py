@@ -25,9 +25,10 @@ def run_ended(loaded: Loaded, outcome: Outcome, out: Out) -> object:
     out.write("report.md", [markdown(told).encode()])
     out.json("report.json", told.json())
     page = out.write("report.html", [html(told, out.store.root).encode()])
-    for variant, folder in outcome.checkpoints.items():
-        card = card_of(told, loaded, outcome, variant, _template("card.md.j2"))
-        out.write(f"{folder.relative_to(outcome.folder).as_posix()}/README.md", [card.encode()])
+    if pair := outcome.pair:  # not when it is written anew from a ledger alone; the cards are there then
+        for variant, folder in outcome.checkpoints.items():
+            card = card_of(told, loaded, outcome, pair, variant, _template("card.md.j2"))
+            out.write(f"{folder.relative_to(outcome.folder).as_posix()}/README.md", [card.encode()])
     return terminal(told, page)
 
 

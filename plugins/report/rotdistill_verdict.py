@@ -64,7 +64,8 @@ def broken(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[Fault]:
     for step in told.steps:
         if "refused" in step["notes"]:
             yield Fault("refused", f"{step['step']} (in {step['variant']})", f"{step['notes']['refused']}.")
-    wide = outcome.pair.student.weights.dtype.itemsize >= 4 or loaded.recipe.student.save_dtype in ("float32", "float64")
+    saved = loaded.recipe.student.save_dtype
+    wide = saved in ("float32", "float64") or (saved == "auto" and outcome.pair and outcome.pair.student.weights.dtype.itemsize >= 4)
     for variant in told.table:
         kl = [told.table[v]["kl"].value for v in (variant, told.base) if "kl" in told.table.get(v, {})]
         if wide and len(kl) == 2 and not added(loaded, variant, told.base)[1] and not abs(kl[0] - kl[1]) <= EXACT:
