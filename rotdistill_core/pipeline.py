@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ class Outcome:
     checkpoints: dict[str, Path]
     told: list[Any]
     """What observers say at the end, to be shown below the results."""
-    pair: Pair
-    failed: dict[str, list[str]]
+    pair: Pair | None = None
+    failed: dict[str, list[str]] = field(default_factory=dict)
     """Variant -> which checks it breaks, in words."""
 
 
@@ -110,7 +110,7 @@ class Run:
         start: dict[str, Any] = {"kind": "base", "key": base, "inputs": inputs(self.recipe, self.pair, self.questions, self.style)}
         if not any(start.items() <= record.items() for record in self.ledger.records):
             self.ledger.append(**start)
-        outcome = Outcome(self.folder, [], self.steps, {}, [], self.pair, {})
+        outcome = Outcome(self.folder, [], self.steps, {}, [], self.pair)
         dtype = self.save_dtype()
         for name, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
             state = State(base, self.pair.student.weights, Maps(), None, 0.0)

@@ -54,7 +54,6 @@ def rich_table(rows: Sequence[Row]) -> Table:
     table = Table("variant", *(title for _, title, _ in COLUMNS))
     for variant, metrics in values.items():
         cells = [form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS]
-        table.add_row(
-            f"{variant} (failed)" if "failed" in metrics else variant, *cells, style="bold" if metrics.get("kl") == best else None
-        )
+        name = f"{variant} (failed)" if "failed" in metrics else variant
+        table.add_row(name, *cells, style="bold" if metrics.get("kl") == best else None)
     return table

@@ -266,8 +266,7 @@ def _claims(row: Mapping[str, str], column: str, path: Path, problems: list[str]
     try:
         return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
     except ValidationError as error:
-        why = error.errors()[0]["msg"]
-        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {why}.")
+        problems.append(f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {error.errors()[0]['msg']}.")
         return ()
 
 

@@ -44,7 +44,8 @@ class HungarianPermute:
 
         partner = partners(weights, pair)
         s, t = weights.adapter.heads(weights.config), pair.teacher.adapter.heads(pair.teacher.config)
-        compare = self._by_activations(weights, pair, samples) if self.criterion == "activations" else by_weights(weights, pair, maps)
+        pictures: dict[tuple[int, int], Tensor] = {}
+        compare = by_weights(weights, pair, maps) if self.criterion == "weights" else self._by_activations(weights, pair, samples, pictures)
         found: dict[str, Map] = {}
         cards: dict[int, dict[str, Any]] = {}
         for start in range(0, weights.depth, self.within_stage):
@@ -55,6 +56,10 @@ class HungarianPermute:
                 found |= tried[i, j].maps(i, s.width if s.width == t.width else None)
                 cards[i] = {"reference": partner[j], **tried[i, j].about}
             progress(stage.stop, weights.depth, self.criterion)
+        for i in sorted({0, weights.depth // 2, weights.depth - 1}) if pictures else ():
+            both = {"student": pictures[0, i], "teacher": pictures[1, cards[i]["reference"]]}
+            path = out.tensors(f"attention/layer_{i}.safetensors", both)
+            cards[i]["attention"] = path.relative_to(out.store.root).as_posix()
         for part in ("heads", "neurons"):
             figures = [card[part] for card in cards.values()]
             out.notes[part] = {
@@ -63,7 +68,10 @@ class HungarianPermute:
             }  # fmt: skip
         return maps.add(found, cards)
 
-    def _by_activations(self, weights: Weights, pair: Pair, samples: Samples) -> Callable[[int, int], Scores]:
+    def _by_activations(
+        self, weights: Weights, pair: Pair, samples: Samples, pictures: dict[tuple[int, int], Tensor]
+    ) -> Callable[[int, int], Scores]:
+        """Return the comparison by activations; it leaves the attention maps of one text in `pictures[side, layer]`."""
         from rotdistill_predictions import shared_tokens
 
         from rotdistill_core.bank import massive
@@ -76,7 +84,7 @@ class HungarianPermute:
 
         def at(side: int, layer: int) -> Scores:
             while layer not in seen[side]:
-                number, rows = next(walks[side])
+                number, (rows, pictures[side, number]) = next(walks[side])
                 seen[side][number] = rows
                 seen[side].pop(number - self.within_stage * (1 + models[side][0].depth // weights.depth), None)
             return seen[side][layer]
@@ -92,8 +100,10 @@ class HungarianPermute:
         return compare
 
 
-def _watched(weights: Weights, model: Model, layout: Layout) -> Iterator[Scores]:
-    """Yield for each layer its attention maps `[H, pairs]`, without those onto position 0, and its neurons `[rows, f]`."""
+def _watched(weights: Weights, model: Model, layout: Layout) -> Iterator[tuple[Scores, Tensor]]:
+    """Yield for each layer its attention maps `[H, pairs]`, without those onto position 0, and its neurons `[rows, f]`; and the maps
+    among the own tokens of the shortest text, `[H, tokens, tokens]`, to be looked at.
+    """
     from dataclasses import replace
 
     from rotdistill_core.walk import Walk
@@ -105,17 +115,16 @@ def _watched(weights: Weights, model: Model, layout: Layout) -> Iterator[Scores]
         yield _layer_seen(walk, weights.adapter.sites["heads"].module.rpartition(".")[0])
 
 
-def _layer_seen(walk: Walk, attention: str) -> Scores:
+def _layer_seen(walk: Walk, attention: str) -> tuple[Scores, Tensor]:
     import torch
 
     maps: list[Tensor] = []
     neurons: list[Tensor] = []
-    hook = walk.layer.get_submodule(attention).register_forward_hook(
-        lambda _, __, made: maps.append(made[1][0, :, :, 1:].flatten(1).float().cpu())
-    )
+    hook = walk.layer.get_submodule(attention).register_forward_hook(lambda _, __, made: maps.append(made[1][0].float().cpu()))
     walk.run({"neurons": lambda _, X: neurons.append(X.float().cpu())})
     hook.remove()
-    return torch.cat(maps, 1), torch.cat(neurons)
+    last = maps[-1]  # texts go from long to short
+    return (torch.cat([each[:, :, 1:].flatten(1) for each in maps], 1), torch.cat(neurons)), last[:, :, -last.shape[1] :].clone()
 
 
 def by_weights(weights: Weights, pair: Pair, maps: Maps) -> Callable[[int, int], Scores]:

@@ -10,31 +10,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rotdistill_core.api import Loaded, Model, Outcome
+    from rotdistill_core.api import Loaded, Model, Outcome, Pair
 
 VERSIONS = ("rotdistill", "torch", "transformers", "numpy", "scipy", "safetensors")
 
 
 def made_of(loaded: Loaded, outcome: Outcome) -> dict[str, dict[str, str]]:
-    """Return references and hashes of models and texts, and the versions of everything that had a part."""
+    """Return references and hashes of models and texts, and the versions of everything that had a part; no hash of what is not there."""
     from rotdistill_core.ledger import sha256_of
 
-    pair, base, texts = outcome.pair, loaded.path.parent, loaded.recipe.samples
-    roles = {"teacher": pair.teacher, "student": pair.student} | ({"anchor": pair.anchor} if pair.anchor else {})
-    files = {"blurbs": texts.index, "held-out questions": texts.heldout, "system prompt": texts.style, "guard": texts.guard}
+    recipe, base, pair = loaded.recipe, loaded.path.parent, outcome.pair
+    roles = {"teacher": recipe.teacher, "student": recipe.student} | ({"anchor": recipe.anchor} if recipe.anchor else {})
+    hashes = {role: f", sha256 {getattr(pair, role).sha256}" if pair else "" for role in roles}
+    texts = {"blurbs": recipe.samples.index, "held-out questions": recipe.samples.heldout, "system prompt": recipe.samples.style}
+    texts |= {"guard": recipe.samples.guard} if recipe.samples.guard else {}
+    files = {what: f", sha256 {sha256_of(base / file)}" if (base / file).is_file() else "" for what, file in texts.items()}
     plugins = {placed.origin.distribution: placed.origin.version for placed in loaded.steps}
     return {
-        "models": {role: f"{model.ref.model}, sha256 {model.sha256}" for role, model in roles.items()},
-        "texts": {what: f"{Path(file).name}, sha256 {sha256_of(base / file)}" for what, file in files.items() if file},
-        "recipe": {"file": loaded.path.name, "sha256 when resolved": loaded.digest(), "seed": str(loaded.recipe.seed)},
+        "models": {role: f"{reference.model}{hashes[role]}" for role, reference in roles.items()},
+        "texts": {what: f"{Path(file).name}{files[what]}" for what, file in texts.items()},
+        "recipe": {"file": loaded.path.name, "sha256 when resolved": loaded.digest(), "seed": str(recipe.seed)},
         "versions": {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS} | plugins,
     }
 
 
 UNKNOWN = "unknown"
 STRICTER = (
-    r"cc0|unlicense|wtfpl|pddl", r"mit|bsd|isc|zlib|apache|cc-by-\d|cc-by$|odc-by", r"lgpl|mpl|epl|cdla|openrail|cc-by-sa", r"gpl", r"agpl",
-    r".*-n[cd](?:-|$)|.*noncommercial", r".*",
+    r"cc0|unlicense|wtfpl|pddl", r"mit|bsd|isc|zlib", r"apache|cc-by-\d|cc-by$|odc-by", r"lgpl|mpl|epl|cdla|openrail|cc-by-sa", r"gpl",
+    r"agpl", r".*-n[cd](?:-|$)|.*noncommercial", r".*",
 )  # fmt: skip
 """Licences from free to strict; what nothing else matches (a vendor's own, `other`, or none that is known) comes last."""
 
@@ -52,9 +55,9 @@ def strictest(licences: list[str]) -> str:
     return max(licences, key=lambda name: next(k for k, pattern in enumerate(STRICTER) if re.match(pattern, name)))
 
 
-def card_of(told: Any, loaded: Loaded, outcome: Outcome, variant: str, template: Any) -> str:
+def card_of(told: Any, loaded: Loaded, outcome: Outcome, pair: Pair, variant: str, template: Any) -> str:
     """Return the README.md of a checkpoint."""
-    pair, chain = outcome.pair, loaded.chain(variant) if variant in loaded.recipe.variants else loaded.exact_chain()
+    chain = loaded.chain(variant) if variant in loaded.recipe.variants else loaded.exact_chain()
     models = {"student": pair.student} | ({} if pair.same else {"teacher": pair.teacher}) | ({"anchor": pair.anchor} if pair.anchor else {})
     licences = {role: licence_of(model) for role, model in models.items()}
     ran = [placed for placed in chain if placed.stage != "evaluate"]

@@ -74,7 +74,7 @@ def by_text(rows: Iterable[Row]) -> dict[str, dict[str, Texts]]:
     seen: dict[str, dict[str, Texts]] = {}
     for row in rows:
         if row.text is not None:
-            seen.setdefault(row.metric, {}).setdefault(row.variant, {})[row.text] = (row.value, float(row.n or 1))
+            seen.setdefault(row.metric, {}).setdefault(row.variant, {})[row.text] = (float(row.value), float(row.n or 1))
     return seen
 
 

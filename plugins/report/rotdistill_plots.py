@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rotdistill_attention import chosen, draw, moved
+from rotdistill_svg import COLOURS, INK, MARKS, STYLE, legend, lines_of, svg, svg_of
 from rotdistill_told import Told, column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK = "#010203"
-"""What stands for the page's own text colour until the SVG is written."""
-COLOURS = ("#7f7f7f", "#3a86d8", "#d55e00", "#009e73", "#b07aa1", "#a07d00", "#c44e52", "#4c9aa8")
-"""Legible on white and on near-black."""
-MARKS = "osD^vPX*"
-STYLE: dict[Any, Any] = {
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.5, "axes.titlesize": 10, "legend.fontsize": 8.5,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 1.4, "lines.markersize": 3.5,
-    "axes.grid": True, "grid.color": "#7f7f7f", "grid.alpha": 0.3,
-}  # fmt: skip
 BOUNDARY = "layer boundary (0: embeddings)"
 
 
@@ -42,7 +32,7 @@ SOLVED: dict[str, tuple[dict[str, str], str, bool, str]] = {
     ),
     **{
         f"{part} matched": (
-            {"nothing moved": f"{part}.identity_score", "permuted": f"{part}.score", "null: at random": f"{part}.random_score"},
+            {"before: nothing moved": f"{part}.identity_score", "permuted": f"{part}.score", "null: at random": f"{part}.random_score"},
             "mean similarity", False, MATCHED,
         )
         for part in ("heads", "neurons")
@@ -59,47 +49,12 @@ class Plot(NamedTuple):
     about: str
 
 
-def plots(told: Told) -> list[Plot]:
-    """Return the plots for which there is something to show."""
+def plots(told: Told, root: Path) -> list[Plot]:
+    """Return the plots for which there is something to show; `root` is the folder of runs."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        return [*_scores(told), *_layers(told), *_solved(told), *_languages(told)]
-
-
-def _svg(name: str, draw: Any, height: float = 2.9) -> str:
-    """Return one figure, 4.6 inches wide so that it is read on a phone as it is, with ids of its own."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, height), layout="constrained")
-    draw(figure.add_subplot())
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    svg = stream.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>|\s(?:width|height)=\"[\d.]+pt\"", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{re.sub(r'[^a-z0-9]+', '-', name.lower())}-", svg)
-    return svg.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
-
-
-def _legend(axes: Axes, lines: int) -> None:
-    """Put the legend above the plot, in as many columns as fit."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(3, lines), borderaxespad=0.1, handlelength=1.6, columnspacing=1.2)
-
-
-def _lines(axes: Axes, lines: Mapping[str, Mapping[int, float]], x: str, y: str, log: bool = False) -> None:
-    """Draw lines; what was before is grey and dashed, nulls are dotted."""
-    for k, (name, points) in enumerate(lines.items()):
-        before, null = k == 0 and len(lines) > 1, name.startswith("null")
-        colour, style = COLOURS[0 if before else 1 + k % 7], "--" if before else ":" if null else "-"
-        axes.plot([*points], [*points.values()], style, marker=MARKS[k % 8], color=colour, label=name, markevery=max(1, len(points) // 12))
-    if log:
-        axes.set_yscale("log")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.locator_params("x", integer=True)
-    _legend(axes, len(lines))
+        return [*_scores(told), *_layers(told), *_solved(told), *_attention(told, root), *_languages(told)]
 
 
 def _scores(told: Told) -> Iterator[Plot]:
@@ -122,16 +77,17 @@ def _scores(told: Told) -> Iterator[Plot]:
                 color=COLOURS[1 + k],
                 label=title,
                 capsize=2,
+                markersize=5,
             )
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("KL(teacher ‖ variant), nats per token")
         axes.set_ylabel("variant")
-        _legend(axes, len(found))
+        legend(axes, len(found))
 
     yield Plot(
         "KL to the teacher",
-        _svg("KL to the teacher", draw, 1.4 + 0.32 * len(told.table)),
+        svg("KL to the teacher", draw, 1.4 + 0.32 * len(told.table)),
         "Points with 95 % intervals over texts; left is nearer.",
     )
 
@@ -144,12 +100,10 @@ def _layers(told: Told) -> Iterator[Plot]:
         order = [name for name in dict.fromkeys((told.base, *variants)) if name in variants and name not in same]
         lines = {name: variants[name] for name in order}
         title = f"{column(metric).title} by layer"
-        svg = _svg(title, lambda axes, lines=lines, metric=metric: _lines(axes, lines, BOUNDARY, _unit(metric)))
-        yield Plot(title, svg, _about(metric) + (f" On the line of {told.base}: {', '.join(same)}." if same else ""))
+        made = svg(title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric), before=told.base))
+        yield Plot(title, made, _about(metric) + (f" On the line of {told.base}: {', '.join(same)}." if same else ""))
     for metric, variants in told.curves.items():
-        yield Plot(
-            metric, _svg(metric, lambda axes, lines=variants, m=metric: _lines(axes, lines, "place on the way", m)), "Between two models."
-        )
+        yield Plot(metric, svg(metric, partial(lines_of, lines=variants, x="place on the way", y=metric)), "Between two models.")
 
 
 def _alike(points: Mapping[int, float], base: Mapping[int, float]) -> bool:
@@ -176,8 +130,8 @@ def _solved(told: Told) -> Iterator[Plot]:
             there = {name: points for name, points in found.items() if points and not (log and min(points.values()) <= 0)}
             if there:
                 title = f"{step}: {what}"
-                svg = _svg(title, lambda axes, there=there, y=y, log=log: _lines(axes, there, BOUNDARY, y, log))
-                yield Plot(title, svg, about)
+                made = svg(title, partial(lines_of, lines=there, x=BOUNDARY, y=y, log=log))
+                yield Plot(title, made, about)
         yield from _spectra(step, cards)
 
 
@@ -203,13 +157,25 @@ def _spectra(step: str, cards: Mapping[int, Mapping[str, Any]]) -> Iterator[Plot
             axes.loglog(range(1, len(values) + 1), [max(v / first, 1e-16) for v in values], color=COLOURS[1 + k], label=name)
         axes.set_xlabel("number of the singular value")
         axes.set_ylabel("share of the largest")
-        _legend(axes, len(lines))
+        legend(axes, len(lines))
 
     yield Plot(
         f"{step}: spectrum",
-        _svg(f"{step}: spectrum", draw),
+        svg(f"{step}: spectrum", draw),
         "Of the cross moments of student and teacher rows; where it falls to the null, nothing is shared.",
     )
+
+
+def _attention(told: Told, root: Path) -> Iterator[Plot]:
+    """Yield attention maps before and after a permutation of heads, where the step kept them: of layers whose heads moved, or one."""
+    for step, cards in told.cards.items():
+        kept = {layer: card for layer, card in cards.items() if "attention" in card and chosen(card)}
+        for layer, card in ({i: card for i, card in kept.items() if moved(card)} or dict([*kept.items()][:1])).items():
+            title = f"{step}: attention in layer {layer}"
+            made = svg_of(title, partial(draw, path=root / card["attention"], card=card), 4.6)
+            yield Plot(
+                title, made, f"One text: the teacher, and the student's heads in the same places before and after. {moved(card)} moved."
+            )
 
 
 def _languages(told: Told) -> Iterator[Plot]:
@@ -234,6 +200,6 @@ def _languages(told: Told) -> Iterator[Plot]:
         axes.invert_yaxis()
         axes.set_xlabel(f"change of held-out KL against {told.base}, nats per token")
         axes.set_ylabel("language")
-        _legend(axes, len(gains))
+        legend(axes, len(gains))
 
-    yield Plot("Change by language", _svg("Change by language", draw, 1.5 + 0.24 * len(base)), "Left of the line: nearer to the teacher.")
+    yield Plot("Change by language", svg("Change by language", draw, 1.5 + 0.24 * len(base)), "Left of the line: nearer to the teacher.")

@@ -24,10 +24,11 @@ def run_ended(loaded: Loaded, outcome: Outcome, out: Out) -> object:
     told = judge(tell(loaded, outcome, out), loaded, outcome)
     out.write("report.md", [markdown(told).encode()])
     out.json("report.json", told.json())
-    page = out.write("report.html", [html(told).encode()])
-    for variant, folder in outcome.checkpoints.items():
-        card = card_of(told, loaded, outcome, variant, _template("card.md.j2"))
-        out.write(f"{folder.relative_to(outcome.folder).as_posix()}/README.md", [card.encode()])
+    page = out.write("report.html", [html(told, out.store.root).encode()])
+    if pair := outcome.pair:  # not when it is written anew from a ledger alone; the cards are there then
+        for variant, folder in outcome.checkpoints.items():
+            card = card_of(told, loaded, outcome, pair, variant, _template("card.md.j2"))
+            out.write(f"{folder.relative_to(outcome.folder).as_posix()}/README.md", [card.encode()])
     return terminal(told, page)
 
 
@@ -45,8 +46,8 @@ def markdown(told: Told) -> str:
     return str(_template("report.md.j2", cell=_cell).render(told=told, draws=DRAWS, scores=scores[0], languages=_languages(told)))
 
 
-def html(told: Told) -> str:
-    """Return report.html: one file, without script and without anything from elsewhere."""
+def html(told: Told, root: Path) -> str:
+    """Return report.html: one file, without script and without anything from elsewhere; `root` is the folder of runs."""
     from rotdistill_plots import plots
 
     def code(text: str) -> Markup:
@@ -54,7 +55,7 @@ def html(told: Told) -> str:
         return Markup("".join(f"<code>{part}</code>" if k % 2 else part for k, part in enumerate(parts)))  # noqa: S704  escaped above
 
     page = _template("report.html.j2", code=code, svg=Markup)
-    return str(page.render(told=told, draws=DRAWS, languages=_languages(told), plots=plots(told)))
+    return str(page.render(told=told, draws=DRAWS, languages=_languages(told), plots=plots(told, root)))
 
 
 def _languages(told: Told) -> list[str]:

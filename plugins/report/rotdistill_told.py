@@ -151,14 +151,16 @@ def tell(loaded: Loaded, outcome: Outcome, out: Out) -> Told:
 
     variants = list(loaded.recipe.variants)
     base = "base" if "base" in variants else variants[0]
-    found = estimates(outcome.rows, base, loaded.recipe.seed)
+    rows = [row._replace(value=float(row.value)) for row in outcome.rows]  # read back from results.jsonl some may be text
+    found = estimates(rows, base, loaded.recipe.seed)
     answers = {variant: done.notes["answers"] for (variant, _), done in outcome.steps.items() if "answers" in done.notes}
+    failed = {row.variant: ["it broke a check when it was made."] for row in rows if row.metric == "failed"} | outcome.failed
     there = [variant for variant in variants if variant in answers]
     ends = [base if base in there else there[0], "full" if "full" in there else there[-1]] if there else []
-    by_layer = [row for row in outcome.rows if row.layer is not None and row.text is None]
+    by_layer = [row for row in rows if row.layer is not None and row.text is None]
     return Told(
-        loaded.recipe.name, outcome.folder.name, base, table(figures(outcome.rows), found, base), outcome.failed, found,
-        languages(outcome.rows, base, loaded.recipe.seed), _curves([r for r in by_layer if not r.metric.startswith("barrier")]),
+        loaded.recipe.name, outcome.folder.name, base, table(figures(rows), found, base), failed, found,
+        languages(rows, base, loaded.recipe.seed), _curves([r for r in by_layer if not r.metric.startswith("barrier")]),
         _curves([r for r in by_layer if r.metric.startswith("barrier")]), _cards(outcome, out), _steps(outcome), answers,
         list(dict.fromkeys(ends)), made_of(loaded, outcome), loaded.text,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rotdistill_intervals import Estimate, Interval, by_text, changed
-from rotdistill_told import Fault, Figure, Told, column, span
+from rotdistill_told import COLUMNS, Fault, Figure, Told, column, span
 
 if TYPE_CHECKING:
     from rotdistill_core.api import Loaded, Outcome
@@ -19,6 +19,8 @@ SMALL = 0.01
 """Share of a figure of `base` below which a change is not worth a line of its own."""
 EXACT = 1e-3
 """Nats by which a variant of exact steps may differ in its KL: float32 rounding is well below."""
+BOUGHT = ("kl", "guard_kl", "top1", "answer_chrf", "factual_completeness", "hallucination_rate")
+"""What is said of each variant's own steps; metrics of other evaluators follow."""
 CONTROLS = {
     "shuffled": "the teacher's rows were shuffled on purpose: what is fitted to them has nothing to learn",
     "self": "the student was its own teacher on purpose: there is nothing to learn",
@@ -62,7 +64,8 @@ def broken(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[Fault]:
     for step in told.steps:
         if "refused" in step["notes"]:
             yield Fault("refused", f"{step['step']} (in {step['variant']})", f"{step['notes']['refused']}.")
-    wide = outcome.pair.student.weights.dtype.itemsize >= 4 or loaded.recipe.student.save_dtype in ("float32", "float64")
+    saved = loaded.recipe.student.save_dtype
+    wide = saved in ("float32", "float64") or (saved == "auto" and outcome.pair and outcome.pair.student.weights.dtype.itemsize >= 4)
     for variant in told.table:
         kl = [told.table[v]["kl"].value for v in (variant, told.base) if "kl" in told.table.get(v, {})]
         if wide and len(kl) == 2 and not added(loaded, variant, told.base)[1] and not abs(kl[0] - kl[1]) <= EXACT:
@@ -146,7 +149,7 @@ def bought(told: Told, loaded: Loaded, outcome: Outcome) -> Iterator[str]:
         parent = max(smaller, key=lambda other: len(steps[other]))
         new, moved = added(loaded, variant, parent)
         parts = []
-        for metric in ("kl", "guard_kl", "top1", "answer_chrf", "factual_completeness", "hallucination_rate"):
+        for metric in (*BOUGHT, *(metric for metric in texts if metric not in COLUMNS and not metric.endswith("_teacher"))):
             both = [texts.get(metric, {}).get(v) for v in (variant, parent)]
             change = changed(both[0], both[1], loaded.recipe.seed) if both[0] and both[1] else None
             if change:

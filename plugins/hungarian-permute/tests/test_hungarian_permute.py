@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rotdistill_hungarian_permute import HungarianPermute, steps
 from rotdistill_matching import assign, assign_heads
+from safetensors.torch import load_file
 
 from rotdistill_core.adapter import HeadLayout
 from rotdistill_core.errors import RecipeError, RotdistillError
@@ -169,3 +170,18 @@ def test_query_heads_move_with_their_groups(seed: int, shape: tuple[int, int, in
     for b, a in enumerate(groups.tolist()):
         inside = heads[b * (t.query // t.groups) : (b + 1) * (t.query // t.groups)]
         assert set((inside[inside >= 0] // (s.query // s.groups)).tolist()) <= {a}
+
+
+def test_the_attention_of_one_text_is_kept_to_be_looked_at(tmp_path: Path) -> None:
+    teacher = pico_model(tmp_path / "model", num_hidden_layers=3)
+    student, _ = scrambled(teacher, tmp_path / "scrambled")
+    maps, _ = aligned(teacher, student, tmp_path / "runs", criterion="activations")
+    for layer in range(3):
+        both = load_file(tmp_path / "runs" / maps.cards[layer]["attention"])
+        assert both["student"].shape == both["teacher"].shape
+        assert both["student"].shape[0] == 4
+        assert bool((both["student"].triu(1) == 0).all())
+        heads = torch.tensor(maps.cards[layer]["heads"]["permutation"])
+        assert torch.allclose(both["student"][heads], both["teacher"], atol=1e-5)  # behind the permutation they are the teacher's
+        assert not torch.allclose(both["student"], both["teacher"], atol=1e-2) or heads.tolist() == [0, 1, 2, 3]
+    assert "attention" not in aligned(teacher, student, tmp_path / "other")[0].cards[0]

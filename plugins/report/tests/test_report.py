@@ -7,16 +7,19 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rotdistill_intervals import Estimate, Interval, estimates
 from rotdistill_report import _cell
-from rotdistill_told import column, span
-from rotdistill_verdict import compare
+from rotdistill_told import column, span, tell
+from rotdistill_verdict import compare, judge
 
-from rotdistill_core import pipeline
+from rotdistill_core import pipeline, recipe
+from rotdistill_core.ledger import Ledger, Out, Store
+from rotdistill_core.samples import Row
 from rotdistill_core.testing import carry_out, pico_folder, pico_texts
 
 RECIPE = """
@@ -204,3 +207,14 @@ def test_the_page_stands_alone(outcome: pipeline.Outcome) -> None:
 def test_what_is_quoted_is_no_markup(outcome: pipeline.Outcome) -> None:
     page = (outcome.folder / "report.html").read_text(encoding="utf-8")
     assert "# &lt;script&gt; of the recipe" in page
+
+
+def test_a_report_is_written_anew_from_what_lies_in_the_run(outcome: pipeline.Outcome) -> None:
+    told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
+    loaded = recipe.load(outcome.folder.parents[1] / "told.toml")
+    rows = [Row(**json.loads(line)) for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+    bare = pipeline.Outcome(outcome.folder, [row._replace(value=str(row.value)) for row in rows], outcome.steps, {}, [])  # type: ignore[arg-type]
+    out = Out(Store(outcome.folder.parent), Ledger(outcome.folder), "report")
+    again = judge(tell(replace(loaded, path=outcome.folder / "recipe.toml"), bare, out), loaded, bare).json()
+    assert again.pop("made") != told.pop("made")  # models and texts are not opened, so there are no hashes
+    assert again == told
