@@ -19,17 +19,18 @@ def made_of(loaded: Loaded, outcome: Outcome) -> dict[str, dict[str, str]]:
     """Return references and hashes of models and texts, and the versions of everything that had a part; no hash of what is not there."""
     from rotdistill_core.ledger import sha256_of
 
-    recipe, base, pair = loaded.recipe, loaded.path.parent, outcome.pair
+    recipe, pair, frozen = loaded.recipe, outcome.pair, outcome.folder / "samples.tsv"
     roles = {"teacher": recipe.teacher, "student": recipe.student} | ({"anchor": recipe.anchor} if recipe.anchor else {})
     hashes = {role: f", sha256 {getattr(pair, role).sha256}" if pair else "" for role in roles}
     texts = {"blurbs": recipe.samples.index, "held-out questions": recipe.samples.heldout, "system prompt": recipe.samples.style}
     texts |= {"guard": recipe.samples.guard} if recipe.samples.guard else {}
-    files = {what: f", sha256 {sha256_of(base / file)}" if (base / file).is_file() else "" for what, file in texts.items()}
+    texts = {what: Path(file).name for what, file in texts.items()}
+    texts |= {"tokens of each": f"{frozen.name}, sha256 {sha256_of(frozen)}"} if frozen.is_file() else {}
     plugins = {placed.origin.distribution: placed.origin.version for placed in loaded.steps}
     return {
         "models": {role: f"{reference.model}{hashes[role]}" for role, reference in roles.items()},
-        "texts": {what: f"{Path(file).name}{files[what]}" for what, file in texts.items()},
-        "recipe": {"file": loaded.path.name, "sha256 when resolved": loaded.digest(), "seed": str(recipe.seed)},
+        "texts": texts,
+        "recipe": {"name": recipe.name, "sha256 when resolved": loaded.digest(), "seed": str(recipe.seed)},
         "versions": {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS} | plugins,
     }
 
