@@ -2,9 +2,10 @@
 
     python benchmarks/merging.py [--only scrambled] [--only fisher] [--texts 16]
 
-Where `rotdistill run recipes/ingredients.toml` was run, in the same folder. `scrambled`: the second fine-tune is put into a random basis of everything that is free in it; its merge is refused, and aligned first
-it must give the soup of the unscrambled three (KL between the two soups on held-out answers). `fisher`: all three in one random
-basis of the stream, merged by the Fisher information measured there, and by that measured before the fold; held-out KL to the teacher.
+Where `rotdistill run recipes/ingredients.toml` was run, in the same folder. `scrambled`: the second fine-tune is put into a random basis
+of everything that is free in it; its merge is refused, and aligned first it must give the soup of the unscrambled three (KL between the
+two soups on held-out answers). `fisher`: all three in one random basis of the stream, merged by the Fisher information measured there,
+and by that measured before the fold; held-out KL to the teacher.
 """
 
 from __future__ import annotations
