@@ -93,23 +93,28 @@ def _scores(told: Told) -> Iterator[Plot]:
 
 
 def _layers(told: Told) -> Iterator[Plot]:
-    """Yield how near hidden states are, layer by layer, before (`base`) and after; variants that lie on `base` are named, not drawn."""
+    """Yield how near hidden states are, layer by layer, before (`base`) and after; what lies on another line is named, not drawn."""
     for metric, variants in told.layers.items():
-        base = variants.get(told.base, {})
-        same = [name for name, points in variants.items() if name != told.base and _alike(points, base)]
-        order = [name for name in dict.fromkeys((told.base, *variants)) if name in variants and name not in same]
-        lines = {name: variants[name] for name in order}
+        spread = [value for points in variants.values() for value in points.values()]
+        lines: dict[str, dict[int, float]] = {}
+        same: dict[str, list[str]] = {}
+        for name in (n for n in dict.fromkeys((told.base, *variants)) if n in variants):
+            on = next((other for other in lines if _alike(variants[name], lines[other], max(spread) - min(spread))), None)
+            if on is None:
+                lines[name] = variants[name]
+            else:
+                same.setdefault(on, []).append(name)
         title = f"{column(metric).title} by layer"
         made = svg(title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric), before=told.base))
-        yield Plot(title, made, _about(metric) + (f" On the line of {told.base}: {', '.join(same)}." if same else ""))
+        yield Plot(title, made, " ".join([_about(metric), *(f"On the line of {on}: {', '.join(names)}." for on, names in same.items())]))
     for metric, variants in told.curves.items():
         yield Plot(metric, svg(metric, partial(lines_of, lines=variants, x="place on the way", y=metric)), "Between two models.")
 
 
-def _alike(points: Mapping[int, float], base: Mapping[int, float]) -> bool:
-    """Say whether a curve could not be told from that of `base` where both are."""
-    shared = points.keys() & base.keys()
-    return bool(shared) and max(abs(points[k] - base[k]) for k in shared) < 0.01 * (max(base.values()) - min(base.values()))
+def _alike(points: Mapping[int, float], others: Mapping[int, float], spread: float) -> bool:
+    """Say whether two curves could not be told apart where both are, in a plot of this spread."""
+    shared = points.keys() & others.keys()
+    return bool(shared) and max(abs(points[k] - others[k]) for k in shared) <= 0.01 * spread
 
 
 def _unit(metric: str) -> str:
@@ -192,9 +197,9 @@ def _languages(told: Told) -> Iterator[Plot]:
     def draw(axes: Axes) -> None:
         names = sorted(base)
         for k, (variant, row) in enumerate(gains.items()):
-            axes.plot(
-                [row.get(name, float("nan")) for name in names], range(len(names)), MARKS[k % 8], color=COLOURS[(1 + k) % 8], label=variant
-            )
+            at = [number + 0.5 * ((k + 0.5) / len(gains) - 0.5) for number in range(len(names))]  # beside each other, not on each other
+            values = [row.get(name, float("nan")) for name in names]
+            axes.plot(values, at, MARKS[k % 8], color=COLOURS[1 + k % 7], label=variant)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()

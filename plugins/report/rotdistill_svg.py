@@ -59,6 +59,8 @@ def lines_of(axes: Axes, lines: Mapping[str, Mapping[int, float]], x: str, y: st
         axes.plot([*points], [*points.values()], style, marker=MARKS[k % 8], color=colour, label=name, markevery=max(1, len(points) // 12))
     if log:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 10, high * 10)  # else what is all alike gets ticks within one decade
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.locator_params("x", integer=True)
