@@ -123,7 +123,11 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no tokenizer": (lambda work: [p.unlink() for p in (work / "model").glob("tokenizer*")], 3, "tokenizer cannot be loaded"),
     "no texts": (lambda work: (work / "texts/index.tsv").unlink(), 2, "index.tsv: cannot be read"),
     "other columns": (put("texts/index.tsv", "id\ttext\n1\thello\n"), 2, "line 1: the columns must be id, language"),
-    "too few texts": (put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"), 2, "held-out each need at least one"),
+    "too few texts": (
+        put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"),
+        2,
+        "held-out each need at least one",
+    ),
     "a layer too many": (edit("layers = 1", "layers = 9"), 2, "chop: layers = 9, but the student has 2"),
     "a fold without an aligner": (edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['), 2, "needs an aligner before it"),
     "no capture": (edit('[[step]]\nuse = "residuals"\n', ""), 2, "put a capture step"),
