@@ -53,7 +53,7 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=Fals
                   epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
 RUNS = Path("runs")
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, for example recipes/tour_guide.toml.", show_default=False)]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/tour_guide.toml.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: step-id.field=value or table.key=value.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 

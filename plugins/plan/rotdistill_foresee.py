@@ -113,8 +113,8 @@ def foresee(loaded: Loaded, root: Path, here: Machine, fresh: bool = False, say:
     """
     r, base = loaded.recipe, loaded.path.parent
     texts = (base / r.samples.index).parent
-    models = {role: known(ref, texts, say) for role in ("teacher", "student", "anchor") if (ref := getattr(r, role))}
     questions, style = read_questions(r.samples, base)
+    models = {role: known(ref, texts, say) for role in ("teacher", "student", "anchor") if (ref := getattr(r, role))}
     t, s = models["teacher"], models["student"]
     rows = count(questions, style, r.samples, counter(s.folder, s.shape.vocab))
     on_gpu = [ref.device.startswith("cuda") or (ref.device == "auto" and bool(here.gpu)) for ref in (r.teacher, r.student)]
