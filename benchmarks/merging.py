@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from rotdistill_gathering import Gathering
 from rotdistill_lora import Lora, read_lora
-from rotdistill_mixing import Ingredient, weighted
+from rotdistill_mixing import Ingredient
 from rotdistill_predictions import compare
 from rotdistill_prompt_kl import PromptKl
-from rotdistill_soup_fisher import fisher
+from rotdistill_soup_fisher import fisher, informed
 from rotdistill_soup_judge import Judge
 from rotdistill_soups import Soups
 
@@ -171,13 +171,8 @@ def information(bench: Bench, most: int) -> dict[str, float]:
         for k, model in enumerate(models):
             view, out = model.fold({"residual": basis}), pico_out(bench.root / what)
             F.append(fisher(view, bench.samples.layout, most, True, 0, CPU, torch.float32, out, f"f_{k}", quiet))
-
-        def mixer(name: str, F: list[Any] = F) -> Any:
-            files = [each[name].read() for each in F]
-            return weighted([lambda a, b: files[0][a:b] * 0, *(lambda a, b, each=each: each[a:b] for each in files)])
-
         step = Soups(ingredients=bench.names, method="fisher", only_better=False)
-        scores[f"Fisher {what}"] = bench.judge(step.merged(base, parts, mixer)).mean
+        scores[f"Fisher {what}"] = bench.judge(step.merged(base, parts, informed(F))).mean
         say(f"Fisher {what}: {scores[f'Fisher {what}']:.4f}")
     return scores
 
