@@ -13,7 +13,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.moments import polar
 from rotdistill_core.weights import file_entries
 
-ROWS = 128
+ROWS = 32
 """Rows of each parameter that are compared, evenly spread."""
 APART = 0.7
 """Distance `‖A - B‖ / sqrt(‖A‖ ‖B‖)` beyond which two parameters are not in one basis; 0 for equal ones, 1.41 for unrelated ones."""
@@ -34,8 +34,8 @@ def mismatch(one: Weights, two: Weights) -> dict[str, float]:
 
 
 def _read(view: Weights, name: str, gain: str | None, some: Tensor) -> Tensor:
-    W = view[name][some].double()
-    return W * view.gain(gain) if gain else W
+    W = view[name][some].float()
+    return W * view.gain(gain).float() if gain else W
 
 
 def _distance(A: Tensor, B: Tensor) -> float:
@@ -50,7 +50,7 @@ def far(apart: dict[str, float]) -> bool:
 def refusal(name: str, apart: dict[str, float], view: Weights, base: Weights) -> str:
     """Return why an ingredient cannot be merged as it is, with what was measured."""
     shown = ", ".join(f"{role} {value:.2f}" for role, value in apart.items())
-    some = _some(base.entries[base.adapter.embedding].shape[0], 8 * ROWS)
+    some = _some(base.entries[base.adapter.embedding].shape[0], 32 * ROWS)
     A, B = (w[base.adapter.embedding][some].double() for w in (view, base))
     R, _ = polar(vocabulary_moments(view, base), "soups: basis")
     before, after = _distance(A, B), _distance(A @ R, B)
