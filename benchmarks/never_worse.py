@@ -68,7 +68,6 @@ def recipe(draw: random.Random, model: str, count: int, name: str) -> str:
     refit |= {"strength": draw.choice([0.25, 1.0]), "sinks": draw.choice([1.0, 1000.0])}
     head = {"ridge": [power(-6, 6)], "blend": [draw.choice([0.5, 1.0])], "objective": draw.choice(["ridge", "kl"])}
     samples = {"index": "index.tsv", "style": str(SAMPLES / "tour_guide.md"), "heldout": str(SAMPLES / "heldout.tsv")}
-    samples |= {"guard": str(SAMPLES / "general/index.tsv")}
     return "\n".join(
         [
             f'name = "{name}"\nseed = 7\nobservers = []\n',
@@ -84,7 +83,7 @@ def recipe(draw: random.Random, model: str, count: int, name: str) -> str:
             table("[[step]]", id="head", use="lm-head-ridge", **head, anchor=power(-3, 3), rows=1024),
             table("[[step]]", id="style", use="prompt-kl", prompts=24, tokens=8, epochs=1, rate=power(-4, -1)),
             table("[[step]]", use="toggles", per_layer=False),
-            table("[variants]", base=[], refit=["refit"], head=["head"], full=["refit", "head"], style=["style"]),
+            table("[variants]", base=[], full=["refit", "head"], style=["style"]),
         ]
     )  # fmt: skip
 

@@ -13,29 +13,30 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.moments import polar
 from rotdistill_core.weights import file_entries
 
-ROWS = 128
+ROWS = 32
 """Rows of each parameter that are compared, evenly spread."""
 APART = 0.7
 """Distance `‖A - B‖ / sqrt(‖A‖ ‖B‖)` beyond which two parameters are not in one basis; 0 for equal ones, 1.41 for unrelated ones."""
 
 
 def mismatch(one: Weights, two: Weights) -> dict[str, float]:
-    """Return how far two checkpoints are from each other in every kind of matrix, over all layers; norm gains count as their readers'.
+    """Return how far two checkpoints are from each other in every kind of matrix, in the worst layer; norm gains count as their readers'.
 
     In another basis of the stream all of them are far, where heads or neurons moved only theirs.
     """
-    squares: dict[str, list[float]] = {}
+    worst: dict[str, float] = {}
     for name, param in one.adapter.expand(one.config).items():
         if len(param.axes) == 2 and name in one.entries and name in two.entries:
             some = _some(one.entries[name].shape[0], ROWS)
             A, B = (_read(view, name, param.gain, some) for view in (one, two))
-            squares.setdefault(name.split(".")[-2], []).append(_distance(A, B) ** 2)
-    return {role: (sum(each) / len(each)) ** 0.5 for role, each in squares.items()}
+            role = name.split(".")[-2]
+            worst[role] = max(worst.get(role, 0.0), _distance(A, B))
+    return worst
 
 
 def _read(view: Weights, name: str, gain: str | None, some: Tensor) -> Tensor:
-    W = view[name][some].double()
-    return W * view.gain(gain) if gain else W
+    W = view[name][some].float()
+    return W * view.gain(gain).float() if gain else W
 
 
 def _distance(A: Tensor, B: Tensor) -> float:
@@ -50,7 +51,7 @@ def far(apart: dict[str, float]) -> bool:
 def refusal(name: str, apart: dict[str, float], view: Weights, base: Weights) -> str:
     """Return why an ingredient cannot be merged as it is, with what was measured."""
     shown = ", ".join(f"{role} {value:.2f}" for role, value in apart.items())
-    some = _some(base.entries[base.adapter.embedding].shape[0], 8 * ROWS)
+    some = _some(base.entries[base.adapter.embedding].shape[0], 32 * ROWS)
     A, B = (w[base.adapter.embedding][some].double() for w in (view, base))
     R, _ = polar(vocabulary_moments(view, base), "soups: basis")
     before, after = _distance(A, B), _distance(A @ R, B)
@@ -60,7 +61,8 @@ def refusal(name: str, apart: dict[str, float], view: Weights, base: Weights) ->
         turned = f"One rotation of the stream brings the embeddings from {before:.2f} to {after:.2f}"
         turned = turned if before > APART else "Its stream is the student's, but heads or neurons are not"
         why = f'{turned}: it is kin in another basis, and same_basis = "align" brings it to the student\'s.'
-    return f"soups: {name} is not in the student's basis. Relative distances of its weights: {shown} (0 equal, 1.41 unrelated). {why}"
+    told = f"Relative distances of its weights, in the worst layer: {shown} (0 equal, 1.41 unrelated)."
+    return f"soups: {name} is not in the student's basis. {told} {why}"
 
 
 def _some(size: int, most: int) -> Tensor:

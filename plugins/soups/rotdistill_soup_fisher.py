@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from rotdistill_mixing import Mixer, weighted
 from torch import Tensor
 
 from rotdistill_core.api import Layout, Out, Progress, Weights
@@ -44,6 +45,16 @@ def fisher(view: Weights, layout: Layout, most: int, sampled: bool, seed: int, d
         made = {n: (tuple(F.shape), torch.bfloat16, lambda F=F: F / tokens) for n, F in squares.items()}
         path = out.write(file, tensor_blocks(made))
     return file_entries(path)
+
+
+def informed(found: Sequence[Mapping[str, Entry]]) -> Callable[[str], Mixer]:
+    """Return how each parameter is mixed by the Fisher informations of the ingredients; the student's own counts nothing."""
+
+    def mixer(name: str) -> Mixer:
+        files = [F[name].read() for F in found]
+        return weighted([lambda a, b: torch.zeros_like(files[0][a:b]), *(lambda a, b, F=F: F[a:b] for F in files)])
+
+    return mixer
 
 
 def _likelihood(model: Any, text: Text, maker: torch.Generator | None) -> Tensor:

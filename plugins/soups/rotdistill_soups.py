@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -120,24 +120,15 @@ class Soups:
             return self._greedy(base, parts, judge, out, progress)
         if self.method != "fisher":
             return self.merged(base, parts)
-        from rotdistill_mixing import weighted
-        from rotdistill_soup_fisher import fisher
+        from rotdistill_soup_fisher import fisher, informed
 
-        student = pair.student
-        found = [
-            fisher(part.view, samples.layout, self.texts, self.labels == "sampled", self.seed, student.device, student.dtype, out,
-                   f"fisher_{k}", progress)
-            for k, part in enumerate(parts)
-        ]  # fmt: skip
+        about: Any = {"device": pair.student.device, "dtype": pair.student.dtype, "out": out, "progress": progress}
+        options: Any = {"most": self.texts, "sampled": self.labels == "sampled", "seed": self.seed}
+        found = [fisher(part.view, samples.layout, name=f"fisher_{k}", **options, **about) for k, part in enumerate(parts)]
         out.notes["mean Fisher"] = {
             part.name: sum(float(F[n].read().float().sum()) for n in F) / part.view.parameters for part, F in zip(parts, found, strict=True)
         }
-
-        def mixer(name: str) -> Mixer:
-            files = [F[name].read() for F in found]
-            return weighted([lambda a, b: files[0][a:b] * 0, *(lambda a, b, F=F: F[a:b] for F in files)])
-
-        return self.merged(base, parts, mixer)
+        return self.merged(base, parts, informed(found))
 
     def _greedy(self, base: Weights, parts: list[Ingredient], judge: Judge, out: Out, progress: Progress) -> Weights:
         """Add the ingredients, best first, where the validation KL of the mean falls."""

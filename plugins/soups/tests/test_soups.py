@@ -113,7 +113,8 @@ def test_a_scrambled_ingredient_is_refused_or_brought_back(tmp_path: Path, model
     assert kl(plain, garbage) > 0.1
 
 
-def test_permuted_neurons_alone_are_seen(tmp_path: Path, student: Model) -> None:
+def test_neurons_that_are_permuted_in_one_layer_are_seen(tmp_path: Path) -> None:
+    student = pico_model(tmp_path / "student", num_hidden_layers=8)
     view = student.weights.fold({"neurons.1": Permutation(torch.arange(48).flip(0))})
     apart = mismatch(view, student.weights)
     assert apart["gate_proj"] > 0.7 > apart["q_proj"]

@@ -1,0 +1,99 @@
+"""What the teacher's own neurons do in the student, in the shared basis: KL of blends, in nats.
+
+    python benchmarks/blend.py RECIPE [--set ID.FIELD=VALUE ...] [--runs DIR] [--share 0.02 0.05 0.1 0.3]
+
+One rotation per boundary (`procrustes`) carries the teacher's layers to the student's stream, an assignment (`hungarian-permute`) finds
+a neuron of the teacher for each of the student's, and the student's gate, up and down become `(1 - a) W_s + a W_t`, each neuron of the
+teacher's at the length of the student's. Layers and a are chosen on validation rows; what a run under DIR captured is reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rotdistill_matching import assign, layer_rows, partners, unit, weight_scores
+from rotdistill_procrustes import Procrustes
+from rotdistill_refit_goals import kl_on
+from rotdistill_residuals import Residuals
+from torch import Tensor
+
+from rotdistill_core.ledger import Out
+from rotdistill_core.maps import Maps, Rotation
+from rotdistill_core.pipeline import Run
+from rotdistill_core.recipe import load
+from rotdistill_core.weights import Weights
+
+
+class Said:
+    """Watches a run and prints what it is told."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(line)
+
+
+def beside(weights: Weights, run: Run, maps: Maps, layer: int) -> dict[str, Tensor]:
+    """Return the teacher's neurons for the student's of a layer, in its basis and at its lengths: gate and up `[f, d]`, down `[f, d]`."""
+    teacher = run.pair.teacher
+    reader, writer = (maps[f"residual.{boundary}"] for boundary in (layer, layer + 1))
+    assert isinstance(reader, Rotation)
+    assert isinstance(writer, Rotation)
+    S, T = layer_rows(weights, layer, {}), layer_rows(teacher.weights, partners(weights, run.pair)[layer], {})
+    back = {role: (writer if role in ("down", "o") else reader).matrix.T for role in T}  # [d_t, d_s]
+    d = weights.width
+    T = {role: torch.cat([X[:, : len(back[role])] @ back[role], X[:, len(back[role]) :]], 1) for role, X in T.items()}
+    heads = (weights.adapter.heads(weights.config), teacher.adapter.heads(teacher.config))
+    of = assign(weight_scores(S, T, *heads)[1].T.contiguous())  # for each neuron of the student one of the teacher's
+    found = {role: T[role][of][:, :d] for role in ("gate", "up", "down")}
+    signs = (found["up"] * S["up"][:, :d]).sum(1).sign()  # a neuron's up and down may both be turned round
+    found["up"], found["down"] = found["up"] * signs[:, None], found["down"] * signs[:, None]
+    return {role: unit(X) * S[role][:, :d].norm(dim=1, keepdim=True) for role, X in found.items()}
+
+
+def blended(weights: Weights, mine: dict[int, dict[str, Tensor]], layers: Sequence[int], share: float) -> Weights:
+    """Return the student with a share of the teacher's neurons in some layers."""
+    made: dict[str, Tensor] = {}
+    for layer in layers:
+        for template, general in weights.adapter.params.items():
+            if "neurons.{i}" not in general.axes or len(general.axes) != 2:
+                continue
+            name, param = template.replace("{i}", str(layer)), general.at(layer)
+            W = weights[name].double()
+            role = "down" if general.axes[-1] == "neurons.{i}" else "up" if general.gauge.startswith("up") else "gate"
+            T = mine[layer][role].T if role == "down" else mine[layer][role] / (weights.gain(param.gain) if param.gain else 1.0)
+            made[name] = ((1 - share) * W + share * T).to(weights[name].dtype)
+    return weights.edit(made)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--share", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.3])
+    asked = parser.parse_args()
+    run, quiet = Run(load(asked.recipe, asked.sets), asked.runs, Said(), lambda *_: None), lambda *_: None
+    samples, pair, start = run.samples(), run.pair, run.pair.student.weights
+    out = Out(run.store, run.ledger, "blend", "residuals")
+    bank = Residuals(student_texts=48).capture(pair, start, samples, out, quiet)
+    maps = Procrustes(tie=1).align(bank, Maps(), pair, quiet)
+    depth = start.depth
+    mine = {layer: beside(start, run, maps, layer) for layer in range(depth)}
+    tried: dict[float, Weights] = {kl_on("validation", start, None, bank, pair, samples).mean: start}
+    print(f"base: validation {next(iter(tried)):.4f}\n| layers | share | validation |\n|---|---|---|", flush=True)
+    for first, last in ((depth - 1, depth), (depth - 4, depth), (depth // 2, depth), (0, depth)):
+        for share in asked.share:
+            view = blended(start, mine, range(first, last), share)
+            kl = kl_on("validation", view, None, bank, pair, samples).mean
+            tried[kl] = view
+            print(f"| {first} to {last - 1} | {share:g} | {kl:.4f} |", flush=True)
+    best = kl_on("heldout", tried[min(tried)], None, bank, pair, samples).mean
+    print(f"best on validation: held-out {best:.4f}, base {kl_on('heldout', start, None, bank, pair, samples).mean:.4f}")
+
+
+if __name__ == "__main__":
+    main()
