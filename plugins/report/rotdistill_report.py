@@ -27,8 +27,11 @@ def run_ended(loaded: Loaded, outcome: Outcome, out: Out) -> object:
     page = out.write("report.html", [html(told, out.store.root).encode()])
     if pair := outcome.pair:  # not when it is written anew from a ledger alone; the cards are there then
         for variant, folder in outcome.checkpoints.items():
-            card = card_of(told, loaded, outcome, pair, variant, _template("card.md.j2"))
-            out.write(f"{folder.relative_to(outcome.folder).as_posix()}/README.md", [card.encode()])
+            card = card_of(told, loaded, outcome, pair, variant, _template("card.md.j2")).encode()
+            name = f"{folder.relative_to(outcome.folder).as_posix()}/README.md"
+            there = out.find(name)
+            if there is None or there.read_bytes() != card:  # a checkpoint in which nothing changes is not touched
+                out.write(name, [card])
     return terminal(told, page)
 
 

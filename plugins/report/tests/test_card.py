@@ -92,6 +92,9 @@ def test_a_card_that_is_written_anew_leaves_the_checkpoint_valid(tmp_path: Path)
     path.write_text(RECIPE.format(work=tmp_path), encoding="utf-8")
     folder = carry_out(path).checkpoints["full"]
     before = (folder / "model.safetensors").stat().st_mtime_ns
+    card = (folder / "README.md").stat().st_mtime_ns
+    assert carry_out(path).checkpoints["full"] == folder
+    assert (folder / "README.md").stat().st_mtime_ns == card  # nothing has changed, so nothing is written
     (folder / "README.md").unlink()
     again = carry_out(path).checkpoints["full"]
     assert (again / "README.md").is_file()

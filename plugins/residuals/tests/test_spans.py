@@ -162,7 +162,7 @@ def test_a_whole_run_with_two_tokenizers(tmp_path: Path) -> None:
     outcome = whole_run(tmp_path)
     assert outcome.steps["full", "basis-fold"].notes["certificate"]["logits_float64"] <= 1e-9
     metrics = {row.metric: row.value for row in outcome.rows if row.layer is None}
-    assert metrics.keys() == {"hidden_cosine", "residual_rms_diff", "perplexity", "parameters", "seconds"}
+    assert metrics.keys() == {"hidden_cosine", "residual_rms_diff", "channel_rms_gap", "perplexity", "parameters", "seconds"}
     lines = [line.split("\t") for line in (outcome.folder / "alignment.tsv").read_text().splitlines()[1:]]
     assert len(lines) == 23
     assert all(size == covered for _, size, *_, covered in lines)
