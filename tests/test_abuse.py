@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "too few texts": (
         put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"),
         2,
-        "held-out each need at least one",
+        "too few different texts: heldout has none",
     ),
     "a layer too many": (edit("layers = 1", "layers = 9"), 2, "chop: layers = 9, but the student has 2"),
     "a fold without an aligner": (edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['), 2, "needs an aligner before it"),

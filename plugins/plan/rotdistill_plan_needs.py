@@ -15,8 +15,8 @@ from rotdistill_plan_texts import Texts
 
 from rotdistill_core.recipe import Placed
 
-LIBRARIES = 0.4e9
-"""Memory of torch, transformers and scipy, bytes: 0.3 GB once they are loaded, and what their threads keep."""
+LIBRARIES = 0.3e9
+"""Memory of torch, transformers and scipy once they are loaded, bytes."""
 TOKEN = 600
 """Memory of a tokenizer for each of its tokens, bytes."""
 BATCH = 1536
@@ -61,6 +61,24 @@ class Pairing:
 def around(at: Pairing) -> float:
     """Return the memory that is there in every step."""
     return LIBRARIES + TOKEN * (at.teacher.vocab + at.student.vocab)
+
+
+def copied(shape: Shape, number: int) -> int:
+    """Return the bytes that a parameter takes when it is read: none of its own where the file has it as it is computed with."""
+    return 0 if WIDTH[shape.stored] == number else number
+
+
+def compared(at: Pairing, rows: float) -> float:
+    """Return the memory in which predictions are compared: both heads, and a block of rows of logits."""
+    s, t = at.student, at.teacher
+    heads = s.vocab * (s.width * copied(s, at.wide) + t.width * copied(t, at.wide))
+    return heads + 7 * min(BLOCK, rows) * s.vocab * at.wide
+
+
+def answering(at: Pairing, split: str) -> float:
+    """Return how many rows of a split predict answers: its share of what the teacher says itself, or half of its rows."""
+    said = at.texts.texts.get(split, 0) * at.texts.said / max(at.texts.asked, 1)
+    return said if split == "heldout" else at.texts.rows.get(split, 0) / 2
 
 
 def walked(shape: Shape, rows: int, number: int) -> Need:
@@ -113,7 +131,9 @@ def after(placed: Placed, at: Pairing) -> Pairing:
     if getattr(step, "mode", None) == "widen":
         heads = student.adapter.heads(student.config)
         untied |= {student.adapter.width_key: at.teacher.width, "head_dim": heads.width}
-    return replace(at, student=student.changed(**untied)) if untied else at
+    if placed.stage in ("fold", "style"):  # what a step changed is kept in the dtype that the student computes in
+        student = replace(student, stored=next(name for name, width in WIDTH.items() if width == at.wide))
+    return replace(at, student=student.changed(**untied))
 
 
 def _capture(step: Any, at: Pairing) -> Need:
@@ -147,8 +167,8 @@ def _fold(_: Any, at: Pairing) -> Need:
     head = s.vocab * s.width * F64
     work = 4.0 * s.parameters() * s.width + 8.0 * s.parameters(inside=True) * 2 * at.texts.prefix
     untied = s.changed(tie_word_embeddings=False)
-    logits = 8 * BLOCK * s.vocab * F64  # the certificate compares both models' in blocks of rows
-    return Need(5 * head + logits, 2.5 * s.layer * F64, untied.parameters() * at.wide + s.width**2 * F64, work)
+    logits = 8 * min(BLOCK, at.texts.of("validation", most=2)) * s.vocab * F64  # the certificate compares both models' in blocks of rows
+    return Need(3.5 * head + logits, 2.5 * s.layer * F64, untied.parameters() * at.wide + s.width**2 * F64, work)
 
 
 def _refit(step: Any, at: Pairing) -> Need:
@@ -160,7 +180,8 @@ def _refit(step: Any, at: Pairing) -> Need:
     goals = rows * s.width * (F64 + 2 * at.wide)
     moments = (7 * f**2 + 6 * f * s.width) * F64
     work = walk.work * (1 + len(sizes)) + s.depth * sum(2.0 * rows * n * (n + s.width) + 5 * n**3 for n in sizes)
-    return Need(walk.ram + goals + moments + made, walk.device, 2 * made, work)
+    judged = compared(at, answering(at, "validation"))
+    return Need(walk.ram + max(goals + moments, judged) + made, walk.device, 2 * made, work)
 
 
 def _head(step: Any, at: Pairing) -> Need:
@@ -169,8 +190,8 @@ def _head(step: Any, at: Pairing) -> Need:
     walk, head = walked(s, rows, at.wide), s.vocab * s.width * at.wide
     states = rows * (2 * s.width + 2 * t.width) * at.wide
     lessons = getattr(step, "rows", 0) * getattr(step, "tokens", 0) * at.wide * 2 if getattr(step, "objective", "ridge") != "ridge" else 0
-    blocks = 8 * 128 * s.vocab * at.wide
-    held = 5 * head + s.vocab * t.width * at.wide
+    blocks = 3 * min(128, rows) * s.vocab * at.wide
+    held = 3 * head + s.vocab * (s.width * copied(s, at.wide) + t.width * copied(t, at.wide))
     return Need(walk.ram + states + held + blocks + lessons, walk.device, head, walk.work + 10.0 * 1024 * s.vocab * (s.width + t.width))
 
 
@@ -200,7 +221,7 @@ def _judge(_: Any, at: Pairing) -> Need:
     s, t = at.student, at.teacher
     rows = at.texts.of("heldout", "guard")
     walk = walked(s, rows, at.wide)
-    heads = s.vocab * (s.width + t.width) * at.wide + 7 * BLOCK * s.vocab * at.wide
+    heads = compared(at, max(answering(at, "heldout"), at.texts.rows.get("guard", 0)))
     frames = 0 if at.same else at.texts.of("fit") * (s.width + t.width) * F64
     return Need(walk.ram + heads + frames, walk.device, 0, walk.work + 2.0 * rows * s.vocab * (s.width + t.width))
 
