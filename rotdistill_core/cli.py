@@ -10,7 +10,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,9 +18,12 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from rotdistill_core import plugins, recipe
-from rotdistill_core.errors import PluginError, RecipeError, RotdistillError, SetupError, nearest
+from rotdistill_core.errors import CheckFailed, PluginError, RecipeError, RotdistillError, SetupError, nearest
 from rotdistill_core.hookspecs import hookimpl
 from rotdistill_core.step import stage_of
+
+if TYPE_CHECKING:
+    from rotdistill_core.pipeline import Outcome
 
 
 class Verbs(TyperGroup):
@@ -134,18 +137,30 @@ def run(
     console = words()
     screen = Screen(console)
     try:
-        from rotdistill_core import pipeline, report  # torch and transformers load here, after the recipe is known to be good
+        from rotdistill_core import pipeline  # torch and transformers load here, after the recipe is known to be good
 
         outcome = pipeline.Run(loaded, RUNS, screen, screen.progress, fresh).go()
+    except CheckFailed as failure:
+        if not isinstance(failure.outcome, pipeline.Outcome):
+            raise
+        _show(failure.outcome, as_json)
+        raise
     finally:
         screen.stop()
+    _show(outcome, as_json)
+
+
+def _show(outcome: Outcome, as_json: bool) -> None:
+    """Print the results of a run."""
+    from rotdistill_core import report
+
     if as_json:
         print(json.dumps({"run_dir": str(outcome.folder), "results": report.as_json(outcome.rows)}, ensure_ascii=False))
         return
     wide = Console(width=None if sys.stdout.isatty() else 140)
     for told in (report.rich_table(outcome.rows), *outcome.told):
         wide.print(told)
-    for path in (outcome.folder / name for name in ("checkpoints", "report.md")):
+    for path in (outcome.folder / name for name in ("checkpoints", "report.html")):
         if path.exists():
             wide.print(f"{path.stem:<12} {escape(_here(path))}")
 

@@ -42,6 +42,12 @@ class CheckFailed(RotdistillError):
     """A certificate, hash or quality gate that does not hold (exit code 4)."""
 
     exit_code = 4
+    outcome: object = None
+    """The finished run, where it is one of its variants that failed."""
+
+
+class SingularError(RotdistillError):
+    """Normal equations that have no solution at the ridge asked for."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

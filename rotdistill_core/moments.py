@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rotdistill_core.errors import RotdistillError
+from rotdistill_core.errors import RotdistillError, SingularError
 
 
 class Moments:
@@ -51,7 +51,7 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
     """Return `argmin_B Σ‖y - x B‖² + λ‖B‖² = (xx + λI)⁻¹ xy [d_x, d_y]` with `λ = strength * mean(diag xx)`.
 
     Raises:
-        RotdistillError: non-finite input, or a matrix that is not positive definite at this strength.
+        RotdistillError: non-finite input; SingularError: a matrix that is not positive definite at this strength.
     """
     require_finite(xx, where)
     require_finite(xy, where)
@@ -60,7 +60,7 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
     try:
         factor = scipy.linalg.cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
     except scipy.linalg.LinAlgError as error:
-        raise RotdistillError(f"{where}: the normal equations are singular at ridge {strength:g}; raise it.") from error
+        raise SingularError(f"{where}: the normal equations are singular at ridge {strength:g}; raise it.") from error
     return torch.from_numpy(scipy.linalg.cho_solve(factor, xy.numpy(), check_finite=False))
 
 

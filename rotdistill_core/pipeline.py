@@ -128,7 +128,9 @@ class Run:
         out.write("results.jsonl", [(json.dumps(item, ensure_ascii=False) + "\n").encode() for item in as_json(outcome.rows)])
         outcome.told = self._tell("run_ended", "", loaded=self.loaded, outcome=outcome, out=out)
         if faults := [f'variant "{name}" failed: {fault}' for name, found in outcome.failed.items() for fault in found]:
-            raise CheckFailed("\n".join([*faults, f"Everything is kept in {self.folder}."]))
+            failure = CheckFailed("\n".join([*faults, f"Everything is kept in {self.folder}."]))
+            failure.outcome = outcome
+            raise failure
         return outcome
 
     def save_dtype(self) -> torch.dtype:

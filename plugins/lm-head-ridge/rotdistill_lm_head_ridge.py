@@ -8,6 +8,7 @@ The teacher's logits are `h_t W_tᵀ`, so with states after the final norm `X_s 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -115,14 +116,16 @@ class LmHeadRidge:
         """Return the head `[V, d_s]` of the best ridge and blend on validation rows, or the student's own, and its KL."""
         import torch
 
+        from rotdistill_core.errors import SingularError
         from rotdistill_core.moments import Moments, ridge
 
         moments = Moments(X.shape[1], T.shape[1])
         moments.add(X[fit], T[fit])
         eye = torch.eye(X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
-        solved = {
-            r: (ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")) for r in self.ridge
-        }
+        solved: dict[float, tuple[Tensor, Tensor]] = {}
+        for r in self.ridge:
+            with suppress(SingularError):  # fewer rows than unknowns, and a λ that is rounding: no candidate
+                solved[r] = ridge(moments.xx, moments.xy, r, "lm-head-ridge"), ridge(moments.xx, r * eye, r, "lm-head-ridge")
         scores = {(0.0, 0.0): before} | self._scores(X[rows], T[rows], H_t, H_s, solved)
         others, limit = guard
         beyond = {key for key, kl in self._scores(X[others], T[others], H_t, H_s, solved).items() if kl > limit} if len(others) else set()
@@ -174,7 +177,7 @@ class LmHeadRidge:
         self, X: Tensor, T: Tensor, H_t: Tensor, H_s: Tensor, solved: dict[float, tuple[Tensor, Tensor]]
     ) -> dict[tuple[float, float], float]:
         """Return the mean KL of every (ridge, blend)."""
-        total = {(r, b): 0.0 for r in self.ridge for b in self.blend}
+        total = {(r, b): 0.0 for r in solved for b in self.blend}
         for k in range(0, len(X), BLOCK):
             x, teacher = X[k : k + BLOCK], T[k : k + BLOCK] @ H_t.T
             p = teacher.log_softmax(-1)

@@ -169,11 +169,15 @@ class WriterRefit:
         """Return the ridge solution `[f, d]` that is best on validation rows, times its best step; zeros if none helps."""
         import torch
 
+        from rotdistill_core.errors import SingularError
         from rotdistill_core.moments import ridge
 
         best: tuple[float, float, float, Tensor] = (validation.yy, 0.0, 0.0, torch.zeros_like(fit.xy))
         for strength in self.ridge:
-            delta = ridge(fit.xx, fit.xy, strength, where)
+            try:
+                delta = ridge(fit.xx, fit.xy, strength, where)
+            except SingularError:  # fewer rows than unknowns, and a λ that is rounding: no candidate
+                continue
             step = _best_step(validation, delta)
             best = min(best, (validation.error(step * delta), step, strength, step * delta), key=lambda b: b[0])
         error, step, strength, delta = best

@@ -19,6 +19,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.ledger import Out
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.models import Model, Pair, open_model
+from rotdistill_core.moments import Moments
 from rotdistill_core.recipe import ModelRef
 from rotdistill_core.samples import Samples
 from rotdistill_core.step import stage_of
@@ -301,3 +302,16 @@ def test_a_model_with_norms_behind_its_writers_is_refused(samples: Samples, tmp_
     model = pico_model(tmp_path / "model", "gemma3_text", head_dim=8)
     with pytest.raises(RecipeError, match="in a gemma3_text model a norm stands between writers and stream"):
         refit(WriterRefit(), model.weights, Pair(model, model), samples, tmp_path / "runs")
+
+
+def test_a_ridge_too_small_for_the_rows_is_no_candidate() -> None:
+    made = torch.Generator().manual_seed(0)
+    fit, validation = Moments(8, 2), Moments(8, 2)
+    for moments, rows in ((fit, 3), (validation, 9)):
+        A = torch.randn(rows, 8, generator=made)
+        moments.add(A, A @ torch.ones(8, 2))
+    delta, card = WriterRefit(ridge=(1e-30, 1.0))._solved(fit, validation, "here")
+    assert card["ridge"] == 1.0
+    assert delta.abs().sum() > 0
+    delta, card = WriterRefit(ridge=(1e-30,))._solved(fit, validation, "here")
+    assert (float(delta.abs().sum()), card["step"]) == (0.0, 0.0)
