@@ -82,10 +82,11 @@ def main() -> None:
     bank = Residuals(student_texts=48).capture(pair, start, samples, out, quiet)
     maps = Procrustes(tie=1).align(bank, Maps(), pair, quiet)
     depth = start.depth
-    mine = {layer: beside(start, run, maps, layer) for layer in range(depth)}
+    mine: dict[int, dict[str, Tensor]] = {}
     tried: dict[float, Weights] = {kl_on("validation", start, None, bank, pair, samples).mean: start}
     print(f"base: validation {next(iter(tried)):.4f}\n| layers | share | validation |\n|---|---|---|", flush=True)
     for first, last in ((depth - 1, depth), (depth - 4, depth), (depth // 2, depth), (0, depth)):
+        mine |= {layer: beside(start, run, maps, layer) for layer in range(first, last) if layer not in mine}
         for share in asked.share:
             view = blended(start, mine, range(first, last), share)
             kl = kl_on("validation", view, None, bank, pair, samples).mean

@@ -24,7 +24,7 @@ def run_ended(loaded: Loaded, outcome: Outcome, out: Out) -> object:
     told = judge(tell(loaded, outcome, out), loaded, outcome)
     out.write("report.md", [markdown(told).encode()])
     out.json("report.json", told.json())
-    page = out.write("report.html", [html(told, out.store.root).encode()])
+    out.write("report.html", [html(told, out.store.root).encode()])
     if pair := outcome.pair:  # not when it is written anew from a ledger alone; the cards are there then
         for variant, folder in outcome.checkpoints.items():
             card = card_of(told, loaded, outcome, pair, variant, _template("card.md.j2")).encode()
@@ -32,7 +32,7 @@ def run_ended(loaded: Loaded, outcome: Outcome, out: Out) -> object:
             there = out.find(name)
             if there is None or there.read_bytes() != card:  # a checkpoint in which nothing changes is not touched
                 out.write(name, [card])
-    return terminal(told, page)
+    return terminal(told)
 
 
 def _template(name: str, **filters: Any) -> Any:
@@ -65,8 +65,8 @@ def _languages(told: Told) -> list[str]:
     return sorted({language for row in told.languages.values() for language in row})
 
 
-def terminal(told: Told, page: Path) -> object:
-    """Return what the terminal shows: the verdict, intervals, answers in words, one question answered, and where the page is."""
+def terminal(told: Told) -> object:
+    """Return what the terminal shows: the verdict, intervals, answers in words, and one question answered."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -86,7 +86,7 @@ def terminal(told: Told, page: Path) -> object:
         question, first_answer = next(iter(told.answers[told.shown[0]].items()))
         said = {"teacher": first_answer["teacher"]} | {variant: told.answers[variant][question]["said"] for variant in told.shown}
         parts += [Text.assemble("\n", (who, "bold"), f" answers {question}: {' '.join(text.split())}") for who, text in said.items()]
-    return Group(*parts, Text(f"\nreport       {page}"))
+    return Group(*parts)
 
 
 def _cell(text: str) -> str:
