@@ -279,14 +279,10 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert all(loaded.chain(variant) for variant in loaded.recipe.variants)
 
 
-def test_loading_a_recipe_is_quick_and_imports_no_torch() -> None:
-    code = (
-        "import sys, time; start = time.perf_counter(); from pathlib import Path; from rotdistill_core import recipe; "
-        "recipe.load(Path(sys.argv[1])); assert 'torch' not in sys.modules; print(time.perf_counter() - start)"
-    )
+def test_loading_a_recipe_imports_no_torch() -> None:
+    code = "import pathlib, sys; from rotdistill_core import recipe; recipe.load(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(ROOT / "recipes" / "tour_guide.toml")]
-    seconds = [float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(2)]
-    assert min(seconds) < 1.0
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "False"
 
 
 def test_the_committed_schema_is_what_the_program_prints() -> None:

@@ -15,6 +15,8 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
+Job = tuple[Path, dict[str, dict[str, float]], float]
+"""Folder of the run, figures by variant and metric, seconds."""
 HALF = ("--set", "samples.limit=100", "--set", "samples.own_answers=32")
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 ELSEWHERE = """
@@ -37,12 +39,12 @@ def rotdistill(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
-    where = tmp_path_factory.mktemp("job")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    where, started = tmp_path_factory.mktemp("job"), time.monotonic()
     done = rotdistill(where, "run", str(ROOT / "recipes/tour_guide.toml"), *HALF, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    return Path(document["run_dir"]), figures(document["results"])
+    return Path(document["run_dir"]), figures(document["results"]), time.monotonic() - started
 
 
 def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
@@ -52,9 +54,6 @@ def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
         if row["layer"] is None and row["language"] is None:
             table.setdefault(str(row["variant"]), {})[str(row["metric"])] = float(str(row["value"]))
     return table
-
-
-Job = tuple[Path, dict[str, dict[str, float]]]
 
 
 def test_transfer_brings_the_student_near_the_teacher(job: Job) -> None:
@@ -99,7 +98,7 @@ def test_a_second_run_recomputes_nothing(job: Job) -> None:
     assert done.stderr.count("reused") >= 20
     assert before == {p: p.stat().st_mtime_ns for p in (job[0] / "checkpoints").rglob("*")}
     assert "full answers" in done.stdout
-    assert seconds < 30
+    assert seconds < job[2] / 4
 
 
 def test_every_checkpoint_loads_without_rotdistill(job: Job, tmp_path: Path) -> None:
