@@ -1,11 +1,11 @@
-# make demo: set up and run the tour guide; make test: set up and run the whole suite.
+# make demo: set up and run the tour guide; make test: set up and run the whole suite; make docs: rewrite what READMEs say of options.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test bench
+.PHONY: setup demo test bench docs
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+docs: setup
+	$(BIN)/python recipes/describe.py
+	$(BIN)/rotdistill schema > recipes/recipe.schema.json
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -16,9 +17,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import unquote
 
 import pytest
+from pydantic import ConfigDict, Field, PositiveInt
 from typer.main import get_command
 
 from rotdistill_core import cli, plugins, recipe
@@ -62,7 +65,7 @@ def shipped_steps() -> dict[str, type]:
 
 STEP_CLASSES = shipped_steps()
 KEYS = cells(read(RECIPES).partition("\n## Steps\n")[0])
-OPTIONS = [(name, f) for name, cls in STEP_CLASSES.items() for f in dataclasses.fields(cls) if f.name != "use"]
+DESCRIBE = runpy.run_path(str(ROOT / "recipes" / "describe.py"))
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -89,27 +92,45 @@ def test_the_guide_names_every_field_of_an_adapter(field: str) -> None:
     assert f"`{field}`" in read(GUIDE)
 
 
-def shown(field: dataclasses.Field[object]) -> str:
-    default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    if default is dataclasses.MISSING:
-        return "required"
-    return "none" if default is None else f"`{json.dumps(default)}`"
-
-
-@pytest.mark.parametrize(("name", "field"), OPTIONS, ids=[f"{name}.{field.name}" for name, field in OPTIONS])
-def test_every_option_is_documented_with_its_default(name: str, field: dataclasses.Field[object]) -> None:
-    own = ROOT / "plugins" / name / "README.md"
-    for text in (section(RECIPES, name), *([read(own)] if own.is_file() else [])):
-        row = cells(text).get(field.name)
-        assert row, f"{name}.{field.name} is not documented"
-        assert row[1] == shown(field)
+@pytest.mark.parametrize("path", [RECIPES, *sorted(ROOT.glob("plugins/*/README.md"))], ids=lambda path: path.parent.name)
+def test_steps_and_options_in_a_document_are_those_of_the_program(path: Path) -> None:
+    assert read(path) == DESCRIBE["described"](path), f"{path.relative_to(ROOT)} is stale: run `make docs`"
 
 
 @pytest.mark.parametrize("name", STEP_CLASSES)
-def test_no_option_is_documented_that_is_not_there(name: str) -> None:
-    table = section(RECIPES, name).split("| option |")[-1].split("\n\n")[0]
-    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert documented == {f.name for f in dataclasses.fields(STEP_CLASSES[name])} - {"use"}
+def test_every_step_has_its_options_in_both_documents(name: str) -> None:
+    folder = plugins.step_class(name)[1].distribution.removeprefix("rotdistill-")
+    assert f"<!-- options of {name} -->\n| option |" in read(ROOT / "plugins" / folder / "README.md")
+    assert set(cells(section(RECIPES, name))) >= {f.name for f in dataclasses.fields(STEP_CLASSES[name])} - {"use"}
+
+
+@dataclasses.dataclass
+class Described:
+    """A step that nobody ships.
+
+    It says more
+    in a second paragraph.
+    """
+
+    some: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    """Shares,
+    of something."""
+    other: Literal["a", "b"] | PositiveInt | None = None
+    """One or the other."""
+    use: Literal["described"] = "described"
+
+    __pydantic_config__: ClassVar = ConfigDict(use_attribute_docstrings=True)
+
+    def fold(self) -> None: ...
+
+
+def test_a_step_is_described_by_its_docstrings() -> None:
+    assert DESCRIBE["section"](Described, "here") == (
+        "Fold, [plugin](../plugins/here/README.md). A step that nobody ships.\n\nIt says more in a second paragraph.\n\n"
+        "| option | type | default | meaning |\n|---|---|---|---|\n"
+        "| `some` | list of number > 0, ≤ 1 | required | Shares, of something. |\n"
+        '| `other` | `"a"` or `"b"` or integer > 0 | none | One or the other. |\n'
+    )
 
 
 @pytest.mark.parametrize("key", sorted({key for table in TABLES for key in table.model_fields} | {"step", "extends"}))

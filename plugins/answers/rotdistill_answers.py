@@ -22,9 +22,12 @@ UNKNOWN = "und"
 class Answers:
     """Let each saved variant answer the held-out questions, greedily, and compare with the teacher's answers.
 
-        `answer_chrf` (chrF, 0 to 100), `answer_length` (characters over the teacher's), `answer_length_gap` (mean |ln| of that),
-        `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
-    XX"""
+    `answer_chrf` (chrF, 0 to 100), `answer_length` (characters over the teacher's), `answer_length_gap` (mean |ln| of that),
+    `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
+    answer); `factual_completeness` (share of the expected facts that answers state) and `hallucination_rate` (share of answers that
+    assert a known error), with `_teacher` those of the teacher's answers.
+    Needs no capture. A toggle in the shipped recipes: the first variant and the last answer.
+    """
 
     use: Literal["answers"] = "answers"
     tokens: PositiveInt | None = None

@@ -24,16 +24,17 @@ ROWS = 4096
 class BasisFold:
     """Express the student in the bases that aligners found. Every map of one space onto itself is folded: heads, neurons, gauges.
 
-    For the residual stream, norm gains are absorbed first and the head is untied. `tied` uses the aligner's one rotation R
-    (square). `canonical` carries the student into the teacher's principal frame: `Q = polar(R E) [d_s, d_s]`, E `[d_t, d_s]` the
-    leading principal directions of the teacher's stream; two students folded this way share a basis without having met. `widen` takes
-    the student into the teacher's own coordinates: the hidden size becomes d_t. `block` rotates every layer by its own R_l between its
-    norms and its writers, with nothing on the skip path to undo it: not exact, there to be measured.
+    For the residual stream, norm gains are absorbed first and the head is untied; the aligner must have found one rotation for all
+    layers (`tie = "all"`), `block` apart. `canonical` folds `Q = polar(R E) [d_s, d_s]`, E `[d_t, d_s]` the leading principal
+    directions of the teacher's stream: two students folded this way share a basis without having met. `block` has nothing on the
+    skip path that would undo its rotations: it is there to be measured.
     """
 
     use: Literal["basis-fold"] = "basis-fold"
     mode: Literal["tied", "canonical", "widen", "block"] = "tied"
-    """Which basis of the stream."""
+    """`"tied"`: the aligner's one rotation R, for models of one width. `"canonical"`: into the teacher's principal frame, for any width up
+    to the teacher's. `"widen"`: into the teacher's own coordinates, the hidden size becomes the teacher's. `"block"`: each layer by its
+    own rotation, between its norms and its writers, **not exact**."""
 
     @property
     def exact(self) -> bool:

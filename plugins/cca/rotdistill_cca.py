@@ -33,15 +33,16 @@ class Cca:
     """Find the rotation that carries the student's canonical directions onto the teacher's, and the rest by Procrustes.
 
     Takes the rows that `procrustes` takes, and gives the same diagnostics; their singular values are the canonical correlations.
+    Takes the place of `procrustes` by one word.
     """
 
     use: Literal["cca"] = "cca"
     tie: PositiveInt | Literal["all"] = "all"
-    """One rotation per stage of this many layer boundaries (1: every boundary its own), or one for the whole stream."""
+    """`"all"`: one rotation for the whole stream. A number n: one per stage of n layer boundaries (1: every boundary its own)."""
     shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share γ of an isotropic covariance of the same trace that is mixed into each side's covariance."""
     correlation: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Pairs are shared above this canonical correlation; default the largest one that shuffled rows reach."""
+    """Pairs are shared above this canonical correlation; without it, above the largest one that shuffled rows reach."""
 
     @hookimpl
     def align(self, bank: Bank, maps: Maps, pair: Pair, progress: Progress) -> Maps:

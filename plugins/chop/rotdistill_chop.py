@@ -20,17 +20,19 @@ class Chop:
 
     Layers go first. Given a number, `choose = "angle"` cuts the run whose input and output differ least in angle on the samples
     (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887); `"kl"` cuts what costs least KL to
-    the uncut student, its own logits. Then the stream is cut in its principal basis and its readers are refitted, and heads and neurons
-    are cut by what their removal costs once their writer is refitted.
+    the uncut student, its own logits. Then the stream is cut in its principal basis (as Ashkboos et al., arXiv:2401.15024, do) and its
+    readers are refitted, and heads and neurons are cut by what their removal costs once their writer is refitted, in the same pass.
+
     `keep` is the share that stays of all parameters but those of embedding and head; a head that a narrower stream unties has to be
     paid for. How it is shared between depth and width is decided by the KL of a few splits behind a small refit; they are in the notes.
     """
 
     use: Literal["chop"] = "chop"
     layers: PositiveInt | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    """How many layers stay, or which (numbered from 0)."""
+    """How many layers stay, or a list of which (numbered from 0, rising)."""
     choose: Literal["angle", "kl"] = "angle"
-    """How a number of layers is chosen."""
+    """`"angle"`: the run of layers goes whose input and output differ least in angle. `"kl"`: the layers go that cost least KL to the
+    uncut student. The first and the last layer stay."""
     neurons: PositiveInt | None = None
     """How many neurons stay in each MLP."""
     groups: PositiveInt | None = None
@@ -38,7 +40,7 @@ class Chop:
     width: PositiveInt | None = None
     """How wide the residual stream stays; the head is untied."""
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Instead of these: which share of the parameters stays, embedding and head apart."""
+    """Instead of these: which share of the parameters stays, embedding and head apart. Depth and width are shared out by validation KL."""
     texts: PositiveInt = 24
     """On how many fit texts the angles are measured."""
     fitted: PositiveInt = 16384

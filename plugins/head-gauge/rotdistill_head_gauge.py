@@ -32,7 +32,7 @@ STEEP = 1e4
 
 @step
 class HeadGauge:
-    """Solve the gauges inside the student's heads and neurons against the teacher's layer. Exact to fold.
+    """Solve the gauges inside the student's heads and neurons against the teacher's layer, in closed form. Exact to fold.
 
     Wants what `hungarian-permute` found, and a map of the stream where the models have no common basis.
     """
@@ -41,7 +41,7 @@ class HeadGauge:
     gauges: list[Literal["value", "key", "up"]] = field(default_factory=lambda: ["value", "key", "up"])
     """Which: `value` between v and o, `key` between q and k, `up` between up and down."""
     value: Literal["orthogonal", "invertible"] = "orthogonal"
-    """Which matrices value and output may take."""
+    """Which matrices value and output may take inside a head: orthogonal ones, or any invertible one."""
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair, out: Out, progress: Progress) -> Maps:

@@ -31,7 +31,7 @@ class Householder:
     """Reflect the rotation of each stage where that brings the mapped student closer to the teacher, twice at most.
 
     A stage is a run of layer boundaries that share their rotation. Fitted on fit texts; a reflection that does not raise the
-    validation cosine is not taken. After a free Procrustes there is nothing to reflect.
+    validation cosine is not taken. After a free Procrustes there is nothing to reflect, and the step says so.
     """
 
     use: Literal["householder"] = "householder"

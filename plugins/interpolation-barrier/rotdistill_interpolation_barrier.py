@@ -21,11 +21,14 @@ VARIANT = "variant"
 
 @step
 class InterpolationBarrier:
-    """Walk the lines between checkpoints of one shape and report the KL to the teacher along them, whatever their bases."""
+    """Walk the lines between checkpoints of one shape and report the KL to the teacher along them, whatever their bases.
+
+    Row `barrier` says how far the KL rises above its chord, the notes have the lines. Whether they can be averaged shows here.
+    """
 
     use: Literal["interpolation-barrier"] = "interpolation-barrier"
     between: Annotated[tuple[str, ...], Field(min_length=2)]
-    """The ends, each with each: checkpoints as in `soups`, and `variant` for the variant that is judged."""
+    """The ends, each with each: checkpoints or LoRA folders as in `soups`, and `variant` for the variant that is judged."""
     points: Annotated[int, Field(ge=3)] = 11
     """Points on a line, the ends counted."""
     split: Literal["heldout", "validation"] = "heldout"

@@ -22,9 +22,10 @@ HINT = 'lm-eval: the package lm_eval is not installed, and it is optional. Insta
 
 @step
 class LmEval:
-    """Score each saved variant on tasks that are described by files in a folder. Nothing is fetched.
+    """Score each saved variant on tasks that are described by files in a folder, with the LM Evaluation Harness. Nothing is fetched.
 
     One row for each metric of each task, called `task.metric`, and one for each document that it is the mean of.
+    The harness has to be installed for it.
     """
 
     use: Literal["lm-eval"] = "lm-eval"

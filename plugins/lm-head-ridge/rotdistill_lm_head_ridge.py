@@ -48,20 +48,20 @@ class LmHeadRidge:
     blend: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.25, 0.5, 1.0)
     """Candidates for the share of the fitted head in the new one."""
     texts: PositiveInt | None = None
-    """Fit on this many fit texts; default all. A head has few unknowns per row of the vocabulary and needs few."""
+    """Fit on this many fit texts; without it, on all. A head has few unknowns per row of the vocabulary and needs few."""
     objective: Literal["ridge", "kl", "text"] = "ridge"
-    """Stop at the ridge, or go on to the KL. `text` is the control without a teacher: the map alone, to the texts' own next tokens."""
+    """`"ridge"`, or `"kl"`: then a linear map in front of that head is fitted to the KL itself. `"text"` is the control without a teacher:
+    the map alone, to the texts' own next tokens."""
     anchor: Annotated[float, Field(ge=0)] = 30.0
     """Penalty on the mean square of what the map adds to the logits, against mean KL."""
     rows: PositiveInt = 4096
     """Most rows that the map is fitted on, the teacher's own answers first."""
     tokens: PositiveInt = 8192
-    """Most tokens that the map's KL tells apart."""
+    """Most tokens that the map's KL tells apart; the others count as one."""
     steps: PositiveInt = 24
     """Most steps of L-BFGS."""
-
     guard: Annotated[float, Field(ge=1)] | None = None
-    """Choose only among heads whose KL on the guard's validation half is at most this multiple of the student's own head's."""
+    """Choose only among heads whose KL on the guard's validation half is at most this multiple of the student's own (1.02: 2 % worse)."""
 
     exact: ClassVar[bool] = False
 

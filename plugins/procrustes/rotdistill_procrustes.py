@@ -40,13 +40,13 @@ class Procrustes:
 
     use: Literal["procrustes"] = "procrustes"
     tie: PositiveInt | Literal["all"] = "all"
-    """One rotation per stage of this many layer boundaries (1: every boundary its own), or one for the whole stream."""
+    """`"all"`: one rotation for the whole stream. A number n: one per stage of n layer boundaries (1: every boundary its own)."""
     shrink: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the student's width whose principal directions are solved apart from the rest, against noise; 1 for one solve."""
     whiten: Literal["none", "zscore", "full"] = "none"
-    """Solve on rows as they are, z-scored channel by channel (in the teacher's coordinates), or fully whitened."""
+    """`"none"`: rows as they are. `"zscore"`: every channel counts alike, in the teacher's coordinates. `"full"`: every direction does."""
     ridge: Annotated[float, Field(ge=0)] = 0.0
-    """Added to the covariances before whitening, as a multiple of their mean diagonal."""
+    """Added to the covariances before whitening, as a multiple of their mean diagonal. Refused without whitening."""
 
     @hookimpl
     def align(self, bank: Bank, maps: Maps, pair: Pair, progress: Progress) -> Maps:

@@ -18,9 +18,9 @@ class RandomRotation:
 
     use: Literal["random-rotation"] = "random-rotation"
     tie: Literal[1, "all"] = "all"
-    """One rotation for all layers, which can be folded, or one for each."""
+    """`"all"`: one rotation for all layers, which can be folded. 1: one for each."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which."""
+    """Of the rotation."""
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair) -> Maps:

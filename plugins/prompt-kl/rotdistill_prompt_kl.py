@@ -26,17 +26,22 @@ if TYPE_CHECKING:
 
 @step
 class PromptKl:
-    """Train a LoRA on the teacher's logits behind system prompt and place name, and fold it. Dropped if validation KL does not fall."""
+    """Train a LoRA on the teacher's own continuations of system prompt and place names, shortly, and fold it into the weights.
+
+    Needs no capture. Nothing changes when that is no gain in validation KL beyond chance, text by text.
+    """
 
     use: Literal["prompt-kl"] = "prompt-kl"
     train: Literal["lora", "head"] = "lora"
-    """Every linear layer of attention and MLP, or only the head; through a LoRA both."""
+    """`"lora"`: every linear layer of attention and MLP. `"head"`: only the head (untied first), through a LoRA too."""
     rank: PositiveInt = 16
-    """Rank of `B A`; its scale s is 2."""
+    """Rank of the LoRA `B A`; its scale s is 2."""
     ask: Annotated[tuple[Literal["places", "questions"], ...], Field(min_length=1)] = ("places",)
-    """Behind what the teacher goes on: place names by themselves, the questions of the blurbs (`samples.own_answers`), or both."""
+    """Behind what the teacher goes on: `"places"` by themselves, the `"questions"` of the blurbs (which it then answers:
+    `samples.own_answers`), or both."""
     part: tuple[PositiveInt, PositiveInt] = (1, 1)
-    """Learn from the k-th of n parts of the fit texts, k and n: what another step learns from another part can be merged (`soups`)."""
+    """Learn from the k-th of n parts of the fit texts: `[2, 3]` is the second third. What another step learns from another part can be
+    merged (`soups`)."""
     prompts: PositiveInt = 200
     """How many place names, of the fit and validation texts."""
     tokens: Annotated[int, Field(ge=1, le=256)] = 32
@@ -50,11 +55,12 @@ class PromptKl:
     batch: PositiveInt = 4
     """Continuations in one step."""
     patience: PositiveInt = 2
-    """Stop after this many looks at the validation KL (two an epoch) that were no better."""
+    """Stop after this many looks at the validation KL (two an epoch) without gain."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the first A and of the order."""
     guard: Annotated[float, Field(ge=1)] | None = None
-    """Take only so much of the LoRA that the KL on the guard's validation half is at most this multiple of what it was."""
+    """Take only so much of the LoRA (all, 1/2, 1/4, 1/10) that the KL on the guard's validation half is at most this multiple of what it
+    was (1.02: 2 % worse)."""
 
     exact: ClassVar[bool] = False
 

@@ -23,20 +23,22 @@ if TYPE_CHECKING:
 class Residuals:
     """Run teacher and student once over all texts and keep the raw residual stream at every layer boundary.
 
-    The teacher's shards are shared by every run under the same folder, whatever happens to the student.
+    The teacher's shards are shared by every run under the same folder, whatever happens to the student. Put a `chop` before it,
+    everything else behind it.
     """
 
     use: Literal["residuals"] = "residuals"
     store: Literal["float32", "bfloat16", "compute"] = "compute"
     """Dtype of the shards. `compute` keeps what was computed, so that a killed capture goes on at the layer where it was."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
-    """Capture the student on this many fit and validation texts only (alignment needs few); default all of them."""
+    """Capture the student on this many fit and validation texts only (alignment needs few); without it, on all of them."""
     layer_map: Literal["stretch", "match"] = "stretch"
-    """Which teacher boundary is beside which of the student's: the one at its relative depth, or the monotone map of largest R²."""
-
+    """Which teacher boundary each of the student's is beside. `"stretch"`: the one at its relative depth. `"match"`: the monotone map under
+    which the student's rows explain most of the teacher's (table of R² in `layer_map.json`)."""
     control: Literal["none", "shuffled", "reversed", "self"] = "none"
-    """For fit and validation texts take other teacher rows: the right ones in another order, those of the layers in reverse, or the
-    student's own. What is fitted to these and still helps on held-out texts owes it to something else."""
+    """For fit and validation texts other teacher rows: `"shuffled"`, the right ones in another order; `"reversed"`, those of the layers in
+    reverse; `"self"`, the student's own. What is fitted to these and still helps on held-out texts owes it to something else (see
+    `recipes/controls.toml`)."""
 
     @hookimpl
     def capture(self, pair: Pair, weights: Weights, samples: Samples, out: Out, progress: Progress) -> Bank:

@@ -30,37 +30,42 @@ Shares = tuple[float, ...]
 
 @step
 class Soups:
-    """Merge what the recipe names into the student, whose tokens and basis the result keeps. Dropped if validation KL does not fall."""
+    """Merge checkpoints and LoRA adapters into the student, out of core; the result keeps the student's tokens and basis.
+
+    The student is kept as it is where the soup's validation KL is no better beyond chance.
+    """
 
     use: Literal["soups"] = "soups"
     ingredients: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Checkpoints and LoRA folders: model references, `run:NAME/VARIANT` for a variant of an earlier run, `student` for the student."""
+    """Checkpoints and LoRA folders: folders, hub ids, other model references, `run:NAME/VARIANT` for a variant of an earlier run,
+    `student` for the student as the steps before left it."""
     method: Literal["uniform", "greedy", "fisher", "task-arithmetic", "ties", "slerp", "lora"] = "uniform"
-    """How they are merged."""
+    """How they are merged; the plugin's README has the formulas."""
     weights: Shares = ()
     """One per ingredient; without them all alike, of sum 1. Shares of a mean are divided by their sum, others are taken as they are."""
     tensors: dict[str, Shares] = field(default_factory=dict)
-    """Other weights for the parameters whose names match a pattern, such as `*.mlp.*`; the last pattern that matches counts."""
+    """Other weights for parameters whose names match a pattern: `{"*.mlp.*" = [1, 0]}`. The last pattern that matches counts."""
     layers: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
-    """First and last layer that are merged, everything else stays the student's; without it all parameters are merged."""
+    """First and last layer that are merged; everything else, embedding and head too, stays the student's. Without it all are merged."""
     strength: float = 1.0
-    """Factor of the differences from the student, for task-arithmetic, ties and lora."""
+    """λ, the factor of the differences from the student, for `task-arithmetic`, `ties` and `lora`."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of each difference that ties keeps, the largest entries."""
+    """Share of each difference that `ties` keeps, its largest entries, parameter by parameter."""
     rank: PositiveInt | None = None
     """Bring the sum of LoRAs to this rank by SVD; the notes say what is lost. Without it the sum is exact."""
     through: tuple[str, ...] | None = None
-    """Ids of the exact folds that the student has been through since the LoRAs were trained."""
+    """Ids of the exact folds that the student has been through since the LoRAs were trained; `[]` if none."""
     same_basis: Literal["require", "align", "ignore"] = "require"
-    """Refuse ingredients in another basis than the student's, bring them to it first from weights alone, or merge them all the same."""
+    """`"require"`: ingredients in another basis than the student's are refused. `"align"`: they are brought to it first, from weights
+    alone. `"ignore"`: they are merged all the same."""
     texts: PositiveInt = 32
-    """Fisher: how many fit texts."""
+    """`fisher`: how many fit texts."""
     labels: Literal["sampled", "texts"] = "sampled"
-    """Fisher: of labels drawn from the model's predictions, or of the texts' own tokens (the empirical Fisher, a shortcut)."""
+    """`fisher`: labels drawn from the model's predictions; `"texts"` takes the texts' own tokens (the empirical Fisher, a shortcut)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the sampled labels."""
     only_better: bool = True
-    """Keep the student where the soup's validation KL is no better beyond chance."""
+    """Keep the student where the soup's validation KL is no better beyond chance. `false` needs no teacher."""
 
     exact: ClassVar[bool] = False
 

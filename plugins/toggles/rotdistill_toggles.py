@@ -25,7 +25,8 @@ class Toggles:
     Hidden states are compared in the teacher's frame: the student's change of basis is taken back first, and between models
     of different bases the best rotation per layer (from the fit texts and the unedited student) stands between them.
     `guard_kl` and `guard_perplexity` are those of every token of the guard's reported half: what the domain's gain costs elsewhere.
-    `kl`, `top1` and `guard_kl` also by text, which is what their spread can be told from.
+    `kl`, `top1` and `guard_kl` also by text, which is what their spread can be told from: the report makes 95 % intervals
+    of every row of `results.jsonl` with a `text`, whose weight in the mean is its `n`.
     """
 
     use: Literal["toggles"] = "toggles"

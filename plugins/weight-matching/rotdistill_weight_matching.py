@@ -41,7 +41,7 @@ class WeightMatching:
     rounds: PositiveInt = 10
     """Most turns of rotation, assignment and gauges; it stops when nothing changes."""
     value: Literal["orthogonal", "invertible"] = "orthogonal"
-    """Which matrices value and output may take inside a head."""
+    """Which matrices value and output may take inside a head: orthogonal ones, or any invertible one."""
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair, out: Out, progress: Progress) -> Maps:

@@ -36,31 +36,35 @@ class Open(NamedTuple):
 
 @step
 class WriterRefit:
-    """Refit writers in closed form against the teacher's stream. The whole step is dropped if validation KL does not fall."""
+    """Refit writers in closed form against the teacher's stream, layer by layer.
+
+    The step is dropped when validation KL does not fall beyond chance. Models of different bases need an aligner before it.
+    """
 
     use: Literal["writer-refit"] = "writer-refit"
     features: Literal["activations", "output"] = "activations"
-    """Regress on activations (f x d unknowns per writer) or on the MLP's output (d x d, the published form)."""
+    """Regress on MLP `"activations"` (f x d unknowns per layer) or on the MLP's `"output"` (d x d, the published form)."""
     writers: Annotated[tuple[Literal["heads", "neurons"], ...], Field(min_length=1)] = ("neurons",)
     """Which writers of a layer, in this order: `heads` is o_proj, `neurons` is down_proj (the one for `output` features)."""
     rows: Literal["rms", "plain", "distinct"] = "rms"
-    """Weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks; or count every token of every text
-    alike (`plain`: the shared prompt as often as it is there; `distinct`: once)."""
+    """`"rms"`: weight rows by 1/RMS² of their target, those of the shared prompt up, and shorten sinks. `"plain"`: count every token of
+    every text alike, the shared prompt as often as it is there. `"distinct"`: the same, the shared prompt once."""
     prompt: Annotated[float, Field(ge=0)] = 30.0
-    """Weight of a row of the shared prompt, which stands there once and is attended to by every text."""
+    """Weight of a row of the shared prompt, which is stored once and attended to by every text. Only with `rows = "rms"`."""
     sinks: Annotated[float, Field(ge=0)] = 1000.0
-    """Weight of an attention sink (position 0 and massive activations)."""
+    """Weight of an attention sink (position 0 and massive activations). Only with `rows = "rms"`."""
     answers: Annotated[float, Field(ge=0)] = 4.0
-    """Weight of a row that predicts an answer which the teacher wrote itself: what the student is to say, in the teacher's words."""
+    """Weight of a row that predicts an answer which the teacher wrote itself (`samples.own_answers`): what the student is to say, in the
+    teacher's words. Only with `rows = "rms"`."""
     ridge: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.03, 0.3, 3.0)
-    """Candidates for λ, as multiples of the mean diagonal of the normal equations."""
+    """Candidates for λ, as multiples of the mean diagonal of the normal equations, `AᵀA`."""
     layers: Literal["all", "cut"] = "all"
-    """Every layer whose stream differs from the teacher's, or only the layer in front of each cut."""
+    """`"all"`: every layer whose stream differs from the teacher's. `"cut"`: only the layer in front of each cut."""
     strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How far targets lie from the student's own state (0) towards the teacher's (1); models of different bases want less."""
-
     guard: Annotated[float, Field(ge=1)] | None = None
-    """Take only so much of the refit that the KL on the guard's validation half is at most this multiple of what it was."""
+    """Take only so much of the refit (all, 1/2, 1/4, 1/10) that the KL on the guard's validation half is at most this multiple of what it
+    was (1.02: 2 % worse)."""
 
     exact: ClassVar[bool] = False
 
