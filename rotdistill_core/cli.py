@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 from rotdistill_core import plugins, recipe
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError, RotdistillError, SetupError, nearest
 from rotdistill_core.hookspecs import hookimpl
-from rotdistill_core.step import stage_of
+from rotdistill_core.step import options_of, stage_of
 
 if TYPE_CHECKING:
     from rotdistill_core.pipeline import Outcome
@@ -56,8 +57,15 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=Fals
                   epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
 RUNS = Path("runs")
 
+
+def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the options of the recipe's steps that begin so. An option without its value ends the parsing: the recipe is in `args`."""
+    keys = [f"{placed.id}.{name}=" for placed in recipe.load(Path(ctx.args[0])).steps for name in options_of(placed.step)]
+    return [key for key in keys if key.startswith(incomplete) and not key.endswith(".use=")]
+
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/tour_guide.toml.", show_default=False)]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: step-id.field=value or table.key=value.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step-id.field=value or table.key=value.", autocompletion=_keys)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -109,10 +117,7 @@ class Screen:
 
 
 def _here(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    return str(path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path)
 
 
 @app.command()
@@ -134,8 +139,7 @@ def run(
     loaded = recipe.load(path, sets or [])
     if not unplanned and "plan" in plugins.installed(plugins.COMMANDS):
         plugins.command("plan")(path, sets, fresh, short=True)  # stops here where the machine does not suffice
-    console = words()
-    screen = Screen(console)
+    screen = Screen(words())
     try:
         from rotdistill_core import pipeline  # torch and transformers load here, after the recipe is known to be good
 
@@ -177,17 +181,14 @@ def list_plugins(as_json: Json = False) -> None:
     """
     rows: list[dict[str, Any]] = []
     for kind, origin, what in plugins.everything():
-        broken = kind == "step" and isinstance(what, str)
         about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
-        stage = stage_of(what) if isinstance(what, type) else ("broken" if broken else kind)
+        stage = stage_of(what) if isinstance(what, type) else ("broken" if kind == "step" else kind)
         rows.append({"name": origin.name, "stage": stage, "distribution": origin.distribution, "version": origin.version, "about": about})
     if as_json:
         print(json.dumps(rows))
         return
     for row in rows:
-        Console(highlight=False, soft_wrap=True).print(
-            f"{row['name']:<18} {row['stage']:<9} {row['distribution']} {row['version']}  {escape(row['about'])}"
-        )
+        print("{name:<18} {stage:<9} {distribution} {version}  {about}".format_map(row))
 
 
 @app.command()
@@ -234,6 +235,8 @@ def main() -> None:
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
+        if "_ROTDISTILL_COMPLETE" in os.environ:  # a line that is not finished: nothing to complete, and nothing to say
+            sys.exit(1)
         if len(given) < len(sys.argv) - 1:
             traceback.print_exc()
         sys.exit(_tell(error, again))

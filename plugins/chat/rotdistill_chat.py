@@ -25,9 +25,19 @@ if TYPE_CHECKING:
     from rotdistill_speaker import Speaker
 
 
+def _begun(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the variants of the run that begin so; it is in `args`, because an option without its value ends the parsing."""
+    return [name for name in _saved(find_run(ctx.args[0], RUNS)) if name.startswith(incomplete)]
+
+
+Variants = Annotated[
+    list[str] | None, typer.Option("--variant", help="A variant; give it several times.", show_default=False, autocompletion=_begun)
+]
+
+
 def chat(
     run: Name,
-    variants: Annotated[list[str] | None, typer.Option("--variant", help="A variant; give it several times.", show_default=False)] = None,
+    variants: Variants = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this and end; may be given again.", show_default=False)] = None,
     teacher: Annotated[bool, typer.Option("--teacher", help="The teacher answers too.")] = False,
     system: Annotated[Path | None, typer.Option("--system", help="A file with another system prompt.", show_default=False)] = None,
@@ -60,15 +70,20 @@ def chat(
         print(json.dumps(answers, ensure_ascii=False))
 
 
+def _saved(run: RunFolder) -> list[str]:
+    """Return the variants that have a checkpoint, those of the recipe first and in its order."""
+    there = [path.name for path in (run.path / "checkpoints").glob("*") if (path / "config.json").is_file()]
+    named = [name for name in run.recipe.get("variants", {}) if name in there]
+    return named + sorted({*there} - {*named})
+
+
 def _variants(run: RunFolder, asked: list[str]) -> list[str]:
     """Return the variants to ask: those named, else `base` and `full` or the first and the last that are saved.
 
     Raises:
         RecipeError: one is not saved, or none is.
     """
-    there = [path.name for path in (run.path / "checkpoints").glob("*") if (path / "config.json").is_file()]
-    saved = [name for name in run.recipe.get("variants", {}) if name in there]
-    saved += sorted({*there} - {*saved})
+    saved = _saved(run)
     if not saved:
         raise RecipeError(f"{run.path}: has no checkpoint yet; carry out its recipe first.")
     for name in asked:

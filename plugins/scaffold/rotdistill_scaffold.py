@@ -35,7 +35,9 @@ class Kind(StrEnum):
 def new(
     kind: Annotated[Kind, typer.Argument(help="What to begin.", show_default=False)],
     name: Annotated[str, typer.Argument(help="Its name: in recipes, or an adapter's model type.", show_default=False)],
-    stage: Annotated[str, typer.Option("--stage", help=f"A step's stage: {', '.join(STAGES)}.")] = "align",
+    stage: Annotated[
+        str, typer.Option("--stage", help=f"A step's stage: {', '.join(STAGES)}.", autocompletion=lambda: list(STAGES))
+    ] = "align",
     into: Annotated[Path, typer.Option("--in", help="The folder to write into.")] = Path(),
     as_json: Json = False,
 ) -> None:
