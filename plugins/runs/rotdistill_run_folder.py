@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.errors import RecipeError, nearest
-from rotdistill_core.ledger import Ledger, write_file
+from rotdistill_core.ledger import Ledger
 
 if TYPE_CHECKING:
     from rotdistill_core.api import Row
-
-SMALL = ("checkpoints/",)
-"""What `rm --keep-checkpoints` leaves beside the documents at the top of a run's folder."""
 
 Record = Mapping[str, Any]
 
@@ -51,6 +49,11 @@ class RunFolder:
     def bytes(self) -> int:
         """Size of everything in the folder."""
         return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+    @property
+    def changed(self) -> str:
+        """When something was last committed, in local time."""
+        return datetime.fromtimestamp(self.ledger.path.stat().st_mtime).astimezone().isoformat(" ", "minutes")[:16]
 
     def rows(self) -> list[Row]:
         """Return what the variants scored in the newest finished run; empty before."""
@@ -102,7 +105,8 @@ def find_run(name: str, root: Path) -> RunFolder:
         return known[name]
     begin = [each for each in known if each.startswith(name)]
     if len(begin) > 1:
-        raise RecipeError(f'"{name}" is the beginning of {len(begin)} runs: {", ".join(sorted(begin))}. Say which.')
+        listed = ", ".join(f"{each} (of {known[each].changed})" for each in begin)
+        raise RecipeError(f'"{name}" is the beginning of {len(begin)} runs, the newest first: {listed}. Write one of these names.')
     if not begin:
         listed = nearest(name, known) or f" `rotdistill runs` lists those in {root}/."
         raise RecipeError(f'there is no run "{name}".{listed}')
@@ -127,38 +131,3 @@ def needed_by(run: RunFolder, others: Iterable[RunFolder]) -> dict[str, list[str
             for path in {p for r in other.ledger.records if r["kind"] == "step" for p in mentioned(r, run.path.name)}:
                 found.setdefault(path, []).append(other.path.name)
     return found
-
-
-def remove(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> int:
-    """Delete a run except the files `keep` (relative to the folder of runs); return how many bytes that freed.
-
-    The ledger goes last, and keeps the lines of what is left: a removal that was cut short can be called again.
-    """
-    freed, root = 0, run.path.parent
-    for path in sorted(run.path.rglob("*"), reverse=True):  # what is inside a folder comes before it
-        inside = path.relative_to(run.path).as_posix()
-        stays = keep_checkpoints and ("/" not in inside or inside.startswith(SMALL))
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif not stays and path.relative_to(root).as_posix() not in keep and inside != "ledger.jsonl":
-            freed += path.lstat().st_size
-            path.unlink()
-    left = [line for line in run.ledger.path.read_bytes().splitlines() if _holds(line, run, keep_checkpoints)]
-    if left:
-        write_file(run.ledger.path, [line + b"\n" for line in left])
-    else:
-        freed += run.ledger.path.stat().st_size
-        run.ledger.path.unlink()
-        run.path.rmdir()
-    return freed
-
-
-def _holds(line: bytes, run: RunFolder, steps: bool) -> bool:
-    """Return whether a line of the ledger still says something true: its files are there. Steps count only where they are kept."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    files = [record["path"]] if record["kind"] == "file" else list(mentioned(record, run.path.name))
-    return (steps or record["kind"] == "file") and all((run.path.parent / file).is_file() for file in files)

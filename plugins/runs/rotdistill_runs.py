@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rotdistill_run_folder import Record, RunFolder, all_runs, find_run, needed_by, remove
+from rotdistill_removal import doomed, human, remove, shares
+from rotdistill_run_folder import Record, RunFolder, all_runs, find_run, needed_by
 
 from rotdistill_core import hookimpl
 from rotdistill_core.cli import RUNS, Json, words
@@ -33,15 +33,6 @@ def results() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
-def human(size: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def runs(as_json: Json = False) -> None:
     """List the runs in runs/: state, variants, the lowest KL, size, and how much of it other runs stand on.
 
@@ -57,7 +48,7 @@ def runs(as_json: Json = False) -> None:
         shared = sum((RUNS / path).stat().st_size for path in needed_by(run, found) if (RUNS / path).is_file())
         rows.append({
             "run": run.path.name, "state": run.state, "variants": list(run.recipe.get("variants", {})), "best": _best(run),
-            "bytes": run.bytes, "shared_bytes": shared, "changed": _when(run),
+            "bytes": run.bytes, "shared_bytes": shared, "changed": run.changed,
         })  # fmt: skip
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
@@ -80,10 +71,6 @@ def _best(run: RunFolder) -> tuple[str, float] | None:
     return (min(scored)[1], min(scored)[0]) if scored else None
 
 
-def _when(run: RunFolder) -> str:
-    return datetime.fromtimestamp(run.ledger.path.stat().st_mtime).astimezone().isoformat(" ", "minutes")[:16]
-
-
 def show(run: Name, as_json: Json = False) -> None:
     """Show one run: models, steps with keys, times and sizes, where each result lies, and what the variants scored.
 
@@ -104,7 +91,7 @@ def show(run: Name, as_json: Json = False) -> None:
         print(json.dumps({**about, "recipe": recipe, "steps": steps, "figures": figures(rows)}, ensure_ascii=False))
         return
     console = results()
-    console.print(f"{escape(str(found.path))}: {found.state}, {human(found.bytes)}, {_when(found)}")
+    console.print(f"{escape(str(found.path))}: {found.state}, {human(found.bytes)}, {found.changed}")
     for role in ("teacher", "student", "anchor"):
         if model := recipe.get(role):
             console.print(f"{role:<8} {escape(model['model'])}")
@@ -164,9 +151,10 @@ def diff(one: Name, two: Name, as_json: Json = False) -> None:
 def rm(
     names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, as for `show`.", autocompletion=_names)],
     keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Keep checkpoints, scores and report.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, which it does on a terminal only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove runs. Files that results of other runs consist of stay, and are found again from there.
+    """Remove runs, for good. Files that results of other runs consist of stay, and are found again from there.
 
     Examples:
 
@@ -175,10 +163,18 @@ def rm(
       rotdistill rm tour-guide
     """
     there = {(run := find_run(name, RUNS)).path.resolve(): run for name in names}
+    others = {run: [each for each in all_runs(run.path.parent) if each.path.resolve() not in there] for run in there.values()}
+    needs = {run: needed_by(run, rest) for run, rest in others.items()}
+    if sys.stdin.isatty() and not yes:
+        for run, needed in needs.items():
+            what = shares(run, doomed(run, set(needed), keep_checkpoints))
+            words().print(f"{escape(run.path.name)}: {run.state}, of {run.changed}, frees {what}", soft_wrap=True)
+        words().print("Remove for good? y/N ", end="")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            needs = {}
+            words().print("nothing is removed.")
     told = []
-    for run in there.values():
-        others = [each for each in all_runs(run.path.parent) if each.path.resolve() not in there]
-        needed = needed_by(run, others)
+    for run, needed in needs.items():
         freed = remove(run, set(needed), keep_checkpoints)
         kept = sorted(path for path in needed if (run.path.parent / path).is_file())
         told.append({"run": run.path.name, "freed_bytes": freed, "kept": kept})

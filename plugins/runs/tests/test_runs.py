@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rotdistill_removal import doomed, human
 from rotdistill_run_diff import compare
 from rotdistill_run_folder import RunFolder, all_runs, find_run, needed_by
 
@@ -49,6 +53,13 @@ use = "toggles"
 base = []
 full = ["basis", "heads", "fold"]
 """
+
+
+class Terminal(io.StringIO):
+    """A keyboard."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,9 @@ def test_show_tells_steps_and_where_they_lie(root: Path) -> None:
 def test_a_run_goes_by_the_beginning_of_its_name(root: Path) -> None:
     assert find_run("tw", Path("runs")).path.name.startswith("two-")
     shutil.copytree(find_run("two", Path("runs")).path, Path("runs/two-more"))
-    with pytest.raises(RecipeError, match="beginning of 2 runs"):
+    named = RunFolder(Path("runs/two-more"))
+    os.utime(named.ledger.path, (2e9, 2e9))
+    with pytest.raises(RecipeError, match=rf"beginning of 2 runs, the newest first: two-more \(of {named.changed}\), two-[0-9a-f]{{8}} \("):
         find_run("tw", Path("runs"))
     code, out, err = command_line("show", "thre")
     assert (code, out) == (2, "")
@@ -213,6 +226,26 @@ def test_a_removed_run_is_made_again_from_what_is_left(root: Path) -> None:
 
 def test_both_at_once_keep_nothing(root: Path) -> None:
     assert [each["kept"] for each in document("rm", "one", "two")] == [[], []]
+    assert list(Path("runs").iterdir()) == []
+
+
+def test_on_a_terminal_it_asks_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (find_run(name, Path("runs")) for name in ("one", "two"))
+    for answer in ("\n", "", "no\n"):
+        monkeypatch.setattr(sys, "stdin", Terminal(answer))
+        before = two.bytes
+        code, out, err = command_line("rm", "two", "--json")
+        assert (code, json.loads(out), two.bytes) == (0, [], before)
+        assert f"{two.path.name}: done, of {two.changed}, frees " in err
+        assert "checkpoints" in err
+        assert err.endswith("y/N nothing is removed.\n")
+    foreseen = sum(path.lstat().st_size for path in doomed(one, set(needed_by(one, [two])), False))
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    code, out, err = command_line("rm", "one", "--json")
+    assert (code, json.loads(out)[0]["freed_bytes"]) == (0, foreseen)
+    assert f"frees {human(foreseen)} (" in err
+    monkeypatch.setattr(sys, "stdin", Terminal(""))
+    assert command_line("rm", "one", "two", "--yes")[0] == 0
     assert list(Path("runs").iterdir()) == []
 
 
