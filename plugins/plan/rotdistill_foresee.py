@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -146,6 +146,7 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         had = past.start != UNKNOWN
         why = "the same models and texts were run before" if had else "not made before from these models and texts"
         yield line("answers of the teacher", "", teacher_answers(start), had, why, {})
+    captures = dict.fromkeys(fate.placed.id for fate in found if fate.placed.stage == "capture")
     ends: dict[str, Pairing] = {}
     for fate in found:
         at = reduce(lambda pair, placed: after(placed, pair), fate.behind, start)
@@ -154,7 +155,7 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
             "stage": placed.stage,
             "plugin": f"{origin.distribution} {origin.version}",
             "variants": fate.variants,
-            "needs": _takes(fate),
+            "needs": _takes(fate, captures),
         }
         seconds = float(fate.last["seconds"]) if fate.last and fate.last["options"] == options_of(placed.step) else None
         ends |= dict.fromkeys(fate.variants, at if placed.stage == "evaluate" else after(placed, at))
@@ -165,8 +166,8 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         yield line("checkpoints", "", checkpoint(at, WIDTH[dtype]), there, why, {"variants": [variant]})
 
 
-def _takes(fate: Fate) -> list[str]:
-    """Return what a step stands on, by the arguments of its hook.
+def _takes(fate: Fate, captures: Iterable[str]) -> list[str]:
+    """Return what a step stands on, by the arguments of its hook; `captures` are the recipe's capture steps.
 
     Raises:
         RecipeError: it wants captured states, and nothing before it captures any.
@@ -174,7 +175,11 @@ def _takes(fate: Fate) -> list[str]:
     placed = fate.placed
     names = inspect.signature(getattr(placed.step, placed.stage)).parameters
     if "bank" in names and not any(before.stage == "capture" for before in fate.behind):
-        raise RecipeError(f'step "{placed.id}": needs captured states; put a capture step (use = "residuals") before it.')
+        there, here = (" and ".join(f'"{name}"' for name in names) for names in (captures, fate.variants))
+        todo = 'put a capture step (use = "residuals") before it'
+        if there:
+            todo = f"nothing before it in {here} captures any. There is {there}: let it come before, and name it in {here} or in no variant"
+        raise RecipeError(f'step "{placed.id}": needs captured states; {todo}.')
     return [what for name, what in (("bank", "captured states"), ("maps", "maps")) if name in names]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from rotdistill_core import hookimpl
@@ -26,7 +27,11 @@ def locate(reference: str, say: Callable[[str], None]) -> Path:
         say(f"{reference} is {path}")
         return path
     if there:
-        raise SetupError(f"{reference}: {len(there)} runs have it; write which: {', '.join(f'run:{f.name}/{inside}' for f in there)}.")
+        newest = sorted(there, key=lambda folder: there[folder].stat().st_mtime, reverse=True)
+        dated = [(f"run:{f.name}/{inside}", datetime.fromtimestamp(there[f].stat().st_mtime).astimezone()) for f in newest]
+        listed = ", ".join(f"{one} (of {when:%Y-%m-%d %H:%M})" for one, when in dated)
+        differ = f"`rotdistill diff {newest[1].name} {newest[0].name}` shows how they differ"
+        raise SetupError(f"{reference}: {len(there)} runs have it, the newest first: {listed}. Write one of these in its place; {differ}.")
     variants = ", ".join(sorted({variant for each in saved.values() for variant in each}))
     why = f"that run has no {inside or 'variant'}; its variants: {variants}" if folders else f"{RUNS.resolve()} holds no run of that name"
     raise SetupError(f"{reference}: {why}. Run its recipe first; a reference is written run:NAME/VARIANT.")

@@ -226,4 +226,12 @@ def test_a_step_without_its_capture_is_refused_before_anything_runs(work: Path) 
     Path("recipe.toml").write_text(RECIPE.replace('[[step]]\nuse = "residuals"\n', ""))
     code, out, err = command_line("plan", "recipe.toml")
     assert (code, out) == (2, "")
-    assert 'step "toggles": needs captured states' in err
+    assert 'step "toggles": needs captured states; put a capture step (use' in err
+
+
+def test_a_variant_without_the_capture_that_another_has_is_named(work: Path) -> None:
+    Path("recipe.toml").write_text(RECIPE.replace('full = ["basis"', 'full = ["residuals", "basis"'))
+    code, out, err = command_line("plan", "recipe.toml")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert 'step "toggles": needs captured states; nothing before it in "base" captures any. There is "residuals": let it' in err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -326,8 +328,17 @@ def test_variants_of_runs_are_found_by_name(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(SetupError, match="its variants: full"):
             locate(wrong, quiet)
     (tmp_path / "runs/tour-4567abcd/weights/style/adapter").mkdir(parents=True)
-    with pytest.raises(SetupError, match="2 runs have it; write which: run:tour-0123abcd/weights/style/adapter, run:tour-4567abcd/weights"):
+    for run, seconds in (("tour-0123abcd", 2e9), ("tour-4567abcd", 1e9)):
+        os.utime(tmp_path / f"runs/{run}/weights/style/adapter", (seconds, seconds))
+    with pytest.raises(SetupError) as caught:
         locate("run:tour/weights/style/adapter", quiet)
+    assert re.fullmatch(
+        r"run:tour/weights/style/adapter: 2 runs have it, the newest first: "
+        r"run:tour-0123abcd/weights/style/adapter \(of 2033-05-1\d \d\d:\d\d\), "
+        r"run:tour-4567abcd/weights/style/adapter \(of 2001-09-0\d \d\d:\d\d\)\. Write one of these in its place; "
+        r"`rotdistill diff tour-4567abcd tour-0123abcd` shows how they differ\.",
+        str(caught.value),
+    )
 
 
 def test_a_saved_soup_reads_the_same(tmp_path: Path, student: Model) -> None:
