@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rotdistill_judge import Scores, by_text, judged
+from rotdistill_judge import Scores, by_text, judged, teacher_states
 from rotdistill_predictions import compare
 from torch import Tensor
 
 from rotdistill_core.walk import Walk, log_probabilities
-from rotdistill_core.weights import file_entries
 
 if TYPE_CHECKING:
     from rotdistill_core.api import Layout, Out, Pair, Progress, Samples, Weights
@@ -21,17 +20,8 @@ class Lesson:
 
     def __init__(self, pair: Pair, layout: Layout, tokens: int, out: Out, progress: Progress, narrow: bool = False) -> None:
         self.pair, self.layout, self.tokens, self.narrow = pair, layout, tokens, narrow
-        teacher = pair.teacher
-        kept = out.keyed("final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type)
-        path = kept.find("shards/final.safetensors")
-        if path is None:
-            walk = Walk(teacher.weights, layout, teacher.device, teacher.dtype)
-            for i in walk:
-                walk.run()
-                progress(i + 1, teacher.depth, f"teacher on {layout.rows} rows")
-            path = kept.tensors("shards/final.safetensors", {"rows": walk.states.cpu()})
-        self.states = file_entries(path)["rows"].read().clone()
-        self.head = teacher.weights.head()[:tokens].to(self.states.dtype)
+        self.states = teacher_states(pair.teacher, layout, out, progress).clone()
+        self.head = pair.teacher.weights.head()[:tokens].to(self.states.dtype)
 
     def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
         """Return the KL of every continuation token of some texts [n], in float32 at least."""

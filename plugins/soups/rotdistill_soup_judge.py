@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from rotdistill_judge import Scores, by_text, judged
+from rotdistill_judge import Scores, by_text, judged, teacher_states
 from rotdistill_predictions import compare, shared_tokens
 
 from rotdistill_core.api import Out, Pair, Progress, Samples, Walk, Weights
 from rotdistill_core.samples import Layout
-from rotdistill_core.weights import file_entries
 
 JUDGED_ROWS = 2048
 
 
 class Judge:
-    """Scores by KL from the teacher, text by text. The teacher's final states are kept for every run under the same folder."""
+    """Scores by KL from the teacher, text by text."""
 
     def __init__(self, pair: Pair, samples: Samples, split: str, out: Out, progress: Progress) -> None:
-        self.pair, self.tokens, teacher = pair, shared_tokens(pair), pair.teacher
+        self.pair, self.tokens = pair, shared_tokens(pair)
         own = {question.id for question in samples.questions if question.answer is None}
         whole = samples.layout.select(split)
         texts = tuple(text for text in whole.texts if text.id in own) or whole.texts  # those that `judged` would look at
         self.layout = layout = Layout(texts, whole.prefix)
         self.rows, self.targets, self.text = judged(layout, samples, split, JUDGED_ROWS)
-        kept = out.keyed("final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type)
-        path = kept.find("shards/final.safetensors")
-        if path is None:
-            walk = Walk(teacher.weights, layout, teacher.device, teacher.dtype)
-            for i in walk:
-                walk.run()
-                progress(i + 1, teacher.depth, f"teacher on {len(layout.texts)} {split} texts")
-            path = kept.tensors("shards/final.safetensors", {"rows": walk.states.cpu()})
-        self.states = file_entries(path)["rows"].read()[self.rows]
+        self.states = teacher_states(pair.teacher, layout, out, progress)[self.rows]
 
     def __call__(self, view: Weights) -> Scores:
         """Return the KL of a view."""

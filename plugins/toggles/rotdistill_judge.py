@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotdistill_core.samples import Layout, Samples
-from rotdistill_core.weights import Entry, Weights
+from rotdistill_core.walk import Walk
+from rotdistill_core.weights import Entry, Weights, file_entries
+
+if TYPE_CHECKING:
+    from rotdistill_core.api import Model, Out, Progress
 
 STRENGTHS = (1.0, 0.5, 0.25, 0.1)
 """Shares of an edit that a guard may choose from."""
 FEWEST = 4
 """Texts below which a spread over texts says nothing."""
+
+
+def teacher_states(teacher: Model, layout: Layout, out: Out, progress: Progress) -> Tensor:
+    """Return the teacher's final states [rows, d_t] on a layout. They are walked once and kept for every run under the same folder."""
+    kept = out.keyed("final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type)
+    path = kept.find("shards/final.safetensors")
+    if path is None:
+        walk = Walk(teacher.weights, layout, teacher.device, teacher.dtype)
+        for i in walk:
+            walk.run()
+            progress(i + 1, teacher.depth, f"teacher on {len(layout.texts)} texts, {layout.rows} rows")
+        path = kept.tensors("shards/final.safetensors", {"rows": walk.states.cpu()})
+    return file_entries(path)["rows"].read()
 
 
 class Judged(NamedTuple):
