@@ -9,11 +9,10 @@ teacher's at the length of the student's. Layers and a are chosen on validation 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
+from head_curve import asked
 from rotdistill_matching import assign, layer_rows, partners, unit, weight_scores
 from rotdistill_procrustes import Procrustes
 from rotdistill_refit_goals import kl_on
@@ -23,16 +22,7 @@ from torch import Tensor
 from rotdistill_core.ledger import Out
 from rotdistill_core.maps import Maps, Rotation
 from rotdistill_core.pipeline import Run
-from rotdistill_core.recipe import load
 from rotdistill_core.weights import Weights
-
-
-class Said:
-    """Watches a run and prints what it is told."""
-
-    def say(self, line: str) -> None:
-        """Print a line."""
-        print(line)
 
 
 def beside(weights: Weights, run: Run, maps: Maps, layer: int) -> dict[str, Tensor]:
@@ -70,13 +60,7 @@ def blended(weights: Weights, mine: dict[int, dict[str, Tensor]], layers: Sequen
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="sets")
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--share", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.3])
-    asked = parser.parse_args()
-    run, quiet = Run(load(asked.recipe, asked.sets), asked.runs, Said(), lambda *_: None), lambda *_: None
+    (run, shares), quiet = asked(__doc__, "--share", [0.02, 0.05, 0.1, 0.3]), lambda *_: None
     samples, pair, start = run.samples(), run.pair, run.pair.student.weights
     out = Out(run.store, run.ledger, "blend", "residuals")
     bank = Residuals(student_texts=48).capture(pair, start, samples, out, quiet)
@@ -87,7 +71,7 @@ def main() -> None:
     print(f"base: validation {next(iter(tried)):.4f}\n| layers | share | validation |\n|---|---|---|", flush=True)
     for first, last in ((depth - 1, depth), (depth - 4, depth), (depth // 2, depth), (0, depth)):
         mine |= {layer: beside(start, run, maps, layer) for layer in range(first, last) if layer not in mine}
-        for share in asked.share:
+        for share in shares:
             view = blended(start, mine, range(first, last), share)
             kl = kl_on("validation", view, None, bank, pair, samples).mean
             tried[kl] = view

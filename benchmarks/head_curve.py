@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rotdistill_judge import judged
@@ -23,6 +24,7 @@ from rotdistill_core.pipeline import Run
 from rotdistill_core.recipe import load
 from rotdistill_core.walk import Walk, final_norm
 
+Number = TypeVar("Number", int, float)
 STRENGTHS = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0, 100.0)
 BLENDS = (0.25, 0.5, 1.0)
 
@@ -72,22 +74,28 @@ class Heads:
         return made
 
 
-def main() -> None:
-    """Print the curves."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked(doc: str | None, option: str, numbers: list[Number]) -> tuple[Run, list[Number]]:
+    """Read the command line of a benchmark over a recipe; return its run and the numbers behind `option` (else `numbers`)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--texts", type=int, nargs="+", default=[25, 50, 100, 200])
-    asked = parser.parse_args()
-    heads = Heads(Run(load(asked.recipe, asked.sets), asked.runs, Said(), lambda *_: None))
+    parser.add_argument(option, type=type(numbers[0]), nargs="+", default=numbers, dest="numbers")
+    given = parser.parse_args()
+    return Run(load(given.recipe, given.sets), given.runs, Said(), lambda *_: None), given.numbers
+
+
+def main() -> None:
+    """Print the curves."""
+    run, counts = asked(__doc__, "--texts", [25, 50, 100, 200])
+    heads = Heads(run)
     names = [t.id for t in heads.layout.texts if t.split == "fit" and not t.id.endswith(".own")]
     share = len(names) / len({t.id for t in heads.layout.texts if t.split != "heldout" and not t.id.endswith(".own")})
     print(f"base: validation {heads.kl('validation', heads.H_s):.4f}, held-out {heads.kl('heldout', heads.H_s):.4f}")
     print(f"| texts (of which fit) | λ | blend | validation | held-out |\n|{'---|' * 5}", flush=True)
-    for count in asked.texts:
+    for count in counts:
         few = set(names[: round(share * count)])
-        for strength in STRENGTHS if count == max(asked.texts) else (0.1, 0.3, 1.0):
+        for strength in STRENGTHS if count == max(counts) else (0.1, 0.3, 1.0):
             made = heads.fitted(few, strength)
             blended = {b: heads.H_s + b * (made - heads.H_s) for b in BLENDS}
             scores = {b: heads.kl("validation", head) for b, head in blended.items()}
