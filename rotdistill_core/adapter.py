@@ -96,6 +96,10 @@ class Adapter:
         """Return the number of decoder layers."""
         return int(config[self.depth_key])
 
+    def completed(self, config: Config) -> dict[str, Any]:
+        """Return a config with what its class takes for the keys that it leaves out."""
+        return {**config, **{key: value for key, value in self.defaults(config).items() if config.get(key) is None}}
+
     def expand(self, config: Config) -> dict[str, Param]:
         """Return every parameter name with its record."""
         return {n.replace(LAYER, str(i)): param.at(i) for n, param in self.params.items() for i in self._layers(n, config)}

@@ -42,9 +42,8 @@ class Model:
     @cached_property
     def sha256(self) -> str:
         """Hash of weights, config and tokenizer: what makes two references the same model."""
-        files = sorted({*shard_files(self.folder), *(p for p in tokenizer_files(self.folder))})
-        lines = [f"{path.name} {sha256_of(path)}" for path in files]
-        lines.append(json.dumps(self.config, sort_keys=True))
+        files = sorted({*shard_files(self.folder), *tokenizer_files(self.folder)})
+        lines = [*(f"{path.name} {sha256_of(path)}" for path in files), json.dumps(self.config, sort_keys=True)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
@@ -151,7 +150,7 @@ def open_model(ref: ModelRef, say: Say = lambda _: None) -> Model:
     folder = locate(ref, say)
     config = read_config(folder)
     adapter = adapter_for(str(config.get("model_type", "")))
-    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+    config = adapter.completed(config)
     adapter.check(config, {n: h.shape for n, h in folder_headers(folder).items()}, str(folder))
     return Model(ref, folder, config, adapter)
 
@@ -166,8 +165,7 @@ def open_pair(teacher: ModelRef, student: ModelRef, anchor: ModelRef | None, say
     if pair.anchor:
         views = (pair.student, pair.anchor)
         mine, its = ({"layers": m.depth, "heads": tuple(m.adapter.heads(m.config)), **m.adapter.sizes(m.config)} for m in views)
-        differ = [what for what in {**mine, **its} if mine.get(what) != its.get(what)]
-        if differ:
+        if differ := [what for what in {**mine, **its} if mine.get(what) != its.get(what)]:
             shown = f"{differ[0]}: {its.get(differ[0])}, and {mine.get(differ[0])} in the student"
             raise SetupError(f"{pair.anchor.ref.model}: an anchor is a checkpoint of the student's shape; this one differs in {shown}.")
     return pair
@@ -185,8 +183,7 @@ def locate(ref: ModelRef, say: Say = lambda _: None) -> Path:
     kind = f"{scheme}:" if colon and scheme.isidentifier() else Path(name).suffix
     if kind in (".gguf", "package:") or kind in installed(SOURCES):
         return source(kind, name, say)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if (path := Path(name).expanduser()).is_dir():
         return path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")

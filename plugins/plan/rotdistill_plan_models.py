@@ -123,7 +123,7 @@ def known(ref: ModelRef, texts: Path, say: Callable[[str], None]) -> Known:
         raise NotHere(f"{ref.model}: is not here, and there is no {path} that says how large it is. `rotdistill run` downloads it.")
     config = json.loads(path.read_text(encoding="utf-8"))
     adapter = adapter_for(config["model_type"])
-    config |= {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
+    config = adapter.completed(config)
     return Known(Shape(adapter, config, str(config.get("dtype") or config["torch_dtype"])), None, None, path)
 
 
