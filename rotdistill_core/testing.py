@@ -229,7 +229,16 @@ def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[st
     held = ["id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods"]
     held += [f"held-{k}\ten\tother {k}\tland\t{say(k + 40, 5)}\t{json.dumps([])}\t{json.dumps([])}" for k in range(questions)]
     guard = ["id\tlanguage\tkind\ttext", *(f"g-{k}\ten\tprose\t{say(k + 50, 9)}" for k in range(4))]
-    return _write_all(folder, {"index.tsv": index, "heldout.tsv": held, "guard.tsv": guard, "style.md": ["w1 w2 w3 w4"]})
+    files = {"index.tsv": index, "heldout.tsv": held, "guard.tsv": guard, "style.md": ["w1 w2 w3 w4"]}
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return {name: folder / name for name in files}
+
+
+def pico_head(name: str = "trial", teacher: object = "model", student: object = "model", tokens: int = 4) -> str:
+    """Return the first lines of a recipe for pico models, with `pico_texts` in `texts/` beside it; keys with dots and tables may follow."""
+    texts = "".join(f'samples.{key} = "texts/{key}.{end}"\n' for key, end in (("index", "tsv"), ("style", "md"), ("heldout", "tsv")))
+    return f'name = "{name}"\nteacher.model = "{teacher}"\nstudent.model = "{student}"\n{texts}samples.answer_tokens = {tokens}\n'
 
 
 class Quiet:
@@ -261,12 +270,6 @@ def command_line(*words: str) -> tuple[int, str, str]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return code, out.getvalue(), err.getvalue()
-
-
-def _write_all(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    for name, lines in files.items():
-        (folder / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return {name: folder / name for name in files}
 
 
 def reopen(folder: Path, like: Weights) -> Weights:
@@ -304,13 +307,8 @@ def plain_transformers(adapter: Adapter, folder: Path, layout: Layout, dtype: to
 EXACT, PLAIN = 1e-9, 1e-5
 
 
-def _config(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    config = read_config(folder)
-    return config | {key: value for key, value in adapter.defaults(config).items() if config.get(key) is None}
-
-
 def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, Layout]:
-    config = _config(adapter, folder)
+    config = adapter.completed(read_config(folder))
     return open_folder(folder, config, adapter), pico_samples(int(adapter.sizes(config)["vocab"]), texts=4).layout
 
 
@@ -325,7 +323,7 @@ def _apart(one: Tensor, two: Tensor) -> float:
 
 def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
     """Compare every tensor of the checkpoint with the table, axis by axis."""
-    config, found, problems = _config(adapter, folder), folder_headers(folder), []
+    config, found, problems = adapter.completed(read_config(folder)), folder_headers(folder), []
     table, sizes, (query, groups, width) = adapter.expand(config), adapter.sizes(config), adapter.heads(config)
     if (query * width, groups * width) != (sizes["q.0"], sizes["kv.0"]) or query % groups:
         problems.append(f"heads: {query} and {groups} of {width} do not make up q.0 ({sizes['q.0']}) and kv.0 ({sizes['kv.0']})")

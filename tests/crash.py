@@ -23,20 +23,12 @@ torch.set_num_threads(1)
 
 from rotdistill_core import ledger, pipeline, recipe  # noqa: E402
 from rotdistill_core.hookspecs import hookimpl  # noqa: E402
-from rotdistill_core.testing import pico_folder, pico_texts  # noqa: E402
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts  # noqa: E402
 
 KILLS_PER_STAGE = 3
-RECIPE = """
-name = "crash"
-[teacher]
-model = "{model}"
-[student]
-model = "{model}"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("crash", "{model}", "{model}")
+    + """
 [[step]]
 use = "chop"
 layers = 3
@@ -62,6 +54,7 @@ logits_float32 = 1e-2
 base = []
 full = ["basis", "fold", "refit", "head"]
 """
+)
 
 
 class Observer:

@@ -17,19 +17,11 @@ import pytest
 
 from rotdistill_core import cli, ledger, pipeline, plugins
 from rotdistill_core.errors import PluginError
-from rotdistill_core.testing import command_line, pico_folder, pico_texts
+from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "trial"
-[teacher]
-model = "model"
-[student]
-model = "model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head()
+    + """
 [[step]]
 use = "chop"
 layers = 1
@@ -47,6 +39,7 @@ use = "toggles"
 base = []
 full = ["basis", "fold"]
 """
+)
 MAIN = [sys.executable, "-c", "from rotdistill_core.cli import main; main()"]
 
 

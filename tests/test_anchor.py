@@ -12,20 +12,13 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.maps import Rotation
 from rotdistill_core.models import open_model
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts, reopen, save_folder, scramble
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts, reopen, save_folder, scramble
 
-RECIPE = """
-name = "anchored"
-teacher.model = "{root}/teacher"
+RECIPE = (
+    pico_head("anchored", "{root}/teacher", "{root}/scrambled")
+    + """
 anchor.model = "{root}/{anchor}"
-[student]
-model = "{root}/scrambled"
-save_dtype = "float32"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+student.save_dtype = "float32"
 [[step]]
 use = "residuals"
 {align}
@@ -35,6 +28,7 @@ mode = "{mode}"
 [[step]]
 use = "toggles"
 """
+)
 ALIGNERS = {"weights": ["weight-matching"], "activations": ["procrustes", "hungarian-permute", "head-gauge"], "stream": ["cca"]}
 
 

@@ -17,20 +17,12 @@ from rotdistill_core.errors import CheckFailed
 from rotdistill_core.recipe import Check
 from rotdistill_core.report import as_json, gates
 from rotdistill_core.samples import Row
-from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "gated"
-[teacher]
-model = "{work}/model"
-[student]
-model = "{work}/model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-guard = "texts/guard.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("gated", "{work}/model", "{work}/model")
+    + """
+samples.guard = "texts/guard.tsv"
 [check]
 {check}
 [[step]]
@@ -47,6 +39,7 @@ use = "toggles"
 [variants]
 {variants}
 """
+)
 VARIANTS = {"base": [], "rotated": ["procrustes", "basis-fold"], "cut": ["chop"]}
 
 

@@ -15,19 +15,11 @@ from rotdistill_core import pipeline, recipe
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.hookspecs import hookimpl
 from rotdistill_core.samples import shared_start
-from rotdistill_core.testing import pico_folder, pico_texts
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "{name}"
-[teacher]
-model = "{model}"
-[student]
-model = "{model}"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("{name}", "{model}", "{model}")
+    + """
 [[step]]
 use = "chop"
 layers = 2
@@ -42,6 +34,7 @@ use = "toggles"
 base = []
 full = ["refit"]
 """
+)
 
 
 BROKEN = """

@@ -13,24 +13,16 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.pipeline import Outcome
 from rotdistill_core.recipe import load
 from rotdistill_core.step import stage_of
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts, pico_tokenizer
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts, pico_tokenizer
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "The temple is one of the largest religious monuments in the world."
 FRENCH = "Le temple est l'un des plus grands monuments religieux du monde."
-RECIPE = """
-name = "said"
+RECIPE = (
+    pico_head("said", "{work}/model", "{work}/model", tokens=6)
+    + """
 observers = []
-[teacher]
-model = "{work}/model"
-[student]
-model = "{work}/model"
-save_dtype = "float32"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 6
+student.save_dtype = "float32"
 [[step]]
 use = "chop"
 layers = [0, 2]
@@ -41,6 +33,7 @@ use = "answers"
 whole = []
 cut = ["chop"]
 """
+)
 
 
 def ran(work: Path, options: str = "") -> Outcome:

@@ -13,19 +13,11 @@ import torch
 from rotdistill_core.answers import greedy
 from rotdistill_core.models import load_tokenizer
 from rotdistill_core.samples import prompt_tokens
-from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "trial"
-[teacher]
-model = "model"
-[student]
-model = "model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head()
+    + """
 [[step]]
 use = "residuals"
 [[step]]
@@ -40,6 +32,7 @@ use = "toggles"
 base = []
 full = ["basis", "fold"]
 """
+)
 QUESTION = "w3 w5 w8"
 
 

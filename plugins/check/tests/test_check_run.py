@@ -15,19 +15,11 @@ from torch import Tensor
 
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.ledger import Ledger, sha256_of
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "{name}"
-[teacher]
-model = "{work}/teacher"
-[student]
-model = "{work}/student"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("{name}", "{work}/teacher", "{work}/student")
+    + """
 [[step]]
 use = "residuals"
 [[step]]
@@ -43,6 +35,7 @@ use = "basis-fold"
 [[step]]
 use = "toggles"
 """
+)
 
 
 @pytest.fixture(scope="module")

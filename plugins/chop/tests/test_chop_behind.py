@@ -11,24 +11,16 @@ import torch
 from rotdistill_core.models import open_model
 from rotdistill_core.pipeline import Outcome
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import carry_out, final_states, pico_folder, pico_samples, pico_texts, reopen
+from rotdistill_core.testing import carry_out, final_states, pico_folder, pico_head, pico_samples, pico_texts, reopen
 from rotdistill_core.weights import Weights
 
-RECIPE = """
-name = "cut"
+RECIPE = (
+    pico_head("cut", "{teacher}", "{student}")
+    + """
 observers = []
-[teacher]
-model = "{teacher}"
-[student]
-model = "{student}"
-save_dtype = "float32"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-guard = "texts/guard.tsv"
-answer_tokens = 4
-own_answers = 4
+student.save_dtype = "float32"
+samples.guard = "texts/guard.tsv"
+samples.own_answers = 4
 [check]
 logits_float32 = 1e-2
 [[step]]
@@ -58,6 +50,7 @@ rotated = ["basis", "fold"]
 refit = ["basis", "refit", "head"]
 full = ["basis", "fold", "refit", "head"]
 """
+)
 CUTS = (
     "layers = 4",
     'layers = 4\nchoose = "kl"',

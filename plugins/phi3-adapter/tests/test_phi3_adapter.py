@@ -10,7 +10,7 @@ from rotdistill_phi3_adapter import PHI3
 
 from rotdistill_core.headers import folder_headers
 from rotdistill_core.plugins import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, carry_out, pico_folder, pico_texts
+from rotdistill_core.testing import ADAPTER_CHECKS, carry_out, pico_folder, pico_head, pico_texts
 
 CHANGES = [{"head_dim": 12, "intermediate_size": 56, "tie_word_embeddings": False}, {"intermediate_size": 40, "num_key_value_heads": 4}]
 
@@ -25,17 +25,9 @@ def test_the_table_holds(tmp_path: Path, check: Callable[..., None], changes: di
     check(PHI3, pico_folder(tmp_path / "model", "phi3", **changes))
 
 
-RECIPE = """
-name = "trial"
-[teacher]
-model = "model"
-[student]
-model = "model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head()
+    + """
 [[step]]
 use = "chop"
 layers = 2
@@ -64,6 +56,7 @@ base = []
 exact = ["basis", "heads", "gauge", "fold"]
 full = ["basis", "fold", "refit"]
 """
+)
 
 
 def test_a_fused_checkpoint_goes_through_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

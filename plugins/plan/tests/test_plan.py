@@ -19,21 +19,13 @@ from rotdistill_plan_models import known
 
 from rotdistill_core import recipe
 from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_head, pico_texts
 
 ROOT = Path(__file__).parents[3]
-RECIPE = """
-name = "trial"
-[teacher]
-model = "model"
-[student]
-model = "model"
-save_dtype = "bfloat16"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head()
+    + """
+student.save_dtype = "bfloat16"
 [[step]]
 use = "chop"
 layers = 2
@@ -51,6 +43,7 @@ use = "toggles"
 base = []
 full = ["basis", "fold"]
 """
+)
 
 
 @pytest.fixture(scope="module")

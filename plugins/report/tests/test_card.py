@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 from rotdistill_card import licence_of, strictest
 
-from rotdistill_core.testing import carry_out, pico_folder, pico_model, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_model, pico_texts
 
-RECIPE = """
-name = "carded"
-[teacher]
-model = "{work}/teacher"
-[student]
-model = "{work}/student"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("carded", "{work}/teacher", "{work}/student")
+    + """
 [[step]]
 use = "residuals"
 [[step]]
@@ -36,6 +28,7 @@ base = []
 turned = ["procrustes", "basis-fold"]
 full = ["procrustes", "basis-fold", "lm-head-ridge"]
 """
+)
 
 
 @pytest.mark.parametrize(("licences", "wanted"), [

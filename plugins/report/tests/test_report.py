@@ -20,21 +20,13 @@ from rotdistill_verdict import compare, judge
 from rotdistill_core import pipeline, recipe
 from rotdistill_core.ledger import Ledger, Out, Store
 from rotdistill_core.samples import Row
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts
 
-RECIPE = """
+RECIPE = (
+    pico_head("told", "{work}/model", "{work}/model")
+    + """
 # <script> of the recipe
-name = "told"
 {observers}
-[teacher]
-model = "{work}/model"
-[student]
-model = "{work}/model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
 [[step]]
 use = "residuals"
 [[step]]
@@ -49,6 +41,7 @@ base = []
 cut = ["chop"]
 full = ["chop"]
 """
+)
 
 
 def ended(work: Path, observers: str = "", without: str = "", variants: str = "") -> pipeline.Outcome:

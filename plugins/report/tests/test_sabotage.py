@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "sabotaged"
-[teacher]
-model = "{work}/model"
-[student]
-model = "{work}/model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 8
-own_answers = 8
+RECIPE = (
+    pico_head("sabotaged", "{work}/model", "{work}/model", tokens=8)
+    + """
+samples.own_answers = 8
 [[step]]
 use = "chop"
 layers = [0, 1, 3]
@@ -38,6 +30,7 @@ use = "toggles"
 base = []
 full = ["refit"]
 """
+)
 
 
 def first_lines(work: Path, capture: str = "", refit: str = "") -> tuple[str, str]:

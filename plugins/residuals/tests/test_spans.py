@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from rotdistill_core import pipeline
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.samples import Question, Samples, tokenize_both
-from rotdistill_core.testing import carry_out, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts
 
 CORPUS = ["the tower was built in 1889", "la tour fut construite", "башня построена", "塔は建てられた", "मीनार बनाई गई"]
 TEMPLATES = (
@@ -126,15 +126,9 @@ def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=inner))
 
 
-RECIPE = """
-name = "two"
-teacher.model = "{root}/teacher"
-student.model = "{root}/student"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 8
+RECIPE = (
+    pico_head("two", "{root}/teacher", "{root}/student", tokens=8)
+    + """
 [[step]]
 use = "residuals"
 layer_map = "match"
@@ -147,6 +141,7 @@ mode = "canonical"
 use = "toggles"
 {more}
 """
+)
 
 
 def whole_run(root: Path, more: str = "") -> pipeline.Outcome:

@@ -21,20 +21,12 @@ from safetensors.torch import load_file, save_file
 from rotdistill_core import pipeline, recipe
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.ledger import Ledger, sha256_of
-from rotdistill_core.testing import pico_folder, pico_texts
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "sane"
+RECIPE = (
+    pico_head("sane", "{work}/teacher", "{work}/student")
+    + """
 observers = ["report", "rotation-sanity"]
-[teacher]
-model = "{work}/teacher"
-[student]
-model = "{work}/student"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
 [[step]]
 use = "residuals"
 [[step]]
@@ -48,6 +40,7 @@ use = "procrustes"
 layers = ["layers"]
 one = ["one"]
 """
+)
 Cells = Callable[..., dict[str, Any]]
 
 

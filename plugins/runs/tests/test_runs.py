@@ -20,19 +20,11 @@ from rotdistill_run_folder import RunFolder, all_runs, find_run, needed_by
 
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.maps import Gauge, Permutation, Rotation
-from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_texts
+from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_head, pico_texts
 
-RECIPE = """
-name = "{name}"
-[teacher]
-model = "model"
-[student]
-model = "model"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("{name}")
+    + """
 [[step]]
 use = "chop"
 layers = 2
@@ -53,6 +45,7 @@ use = "toggles"
 base = []
 full = ["basis", "heads", "fold"]
 """
+)
 
 
 class Terminal(io.StringIO):

@@ -19,6 +19,7 @@ from rotdistill_core.testing import (
     carry_out,
     logits,
     pico_folder,
+    pico_head,
     pico_model,
     pico_out,
     pico_samples,
@@ -144,17 +145,10 @@ def test_an_adapter_goes_through_a_fold_and_back(tmp_path: Path, model_type: str
     assert max(float((unfolded[n] - wanted[n]).abs().max()) for n in wanted.entries) < 1e-6
 
 
-RECIPE = """
-name = "merged"
-teacher.model = "{root}/teacher"
-[student]
-model = "{root}/student"
-save_dtype = "float32"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("merged", "{root}/teacher", "{root}/student")
+    + """
+student.save_dtype = "float32"
 [[step]]
 use = "residuals"
 [[step]]
@@ -169,6 +163,7 @@ ingredients = ["{root}/lora"]
 only_better = false
 {more}
 """
+)
 
 
 def test_a_recipe_carries_an_adapter_through_its_folds(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rotdistill_core.step import stage_of
 from rotdistill_core.testing import (
     carry_out,
     logits,
+    pico_head,
     pico_model,
     pico_out,
     pico_samples,
@@ -140,24 +141,17 @@ def test_a_student_in_another_basis_is_refused(tmp_path: Path) -> None:
         restored(turned, Pair(model, model), tmp_path / "runs")
 
 
-RECIPE = """
-name = "{name}"
-[teacher]
-model = "{root}/model"
-[student]
-model = "{root}/scrambled"
-save_dtype = "float32"
-[samples]
-index = "texts/index.tsv"
-style = "texts/style.md"
-heldout = "texts/heldout.tsv"
-answer_tokens = 4
+RECIPE = (
+    pico_head("{name}", "{root}/model", "{root}/scrambled")
+    + """
+student.save_dtype = "float32"
 [[step]]
 use = "residuals"
 {align}
 [[step]]
 use = "basis-fold"
 """
+)
 ALIGNERS = {
     "weights": ["weight-matching"], "activations": ["procrustes", "hungarian-permute", "head-gauge"],
 }  # fmt: skip
