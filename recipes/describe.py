@@ -1,6 +1,7 @@
-"""Write what the installed plugins say of their steps and options into the READMEs: `make docs`.
+"""Write what recipes and installed plugins say of their keys, steps and options into the READMEs: `make docs`.
 
-What is written stands between `<!-- steps -->` or `<!-- options of NAME -->` and `<!-- end -->`; the rest of a document is as it was.
+What is written stands between `<!-- steps -->`, `<!-- options of STEP -->` or `<!-- keys of TABLE -->` and `<!-- end -->`; the rest of a
+document is as it was.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core import recipe
 from rotdistill_core.plugins import STEPS, installed, step_class
 from rotdistill_core.step import STAGES, stage_of, validator_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(<!-- (steps|options of ([\w-]+)) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- (steps|(keys|options) of ([\w-]+)) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
@@ -28,9 +30,9 @@ def described(path: Path) -> str:
 
 def filled(place: re.Match[str]) -> str:
     """Return a place with what belongs there."""
-    head, _, name, end = place.groups()
+    head, _, what, name, end = place.groups()
     if name:
-        return head + table(step_class(name)[0]) + end
+        return head + table(step_class(name)[0] if what == "options" else getattr(recipe, name), what.removesuffix("s")) + end
     found = [(name, *step_class(name)) for name in installed(STEPS)]
     found.sort(key=lambda step: STAGES.index(stage_of(step[1])))
     named = [(name, cls, origin.distribution.removeprefix("rotdistill-")) for name, cls, origin in found]
@@ -47,23 +49,18 @@ def section(cls: type, plugin: str) -> str:
     return f"{prose}\n\n{table(cls)}"
 
 
-def table(cls: type) -> str:
-    """Return the options of a step class as a table."""
-    schema = validator_of(cls).json_schema()["properties"]
-    rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        if field.name != "use":
-            meaning = " ".join(schema[field.name]["description"].split())
-            rows.append(f"| `{field.name}` | {typed(schema[field.name])} | {default(field)} | {meaning} |")
+def table(cls: type, what: str = "option") -> str:
+    """Return the options of a step class, or the keys of a table of recipes, as a table."""
+    schema = validator_of(cls).json_schema()
+    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)} if hasattr(cls, "use") else {}
+    rows = [f"| {what} | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in schema["properties"].items():
+        if name != "use":
+            value = json.dumps(made.get(name, field.get("default")))
+            default = "required" if name in schema.get("required", ()) else "none" if value == "null" else f"`{value}`"
+            meaning = " ".join(field["description"].split()).replace("|", "\\|")
+            rows.append(f"| `{name}` | {typed(field)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
-
-
-def default(field: dataclasses.Field[Any]) -> str:
-    """Return the default of an option as TOML has it."""
-    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    if value is dataclasses.MISSING:
-        return "required"
-    return "none" if value is None else f"`{json.dumps(value)}`"
 
 
 def typed(schema: dict[str, Any]) -> str:

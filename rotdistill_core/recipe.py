@@ -47,14 +47,14 @@ class StudentRef(ModelRef):
     """The student: what is edited and saved."""
 
     save_dtype: Dtype = "auto"
-    """Dtype of the checkpoints; `auto` is the student's own. One narrower than the compute dtype adds a variant `round-trip`."""
+    """Of the student: dtype of its checkpoints; `auto` is its own. Narrower than float32, an exact step adds a variant `round-trip`."""
 
 
 class SamplesRef(Document):
     """The texts; paths are relative to the recipe."""
 
     index: str = "../samples/index.tsv"
-    """Blurbs: id, language, place, country, question, blurb."""
+    """Blurbs, questions with their answers: id, language, place, country, question, blurb."""
     style: str = "../samples/tour_guide.md"
     """The system prompt."""
     heldout: str = "../samples/heldout.tsv"
@@ -77,7 +77,7 @@ class Check(Document):
     """Tolerances; a run that breaks one ends with exit code 4 and keeps everything."""
 
     orthogonality: Annotated[float, Field(gt=0)] = 1e-5
-    """max |R Rᵀ - I| of every stored rotation."""
+    """max abs of `R Rᵀ - I`, of every stored rotation."""
     logits_float64: Annotated[float, Field(gt=0)] = 1e-9
     """Largest logit change of an exact step in float64."""
     logits_float32: Annotated[float, Field(gt=0)] = 1e-3

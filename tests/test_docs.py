@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import importlib.util
 import inspect
-import json
 import os
 import re
 import runpy
@@ -138,12 +137,9 @@ def test_every_key_of_a_recipe_is_documented(key: str) -> None:
     assert key in {name.strip("[]") for name in KEYS}
 
 
-@pytest.mark.parametrize("table", [recipe.StudentRef, recipe.SamplesRef, recipe.Check], ids=lambda table: table.__name__)
-def test_keys_of_a_recipe_are_documented_with_their_defaults(table: type[recipe.Document]) -> None:
-    for name, field in table.model_fields.items():
-        default = field.get_default()
-        wanted = "none" if default is None else f"`{json.dumps(default, default=str)}`"
-        assert KEYS[name][1] == ("required" if field.is_required() else wanted), name
+@pytest.mark.parametrize("table", ["StudentRef", "SamplesRef", "Check"])
+def test_keys_of_a_recipe_are_written_by_the_program(table: str) -> None:
+    assert f"<!-- keys of {table} -->\n| key | type | default | meaning |\n" in read(RECIPES)
 
 
 def test_every_shipped_recipe_is_described() -> None:
