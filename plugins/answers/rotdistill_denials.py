@@ -9,7 +9,7 @@ DENIALS = {
     "fr": r"pas|jamais|ni|aucun\w*|non|nullement|personne|nulle part",
     "hi": r"नहीं|न|ना|मत",
     "it": r"non|mai|nessun\w*|neppure|neanche|nemmeno",
-    "ja": r"ではな|ではあり|でない|じゃな|ません|なかった|なく|ない|ておらず|誤り|間違い|誤解|俗説",
+    "ja": r"ではな|ではあり|でない|じゃな|ません|なかった|なく|ない|ておらず|ずに|免れ|誤り|間違い|誤解|俗説",
     "ko": r"아니|않|없|못",
     "pt": r"nao|nunca|jamais|nem|nenhum\w*|tampouco|ninguem",
     "ru": r"не|ни|никогда|нет|никак|никто|нигде",
@@ -21,7 +21,8 @@ CONTRASTS = {
     "de": r"(?:an)?statt|(?:alles )?anders? als|alles andere als|entgegen|im gegensatz zu|irrtumlich\w*|falschlich\w*|als (?:ob|ware\w*)|"
     r"(?:viele|manche|oft|haufig|manchmal) (?:glauben|denken|meinen|halten|sagen|behaupten|geglaubt|behauptet)|verwechsel\w*",
     "el": r"αντί|σε αντίθεση|λανθασμένα|πολλοί (?:νομίζουν|πιστεύουν)",
-    "en": r"rather than|instead of|unlike|contrary to|as opposed to|far from being|as (?:if|though)|mistaken\w*|wrongly|falsely|"
+    "en": r"rather than|instead of|unlike|contrary to|as opposed to|(?:far from being|(?:is|are|was|were) far from)|as (?:if|though)|"
+    r"mistaken\w*|wrongly|falsely|"
     r"erroneously|"
     r"(?:many|some|most|people|visitors|tourists|you|often|once|long|commonly|popularly|sometimes|frequently|"
     r"widely) (?:\w+ )?(?:(?:might|may) )?"
@@ -70,7 +71,8 @@ ONLY = {
     r"skip))|"
     r"(?:did not|didn't|never) (?:live|lived|see|saw|complete|completed|finish|finished|witness)|isn't (?:just|only|merely|the only|"
     r"far)|wasn't (?:just|only|until)",
-    "es": r"no (?:solo|solamente|unicamente|obstante|lejos|muy lejos|hay duda|en vano|es (?:solo|el unico|la unica)|(?:te|se|os|lo|"
+    "es": r"no (?:l[ao] (?:comenz|empez|termin|acab|vi)\w+|solo|solamente|unicamente|obstante|lejos|muy lejos|hay duda|en vano|"
+    r"es (?:solo|el unico|la unica)|(?:te|se|os|lo|"
     r"la) (?:puedes? )?(?:pierd|perder|olvid)\w*|dejes?|dejen|olvides?|olvide)|sin duda",
     "fr": r"(?:non|pas) (?:seulement|uniquement|loin|que|le seul|la seule|un hasard|etonnant)|(?:manquez|ratez|oubliez|manquer|"
     r"rater) (?:pas|ni)|pas (?:manquer|rater|oublier)",
@@ -114,7 +116,10 @@ TURNS = {
     "ko": r"하지만|라,|,", "pt": r"mas|e sim|porem", "ru": r"а|но|однако", "zh": r"而是|而|但",
 }  # fmt: skip
 """Where a denial ends and the truth follows."""
-JOINS = r"and|because|since|while|although|though|so|und|weil|obwohl|et|parce|car|y|e|porque|aunque|perche|poiche|и|потому|хотя|και"
+JOINS = (
+    r"and|because|since|while|although|though|so|und|weil|obwohl|et|parce|car|y|(?<!nao )(?<!non )e|porque|aunque|perche|poiche|"
+    r"и|потому|хотя|και"
+)
 """Where another clause begins, if more than the phrase follows."""
 RELATIVES = r"that|which|who|whose|where|welche\w*|dass|qui|que|dont|che|cui|который|что"
 """Where a clause begins that hangs on the one before."""
@@ -132,7 +137,12 @@ ARTICLES = r"the|an?|el|l[aeo]s?|il|i|gli|d[aeio]r?|as?|os?|die|das|den|dem|by|d
 """Articles, and *by*."""
 CLOSES = r"(?:[,、，]|\s-\s)"
 """Marks where another clause begins."""
-AUXILIARIES = {"en": r"(?:did|do|does|was|were|is|are|has|had|have|can|could|would|will|should) (?:not|never)|\w+n't|cannot|never"}
+OF = r"(?:of|de|du|del|di|do|da)\W+(?:\w+\W+){1,2}"
+"""Up to two words in between, as in: of King."""
+AUXILIARIES = {
+    "en": r"(?:did|do|does|was|were|is|are|has|had|have|can|could|would|will|should) (?:not|never)|ha[ds] (?:no|nothing)|\w+n't|cannot|"
+    r"never"
+}
 """Denials of what an English sentence is about: it was in Lisbon not Porto is none of Lisbon."""
 UNSPACED = ("ja", "zh", "ko", "ar", "hi")
 """Languages whose words have no blank between them, or grow at both ends."""

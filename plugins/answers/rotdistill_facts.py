@@ -20,6 +20,7 @@ from rotdistill_denials import (
     FALSE,
     JOINS,
     KNOWN,
+    OF,
     ONLY,
     OR,
     PLACED,
@@ -79,7 +80,9 @@ def _pattern(phrase: str, language: str) -> re.Pattern[str]:
                 known += _either(part if k % 2 else part.replace("|", " "), language, not known or known.endswith(blank))
             known += blank if part.endswith(" ") and not k % 2 else ""
         word = r"[^\W\d]" if r"\d" in known else r"\w"
-        near = rf"(?:(?!{CLOSES}|{STOP.pattern}).){{0,8}}?" if dense else rf"\w*(?:{BLANK}{word}+){{0,5}}?{BLANK}"
+        turn = TURNS.get(language, TURNS["en"])
+        spaced = rf"\w*(?:{BLANK}(?!(?:{turn})(?!\w)){word}+){{0,5}}?{BLANK}"
+        near = rf"(?:(?!{CLOSES}|{STOP.pattern}|{turn}).){{0,8}}?" if dense else spaced
         pieces += [near, known]
     pieces[-1] = f"(?P<last>{pieces[-1]})" + (r"(?!\w)" if phrase.endswith(" ") else "")
     return re.compile("".join(pieces[1:]))
@@ -126,7 +129,7 @@ def _denied(text: str, hit: re.Match[str], language: str) -> bool:
         return True
     if language in VERB_LAST:
         return bool(re.search(words(DENIALS), clause))
-    if language in PLACED and re.search(rf"(?<!\w)(?:{PLACED[language]})\W*(?:{ARTICLES})?\W*$", text[: hit.start()]):
+    if language in PLACED and re.search(rf"(?<!\w)(?:{PLACED[language]}|{OF})\W*(?:{ARTICLES})?\W*$", text[: hit.start()]):
         return False
     cue = words(AUXILIARIES if language == "en" else DENIALS)
     return bool(re.match(rf".{{0,4}}{cue}" if language == "zh" else rf"(?!'s)\w*(?:\W+\w+){{0,3}}?\W*(?!{either}){cue}", clause))
