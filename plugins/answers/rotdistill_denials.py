@@ -65,7 +65,8 @@ ONLY = {
     r"das einzige)|"
     r"(?:nie|nicht) (?:mehr )?(?:vollendet|fertig\w*|erlebt\w*|gesehen)|kein (?:zweifel|wunder|geringerer)|nichts anderes als",
     "el": r"όχι μόνο|μη χάσετε|μην χάσετε|χωρίς αμφιβολία|δεν είναι μακριά",
-    "en": r"not (?:only|just|merely|simply|solely|far|to be missed|a myth|until|least|surprising\w*|the only|alone)|no (?:doubt|wonder|"
+    "en": r"not (?:only|just|merely|simply|solely|far|to be missed|a myth|until|least|surprising\w*|the only|alone)|(?:impossible|hard|"
+    r"why) not|no (?:doubt|wonder|"
     r"less than|other than|secret)|"
     r"nothing (?:but|less than)|(?:(?:don't|do not|never|can't|cannot|must not|mustn't|shouldn't|should not) (?:miss|forget|overlook|"
     r"skip))|"
@@ -73,16 +74,17 @@ ONLY = {
     r"far)|wasn't (?:just|only|until)",
     "es": r"no (?:l[ao] (?:comenz|empez|termin|acab|vi)\w+|solo|solamente|unicamente|obstante|lejos|muy lejos|hay duda|en vano|"
     r"es (?:solo|el unico|la unica)|(?:te|se|os|lo|"
-    r"la) (?:puedes? )?(?:pierd|perder|olvid)\w*|dejes?|dejen|olvides?|olvide)|sin duda",
+    r"la) (?:puedes? )?(?:pierd|perder|olvid)\w*|dejes?|dejen|olvides?|olvide)|sin duda|(?:imposible|dificil) no",
     "fr": r"(?:non|pas) (?:seulement|uniquement|loin|que|le seul|la seule|un hasard|etonnant)|(?:manquez|ratez|oubliez|manquer|"
-    r"rater) (?:pas|ni)|pas (?:manquer|rater|oublier)",
+    r"rater) (?:pas|ni)|pas (?:manquer|rater|oublier)|(?:impossible|difficile) de ne pas",
     "hi": r"न केवल|नहीं तो|न भूलें|न सिर्फ",
     "it": r"non (?:solo|soltanto|lontano|perdere|perdetevi|perderti|perdetev\w*|dimenticare|mancate|e (?:solo|l'unic\w)|a caso|"
-    r"c'e dubbio)",
+    r"c'e dubbio)|(?:impossibile|difficile) non",
     "ja": r"だけで(?:は|も)?なく|のみならず|間違いなく|少なくとも|見逃せ\w*|欠かせません|欠かせない|に違いない|過言ではありません|"
     r"過言ではない|知らない人はいない|かもしれません|はずせません|いうまでもなく",
     "ko": r"뿐만 아니라|뿐 아니라|놓치지 마|틀림없",
-    "pt": r"nao (?:so|apenas|somente|longe|perca|deixe|esqueca|ha duvida|e (?:so|apenas|o unico|a unica)|a toa)|sem duvida",
+    "pt": r"nao (?:so|apenas|somente|longe|perca|deixe|esqueca|ha duvida|e (?:so|apenas|o unico|a unica)|a toa)|sem duvida|"
+    r"(?:impossivel|dificil) nao",
     "ru": r"не (?:только|просто|пропустите|забудьте|случайно|далеко|единственн\w+|упустите|менее|столько)|нет сомнени\w+",
     "zh": r"不仅|不僅|不但|不只|不要错过|不容错过|不可错过|非常|非凡|无非|不得不|并非只|不光|毫无疑问|除非|非遗|非物质|非洲|莫非",
 }  # fmt: skip
@@ -124,12 +126,12 @@ JOINS = (
 RELATIVES = r"that|which|who|whose|where|welche\w*|dass|qui|que|dont|che|cui|который|что"
 """Where a clause begins that hangs on the one before."""
 PLACED = {
-    "en": r"in|of|at|near|from|off|on|to|for|with|'s",
-    "es": r"en|de|del|a|al|por|con|para|cerca de",
-    "fr": r"en|a|au|aux|de|du|des|d'|dans|sur|pres de|par",
-    "it": r"in|a|di|d[ae]l\w*|n[e]l\w*|su\w*|per|con",
-    "pt": r"em|n[oa]s?|de|d[oa]s?|por|para|com",
-    "ru": r"в|во|на|из|у|около|под|для|с",
+    "en": r"in|of|at|near|from|off|on|to|for|with|by|above|over|below|under|behind|beside|along|around|outside|across|through|between",
+    "es": r"en|de|del|a|al|por|con|para|cerca de|sobre|ante|bajo|entre|desde",
+    "fr": r"en|a|au|aux|de|du|des|d'|dans|sur|pres de|par|sous|devant|entre|avec|pour",
+    "it": r"in|a|di|d[ae]l\w*|n[e]l\w*|su\w*|per|con|sopra|sotto|tra|fra",
+    "pt": r"em|n[oa]s?|de|d[oa]s?|por|para|com|sobre|sob|entre",
+    "ru": r"в|во|на|из|у|около|под|для|с|над|перед|за|между",
     "el": r"στ\w+|από|για|με",
 }  # fmt: skip
 """Prepositions: what stands behind one is not the subject of what follows."""
