@@ -135,12 +135,8 @@ PLACED = {
     "el": r"στ\w+|από|για|με",
 }  # fmt: skip
 """Prepositions: what stands behind one is not the subject of what follows."""
-ARTICLES = r"the|an?|el|l[aeo]s?|il|i|gli|d[aeio]r?|as?|os?|die|das|den|dem|by|durch|von|par|por|da"
-"""Articles, and *by*."""
 CLOSES = r"(?:[,、，]|\s-\s)"
 """Marks where another clause begins."""
-OF = r"(?:of|de|du|del|di|do|da)\W+(?:\w+\W+){1,2}"
-"""Up to two words in between, as in: of King."""
 AUXILIARIES = {
     "en": r"(?:did|do|does|was|were|is|are|has|had|have|can|could|would|will|should) (?:not|never)|ha[ds] (?:no|nothing)|\w+n't|cannot|"
     r"never"

@@ -12,7 +12,6 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_denials import (
-    ARTICLES,
     AUXILIARIES,
     CLOSES,
     CONTRASTS,
@@ -20,7 +19,6 @@ from rotdistill_denials import (
     FALSE,
     JOINS,
     KNOWN,
-    OF,
     ONLY,
     OR,
     PLACED,
@@ -129,7 +127,8 @@ def _denied(text: str, hit: re.Match[str], language: str) -> bool:
         return True
     if language in VERB_LAST:
         return bool(re.search(words(DENIALS), clause))
-    if language in PLACED and re.search(rf"(?<!\w)(?:{PLACED[language]}|{OF})\W*(?:{ARTICLES})?\W*$", text[: hit.start()]):
+    placed = rf"(?<!\w)(?:{PLACED.get(language, '(?!)')})[\s'-]+(?:(?!(?:{JOINS})\W)[^\W\d]+[\s'-]+){{0,2}}$"
+    if re.search(placed, text[: hit.start()]):  # the temple of King Suryavarman II is not ...
         return False
     cue = words(AUXILIARIES if language == "en" else DENIALS)
     return bool(re.match(rf".{{0,4}}{cue}" if language == "zh" else rf"(?!'s)\w*(?:\W+\w+){{0,3}}?\W*(?!{either}){cue}", clause))
@@ -143,7 +142,7 @@ def _opens_denial(before: str, words: Callable[..., str]) -> bool:
     before = re.sub(
         rf"({words(DENIALS)}), (?:as|como?e?|comme|wie|come|как|contrary|contrair\w+|despite|entgegen)\W[^,]{{1,40}},", r"\1 ", before
     )  # not, as many think, built ...
-    only_names = rf"(?:\W+(?:{ARTICLES}|{words(PLACED)}))*\W*$"
+    only_names = rf"(?:\W+{words(PLACED)})*\W*$"
     joined = rf"(?<!\w)(?:{JOINS})(?!\w)(?!{only_names})"
     clause = re.split(rf"{words(TURNS)}|{CLOSES}(?!\s?(?:{RELATIVES})(?!\w))|{joined}", before)[-1]
     untrue = rf"{words(FALSE)}(?:\W+\w+){{0,2}}?\W+(?:{RELATIVES}|to|de|zu)(?!\w)"
