@@ -5,14 +5,14 @@ DENIALS = {
     "de": r"nicht|kein\w*|nie|niemals|weder|noch nie|niemand\w*|nirgends|nichts",
     "el": r"δεν|δε|οχι|όχι|ποτέ|ποτε|ούτε|μην?|κανείς|πουθενά",
     "en": r"not|\w+n't|cannot|never|no|nor|neither|nobody|none|nowhere|nothing",
-    "es": r"no|nunca|jamas|ni|tampoco|ningun\w*|nadie",
-    "fr": r"pas|jamais|ni|aucun\w*|non|nullement|personne|nulle part",
+    "es": r"no|nunca|jamas|ni|tampoco|ningun\w*|nadie|nada",
+    "fr": r"pas|jamais|ni|aucun\w*|non|nullement|rien|personne|nulle part",
     "hi": r"नहीं|न|ना|मत",
-    "it": r"non|mai|nessun\w*|neppure|neanche|nemmeno",
+    "it": r"non|mai|nessun\w*|niente|nulla|neppure|neanche|nemmeno",
     "ja": r"ではな|ではあり|でない|じゃな|ません|なかった|なく|ない|ておらず|ずに|免れ|誤り|間違い|誤解|俗説",
     "ko": r"아니|않|없|못",
-    "pt": r"nao|nunca|jamais|nem|nenhum\w*|tampouco|ninguem",
-    "ru": r"не|ни|никогда|нет|никак|никто|нигде",
+    "pt": r"nao|nunca|jamais|nem|nenhum\w*|tampouco|ninguem|nada",
+    "ru": r"не|ни|никогда|нет|никак|никто|нигде|ничего|ничуть",
     "zh": r"不[是在属位由建曾]|[并並]不|[没沒]有|未[曾被]|从未|并没|非|不$",
 }  # fmt: skip
 """What denies."""
@@ -74,16 +74,16 @@ ONLY = {
     r"far)|wasn't (?:just|only|until)",
     "es": r"no (?:l[ao] (?:comenz|empez|termin|acab|vi)\w+|solo|solamente|unicamente|obstante|lejos|muy lejos|hay duda|en vano|"
     r"es (?:solo|el unico|la unica)|(?:te|se|os|lo|"
-    r"la) (?:puedes? )?(?:pierd|perder|olvid)\w*|dejes?|dejen|olvides?|olvide)|sin duda|(?:imposible|dificil) no",
+    r"la) (?:puedes? )?(?:pierd|perder|olvid)\w*|dejes?|dejen|olvides?|olvide)|sin duda|nada menos|(?:imposible|dificil) no",
     "fr": r"(?:non|pas) (?:seulement|uniquement|loin|que|le seul|la seule|un hasard|etonnant)|(?:manquez|ratez|oubliez|manquer|"
-    r"rater) (?:pas|ni)|pas (?:manquer|rater|oublier)|(?:impossible|difficile) de ne pas",
+    r"rater) (?:pas|ni)|pas (?:manquer|rater|oublier)|rien de moins|(?:impossible|difficile) de ne pas",
     "hi": r"न केवल|नहीं तो|न भूलें|न सिर्फ",
     "it": r"non (?:solo|soltanto|lontano|perdere|perdetevi|perderti|perdetev\w*|dimenticare|mancate|e (?:solo|l'unic\w)|a caso|"
     r"c'e dubbio)|(?:impossibile|difficile) non",
     "ja": r"だけで(?:は|も)?なく|のみならず|間違いなく|少なくとも|見逃せ\w*|欠かせません|欠かせない|に違いない|過言ではありません|"
     r"過言ではない|知らない人はいない|かもしれません|はずせません|いうまでもなく",
     "ko": r"뿐만 아니라|뿐 아니라|놓치지 마|틀림없",
-    "pt": r"nao (?:so|apenas|somente|longe|perca|deixe|esqueca|ha duvida|e (?:so|apenas|o unico|a unica)|a toa)|sem duvida|"
+    "pt": r"nao (?:so|apenas|somente|longe|perca|deixe|esqueca|ha duvida|e (?:so|apenas|o unico|a unica)|a toa)|sem duvida|nada menos|"
     r"(?:impossivel|dificil) nao",
     "ru": r"не (?:только|просто|пропустите|забудьте|случайно|далеко|единственн\w+|упустите|менее|столько)|нет сомнени\w+",
     "zh": r"不仅|不僅|不但|不只|不要错过|不容错过|不可错过|非常|非凡|无非|不得不|并非只|不光|毫无疑问|除非|非遗|非物质|非洲|莫非",
@@ -118,10 +118,11 @@ TURNS = {
     "ko": r"하지만|라,|,", "pt": r"mas|e sim|porem", "ru": r"а|но|однако", "zh": r"而是|而|但",
 }  # fmt: skip
 """Where a denial ends and the truth follows."""
-JOINS = (
-    r"and|because|since|while|although|though|so|und|weil|obwohl|et|parce|car|y|(?<!nao )(?<!non )e|porque|aunque|perche|poiche|"
-    r"и|потому|хотя|και"
-)
+JOINS = {
+    "ar": r"(?!)", "de": r"und|weil|obwohl|wahrend", "el": r"και|επειδή", "en": r"and|because|since|while|although|though|so",
+    "es": r"y|e|porque|aunque|mientras", "fr": r"et|parce|car|quoique", "hi": r"और|क्योंकि", "it": r"(?<!non )e|ed|perche|poiche|mentre",
+    "ja": r"(?!)", "ko": r"(?!)", "pt": r"(?<!nao )e|porque|pois|embora", "ru": r"и|потому|хотя", "zh": r"因为|并且",
+}  # fmt: skip
 """Where another clause begins, if more than the phrase follows."""
 RELATIVES = r"that|which|who|whose|where|welche\w*|dass|qui|que|dont|che|cui|который|что"
 """Where a clause begins that hangs on the one before."""

@@ -122,12 +122,12 @@ def _denied(text: str, hit: re.Match[str], language: str) -> bool:
         before = before.replace(",", " ")  # not in Egypt, Syria or Lebanon
     if language not in VERB_LAST and _opens_denial(before, words):
         return True
-    clause = re.split(rf"{words(TURNS)}|{CLOSES}|(?<!\w)(?:{JOINS}|{RELATIVES})(?!\w)", re.sub(words(ONLY), " ", after))[0]
+    clause = re.split(rf"{words(TURNS)}|{CLOSES}|{words(JOINS)}|(?<!\w)(?:{RELATIVES})(?!\w)", re.sub(words(ONLY), " ", after))[0]
     if re.search(words(FALSE), clause):
         return True
     if language in VERB_LAST:
         return bool(re.search(words(DENIALS), clause))
-    placed = rf"(?<!\w)(?:{PLACED.get(language, '(?!)')})[\s'-]+(?:(?!(?:{JOINS})\W)[^\W\d]+[\s'-]+){{0,2}}$"
+    placed = rf"(?<!\w)(?:{PLACED.get(language, '(?!)')})[\s'-]+(?:(?!{words(JOINS)})[^\W\d]+[\s'-]+){{0,2}}$"
     if re.search(placed, text[: hit.start()]):  # the temple of King Suryavarman II is not ...
         return False
     cue = words(AUXILIARIES if language == "en" else DENIALS)
@@ -143,7 +143,7 @@ def _opens_denial(before: str, words: Callable[..., str]) -> bool:
         rf"({words(DENIALS)}), (?:as|como?e?|comme|wie|come|как|contrary|contrair\w+|despite|entgegen)\W[^,]{{1,40}},", r"\1 ", before
     )  # not, as many think, built ...
     only_names = rf"(?:\W+{words(PLACED)})*\W*$"
-    joined = rf"(?<!\w)(?:{JOINS})(?!\w)(?!{only_names})"
+    joined = rf"{words(JOINS)}(?!{only_names})"
     clause = re.split(rf"{words(TURNS)}|{CLOSES}(?!\s?(?:{RELATIVES})(?!\w))|{joined}", before)[-1]
     untrue = rf"{words(FALSE)}(?:\W+\w+){{0,2}}?\W+(?:{RELATIVES}|to|de|zu)(?!\w)"
     return bool(re.search(rf"{words(DENIALS, CONTRASTS)}|{untrue}", clause))
