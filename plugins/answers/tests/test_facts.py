@@ -127,6 +127,15 @@ DENIED = [
     ("de", "Es stimmt nicht, dass er 1889 gebaut wurde.", "1889"),
     ("ru", "Неверно, что она построена в 1889 году.", "1889"),
     ("zh", "它不在洛阳。", "在洛阳"),
+    ("es", "Muchos creen que se construyó en 1889.", "en 1889"),
+    ("es", "Es falso que se construyera en 1889.", "en 1889"),
+    ("fr", "Le Mont n'a rien de cistercien.", "cistercien"),
+    ("fr", "Guernica n'y est pas.", "Guernica"),
+    ("it", "È un mito che fu costruita nel 1889.", "nel 1889"),
+    ("pt", "É mentira que foi construída em 1889.", "em 1889"),
+    ("de", "Es ist ein Irrtum, dass er 1889 gebaut wurde.", "1889"),
+    ("ru", "Многие считают, что она построена в 1889 году.", "1889"),
+    ("zh", "很多人以为它建于1889年。", "1889"),
 ]
 SAID = [
     ("en", "It was not built in 1889 but in 1887.", "1887"),
@@ -148,6 +157,12 @@ SAID = [
     ("en", "The museum in Paris does not own Guernica.", "Paris"),
     ("en", "Did you know that it opened in 1889?", "1889"),
     ("es", "No te pierdas la torre ni el patio de 1889.", "1889"),
+    ("fr", "Ne manquez ni la tour ni Guernica.", "Guernica"),
+    ("it", "Non è di Palladio e fu costruita nel 1889.", "nel 1889"),
+    ("pt", "Não deixe de ver a torre de 1889.", "1889"),
+    ("de", "Niemand sollte gehen, ohne den Turm von 1889 zu sehen.", "1889"),
+    ("ja", "城は戦災で焼けずに1609年の姿を残す。", "1609"),
+    ("zh", "它不在洛阳而在西安。", "西安"),
 ]
 
 
