@@ -7,63 +7,36 @@ its clause denies it. What it gets wrong on answers labelled by hand is listed i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from rotdistill_denials import (
+    AUXILIARIES,
+    CLOSES,
+    CONTRASTS,
+    DENIALS,
+    FALSE,
+    JOINS,
+    KNOWN,
+    ONLY,
+    OR,
+    PLACED,
+    RELATIVES,
+    TURNS,
+    UNLESS,
+    UNSPACED,
+    VERB_LAST,
+)
 from rotdistill_wording import plain
 
 if TYPE_CHECKING:
     from rotdistill_core.samples import Claim
 
-DENIALS = {
-    "ar": r"ليس\w*|لم|لن|غير|ما كان|لا",
-    "de": r"nicht|kein\w*|nie|niemals|weder|anstatt|irrtumlich\w*|falschlich\w*",
-    "el": r"δεν|δε|οχι|όχι|ποτέ|ποτε|ούτε",
-    "en": r"not|\w+n't|cannot|never|no|nor|neither|rather than|instead of|unlike|contrary to|myth|mistaken\w*|wrongly|falsely|false|untrue",
-    "es": r"no|nunca|jamas|ni|tampoco|en vez de|en lugar de|falso|erroneamente",
-    "fr": r"pas|jamais|ni|aucun\w*|non|au lieu de|plutot que|contrairement|a tort|faux",
-    "hi": r"नहीं|न|ना|मत",
-    "it": r"non|mai|nessun\w*|invece di|anziche|falso|erroneamente",
-    "ja": r"ではな|ではあり|でない|じゃな|ません|なかった|なく|誤り|間違い",
-    "ko": r"아니|않|없|못",
-    "pt": r"nao|nunca|jamais|nem|nenhum\w*|em vez de|ao inves de|falso|erroneamente",
-    "ru": r"не|ни|никогда|нет|вместо|ошибочно",
-    "zh": r"不是|并非|並非|不在|没有|沒有|并不|並不|未曾|并没|而非|不属于|不位于",
-}  # fmt: skip
-"""What denies, in plain spelling."""
-ONLY = {
-    "ar": r"ليس فقط|لا تفوت\w*",
-    "de": r"nicht (?:nur|allein|zuletzt|verpassen|entgehen)",
-    "el": r"όχι μόνο|μη χάσετε",
-    "en": r"not (?:only|just|merely|far|to be missed)|(?:don't|do not|never) miss|no doubt|no less than|nothing but",
-    "es": r"no (?:solo|solamente|obstante|(?:te|se|os) pierd\w+|dejes?|dejen)|sin duda",
-    "fr": r"(?:non|pas) (?:seulement|uniquement|loin)|(?:manquez|ratez|manquer|rater) pas|pas (?:manquer|rater)",
-    "hi": r"न केवल|नहीं तो|न भूलें",
-    "it": r"non (?:solo|soltanto|lontano|perdere|perdetevi|perderti)",
-    "ja": r"だけでなく|のみならず|間違いなく|少なくとも|見逃せません",
-    "ko": r"뿐만 아니라|뿐 아니라|놓치지 마",
-    "pt": r"nao (?:so|apenas|somente|longe|perca|deixe)",
-    "ru": r"не (?:только|просто|пропустите)",
-    "zh": r"不仅|不僅|不但|不只|不要错过|不容错过",
-}
-"""What looks like a denial and is none: not only, not far, do not miss."""
-CLOSES = {"ja": r"なくて?、?", "ko": r"아니라|아니고"}
-"""Denials behind what they deny: what follows them is said."""
-TURNS = {
-    "ar": r"بل|لكن|وإنما", "de": r"sondern|aber|jedoch|vielmehr", "el": r"αλλά|αλλα|όμως", "en": r"but|however|instead(?! of)",
-    "es": r"sino|pero", "fr": r"mais", "hi": r"बल्कि|लेकिन|परन्तु", "it": r"ma|bensi|pero", "ja": r"、|が、|しかし",
-    "ko": r"하지만|라,", "pt": r"mas|e sim|porem", "ru": r"а|но|однако", "zh": r"而是|但",
-}  # fmt: skip
-"""Where a denial ends and the truth follows."""
-JOINS = (
-    r"and|that|which|who|where|because|since|while|so|und|weil|dass|welche\w*|"
-    r"et|qui|que|parce|y|e|porque|i|che|perche|και|и|который|что|потому"
-)
-"""Where another clause begins."""
-STOPS = r"[!?;:।。！？；…\n]|\.(?=\s|$)"
-UNSPACED = ("ja", "zh", "ko", "ar", "hi")
-"""Languages whose words have no blank between them, or grow at both ends."""
+STOP = re.compile(r"[!?;:()¿¡।。！？；\n]|(?<!\bst)(?<!\bmt)(?<!\b[a-ln-z])\.(?=[\s»\"']|$)")
+"""Where a sentence or a part in brackets ends; not behind St. and initials."""
+BLANK = r"[^\w,;:!?()]{1,3}"
+"""What stands between two words of a clause."""
 
 
 class Judged(NamedTuple):
@@ -83,31 +56,94 @@ def judge(answer: str, facts: Iterable[Claim], falsehoods: Iterable[Claim], lang
 
 def states(text: str, claim: Claim, language: str) -> bool:
     """Say whether a text in plain spelling states a claim: a phrase of it stands there, and is neither asked nor denied."""
-    found = (hit for phrase in claim.any for hit in re.finditer(_pattern(phrase, language), text))
-    return any(not _denied(text, hit.start(), hit.end(), language) for hit in found)
+    found = (hit for phrase in claim.any for hit in _pattern(phrase, language).finditer(text))
+    return any(not _denied(text, hit, language) for hit in found)
 
 
 @cache
-def _pattern(phrase: str, language: str) -> str:
-    """Return the pattern of a phrase: whole numbers, whole Roman numerals, and words that begin where the phrase begins."""
-    known = plain(phrase, language)
-    bare = known.strip()
-    head = r"(?<!\d)" if bare[:1].isdecimal() else r"(?<!\w)" if bare[:1].isalpha() and language not in UNSPACED else ""
-    whole = known.endswith(" ") or (re.search(r"(?:^|[ .])[ivxlc]+$", bare) and not bare.endswith("."))
-    tail = r"(?![\w])" if whole else r"(?![\d]|[.,]\d)" if bare[-1:].isdecimal() else ""
-    return head + re.escape(bare) + tail
+def _pattern(phrase: str, language: str) -> re.Pattern[str]:
+    """Return the pattern of a phrase, whose last part is the group `last`.
+
+    `[a|b]` is one of several parts, `[!a|b]` any year or century but those, and `…` up to five words without a comma (eight
+    characters in Chinese and Japanese), and without a number before a number.
+    """
+    dense = language in ("ja", "zh")
+    blank = r"\s*" if dense else rf"\w*{BLANK}"
+    pieces = []
+    for piece in phrase.split("…"):
+        known = ""
+        for k, part in enumerate(re.split(r"\[([^\]]*)\]", piece.strip())):
+            if k % 2 or part.strip():
+                known += blank if known and part.startswith(" ") else ""
+                known += _either(part if k % 2 else part.replace("|", " "), language, not known or known.endswith(blank))
+            known += blank if part.endswith(" ") and not k % 2 else ""
+        word = r"[^\W\d]" if r"\d" in known else r"\w"
+        turn = TURNS.get(language, TURNS["en"])
+        spaced = rf"\w*(?:{BLANK}(?!(?:{turn})(?!\w)){word}+){{0,5}}?{BLANK}"
+        near = rf"(?:(?!{CLOSES}|{STOP.pattern}|{turn}).){{0,8}}?" if dense else spaced
+        pieces += [near, known]
+    pieces[-1] = f"(?P<last>{pieces[-1]})" + (r"(?!\w)" if phrase.endswith(" ") else "")
+    return re.compile("".join(pieces[1:]))
 
 
-def _denied(text: str, start: int, end: int, language: str) -> bool:
-    """Say whether what stands at `text[start:end]` is asked, or denied in its clause."""
-    before = re.split(STOPS, text[:start])[-1]
-    after, stop = re.split(STOPS, text[end:])[0], re.search(STOPS, text[end:])
-    if stop and stop[0] in "?？":
+def _either(parts: str, language: str, begins: bool) -> str:
+    """Return the pattern of `a|b`, or of `!a|b`."""
+    known = "|".join(_part(part, language, begins) for part in parts.removeprefix("!").split("|"))
+    number = r"century-\d+" if "century" in known else r"\d{4}"
+    return rf"(?<!\d)(?!{known}){number}(?!\d)" if parts.startswith("!") else f"(?:{known})"
+
+
+def _part(phrase: str, language: str, begins: bool) -> str:
+    """Return the pattern of words: whole numbers, whole Roman numerals, and words that begin where they begin, or go on."""
+    bare = plain(phrase, language).strip()
+    begins = begins and language not in UNSPACED
+    head = r"(?<!\d)(?<!\d[.,])" if bare[:1].isdecimal() else r"(?<!\w)" if bare[:1].isalpha() and begins else ""
+    whole = re.search(r"(?:^|[ .])[ivxlc]+$|\d (?:m|ft|km|mi)$", bare)
+    return head + re.escape(bare) + (r"(?!\w)" if whole else r"(?!\d|[.,]\d)" if bare[-1:].isdecimal() else "")
+
+
+def _denied(text: str, hit: re.Match[str], language: str) -> bool:
+    """Say whether a phrase that stands in a text is asked, or denied in its clause."""
+    start, end = hit.span("last")
+    stop = STOP.search(text, end)
+    before = text[max((s.end() for s in STOP.finditer(text, 0, start)), default=0) : start]
+    after = text[end : stop.start() if stop else len(text)]
+
+    def words(*tables: dict[str, str]) -> str:
+        some = "|".join(table.get(language, table["en"]) for table in tables)
+        return rf"(?:{some})" if language in UNSPACED else rf"(?<!\w)(?:{some})(?!\w)"
+
+    if stop and stop[0] in "?？" and not re.search(words(KNOWN), before + text[start:end] + after):
         return True
-    cue, only, turn = (rf"(?:{by.get(language, by['en'])})" for by in (DENIALS, ONLY, TURNS))
-    if language not in UNSPACED:
-        cue, only, turn = (rf"(?<!\w){each}(?!\w)" for each in (cue, only, turn))
-    before = re.sub(r",[^,]{1,40},", " ", re.sub(only, " ", before))  # not, as many think, built ...
-    before = re.split(rf"{turn}|{CLOSES.get(language, ',')}|,", before)[-1]
-    after = re.split(rf"{turn}|[,、]|(?<!\w)(?:{JOINS})(?!\w)", re.sub(only, " ", after))[0]
-    return bool(re.search(cue, before) or re.search(cue, after))
+    either = words(OR)
+    if re.search(rf",[^,]{{0,30}}{either}\W*(?:\w+\W+)?$", before) or (
+        re.search(r",\W*(?:\w+\W+){0,2}$", before) and re.match(rf"\w*(?:,[^,]{{1,25}})*,?\s*{either}", after)
+    ):
+        before = before.replace(",", " ")  # not in Egypt, Syria or Lebanon
+    if language not in VERB_LAST and _opens_denial(before, words):
+        return True
+    clause = re.split(rf"{words(TURNS)}|{CLOSES}|{words(JOINS)}|(?<!\w)(?:{RELATIVES})(?!\w)", re.sub(words(ONLY), " ", after))[0]
+    if re.search(words(FALSE), clause):
+        return True
+    if language in VERB_LAST:
+        return bool(re.search(words(DENIALS), clause))
+    placed = rf"(?<!\w)(?:{PLACED.get(language, '(?!)')})[\s'-]+(?:(?!{words(JOINS)})[^\W\d]+[\s'-]+){{0,2}}$"
+    if re.search(placed, text[: hit.start()]):  # the temple of King Suryavarman II is not ...
+        return False
+    cue = words(AUXILIARIES if language == "en" else DENIALS)
+    return bool(re.match(rf".{{0,4}}{cue}" if language == "zh" else rf"(?!'s)\w*(?:\W+\w+){{0,3}}?\W*(?!{either}){cue}", clause))
+
+
+def _opens_denial(before: str, words: Callable[..., str]) -> bool:
+    """Say whether the beginning of a sentence denies what follows it."""
+    for table in (UNLESS, ONLY):
+        *_, last = [None, *re.finditer(words(table), before)]
+        before = re.sub(words(OR), " ", before[last.end() :]) if last else before  # do not miss this nor that
+    before = re.sub(
+        rf"({words(DENIALS)}), (?:as|como?e?|comme|wie|come|как|contrary|contrair\w+|despite|entgegen)\W[^,]{{1,40}},", r"\1 ", before
+    )  # not, as many think, built ...
+    only_names = rf"(?:\W+{words(PLACED)})*\W*$"
+    joined = rf"{words(JOINS)}(?!{only_names})"
+    clause = re.split(rf"{words(TURNS)}|{CLOSES}(?!\s?(?:{RELATIVES})(?!\w))|{joined}", before)[-1]
+    untrue = rf"{words(FALSE)}(?:\W+\w+){{0,2}}?\W+(?:{RELATIVES}|to|de|zu)(?!\w)"
+    return bool(re.search(rf"{words(DENIALS, CONTRASTS)}|{untrue}", clause))

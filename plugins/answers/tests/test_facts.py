@@ -20,11 +20,11 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def labelled() -> list[tuple[dict[str, str], set[str], set[str]]]:
+def labelled(name: str) -> list[tuple[dict[str, str], set[str], set[str]]]:
     """Return each labelled answer with the claims that a reader and the scorer find in it: facts 1 to 6, falsehoods a to d."""
     asked = {row["id"]: row for row in table(ROOT / "samples" / "heldout.tsv")}
     found = []
-    for row in table(HERE / "labelled.tsv"):
+    for row in table(HERE / name):
         claims = [[Claim(**c) for c in json.loads(asked[row["id"]][column])] for column in ("facts", "falsehoods")]
         judged = judge(row["answer"], *claims, row["language"])
         named = zip(claims, judged, ("123456", "abcd"), strict=True)
@@ -34,13 +34,25 @@ def labelled() -> list[tuple[dict[str, str], set[str], set[str]]]:
 
 
 def test_the_scorers_agree_with_labels_made_by_hand() -> None:
-    found = labelled()
+    found = labelled("labelled.tsv")
     assert len(found) == 60
     differ = [(row["id"], row["kind"], sorted(said), sorted(scored)) for row, said, scored in found if said != scored]
     assert len(differ) / 60 <= 0.05, differ
     listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` {kind} |" in listed for name, kind, *_ in differ)
     assert listed.count("| `held-") == len(differ)
+
+
+def test_on_answers_that_nobody_tuned_by_the_readme_says_how_often_it_errs() -> None:
+    found = labelled("blind.tsv")  # by somebody who saw the claims, and neither scorer nor phrases; not to be improved on
+    assert len(found) == 120
+    wrong = [len(said ^ scored) for _, said, scored in found]
+    assert sum(wrong) / 1200 <= 0.05
+    listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"right in {wrong.count(0)} of 120 answers, and errs in {sum(wrong)} of 1,200 single decisions" in listed
+    signs = (" ".join([*(f"-{m}" for m in sorted(said - scored)), *(f"+{m}" for m in sorted(scored - said))]) for _, said, scored in found)
+    errors = [f"{row['id'][5:]} {row['kind']} {sign}" for (row, *_), sign in zip(found, signs, strict=True) if sign]
+    assert ", ".join(errors) in listed.replace("\n", " ")
 
 
 SAME = [
@@ -68,6 +80,20 @@ SAME = [
     ("fr", "l’œuvre", "l'œuvre"),
     ("ko", "1789년 7월 14일", "14.07.1789"),
     ("en", "the twelfth century", "the 12th century"),
+    ("en", "the 12th and 13th centuries", "the century-12 and century-13"),
+    ("en", "the 1100s", "the 12th century"),
+    ("fr", "XIIe siècle", "12th century"),
+    ("es", "siglo XII", "12th century"),
+    ("it", "XII secolo", "12th century"),
+    ("de", "12. Jahrhundert", "12th century"),
+    ("ru", "XII век", "12th century"),
+    ("ja", "十二世紀", "12th century"),
+    ("en", "57-metre", "57 m"),
+    ("ru", "57 метров", "57 m"),
+    ("de", "187 Fuß", "187 feet"),
+    ("en", "3.2 million", "3,200,000"),
+    ("ru", "3,2 млн", "3 200 000"),
+    ("zh", "300万", "三百万"),
 ]
 
 
@@ -106,6 +132,22 @@ DENIED = [
     ("ko", "1889년에 지어지지 않았다.", "1889"),
     ("en", "Was it built in 1889?", "built in 1889"),
     ("en", "Gustave Eiffel did not design it.", "Gustave Eiffel"),
+    ("en", "It is not in Egypt, Syria or Lebanon.", "Syria"),
+    ("en", "It is a myth that it was built in 1889.", "built in 1889"),
+    ("en", "That it was built in 1889 is a myth.", "built in 1889"),
+    ("en", "Many people believe it was built in 1889.", "built in 1889"),
+    ("de", "Es stimmt nicht, dass er 1889 gebaut wurde.", "1889"),
+    ("ru", "Неверно, что она построена в 1889 году.", "1889"),
+    ("zh", "它不在洛阳。", "在洛阳"),
+    ("es", "Muchos creen que se construyó en 1889.", "en 1889"),
+    ("es", "Es falso que se construyera en 1889.", "en 1889"),
+    ("fr", "Le Mont n'a rien de cistercien.", "cistercien"),
+    ("fr", "Guernica n'y est pas.", "Guernica"),
+    ("it", "È un mito che fu costruita nel 1889.", "nel 1889"),
+    ("pt", "É mentira que foi construída em 1889.", "em 1889"),
+    ("de", "Es ist ein Irrtum, dass er 1889 gebaut wurde.", "1889"),
+    ("ru", "Многие считают, что она построена в 1889 году.", "1889"),
+    ("zh", "很多人以为它建于1889年。", "1889"),
 ]
 SAID = [
     ("en", "It was not built in 1889 but in 1887.", "1887"),
@@ -120,6 +162,19 @@ SAID = [
     ("ko", "1887년이 아니라 1889년이다.", "1889"),
     ("it", "Non nel 1887, ma nel 1889.", "1889"),
     ("ru", "Не в 1887, а в 1889 году.", "1889"),
+    ("en", "It did not open until 1889.", "1889"),
+    ("en", "Nobody should leave without seeing the Siq.", "Siq"),
+    ("en", "It was not built by the Romans and lies in Wiltshire.", "Wiltshire"),
+    ("en", "Cape Town's mountain is not a volcano.", "Cape Town"),
+    ("en", "The museum in Paris does not own Guernica.", "Paris"),
+    ("en", "Did you know that it opened in 1889?", "1889"),
+    ("es", "No te pierdas la torre ni el patio de 1889.", "1889"),
+    ("fr", "Ne manquez ni la tour ni Guernica.", "Guernica"),
+    ("it", "Non è di Palladio e fu costruita nel 1889.", "nel 1889"),
+    ("pt", "Não deixe de ver a torre de 1889.", "1889"),
+    ("de", "Niemand sollte gehen, ohne den Turm von 1889 zu sehen.", "1889"),
+    ("ja", "城は戦災で焼けずに1609年の姿を残す。", "1609"),
+    ("zh", "它不在洛阳而在西安。", "西安"),
 ]
 
 
@@ -137,7 +192,24 @@ def test_a_phrase_that_is_denied_is_not_stated(language: str, text: str, phrase:
         ("siglo XV ", "siglo xvi"),
         ("em São Paulo", "tambem sao paulo"),
         ("2,300", "2,300,000"),
+        ("built … by Rome", "built, and seen by rome"),
+        ("built … 1889", "built in 1887 and shut in 1889"),
+        ("opened in [!1889]", "opened in 1889"),
+        ("built in the [!12th century]", "built in the century-12"),
     ],
 )
 def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
     assert not states(plain(text, "pt"), Claim("", (phrase,)), "pt")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"),
+    [
+        ("[built|raised] … by [Rome|Greece]", "It was raised long ago by Greece."),
+        ("opened in [!1889]", "It opened in 1887."),
+        ("built in the [!12th century]", "It was built in the ninth century."),
+        ("castl[e|es] of", "the castles of Spain"),
+    ],
+)
+def test_signs_stand_for_several_phrases(phrase: str, text: str) -> None:
+    assert states(plain(text, "en"), Claim("", (phrase,)), "en")
