@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rotdistill_foresee import foresee, machine
 
 from rotdistill_core import pipeline, recipe
 from rotdistill_core.testing import Quiet, pico_folder
@@ -14,7 +15,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 def carried_out(name: str, *sets: str) -> pipeline.Outcome:
     small = ("samples.limit=30", "samples.own_answers=4", "samples.answer_tokens=4", "samples.max_tokens=320", 'teacher.model="model"')
-    return pipeline.Run(recipe.load(RECIPES / name, [*small, *sets]), Path("runs"), Quiet(), lambda *_: None).go()
+    loaded = recipe.load(RECIPES / name, [*small, *sets])
+    assert foresee(loaded, Path("runs"), machine(Path("runs"))).todo  # as `run` does before it begins
+    return pipeline.Run(loaded, Path("runs"), Quiet(), lambda *_: None).go()
 
 
 def kl_of(outcome: pipeline.Outcome) -> dict[str, float]:

@@ -100,7 +100,8 @@ class LmHeadRidge:
             head, after = self._mapped(said, X, head, _answers(layout, own, self.rows), rows, after, guard, out, progress)
         out.notes |= {"validation KL before": before, "validation KL after": after}
         if head is H_s or not better(*(by_text(_kl(said, X, rows, H), text) for H in (H_s, head))):
-            out.notes["refused"] = "no candidate lowers the validation KL beyond chance; the head is left as it was"
+            some = "candidate that the guard allows" if self.guard else "candidate"
+            out.notes["refused"] = f"no {some} lowers the validation KL beyond chance; the head is left as it was"
             return weights
         whole = weights.head().to(X.dtype).clone()
         whole[:tokens] = head

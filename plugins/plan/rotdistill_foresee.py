@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 from rotdistill_plan_models import WIDTH, Known, known
-from rotdistill_plan_needs import Need, Pairing, after, around, checkpoint, needs, teacher_answers
+from rotdistill_plan_needs import Need, Pairing, after, around, checkpoint, needs, shards, teacher_answers
 from rotdistill_plan_reuse import UNKNOWN, Fate, Past, fates, saved
 from rotdistill_plan_texts import Texts, count, counter
 
@@ -148,6 +148,7 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         yield line("answers of the teacher", "", teacher_answers(start), had, why, {})
     captures = dict.fromkeys(fate.placed.id for fate in found if fate.placed.stage == "capture")
     ends: dict[str, Pairing] = {}
+    caught: set[tuple[str, str]] = set()  # states that an earlier capture keeps
     for fate in found:
         at = reduce(lambda pair, placed: after(placed, pair), fate.behind, start)
         placed, origin = fate.placed, fate.placed.origin
@@ -159,7 +160,12 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         }
         seconds = float(fate.last["seconds"]) if fate.last and fate.last["options"] == options_of(placed.step) else None
         ends |= dict.fromkeys(fate.variants, at if placed.stage == "evaluate" else after(placed, at))
-        yield line(placed.id, placed.step.use, needs(placed, at), fate.record is not None, fate.why, about, seconds)
+        need = needs(placed, at)
+        if placed.stage == "capture":
+            kept = shards(placed, at)
+            need = replace(need, disk=sum(size for key, size in kept.items() if key not in caught))
+            caught |= kept.keys()
+        yield line(placed.id, placed.step.use, need, fate.record is not None, fate.why, about, seconds)
     for variant, at in ends.items():
         there = saved(past, run, variant, found, dtype)
         why = "in the run's folder" if there else "not saved before behind these steps"

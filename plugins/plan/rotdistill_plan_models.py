@@ -113,7 +113,8 @@ def known(ref: ModelRef, texts: Path, say: Callable[[str], None]) -> Known:
         NotHere: it is neither here nor described.
         RotdistillError: see `open_model`.
     """
-    hub = ref.model.count("/") == 1 and not ref.model.startswith((".", "/", "~", "package:")) and not ref.model.endswith(".gguf")
+    name = ref.model
+    hub = name.count("/") == 1 and ":" not in name and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
     if not hub or Path(ref.model).is_dir():
         return _opened(open_model(ref, say))
     if folder := _cached(ref):

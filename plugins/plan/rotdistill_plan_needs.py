@@ -137,14 +137,22 @@ def after(placed: Placed, at: Pairing) -> Pairing:
 
 
 def _capture(step: Any, at: Pairing) -> Need:
-    t, s, texts = at.teacher, at.student, at.texts
-    rows_t, rows_s = texts.total, texts.of("fit", "validation", most=getattr(step, "student_texts", None))
-    kind = getattr(step, "store", "compute")
-    number = [WIDTH.get(kind, c) for c in at.compute]
-    one, two = walked(t, rows_t, at.compute[0]), walked(s, rows_s, at.compute[1])
-    shards = (t.depth + 1) * rows_t * t.width * number[0] * (2 if getattr(step, "control", "none") != "none" else 1)
-    shards += (s.depth + 1) * rows_s * s.width * number[1]
-    return Need(2 * max(one.ram, two.ram), max(one.device, two.device), shards, one.work + two.work)
+    rows = at.texts.of("fit", "validation", most=getattr(step, "student_texts", None))
+    one, two = walked(at.teacher, at.texts.total, at.compute[0]), walked(at.student, rows, at.compute[1])
+    return Need(2 * max(one.ram, two.ram), max(one.device, two.device), 0, one.work + two.work)
+
+
+def shards(placed: Placed, at: Pairing) -> dict[tuple[str, str], float]:
+    """Return the bytes of each set of states that a capture keeps, by what it is: captures share the teacher's, and nothing else."""
+    step, t, s = placed.step, at.teacher, at.student
+    store, most = getattr(step, "store", "compute"), getattr(step, "student_texts", None)
+    numbers = [WIDTH.get(store, number) for number in at.compute]
+    theirs = (t.depth + 1) * at.texts.total * t.width * numbers[0]
+    ours = (s.depth + 1) * at.texts.of("fit", "validation", most=most) * s.width * numbers[1]
+    kept: dict[tuple[str, str], float] = {("teacher", store): theirs, ("student", placed.id): ours}
+    if getattr(step, "control", "none") != "none":
+        kept["control", placed.id] = theirs
+    return kept
 
 
 def _align(_: Any, at: Pairing) -> Need:

@@ -103,6 +103,7 @@ class PromptKl:
             for path in sorted(Path(folder).glob("adapter_*")):
                 out.write(f"weights/{out.step}/adapter/{path.name}", [path.read_bytes()])
         made = view.edit({name: (view[name].double() + delta).to(pair.student.dtype) for name, delta in deltas(student)})
+        del student, kept  # the guard walks `made` layer by layer; the model that trained is not needed for it
         return settle(weights, made, lambda some, split: lesson.scores(some, split, samples), self.guard, out.notes)
 
     def _texts(self, pair: Pair, samples: Samples, out: Out, progress: Progress) -> Layout:

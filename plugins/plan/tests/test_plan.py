@@ -123,6 +123,19 @@ def test_shipped_configs_lead_to_the_published_parameters(name: str, parameters:
     assert found.model is None
 
 
+def test_states_that_two_captures_share_are_planned_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotdistill_plan_texts, "TEMPLATE", 3)
+    control = '[[step]]\nid = "shuffled"\nuse = "residuals"\ncontrol = "shuffled"\n[[step]]\nid = "basis"'
+    named = RECIPE.replace("base = []", 'base = ["residuals"]\nshuffled = ["shuffled"]').replace('full = ["', 'full = ["residuals", "')
+    (work / "recipe.toml").write_text(named.replace('[[step]]\nid = "basis"', control))
+    foreseen = {line.id: line.disk_bytes for line in planned().lines if line.use == "residuals"}
+    shards = carry_out(work / "recipe.toml").folder.glob("shards*/**/*.safetensors")
+    sizes = {path: path.stat().st_size for path in shards}
+    theirs = sum(size for path, size in sizes.items() if "teacher" in path.parts)
+    assert foreseen["residuals"] - foreseen["shuffled"] == pytest.approx(0, abs=0.1 * theirs)  # rows of its own instead of the teacher's
+    assert sum(foreseen.values()) == pytest.approx(sum(sizes.values()), rel=0.1)
+
+
 def test_what_is_planned_is_what_happens(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotdistill_plan_texts, "TEMPLATE", 3)  # the pico template is a word before and a word behind
     first = planned()
