@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def test_fine_tunes_are_made_merged_and_aligned(tmp_path: Path, monkeypatch: pyt
     [line] = soup.steps["uniform", "barrier"].notes["lines"]
     assert (len(line["loss"]), line["loss"][0], line["loss"][-1]) == pytest.approx((11, kl["first"], kl["second"]), rel=1e-3)
     anchor = carried_out("merge_anchor.toml")
+    page = (anchor.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count(">base to ingredients/first<") == page.count(">aligned to ingredients/first<") == 1  # the legend of the plot
+    assert re.search(r"Barrier, [^:]*: base to ingredients/first: [\d.]+", page)
     barrier = {row.variant: row.value for row in anchor.rows if row.metric == "barrier"}
     assert barrier["aligned"] < 0.01 * barrier["base"]
     kl = kl_of(anchor)

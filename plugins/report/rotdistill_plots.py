@@ -54,7 +54,7 @@ def plots(told: Told, root: Path) -> list[Plot]:
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        return [*_scores(told), *_layers(told), *_solved(told), *_attention(told, root), *_languages(told)]
+        return [*_scores(told), *_layers(told), *_ways(told), *_solved(told), *_attention(told, root), *_languages(told)]
 
 
 def _scores(told: Told) -> Iterator[Plot]:
@@ -107,8 +107,26 @@ def _layers(told: Told) -> Iterator[Plot]:
         title = f"{column(metric).title} by layer"
         made = svg(title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric), before=told.base))
         yield Plot(title, made, " ".join([_about(metric), *(f"On the line of {on}: {', '.join(names)}." for on, names in same.items())]))
-    for metric, variants in told.curves.items():
-        yield Plot(metric, svg(metric, partial(lines_of, lines=variants, x="place on the way", y=metric)), "Between two models.")
+
+
+def _ways(told: Told) -> Iterator[Plot]:
+    """Yield the loss on the lines between models, beside the chords that a barrier is measured from."""
+    for step, lines in told.ways.items():
+        about: list[str] = []
+
+        def draw(axes: Axes, lines: Mapping[str, Mapping[float, float]] = lines, about: list[str] = about) -> None:
+            for k, (name, points) in enumerate(lines.items()):
+                chord = {t: (1 - t) * points[0.0] + t * points[1.0] for t in points}
+                about.append(f"{name}: {max(points[t] - chord[t] for t in points):.3g}")
+                axes.plot([*points], [*points.values()], marker=MARKS[k % 8], color=COLOURS[1 + k % 7], label=name)
+                axes.plot([*chord], [*chord.values()], ":", color=COLOURS[1 + k % 7], label="_chord")
+            axes.set_xlabel("share of the second model")
+            axes.set_ylabel("KL(teacher ‖ mix), nats per token")
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
+
+        title = f"{step}: between two models"
+        made = svg(title, draw, 2.6 + 0.2 * len(lines))
+        yield Plot(title, made, f"Dotted: the chord. Barrier, the highest rise above it: {'; '.join(about)}.")
 
 
 def _alike(points: Mapping[int, float], others: Mapping[int, float], spread: float) -> bool:

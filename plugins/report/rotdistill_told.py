@@ -101,8 +101,8 @@ class Told:
     """Variant -> language -> held-out KL."""
     layers: dict[str, dict[str, dict[int, float]]]
     """Metric -> variant -> layer boundary -> figure."""
-    curves: dict[str, dict[str, dict[int, float]]]
-    """The same of metrics whose `layer` is a place on a way between two models: those that begin with `barrier`."""
+    ways: dict[str, dict[str, dict[float, float]]]
+    """Step -> the two models that it went between -> place on the way, from 0 to 1 -> loss."""
     cards: dict[str, dict[int, dict[str, Any]]]
     """Alignment step -> layer boundary -> its diagnostics."""
     steps: list[dict[str, Any]]
@@ -160,8 +160,7 @@ def tell(loaded: Loaded, outcome: Outcome, out: Out) -> Told:
     by_layer = [row for row in rows if row.layer is not None and row.text is None]
     return Told(
         loaded.recipe.name, outcome.folder.name, base, table(figures(rows), found, base), failed, found,
-        languages(rows, base, loaded.recipe.seed), _curves([r for r in by_layer if not r.metric.startswith("barrier")]),
-        _curves([r for r in by_layer if r.metric.startswith("barrier")]), _cards(outcome, out), _steps(outcome), answers,
+        languages(rows, base, loaded.recipe.seed), _curves(by_layer), _ways(outcome), _cards(outcome, out), _steps(outcome), answers,
         list(dict.fromkeys(ends)), made_of(loaded, outcome), loaded.text,
     )  # fmt: skip
 
@@ -209,6 +208,16 @@ def _curves(rows: list[Row]) -> dict[str, dict[str, dict[int, float]]]:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         found.setdefault(row.metric, {}).setdefault(row.variant, {})[row.layer or 0] = row.value
+    return found
+
+
+def _ways(outcome: Outcome) -> dict[str, dict[str, dict[float, float]]]:
+    """Return the lines between models that evaluators noted."""
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for (variant, step), done in outcome.steps.items():
+        for line in done.notes.get("lines", []):
+            ends = (variant if end == "variant" else end.removeprefix("run:") for end in (line["from"], line["to"]))
+            found.setdefault(step, {})[" to ".join(ends)] = dict(zip(line["t"], line["loss"], strict=True))
     return found
 
 
