@@ -26,7 +26,7 @@ class Answers:
     `answer_language` (share in the question's language) and `answer_language_teacher` (share in the language of the teacher's
     answer); `factual_completeness` (share of the expected facts that answers state) and `hallucination_rate` (share of answers that
     assert a known error), with `_teacher` those of the teacher's answers.
-    Needs no capture. A toggle in the shipped recipes: the first variant and the last answer.
+    Needs no capture. In the tour guides it is a toggle: `base` and `full` answer.
     """
 
     use: Literal["answers"] = "answers"

@@ -22,7 +22,7 @@ UNITS = {"length-meter": "m", "length-foot": "ft", "length-kilometer": "km", "le
 CENTURIES = re.compile(
     r"\b(?P<a>\d{1,2})(?:st|nd|rd|th)?[- ]?centur(?:y|ies)\b|"
     r"\b(?P<b>[ivx]+?|\d{1,2}) ?-?(?:e|eme|er)? siecles?\b|"
-    r"\b(?:siglos?|seculos?|secol[oi]|s\.) (?P<c>[ivx]+|\d{1,2})(?!\w)|"
+    r"(?:\b(?:siglos?|seculos?|secol[oi])|(?<![\w.'’])s\.) (?P<c>[ivx]+|\d{1,2})(?!\w)|"
     r"\b(?P<d>[ivx]+|\d{1,2})[º°o]? secolo\b|"
     r"\b(?P<e>\d{1,2})\.? ?(?:jahrhundert\w*|jh\b\.?|jhdt?\b\.?)|"
     r"\b(?P<f>[ivxх]+|\d{1,2})(?:-?[а-я]{1,3})? (?:век\w*|столети\w*)|"
@@ -132,6 +132,7 @@ def _names(language: str) -> tuple[dict[str, str], re.Pattern[str], re.Pattern[s
                 shown = re.fullmatch(r"(\d+) ?(.*)", _letters(format_compact_decimal(k * 10**zeros, format_type=length, locale=place)))
                 if shown and (len(shown[2]) > 2 or not shown[2].isascii()):  # not M, which is read as metres
                     many[shown[2]] = str(k * 10**zeros // int(shown[1]))
+    many = {name: scale for name, scale in many.items() if name not in units}  # "mi" in Irish is a mile too
     end = "" if language in ("ja", "zh", "ko") else r"(?!\w)"
     either = ("|".join(sorted(map(re.escape, filter(None, some)), key=len, reverse=True)) for some in (many, units))
     first, second = (rf"(\d+(?:[.,]\d{{1,2}})?)(?:-[хx])?[- ]?({some}){end}" for some in either)

@@ -128,12 +128,14 @@ def foresee(loaded: Loaded, root: Path, here: Machine, fresh: bool = False, say:
     folder = loaded.folder(root)
     past = Past(Store(root).ledgers(), folder.name)
     found = list(fates(loaded, past, told, dtype, claimed(questions), fresh))
-    lines = list(_lines(found, past, start, here, on_gpu[1], folder.name, dtype))
+    lines = list(_lines(r.variants, found, past, start, here, on_gpu[1], folder.name, dtype))
     made = Plan(folder, lines, models, rows, here, round(around(start)))
     return replace(made, shortfalls=list(_shortfalls(made)))
 
 
-def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bool, run: str, dtype: str) -> Iterator[Line]:
+def _lines(
+    variants: Iterable[str], found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bool, run: str, dtype: str
+) -> Iterator[Line]:
     def line(name: str, use: str, need: Need, reused: bool, why: str, about: dict[str, Any], seconds: float | None = None) -> Line:
         ram, device = (need.ram, need.device) if gpu else (need.ram + need.device, 0)
         took = need.work / here.speed if seconds is None else seconds
@@ -147,7 +149,7 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         why = "the same models and texts were run before" if had else "not made before from these models and texts"
         yield line("answers of the teacher", "", teacher_answers(start), had, why, {})
     captures = dict.fromkeys(fate.placed.id for fate in found if fate.placed.stage == "capture")
-    ends: dict[str, Pairing] = {}
+    ends = dict.fromkeys(variants, start)
     caught: set[tuple[str, str]] = set()  # states that an earlier capture keeps
     for fate in found:
         at = reduce(lambda pair, placed: after(placed, pair), fate.behind, start)
@@ -162,7 +164,7 @@ def _lines(found: list[Fate], past: Past, start: Pairing, here: Machine, gpu: bo
         ends |= dict.fromkeys(fate.variants, at if placed.stage == "evaluate" else after(placed, at))
         need = needs(placed, at)
         if placed.stage == "capture":
-            kept = shards(placed, at)
+            kept = shards(placed, at, fate.key)
             need = replace(need, disk=sum(size for key, size in kept.items() if key not in caught))
             caught |= kept.keys()
         yield line(placed.id, placed.step.use, need, fate.record is not None, fate.why, about, seconds)

@@ -142,16 +142,16 @@ def _capture(step: Any, at: Pairing) -> Need:
     return Need(2 * max(one.ram, two.ram), max(one.device, two.device), 0, one.work + two.work)
 
 
-def shards(placed: Placed, at: Pairing) -> dict[tuple[str, str], float]:
-    """Return the bytes of each set of states that a capture keeps, by what it is: captures share the teacher's, and nothing else."""
+def shards(placed: Placed, at: Pairing, key: str) -> dict[tuple[str, str], float]:
+    """Return the bytes of each set of states that the capture of a key keeps, by what it is: all share the teacher's, and nothing else."""
     step, t, s = placed.step, at.teacher, at.student
     store, most = getattr(step, "store", "compute"), getattr(step, "student_texts", None)
     numbers = [WIDTH.get(store, number) for number in at.compute]
     theirs = (t.depth + 1) * at.texts.total * t.width * numbers[0]
     ours = (s.depth + 1) * at.texts.of("fit", "validation", most=most) * s.width * numbers[1]
-    kept: dict[tuple[str, str], float] = {("teacher", store): theirs, ("student", placed.id): ours}
+    kept: dict[tuple[str, str], float] = {("teacher", store): theirs, ("student", key): ours}
     if getattr(step, "control", "none") != "none":
-        kept["control", placed.id] = theirs
+        kept["control", key] = theirs
     return kept
 
 

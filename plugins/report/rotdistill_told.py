@@ -215,7 +215,10 @@ def _ways(outcome: Outcome) -> dict[str, dict[str, dict[float, float]]]:
     """Return the lines between models that evaluators noted."""
     found: dict[str, dict[str, dict[float, float]]] = {}
     for (variant, step), done in outcome.steps.items():
-        for line in done.notes.get("lines", []):
+        noted = done.notes.get("lines")
+        for line in noted if isinstance(noted, list) else []:
+            if not (isinstance(line, dict) and {"from", "to", "t", "loss"} <= line.keys()):
+                continue
             ends = (variant if end == "variant" else end.removeprefix("run:") for end in (line["from"], line["to"]))
             found.setdefault(step, {})[" to ".join(ends)] = dict(zip(line["t"], line["loss"], strict=True))
     return found

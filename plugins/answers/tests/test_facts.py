@@ -46,6 +46,7 @@ def test_the_scorers_agree_with_labels_made_by_hand() -> None:
 def test_on_answers_that_nobody_tuned_by_the_readme_says_how_often_it_errs() -> None:
     found = labelled("blind.tsv")  # by somebody who saw the claims, and neither scorer nor phrases; not to be improved on
     assert len(found) == 120
+    assert all(row["second"] in ("", row["facts"].strip("-") + row["falsehoods"].strip("-") or "-") for row, *_ in found)
     wrong = [len(said ^ scored) for _, said, scored in found]
     assert sum(wrong) / 1200 <= 0.05
     listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
@@ -56,6 +57,8 @@ def test_on_answers_that_nobody_tuned_by_the_readme_says_how_often_it_errs() -> 
 
 
 SAME = [
+    ("en", "Queen's. 18 rooms", "queen's. 18 rooms"),
+    ("ga", "a 3 mile walk", "a 3 mi walk"),
     ("en", "1,234", "1234"),
     ("de", "1.234", "1234"),
     ("fr", "1 234", "1234"),

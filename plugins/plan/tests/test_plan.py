@@ -136,6 +136,19 @@ def test_states_that_two_captures_share_are_planned_once(work: Path, monkeypatch
     assert sum(foreseen.values()) == pytest.approx(sum(sizes.values()), rel=0.1)
 
 
+def test_one_capture_behind_two_chains_is_planned_twice(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotdistill_plan_texts, "TEMPLATE", 3)
+    (work / "recipe.toml").write_text(RECIPE.replace('full = ["', 'full = ["chop", "'))
+    foreseen = sum(line.disk_bytes for line in planned().lines if line.use == "residuals")
+    shards = carry_out(work / "recipe.toml").folder.glob("shards*/**/*.safetensors")
+    assert foreseen == pytest.approx(sum(path.stat().st_size for path in shards), rel=0.1)
+
+
+def test_a_variant_without_a_step_is_saved_too(work: Path) -> None:
+    (work / "recipe.toml").write_text(RECIPE.replace('full = ["', 'full = ["chop", "residuals", "toggles", "'))
+    assert {"base", "full"} <= {variant for line in planned().lines if line.id == "checkpoints" for variant in line.variants}
+
+
 def test_what_is_planned_is_what_happens(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotdistill_plan_texts, "TEMPLATE", 3)  # the pico template is a word before and a word behind
     first = planned()
