@@ -125,6 +125,7 @@ def ours(method: str, base: Path, folders: list[Path], out: Path, synced: bool) 
         with (out / name).open("wb") as stream:
             for block in blocks:
                 stream.write(block)
+                del block  # before the next one is made
 
     made.save((lambda name, blocks: write_file(out / name, blocks)) if synced else plainly, torch.bfloat16)
     print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}), flush=True)

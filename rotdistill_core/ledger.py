@@ -62,6 +62,7 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
                 for block in blocks:
                     digest.update(block)
                     size += stream.write(block)
+                    del block  # before the next one is made
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)

@@ -224,8 +224,7 @@ class Weights:
         """Write a plain Hugging Face checkpoint through `write(file name, blocks)`: weights, index, config, in that order."""
         shards: list[dict[str, Entry]] = [{}]
         room = SHARD_BYTES
-        entries = self.files
-        for name, entry in entries.items():
+        for name, entry in self.files.items():
             size = torch.Size(entry.shape).numel() * dtype.itemsize
             if size > room and shards[-1]:
                 shards.append({})
@@ -238,7 +237,7 @@ class Weights:
             write(name, tensor_blocks({n: (e.shape, dtype, e.read) for n, e in shard.items()}))
         if len(shards) > 1:
             where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(torch.Size(e.shape).numel() for e in entries.values()) * dtype.itemsize
+            total = sum(torch.Size(e.shape).numel() for e in self.files.values()) * dtype.itemsize
             write("model.safetensors.index.json", json_blocks({"metadata": {"total_size": total}, "weight_map": where}))
         config = {k: v for k, v in self.config.items() if k != "torch_dtype"}
         write("config.json", json_blocks({**config, "dtype": str(dtype).removeprefix("torch.")}))

@@ -110,8 +110,15 @@ def _layers(told: Told) -> Iterator[Plot]:
 
 
 def _ways(told: Told) -> Iterator[Plot]:
-    """Yield the loss on the lines between models, beside the chords that a barrier is measured from."""
-    for step, lines in told.ways.items():
+    """Yield the loss on the lines between models that evaluators noted, beside the chords that a barrier is measured from."""
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for done in told.steps:
+        noted = done["notes"].get("lines")
+        for line in noted if isinstance(noted, list) else []:
+            if isinstance(line, dict) and {"from", "to", "t", "loss"} <= line.keys():
+                ends = (done["variant"] if end == "variant" else end.removeprefix("run:") for end in (line["from"], line["to"]))
+                found.setdefault(done["step"], {})[" to ".join(ends)] = dict(zip(line["t"], line["loss"], strict=True))
+    for step, lines in found.items():
         about: list[str] = []
 
         def draw(axes: Axes, lines: Mapping[str, Mapping[float, float]] = lines, about: list[str] = about) -> None:

@@ -101,8 +101,6 @@ class Told:
     """Variant -> language -> held-out KL."""
     layers: dict[str, dict[str, dict[int, float]]]
     """Metric -> variant -> layer boundary -> figure."""
-    ways: dict[str, dict[str, dict[float, float]]]
-    """Step -> the two models that it went between -> place on the way, from 0 to 1 -> loss."""
     cards: dict[str, dict[int, dict[str, Any]]]
     """Alignment step -> layer boundary -> its diagnostics."""
     steps: list[dict[str, Any]]
@@ -160,7 +158,7 @@ def tell(loaded: Loaded, outcome: Outcome, out: Out) -> Told:
     by_layer = [row for row in rows if row.layer is not None and row.text is None]
     return Told(
         loaded.recipe.name, outcome.folder.name, base, table(figures(rows), found, base), failed, found,
-        languages(rows, base, loaded.recipe.seed), _curves(by_layer), _ways(outcome), _cards(outcome, out), _steps(outcome), answers,
+        languages(rows, base, loaded.recipe.seed), _curves(by_layer), _cards(outcome, out), _steps(outcome), answers,
         list(dict.fromkeys(ends)), made_of(loaded, outcome), loaded.text,
     )  # fmt: skip
 
@@ -208,19 +206,6 @@ def _curves(rows: list[Row]) -> dict[str, dict[str, dict[int, float]]]:
     found: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         found.setdefault(row.metric, {}).setdefault(row.variant, {})[row.layer or 0] = row.value
-    return found
-
-
-def _ways(outcome: Outcome) -> dict[str, dict[str, dict[float, float]]]:
-    """Return the lines between models that evaluators noted."""
-    found: dict[str, dict[str, dict[float, float]]] = {}
-    for (variant, step), done in outcome.steps.items():
-        noted = done.notes.get("lines")
-        for line in noted if isinstance(noted, list) else []:
-            if not (isinstance(line, dict) and {"from", "to", "t", "loss"} <= line.keys()):
-                continue
-            ends = (variant if end == "variant" else end.removeprefix("run:") for end in (line["from"], line["to"]))
-            found.setdefault(step, {})[" to ".join(ends)] = dict(zip(line["t"], line["loss"], strict=True))
     return found
 
 
