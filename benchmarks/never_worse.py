@@ -2,10 +2,10 @@
 
     python benchmarks/never_worse.py [--recipes 20] [--first 0] [--seed 0] [--guard 1.02] [--model REFERENCE]
 
-Each step has a guard, as in the shipped recipes: texts of another kind than those fitted and chosen by, which a gain may not cost more
-than 2 %. `--guard 0` leaves it out, and then fits to single words do end worse on questions. Drawn are: how many layers are cut, λ of
-refit and head from 1e-6 to 1e6, 2 to 200 texts, whether texts are as they are, copies of a few, or of one word, and the other options of
-the steps. Held-out questions are the shipped ones.
+Each step has a guard, as in `compress.toml` and `tour_guide_qwen.toml`: texts of another kind than those fitted and chosen by, which a
+gain may not cost more than 2 %. `--guard 0` leaves it out, and then fits to single words do end worse on questions. Drawn are: how many
+layers are cut, λ of refit and head from 1e-6 to 1e6, 2 to 200 texts, whether texts are as they are, copies of a few, or of one word, and
+the other options of the steps. Held-out questions are the shipped ones.
 """
 
 from __future__ import annotations
