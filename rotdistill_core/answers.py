@@ -29,8 +29,7 @@ def greedy(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
     model.to(device).eval()
     ends = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else tokenizer.eos_token_id
-    stops = {ends} if isinstance(ends, int) else set(ends)
-    stops.add(tokenizer.eos_token_id)
+    stops = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(max_new_tokens=most, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))
     model.generation_config = settings
@@ -54,6 +53,5 @@ def greedy(
             past.batch_repeat_interleave(len(some))
         made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=past, generation_config=settings)
         for name, tokens in zip(some, made[:, longest:].tolist(), strict=True):
-            end = next((j for j, token in enumerate(tokens) if token in stops), None)
-            answers[name] = tokens if end is None else tokens[: end + 1]
+            answers[name] = tokens[: next((j + 1 for j, token in enumerate(tokens) if token in stops), None)]
     return answers

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from rotdistill_core import plugins, recipe
 from rotdistill_core.errors import CheckFailed, PluginError, RecipeError, RotdistillError, SetupError, nearest
 from rotdistill_core.hookspecs import hookimpl
-from rotdistill_core.step import options_of, stage_of
+from rotdistill_core.step import options_of
 
 if TYPE_CHECKING:
     from rotdistill_core.pipeline import Outcome
@@ -53,7 +53,8 @@ class Verbs(TyperGroup):
         return typer.main.get_command(one)
 
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", callback=lambda: None,
+                  help="Surgery on language models: `run` carries out a recipe; `show`, `chat` and `report` are about what it made.",
                   epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
 RUNS = Path("runs")
 
@@ -74,6 +75,11 @@ def words() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def results() -> Console:
+    """Return the console for results (stdout): as wide as the terminal, or wide enough for tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
 class Screen:
     """Shows what a run does: one live line per step on a terminal, plain lines elsewhere."""
 
@@ -86,7 +92,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.console.print(escape(text))
+        self.console.print(escape(text), soft_wrap=True)
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show how far a step is."""
@@ -108,7 +114,7 @@ class Screen:
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
         """See `Specs.variant_saved`."""
-        self.console.print(f"  {escape(variant):<12} saved            {escape(_here(folder))}")
+        self.console.print(f"  {escape(variant):<12} saved            {escape(_here(folder))}", soft_wrap=True)
 
     def stop(self) -> None:
         """Take the live line away."""
@@ -161,49 +167,11 @@ def _show(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run_dir": str(outcome.folder), "results": report.as_json(outcome.rows)}, ensure_ascii=False))
         return
-    wide = Console(width=None if sys.stdout.isatty() else 140)
     for told in (report.rich_table(outcome.rows), *outcome.told):
-        wide.print(told)
+        results().print(told)
     for path in (outcome.folder / name for name in ("checkpoints", "report.html")):
         if path.exists():
-            wide.print(f"{path.stem:<12} {escape(_here(path))}")
-
-
-@app.command("plugins")
-def list_plugins(as_json: Json = False) -> None:
-    """List installed steps, adapters, sources and observers, broken ones too.
-
-    Examples:
-
-      rotdistill plugins
-
-      rotdistill plugins --json
-    """
-    rows: list[dict[str, Any]] = []
-    for kind, origin, what in plugins.everything():
-        about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
-        stage = stage_of(what) if isinstance(what, type) else ("broken" if kind == "step" else kind)
-        rows.append({"name": origin.name, "stage": stage, "distribution": origin.distribution, "version": origin.version, "about": about})
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print("{name:<18} {stage:<9} {distribution} {version}  {about}".format_map(row))
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes for the plugins installed here.
-
-    Examples:
-
-      rotdistill schema > recipes/recipe.schema.json
-
-      rotdistill schema | python -m json.tool
-    """
-    from rotdistill_core.schema import schema as made
-
-    print(json.dumps(made(), indent=1))
+            results().print(f"{path.stem:<12} {escape(_here(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):

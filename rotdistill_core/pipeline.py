@@ -150,15 +150,17 @@ class Run:
             path = out.find(f"answers/teacher-{who}.json")
             if path is None and asked:
                 self.progress(0, 1, f"the teacher answers {len(asked)} questions")
+                started = time.monotonic()
                 path = out.json(f"answers/teacher-{who}.json", greedy(teacher.folder, asked, most, teacher.device, teacher.dtype))
+                self.say(f"  {'teacher':<12} {f'{len(asked)} answers':<16} {time.monotonic() - started:6.1f} s")
             answers |= json.loads(path.read_text(encoding="utf-8")) if path else {}
         given = (teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
         samples = tokenize(*given) if self.pair.one_tokenizer else tokenize_both(self.pair.student.tokenizer, *given)
         frozen = Out(self.store, self.ledger, samples.digest())
         if frozen.find("samples.tsv") is None:
             lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsha256\n"]
-            for t in samples.layout.texts:
-                lines.append(f"{t.id}\t{t.language}\t{t.split}\t{len(t.tokens)}\t{t.answer}\t{digest(t.tokens)}\n")
+            texts = samples.layout.texts
+            lines += [f"{t.id}\t{t.language}\t{t.split}\t{len(t.tokens)}\t{t.answer}\t{digest(t.tokens)}\n" for t in texts]
             frozen.write("samples.tsv", [line.encode() for line in lines])
             frozen.write("system.md", [self.style.encode()])
         return samples

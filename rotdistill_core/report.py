@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 
 from rotdistill_core.recipe import Check
@@ -47,11 +49,35 @@ def figures(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     return table
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
+class WideTable(Table):
+    """A table that is never cut: wider than the terminal, its columns come below each other, each time behind the first.
+
+    Columns with `overflow="fold"` hold text, which may wrap.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """Yield as many plain tables as the width needs."""
+        most = [max(console.measure(c.header).minimum, *(console.measure(cell).maximum for cell in c.cells), 0) for c in self.columns]
+        least = [min(size, 24) if c.overflow == "fold" else size for size, c in zip(most, self.columns, strict=True)]
+        parts = [[0]]
+        for k in range(1, len(least)):
+            if len(parts[-1]) > 1 and sum(least[j] + 3 for j in [*parts[-1], k]) + 1 > options.max_width:
+                parts.append([0])
+            parts[-1].append(k)
+        for part in parts:
+            table = Table(title=self.title if part is parts[0] else None)
+            widths = {k: size if size == most[k] else None for k, size in enumerate(least)}
+            table.columns = [replace(self.columns[k].copy(), width=widths[k], overflow="fold") for k in part]
+            for row, *cells in zip(self.rows, *(self.columns[k].cells for k in part), strict=True):
+                table.add_row(*cells, style=row.style)
+            yield table
+
+
+def rich_table(rows: Sequence[Row]) -> WideTable:
     """Return the variant x metric table for the terminal, the lowest KL in bold."""
     values = figures(rows)
     best = min((v["kl"] for v in values.values() if "kl" in v and math.isfinite(v["kl"])), default=None)
-    table = Table("variant", *(title for _, title, _ in COLUMNS))
+    table = WideTable("variant", *(title for _, title, _ in COLUMNS))
     for variant, metrics in values.items():
         cells = [form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS]
         name = f"{variant} (failed)" if "failed" in metrics else variant

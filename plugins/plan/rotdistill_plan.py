@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
 from rotdistill_foresee import Line, Plan, foresee, gb, machine, time_class
 from rotdistill_plan_models import NotHere
 
 from rotdistill_core import hookimpl, recipe
-from rotdistill_core.cli import RUNS, Json, RecipePath, Sets, words
+from rotdistill_core.cli import RUNS, Json, RecipePath, Sets, results, words
 from rotdistill_core.errors import SetupError
+from rotdistill_core.report import WideTable
 
 
 def plan(
@@ -51,7 +50,7 @@ def plan(
         words().print(f"plan: {reused} of {len(planned.lines)} results are there; {memory}, disk {gb(need['disk_bytes'])} of "
                       f"{gb(here.disk)}, {time_class(seconds)}", soft_wrap=True)  # fmt: skip
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console = results()
         console.print(_table(planned))
         for text in _notes(planned, seconds):
             console.print(escape(text), soft_wrap=True)
@@ -80,10 +79,11 @@ def _notes(planned: Plan, seconds: float) -> Iterator[str]:
            f"disk about {gb(need['disk_bytes'])} of {gb(here.disk)} free, {time_class(seconds)}")  # fmt: skip
 
 
-def _table(planned: Plan) -> Table:
+def _table(planned: Plan) -> WideTable:
     """Return the plan as a table for the terminal; results of one step with one fate share a line."""
     gpu = planned.machine.gpu
-    table = Table("step", "use", "variants", "memory", *(["GPU"] if gpu else []), "disk", "time", "result", title=str(planned.folder))
+    who, fate = (Column(title, overflow="fold") for title in ("variants", "result"))
+    table = WideTable("step", "use", who, "memory", *(["GPU"] if gpu else []), "disk", "time", fate, title=str(planned.folder))
     groups: dict[tuple[str, bool, str], list[Line]] = {}
     for line in planned.lines:
         groups.setdefault((line.id, line.reused, line.why), []).append(line)

@@ -68,13 +68,14 @@ def _languages(told: Told) -> list[str]:
 def terminal(told: Told) -> object:
     """Return what the terminal shows: the verdict, intervals, answers in words, and one question answered."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    parts: list[Table | Text] = [Text(told.verdict.replace("`", ""), {"good": "bold green", "bad": "bold red"}.get(told.mood, "bold"))]
+    from rotdistill_core.report import WideTable
+
+    parts: list[WideTable | Text] = [Text(told.verdict.replace("`", ""), {"good": "bold green", "bad": "bold red"}.get(told.mood, "bold"))]
     known = [m for m in ("kl", "top1", "guard_kl") if m in told.estimates]
     if known:
-        table = Table("variant", column(known[0]).title, *(f"{column(metric).title}, change" for metric in known))
+        table = WideTable("variant", column(known[0]).title, *(f"{column(metric).title}, change" for metric in known))
         table.title = f"95 % intervals over texts; changes are against {told.base}"
         for variant in told.estimates[known[0]]:
             row = told.table[variant]

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
 from rotdistill_run_folder import RunFolder
+
+from rotdistill_core.report import WideTable, figures
 
 if TYPE_CHECKING:
     from rotdistill_core.api import Map
@@ -108,8 +110,6 @@ def scores(a: RunFolder, b: RunFolder) -> list[Score]:
     """Return every figure that both runs have, with the interval of its change where it is a mean over texts."""
     from rotdistill_intervals import estimates
 
-    from rotdistill_core.report import figures
-
     one, two = a.rows(), b.rows()
     here, there = figures(one), figures(two)
     made = []
@@ -124,17 +124,17 @@ def scores(a: RunFolder, b: RunFolder) -> list[Score]:
     return made
 
 
-def recipe_table(found: list[Changed]) -> Table | None:
+def recipe_table(found: list[Changed]) -> WideTable | None:
     """Return the changed keys for the terminal."""
-    table = Table("recipe", "one", "two")
+    table = WideTable("recipe", Column("one", overflow="fold"), Column("two", overflow="fold"))
     for each in found:
         table.add_row(escape(each.key), *(escape("" if v is None else str(v)) for v in (each.one, each.two)))
     return table if found else None
 
 
-def map_table(found: list[MapChange]) -> Table | None:
+def map_table(found: list[MapChange]) -> WideTable | None:
     """Return the maps for the terminal; a step's spaces of one kind in one line, with the least and the most."""
-    table = Table("maps", "spaces", "kind", "apart")
+    table = WideTable("maps", "spaces", "kind", "apart")
     groups: dict[tuple[str, str, str], list[MapChange]] = {}
     for each in found:
         groups.setdefault((each.step, each.space.split(".")[0], each.kind), []).append(each)
@@ -153,10 +153,14 @@ def _apart(some: list[MapChange]) -> str:
     return f"{min(distances):.2g} to {max(distances):.2g}, relative" if distances else "not to be compared"
 
 
-def score_table(found: list[Score]) -> Table | None:
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def score_table(found: list[Score]) -> WideTable | None:
     """Return the figures for the terminal."""
-    table = Table("variant", "metric", "one", "two", "change", "95 % interval")
+    table = WideTable("variant", "metric", "one", "two", "change", "95 % interval")
     for s in found:
         ends = f"[{s.low:+.4g}, {s.high:+.4g}]" if s.low is not None else ""
-        table.add_row(escape(s.variant), escape(s.metric), f"{s.one:.4g}", f"{s.two:.4g}", f"{s.two - s.one:+.4g}", escape(ends))
+        table.add_row(escape(s.variant), escape(s.metric), *map(_figure, (s.one, s.two)), f"{s.two - s.one:+.4g}", escape(ends))
     return table if found else None

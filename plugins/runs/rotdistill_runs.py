@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
 from rotdistill_removal import doomed, human, remove, shares
 from rotdistill_run_folder import Record, RunFolder, all_runs, find_run, needed_by
 
 from rotdistill_core import hookimpl
-from rotdistill_core.cli import RUNS, Json, words
+from rotdistill_core.cli import RUNS, Json, results, words
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.report import WideTable, figures, rich_table
 
 
 def _names(incomplete: str) -> list[str]:
@@ -26,11 +26,6 @@ def _names(incomplete: str) -> list[str]:
 Name = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's name, the beginning of it, or its folder.", show_default=False, autocompletion=_names)
 ]
-
-
-def results() -> Console:
-    """Return the console for results (stdout): as wide as the terminal, or wide enough for tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def runs(as_json: Json = False) -> None:
@@ -56,7 +51,7 @@ def runs(as_json: Json = False) -> None:
     if not rows:
         words().print(f"no runs in {RUNS}/; `rotdistill run RECIPE` makes one.")
         return
-    table = Table("run", "state", "variants", "lowest KL", "size", "shared", "changed")
+    table = WideTable("run", "state", Column("variants", overflow="fold"), "lowest KL", "size", "shared", "changed")
     for row in rows:
         best = f"{row['best'][0]} {row['best'][1]:.4f}" if row["best"] else ""
         sizes = human(row["bytes"]), human(row["shared_bytes"]) if row["shared_bytes"] else ""
@@ -65,8 +60,6 @@ def runs(as_json: Json = False) -> None:
 
 
 def _best(run: RunFolder) -> tuple[str, float] | None:
-    from rotdistill_core.report import figures
-
     scored = [(v["kl"], name) for name, v in figures(run.rows()).items() if "kl" in v]
     return (min(scored)[1], min(scored)[0]) if scored else None
 
@@ -80,8 +73,6 @@ def show(run: Name, as_json: Json = False) -> None:
 
       rotdistill show tour-guide --json
     """
-    from rotdistill_core.report import figures, rich_table
-
     found = find_run(run, RUNS)
     rows, recipe, needed = found.rows(), found.recipe, needed_by(found, all_runs(found.path.parent))
     steps = list(_steps(found))
@@ -97,7 +88,7 @@ def show(run: Name, as_json: Json = False) -> None:
             console.print(f"{role:<8} {escape(model['model'])}")
     if others:
         console.print(f"{len(needed)} of its files are part of {escape(', '.join(others))}; `rm` leaves those.")
-    table = Table("step", "use", "plugin", "variants", "key", "seconds", "size", "lies in")
+    table = WideTable("step", "use", "plugin", Column("variants", overflow="fold"), "key", "seconds", "size", "lies in")
     for step in steps:
         where = "" if step["lies_in"] == found.path.name else step["lies_in"]
         cells = step["id"], step["use"], step["plugin"], ", ".join(step["variants"]), step["key"][:10]

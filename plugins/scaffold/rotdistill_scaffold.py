@@ -1,9 +1,10 @@
-"""The verb `new`: the beginning of a step, an adapter or a recipe, which works as it is."""
+"""Verbs of authors: `new` begins a step, an adapter or a recipe, `plugins` and `schema` tell what is installed."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Annotated
 import rotdistill_scaffold_texts as texts
 import typer
 from rich.markup import escape
+from rich.table import Column
 
 from rotdistill_core import hookimpl
-from rotdistill_core.cli import Json, words
+from rotdistill_core.cli import Json, results, words
 from rotdistill_core.errors import RecipeError, SetupError, nearest
 from rotdistill_core.ledger import write_file
-from rotdistill_core.plugins import ADAPTERS, STEPS, installed
-from rotdistill_core.step import STAGES
+from rotdistill_core.plugins import ADAPTERS, STEPS, everything, installed
+from rotdistill_core.report import WideTable
+from rotdistill_core.step import STAGES, stage_of
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
@@ -123,7 +126,48 @@ def _plugin(folder: str, files: Mapping[str, str], about: Mapping[str, str]) -> 
     return {f"{folder}/{file.format(**about)}": Template(text).substitute(about) for file, text in whole.items()}
 
 
+def plugins(as_json: Json = False) -> None:
+    """List installed steps, adapters, sources and observers, broken ones too.
+
+    Examples:
+
+      rotdistill plugins
+
+      rotdistill plugins --json
+    """
+    rows: list[dict[str, str]] = []
+    for kind, origin, what in everything():
+        about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
+        stage = stage_of(what) if isinstance(what, type) else ("broken" if kind == "step" else kind)
+        rows.append({"name": origin.name, "stage": stage, "distribution": origin.distribution, "version": origin.version, "about": about})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not sys.stdout.isatty():  # a line each, for grep
+        for row in rows:
+            print("{name:<22} {stage:<9} {distribution} {version}  {about}".format_map(row))
+        return
+    table = WideTable("name", "stage", "distribution", "version", Column("about", overflow="fold"))
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    results().print(table)
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes for the plugins installed here.
+
+    Examples:
+
+      rotdistill schema > recipes/recipe.schema.json
+
+      rotdistill schema | python -m json.tool
+    """
+    from rotdistill_core.schema import schema as made
+
+    print(json.dumps(made(), indent=1))
+
+
 @hookimpl
 def commands() -> list[Callable[..., None]]:
-    """Offer the verb."""
-    return [new]
+    """Offer the verbs."""
+    return [new, plugins, schema]
