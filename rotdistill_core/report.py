@@ -13,9 +13,9 @@ from rotdistill_core.recipe import Check
 from rotdistill_core.samples import Row
 
 COLUMNS = (
-    ("kl", "held-out KL, nats/token", "{:.4f}"), ("top1", "top-1", "{:.3f}"), ("perplexity", "perplexity", "{:.2f}"),
-    ("guard_kl", "guard KL", "{:.4f}"), ("guard_perplexity", "guard perplexity", "{:.2f}"),
-    ("hidden_cosine", "hidden cosine", "{:.4f}"), ("residual_rms_diff", "residual RMS diff", "{:.4f}"),
+    ("kl", "held-out KL,\nnats/token", "{:.4f}"), ("top1", "top-1", "{:.3f}"), ("perplexity", "perplexity", "{:.2f}"),
+    ("guard_kl", "guard KL", "{:.4f}"), ("guard_perplexity", "guard\nperplexity", "{:.2f}"),
+    ("hidden_cosine", "hidden\ncosine", "{:.4f}"), ("residual_rms_diff", "residual\nRMS diff", "{:.4f}"),
     ("parameters", "parameters", "{:,.0f}"), ("seconds", "seconds", "{:.0f}"),
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ class WideTable(Table):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Yield as many plain tables as the width needs."""
-        most = [max(console.measure(c.header).minimum, *(console.measure(cell).maximum for cell in c.cells), 0) for c in self.columns]
+        most = [max(console.measure(text).maximum for text in (c.header, *c.cells)) for c in self.columns]
         least = [min(size, 24) if c.overflow == "fold" else size for size, c in zip(most, self.columns, strict=True)]
         parts = [[0]]
         for k in range(1, len(least)):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import io
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Column
 from typer.main import get_command
 
 from rotdistill_core import cli, plugins
+from rotdistill_core.report import WideTable
 from rotdistill_core.testing import command_line, pico_folder, pico_texts
 
 RECIPE = """
@@ -65,6 +69,21 @@ def test_help_ends_with_two_examples(verb: str) -> None:
     assert len(lines) == 2
     assert all(line.startswith(f"rotdistill {verb}") for line in lines)
     assert all(line.split(" --")[0].split(' "')[0] in out for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_a_table_loses_nothing_on_a_narrow_terminal(width: int) -> None:
+    rows = [["tour-guide", "0.5896", "106,200,000", "made before, from these texts", "-3.645 [-4.138, -3.184]"] for _ in range(2)]
+    table = WideTable("run", "held-out KL,\nnats/token", "parameters", Column("why", overflow="fold"), "change", title="a table")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    for cell in ("tour-guide", "0.5896", "106,200,000", "-3.645 [-4.138, -3.184]"):
+        assert sum(cell in line for line in lines) >= 2, cell
+    assert {"made", "before,", "from", "these", "texts"} <= {word for line in lines for word in line.split()}
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

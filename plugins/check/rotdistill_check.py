@@ -9,14 +9,16 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rotdistill_run_folder import find_run
 
 from rotdistill_core import hookimpl, recipe
-from rotdistill_core.cli import Json, words
+from rotdistill_core.cli import RUNS, Json, words
 from rotdistill_core.errors import CheckFailed
 
 
 def check(
-    path: Annotated[Path, typer.Argument(help="A recipe, or the folder of a run.", show_default=False)], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="A recipe, or a run: its name, the beginning of it, or its folder.", show_default=False)],
+    as_json: Json = False,
 ) -> None:
     """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
 
@@ -24,12 +26,12 @@ def check(
 
       rotdistill check recipes/tour_guide.toml
 
-      rotdistill check runs/tour-guide-*
+      rotdistill check tour-guide
     """
-    if path.is_dir():
+    if path.is_dir() or not (path.is_file() or path.suffix):
         from rotdistill_check_run import check_run
 
-        found = check_run(path)
+        found = check_run(find_run(str(path), RUNS).path)
         print(json.dumps(found)) if as_json else words().print(
             f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
         )

@@ -24,7 +24,7 @@ from rotdistill_core.recipe import Loaded
 from rotdistill_core.samples import claimed, inputs, read_questions
 from rotdistill_core.step import options_of
 
-SPEED = {"cpu": 2e10, "gpu": 5e13}
+SPEED = {"cpu": 6e10, "gpu": 5e13}
 """Operations in a second, of one core or one GPU: rough, and good enough for a class of time."""
 CLASSES = {60: "seconds", 3600: "minutes", 86400: "hours", float("inf"): "days"}
 

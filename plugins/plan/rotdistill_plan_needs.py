@@ -205,13 +205,15 @@ def _head(step: Any, at: Pairing) -> Need:
 
 def _train(step: Any, at: Pairing) -> Need:
     s, t, texts = at.student, at.teacher, at.texts
-    some = 1 if "questions" not in getattr(step, "ask", ()) else 2
     rows = texts.of("fit", "validation")
     states = rows * t.width * at.wide
-    length = (rows - texts.prefix) / max(texts.texts.get("fit", 1) + texts.texts.get("validation", 0), 1) + texts.prefix
+    many = max(texts.texts.get("fit", 0) + texts.texts.get("validation", 0), 1)
+    length = (rows - texts.prefix) / many + texts.prefix
+    asked = {"places": min(getattr(step, "prompts", 200), many / 2), "questions": many / 2}  # half of the texts are answers of its own
+    told = sum(asked[what] for what in getattr(step, "ask", ("places",))) * length
     batch = getattr(step, "batch", 4) * length * at.wide
     grown = batch * (s.depth * (14 * s.width + 6 * s.neurons) + 4 * s.vocab)
-    work = 3 * getattr(step, "epochs", 3) * 2.0 * s.parameters() * rows * some
+    work = 6.0 * getattr(step, "epochs", 3) * s.parameters() * told / (4 if getattr(step, "bfloat16", False) else 1)
     made = s.parameters(inside=True) * at.wide
     heads = s.vocab * (s.width + t.width) * at.wide
     return Need(states + made + heads, s.parameters() * at.wide + grown, states + made, work + walked(t, rows, at.compute[0]).work)

@@ -75,7 +75,7 @@ def terminal(told: Told) -> object:
     parts: list[WideTable | Text] = [Text(told.verdict.replace("`", ""), {"good": "bold green", "bad": "bold red"}.get(told.mood, "bold"))]
     known = [m for m in ("kl", "top1", "guard_kl") if m in told.estimates]
     if known:
-        table = WideTable("variant", column(known[0]).title, *(f"{column(metric).title}, change" for metric in known))
+        table = WideTable("variant", column(known[0]).title, *(f"{column(metric).title},\nchange" for metric in known))
         table.title = f"95 % intervals over texts; changes are against {told.base}"
         for variant in told.estimates[known[0]]:
             row = told.table[variant]

@@ -73,5 +73,7 @@ def _holds(line: bytes, run: RunFolder, steps: bool) -> bool:
         record = json.loads(line)
     except ValueError:
         return False
-    files = [record["path"]] if record["kind"] == "file" else list(mentioned(record, run.path.name))
-    return (steps or record["kind"] == "file") and all((run.path.parent / file).is_file() for file in files)
+    if record["kind"] == "file":
+        path: str = record["path"]
+        return path.startswith(f"{run.path.name}/") and (run.path.parent / path).is_file()
+    return steps and all((run.path.parent / file).is_file() for file in mentioned(record, run.path.name))

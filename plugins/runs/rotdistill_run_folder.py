@@ -41,8 +41,12 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """`done`, `unfinished`, or `kept files` where only what other runs stand on is left."""
-        names = {r["name"] for r in self.ledger.records if r["kind"] == "file" and (self.path.parent / r["path"]).is_file()}
+        """`done`, `unfinished`, `kept files` where only what other runs stand on is left, or `copy of` another."""
+        files = [r for r in self.ledger.records if r["kind"] == "file"]
+        owners = {r["path"].split("/")[0] for r in files}
+        if owners and self.path.name not in owners:
+            return f"copy of {', '.join(sorted(owners))}"
+        names = {r["name"] for r in files if (self.path.parent / r["path"]).is_file()}
         return "done" if "results.jsonl" in names else "unfinished" if "recipe.resolved.json" in names else "kept files"
 
     @property

@@ -208,16 +208,11 @@ def report(run: Name, as_json: Json = False) -> None:
     outcome = Outcome(found.path, rows, steps, checkpoints, [], pair, failed)
     pm = manager()
     pm.register(load(OBSERVERS, "report")[0])
-    told = pm.hook.run_ended(loaded=loaded, outcome=outcome, out=Out(Store(found.path.resolve().parent), found.ledger, "report"),
-                             say=words().print)  # fmt: skip
-    where = found.path / "report.md"
-    if as_json:
-        print(json.dumps({"run": found.path.name, "report": str(where)}))
-        return
-    console = results()
-    for each in told:
-        console.print(each)
-    print(where)
+    pm.hook.run_ended(
+        loaded=loaded, outcome=outcome, out=Out(Store(found.path.resolve().parent), found.ledger, "report"), say=words().print
+    )
+    where = found.path / "report.html"
+    print(json.dumps({"run": found.path.name, "report": str(where)}) if as_json else where)
 
 
 def _elsewhere(run: RunFolder, record: Record) -> bool:

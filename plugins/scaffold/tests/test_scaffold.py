@@ -75,7 +75,7 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
     assert command_line("new", "recipe", "mine", "--in", str(tmp_path))[0] == 0
     loaded = recipe.load(tmp_path / "mine.toml")
     assert loaded.recipe.name == "mine"
-    assert [placed.id for placed in loaded.chain("full")] == ["residuals", "basis", "fold", "head", "toggles"]
+    assert [placed.id for placed in loaded.chain("full")] == ["chop", "residuals", "basis", "fold", "head", "toggles"]
 
 
 @pytest.mark.parametrize(
