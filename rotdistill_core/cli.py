@@ -38,8 +38,8 @@ class Verbs(TyperGroup):
         """Return one verb; a broken one fails when it is called, not when all are listed."""
         if found := super().get_command(ctx, name):
             return found
-        if name not in self.list_commands(ctx):
-            raise RecipeError(f'there is no verb "{name}".{nearest(name, self.list_commands(ctx))}')
+        if name not in (every := self.list_commands(ctx)):
+            raise RecipeError(f'there is no verb "{name}".{nearest(name, every)}')
         one = typer.Typer(add_completion=False, rich_markup_mode="rich")
         try:
             one.command(name)(plugins.command(name))
@@ -216,7 +216,7 @@ def _tell(error: Exception, again: str) -> int:
         error = SetupError(machine)
     problems = error.problems if isinstance(error, RecipeError) else [str(error)]
     if usage := getattr(error, "format_message", None):  # typer's own errors; the one about no verb at all has shown the help
-        problems = [message] if (message := usage()) else []
+        problems = [f"{message.rstrip('.')}. `{error.ctx.command_path} --help` shows how."] if (message := usage()) else []  # type: ignore[attr-defined]
     elif not isinstance(error, RotdistillError):
         problems = [f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"]
     kind = "error" if usage or isinstance(error, RotdistillError) else "unexpected"

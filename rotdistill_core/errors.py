@@ -51,9 +51,9 @@ class SingularError(RotdistillError):
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return ' Did you mean "x"?' for the closest of `words`, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
+    """Return ' Did you mean "x"?' for the closest of `words`; where none is close, all of them, or nothing where they are many."""
+    close = difflib.get_close_matches(word, every := list(words), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else f" There is: {', '.join(every)}." if 0 < len(every) <= 24 else ""
 
 
 def explain(error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]) -> list[str]:

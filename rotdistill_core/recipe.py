@@ -230,7 +230,8 @@ def _read(path: Path) -> str:
             raise RecipeError(f"{path}: larger than {MAX_BYTES} bytes; a recipe is a short document.")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from error
+        others = ", ".join(map(str, sorted(path.parent.glob("*.toml"))[:20])) or "none"
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}. The recipes in its folder: {others}.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 

@@ -140,12 +140,15 @@ def test_a_run_that_cannot_be_says_why(work: Path, spoil: Callable[[Path], objec
     [
         ((), 2, "Usage: rotdistill"),
         (("runn", "recipe.toml"), 2, 'there is no verb "runn". Did you mean "run"?'),
-        (("run",), 2, "Missing argument"),
+        (("frobnicate",), 2, "There is: run, "),
+        (("run",), 2, "Missing argument 'RECIPE'. `rotdistill run --help` shows how."),
+        (("run", "gone.toml"), 2, "The recipes in its folder: recipe.toml."),
         (("run", "recipe.toml", "--frech"), 2, "--frech"),
         (("run", "recipe.toml", "--set", "chop"), 2, "write it as key.path=value"),
         (("run", "recipe.toml", "--set", "chup.layers=1"), 2, 'Did you mean "chop"?'),
         (("show", "nothing"), 2, 'there is no run "nothing"'),
         (("check", "texts"), 2, "is not a run"),
+        (("check", "nothing"), 2, 'there is no run "nothing"'),
         (("check", "recipe.toml"), 0, "fine"),
     ],
 )

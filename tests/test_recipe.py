@@ -122,10 +122,10 @@ def test_unknown_observers_are_problems_beside_the_others(tmp_path: Path) -> Non
     assert len(problems) == 8
     for wanted in (
         'observers: no observer "rotation-santy" is installed. Did you mean "rotation-sanity"?',
-        'observers: no observer "3" is installed.',
+        'observers: no observer "3" is installed. There is: ',
         "observers.1: Input should be a valid string (it is 3).",
     ):
-        assert sum(problem.endswith(wanted) for problem in problems) == 1, (wanted, problems)
+        assert sum(wanted in problem for problem in problems) == 1, (wanted, problems)
     assert "observers: Input should be a valid list" in problems_of(write(tmp_path / "bad.toml", "observers = 3\n" + HEAD + STEPS))[0]
 
 

@@ -49,7 +49,8 @@ class BasisFold:
 
         stream = any(space.startswith("residual.") for space in maps)
         inner: dict[str, Map] = {space: found for space, found in maps.items() if found.square and not space.startswith("residual.")}
-        out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))
+        if inner:
+            out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))
         if self.mode == "block":
             return _blockwise(weights, maps, bank)
         R = maps.tied()

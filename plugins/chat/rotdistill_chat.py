@@ -88,7 +88,7 @@ def _variants(run: RunFolder, asked: list[str]) -> list[str]:
         raise RecipeError(f"{run.path}: has no checkpoint yet; carry out its recipe first.")
     for name in asked:
         if name not in saved:
-            raise RecipeError(f'{run.path}: has no variant "{name}"; it has {", ".join(saved)}.{nearest(name, saved)}')
+            raise RecipeError(f'{run.path}: has no variant "{name}".{nearest(name, saved)}')
     ends = ["base" if "base" in saved else saved[0], "full" if "full" in saved else saved[-1]]
     return list(dict.fromkeys(asked or ends))
 

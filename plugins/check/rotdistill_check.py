@@ -31,7 +31,7 @@ def check(
     if path.is_dir() or not (path.is_file() or path.suffix):
         from rotdistill_check_run import check_run
 
-        found = check_run(find_run(str(path), RUNS).path)
+        found = check_run(path if path.is_dir() else find_run(str(path), RUNS).path)
         print(json.dumps(found)) if as_json else words().print(
             f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
         )

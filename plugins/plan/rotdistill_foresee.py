@@ -197,10 +197,10 @@ def _shortfalls(planned: Plan) -> Iterator[str]:
     for what, size, free in (("memory", "ram_bytes", here.ram), ("GPU memory", "gpu_bytes", here.gpu)):
         worst = max(planned.todo, key=lambda line: getattr(line, size), default=None)
         if worst and need[size] > free:
-            yield f"{worst.id} needs about {gb(need[size])} of {what}, {gb(free)} are free"
+            yield f'"{worst.id}" needs about {gb(need[size])} of {what}; {gb(free)} are free'
     if need["disk_bytes"] > here.disk:
         worst = max(planned.todo, key=lambda line: line.disk_bytes)
-        yield f"the run writes about {gb(need['disk_bytes'])}, most of it {worst.id}, {gb(here.disk)} are free on the disk"
+        yield f'the run writes about {gb(need["disk_bytes"])}, most of it for "{worst.id}"; {gb(here.disk)} are free on the disk'
 
 
 def gb(size: float) -> str:

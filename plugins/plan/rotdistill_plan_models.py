@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,7 @@ def known(ref: ModelRef, texts: Path, say: Callable[[str], None]) -> Known:
         return _opened(open_model(ref, say))
     if folder := _cached(ref):
         return _opened(open_model(ref.model_copy(update={"model": str(folder)}), say))
-    path = texts / "configs" / f"{ref.model}.json"
+    path = Path(os.path.normpath(texts / "configs" / f"{ref.model}.json"))
     if not path.is_file():
         raise NotHere(f"{ref.model}: is not here, and there is no {path} that says how large it is. `rotdistill run` downloads it.")
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -95,7 +95,8 @@ def hurt(cards: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
     }
     worse = {i: pair for i, pair in both.items() if pair[1] < pair[0] - 1e-3}
     if worse:
-        yield f"the rotation lowers the cosine to the teacher {_places(worse, len(both))}."
+        yield (f"the rotation lowers the cosine to the teacher {_places(worse, len(both))}. That is to be expected where the student "
+               "has the teacher's own layers; an exact fold of it changes no logit.")  # fmt: skip
 
 
 def _places(worse: Mapping[int, tuple[float, float]], of: int) -> str:

@@ -76,7 +76,7 @@ def step(name: str, stage: str) -> dict[str, str]:
         RecipeError: there is no such stage, or a step of that name is installed.
     """
     if stage not in STAGES:
-        raise RecipeError(f'"{stage}" is no stage; say one of {", ".join(STAGES)}.{nearest(stage, STAGES)}')
+        raise RecipeError(f'"{stage}" is no stage.{nearest(stage, STAGES)}')
     if name in installed(STEPS):
         raise RecipeError(f'a step "{name}" is installed already; choose another name.')
     arguments, returns, body = texts.STAGES[stage]
