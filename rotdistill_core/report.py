@@ -58,7 +58,7 @@ class WideTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Yield as many plain tables as the width needs."""
         most = [max(console.measure(text).maximum for text in (c.header, *c.cells)) for c in self.columns]
-        least = [min(size, 24) if c.overflow == "fold" else size for size, c in zip(most, self.columns, strict=True)]
+        least = [min(size, 16) if c.overflow == "fold" else size for size, c in zip(most, self.columns, strict=True)]
         parts = [[0]]
         for k in range(1, len(least)):
             if len(parts[-1]) > 1 and sum(least[j] + 3 for j in [*parts[-1], k]) + 1 > options.max_width:

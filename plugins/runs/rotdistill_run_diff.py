@@ -158,9 +158,10 @@ def _figure(value: float) -> str:
 
 
 def score_table(found: list[Score]) -> WideTable | None:
-    """Return the figures for the terminal."""
-    table = WideTable("variant", "metric", "one", "two", "change", "95 % interval")
-    for s in found:
+    """Return the figures that differ, for the terminal."""
+    table = WideTable("figure", "one", "two", "change", "95 % interval")
+    for s in [s for s in found if s.one != s.two]:
         ends = f"[{s.low:+.4g}, {s.high:+.4g}]" if s.low is not None else ""
-        table.add_row(escape(s.variant), escape(s.metric), *map(_figure, (s.one, s.two)), f"{s.two - s.one:+.4g}", escape(ends))
-    return table if found else None
+        cells = f"{s.variant}: {s.metric}", _figure(s.one), _figure(s.two), f"{s.two - s.one:+.4g}", ends
+        table.add_row(*map(escape, cells))
+    return table if table.row_count else None

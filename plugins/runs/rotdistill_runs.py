@@ -88,11 +88,11 @@ def show(run: Name, as_json: Json = False) -> None:
             console.print(f"{role:<8} {escape(model['model'])}")
     if others:
         console.print(f"{len(needed)} of its files are part of {escape(', '.join(others))}; `rm` leaves those.")
-    table = WideTable("step", "use", "plugin", Column("variants", overflow="fold"), "key", "seconds", "size", "lies in")
+    elsewhere = any(step["lies_in"] != found.path.name for step in steps)
+    table = WideTable("step", "use", Column("variants", overflow="fold"), "key", "seconds", "size", *(["lies in"] if elsewhere else []))
     for step in steps:
-        where = "" if step["lies_in"] == found.path.name else step["lies_in"]
-        cells = step["id"], step["use"], step["plugin"], ", ".join(step["variants"]), step["key"][:10]
-        table.add_row(*map(escape, (*cells, f"{step['seconds']:.1f}", human(step["bytes"]), where)))
+        cells = step["id"], step["use"], ", ".join(step["variants"]), step["key"][:10], f"{step['seconds']:.1f}", human(step["bytes"])
+        table.add_row(*map(escape, (*cells, *([step["lies_in"]] if elsewhere else []))))
     console.print(table)
     if rows:
         console.print(rich_table(rows))
@@ -135,8 +135,10 @@ def diff(one: Name, two: Name, as_json: Json = False) -> None:
     for told in (differ.recipe_table(recipes), differ.map_table(maps), differ.score_table(scores)):
         if told:
             console.print(told)
+    if same := sum(score.one == score.two for score in scores):
+        console.print(f"{same} of {len(scores)} figures are the same.")
     if not recipes and not maps:
-        console.print("the same recipe, and nothing that an aligner found to compare.")
+        console.print("The recipes are the same, and so is what aligners found.")
 
 
 def rm(

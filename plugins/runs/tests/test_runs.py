@@ -151,6 +151,10 @@ def test_diff_compares_recipes_maps_and_scores(root: Path) -> None:
     code, out, _ = command_line("diff", "one", "two")
     assert code == 0
     assert "assignments differ" in out
+    same = sum(score["one"] == score["two"] for score in found["scores"])
+    assert f"{same} of {len(found['scores'])} figures are the same." in out
+    assert "base: kl" not in out  # of both runs the same
+    assert "full: hidden_cosine" in out
 
 
 def test_maps_are_as_far_apart_as_they_are() -> None:
