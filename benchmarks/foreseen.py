@@ -37,7 +37,7 @@ class Watch(Quiet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.peaks = "answers of the teacher", dict[str, int]()
+        self.now, self.peaks = "teacher's answers", dict[str, int]()
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:

@@ -147,7 +147,7 @@ def _lines(
     if start.texts.asked:
         had = past.start != UNKNOWN
         why = "the same models and texts were run before" if had else "not made before from these models and texts"
-        yield line("answers of the teacher", "", teacher_answers(start), had, why, {})
+        yield line("teacher's answers", "", teacher_answers(start), had, why, {})
     captures = dict.fromkeys(fate.placed.id for fate in found if fate.placed.stage == "capture")
     ends = dict.fromkeys(variants, start)
     caught: set[tuple[str, str]] = set()  # states that an earlier capture keeps

@@ -83,7 +83,7 @@ def _table(planned: Plan) -> WideTable:
     """Return the plan as a table for the terminal; results of one step with one fate share a line."""
     gpu = planned.machine.gpu
     who, fate = (Column(title, overflow="fold") for title in ("variants", "result"))
-    table = WideTable("step", "use", who, "memory", *(["GPU"] if gpu else []), "disk", "time", fate, title=str(planned.folder))
+    table = WideTable("step", who, "memory", *(["GPU"] if gpu else []), "disk", fate, title=str(planned.folder))
     groups: dict[tuple[str, bool, str], list[Line]] = {}
     for line in planned.lines:
         groups.setdefault((line.id, line.reused, line.why), []).append(line)
@@ -91,9 +91,10 @@ def _table(planned: Plan) -> WideTable:
         sizes = [max(line.ram_bytes for line in some), *([max(line.gpu_bytes for line in some)] if gpu else [])]
         cells = [gb(size) if size else "" for size in (*sizes, sum(line.disk_bytes for line in some))]
         names = ", ".join(dict.fromkeys(v for line in some for v in line.variants))
-        took = "" if reused else time_class(sum(line.seconds for line in some))
-        result = f"[dim]reused: {escape(why)}[/]" if reused else f"to do: {escape(why)}"
-        table.add_row(escape(name), escape(some[0].use), escape(names), *cells, took, result)
+        took = time_class(sum(line.seconds for line in some))
+        result = f"[dim]reused: {escape(why)}[/]" if reused else f"to do, {took}: {escape(why)}"
+        step = name if some[0].use in ("", name) else f"{name} ({some[0].use})"
+        table.add_row(escape(step), escape(names), *cells, result)
     return table
 
 

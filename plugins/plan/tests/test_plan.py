@@ -166,7 +166,7 @@ def test_what_is_planned_is_what_happens(work: Path, monkeypatch: pytest.MonkeyP
     made = carry_out(work / "recipe.toml")
     again = planned()
     assert again.todo == []
-    assert {line.id for line in again.lines} >= {"answers of the teacher", "chop", "toggles", "checkpoints"}
+    assert {line.id for line in again.lines} >= {"teacher's answers", "chop", "toggles", "checkpoints"}
     assert any(line.variants == ["round-trip"] for line in again.lines)  # bfloat16 checkpoints get one more variant
     disk = sum(path.stat().st_size for path in made.folder.rglob("*.safetensors") if "shards" in path.parts)
     assert next(line for line in first.lines if line.id == "residuals").disk_bytes == pytest.approx(disk, rel=0.1)
@@ -221,7 +221,7 @@ def test_a_shortfall_ends_with_3_before_anything_loads(work: Path, monkeypatch: 
     code, out, err = command_line(verb, "recipe.toml")
     assert code == 3
     assert "does not fit here" in err
-    assert "of memory, 0 MB are free" in err
+    assert "of memory; 0 MB are free" in err
     assert not Path("runs").exists()
     assert ("runs/trial-" in out) is (verb == "plan")
 
