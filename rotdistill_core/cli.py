@@ -169,9 +169,8 @@ def _show(outcome: Outcome, as_json: bool) -> None:
         return
     for told in (report.rich_table(outcome.rows), *outcome.told):
         results().print(told)
-    for path in (outcome.folder / name for name in ("checkpoints", "report.html")):
-        if path.exists():
-            results().print(f"{path.stem:<12} {escape(_here(path))}", soft_wrap=True)
+    for path in filter(Path.exists, (outcome.folder / name for name in ("checkpoints", "report.html"))):
+        results().print(f"{path.stem:<12} {escape(_here(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):
@@ -216,7 +215,8 @@ def _tell(error: Exception, again: str) -> int:
         error = SetupError(machine)
     problems = error.problems if isinstance(error, RecipeError) else [str(error)]
     if usage := getattr(error, "format_message", None):  # typer's own errors; the one about no verb at all has shown the help
-        problems = [f"{message.rstrip('.')}. `{error.ctx.command_path} --help` shows how."] if (message := usage()) else []  # type: ignore[attr-defined]
+        verb = getattr(getattr(error, "ctx", None), "command_path", "rotdistill")
+        problems = [f"{message.rstrip('.')}. `{verb} --help` shows how."] if (message := usage()) else []
     elif not isinstance(error, RotdistillError):
         problems = [f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"]
     kind = "error" if usage or isinstance(error, RotdistillError) else "unexpected"
