@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -250,3 +252,17 @@ def test_a_tensor_of_another_shape_than_declared_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="was declared"):
         write_file(tmp_path / "a.safetensors", blocks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_is_gone_before_the_next_one_is_made(tmp_path: Path) -> None:
+    before: list[ReferenceType[array[int]]] = []
+
+    def made() -> Iterator[bytes]:
+        for k in range(3):
+            assert not any(seen() for seen in before)
+            block = array("B", [k] * 9)
+            before.append(ref(block))
+            yield block  # type: ignore[misc]
+            del block
+
+    assert write_file(tmp_path / "file", made())[0] == 27

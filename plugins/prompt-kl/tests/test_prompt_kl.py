@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import pytest
+import rotdistill_judge
 import torch
 from rotdistill_lesson import Lesson
 from rotdistill_prompt_kl import PromptKl, deltas, steps
@@ -165,6 +168,26 @@ def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
     lesson = Lesson(pair, samples.layout, 64, pico_out(tmp_path / "runs"), quiet)
     before, after = (lesson.scores(view, "guard-validation", samples).mean for view in (pair.student.weights, made))
     assert after <= guard * before * (1 + 1e-5)
+
+
+def test_the_model_that_trained_is_gone_before_the_guard_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, samples = asked(tmp_path)
+    trained: list[ReferenceType[object]] = []
+    begin, end = PromptKl._with_lora, rotdistill_judge.settle
+
+    def with_lora(step: PromptKl, *given: object) -> object:
+        trained.append(ref(model := begin(step, *given)))  # type: ignore[arg-type]
+        return model
+
+    def settle(*given: object) -> object:
+        gc.collect()
+        assert trained
+        assert not any(model() for model in trained)
+        return end(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PromptKl, "_with_lora", with_lora)
+    monkeypatch.setattr(rotdistill_judge, "settle", settle)
+    PromptKl(ask=("questions",), rank=4, epochs=1, rate=2e-2).style(pair.student.weights, pair, samples, pico_out(tmp_path / "runs"), quiet)
 
 
 @pytest.mark.parametrize(("options", "told"), [({"ask": ("questions",)}, "samples.own_answers = 64"), ({"guard": 1.02}, "samples.guard")])
