@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         2,
         "too few different texts: heldout has none",
     ),
-    "a layer too many": (edit("layers = 1", "layers = 9"), 2, "chop: layers = 9, but the student has 2"),
+    "a layer too many": (edit("layers = 1", "layers = 9"), 2, 'step "chop": layers = 9, but the student has 2'),
     "a fold without an aligner": (edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['), 2, "needs an aligner before it"),
     "no capture": (edit('[[step]]\nuse = "residuals"\n', ""), 2, "put a capture step"),
     "a gate that fails": (lambda work: edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]")(work), 4, "the certificate fails"),

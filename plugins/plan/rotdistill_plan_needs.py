@@ -13,6 +13,7 @@ from typing import Any
 from rotdistill_plan_models import WIDTH, Shape
 from rotdistill_plan_texts import Texts
 
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe import Placed
 
 LIBRARIES = 0.3e9
@@ -113,14 +114,20 @@ def checkpoint(at: Pairing, number: int) -> Need:
 
 
 def after(placed: Placed, at: Pairing) -> Pairing:
-    """Return the pair behind a step: cut, widened, its head untied."""
+    """Return the pair behind a step: cut, widened, its head untied.
+
+    Raises:
+        RecipeError: a cut leaves more than there is.
+    """
     step, student = placed.step, at.student
     if placed.step.use == "chop":
-        a, cut = student.adapter, {}
-        if step.layers is not None:
-            cut[a.depth_key] = step.layers if isinstance(step.layers, int) else len(step.layers)
-        for key, asked in ((a.neurons_key, step.neurons), (a.groups_key, step.groups), (a.width_key, step.width)):
-            cut |= {key: asked} if asked else {}
+        a = student.adapter
+        keys = {"layers": a.depth_key, "neurons": a.neurons_key, "groups": a.groups_key, "width": a.width_key}
+        asked = {what: len(left) if isinstance(left, list) else left for what in keys if (left := getattr(step, what))}
+        for what, left in asked.items():
+            if left > (there := student.config.get(keys[what], left)):
+                raise RecipeError(f'step "{placed.id}": {what} = {left}, but the student has {there}.')
+        cut = {keys[what]: left for what, left in asked.items()}
         if step.groups:
             heads = a.heads(student.config)
             cut |= {a.query_key: step.groups * (heads.query // heads.groups), "head_dim": heads.width}
@@ -205,17 +212,15 @@ def _head(step: Any, at: Pairing) -> Need:
 
 def _train(step: Any, at: Pairing) -> Need:
     s, t, texts = at.student, at.teacher, at.texts
-    rows = texts.of("fit", "validation")
-    states = rows * t.width * at.wide
-    many = max(texts.texts.get("fit", 0) + texts.texts.get("validation", 0), 1)
+    rows, many = texts.of("fit", "validation"), max(texts.texts.get("fit", 0) + texts.texts.get("validation", 0), 1)
     length = (rows - texts.prefix) / many + texts.prefix
     asked = {"places": min(getattr(step, "prompts", 200), many / 2), "questions": many / 2}  # half of the texts are answers of its own
-    told = sum(asked[what] for what in getattr(step, "ask", ("places",))) * length
     batch = getattr(step, "batch", 4) * length * at.wide
     grown = batch * (s.depth * (14 * s.width + 6 * s.neurons) + 4 * s.vocab)
-    work = 6.0 * getattr(step, "epochs", 3) * s.parameters() * told / (4 if getattr(step, "bfloat16", False) else 1)
-    made = s.parameters(inside=True) * at.wide
-    heads = s.vocab * (s.width + t.width) * at.wide
+    told = sum(asked[what] for what in getattr(step, "ask", ("places",))) * length * getattr(step, "epochs", 3)
+    work = 6.0 * s.parameters() * told / (4 if getattr(step, "bfloat16", False) else 1)
+    made, heads = s.parameters(inside=True) * at.wide, s.vocab * (s.width + t.width) * at.wide
+    states = rows * t.width * at.wide
     return Need(states + made + heads, s.parameters() * at.wide + grown, states + made, work + walked(t, rows, at.compute[0]).work)
 
 

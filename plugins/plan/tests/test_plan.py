@@ -215,6 +215,14 @@ def test_other_code_and_lost_files_are_told(ran: Path, monkeypatch: pytest.Monke
     assert why(planned())["chop base"] == "teacher, student changed"
 
 
+@pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "groups=64", "width=512"])
+def test_a_cut_that_leaves_too_much_is_told_before_the_teacher_answers(work: Path, cut: str) -> None:
+    code, _, err = command_line("run", "recipe.toml", "--set", f"chop.{cut}")
+    assert code == 2
+    assert f'step "chop": {cut.replace("=", " = ")}, but the student has ' in err
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_a_shortfall_ends_with_3_before_anything_loads(work: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
