@@ -11,11 +11,12 @@ import torch
 
 from rotdistill_core.models import load_tokenizer
 from rotdistill_core.samples import shared_start
+from rotdistill_core.walk import Progress
 
 
 @torch.no_grad()
 def greedy(
-    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, batch: int = 64
+    folder: Path, prompts: Mapping[str, Sequence[int]], most: int, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> dict[str, list[int]]:
     """Return the greedy continuation of each prompt, up to `most` tokens, ending with the end-of-turn token where it came.
 
@@ -41,7 +42,8 @@ def greedy(
     # A sliding window counts padding as tokens, so with one only prompts of one length go together.
     sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     groups = [list(group) for _, group in groupby(names, lambda name: len(prompts[name]) if sliding else 0)]
-    for some in (group[k : k + batch] for group in groups for k in range(0, len(group), batch)):
+    for some in (group[k : k + 64] for group in groups for k in range(0, len(group), 64)):
+        progress(len(answers), len(prompts), "questions are answered")
         longest = max(len(prompts[name]) for name in some)
         ids, mask = torch.full((len(some), longest), pad), torch.zeros(len(some), longest, dtype=torch.long)
         for row, name in enumerate(some):

@@ -192,7 +192,7 @@ def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
-    again = "rotdistill " + shlex.join(sys.argv[1:])
+    again = shlex.join([_here(Path(sys.argv[0])) if sys.argv[0].endswith("rotdistill") else "rotdistill", *sys.argv[1:]])
     given = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     try:
         app(given, prog_name="rotdistill", standalone_mode=False)
@@ -211,8 +211,7 @@ def main() -> None:
 
 def _tell(error: Exception, again: str) -> int:
     """Say what went wrong, one paragraph a problem, and return the exit code."""
-    if machine := _of_the_machine(error):
-        error = SetupError(machine)
+    error = SetupError(machine) if (machine := _of_the_machine(error)) else error
     problems = error.problems if isinstance(error, RecipeError) else [str(error)]
     if usage := getattr(error, "format_message", None):  # typer's own errors; the one about no verb at all has shown the help
         verb = getattr(getattr(error, "ctx", None), "command_path", "rotdistill")

@@ -147,11 +147,10 @@ class Run:
             asked = {q.id: prompt_tokens(teacher.tokenizer, self.style, q.question) for q in open_ones}
             key = digest("answers", teacher.sha256, asked, most, str(teacher.dtype), teacher.device.type)
             out = Out(self.store, self.ledger, key).keyed(key)
-            path = out.find(f"answers/teacher-{who}.json")
+            path = out.find(name := f"answers/teacher-{who}.json")
             if path is None and asked:
-                self.progress(0, 1, f"the teacher answers {len(asked)} questions")
                 started = time.monotonic()
-                path = out.json(f"answers/teacher-{who}.json", greedy(teacher.folder, asked, most, teacher.device, teacher.dtype))
+                path = out.json(name, greedy(teacher.folder, asked, most, teacher.device, teacher.dtype, self.progress))
                 self.say(f"  {'teacher':<12} {f'{len(asked)} answers':<16} {time.monotonic() - started:6.1f} s")
             answers |= json.loads(path.read_text(encoding="utf-8")) if path else {}
         given = (teacher.tokenizer, self.questions, answers, self.style, settings.max_tokens)
@@ -264,7 +263,7 @@ class Run:
     def _certify(self, placed: Placed, before: Weights, after: Weights, samples: Samples, out: Out) -> None:
         if not isinstance(after.undo, Undo):
             raise CheckFailed(f'step "{placed.id}" says it is exact, but its weights do not come from a fold that can be undone.')
-        self.progress(0, 1, "certificate: logits in float64 and float32, and the way back")
+        self.progress(0, 1, "certificate: logits, and the way back")
         certificate = certify(before, after, after.unfold(after.undo), samples.layout, self.pair.student.device)
         out.notes["certificate"] = certificate.as_dict()
         out.tensors(f"weights/{placed.id}/{UNDO}", after.undo.tensors())

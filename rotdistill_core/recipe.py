@@ -230,8 +230,8 @@ def _read(path: Path) -> str:
             raise RecipeError(f"{path}: larger than {MAX_BYTES} bytes; a recipe is a short document.")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        others = ", ".join(map(str, sorted(path.parent.glob("*.toml"))[:20])) or "none"
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}. The recipes in its folder: {others}.") from error
+        others = sorted(str(p) for folder in {path.parent, Path("recipes")} for p in folder.glob("*.toml") if p.name != "pyproject.toml")
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}.{nearest(str(path), others)}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 

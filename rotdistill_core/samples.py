@@ -216,7 +216,7 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     try:
         style = (base / ref.style).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        problems.append(f"{base / ref.style}: the system prompt cannot be read: {error}.")
+        problems.append(f"{base / ref.style}: the system prompt cannot be read: {error.args[-1]}. samples.style names it.")
     ids, places = {row["id"] for row in blurbs}, {row["place"].casefold() for row in blurbs}
     for row in heldout:
         if row["id"] in ids:
@@ -279,7 +279,7 @@ def _table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, ValueError, csv.Error) as error:
-        problems.append(f"{path}: cannot be read: {error}.")
+        problems.append(f"{path}: cannot be read: {error.args[-1]}. The recipe names it under [samples].")
         return []
     if not rows or tuple(rows[0]) != tuple(columns):
         problems.append(f"{path}: line 1: the columns must be {', '.join(columns)}.")

@@ -142,7 +142,7 @@ def test_a_run_that_cannot_be_says_why(work: Path, spoil: Callable[[Path], objec
         (("runn", "recipe.toml"), 2, 'there is no verb "runn". Did you mean "run"?'),
         (("frobnicate",), 2, "There is: run, "),
         (("run",), 2, "Missing argument 'RECIPE'. `rotdistill run --help` shows how."),
-        (("run", "gone.toml"), 2, "The recipes in its folder: recipe.toml."),
+        (("run", "gone.toml"), 2, 'gone.toml: cannot be read: No such file or directory. Did you mean "recipe.toml"?'),
         (("run", "recipe.toml", "--frech"), 2, "--frech"),
         (("run", "recipe.toml", "--set", "chop"), 2, "write it as key.path=value"),
         (("run", "recipe.toml", "--set", "chup.layers=1"), 2, 'Did you mean "chop"?'),

@@ -43,9 +43,8 @@ class Answers:
 
         texts = [text for text in samples.layout.texts if text.split == "heldout"]
         most = self.tokens or max(len(text.tokens) - text.answer for text in texts)
-        progress(0, len(texts), f"{variant.name} answers {len(texts)} questions")
         asked = {text.id: text.tokens[: text.answer] for text in texts}
-        made = greedy(variant.folder, asked, most, pair.student.device, pair.student.dtype)
+        made = greedy(variant.folder, asked, most, pair.student.device, pair.student.dtype, progress)
         questions = {question.id: question for question in samples.questions}
         known, language_of = identifier(text.language for text in texts)
         kept: dict[str, dict[str, Any]] = {}

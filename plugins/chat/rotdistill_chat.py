@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from rotdistill_run_folder import RunFolder, find_run
+from rotdistill_run_folder import RunFolder, asked, find_run
 from rotdistill_runs import Name
 
 from rotdistill_core import hookimpl
@@ -53,7 +53,7 @@ def chat(
 
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
     """
-    found = find_run(run, RUNS)
+    found = asked(run)
     chosen = _variants(found, variants or [])
     told = _system(found, system)
     folders = {name: found.path / "checkpoints" / name for name in chosen}

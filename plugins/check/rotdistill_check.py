@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rotdistill_run_folder import find_run
+from rotdistill_run_folder import asked
 
 from rotdistill_core import hookimpl, recipe
-from rotdistill_core.cli import RUNS, Json, words
+from rotdistill_core.cli import Json, words
 from rotdistill_core.errors import CheckFailed
 
 
@@ -31,7 +31,7 @@ def check(
     if path.is_dir() or not (path.is_file() or path.suffix):
         from rotdistill_check_run import check_run
 
-        found = check_run(path if path.is_dir() else find_run(str(path), RUNS).path)
+        found = check_run(path if path.is_dir() else asked(str(path)).path)
         print(json.dumps(found)) if as_json else words().print(
             f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
         )

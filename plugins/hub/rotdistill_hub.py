@@ -29,5 +29,6 @@ def locate(reference: str, say: Callable[[str], None]) -> Path:
         text = str(error).strip().splitlines()
         reason = text[0] if text else type(error).__name__
         raise SetupError(
-            f"{name}: not a folder here, and the hub did not give it: {reason} For a gated model, accept its licence and log in."
+            f"{name}: there is no such folder here, and the hub did not give it ({reason.rstrip('.')}). "
+            "Without a network name a local folder; for a gated model accept its licence and log in."
         ) from error

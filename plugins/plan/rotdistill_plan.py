@@ -48,7 +48,7 @@ def plan(
         need, here = planned.peak, planned.machine
         memory = f"memory about {gb(need['ram_bytes'])}, {gb(here.ram)} are free" if planned.todo else "nothing to make"
         words().print(f"plan: {reused} of {len(planned.lines)} results are there; {memory}; disk {gb(need['disk_bytes'])}, "
-                      f"{gb(here.disk)} are free; {time_class(seconds)}", soft_wrap=True)  # fmt: skip
+                      f"{gb(here.disk)} are free; takes {time_class(seconds)}", soft_wrap=True)  # fmt: skip
     else:
         console = results()
         console.print(_table(planned))
@@ -71,12 +71,12 @@ def _document(planned: Plan, seconds: float) -> dict[str, Any]:
 def _notes(planned: Plan, seconds: float) -> Iterator[str]:
     """Yield the lines below the table."""
     for role, m in planned.models.items():
-        yield f"{role}: {m.shape.parameters() / 1e9:.2f} billion parameters, {gb(m.shape.bytes)}, by {m.source}"
-    yield f"texts: {planned.texts.total} rows of " + ", ".join(f"{n} {split}" for split, n in planned.texts.texts.items()) + " texts"
+        yield f"{role}: {m.shape.parameters() / 1e9:.2f} billion parameters, {gb(m.shape.bytes)}, according to {m.source}"
+    yield f"texts: {planned.texts.total} tokens in " + ", ".join(f"{n} {split}" for split, n in planned.texts.texts.items()) + " texts"
     need, here = planned.peak, planned.machine
     gpu = f"; GPU about {gb(need['gpu_bytes'])}, {gb(here.gpu)} are there" if here.gpu else ""
     yield (f"peak memory about {gb(need['ram_bytes'])}, {gb(here.ram)} are free{gpu}; "
-           f"disk about {gb(need['disk_bytes'])}, {gb(here.disk)} are free; {time_class(seconds)}")  # fmt: skip
+           f"disk about {gb(need['disk_bytes'])}, {gb(here.disk)} are free; takes {time_class(seconds)}")  # fmt: skip
 
 
 def _table(planned: Plan) -> WideTable:

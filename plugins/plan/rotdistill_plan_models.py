@@ -122,7 +122,8 @@ def known(ref: ModelRef, texts: Path, say: Callable[[str], None]) -> Known:
         return _opened(open_model(ref.model_copy(update={"model": str(folder)}), say))
     path = Path(os.path.normpath(texts / "configs" / f"{ref.model}.json"))
     if not path.is_file():
-        raise NotHere(f"{ref.model}: is not here, and there is no {path} that says how large it is. `rotdistill run` downloads it.")
+        raise NotHere(f"{ref.model}: there is no such folder here, nor such a model in the hub's cache, nor {path} to say how large it is. "
+                      "If it is a hub id, `rotdistill run` downloads it.")  # fmt: skip
     config = json.loads(path.read_text(encoding="utf-8"))
     adapter = adapter_for(config["model_type"])
     config = adapter.completed(config)

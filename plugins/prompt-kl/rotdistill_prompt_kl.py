@@ -136,11 +136,12 @@ class PromptKl:
         chosen = list(asked.values())[: self.prompts]
         prompts = {q.id: prompt_tokens(pair.student.tokenizer, samples.style, q.place) for q in chosen}
         kept = out.keyed("continuations", teacher.sha256, json.dumps(prompts), str(self.tokens), str(teacher.dtype), teacher.device.type)
+        said: dict[str, list[int]]
         path = kept.find("answers/continuations.json")
         if path is None:
-            progress(0, 1, f"the teacher continues {len(prompts)} prompts")
-            path = kept.json("answers/continuations.json", greedy(teacher.folder, prompts, self.tokens, teacher.device, teacher.dtype))
-        said: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+            said = greedy(teacher.folder, prompts, self.tokens, teacher.device, teacher.dtype, progress)
+            path = kept.json("answers/continuations.json", said)
+        said = json.loads(path.read_text(encoding="utf-8"))
         return [Text(f"{q.id}.place", q.language, q.split, (*prompts[q.id], *said[q.id]), len(prompts[q.id])) for q in chosen if said[q.id]]
 
     def _with_lora(self, weights: Weights, pair: Pair) -> Any:

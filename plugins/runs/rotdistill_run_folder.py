@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
+from rotdistill_core.cli import RUNS, words
 from rotdistill_core.errors import RecipeError, nearest
 from rotdistill_core.ledger import Ledger
 
@@ -96,8 +100,15 @@ def all_runs(root: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in paths]
 
 
-def find_run(name: str, root: Path) -> RunFolder:
+def asked(name: str) -> RunFolder:
+    """Return the run that somebody asks for on the command line, in `runs/`; of several runs of one recipe the newest, and say so."""
+    return find_run(name, RUNS, lambda text: words().print(escape(text), soft_wrap=True))
+
+
+def find_run(name: str, root: Path, say: Callable[[str], None] | None = None) -> RunFolder:
     """Return the run called `name`: its folder, its name under `root`, or the beginning of one that no other run has.
+
+    With `say`, the name of a recipe is enough where it was run several times: the newest finished run is taken, else the newest.
 
     Raises:
         RecipeError: there is none, or there are several.
@@ -108,6 +119,10 @@ def find_run(name: str, root: Path) -> RunFolder:
     if name in known:
         return known[name]
     begin = [each for each in known if each.startswith(name)]
+    if len(begin) > 1 and say and all(re.fullmatch("-[0-9a-f]{8}", each.removeprefix(name)) for each in begin):
+        taken = next((each for each in begin if known[each].state == "done"), begin[0])
+        say(f"{taken}, {known[taken].state}, of {known[taken].changed}: the newest of {len(begin)} runs called {name}")
+        return known[taken]
     if len(begin) > 1:
         listed = ", ".join(f"{each} (of {known[each].changed})" for each in begin)
         raise RecipeError(f'"{name}" is the beginning of {len(begin)} runs, the newest first: {listed}. Write one of these names.')

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column
 from rotdistill_removal import doomed, human, remove, shares
-from rotdistill_run_folder import Record, RunFolder, all_runs, find_run, needed_by
+from rotdistill_run_folder import Record, RunFolder, all_runs, asked, find_run, needed_by
 
 from rotdistill_core import hookimpl
 from rotdistill_core.cli import RUNS, Json, results, words
@@ -73,7 +73,7 @@ def show(run: Name, as_json: Json = False) -> None:
 
       rotdistill show tour-guide --json
     """
-    found = find_run(run, RUNS)
+    found = asked(run)
     rows, recipe, needed = found.rows(), found.recipe, needed_by(found, all_runs(found.path.parent))
     steps = list(_steps(found))
     others = sorted({name for names in needed.values() for name in names})
@@ -93,7 +93,7 @@ def show(run: Name, as_json: Json = False) -> None:
     for step in steps:
         cells = step["id"], step["use"], ", ".join(step["variants"]), step["key"][:10], f"{step['seconds']:.1f}", human(step["bytes"])
         table.add_row(*map(escape, (*cells, *([step["lies_in"]] if elsewhere else []))))
-    console.print(table)
+    console.print(table if steps else "No step is finished yet.")
     if rows:
         console.print(rich_table(rows))
 
@@ -124,7 +124,7 @@ def diff(one: Name, two: Name, as_json: Json = False) -> None:
     """
     import rotdistill_run_diff as differ
 
-    a, b = find_run(one, RUNS), find_run(two, RUNS)
+    a, b = asked(one), asked(two)
     recipes, maps, scores = differ.recipes(a, b), differ.maps(a, b), differ.scores(a, b)
     if as_json:
         names = {"runs": [a.path.name, b.path.name], "recipes": [vars(r) for r in recipes]}
@@ -195,7 +195,7 @@ def report(run: Name, as_json: Json = False) -> None:
     from rotdistill_core.recipe import validated
     from rotdistill_core.report import gates
 
-    found = find_run(run, RUNS)
+    found = asked(run)
     if found.state != "done":
         raise RecipeError(f"{found.path}: is {found.state}; there is a report when its recipe has run to the end.")
     path = found.path / "recipe.toml"

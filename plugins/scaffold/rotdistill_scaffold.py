@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ import typer
 from rich.markup import escape
 from rich.table import Column
 
+import rotdistill_core
 from rotdistill_core import hookimpl
 from rotdistill_core.cli import Json, results, words
 from rotdistill_core.errors import RecipeError, SetupError, nearest
 from rotdistill_core.ledger import write_file
-from rotdistill_core.plugins import ADAPTERS, STEPS, everything, installed
+from rotdistill_core.plugins import ADAPTERS, STEPS, command, everything, installed
 from rotdistill_core.report import WideTable
 from rotdistill_core.step import STAGES, stage_of
 
@@ -114,7 +116,10 @@ def adapter(name: str) -> dict[str, str]:
 
 def recipe(name: str, into: Path) -> dict[str, str]:
     """Return the file of a recipe, with the texts where they lie as seen from its folder."""
-    found = next((place for place in ("../samples", "samples") if (into / place / "index.tsv").is_file()), "../samples")
+    here = into.resolve()
+    places = [parent / "samples" for parent in (here, *here.parents, Path(rotdistill_core.__file__).resolve().parents[1])]
+    there = next((place for place in places if (place / "index.tsv").is_file()), here / "samples")
+    found = os.path.relpath(there, here) if there.parent in (here, *here.parents) else str(there)
     return {f"{name}.toml": Template(texts.RECIPE).substitute(name=name, samples=found, model=MODEL)}
 
 
@@ -129,7 +134,7 @@ def _plugin(folder: str, files: Mapping[str, str], about: Mapping[str, str]) -> 
 
 
 def plugins(as_json: Json = False) -> None:
-    """List installed steps, adapters, sources and observers, broken ones too.
+    """List installed steps, adapters, sources, observers and verbs, broken ones too.
 
     Examples:
 
@@ -140,6 +145,8 @@ def plugins(as_json: Json = False) -> None:
     rows: list[dict[str, str]] = []
     for kind, origin, what in everything():
         about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
+        if kind == "verb" and origin.version != "?":  # not broken: one module has several
+            about = (command(origin.name).__doc__ or about).strip().splitlines()[0]
         stage = stage_of(what) if isinstance(what, type) else ("broken" if kind == "step" else kind)
         rows.append({"name": origin.name, "stage": stage, "distribution": origin.distribution, "version": origin.version, "about": about})
     if as_json:
@@ -149,9 +156,9 @@ def plugins(as_json: Json = False) -> None:
         for row in rows:
             print("{name:<22} {stage:<9} {distribution} {version}  {about}".format_map(row))
         return
-    table = WideTable("name", "stage", "distribution", "version", Column("about", overflow="fold"))
+    table = WideTable("name", "stage", Column("about", overflow="fold"))
     for row in rows:
-        table.add_row(*map(escape, row.values()))
+        table.add_row(*(escape(row[key]) for key in ("name", "stage", "about")))
     results().print(table)
 
 

@@ -62,7 +62,7 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
     assert list(found["answers"]) == ["base", "full", "teacher"]
     tokenizer = load_tokenizer(work / "model")
     asked = {"q": prompt_tokens(tokenizer, (work / "texts/style.md").read_text().strip(), QUESTION)}
-    said = greedy(work / "model", asked, 7, torch.device("cpu"), torch.float32)["q"]
+    said = greedy(work / "model", asked, 7, torch.device("cpu"), torch.float32, lambda *_: None)["q"]
     assert set(found["answers"].values()) == {tokenizer.decode(said, skip_special_tokens=True)}  # an exact fold says the same
 
 

@@ -63,8 +63,8 @@ def test_answers_in_a_batch_are_those_of_every_prompt_alone(tmp_path: Path) -> N
     folder = pico_folder(tmp_path / "model", "gemma3_text", seed=3, head_dim=12, layer_types=MIXED, sliding_window=12)
     shared = list(range(10, 18))
     prompts = {str(n): [*shared, *range(20 + n, 20 + 2 * n)] for n in (2, 5, 9, 14)} | {"same": [*shared, 7, 9]}
-    together = greedy(folder, prompts, 12, torch.device("cpu"), torch.float32)
-    assert together == {k: greedy(folder, {k: p}, 12, torch.device("cpu"), torch.float32)[k] for k, p in prompts.items()}
+    together = greedy(folder, prompts, 12, torch.device("cpu"), torch.float32, lambda *_: None)
+    assert together == {k: greedy(folder, {k: p}, 12, torch.device("cpu"), torch.float32, lambda *_: None)[k] for k, p in prompts.items()}
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,6 @@ def test_what_the_cache_holds_is_opened_without_network(cached: Path) -> None:
 def test_what_is_nowhere_is_refused_by_name(cached: Path) -> None:
     for ref in (ModelRef(model="somebody/other"), ModelRef(model="somebody/small", revision="v2")):
         said: list[str] = []
-        with pytest.raises(SetupError, match=f"{ref.model}: not a folder here, and the hub did not give it"):
+        with pytest.raises(SetupError, match=f"{ref.model}: there is no such folder here, and the hub did not give it"):
             locate(ref, said.append)
         assert said == [f"{ref.model}: not in the local cache, downloading"]

@@ -134,6 +134,20 @@ def test_a_run_goes_by_the_beginning_of_its_name(root: Path) -> None:
     assert 'there is no run "thre"' in err
 
 
+def test_the_name_of_a_recipe_that_was_run_twice_means_the_newest_finished_run(root: Path) -> None:
+    (root / "again.toml").write_text((root / "one.toml").read_text().replace("layers = 2", "layers = 1"))
+    carry_out(root / "again.toml")
+    newest, _, older = (run["run"] for run in document("runs"))
+    assert newest[:4] == older[:4] == "one-"
+    code, out, err = command_line("show", "one")
+    assert (code, f"runs/{newest}: done" in out) == (0, True)
+    assert err.startswith(f"{newest}, done, of ")
+    (root / "runs" / newest / "results.jsonl").unlink()
+    assert f"runs/{older}: done" in command_line("show", "one")[1]
+    assert "is the beginning of 2 runs" in command_line("rm", "one")[2]
+    assert "is the beginning of 3 runs" in command_line("show", "")[2]
+
+
 def test_diff_compares_recipes_maps_and_scores(root: Path) -> None:
     found = document("diff", "one", "two")
     changed = {each["key"]: (each["one"], each["two"]) for each in found["recipes"]}
