@@ -20,7 +20,7 @@ from rich.table import Column
 import rotdistill_core
 from rotdistill_core import hookimpl
 from rotdistill_core.cli import Json, results, words
-from rotdistill_core.errors import RecipeError, SetupError, nearest
+from rotdistill_core.errors import PluginError, RecipeError, SetupError, nearest
 from rotdistill_core.ledger import write_file
 from rotdistill_core.plugins import ADAPTERS, STEPS, command, everything, installed
 from rotdistill_core.report import WideTable
@@ -146,7 +146,10 @@ def plugins(as_json: Json = False) -> None:
     for kind, origin, what in everything():
         about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
         if kind == "verb" and origin.version != "?":  # not broken: one module has several
-            about = (command(origin.name).__doc__ or about).strip().splitlines()[0]
+            try:
+                about = (command(origin.name).__doc__ or about).strip().splitlines()[0]
+            except PluginError as error:
+                about = str(error)
         stage = stage_of(what) if isinstance(what, type) else ("broken" if kind == "step" else kind)
         rows.append({"name": origin.name, "stage": stage, "distribution": origin.distribution, "version": origin.version, "about": about})
     if as_json:

@@ -243,7 +243,7 @@ def test_a_model_that_is_not_here_nor_described_is_an_error_of_plan_alone(work: 
     Path("recipe.toml").write_text(RECIPE.replace('model = "model"', 'model = "nobody/nothing"'))
     code, out, err = command_line("plan", "recipe.toml")
     assert (code, out) == (3, "")
-    assert "there is no texts/configs/nobody/nothing.json" in err
+    assert "nor texts/configs/nobody/nothing.json to say how large it is" in err
     assert command_line("plan", "recipe.toml", "--short")[0] == 0
 
 

@@ -43,7 +43,7 @@ def test_the_teacher_itself_scores_perfectly(tmp_path: Path, samples: Samples) -
     model: Model = pico_model(tmp_path / "model")
     pair = Pair(model, model)
     seen = scores(model.weights, pair, captured(pair, model.weights, samples, pico_out(tmp_path / "runs")), samples)
-    assert seen["kl", None, None] == pytest.approx(0, abs=1e-9)
+    assert seen["kl", None, None] == pytest.approx(0, abs=1e-6)  # float32, in batches of other sizes: rounding differs by processor
     assert (seen["top1", None, None], seen["hidden_cosine", None, None]) == (1.0, pytest.approx(1.0))
     assert seen["parameters", None, None] == model.weights.parameters
     assert seen["channel_rms_gap", None, None] == pytest.approx(0, abs=1e-6)
