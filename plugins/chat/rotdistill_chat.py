@@ -77,7 +77,7 @@ def _saved(run: RunFolder) -> list[str]:
     return named + sorted({*there} - {*named})
 
 
-def _variants(run: RunFolder, asked: list[str]) -> list[str]:
+def _variants(run: RunFolder, wanted: list[str]) -> list[str]:
     """Return the variants to ask: those named, else `base` and `full` or the first and the last that are saved.
 
     Raises:
@@ -86,11 +86,11 @@ def _variants(run: RunFolder, asked: list[str]) -> list[str]:
     saved = _saved(run)
     if not saved:
         raise RecipeError(f"{run.path}: has no checkpoint yet; carry out its recipe first.")
-    for name in asked:
+    for name in wanted:
         if name not in saved:
             raise RecipeError(f'{run.path}: has no variant "{name}".{nearest(name, saved)}')
     ends = ["base" if "base" in saved else saved[0], "full" if "full" in saved else saved[-1]]
-    return list(dict.fromkeys(asked or ends))
+    return list(dict.fromkeys(wanted or ends))
 
 
 def _system(run: RunFolder, given: Path | None) -> str:

@@ -145,7 +145,7 @@ def plugins(as_json: Json = False) -> None:
     rows: list[dict[str, str]] = []
     for kind, origin, what in everything():
         about = what if isinstance(what, str) else (what.__doc__ or "").strip().splitlines()[0]
-        if kind == "verb" and origin.version != "?":  # not broken: one module has several
+        if kind == "verb":  # one module has several
             try:
                 about = (command(origin.name).__doc__ or about).strip().splitlines()[0]
             except PluginError as error:
