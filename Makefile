@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 STAMP := $(VENV)/.ready
+empty :=
+space := $(empty) $(empty)
+export MYPYPATH := $(subst $(space),:,. benchmarks $(wildcard plugins/*/src))
 
 .PHONY: setup demo test bench docs
 

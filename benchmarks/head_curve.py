@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rotdistill_judge import judged
-from rotdistill_predictions import compare, shared_tokens
-from rotdistill_residuals import Residuals
+from rotdistill_residuals.step import Residuals
 from torch import Tensor
 
-from rotdistill_core.ledger import Out
-from rotdistill_core.moments import Moments, ridge
-from rotdistill_core.pipeline import Run
-from rotdistill_core.recipe import load
-from rotdistill_core.walk import Walk, final_norm
+from rotdistill_core.evaluation.acceptance import scored_rows
+from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.forward.head import final_norm
+from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.solvers import ridge
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.output import StepOutput
 
 Number = TypeVar("Number", int, float)
 STRENGTHS = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0, 100.0)
@@ -32,7 +34,7 @@ BLENDS = (0.25, 0.5, 1.0)
 class Said:
     """Watches a run and prints what it is told."""
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line."""
         print(line)
 
@@ -40,49 +42,89 @@ class Said:
 class Heads:
     """Teacher and student on all texts, and the heads fitted to some of them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Executor) -> None:
         quiet, pair = lambda *_: None, run.pair
         self.samples, self.pair = run.samples(), pair
-        out = Out(run.store, run.ledger, "head curve", "residuals")
-        bank = Residuals(student_texts=1).capture(pair, pair.student.weights, self.samples, out, quiet)
+        out = StepOutput(run.store, run.ledger, "head curve", "residuals")
+        activations = Residuals(student_texts=1).capture(
+            pair, pair.student.weights, self.samples, out, quiet
+        )
         self.layout = self.samples.layout.select("fit", "validation", "heldout")
-        walk = Walk(pair.student.weights, self.layout, pair.student.device, pair.student.dtype)
+        walk = LayerwiseForward(
+            pair.student.weights, self.layout, pair.student.device, pair.student.dtype
+        )
         for _ in walk:
             walk.run()
-        self.raw, self.theirs = walk.states, bank.teacher(self.layout, pair.student.depth).to(walk.states)
-        self.X, self.T = final_norm(walk.weights, self.raw), final_norm(pair.teacher.weights, self.theirs)
-        self.tokens = shared_tokens(pair)
-        self.H_s, self.H_t = (model.weights.head().to(self.X) for model in (pair.student, pair.teacher))
+        self.raw, self.theirs = (
+            walk.states,
+            activations.teacher(self.layout, pair.student.depth).to(walk.states),
+        )
+        self.X, self.T = (
+            final_norm(walk.weights, self.raw),
+            final_norm(pair.teacher.weights, self.theirs),
+        )
+        self.tokens = shared_vocabulary(pair)
+        self.H_s, self.H_t = (
+            model.weights.head().to(self.X) for model in (pair.student, pair.teacher)
+        )
 
     def kl(self, split: str, head: Tensor) -> float:
         """Return the mean KL of a head on a split."""
-        rows, targets, _ = judged(self.layout, self.samples, split, 1024 if split == "validation" else None)
+        rows, targets, _ = scored_rows(
+            self.layout, self.samples, split, 1024 if split == "validation" else None
+        )
         weights = self.pair.student.weights
-        return float(compare(self.pair.teacher.weights, self.theirs[rows], weights, self.raw[rows], targets, self.tokens, head).kl.mean())
+        return float(
+            compare_logits(
+                self.pair.teacher.weights,
+                self.theirs[rows],
+                weights,
+                self.raw[rows],
+                targets,
+                self.tokens,
+                head,
+            ).kl.mean()
+        )
 
     def fitted(self, names: set[str], strength: float) -> Tensor:
         """Return the ridge head of fit texts of these names (and the shared prompt)."""
-        some = [k for k, text in enumerate(self.layout.texts) if text.split == "fit" and text.id.removesuffix(".own") in names]
+        some = [
+            k
+            for k, text in enumerate(self.layout.texts)
+            if text.split == "fit" and text.id.removesuffix(".own") in names
+        ]
         starts = self.layout.starts
-        rows = torch.cat([torch.arange(self.layout.prefix), *(torch.arange(starts[k], starts[k + 1]) for k in some)])
+        rows = torch.cat(
+            [
+                torch.arange(self.layout.prefix),
+                *(torch.arange(starts[k], starts[k + 1]) for k in some),
+            ]
+        )
         moments = Moments(self.X.shape[1], self.T.shape[1])
         moments.add(self.X[rows], self.T[rows])
         eye = torch.eye(self.X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
-        A, B = (ridge(moments.xx, right, strength, "head").to(self.X) for right in (moments.xy, strength * eye))
+        A, B = (
+            ridge(moments.xx, right, strength, "head").to(self.X)
+            for right in (moments.xy, strength * eye)
+        )
         made = self.H_s.clone()
         made[: self.tokens] = self.H_t[: self.tokens] @ A.T + self.H_s[: self.tokens] @ B.T
         return made
 
 
-def asked(doc: str | None, option: str, numbers: list[Number]) -> tuple[Run, list[Number]]:
+def asked(doc: str | None, option: str, numbers: list[Number]) -> tuple[Executor, list[Number]]:
     """Read the command line of a benchmark over a recipe; return its run and the numbers behind `option` (else `numbers`)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument(option, type=type(numbers[0]), nargs="+", default=numbers, dest="numbers")
     given = parser.parse_args()
-    return Run(load(given.recipe, given.sets), given.runs, Said(), lambda *_: None), given.numbers
+    return Executor(
+        load_recipe(given.recipe, given.sets), given.runs, Said(), lambda *_: None
+    ), given.numbers
 
 
 def main() -> None:
@@ -90,9 +132,15 @@ def main() -> None:
     run, counts = asked(__doc__, "--texts", [25, 50, 100, 200])
     heads = Heads(run)
     names = [t.id for t in heads.layout.texts if t.split == "fit" and not t.id.endswith(".own")]
-    share = len(names) / len({t.id for t in heads.layout.texts if t.split != "heldout" and not t.id.endswith(".own")})
-    print(f"base: validation {heads.kl('validation', heads.H_s):.4f}, held-out {heads.kl('heldout', heads.H_s):.4f}")
-    print(f"| texts (of which fit) | λ | blend | validation | held-out |\n|{'---|' * 5}", flush=True)
+    share = len(names) / len(
+        {t.id for t in heads.layout.texts if t.split != "heldout" and not t.id.endswith(".own")}
+    )
+    print(
+        f"base: validation {heads.kl('validation', heads.H_s):.4f}, held-out {heads.kl('heldout', heads.H_s):.4f}"
+    )
+    print(
+        f"| texts (of which fit) | λ | blend | validation | held-out |\n|{'---|' * 5}", flush=True
+    )
     for count in counts:
         few = set(names[: round(share * count)])
         for strength in STRENGTHS if count == max(counts) else (0.1, 0.3, 1.0):

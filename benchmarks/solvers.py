@@ -20,9 +20,9 @@ import scipy.linalg
 import scipy.optimize
 import torch
 from bench import pairs
-from rotdistill_matching import assign
 
-from rotdistill_core.moments import polar
+from rotdistill_core.alignment.assignment import assign
+from rotdistill_core.linalg.solvers import polar
 
 
 def peak(action: Callable[[], object]) -> int:
@@ -49,11 +49,17 @@ def procrustes(size: int, rounds: int) -> dict[str, float]:
     """Compare with `scipy.linalg.orthogonal_procrustes`, from the same rows, so that both also pay for `XᵀY`."""
     maker = torch.Generator().manual_seed(size)
     X = torch.randn(2 * size, size, dtype=torch.float64, generator=maker)
-    Y = X @ torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=maker))[0] + torch.randn(X.shape, generator=maker)
+    Y = X @ torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=maker))[
+        0
+    ] + torch.randn(X.shape, generator=maker)
     M = X.T @ Y
     ours, theirs = polar(M, "bench")[0], scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy())[0]
     one, other = float((ours * M).sum()), float((torch.from_numpy(theirs) * M).sum())
-    times = pairs(lambda: polar(X.T @ Y, "bench"), lambda: scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy()), rounds)
+    times = pairs(
+        lambda: polar(X.T @ Y, "bench"),
+        lambda: scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy()),
+        rounds,
+    )
     return {**times, "objective, relative difference": abs(one - other) / other}
 
 
@@ -61,23 +67,37 @@ def assignment(n: int, rounds: int) -> dict[str, float]:
     """Compare with `scipy.optimize.linear_sum_assignment` on the correlations of permuted, noisy activations."""
     maker = torch.Generator().manual_seed(n)
     A = torch.nn.functional.normalize(torch.randn(n, 256, generator=maker), dim=1)
-    B = torch.nn.functional.normalize(A[torch.randperm(n, generator=maker)] + 2.0 * torch.randn(n, 256, generator=maker), dim=1)
+    B = torch.nn.functional.normalize(
+        A[torch.randperm(n, generator=maker)] + 2.0 * torch.randn(n, 256, generator=maker), dim=1
+    )
     scores = (A @ B.T).double()
     bare = scores.numpy()
     ours, theirs = assign(scores), scipy.optimize.linear_sum_assignment(bare, maximize=True)
     same = float(np.mean(ours.numpy() == np.argsort(theirs[1])))
-    times = pairs(lambda: assign(scores), lambda: scipy.optimize.linear_sum_assignment(bare, maximize=True), rounds)
-    return {**times, "same assignment": same, "memory / 8 n²": peak(lambda: assign(scores)) / (8 * n * n)}
+    times = pairs(
+        lambda: assign(scores),
+        lambda: scipy.optimize.linear_sum_assignment(bare, maximize=True),
+        rounds,
+    )
+    return {
+        **times,
+        "same assignment": same,
+        "memory / 8 n²": peak(lambda: assign(scores)) / (8 * n * n),
+    }
 
 
 def main() -> None:
     """Run everything and print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 896, 1536, 2048])
     parser.add_argument("--neurons", type=int, nargs="*", default=[4864, 11008])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    found: dict[str, object] = {f"procrustes {size}": procrustes(size, options.rounds) for size in options.sizes}
+    found: dict[str, object] = {
+        f"procrustes {size}": procrustes(size, options.rounds) for size in options.sizes
+    }
     found |= {f"assignment {n}": assignment(n, options.rounds) for n in options.neurons}
     print(json.dumps(found, indent=1))
 

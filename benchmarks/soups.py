@@ -27,11 +27,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from rotdistill_core.ledger import Blocks, write_file
-from rotdistill_core.models import Pair, open_model
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import pico_out
-from rotdistill_core.weights import Weights
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.files import Blocks, write_file
+from rotdistill_core.testing import pico_output
 
 NOISE, COUNT, DENSITY, T = 1e-2, 5, 0.2, 0.3
 EVERY = 4
@@ -51,7 +52,7 @@ print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_
 """
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Tell what is going on, on stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -62,7 +63,10 @@ def environment(folder: Path) -> Path:
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "ours.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     python = folder / "bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "mergekit"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "mergekit"],
+        check=True,
+    )
     return python
 
 
@@ -79,44 +83,67 @@ def make(model: Path, work: Path) -> list[Path]:
 
         folder = work / f"model-{k}"
         made = weights.edit({n: _lazy(weights, n, noisy) for n in weights.entries})
-        made.save(lambda name, blocks, folder=folder: write_file(folder / name, blocks), torch.bfloat16)  # type: ignore[misc]
+        made.save(
+            lambda name, blocks, folder=folder: write_file(folder / name, blocks), torch.bfloat16
+        )  # type: ignore[misc]
         folders.append(folder)
     return folders
 
 
 def _lazy(weights: Weights, name: str, made: Callable[[str], Tensor]) -> Any:
-    from rotdistill_core.weights import Entry
+    from rotdistill_core.checkpoint.lazy import LazyTensor
 
-    return Entry(weights.entries[name].shape, torch.bfloat16, lambda: made(name))
+    return LazyTensor(weights.entries[name].shape, torch.bfloat16, lambda: made(name))
 
 
 def mergekit_config(method: str, base: Path, folders: list[Path]) -> str:
     """Return mergekit's configuration, as YAML (which JSON is)."""
     some = folders[:2] if method == "slerp" else folders
-    models = [{"model": str(f), **({} if method == "slerp" else {"parameters": {"weight": 1.0 / len(some)}})} for f in some]
+    models = [
+        {
+            "model": str(f),
+            **({} if method == "slerp" else {"parameters": {"weight": 1.0 / len(some)}}),
+        }
+        for f in some
+    ]
     config: dict[str, Any] = {"merge_method": method, "models": models}
     if method == "slerp":
         config |= {"base_model": str(some[0]), "parameters": {"t": T}}
     if method == "ties":  # in bfloat16 its differences would be rounded before they are trimmed
-        config |= {"base_model": str(base), "parameters": {"density": DENSITY}, "dtype": "float32", "out_dtype": "bfloat16"}
+        config |= {
+            "base_model": str(base),
+            "parameters": {"density": DENSITY},
+            "dtype": "float32",
+            "out_dtype": "bfloat16",
+        }
     return json.dumps(config)
 
 
 def ours(method: str, base: Path, folders: list[Path], out: Path, synced: bool) -> None:
     """Merge once, in a process of its own."""
-    import rotdistill_soup_judge  # noqa: F401  (imports are not what is timed)
-    from rotdistill_gathering import Gathering
-    from rotdistill_soups import Soups
+    from rotdistill_soups import _kl_scorer as rotdistill_soup_judge  # noqa: F401  (imports are not what is timed)
+    from rotdistill_soups._ingredient_set import IngredientSet
+    from rotdistill_soups.step import Soups
 
     some = [str(f) for f in (folders[:2] if method == "slerp" else folders)]
     shares = (1 - T, T) if method == "slerp" else ()
-    about: Any = {"method": "uniform" if method == "linear" else method, "weights": shares, "density": DENSITY}
+    about: Any = {
+        "method": "uniform" if method == "linear" else method,
+        "weights": shares,
+        "density": DENSITY,
+    }
     step = Soups(ingredients=tuple(some), only_better=False, **about)
     print("ready", flush=True)
     sys.stdin.readline()
     started, cpu = time.perf_counter(), time.process_time()
     student = open_model(ModelRef(model=str(base)))
-    gathering = Gathering(some, student.weights, Pair(student, student), pico_out(out.parent / "runs"), lambda *_: None)
+    gathering = IngredientSet(
+        some,
+        student.weights,
+        Pair(student, student),
+        pico_output(out.parent / "runs"),
+        lambda *_: None,
+    )
     parts = gathering.all(step.same_basis, None)
     made = step.merged(gathering.base, parts, dtype=torch.bfloat16)
 
@@ -127,13 +154,20 @@ def ours(method: str, base: Path, folders: list[Path], out: Path, synced: bool) 
                 stream.write(block)
                 del block  # before the next one is made
 
-    made.save((lambda name, blocks: write_file(out / name, blocks)) if synced else plainly, torch.bfloat16)
-    print(json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}), flush=True)
+    made.save(
+        (lambda name, blocks: write_file(out / name, blocks)) if synced else plainly, torch.bfloat16
+    )
+    print(
+        json.dumps({"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}),
+        flush=True,
+    )
 
 
 def run(command: list[str]) -> dict[str, float]:
     """Run one merge: its seconds on the clock and of the processor, and its peak anonymous bytes above those it had when ready."""
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert child.stdin
     assert child.stdout
     watched, peak = psutil.Process(child.pid), [0]
@@ -174,7 +208,9 @@ def reference(method: str, base: Weights, views: list[Weights], name: str) -> tu
         angle = torch.acos(cosine.clamp(-1, 1))
         if abs(float(cosine)) > 0.9995:
             return (1 - T) * X[0] + T * X[1], sure
-        return (torch.sin((1 - T) * angle) * X[0] + torch.sin(T * angle) * X[1]) / torch.sin(angle), sure
+        return (torch.sin((1 - T) * angle) * X[0] + torch.sin(T * angle) * X[1]) / torch.sin(
+            angle
+        ), sure
     S, deltas = base[name].double(), []
     for x in X:
         size = (x - S).abs()
@@ -185,26 +221,37 @@ def reference(method: str, base: Weights, views: list[Weights], name: str) -> tu
     sign = torch.where(sum(deltas[1:], deltas[0]) >= 0, 1.0, -1.0)
     agree = [d.sign() == sign for d in deltas]
     count = sum((a.double() for a in agree[1:]), agree[0].double())
-    return S + sum((d * a for d, a in zip(deltas[1:], agree[1:], strict=True)), deltas[0] * agree[0]) / count.clamp_min(1), sure
+    return S + sum(
+        (d * a for d, a in zip(deltas[1:], agree[1:], strict=True)), deltas[0] * agree[0]
+    ) / count.clamp_min(1), sure
 
 
-def errors(method: str, base: Weights, views: list[Weights], made: dict[str, Weights]) -> dict[str, dict[str, float]]:
+def errors(
+    method: str, base: Weights, views: list[Weights], made: dict[str, Weights]
+) -> dict[str, dict[str, float]]:
     """Return the largest error of each tool and the share of entries that are not the rounded reference."""
     worst: dict[str, list[float]] = {tool: [0.0, 0.0, 0.0] for tool in made}
     total = 0
     for name in list(base.entries)[::EVERY]:
         wanted, sure = reference(method, base, views, name)
-        half = torch.exp2(wanted.abs().clamp_min(1e-6).log2().floor() - 8)  # bfloat16 keeps 8 bits; nearly 0 is no matter
+        half = torch.exp2(
+            wanted.abs().clamp_min(1e-6).log2().floor() - 8
+        )  # bfloat16 keeps 8 bits; nearly 0 is no matter
         total += int(sure.sum())
         for tool, view in made.items():
             off = (view[name].double() - wanted).abs() * sure
             worst[tool][0] = max(worst[tool][0], float(off.max()))
             worst[tool][1] = max(worst[tool][1], float((off / half).max()))
             worst[tool][2] += int((view[name] != wanted.bfloat16())[sure].sum())
-    return {tool: {"largest": w[0], "in half steps": w[1], "not rounded right": w[2] / total} for tool, w in worst.items()}
+    return {
+        tool: {"largest": w[0], "in half steps": w[1], "not rounded right": w[2] / total}
+        for tool, w in worst.items()
+    }
 
 
-def measured(method: str, base: Path, folders: list[Path], work: Path, python: Path, rounds: int) -> dict[str, Any]:
+def measured(
+    method: str, base: Path, folders: list[Path], work: Path, python: Path, rounds: int
+) -> dict[str, Any]:
     """Merge in turns and compare."""
     config = work / f"{method}.yaml"
     config.write_text(mergekit_config(method, base, folders))
@@ -220,7 +267,9 @@ def measured(method: str, base: Path, folders: list[Path], work: Path, python: P
             subprocess.run(["rm", "-rf", str(work / tool)], check=True)
             seen[tool].append(run(command))
             last = seen[tool][-1]
-            say(f"{method}: {tool} {last['seconds']:.1f} s, {last['cpu']:.1f} of the processor, {last['peak'] / 1e6:.0f} MB")
+            log(
+                f"{method}: {tool} {last['seconds']:.1f} s, {last['cpu']:.1f} of the processor, {last['peak'] / 1e6:.0f} MB"
+            )
     result = {
         tool: {
             "best seconds": min(r["seconds"] for r in each), "median seconds": statistics.median(r["seconds"] for r in each),
@@ -231,7 +280,9 @@ def measured(method: str, base: Path, folders: list[Path], work: Path, python: P
     }  # fmt: skip
     views = [open_model(ModelRef(model=str(f))).weights for f in folders]
     start = open_model(ModelRef(model=str(base))).weights
-    made = {tool: open_model(ModelRef(model=str(work / tool))).weights for tool in ("ours", "mergekit")}
+    made = {
+        tool: open_model(ModelRef(model=str(work / tool))).weights for tool in ("ours", "mergekit")
+    }
     return {"method": method, **result, "errors": errors(method, start, views, made)}
 
 
@@ -245,11 +296,17 @@ def ratios(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 def main() -> None:
     """Run everything and print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--work", type=Path, help="where the checkpoints are made, and kept; default a temporary folder")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="where the checkpoints are made, and kept; default a temporary folder",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--unsynced", action="store_true", help=argparse.SUPPRESS)
@@ -264,7 +321,7 @@ def main() -> None:
         python = environment(Path(temporary) / "env")
         folders = [work / f"model-{k}" for k in range(COUNT)]
         if not all((folder / "config.json").is_file() for folder in folders):
-            say("making the checkpoints")
+            log("making the checkpoints")
             folders = make(options.model, work)
         results = []
         for method in options.method or METHODS:

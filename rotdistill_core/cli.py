@@ -7,24 +7,39 @@ import os
 import shlex
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from rotdistill_core import plugins, recipe
-from rotdistill_core.errors import CheckFailed, PluginError, RecipeError, RotdistillError, SetupError, nearest
-from rotdistill_core.hookspecs import hookimpl
-from rotdistill_core.step import options_of
-
-if TYPE_CHECKING:
-    from rotdistill_core.pipeline import Outcome
+from rotdistill_core.errors import (
+    CheckFailed,
+    PluginError,
+    RecipeError,
+    RotdistillError,
+    SetupError,
+    suggest,
+)
+from rotdistill_core.evaluation.rows import rows_as_json
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.terminal import (
+    RUNS_FOLDER,
+    Json,
+    ProgressDisplay,
+    RecipePath,
+    Sets,
+    relative_to_cwd,
+    results_table,
+    stderr_console,
+    stdout_console,
+)
 
 
 class Verbs(TyperGroup):
@@ -32,106 +47,46 @@ class Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""
-        return list(dict.fromkeys([*super().list_commands(ctx), *plugins.installed(plugins.COMMANDS)]))
+        return list(dict.fromkeys([*super().list_commands(ctx), *installed_plugins(COMMANDS)]))
 
     def get_command(self, ctx: Any, name: str) -> Any:
         """Return one verb; a broken one fails when it is called, not when all are listed."""
         if found := super().get_command(ctx, name):
             return found
         if name not in (every := self.list_commands(ctx)):
-            raise RecipeError(f'there is no verb "{name}".{nearest(name, every)}')
+            raise RecipeError(f'there is no verb "{name}".{suggest(name, every)}')
         one = typer.Typer(add_completion=False, rich_markup_mode="rich")
         try:
-            one.command(name)(plugins.command(name))
+            one.command(name)(command_function(name))
         except PluginError as error:
             problem = error
 
             def broken() -> None:
                 raise problem
 
-            one.command(name, help=f"Broken: {error}", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(broken)
+            one.command(
+                name,
+                help=f"Broken: {error}",
+                context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            )(broken)
         return typer.main.get_command(one)
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", callback=lambda: None,
                   help="Surgery on language models: `run` carries out a recipe; `show`, `chat` and `report` are about what it made.",
                   epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
-RUNS = Path("runs")
-
-
-def _keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the options of the recipe's steps that begin so. An option without its value ends the parsing: the recipe is in `args`."""
-    keys = [f"{placed.id}.{name}=" for placed in recipe.load(Path(ctx.args[0])).steps for name in options_of(placed.step)]
-    return [key for key in keys if key.startswith(incomplete) and not key.endswith(".use=")]
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/tour_guide.toml.", show_default=False)]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step-id.field=value or table.key=value.", autocompletion=_keys)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-
-
-def words() -> Console:
-    """Return the console for people (stderr)."""
-    return Console(stderr=True, highlight=False)
-
-
-def results() -> Console:
-    """Return the console for results (stdout): as wide as the terminal, or wide enough for tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-
-
-class Screen:
-    """Shows what a run does: one live line per step on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.status = console.status("") if console.is_terminal else None
-        self.step, self.started = "", time.monotonic()
-        if self.status:
-            self.status.start()
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(escape(text), soft_wrap=True)
-
-    def progress(self, done: int, total: int, note: str) -> None:
-        """Show how far a step is."""
-        seconds = time.monotonic() - self.started
-        if self.status:
-            rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
-            self.status.update(f"{escape(self.step)}  {done}/{total}{rate}  {escape(note)}")
-
-    @hookimpl
-    def before_step(self, step_id: str, variant: str) -> None:
-        """See `Specs.before_step`."""
-        self.step, self.started = f"{variant}: {step_id}", time.monotonic()
-
-    @hookimpl
-    def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
-        """See `Specs.after_step`."""
-        self.console.print(f"  {escape(variant):<12} {escape(step_id):<16} " + ("[dim]reused[/]" if reused else f"{seconds:6.1f} s"))
-
-    @hookimpl
-    def variant_saved(self, variant: str, folder: Path) -> None:
-        """See `Specs.variant_saved`."""
-        self.console.print(f"  {escape(variant):<12} saved            {escape(_here(folder))}", soft_wrap=True)
-
-    def stop(self) -> None:
-        """Take the live line away."""
-        if self.status:
-            self.status.stop()
-
-
-def _here(path: Path) -> str:
-    return str(path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path)
 
 
 @app.command()
 def run(
     path: RecipePath,
     sets: Sets = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")] = False,
-    unplanned: Annotated[bool, typer.Option("--no-plan", help="Begin without `plan`, and whatever it would say.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")
+    ] = False,
+    unplanned: Annotated[
+        bool, typer.Option("--no-plan", help="Begin without `plan`, and whatever it would say.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe; whatever an earlier run made with the same inputs is reused.
@@ -142,16 +97,16 @@ def run(
 
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
-    loaded = recipe.load(path, sets or [])
-    if not unplanned and "plan" in plugins.installed(plugins.COMMANDS):
-        plugins.command("plan")(path, sets, fresh, short=True)  # stops here where the machine does not suffice
-    screen = Screen(words())
+    loaded = load_recipe(path, sets or [])
+    if not unplanned and "plan" in installed_plugins(COMMANDS):
+        command_function("plan")(
+            path, sets, fresh, short=True
+        )  # stops here where the machine does not suffice
+    screen = ProgressDisplay(stderr_console())
     try:
-        from rotdistill_core import pipeline  # torch and transformers load here, after the recipe is known to be good
-
-        outcome = pipeline.Run(loaded, RUNS, screen, screen.progress, fresh).go()
+        outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh).go()
     except CheckFailed as failure:
-        if not isinstance(failure.outcome, pipeline.Outcome):
+        if not isinstance(failure.outcome, RunResult):
             raise
         _show(failure.outcome, as_json)
         raise
@@ -160,17 +115,23 @@ def run(
     _show(outcome, as_json)
 
 
-def _show(outcome: Outcome, as_json: bool) -> None:
+def _show(outcome: RunResult, as_json: bool) -> None:
     """Print the results of a run."""
-    from rotdistill_core import report
 
     if as_json:
-        print(json.dumps({"run_dir": str(outcome.folder), "results": report.as_json(outcome.rows)}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"run_dir": str(outcome.folder), "results": rows_as_json(outcome.rows)},
+                ensure_ascii=False,
+            )
+        )
         return
-    for told in (report.rich_table(outcome.rows), *outcome.told):
-        results().print(told)
-    for path in filter(Path.exists, (outcome.folder / name for name in ("checkpoints", "report.html"))):
-        results().print(f"{path.stem:<12} {escape(_here(path))}", soft_wrap=True)
+    for told in (results_table(outcome.rows), *outcome.told):
+        stdout_console().print(told)
+    for path in filter(
+        Path.exists, (outcome.folder / name for name in ("checkpoints", "report.html"))
+    ):
+        stdout_console().print(f"{path.stem:<12} {escape(relative_to_cwd(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):
@@ -183,26 +144,45 @@ def _interrupted(number: int, _: FrameType | None) -> None:
 
 def _of_the_machine(error: Exception) -> str:
     """Return what is wrong with the machine, where that is what failed: memory, or a file that cannot be read or written."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in str(error)
+    ):
         return f"the memory does not suffice: {error or 'none is left'}. `rotdistill plan` says what each step needs."
-    return f"{error.filename or 'a file'}: {error.strerror}." if isinstance(error, OSError) and error.strerror else ""
+    return (
+        f"{error.filename or 'a file'}: {error.strerror}."
+        if isinstance(error, OSError) and error.strerror
+        else ""
+    )
 
 
 def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
-    again = shlex.join([_here(Path(sys.argv[0])) if sys.argv[0].endswith("rotdistill") else "rotdistill", *sys.argv[1:]])
+    again = shlex.join(
+        [
+            relative_to_cwd(Path(sys.argv[0]))
+            if sys.argv[0].endswith("rotdistill")
+            else "rotdistill",
+            *sys.argv[1:],
+        ]
+    )
     given = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
     try:
         app(given, prog_name="rotdistill", standalone_mode=False)
     except Interrupted as stop:
-        words().print(f"interrupted; what was finished is kept. Go on with:\n{escape(again)}", soft_wrap=True)
+        stderr_console().print(
+            f"interrupted; what was finished is kept. Go on with:\n{escape(again)}", soft_wrap=True
+        )
         sys.exit(128 + int(stop.args[0]))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        if "_ROTDISTILL_COMPLETE" in os.environ:  # a line that is not finished: nothing to complete, and nothing to say
+        if (
+            "_ROTDISTILL_COMPLETE" in os.environ
+        ):  # a line that is not finished: nothing to complete, and nothing to say
             sys.exit(1)
         if len(given) < len(sys.argv) - 1:
             traceback.print_exc()
@@ -213,12 +193,18 @@ def _tell(error: Exception, again: str) -> int:
     """Say what went wrong, one paragraph a problem, and return the exit code."""
     error = SetupError(machine) if (machine := _of_the_machine(error)) else error
     problems = error.problems if isinstance(error, RecipeError) else [str(error)]
-    if usage := getattr(error, "format_message", None):  # typer's own errors; the one about no verb at all has shown the help
+    if usage := getattr(
+        error, "format_message", None
+    ):  # typer's own errors; the one about no verb at all has shown the help
         verb = getattr(getattr(error, "ctx", None), "command_path", "rotdistill")
-        problems = [f"{message.rstrip('.')}. `{verb} --help` shows how."] if (message := usage()) else []
+        problems = (
+            [f"{message.rstrip('.')}. `{verb} --help` shows how."] if (message := usage()) else []
+        )
     elif not isinstance(error, RotdistillError):
-        problems = [f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"]
+        problems = [
+            f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"
+        ]
     kind = "error" if usage or isinstance(error, RotdistillError) else "unexpected"
     for problem in problems:
-        words().print(f"[red]{kind}[/] {escape(problem)}", soft_wrap=True)
+        stderr_console().print(f"[red]{kind}[/] {escape(problem)}", soft_wrap=True)
     return int(getattr(error, "exit_code", 1))

@@ -50,13 +50,21 @@ class SingularError(RotdistillError):
     """Normal equations that have no solution at the ridge asked for."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def suggest(word: str, words: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the closest of `words`; where none is close, all of them, or nothing where they are many."""
     close = difflib.get_close_matches(word, every := list(words), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else f" There is: {', '.join(every)}." if 0 < len(every) <= 24 else ""
+    return (
+        f' Did you mean "{close[0]}"?'
+        if close
+        else f" There is: {', '.join(every)}."
+        if 0 < len(every) <= 24
+        else ""
+    )
 
 
-def explain(error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]) -> list[str]:
+def format_validation_errors(
+    error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]
+) -> list[str]:
     """Turn pydantic's errors into 'key.path: what is wrong, what was meant', one for each place in the document."""
     found: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
@@ -67,7 +75,7 @@ def explain(error: ValidationError, document: object, known: Mapping[tuple[str, 
             continue  # one branch of a union fails here and another further in, which says more
         first, where = details[0], ".".join(path) or "options"
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            problems.append(f"{where}: unknown key.{nearest(path[-1], known.get(path[:-1], ()))}")
+            problems.append(f"{where}: unknown key.{suggest(path[-1], known.get(path[:-1], ()))}")
         else:
             value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
             messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))

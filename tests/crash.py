@@ -19,10 +19,15 @@ from pathlib import Path
 
 import torch
 
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.ledger import ArtifactStore
+
 torch.set_num_threads(1)
 
-from rotdistill_core import ledger, pipeline, recipe  # noqa: E402
-from rotdistill_core.hookspecs import hookimpl  # noqa: E402
+from rotdistill_core.plugin.markers import hookimpl  # noqa: E402
+from rotdistill_core.store import files as ledger
 from rotdistill_core.testing import pico_folder, pico_head, pico_texts  # noqa: E402
 
 KILLS_PER_STAGE = 3
@@ -47,7 +52,7 @@ use = "writer-refit"
 id = "head"
 use = "lm-head-ridge"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [check]
 logits_float32 = 1e-2
 [variants]
@@ -62,7 +67,7 @@ class Observer:
 
     stage = "before the steps"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Keep quiet."""
 
     @hookimpl
@@ -82,7 +87,7 @@ def carry_out(work: Path, root: Path, at_sync: Callable[[str], None]) -> None:
         plain(handle)
 
     ledger.os.fsync = fsync
-    pipeline.Run(recipe.load(work / "crash.toml"), root, observer, lambda *_: None).go()
+    Executor(load_recipe(work / "crash.toml"), root, observer, lambda *_: None).go()
 
 
 def note(log: Path, stage: str) -> None:
@@ -103,11 +108,16 @@ def forked(action: Callable[[], None]) -> int:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    return {str(p.relative_to(root)): ledger.sha256_of(p) for p in sorted(root.glob("*/checkpoints/*/*.safetensors"))}
+    return {
+        str(p.relative_to(root)): sha256_of(p)
+        for p in sorted(root.glob("*/checkpoints/*/*.safetensors"))
+    }
 
 
 def solved(root: Path) -> int:
-    return sum(1 for book in ledger.Store(root).ledgers() for r in book.records if r["kind"] == "step")
+    return sum(
+        1 for book in ArtifactStore(root).ledgers() for r in book.records if r["kind"] == "step"
+    )
 
 
 def main() -> None:
@@ -126,10 +136,24 @@ def main() -> None:
         for number in picker.sample(numbers, min(KILLS_PER_STAGE, len(numbers))):
             root, count = work / f"kill-{number}", iter(range(10**9))
             killed = forked(
-                lambda: carry_out(work, root, lambda _: os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None)
+                lambda: carry_out(
+                    work,
+                    root,
+                    lambda _: (
+                        os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None
+                    ),
+                )
             )
             again = forked(lambda: carry_out(work, root, lambda _: None))
-            kills.append({"stage": stage, "killed": killed, "again": again, "same": hashes(root) == golden, "steps": solved(root)})
+            kills.append(
+                {
+                    "stage": stage,
+                    "killed": killed,
+                    "again": again,
+                    "same": hashes(root) == golden,
+                    "steps": solved(root),
+                }
+            )
     print(json.dumps({"code": code, "golden": golden, "steps": steps, "kills": kills}))
 
 

@@ -15,8 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core import cli, ledger, pipeline, plugins
+from rotdistill_core.cli import Interrupted
 from rotdistill_core.errors import PluginError
+from rotdistill_core.execution import executor as pipeline
+from rotdistill_core.plugin.registry import (
+    ADAPTERS,
+    COMMANDS,
+    OBSERVERS,
+    SOURCES,
+    STEPS,
+    adapter_for,
+)
+from rotdistill_core.store import files as ledger
 from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts
 
 RECIPE = (
@@ -34,7 +44,7 @@ use = "procrustes"
 id = "fold"
 use = "basis-fold"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 full = ["basis", "fold"]
@@ -69,11 +79,16 @@ def told(code: int, *words: str) -> str:
 
 
 def edit(old: str, new: str) -> Callable[[Path], None]:
-    return lambda work: ((work / "recipe.toml").write_text(RECIPE.replace(old, new, 1)) and None) or None
+    return lambda work: (
+        ((work / "recipe.toml").write_text(RECIPE.replace(old, new, 1)) and None) or None
+    )
 
 
 def put(name: str, text: str | bytes) -> Callable[[Path], None]:
-    return lambda work: ((work / name).write_bytes(text if isinstance(text, bytes) else text.encode()) and None) or None
+    return lambda work: (
+        ((work / name).write_bytes(text if isinstance(text, bytes) else text.encode()) and None)
+        or None
+    )
 
 
 def config(**changes: object) -> Callable[[Path], None]:
@@ -91,46 +106,100 @@ def cut(work: Path) -> None:
 
 CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no recipe": (lambda work: (work / "recipe.toml").unlink(), 2, "cannot be read: No such file"),
-    "a folder": (lambda work: (work / "recipe.toml").unlink() or (work / "recipe.toml").mkdir(), 2, "Is a directory"),
+    "a folder": (
+        lambda work: (work / "recipe.toml").unlink() or (work / "recipe.toml").mkdir(),
+        2,
+        "Is a directory",
+    ),
     "not text": (put("recipe.toml", b"\xff\xfe\x00"), 2, "is not UTF-8 text"),
     "not TOML": (put("recipe.toml", "name = = 3"), 2, "is not valid TOML"),
     "empty": (put("recipe.toml", ""), 2, "at least one [[step]]"),
     "too long": (put("recipe.toml", "#" * 1_000_001), 2, "a recipe is a short document"),
     "nested too deeply": (put("recipe.toml", "a = " + "[" * 5000), 2, "is not valid TOML"),
-    "an unknown key": (edit("layers = 1", "layer = 1"), 2, 'layer: unknown key. Did you mean "layers"?'),
+    "an unknown key": (
+        edit("layers = 1", "layer = 1"),
+        2,
+        'layer: unknown key. Did you mean "layers"?',
+    ),
     "a wrong type": (edit("layers = 1", 'layers = "one"'), 2, "layers: "),
     "an unknown step": (edit('"procrustes"', '"procrustis"'), 2, 'Did you mean "procrustes"?'),
-    "an unknown id": (edit('["basis", "fold"]', '["basis", "folt"]'), 2, 'no step has the id "folt"'),
-    "an unknown observer": (edit('name = "trial"', 'name = "trial"\nobservers = ["reprot"]'), 2, 'Did you mean "report"?'),
-    "a lost parent": (edit('name = "trial"', 'name = "trial"\nextends = "gone.toml"'), 2, "gone.toml: cannot be read"),
+    "an unknown id": (
+        edit('["basis", "fold"]', '["basis", "folt"]'),
+        2,
+        'no step has the id "folt"',
+    ),
+    "an unknown observer": (
+        edit('name = "trial"', 'name = "trial"\nobservers = ["reprot"]'),
+        2,
+        'Did you mean "report"?',
+    ),
+    "a lost parent": (
+        edit('name = "trial"', 'name = "trial"\nextends = "gone.toml"'),
+        2,
+        "gone.toml: cannot be read",
+    ),
     "a name with slashes": (edit('name = "trial"', 'name = "../trial"'), 2, "name: "),
-    "no model": (edit('"model"', '"nowhere"'), 3, "nowhere: is neither a folder here nor a Hugging Face id"),
-    "no config": (lambda work: (work / "model/config.json").unlink(), 3, "A model folder needs a config.json"),
+    "no model": (
+        edit('"model"', '"nowhere"'),
+        3,
+        "nowhere: is neither a folder here nor a Hugging Face id",
+    ),
+    "no config": (
+        lambda work: (work / "model/config.json").unlink(),
+        3,
+        "A model folder needs a config.json",
+    ),
     "a broken config": (put("model/config.json", "{"), 3, "config.json: not valid JSON"),
     "an unknown architecture": (config(model_type="lama"), 2, 'Did you mean "llama"?'),
     "another shape": (config(intermediate_size=64), 3, "does not fit the adapter for llama"),
     "remote code": (config(auto_map={"AutoModel": "x.Y"}), 3, "asks to run code"),
     "quantised": (config(quantization_config={}), 3, "the weights are quantised"),
     "torn weights": (cut, 3, "not a valid safetensors file"),
-    "pickled weights": (lambda work: (work / "model/model.safetensors").rename(work / "model/model.bin"), 3, "has no .safetensors weights"),
-    "no tokenizer": (lambda work: [p.unlink() for p in (work / "model").glob("tokenizer*")], 3, "tokenizer cannot be loaded"),
+    "pickled weights": (
+        lambda work: (work / "model/model.safetensors").rename(work / "model/model.bin"),
+        3,
+        "has no .safetensors weights",
+    ),
+    "no tokenizer": (
+        lambda work: [p.unlink() for p in (work / "model").glob("tokenizer*")],
+        3,
+        "tokenizer cannot be loaded",
+    ),
     "no texts": (lambda work: (work / "texts/index.tsv").unlink(), 2, "index.tsv: cannot be read"),
-    "other columns": (put("texts/index.tsv", "id\ttext\n1\thello\n"), 2, "line 1: the columns must be id, language"),
+    "other columns": (
+        put("texts/index.tsv", "id\ttext\n1\thello\n"),
+        2,
+        "line 1: the columns must be id, language",
+    ),
     "too few texts": (
         put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"),
         2,
         "too few different texts: heldout has none",
     ),
-    "a layer too many": (edit("layers = 1", "layers = 9"), 2, 'step "chop": layers = 9, but the student has 2'),
-    "a fold without an aligner": (edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['), 2, "needs an aligner before it"),
+    "a layer too many": (
+        edit("layers = 1", "layers = 9"),
+        2,
+        'step "chop": layers = 9, but the student has 2',
+    ),
+    "a fold without an aligner": (
+        edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['),
+        2,
+        "needs an aligner before it",
+    ),
     "no capture": (edit('[[step]]\nuse = "residuals"\n', ""), 2, "put a capture step"),
-    "a gate that fails": (lambda work: edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]")(work), 4, "the certificate fails"),
+    "a gate that fails": (
+        lambda work: edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]")(work),
+        4,
+        "the certificate fails",
+    ),
     "runs is a file": (put("runs", "x"), 3, "runs"),
 }
 
 
 @pytest.mark.parametrize(("spoil", "code", "message"), CASES.values(), ids=list(CASES))
-def test_a_run_that_cannot_be_says_why(work: Path, spoil: Callable[[Path], object], code: int, message: str) -> None:
+def test_a_run_that_cannot_be_says_why(
+    work: Path, spoil: Callable[[Path], object], code: int, message: str
+) -> None:
     spoil(work)
     assert message in told(code, "run", "recipe.toml")
 
@@ -142,7 +211,11 @@ def test_a_run_that_cannot_be_says_why(work: Path, spoil: Callable[[Path], objec
         (("runn", "recipe.toml"), 2, 'there is no verb "runn". Did you mean "run"?'),
         (("frobnicate",), 2, "There is: run, "),
         (("run",), 2, "Missing argument 'RECIPE'. `rotdistill run --help` shows how."),
-        (("run", "gone.toml"), 2, 'gone.toml: cannot be read: No such file or directory. Did you mean "recipe.toml"?'),
+        (
+            ("run", "gone.toml"),
+            2,
+            'gone.toml: cannot be read: No such file or directory. Did you mean "recipe.toml"?',
+        ),
         (("run", "recipe.toml", "--frech"), 2, "--frech"),
         (("run", "recipe.toml", "--set", "chop"), 2, "write it as key.path=value"),
         (("run", "recipe.toml", "--set", "chup.layers=1"), 2, 'Did you mean "chop"?'),
@@ -152,7 +225,9 @@ def test_a_run_that_cannot_be_says_why(work: Path, spoil: Callable[[Path], objec
         (("check", "recipe.toml"), 0, "fine"),
     ],
 )
-def test_a_line_that_makes_no_sense_says_why(work: Path, words: tuple[str, ...], code: int, message: str) -> None:
+def test_a_line_that_makes_no_sense_says_why(
+    work: Path, words: tuple[str, ...], code: int, message: str
+) -> None:
     assert message in told(code, *words)
 
 
@@ -166,8 +241,20 @@ def refuse(error: Exception) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("where", "name", "error", "code", "message"),
     [
-        (ledger.os, "fsync", OSError(errno.ENOSPC, "No space left on device"), 3, "cannot be written: No space left on device"),
-        (ledger.os, "open", OSError(errno.EROFS, "Read-only file system"), 3, "cannot be written: Read-only file system"),
+        (
+            ledger.os,
+            "fsync",
+            OSError(errno.ENOSPC, "No space left on device"),
+            3,
+            "cannot be written: No space left on device",
+        ),
+        (
+            ledger.os,
+            "open",
+            OSError(errno.EROFS, "Read-only file system"),
+            3,
+            "cannot be written: Read-only file system",
+        ),
         (pipeline, "tokenize", MemoryError(), 3, "the memory does not suffice"),
         (
             pipeline,
@@ -176,36 +263,81 @@ def refuse(error: Exception) -> Callable[..., None]:
             3,
             "the memory does not",
         ),
-        (pipeline, "tokenize", PermissionError(errno.EACCES, "Permission denied", "texts"), 3, "texts: Permission denied"),
-        (pipeline, "tokenize", ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero\nThat should not happen; -v shows where"),
-        (pipeline, "tokenize", cli.Interrupted(signal.SIGINT), 130, "Go on with:\nrotdistill run recipe.toml --set seed=3"),
-        (pipeline, "tokenize", cli.Interrupted(signal.SIGTERM), 143, "Go on with:\nrotdistill run recipe.toml --set seed=3"),
+        (
+            pipeline,
+            "tokenize",
+            PermissionError(errno.EACCES, "Permission denied", "texts"),
+            3,
+            "texts: Permission denied",
+        ),
+        (
+            pipeline,
+            "tokenize",
+            ZeroDivisionError("by zero"),
+            1,
+            "ZeroDivisionError: by zero\nThat should not happen; -v shows where",
+        ),
+        (
+            pipeline,
+            "tokenize",
+            Interrupted(signal.SIGINT),
+            130,
+            "Go on with:\nrotdistill run recipe.toml --set seed=3",
+        ),
+        (
+            pipeline,
+            "tokenize",
+            Interrupted(signal.SIGTERM),
+            143,
+            "Go on with:\nrotdistill run recipe.toml --set seed=3",
+        ),
     ],
-    ids=["full disk", "read-only", "no memory", "no memory for torch", "forbidden", "unexpected", "interrupted", "terminated"],
+    ids=[
+        "full disk",
+        "read-only",
+        "no memory",
+        "no memory for torch",
+        "forbidden",
+        "unexpected",
+        "interrupted",
+        "terminated",
+    ],
 )
 def test_what_the_machine_does_is_told(
-    work: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str, error: Exception, code: int, message: str
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: object,
+    name: str,
+    error: Exception,
+    code: int,
+    message: str,
 ) -> None:
     monkeypatch.setattr(where, name, refuse(error))
     assert message in told(code, "run", "recipe.toml", "--set", "seed=3")
 
 
-def test_a_broken_plugin_is_named_wherever_it_is_met(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_plugin_is_named_wherever_it_is_met(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     info = work / "site" / "acme-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-    groups = (plugins.STEPS, plugins.ADAPTERS, plugins.OBSERVERS, plugins.SOURCES, plugins.COMMANDS)
-    (info / "entry_points.txt").write_text("".join(f"[{group}]\nfail = fake_acme\n" for group in groups))
+    groups = (STEPS, ADAPTERS, OBSERVERS, SOURCES, COMMANDS)
+    (info / "entry_points.txt").write_text(
+        "".join(f"[{group}]\nfail = fake_acme\n" for group in groups)
+    )
     (work / "site" / "fake_acme.py").write_text("raise SystemExit('gone')")
     monkeypatch.syspath_prepend(str(work / "site"))
-    assert told(0, "plugins").count("acme 1.0 (fake_acme) fails on import: SystemExit: gone") == len(groups)
+    assert told(0, "plugins").count(
+        "acme 1.0 (fake_acme) fails on import: SystemExit: gone"
+    ) == len(groups)
     assert "acme 1.0" in told(2, "fail")
     edit('"procrustes"', '"fail"')(work)
     assert "acme 1.0" in told(2, "run", "recipe.toml")
     edit('name = "trial"', 'name = "trial"\nobservers = ["fail"]')(work)
     assert "acme 1.0" in told(2, "run", "recipe.toml")
     with pytest.raises(PluginError, match="acme"):
-        plugins.adapter_for("fail")
+        adapter_for("fail")
     assert "step.fail" not in told(0, "schema")
 
 
@@ -219,11 +351,20 @@ def test_v_shows_where(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_narrow_terminal_is_enough(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    for words in (("--help",), ("run", "--help"), ("plan", "recipe.toml"), ("run", "recipe.toml"), ("runs",), ("show", "trial")):
+    for words in (
+        ("--help",),
+        ("run", "--help"),
+        ("plan", "recipe.toml"),
+        ("run", "recipe.toml"),
+        ("runs",),
+        ("show", "trial"),
+    ):
         told(0, *words)
 
 
-def test_words_and_results_keep_apart_and_plain(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_and_results_keep_apart_and_plain(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, err = command_line("run", "recipe.toml", "--json")
     assert (code, "saved" in err) == (0, True)
     assert json.loads(out)["results"]
@@ -237,14 +378,22 @@ def test_words_and_results_keep_apart_and_plain(work: Path, monkeypatch: pytest.
 def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    made = subprocess.run([*MAIN, "schema"], cwd=work, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    made = subprocess.run(
+        [*MAIN, "schema"], cwd=work, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
     assert "Traceback" not in made.stderr
     assert "unexpected" not in made.stderr
 
 
 def test_a_signal_ends_it_with_the_line_that_goes_on(work: Path) -> None:
-    running = subprocess.Popen([*MAIN, "run", "recipe.toml"], cwd=work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    running = subprocess.Popen(
+        [*MAIN, "run", "recipe.toml"],
+        cwd=work,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     until = time.monotonic() + 60
     while not (work / "runs").is_dir() and time.monotonic() < until:
         time.sleep(0.02)

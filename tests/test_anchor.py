@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core import pipeline
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import SetupError
-from rotdistill_core.maps import Rotation
-from rotdistill_core.models import open_model
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts, reopen, save_folder, scramble
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.linalg.maps import Rotation
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.testing import (
+    pico_folder,
+    pico_head,
+    pico_texts,
+    reopen,
+    run_recipe,
+    save_folder,
+    scramble,
+)
 
 RECIPE = (
     pico_head("anchored", "{root}/teacher", "{root}/scrambled")
@@ -26,16 +34,22 @@ use = "residuals"
 use = "basis-fold"
 mode = "{mode}"
 [[step]]
-use = "toggles"
+use = "fidelity"
 """
 )
-ALIGNERS = {"weights": ["weight-matching"], "activations": ["procrustes", "hungarian-permute", "head-gauge"], "stream": ["cca"]}
+ALIGNERS = {
+    "weights": ["weight-matching"],
+    "activations": ["procrustes", "hungarian-permute", "head-gauge"],
+    "stream": ["cca"],
+}
 
 
-def run(root: Path, aligners: str, anchor: str = "original", mode: str = "tied") -> pipeline.Outcome:
+def run(root: Path, aligners: str, anchor: str = "original", mode: str = "tied") -> RunResult:
     align = "\n".join(f'[[step]]\nuse = "{use}"' for use in ALIGNERS[aligners])
-    (root / "r.toml").write_text(RECIPE.format(root=root, align=align, anchor=anchor, mode=mode), encoding="utf-8")
-    return carry_out(root / "r.toml")
+    (root / "r.toml").write_text(
+        RECIPE.format(root=root, align=align, anchor=anchor, mode=mode), encoding="utf-8"
+    )
+    return run_recipe(root / "r.toml")
 
 
 @pytest.fixture
@@ -52,19 +66,27 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("aligners", ["weights", "activations"])
 def test_a_scrambled_student_is_brought_to_its_anchor(root: Path, aligners: str) -> None:
     outcome = run(root, aligners)
-    assert outcome.steps["full", "basis-fold"].notes["certificate"]["logits_float64"] <= 1e-9
+    assert outcome.steps["full", "basis-fold"].report.certificate.logits_float64 <= 1e-9
     original = open_model(ModelRef(model=str(root / "original"))).weights
     canonical = original.fold({"residual": Rotation(torch.eye(32, dtype=torch.float64))})
     back = reopen(outcome.checkpoints["full"], original)
-    assert max(float((back[n] - canonical[n]).norm() / canonical[n].norm()) for n in canonical.entries) < 1e-3
+    assert (
+        max(float((back[n] - canonical[n]).norm() / canonical[n].norm()) for n in canonical.entries)
+        < 1e-3
+    )
     assert {"kl", "top1"} <= {row.metric for row in outcome.rows}
 
 
 def test_the_principal_frame_is_the_anchors(root: Path) -> None:
     notes = run(root, "stream", mode="canonical").steps["full", "basis-fold"].notes
-    assert notes["teacher variance in the frame"] == pytest.approx(1.0)  # all 32 directions of the anchor, not 32 of the teacher's 48
+    assert notes["teacher variance in the frame"] == pytest.approx(
+        1.0
+    )  # all 32 directions of the anchor, not 32 of the teacher's 48
 
 
 def test_an_anchor_of_another_shape_is_refused(root: Path) -> None:
-    with pytest.raises(SetupError, match="an anchor is a checkpoint of the student's shape; this one differs in layers: 3, and 2"):
+    with pytest.raises(
+        SetupError,
+        match="an anchor is a checkpoint of the student's shape; this one differs in layers: 3, and 2",
+    ):
         run(root, "weights", anchor="deeper")

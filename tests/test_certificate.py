@@ -8,20 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core.certificate import TEXTS, Certificate, certify
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import CheckFailed
-from rotdistill_core.maps import Permutation, Rotation, carry
-from rotdistill_core.recipe import Check
-from rotdistill_core.samples import Layout
+from rotdistill_core.forward.certificate import TEXTS, Certificate, certify
+from rotdistill_core.linalg.maps import Permutation, Rotation, transform_param
+from rotdistill_core.recipe.document import Check
 from rotdistill_core.testing import pico_model, pico_samples, random_rotation
-from rotdistill_core.weights import Weights
 
 CPU = torch.device("cpu")
-MAPS = {"residual": Rotation(random_rotation(32, 5)), "neurons.0": Permutation(torch.arange(48).flip(0))}
+MAPS = {
+    "residual": Rotation(random_rotation(32, 5)),
+    "neurons.0": Permutation(torch.arange(48).flip(0)),
+}
 
 
 @pytest.fixture
-def layout() -> Layout:
+def layout() -> PackedTexts:
     return pico_samples(texts=20).layout
 
 
@@ -39,12 +42,12 @@ def fold_that_forgets_gains(weights: Weights) -> Weights:
     table = weights.adapter.expand(weights.config)
     whole = weights.untie()
     return whole.edit({
-        name: torch.ones(32, dtype=torch.float64) if table[name].is_gain else carry(whole[name].double(), table[name].axes, MAPS)
+        name: torch.ones(32, dtype=torch.float64) if table[name].is_gain else transform_param(whole[name].double(), table[name].axes, MAPS)
         for name in whole.entries
     })  # fmt: skip
 
 
-def test_a_right_fold_passes(before: Weights, layout: Layout) -> None:
+def test_a_right_fold_passes(before: Weights, layout: PackedTexts) -> None:
     after = before.fold(MAPS)
     certificate = certify(before, after, back_of(after), layout, CPU)
     certificate.enforce(Check(), "step")
@@ -56,16 +59,18 @@ def test_a_right_fold_passes(before: Weights, layout: Layout) -> None:
     assert Certificate(**json.loads(json.dumps(certificate.as_dict()))) == certificate
 
 
-def test_a_fold_that_forgets_the_gains_fails(before: Weights, layout: Layout) -> None:
+def test_a_fold_that_forgets_the_gains_fails(before: Weights, layout: PackedTexts) -> None:
     after = fold_that_forgets_gains(before)
     certificate = certify(before, after, back_of(before.fold(MAPS)), layout, CPU)
     assert certificate.logits_float64 > 1e-2
-    with pytest.raises(CheckFailed, match=r"step: the certificate fails: logits_float64 is .*, more than 1e-09"):
+    with pytest.raises(
+        CheckFailed, match=r"step: the certificate fails: logits_float64 is .*, more than 1e-09"
+    ):
         certificate.enforce(Check(), "step")
 
 
 @pytest.mark.parametrize("part", ["mlp.down_proj", "self_attn.k_proj", "input_layernorm"])
-def test_a_tampered_weight_fails(before: Weights, layout: Layout, part: str) -> None:
+def test_a_tampered_weight_fails(before: Weights, layout: PackedTexts, part: str) -> None:
     folded = before.fold(MAPS)
     name = f"model.layers.1.{part}.weight"
     touched = folded[name].clone()
@@ -75,7 +80,7 @@ def test_a_tampered_weight_fails(before: Weights, layout: Layout, part: str) -> 
         certificate.enforce(Check(), "step")
 
 
-def test_a_way_back_to_other_weights_fails(before: Weights, layout: Layout) -> None:
+def test_a_way_back_to_other_weights_fails(before: Weights, layout: PackedTexts) -> None:
     after = before.fold(MAPS)
     back = back_of(after)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -86,12 +91,16 @@ def test_a_way_back_to_other_weights_fails(before: Weights, layout: Layout) -> N
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_a_way_back_to_other_tensors_fails(before: Weights, layout: Layout, change: str) -> None:
+def test_a_way_back_to_other_tensors_fails(
+    before: Weights, layout: PackedTexts, change: str
+) -> None:
     after = before.fold(MAPS)
     whole = back_of(after)
     loose = whole.untie()
     one, other = (loose, whole) if change == "missing" else (whole, loose)
-    certificate = certify(before if change == "extra" else before.untie(), after, other, layout, CPU)
+    certificate = certify(
+        before if change == "extra" else before.untie(), after, other, layout, CPU
+    )
     assert set(one.entries) != set(other.entries)
     assert certificate.unfold == float("inf")
     with pytest.raises(CheckFailed, match="unfold is inf"):
@@ -100,13 +109,19 @@ def test_a_way_back_to_other_tensors_fails(before: Weights, layout: Layout, chan
 
 @pytest.mark.parametrize("name", ["logits_float64", "logits_float32", "unfold"])
 def test_a_figure_that_is_not_a_number_fails(name: str) -> None:
-    figures = {"logits_float64": 0.0, "logits_float32": 0.0, "kl_float32": 0.0, "unfold": 0.0, "texts": 4}
+    figures = {
+        "logits_float64": 0.0,
+        "logits_float32": 0.0,
+        "kl_float32": 0.0,
+        "unfold": 0.0,
+        "texts": 4,
+    }
     Certificate(**figures).enforce(Check(), "step")  # type: ignore[arg-type]
     with pytest.raises(CheckFailed, match=f"{name} is nan"):
         Certificate(**{**figures, name: float("nan")}).enforce(Check(), "step")  # type: ignore[arg-type]
 
 
-def test_weights_that_give_nan_fail(before: Weights, layout: Layout) -> None:
+def test_weights_that_give_nan_fail(before: Weights, layout: PackedTexts) -> None:
     after = before.fold(MAPS)
     name = "model.layers.0.mlp.down_proj.weight"
     broken = after.edit({name: torch.full((32, 48), torch.nan, dtype=torch.float64)})
@@ -114,7 +129,7 @@ def test_weights_that_give_nan_fail(before: Weights, layout: Layout) -> None:
         certify(before, broken, back_of(after), layout, CPU).enforce(Check(), "step")
 
 
-def test_a_way_back_to_nan_fails(before: Weights, layout: Layout) -> None:
+def test_a_way_back_to_nan_fails(before: Weights, layout: PackedTexts) -> None:
     after = before.fold(MAPS)
     back = back_of(after)
     name = "model.layers.0.mlp.down_proj.weight"
@@ -123,8 +138,14 @@ def test_a_way_back_to_nan_fails(before: Weights, layout: Layout) -> None:
         certify(before, after, broken, layout, CPU).enforce(Check(), "step")
 
 
-def test_the_logits_of_a_certificate_are_capped_where_the_model_caps_them(tmp_path: Path, layout: Layout) -> None:
-    capped = pico_model(tmp_path / "model", "gemma3_text", head_dim=8, final_logit_softcapping=0.5).weights
+def test_the_logits_of_a_certificate_are_capped_where_the_model_caps_them(
+    tmp_path: Path, layout: PackedTexts
+) -> None:
+    capped = pico_model(
+        tmp_path / "model", "gemma3_text", head_dim=8, final_logit_softcapping=0.5
+    ).weights
     name = capped.adapter.norm
-    turned = capped.edit({name: -2.0 - capped[name]})  # the gain is 1 + w, so every logit changes its sign
+    turned = capped.edit(
+        {name: -2.0 - capped[name]}
+    )  # the gain is 1 + w, so every logit changes its sign
     assert 0.9 < certify(capped, turned, turned, layout, CPU).logits_float64 <= 1.0

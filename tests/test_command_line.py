@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Column
 from typer.main import get_command
 
-from rotdistill_core import cli, plugins
-from rotdistill_core.report import WideTable
+from rotdistill_core.cli import app
+from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
+from rotdistill_core.terminal import WideTable
 from rotdistill_core.testing import command_line, pico_folder, pico_texts
 
 RECIPE = """
@@ -39,14 +40,31 @@ use = "{aligner}"
 id = "fold"
 use = "basis-fold"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 full = ["basis", "fold"]
 """
-OWN = {info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands if info.callback}
-VERBS = {**OWN, **{name: plugins.command(name) for name in plugins.installed(plugins.COMMANDS)}}
-DESIGNED = {"run", "plan", "check", "runs", "show", "diff", "rm", "report", "chat", "plugins", "schema", "new"}
+OWN = {
+    info.name or info.callback.__name__: info.callback
+    for info in app.registered_commands
+    if info.callback
+}
+VERBS = {**OWN, **{name: command_function(name) for name in installed_plugins(COMMANDS)}}
+DESIGNED = {
+    "run",
+    "plan",
+    "check",
+    "runs",
+    "show",
+    "diff",
+    "rm",
+    "report",
+    "chat",
+    "plugins",
+    "schema",
+    "new",
+}
 
 
 def examples(verb: str) -> list[str]:
@@ -58,7 +76,7 @@ def examples(verb: str) -> list[str]:
 
 def test_the_verbs_are_those_of_the_design() -> None:
     assert set(VERBS) == DESIGNED
-    assert list(get_command(cli.app).list_commands(None)) == list(VERBS)  # type: ignore[arg-type]
+    assert list(get_command(app).list_commands(None)) == list(VERBS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -73,8 +91,24 @@ def test_help_ends_with_two_examples(verb: str) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 140])
 def test_a_table_loses_nothing_on_a_narrow_terminal(width: int) -> None:
-    rows = [["tour-guide", "0.5896", "106,200,000", "made before, from these texts", "-3.645 [-4.138, -3.184]"] for _ in range(2)]
-    table = WideTable("run", "held-out KL,\nnats/token", "parameters", Column("why", overflow="fold"), "change", title="a table")
+    rows = [
+        [
+            "tour-guide",
+            "0.5896",
+            "106,200,000",
+            "made before, from these texts",
+            "-3.645 [-4.138, -3.184]",
+        ]
+        for _ in range(2)
+    ]
+    table = WideTable(
+        "run",
+        "held-out KL,\nnats/token",
+        "parameters",
+        Column("why", overflow="fold"),
+        "change",
+        title="a table",
+    )
     for row in rows:
         table.add_row(*row)
     console = Console(width=width, file=io.StringIO())
@@ -83,7 +117,9 @@ def test_a_table_loses_nothing_on_a_narrow_terminal(width: int) -> None:
     assert max(map(len, lines)) <= width
     for cell in ("tour-guide", "0.5896", "106,200,000", "-3.645 [-4.138, -3.184]"):
         assert sum(cell in line for line in lines) >= 2, cell
-    assert {"made", "before,", "from", "these", "texts"} <= {word for line in lines for word in line.split()}
+    assert {"made", "before,", "from", "these", "texts"} <= {
+        word for line in lines for word in line.split()
+    }
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,18 +128,27 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pico_texts(tmp_path / "texts", blurbs=8, questions=2)
     (tmp_path / "recipes").mkdir()
     for name, aligner in (("tour-guide", "procrustes"), ("swap-aligner", "random-rotation")):
-        (tmp_path / f"recipes/{name.replace('-', '_')}.toml").write_text(RECIPE.format(name=name, aligner=aligner))
+        (tmp_path / f"recipes/{name.replace('-', '_')}.toml").write_text(
+            RECIPE.format(name=name, aligner=aligner)
+        )
     assert command_line("run", "recipes/swap_aligner.toml")[0] == 0
     ordered = ["run", *(verb for verb in VERBS if verb not in ("run", "rm")), "rm"]
     for line in [line for verb in ordered for line in examples(verb)]:
-        if "layers=24" not in line and "keep-checkpoints" not in line:  # a second run of one name would make `tour-guide` two
+        if (
+            "layers=24" not in line and "keep-checkpoints" not in line
+        ):  # a second run of one name would make `tour-guide` two
             words = shlex.split(line.partition(" > ")[0].partition(" | ")[0])[1:]
-            expanded = [str(p) for w in words for p in (sorted(tmp_path.glob(w)) if "*" in w else [w])]
+            expanded = [
+                str(p) for w in words for p in (sorted(tmp_path.glob(w)) if "*" in w else [w])
+            ]
             code, out, err = command_line(*expanded)
             assert code == 0, (line, err)
             assert out or err
     assert not list((tmp_path / "runs").glob("tour-guide-*/checkpoints"))
-    assert command_line(*shlex.split("plan recipes/tour_guide.toml --set chop.layers=24 --json"))[0] == 0
+    assert (
+        command_line(*shlex.split("plan recipes/tour_guide.toml --set chop.layers=24 --json"))[0]
+        == 0
+    )
     assert command_line(*shlex.split("run recipes/tour_guide.toml --set chop.layers=24"))[0] == 0
     assert command_line(*shlex.split("rm tour-guide --keep-checkpoints"))[0] == 0
     assert list((tmp_path / "runs").glob("tour-guide-*/checkpoints/full/model.safetensors"))

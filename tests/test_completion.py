@@ -47,7 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = root / "site/somebody_where-0.1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody-where\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[rotdistill.commands]\nwhere = somebody_where\nwherever = nothing_there\n")
+    (info / "entry_points.txt").write_text(
+        "[rotdistill.commands]\nwhere = somebody_where\nwherever = nothing_there\n"
+    )
     (root / "site/somebody_where.py").write_text(VERB)
     (root / "recipe.toml").write_text(RECIPE)
     for variant in ("base", "full"):
@@ -80,7 +82,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_line_is_completed(folder: Path, line: str, offered: list[str]) -> None:
     words = f"rotdistill {line}"
-    asked = {"_ROTDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    asked = {
+        "_ROTDISTILL_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
     program = [sys.executable, "-c", "from rotdistill_core.cli import main; main()"]
-    made = subprocess.run(program, env={**os.environ, **asked, "PYTHONPATH": "site"}, cwd=folder, capture_output=True, text=True)
+    made = subprocess.run(
+        program,
+        env={**os.environ, **asked, "PYTHONPATH": "site"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert (made.stdout.split(), made.stderr) == (offered, "")

@@ -23,20 +23,34 @@ import pytest
 from pydantic import ConfigDict, Field, PositiveInt
 from typer.main import get_command
 
-from rotdistill_core import cli, plugins, recipe
-from rotdistill_core.adapter import Adapter
-from rotdistill_core.hookspecs import Specs
-from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
-from rotdistill_core.step import STAGES, stage_of
+from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.cli import app
+from rotdistill_core.plugin.hookspecs import HookSpecs
+from rotdistill_core.plugin.registry import (
+    ADAPTERS,
+    COMMANDS,
+    OBSERVERS,
+    STEPS,
+    installed_plugins,
+    load_plugin,
+    plugin_manager,
+    step_class,
+)
+from rotdistill_core.plugin.step import STAGES, stage_of
+from rotdistill_core.recipe.document import Check, ModelRef, Recipe, SamplesRef, StudentRef
+from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[1]
 GUIDE, RECIPES, SAMPLES = (ROOT / name / "README.md" for name in ("plugins", "recipes", "samples"))
-HOOKS = {name: hook for name, hook in vars(Specs).items() if hasattr(hook, "rotdistill_spec")}
-TABLES = (recipe.Recipe, recipe.ModelRef, recipe.StudentRef, recipe.SamplesRef, recipe.Check)
+HOOKS = {name: hook for name, hook in vars(HookSpecs).items() if hasattr(hook, "rotdistill_spec")}
+TABLES = (Recipe, ModelRef, StudentRef, SamplesRef, Check)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!\\)\]\(<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\)")
-SHIPPED = {"rotdistill", *(f"rotdistill-{path.parent.name}" for path in ROOT.glob("plugins/*/pyproject.toml"))}
+SHIPPED = {
+    "rotdistill",
+    *(f"rotdistill-{path.parent.name}" for path in ROOT.glob("plugins/*/pyproject.toml")),
+}
 
 
 def read(path: Path) -> str:
@@ -45,20 +59,26 @@ def read(path: Path) -> str:
 
 def section(path: Path, title: str) -> str:
     """Return what stands under a heading `### title`, up to the next heading."""
-    found = re.split(rf"^###+ `?{re.escape(title)}`?$", FENCE.sub("", read(path)), flags=re.MULTILINE)
+    found = re.split(
+        rf"^###+ `?{re.escape(title)}`?$", FENCE.sub("", read(path)), flags=re.MULTILINE
+    )
     assert len(found) == 2, f"{path.name} has {len(found) - 1} sections called {title}"
     return re.split(r"^##", found[1], flags=re.MULTILINE)[0]
 
 
 def cells(text: str) -> dict[str, list[str]]:
     """Return the table rows of a text by their first cell, without backticks."""
-    rows = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [c.strip() for c in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return {row[0].strip("` "): row for row in rows}
 
 
 def shipped_steps() -> dict[str, type]:
     """Return the installed steps that this repository ships, by name."""
-    found = {name: plugins.step_class(name) for name in plugins.installed(STEPS)}
+    found = {name: step_class(name) for name in installed_plugins(STEPS)}
     return {name: cls for name, (cls, origin) in found.items() if origin.distribution in SHIPPED}
 
 
@@ -76,7 +96,10 @@ def test_the_guide_has_every_hook_with_its_signature(name: str) -> None:
     assert f"`{name}({listed}) -> {found.return_annotation}`" in text
 
 
-@pytest.mark.parametrize("argument", sorted({p for s in STAGES for p in inspect.signature(HOOKS[s]).parameters} - {"self"}))
+@pytest.mark.parametrize(
+    "argument",
+    sorted({p for s in STAGES for p in inspect.signature(HOOKS[s]).parameters} - {"self"}),
+)
 def test_the_guide_explains_every_argument_of_the_stages(argument: str) -> None:
     assert argument == "variant" or f"| `{argument}` |" in read(GUIDE)
 
@@ -91,16 +114,24 @@ def test_the_guide_names_every_field_of_an_adapter(field: str) -> None:
     assert f"`{field}`" in read(GUIDE)
 
 
-@pytest.mark.parametrize("path", [RECIPES, *sorted(ROOT.glob("plugins/*/README.md"))], ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", [RECIPES, *sorted(ROOT.glob("plugins/*/README.md"))], ids=lambda path: path.parent.name
+)
 def test_steps_and_options_in_a_document_are_those_of_the_program(path: Path) -> None:
-    assert read(path) == DESCRIBE["described"](path), f"{path.relative_to(ROOT)} is stale: run `make docs`"
+    assert read(path) == DESCRIBE["described"](path), (
+        f"{path.relative_to(ROOT)} is stale: run `make docs`"
+    )
 
 
 @pytest.mark.parametrize("name", STEP_CLASSES)
 def test_every_step_has_its_options_in_both_documents(name: str) -> None:
-    folder = plugins.step_class(name)[1].distribution.removeprefix("rotdistill-")
-    assert f"<!-- options of {name} -->\n| option |" in read(ROOT / "plugins" / folder / "README.md")
-    assert set(cells(section(RECIPES, name))) >= {f.name for f in dataclasses.fields(STEP_CLASSES[name])} - {"use"}
+    folder = step_class(name)[1].distribution.removeprefix("rotdistill-")
+    assert f"<!-- options of {name} -->\n| option |" in read(
+        ROOT / "plugins" / folder / "README.md"
+    )
+    assert set(cells(section(RECIPES, name))) >= {
+        f.name for f in dataclasses.fields(STEP_CLASSES[name])
+    } - {"use"}
 
 
 @dataclasses.dataclass
@@ -132,7 +163,9 @@ def test_a_step_is_described_by_its_docstrings() -> None:
     )
 
 
-@pytest.mark.parametrize("key", sorted({key for table in TABLES for key in table.model_fields} | {"step", "extends"}))
+@pytest.mark.parametrize(
+    "key", sorted({key for table in TABLES for key in table.model_fields} | {"step", "extends"})
+)
 def test_every_key_of_a_recipe_is_documented(key: str) -> None:
     assert key in {name.strip("[]") for name in KEYS}
 
@@ -147,7 +180,9 @@ def test_every_shipped_recipe_is_described() -> None:
         assert f"[{path.name}]({path.name})" in read(RECIPES)
 
 
-@pytest.mark.parametrize("folder", sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in ROOT.glob("plugins/*/pyproject.toml")), ids=lambda p: p.name
+)
 def test_every_plugin_has_a_readme(folder: Path) -> None:
     assert read(folder / "README.md").startswith(f"# {folder.name}\n")
     assert len(read(folder / "README.md").splitlines()) >= 10
@@ -162,7 +197,11 @@ def test_the_samples_are_counted_right() -> None:
         counts.append(Counter(row["language"] for row in rows))
     blurbs, heldout = counts
     table = [row for row in cells(read(SAMPLES)).values() if len(row) == 4]
-    found = {row[1].strip("`"): (int(row[2]), int(row[3].strip("| "))) for row in table if row[1].startswith("`")}
+    found = {
+        row[1].strip("`"): (int(row[2]), int(row[3].strip("| ")))
+        for row in table
+        if row[1].startswith("`")
+    }
     assert found == {language: (n, heldout[language]) for language, n in blurbs.items()}
     assert f"{blurbs.total()} | {heldout.total()} |" in read(SAMPLES)
 
@@ -171,7 +210,10 @@ def documents() -> Iterator[Path]:
     """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of anything installed."""
     for folder, inside, files in os.walk(ROOT):
         inside[:] = [
-            d for d in inside if not d.startswith(".") and (d not in ("runs", "shared", "node_modules") or folder.endswith("plugins"))
+            d
+            for d in inside
+            if not d.startswith(".")
+            and (d not in ("runs", "shared", "node_modules") or folder.endswith("plugins"))
         ]
         yield from (Path(folder, name) for name in files if name.endswith(".md"))
 
@@ -182,7 +224,9 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", sorted(documents()), ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(documents()), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_relative_links_lead_somewhere(path: Path) -> None:
     for target in LINK.findall(re.sub(r"`[^`\n]*`", "", FENCE.sub("", read(path)))):
         if not re.match(r"[a-z][a-z0-9+.-]*:", target):
@@ -195,7 +239,12 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 def commands() -> Iterator[tuple[str, str]]:
     """Yield (document, line) for every call of `rotdistill` in a document: in a block of code, or between backticks."""
     for path in sorted(documents()):
-        lines = [line for kind, body in FENCE.findall(read(path)) if kind in ("", "bash", "console") for line in body.splitlines()]
+        lines = [
+            line
+            for kind, body in FENCE.findall(read(path))
+            if kind in ("", "bash", "console")
+            for line in body.splitlines()
+        ]
         inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", read(path)))
         for line in dict.fromkeys([*lines, *(text.replace("\\|", "|") for text in inline)]):
             if re.match(r"rotdistill [a-z]+ \S", line):
@@ -203,16 +252,20 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("document", "line"), list(commands()), ids=lambda value: value[:60])
-def test_every_command_in_a_document_is_one(document: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_in_a_document_is_one(
+    document: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = shlex.split(line.partition("#")[0].partition(" > ")[0].partition(" | ")[0])[1:]
-    if any(re.fullmatch("[A-Z]+", word) for word in words):  # a pattern, such as `rotdistill plan RECIPE`
-        assert words[0] in get_command(cli.app).list_commands(None)  # type: ignore[arg-type]
+    if any(
+        re.fullmatch("[A-Z]+", word) for word in words
+    ):  # a pattern, such as `rotdistill plan RECIPE`
+        assert words[0] in get_command(app).list_commands(None)  # type: ignore[arg-type]
         return
     monkeypatch.chdir(ROOT)
-    verb = get_command(cli.app).get_command(None, words[0])  # type: ignore[arg-type]
+    verb = get_command(app).get_command(None, words[0])  # type: ignore[arg-type]
     given = verb.make_context(words[0], words[1:]).params
     if words[0] in ("run", "plan", "check") and str(given["path"]).endswith(".toml"):
-        recipe.load(given["path"], given.get("sets") or [])
+        load_recipe(given["path"], given.get("sets") or [])
 
 
 Build = Callable[[str], ModuleType]
@@ -222,7 +275,9 @@ Build = Callable[[str], ModuleType]
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Return a function that puts a file of the guide on sys.path and imports it."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    named = re.findall(r"`(\w+\.py)`(?:(?!```).)*?\n\n```python\n(.*?)^```$", read(GUIDE), re.MULTILINE | re.DOTALL)
+    named = re.findall(
+        r"`(\w+\.py)`(?:(?!```).)*?\n\n```python\n(.*?)^```$", read(GUIDE), re.MULTILINE | re.DOTALL
+    )
     sources = dict(named)
 
     def build(file: str) -> ModuleType:
@@ -246,16 +301,22 @@ def install(root: Path, distribution: str, group: str, name: str, module: str) -
 
 
 def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
-    project = next(tomllib.loads(body) for kind, body in FENCE.findall(read(GUIDE)) if kind == "toml" and "[project]" in body)
+    project = next(
+        tomllib.loads(body)
+        for kind, body in FENCE.findall(read(GUIDE))
+        if kind == "toml" and "[project]" in body
+    )
     ((name, module),) = project["project"]["entry-points"]["rotdistill"].items()
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"] == [f"{module}.py"]
     example(f"{module}.py")
     install(tmp_path, project["project"]["name"], STEPS, name, module)
-    cls, origin = plugins.step_class(name)
+    cls, origin = step_class(name)
     assert (stage_of(cls), origin.distribution) == ("align", project["project"]["name"])
     path = tmp_path / "recipe.toml"
-    path.write_text(f'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "{name}"\ncentre = true\n')
-    assert recipe.load(path).steps[0].step.centre
+    path.write_text(
+        f'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "{name}"\ncentre = true\n'
+    )
+    assert load_recipe(path).steps[0].step.centre
     example("test_principal_axes.py").test_a_planted_rotation_is_found(tmp_path)
 
 
@@ -264,15 +325,17 @@ def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
     assert f'`slow-steps = "{module}"`' in read(GUIDE)
     example(f"{module}.py")
     install(tmp_path, "rotdistill-slow-steps", OBSERVERS, "slow-steps", module)
-    pm, said = plugins.manager(), list[str]()
-    pm.register(plugins.load(OBSERVERS, "slow-steps")[0])
+    pm, said = plugin_manager(), list[str]()
+    pm.register(load_plugin(OBSERVERS, "slow-steps")[0])
     for seconds, reused in ((90.0, False), (90.0, True), (9.0, False)):
         told = {"step_id": "refit", "variant": "full", "seconds": seconds, "reused": reused}
-        pm.hook.after_step(**told, stage="fold", folder=tmp_path, say=said.append)
+        pm.hook.after_step(**told, stage="fold", folder=tmp_path, log=said.append)
     assert said == ["full: refit took 1.5 minutes"]
 
 
-def test_the_example_verb_works(tmp_path: Path, example: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_verb_works(
+    tmp_path: Path, example: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = "rotdistill_where"
     assert f'`where = "{module}"`' in read(GUIDE)
     example(f"{module}.py")
@@ -284,7 +347,7 @@ def test_the_example_verb_works(tmp_path: Path, example: Build, monkeypatch: pyt
     assert "rotdistill where tour-guide --json" in command_line("where", "--help")[1]
 
 
-@pytest.mark.parametrize("name", plugins.installed(OBSERVERS))
+@pytest.mark.parametrize("name", installed_plugins(OBSERVERS))
 def test_every_observer_is_described(name: str) -> None:
     assert f"[{name}](../plugins/{name}/README.md)" in cells(section(RECIPES, "Observers"))
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rotdistill_predictions
-from rotdistill_predictions import Comparison
 
-from rotdistill_core.certificate import Certificate
 from rotdistill_core.errors import CheckFailed
-from rotdistill_core.recipe import Check
-from rotdistill_core.report import as_json, gates
-from rotdistill_core.samples import Row
-from rotdistill_core.testing import carry_out, command_line, pico_folder, pico_head, pico_texts
+from rotdistill_core.evaluation import divergence as rotdistill_predictions
+from rotdistill_core.evaluation.divergence import LogitComparison, compare_logits
+from rotdistill_core.evaluation.gates import broken_gates
+from rotdistill_core.evaluation.rows import MetricRow, rows_as_json
+from rotdistill_core.forward.certificate import Certificate
+from rotdistill_core.recipe.document import Check
+from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts, run_recipe
 
 RECIPE = (
     pico_head("gated", "{work}/model", "{work}/model")
@@ -35,7 +35,7 @@ use = "basis-fold"
 use = "chop"
 layers = 1
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 {variants}
 """
@@ -47,7 +47,9 @@ def written(work: Path, check: str = "", variants: Any = None) -> Path:
     pico_texts(work / "texts")
     pico_folder(work / "model")
     path = work / "gated.toml"
-    lines = "\n".join(f"{name} = {json.dumps(steps)}" for name, steps in (variants or VARIANTS).items())
+    lines = "\n".join(
+        f"{name} = {json.dumps(steps)}" for name, steps in (variants or VARIANTS).items()
+    )
     path.write_text(RECIPE.format(work=work, check=check, variants=lines), encoding="utf-8")
     return path
 
@@ -55,10 +57,21 @@ def written(work: Path, check: str = "", variants: Any = None) -> Path:
 def outputs(work: Path) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
     """Return the figures of results.jsonl over all texts, and the other outputs."""
     (folder,) = (work / "runs").iterdir()
-    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
-    whole = {(r["variant"], r["metric"]): r["value"] for r in rows if (r["layer"], r["language"], r["text"]) == (None, None, None)}
-    cards = {f"card of {path.parent.name}": path for path in folder.glob("checkpoints/*/README.md")}
-    files = {name: folder / name for name in ("report.md", "report.html", "report.json")} | cards
+    rows = [
+        json.loads(line)
+        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    whole = {
+        (r["variant"], r["metric"]): r["value"]
+        for r in rows
+        if (r["layer"], r["language"], r["text"]) == (None, None, None)
+    }
+    diagnostics = {
+        f"card of {path.parent.name}": path for path in folder.glob("checkpoints/*/README.md")
+    }
+    files = {
+        name: folder / name for name in ("report.md", "report.html", "report.json")
+    } | diagnostics
     return whole, {name: path.read_text(encoding="utf-8") for name, path in files.items()}
 
 
@@ -69,23 +82,42 @@ def outputs(work: Path) -> tuple[dict[tuple[str, str], Any], dict[str, str]]:
     ("kl_ratio", 0.5, "kl", {"base": 1.0, "a": 0.6}, {"a"}),
     ("guard", 1.0, "kl", {"base": 1.0, "a": 1.0}, {"base", "a"}),
 ])  # fmt: skip
-def test_ratios_are_to_base(key: str, limit: float, metric: str, values: dict[str, float], failing: set[str]) -> None:
-    rows = [Row(name, metric, value) for name, value in values.items()]
-    found = gates(rows, Check(**{key: limit}))
+def test_ratios_are_to_base(
+    key: str, limit: float, metric: str, values: dict[str, float], failing: set[str]
+) -> None:
+    rows = [MetricRow(name, metric, value) for name, value in values.items()]
+    found = broken_gates(rows, Check(**{key: limit}))
     assert set(found) == failing
-    assert all(f"check.{key}" in fault or "not a number" in fault for faults in found.values() for fault in faults)
-    assert gates([row for row in rows if math.isfinite(row.value)], Check()) == {}
+    assert all(
+        f"check.{key}" in fault or "not a number" in fault
+        for faults in found.values()
+        for fault in faults
+    )
+    assert broken_gates([row for row in rows if math.isfinite(row.value)], Check()) == {}
 
 
 def test_a_value_that_json_does_not_have_is_text_and_reads_back() -> None:
-    values = [float(str(item["value"])) for item in as_json([Row("a", "kl", math.nan), Row("a", "kl", math.inf), Row("a", "kl", 0.5)])]
+    values = [
+        float(str(item["value"]))
+        for item in rows_as_json(
+            [
+                MetricRow("a", "kl", math.nan),
+                MetricRow("a", "kl", math.inf),
+                MetricRow("a", "kl", 0.5),
+            ]
+        )
+    ]
     assert math.isnan(values[0])
     assert values[1:] == [math.inf, 0.5]
 
 
-def test_a_variant_beyond_a_gate_is_marked_everywhere_and_everything_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckFailed, match=r'variant "cut" failed: kl is .* check\.kl_ratio = 1.5 of base') as caught:
-        carry_out(written(tmp_path, "kl_ratio = 1.5"))
+def test_a_variant_beyond_a_gate_is_marked_everywhere_and_everything_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        CheckFailed, match=r'variant "cut" failed: kl is .* check\.kl_ratio = 1.5 of base'
+    ) as caught:
+        run_recipe(written(tmp_path, "kl_ratio = 1.5"))
     assert caught.value.exit_code == 4
     whole, files = outputs(tmp_path)
     assert whole["cut", "failed"] == 1
@@ -93,7 +125,9 @@ def test_a_variant_beyond_a_gate_is_marked_everywhere_and_everything_is_kept(tmp
     assert "| cut (failed) |" in files["report.md"]
     assert "cut (failed)" in files["report.html"]
     assert list(json.loads(files["report.json"])["failed"]) == ["cut"]
-    assert json.loads(files["report.json"])["verdict"].startswith("Failed: `cut` breaks a check: kl is")
+    assert json.loads(files["report.json"])["verdict"].startswith(
+        "Failed: `cut` breaks a check: kl is"
+    )
     assert "**This variant failed:** kl is" in files["card of cut"]
     assert "failed" not in files["card of base"].partition("## Recipe")[0]
     monkeypatch.chdir(tmp_path)
@@ -103,15 +137,18 @@ def test_a_variant_beyond_a_gate_is_marked_everywhere_and_everything_is_kept(tmp
     assert {row["variant"] for row in json.loads(out)["results"]} >= {"base", "cut"}
 
 
-def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def false(*given: Any) -> Certificate:
         return Certificate(1e-3, 1e-3, 0.0, 0.0, 2)
 
-    monkeypatch.setattr("rotdistill_core.pipeline.certify", false)
+    monkeypatch.setattr("rotdistill_core.execution.executor.certify", false)
     with pytest.raises(
-        CheckFailed, match=r'variant "rotated" failed: step "basis-fold": the certificate fails: logits_float64 is 1\.00e-03'
+        CheckFailed,
+        match=r'variant "rotated" failed: step "basis-fold": the certificate fails: logits_float64 is 1\.00e-03',
     ):
-        carry_out(written(tmp_path))
+        run_recipe(written(tmp_path))
     whole, files = outputs(tmp_path)
     assert {name for name, metric in whole if metric == "kl"} >= {"base", "cut"}
     assert whole["rotated", "failed"] == 1
@@ -119,20 +156,32 @@ def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(tmp_pat
     assert "card of rotated" not in files
 
 
-def test_where_every_variant_fails_there_is_a_report_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotdistill_core.pipeline.certify", lambda *_: Certificate(math.nan, 0.0, 0.0, 0.0, 2))
+def test_where_every_variant_fails_there_is_a_report_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "rotdistill_core.execution.executor.certify",
+        lambda *_: Certificate(math.nan, 0.0, 0.0, 0.0, 2),
+    )
     with pytest.raises(CheckFailed, match='variant "only" failed') as caught:
-        carry_out(written(tmp_path, variants={"only": []}))
+        run_recipe(written(tmp_path, variants={"only": []}))
     whole, files = outputs(tmp_path)
     assert list(whole) == [("only", "failed")]
-    assert str(caught.value).splitlines()[-1] == f"Everything is kept in {next((tmp_path / 'runs').iterdir())}."
-    assert json.loads(files["report.json"])["verdict"].startswith("Failed: `only` breaks a check: step")
+    assert (
+        str(caught.value).splitlines()[-1]
+        == f"Everything is kept in {next((tmp_path / 'runs').iterdir())}."
+    )
+    assert json.loads(files["report.json"])["verdict"].startswith(
+        "Failed: `only` breaks a check: step"
+    )
 
 
-def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rotdistill_predictions.compare
+def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = compare_logits
 
-    def one_is_none(teacher: Any, T: Any, student: Any, *more: Any) -> Comparison:
+    def one_is_none(teacher: Any, T: Any, student: Any, *more: Any) -> LogitComparison:
         made = right(teacher, T, student, *more)
         kl = made.kl.clone()
         kl[0] = kl[0] if student.depth == 2 else math.nan
@@ -140,12 +189,16 @@ def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away
 
     monkeypatch.setattr(rotdistill_predictions, "compare", one_is_none)
     with pytest.raises(CheckFailed, match='variant "cut" failed: kl is not a number'):
-        carry_out(written(tmp_path))
+        run_recipe(written(tmp_path))
     whole, files = outputs(tmp_path)
     assert whole["cut", "kl"] == "nan"
     assert whole["base", "kl"] < 1e-9
     told = json.loads(files["report.json"])
-    assert (told["table"]["cut"]["kl"]["value"], told["table"]["cut"]["kl"]["shown"], told["table"]["cut"]["kl"]["best"]) == (
+    assert (
+        told["table"]["cut"]["kl"]["value"],
+        told["table"]["cut"]["kl"]["shown"],
+        told["table"]["cut"]["kl"]["best"],
+    ) == (
         "nan",
         "nan",
         False,
@@ -155,8 +208,12 @@ def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away
 
 def test_rows_are_the_same_in_another_order_and_twice(tmp_path: Path) -> None:
     def rows(work: Path, variants: dict[str, list[str]]) -> dict[tuple[Any, ...], float]:
-        found = carry_out(written(work, variants=variants)).rows
-        return {(r.variant, r.metric, r.layer, r.language, r.text): r.value for r in found if r.metric != "seconds"}
+        found = run_recipe(written(work, variants=variants)).rows
+        return {
+            (r.variant, r.metric, r.layer, r.language, r.text): r.value
+            for r in found
+            if r.metric != "seconds"
+        }
 
     first = rows(tmp_path / "one", VARIANTS)
     assert rows(tmp_path / "one", VARIANTS) == first
@@ -164,11 +221,11 @@ def test_rows_are_the_same_in_another_order_and_twice(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_gone_is_made_again(tmp_path: Path) -> None:
-    outcome = carry_out(written(tmp_path))
+    outcome = run_recipe(written(tmp_path))
     lost = outcome.checkpoints["cut"] / "model.safetensors"
     before = lost.read_bytes()
     lost.unlink()
-    again = carry_out(written(tmp_path))
+    again = run_recipe(written(tmp_path))
     assert again.checkpoints == outcome.checkpoints
     assert lost.read_bytes() == before
     assert again.rows == outcome.rows

@@ -11,8 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rotdistill_core.checkpoint.headers import (
+    Header,
+    folder_headers,
+    read_config,
+    read_header,
+    shard_files,
+)
 from rotdistill_core.errors import SetupError
-from rotdistill_core.headers import Header, folder_headers, read_config, read_header, shard_files
 
 INDEX = "model.safetensors.index.json"
 
@@ -46,7 +52,15 @@ def refusal(path: Path, call: Callable[[Path], object]) -> str:
 
 def test_a_whole_file_is_read_without_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({"m": torch.zeros(2, 3, dtype=torch.bfloat16), "s": torch.tensor(1.0), "e": torch.zeros(0, 4)}, path, {"a": "b"})
+    save_file(
+        {
+            "m": torch.zeros(2, 3, dtype=torch.bfloat16),
+            "s": torch.tensor(1.0),
+            "e": torch.zeros(0, 4),
+        },
+        path,
+        {"a": "b"},
+    )
     assert read_header(path) == {
         "m": Header(path, "bfloat16", (2, 3), 12),
         "s": Header(path, "float32", (), 4),
@@ -82,11 +96,35 @@ def test_an_impossible_header_length_is_refused(tmp_path: Path, length: int) -> 
 
 @pytest.mark.parametrize(
     "header",
-    [b"{not json", b"\xff\xfe", b"[" * 20_000, b"[]", b"17", b"null", b'"text"', b'{"x": 3}', b'{"x": []}', b'{"x": {}}'],
-    ids=["broken", "bytes", "deep", "list", "number", "null", "string", "number inside", "list inside", "empty inside"],
+    [
+        b"{not json",
+        b"\xff\xfe",
+        b"[" * 20_000,
+        b"[]",
+        b"17",
+        b"null",
+        b'"text"',
+        b'{"x": 3}',
+        b'{"x": []}',
+        b'{"x": {}}',
+    ],
+    ids=[
+        "broken",
+        "bytes",
+        "deep",
+        "list",
+        "number",
+        "null",
+        "string",
+        "number inside",
+        "list inside",
+        "empty inside",
+    ],
 )
 def test_a_header_that_is_no_table_of_tensors_is_refused(tmp_path: Path, header: bytes) -> None:
-    assert "not a valid safetensors file" in refusal(write_raw(tmp_path / "a.safetensors", header), read_header)
+    assert "not a valid safetensors file" in refusal(
+        write_raw(tmp_path / "a.safetensors", header), read_header
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,9 +141,17 @@ def test_impossible_shapes_and_offsets_are_refused(tmp_path: Path, entry: dict[s
     assert "not a valid safetensors file" in refusal(path, read_header)
 
 
-@pytest.mark.parametrize("second", [item([2], 0, 8), item([2], 4, 12), item([1], 12, 16)], ids=["same", "part", "gap"])
-def test_tensors_that_overlap_or_leave_a_gap_are_refused(tmp_path: Path, second: dict[str, Any]) -> None:
-    path = write_raw(tmp_path / "a.safetensors", {"x": item([2], 0, 8), "y": second}, bytes(second["data_offsets"][1]))
+@pytest.mark.parametrize(
+    "second", [item([2], 0, 8), item([2], 4, 12), item([1], 12, 16)], ids=["same", "part", "gap"]
+)
+def test_tensors_that_overlap_or_leave_a_gap_are_refused(
+    tmp_path: Path, second: dict[str, Any]
+) -> None:
+    path = write_raw(
+        tmp_path / "a.safetensors",
+        {"x": item([2], 0, 8), "y": second},
+        bytes(second["data_offsets"][1]),
+    )
     refusal(path, read_header)
 
 
@@ -127,18 +173,33 @@ def test_a_sharded_folder_is_read_by_its_index(tmp_path: Path) -> None:
     assert set(folder_headers(tmp_path)) == {"a", "b", "c"}
 
 
-@pytest.mark.parametrize("name", ["../out.safetensors", "/etc/passwd", "sub/in.safetensors", "..", "", "gone.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["../out.safetensors", "/etc/passwd", "sub/in.safetensors", "..", "", "gone.safetensors"],
+)
 def test_a_shard_outside_the_folder_or_missing_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     save(tmp_path, "out.safetensors", "a")
     save(folder / "sub", "in.safetensors", "a")
     write_index(folder, {"a": name})
-    assert f'names the shard "{name}", which is not a file of this folder' in refusal(folder, shard_files)
+    assert f'names the shard "{name}", which is not a file of this folder' in refusal(
+        folder, shard_files
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "3", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": [], "b": "x"}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": [], "b": "x"}}',
+    ],
 )
 def test_a_broken_shard_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
@@ -149,7 +210,9 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "m-1.safetensors", "a", "b")
     save(tmp_path, "m-2.safetensors", "b", "c")
     write_index(tmp_path, {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"})
-    assert "m-2.safetensors: tensor b is also in m-1.safetensors" in refusal(tmp_path, folder_headers)
+    assert "m-2.safetensors: tensor b is also in m-1.safetensors" in refusal(
+        tmp_path, folder_headers
+    )
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:

@@ -17,15 +17,20 @@ import torch
 from safetensors.torch import load_file
 
 from rotdistill_core.errors import SetupError
-from rotdistill_core.ledger import File, Ledger, Out, Store, json_blocks, sha256_of, tensor_blocks, write_file
+from rotdistill_core.store.files import CommittedFile, json_blocks, tensor_blocks, write_file
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.output import StepOutput
 
 
-def open_out(root: Path, run: str = "run", key: str = "key", warnings: list[str] | None = None) -> Out:
-    store = Store(root, (lambda text: None) if warnings is None else warnings.append)
-    return Out(store, Ledger(root / run), key)
+def open_out(
+    root: Path, run: str = "run", key: str = "key", warnings: list[str] | None = None
+) -> StepOutput:
+    store = ArtifactStore(root, (lambda text: None) if warnings is None else warnings.append)
+    return StepOutput(store, Ledger(root / run), key)
 
 
-def commit_step(out: Out) -> None:
+def commit_step(out: StepOutput) -> None:
     files = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in out.used.values()]
     out.ledger.append("step", key=out.key, files=files)
 
@@ -55,7 +60,9 @@ def test_a_written_file_is_found_by_a_later_process(tmp_path: Path) -> None:
     path = open_out(tmp_path).json("a.json", {"x": 1})
     later = open_out(tmp_path)
     assert later.find("a.json") == path
-    assert later.used == {"run/a.json": File("run/a.json", path.stat().st_size, sha256_of(path))}
+    assert later.used == {
+        "run/a.json": CommittedFile("run/a.json", path.stat().st_size, sha256_of(path))
+    }
     assert open_out(tmp_path, key="other").find("a.json") is None
 
 
@@ -119,7 +126,7 @@ def test_a_flipped_byte_is_reported_by_name_and_not_used(tmp_path: Path) -> None
     out = open_out(tmp_path)
     path = out.json("a.json", {"x": 1})
     commit_step(out)
-    assert Store(tmp_path).find("key") is not None
+    assert ArtifactStore(tmp_path).find("key") is not None
     flip_byte(path)
     warnings: list[str] = []
     later = open_out(tmp_path, warnings=warnings)
@@ -152,17 +159,17 @@ def test_a_step_damaged_in_one_run_is_found_in_another(tmp_path: Path) -> None:
         out.json("x.json", 1)
         commit_step(out)
     flip_byte(tmp_path / "a" / "x.json")
-    record = Store(tmp_path).find("key")
+    record = ArtifactStore(tmp_path).find("key")
     assert record is not None
     assert record["files"][0]["path"] == "b/x.json"
 
 
 def test_keyed_files_are_shared_between_runs_and_count_as_the_steps_own(tmp_path: Path) -> None:
-    path = open_out(tmp_path, "first", "k1").keyed("teacher", "abc").json("shards/t.json", 1)
+    path = open_out(tmp_path, "first", "k1").shared("teacher", "abc").json("shards/t.json", 1)
     second = open_out(tmp_path, "second", "k2")
     assert second.find("shards/t.json") is None
-    assert second.keyed("teacher", "other").find("shards/t.json") is None
-    assert second.keyed("teacher", "abc").find("shards/t.json") == path
+    assert second.shared("teacher", "other").find("shards/t.json") is None
+    assert second.shared("teacher", "abc").find("shards/t.json") == path
     assert list(second.used) == ["first/shards/t.json"]
 
 
@@ -177,7 +184,9 @@ def test_two_keys_with_one_name_lie_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_two_keys_with_one_name_in_the_run_folder_keep_both_files(tmp_path: Path) -> None:
-    first, second = (open_out(tmp_path, key=key).json("a.json", key) for key in ("111111aa", "222222bb"))
+    first, second = (
+        open_out(tmp_path, key=key).json("a.json", key) for key in ("111111aa", "222222bb")
+    )
     for key, path in (("111111aa", first), ("222222bb", second)):
         assert open_out(tmp_path, key=key).find("a.json") == path
         assert json.loads(path.read_text()) == key
@@ -195,14 +204,18 @@ def test_write_file_leaves_nothing_behind_when_the_blocks_raise(tmp_path: Path) 
     assert (tmp_path / "a").read_bytes() == b"old"
 
 
-def test_write_file_on_a_full_disk_is_a_setup_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_file_on_a_full_disk_is_a_setup_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(SetupError, match=r"a\.bin: cannot be written: No space left on device"):
         write_file(tmp_path / "a.bin", [b"x"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_ledger_line_on_a_full_disk_is_a_setup_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_line_on_a_full_disk_is_a_setup_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(SetupError, match="No space left on device"):
         Ledger(tmp_path).append("step")
@@ -226,13 +239,17 @@ def test_sweep_removes_temporary_files_of_dead_processes_only(tmp_path: Path) ->
     dead.parent.mkdir()
     for path in (dead, alive, *foreign):
         path.write_text("")
-    Store(tmp_path).sweep(tmp_path)
+    ArtifactStore(tmp_path).sweep(tmp_path)
     assert not dead.exists()
     assert all(path.exists() for path in (alive, *foreign))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
-def test_tensor_files_are_read_back_equal_by_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64]
+)
+def test_tensor_files_are_read_back_equal_by_safetensors(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     tensors = {
         "matrix": torch.arange(15).reshape(3, 5).to(dtype),
         "transposed": torch.arange(6).reshape(2, 3).to(dtype).T,

@@ -11,8 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rotdistill_core.errors import CheckFailed
-from rotdistill_core.ledger import Ledger, Out, Store
-from rotdistill_core.maps import Gauge, Maps, Permutation, Rotation, carry, restore_maps, store_maps
+from rotdistill_core.linalg.maps import (
+    Gauge,
+    Maps,
+    Permutation,
+    Rotation,
+    restore_maps,
+    store_maps,
+    transform_param,
+)
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.output import StepOutput
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -49,8 +58,12 @@ def test_a_rotation_followed_by_its_inverse_changes_nothing(seed: int, d: int, m
 @few
 @given(seeds, sizes, sizes)
 def test_then_is_one_rotation_after_the_other(seed: int, d: int, n: int) -> None:
-    one, two, X = rotation(seed, d, d + 1, 2.0), rotation(seed + 1, d + 1, d + 3, 3.0), randn(seed + 2, n, d)
-    assert_close(one.then(two).along(X, 1), two.along(one.along(X, 1), 1))
+    one, two, X = (
+        rotation(seed, d, d + 1, 2.0),
+        rotation(seed + 1, d + 1, d + 3, 3.0),
+        randn(seed + 2, n, d),
+    )
+    assert_close(one.then(two).apply(X, 1), two.apply(one.apply(X, 1), 1))
     assert one.then(two).scale == 6.0
     one.then(two).verify(1e-12, "here")
 
@@ -72,7 +85,10 @@ def test_a_tall_matrix_is_no_rotation() -> None:
 def test_verify_names_the_place_and_the_size_of_the_error(d: int, e: int) -> None:
     R = rotation(0, d, e).matrix
     R[0] *= 1.01
-    with pytest.raises(CheckFailed, match=r"layer 2: the rotation is off orthogonal by \d\.\d\de-02, more than 1e-05") as caught:
+    with pytest.raises(
+        CheckFailed,
+        match=r"layer 2: the rotation is off orthogonal by \d\.\d\de-02, more than 1e-05",
+    ) as caught:
         Rotation(R).verify(1e-5, "layer 2")
     assert caught.value.exit_code == 4
     assert Rotation(R).error() == pytest.approx(1.01**2 - 1)
@@ -97,9 +113,9 @@ def test_a_rotation_is_verified_in_float64() -> None:
 @given(seeds, sizes, sizes)
 def test_permutations_invert_and_follow_each_other(seed: int, n: int, rows: int) -> None:
     one, two, X = permutation(seed, n), permutation(seed + 1, n), randn(seed, rows, n)
-    assert torch.equal(one.along(X, 1), X[:, one.index])
-    assert torch.equal(one.then(two).along(X, 1), X[:, one.index][:, two.index])
-    assert torch.equal(one.invert().along(one.along(X, 1), 1), X)
+    assert torch.equal(one.apply(X, 1), X[:, one.index])
+    assert torch.equal(one.then(two).apply(X, 1), X[:, one.index][:, two.index])
+    assert torch.equal(one.invert().apply(one.apply(X, 1), 1), X)
     assert torch.equal(one.then(one.invert()).index, torch.arange(n))
     one.verify(0.0, "here")
 
@@ -116,9 +132,9 @@ def test_readers_writers_and_biases_are_carried(seed: int, d: int, f: int, more:
     R = rotation(seed, d, d + more)
     Q, maps = R.matrix, {"residual": R}
     reader, writer, bias = randn(seed, f, d), randn(seed + 1, d, f), randn(seed + 2, d)
-    assert_close(carry(reader, ("neurons.0", "residual"), maps), reader @ Q)
-    assert_close(carry(writer, ("residual", "neurons.0"), maps), Q.T @ writer)
-    assert_close(carry(bias, ("residual",), maps), bias @ Q)
+    assert_close(transform_param(reader, ("neurons.0", "residual"), maps), reader @ Q)
+    assert_close(transform_param(writer, ("residual", "neurons.0"), maps), Q.T @ writer)
+    assert_close(transform_param(bias, ("residual",), maps), bias @ Q)
 
 
 @few
@@ -127,9 +143,9 @@ def test_a_parameter_between_two_spaces_is_carried_on_both_axes(seed: int, d: in
     R, P = rotation(seed, d), permutation(seed, f)
     maps = {"residual": R, "neurons.1": P}
     W, b = randn(seed, f, d), randn(seed + 1, f)
-    assert_close(carry(W, ("neurons.1", "residual"), maps), W[P.index] @ R.matrix)
-    assert torch.equal(carry(b, ("neurons.1",), maps), b[P.index])
-    assert torch.equal(carry(W, ("neurons.2", "vocab"), maps), W)
+    assert_close(transform_param(W, ("neurons.1", "residual"), maps), W[P.index] @ R.matrix)
+    assert torch.equal(transform_param(b, ("neurons.1",), maps), b[P.index])
+    assert torch.equal(transform_param(W, ("neurons.2", "vocab"), maps), W)
 
 
 @few
@@ -138,20 +154,25 @@ def test_carrying_back_gives_the_old_parameter(seed: int, d: int, f: int) -> Non
     maps = {"residual": rotation(seed, d), "neurons.0": permutation(seed, f)}
     back = {space: one.invert() for space, one in maps.items()}
     W, axes = randn(seed, d, f), ("residual", "neurons.0")
-    assert_close(carry(carry(W, axes, maps), axes, back), W)
+    assert_close(transform_param(transform_param(W, axes, maps), axes, back), W)
 
 
 def test_carried_pairs_compute_what_they_computed() -> None:
     maps = {"residual": rotation(0, 4), "neurons.0": permutation(1, 6)}
     X, up, down = randn(2, 5, 4), randn(3, 6, 4), randn(4, 4, 6)
-    new_up, new_down = carry(up, ("neurons.0", "residual"), maps), carry(down, ("residual", "neurons.0"), maps)
-    Q = maps["residual"].along(torch.eye(4, dtype=torch.float64), 1)
+    new_up, new_down = (
+        transform_param(up, ("neurons.0", "residual"), maps),
+        transform_param(down, ("residual", "neurons.0"), maps),
+    )
+    Q = maps["residual"].apply(torch.eye(4, dtype=torch.float64), 1)
     assert_close((X @ Q) @ new_up.T @ new_down.T, X @ up.T @ down.T @ Q)
 
 
 def test_maps_know_their_tied_rotation() -> None:
     R, other = rotation(0, 3), rotation(1, 3)
-    tied = Maps({"residual.0": R, "residual.1": Rotation(R.matrix.clone()), "neurons.0": permutation(0, 4)})
+    tied = Maps(
+        {"residual.0": R, "residual.1": Rotation(R.matrix.clone()), "neurons.0": permutation(0, 4)}
+    )
     assert tied.tied() is R
     assert tied.rotation(1) is tied["residual.1"]
     assert tied.rotation(2) is None
@@ -163,15 +184,18 @@ def test_adding_maps_keeps_the_old_ones_untouched() -> None:
     old = Maps({"residual.0": rotation(0, 3)}, {0: {"cosine": 0.1, "k": 3}})
     new = old.add({"residual.1": rotation(1, 3)}, {0: {"cosine": 0.2}, 1: {"k": 3}})
     assert list(old) == ["residual.0"]
-    assert old.cards == {0: {"cosine": 0.1, "k": 3}}
+    assert old.diagnostics == {0: {"cosine": 0.1, "k": 3}}
     assert list(new) == ["residual.0", "residual.1"]
-    assert new.cards == {0: {"cosine": 0.2, "k": 3}, 1: {"k": 3}}
+    assert new.diagnostics == {0: {"cosine": 0.2, "k": 3}, 1: {"k": 3}}
 
 
 def test_stored_maps_are_restored_and_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
     R = rotation(0, 3, 5, scale=0.7)
-    maps = Maps({"residual.0": R, "residual.1": R, "neurons.0": permutation(0, 4)}, {0: {"k": 3}, 1: {"k": 3}})
-    out = Out(Store(tmp_path), Ledger(tmp_path / "run"), "key")
+    maps = Maps(
+        {"residual.0": R, "residual.1": R, "neurons.0": permutation(0, 4)},
+        {0: {"k": 3}, 1: {"k": 3}},
+    )
+    out = StepOutput(ArtifactStore(tmp_path), Ledger(tmp_path / "run"), "key")
     info = store_maps(maps, out)
     assert len([path for path in out.used if path.endswith(".safetensors")]) == 2
     found = restore_maps(info, tmp_path)
@@ -179,8 +203,8 @@ def test_stored_maps_are_restored_and_a_tied_matrix_is_stored_once(tmp_path: Pat
     assert found["residual.1"].scale == 0.7
     assert torch.equal(found["neurons.0"].index, maps["neurons.0"].index)
     assert found.tied() is found["residual.0"]
-    assert found.cards[0]["k"] == 3
-    assert found.cards[0]["map"]["kind"] == "Rotation"
+    assert found.diagnostics[0]["k"] == 3
+    assert found.diagnostics[0]["map"]["kind"] == "Rotation"
 
 
 def gauge(seed: int, n: int, k: int) -> Gauge:
@@ -189,28 +213,37 @@ def gauge(seed: int, n: int, k: int) -> Gauge:
 
 @few
 @given(seeds, sizes, sizes, st.integers(1, 3))
-def test_a_gauge_keeps_what_producer_and_consumer_make_together(seed: int, n: int, k: int, copies: int) -> None:
+def test_a_gauge_keeps_what_producer_and_consumer_make_together(
+    seed: int, n: int, k: int, copies: int
+) -> None:
     G, maps = gauge(seed, n, k), {"value.0": gauge(seed, n, k)}
     V, o = randn(seed + 1, n * k, 3), randn(seed + 2, 3, n * copies * k)
     values = V.reshape(n, 1, k, 3).expand(n, copies, k, 3).reshape(-1, 3)
-    new_v = carry(V, ("kv.0", "residual"), maps, "value.0")
-    new_o = carry(o, ("residual", "q.0"), maps, "value.0*")
+    new_v = transform_param(V, ("kv.0", "residual"), maps, "value.0")
+    new_o = transform_param(o, ("residual", "q.0"), maps, "value.0*")
     new_values = new_v.reshape(n, 1, k, 3).expand(n, copies, k, 3).reshape(-1, 3)
     assert_close(new_o @ new_values, o @ values)
-    assert_close(G.along(G.invert().along(V, 0), 0), V)
-    assert_close(G.then(gauge(seed + 3, n, k)).along(V, 0), gauge(seed + 3, n, k).along(G.along(V, 0), 0))
+    assert_close(G.apply(G.invert().apply(V, 0), 0), V)
+    assert_close(
+        G.then(gauge(seed + 3, n, k)).apply(V, 0), gauge(seed + 3, n, k).apply(G.apply(V, 0), 0)
+    )
     G.verify(1e-9, "here")
 
 
 @few
 @given(seeds, sizes, sizes)
-def test_a_gauge_is_carried_behind_the_permutation_of_its_space_and_back_in_front_of_it(seed: int, n: int, k: int) -> None:
+def test_a_gauge_is_carried_behind_the_permutation_of_its_space_and_back_in_front_of_it(
+    seed: int, n: int, k: int
+) -> None:
     maps = {"kv.0": permutation(seed, n).blocks(k), "value.0": gauge(seed, n, k)}
     back = {space: one.invert() for space, one in maps.items()}
     W = randn(seed, n * k, 4)
-    there = carry(W, ("kv.0", "residual"), maps, "value.0")
-    assert_close(there, maps["value.0"].along(W.reshape(n, k, 4)[permutation(seed, n).index].flatten(0, 1), 0))
-    assert_close(carry(there, ("kv.0", "residual"), back, "value.0", back=True), W)
+    there = transform_param(W, ("kv.0", "residual"), maps, "value.0")
+    assert_close(
+        there,
+        maps["value.0"].apply(W.reshape(n, k, 4)[permutation(seed, n).index].flatten(0, 1), 0),
+    )
+    assert_close(transform_param(there, ("kv.0", "residual"), back, "value.0", back=True), W)
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
@@ -225,7 +258,10 @@ def test_an_assignment_between_spaces_of_different_sizes_keeps_what_it_has() -> 
     wider, X = Permutation(torch.tensor([2, -1, 0, 1]), 3), randn(0, 5, 3)
     assert not wider.square
     wider.verify(0.0, "here")
-    assert_close(wider.along(X, 1), torch.stack([X[:, 2], torch.zeros(5, dtype=torch.float64), X[:, 0], X[:, 1]], 1))
+    assert_close(
+        wider.apply(X, 1),
+        torch.stack([X[:, 2], torch.zeros(5, dtype=torch.float64), X[:, 0], X[:, 1]], 1),
+    )
     assert wider.invert().index.tolist() == [2, 3, 0]
     assert wider.then(wider.invert()).index.tolist() == [0, 1, 2]
     assert wider.blocks(2).index.tolist() == [4, 5, -1, -1, 0, 1, 2, 3]
@@ -234,8 +270,17 @@ def test_an_assignment_between_spaces_of_different_sizes_keeps_what_it_has() -> 
 
 
 def test_gauges_and_assignments_are_stored_and_restored(tmp_path: Path) -> None:
-    maps = Maps({"value.0": gauge(0, 2, 3), "neurons.0": Permutation(torch.tensor([1, -1, 0]), 2), "q.0": permutation(0, 4)})
-    found = restore_maps(store_maps(maps, Out(Store(tmp_path), Ledger(tmp_path / "run"), "key")), tmp_path)
+    maps = Maps(
+        {
+            "value.0": gauge(0, 2, 3),
+            "neurons.0": Permutation(torch.tensor([1, -1, 0]), 2),
+            "q.0": permutation(0, 4),
+        }
+    )
+    found = restore_maps(
+        store_maps(maps, StepOutput(ArtifactStore(tmp_path), Ledger(tmp_path / "run"), "key")),
+        tmp_path,
+    )
     assert torch.equal(found["value.0"].blocks, maps["value.0"].blocks)
     assert (found["neurons.0"].index.tolist(), found["neurons.0"].size) == ([1, -1, 0], 2)
     assert found["q.0"].square

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.moments import Moments, polar, require_finite, ridge, svd
+from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.solvers import polar, require_finite, ridge, svd
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -77,7 +78,12 @@ def test_batches_add_up_to_all_at_once(seed: int, d: int, e: int, cut: int, weig
 @few
 @given(seeds, widths, widths)
 def test_the_error_is_the_direct_sum(seed: int, d: int, e: int) -> None:
-    X, Y, w, B = randn(seed, 8, d), randn(seed + 1, 8, e), randn(seed + 2, 8).abs(), randn(seed + 3, d, e)
+    X, Y, w, B = (
+        randn(seed, 8, d),
+        randn(seed + 1, 8, e),
+        randn(seed + 2, 8).abs(),
+        randn(seed + 3, d, e),
+    )
     direct = float((w[:, None] * (Y - X @ B) ** 2).sum())
     assert filled(X, Y, w).error(B) == pytest.approx(direct)
     assert filled(X, Y).error(B) == pytest.approx(float((Y - X @ B).pow(2).sum()))
@@ -110,8 +116,12 @@ def test_ridge_tends_to_least_squares(seed: int, d: int, e: int) -> None:
     X, Y = randn(seed, 40, d), randn(seed + 1, 40, e)
     moments = filled(X, Y)
     expected = np.linalg.lstsq(X.numpy(), Y.numpy(), rcond=None)[0]
-    np.testing.assert_allclose(ridge(moments.xx, moments.xy, 1e-13, "here").numpy(), expected, atol=1e-8)
-    np.testing.assert_allclose(ridge(moments.xx, moments.xy, 0.0, "here").numpy(), expected, atol=1e-8)
+    np.testing.assert_allclose(
+        ridge(moments.xx, moments.xy, 1e-13, "here").numpy(), expected, atol=1e-8
+    )
+    np.testing.assert_allclose(
+        ridge(moments.xx, moments.xy, 0.0, "here").numpy(), expected, atol=1e-8
+    )
 
 
 def test_ridge_leaves_its_input_alone() -> None:
@@ -124,7 +134,9 @@ def test_ridge_leaves_its_input_alone() -> None:
 
 def test_a_singular_system_names_its_place() -> None:
     xx = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
-    with pytest.raises(RotdistillError, match="layer 7: the normal equations are singular at ridge 0"):
+    with pytest.raises(
+        RotdistillError, match="layer 7: the normal equations are singular at ridge 0"
+    ):
         ridge(xx - torch.eye(2, dtype=torch.float64) * 1e-9, xx, 0.0, "layer 7")
 
 
@@ -145,7 +157,9 @@ def test_polar_recovers_a_reflection() -> None:
 
 @few
 @given(seeds, st.integers(1, 6), st.integers(0, 3), st.integers(0, 6))
-def test_polar_of_a_rank_deficient_matrix_is_orthogonal_and_best(seed: int, d: int, more: int, rank: int) -> None:
+def test_polar_of_a_rank_deficient_matrix_is_orthogonal_and_best(
+    seed: int, d: int, more: int, rank: int
+) -> None:
     rank = min(rank, d)
     M = randn(seed, d, rank) @ randn(seed + 1, rank, d + more)
     R, spectrum = polar(M, "here")
@@ -210,7 +224,9 @@ def test_svd_falls_back_to_gesvd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_svd_that_never_converges_names_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     failing_svd(monkeypatch, "gesdd", "gesvd")
-    with pytest.raises(RotdistillError, match="layer 4: the singular value decomposition does not converge"):
+    with pytest.raises(
+        RotdistillError, match="layer 4: the singular value decomposition does not converge"
+    ):
         svd(randn(0, 3, 3), "layer 4")
 
 

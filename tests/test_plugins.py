@@ -9,10 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core import plugins, recipe, schema
-from rotdistill_core.adapter import Adapter
+from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import PluginError, RecipeError
-from rotdistill_core.plugins import ADAPTERS, COMMANDS, OBSERVERS, STEPS
+from rotdistill_core.plugin.origin import source_digest
+from rotdistill_core.plugin.registry import (
+    ADAPTERS,
+    COMMANDS,
+    OBSERVERS,
+    OFFERED_BY,
+    STEPS,
+    adapter_for,
+    find_plugin,
+    installed_plugins,
+    iter_plugins,
+    step_class,
+)
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.recipe.schema import recipe_schema
 from rotdistill_core.testing import command_line
 
 GOOD = '''"""A step that does nothing."""
@@ -36,7 +49,8 @@ def steps():
     return [Spin]
 '''
 TWO_STAGES = GOOD.replace(
-    "    @hookimpl\n    def align", "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align"
+    "    @hookimpl\n    def align",
+    "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align",
 )
 NO_STAGE = GOOD.replace("def align", "def prepare")
 TABLE = '''"""Checkpoints of model type `tiny`.
@@ -88,8 +102,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         info = root / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir(parents=True)
         (root / f"{module}.py").write_text(source, encoding="utf-8")
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        points = "".join(f"{name} = {module}\n" for name in ([names] if isinstance(names, str) else names))
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
+        )
+        points = "".join(
+            f"{name} = {module}\n" for name in ([names] if isinstance(names, str) else names)
+        )
         (info / "entry_points.txt").write_text(f"[{group}]\n{points}")
         monkeypatch.syspath_prepend(str(root))
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -113,27 +131,32 @@ def refusal(call: Callable[[], object]) -> str:
 
 def test_an_installed_step_is_found_with_its_origin(install: Install) -> None:
     module = install("acme-spin", "spin", GOOD)
-    cls, origin = plugins.step_class("spin")
+    cls, origin = step_class("spin")
     assert cls.__name__ == "Spin"
-    assert (origin.name, origin.distribution, origin.version, origin.target) == ("spin", "acme-spin", "1.0", module)
+    assert (origin.name, origin.distribution, origin.version, origin.target) == (
+        "spin",
+        "acme-spin",
+        "1.0",
+        module,
+    )
 
 
 def test_its_options_are_what_a_recipe_may_set(install: Install, tmp_path: Path) -> None:
     install("acme-spin", "spin", GOOD)
-    loaded = recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturns = 3\n'))
+    loaded = load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturns = 3\n'))
     assert loaded.steps[1].step.turns == 3
     assert loaded.steps[1].stage == "align"
     with pytest.raises(RecipeError, match=r'turn: unknown key\. Did you mean "turns"'):
-        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturn = 3\n'))
+        load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturn = 3\n'))
 
 
 def test_one_name_in_two_distributions_names_both(install: Install, tmp_path: Path) -> None:
     install("acme-spin", "spin", GOOD)
     install("bolt-spin", "spin", GOOD)
-    message = refusal(lambda: plugins.step_class("spin"))
+    message = refusal(lambda: step_class("spin"))
     assert "acme-spin and bolt-spin" in message
     assert "uninstall" in message
-    assert recipe.load(write_recipe(tmp_path))
+    assert load_recipe(write_recipe(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -145,52 +168,65 @@ def test_one_name_in_two_distributions_names_both(install: Install, tmp_path: Pa
         ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
-def test_a_broken_plugin_is_named_and_touches_no_other_recipe(install: Install, tmp_path: Path, source: str, reason: str) -> None:
+def test_a_broken_plugin_is_named_and_touches_no_other_recipe(
+    install: Install, tmp_path: Path, source: str, reason: str
+) -> None:
     install("acme-broken", "broken", source)
-    message = refusal(lambda: plugins.step_class("broken"))
+    message = refusal(lambda: step_class("broken"))
     assert 'plugin "broken" of acme-broken 1.0' in message
     assert reason in message
-    assert recipe.load(write_recipe(tmp_path))
-    assert "step.broken" not in schema.schema()["$defs"]
+    assert load_recipe(write_recipe(tmp_path))
+    assert "step.broken" not in recipe_schema()["$defs"]
     with pytest.raises(RecipeError, match="acme-broken"):
-        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "broken"\n'))
+        load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "broken"\n'))
 
 
-@pytest.mark.parametrize("body", ["raise SystemExit(3)", "raise RuntimeError", "return 3", "return [int]", "return [object()]"])
+@pytest.mark.parametrize(
+    "body",
+    ["raise SystemExit(3)", "raise RuntimeError", "return 3", "return [int]", "return [object()]"],
+)
 def test_a_plugin_that_fails_when_asked_for_its_steps_is_named(install: Install, body: str) -> None:
-    install("acme-late", "late", f"from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    {body}\n")
-    assert "acme-late" in refusal(lambda: plugins.step_class("late"))
+    install(
+        "acme-late",
+        "late",
+        f"from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    {body}\n",
+    )
+    assert "acme-late" in refusal(lambda: step_class("late"))
 
 
-def test_options_that_cannot_be_validated_are_the_plugins_fault(install: Install, tmp_path: Path) -> None:
+def test_options_that_cannot_be_validated_are_the_plugins_fault(
+    install: Install, tmp_path: Path
+) -> None:
     install("acme-spin", "spin", GOOD.replace("turns: int = 1", 'turns: "Nowhere" = 1'))
     with pytest.raises((RecipeError, PluginError), match="acme-spin"):
-        recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
+        load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
 
 
 def test_a_plugin_that_is_not_named_is_not_imported(install: Install, tmp_path: Path) -> None:
     module = install("acme-spin", "spin", GOOD)
-    recipe.load(write_recipe(tmp_path))
+    load_recipe(write_recipe(tmp_path))
     assert module not in sys.modules
-    assert "spin" in plugins.installed(STEPS)
+    assert "spin" in installed_plugins(STEPS)
     assert module not in sys.modules
-    recipe.load(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
+    load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "spin"\n'))
     assert module in sys.modules
 
 
 @pytest.mark.parametrize(("group", "name"), [(STEPS, "no-such-step"), (ADAPTERS, "no-such-model")])
-def test_a_known_plugin_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch, group: str, name: str) -> None:
-    monkeypatch.setitem(plugins.OFFERED_BY, name, f"rotdistill-{name}")
-    assert f"pip install rotdistill-{name}" in refusal(lambda: plugins.find(group, name))
+def test_a_known_plugin_that_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, group: str, name: str
+) -> None:
+    monkeypatch.setitem(OFFERED_BY, name, f"rotdistill-{name}")
+    assert f"pip install rotdistill-{name}" in refusal(lambda: find_plugin(group, name))
 
 
 def test_an_observer_is_imported_when_a_recipe_names_it(install: Install, tmp_path: Path) -> None:
     module = install("acme-watch", "watch", WATCH, OBSERVERS)
     path = write_recipe(tmp_path)
-    plain = recipe.load(path)
+    plain = load_recipe(path)
     assert module not in sys.modules
     path.write_text('observers = ["watch", "watch"]\n' + RECIPE, encoding="utf-8")
-    watched = recipe.load(path)
+    watched = load_recipe(path)
     assert module in sys.modules
     assert watched.recipe.observers == ["watch", "watch"]
     assert watched.digest() == plain.digest()
@@ -204,27 +240,35 @@ def test_an_observer_is_imported_when_a_recipe_names_it(install: Install, tmp_pa
         (("import hookimpl", "import hookimp"), "ImportError"),
     ],
 )
-def test_a_broken_observer_is_a_problem_of_the_recipe(install: Install, tmp_path: Path, change: tuple[str, str], reason: str) -> None:
+def test_a_broken_observer_is_a_problem_of_the_recipe(
+    install: Install, tmp_path: Path, change: tuple[str, str], reason: str
+) -> None:
     install("acme-watch", "watch", WATCH.replace(*change), OBSERVERS)
     path = write_recipe(tmp_path)
     path.write_text('observers = ["watch"]\n' + RECIPE, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        recipe.load(path)
+        load_recipe(path)
     (problem,) = caught.value.problems
     assert 'observers: plugin "watch" of acme-watch 1.0' in problem
     assert reason in problem
 
 
 def test_an_unknown_step_gives_the_nearest_name() -> None:
-    message = refusal(lambda: plugins.step_class("residual"))
+    message = refusal(lambda: step_class("residual"))
     assert message == 'no step "residual" is installed. Did you mean "residuals"?'
-    assert "Did you mean" not in refusal(lambda: plugins.step_class("zzzzzz"))
+    assert "Did you mean" not in refusal(lambda: step_class("zzzzzz"))
 
 
-@pytest.mark.parametrize(("source", "found"), [(TWO_STAGES, "['align', 'refine']"), (NO_STAGE, "none")], ids=["two", "none"])
-def test_a_step_without_exactly_one_stage_hook_is_refused(install: Install, source: str, found: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [(TWO_STAGES, "['align', 'refine']"), (NO_STAGE, "none")],
+    ids=["two", "none"],
+)
+def test_a_step_without_exactly_one_stage_hook_is_refused(
+    install: Install, source: str, found: str
+) -> None:
     install("acme-spin", "spin", source)
-    message = refusal(lambda: plugins.step_class("spin"))
+    message = refusal(lambda: step_class("spin"))
     assert "acme-spin" in message
     assert "exactly one of capture, align, refine, fold, style, evaluate" in message
     assert found in message
@@ -232,27 +276,27 @@ def test_a_step_without_exactly_one_stage_hook_is_refused(install: Install, sour
 
 def test_a_step_without_use_is_refused(install: Install) -> None:
     install("acme-spin", "spin", GOOD.replace('use: Literal["spin"] = "spin"', "use: str"))
-    assert "needs a field `use" in refusal(lambda: plugins.step_class("spin"))
+    assert "needs a field `use" in refusal(lambda: step_class("spin"))
 
 
 def test_a_plugin_without_the_step_of_its_name_is_refused(install: Install) -> None:
     install("acme-spin", ["spin", "swirl"], GOOD)
-    assert "offers no step of that name" in refusal(lambda: plugins.step_class("swirl"))
+    assert "offers no step of that name" in refusal(lambda: step_class("swirl"))
 
 
 def test_a_table_is_found_by_model_type(install: Install) -> None:
     install("acme-tiny", "tiny", TABLE, ADAPTERS)
-    table = plugins.adapter_for("tiny")
+    table = adapter_for("tiny")
     assert isinstance(table, Adapter)
     assert table.model_types == ("tiny",)
 
 
 def test_an_unknown_model_type_is_refused_not_guessed(install: Install) -> None:
     install("acme-tiny", ["tiny", "small"], TABLE, ADAPTERS)
-    message = refusal(lambda: plugins.adapter_for("tinny"))
+    message = refusal(lambda: adapter_for("tinny"))
     assert message == 'no adapter for model type "tinny" is installed. Did you mean "tiny"?'
-    assert 'no adapter for model type "small"' in refusal(lambda: plugins.adapter_for("small"))
-    assert 'model type ""' in refusal(lambda: plugins.adapter_for(""))
+    assert 'no adapter for model type "small"' in refusal(lambda: adapter_for("small"))
+    assert 'model type ""' in refusal(lambda: adapter_for(""))
 
 
 def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) -> None:
@@ -263,7 +307,7 @@ def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) ->
     install("acme-watch", "watch", WATCH, OBSERVERS)
     install("bolt-spin", "twice", GOOD)
     install("cord-spin", "twice", GOOD)
-    listed = {(kind, origin.name): what for kind, origin, what in plugins.everything()}
+    listed = {(kind, origin.name): what for kind, origin, what in iter_plugins()}
     assert isinstance(listed["step", "spin"], type)
     assert listed["adapter", "tiny"] == "Checkpoints of model type `tiny`."
     assert "acme-broken" in str(listed["step", "broken"])
@@ -275,28 +319,38 @@ def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) ->
 
 def test_everything_lists_an_adapter_without_a_docstring(install: Install) -> None:
     install("acme-mute", "mute", TABLE[TABLE.index("from") :], ADAPTERS)
-    assert ("adapter", "mute") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+    assert ("adapter", "mute") in {(kind, origin.name) for kind, origin, _ in iter_plugins()}
 
 
 def test_everything_lists_a_plugin_that_offers_no_steps(install: Install) -> None:
-    install("acme-odd", "odd", "from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    return [int]\n")
-    assert ("step", "odd") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+    install(
+        "acme-odd",
+        "odd",
+        "from rotdistill_core import hookimpl\n\n@hookimpl\ndef steps():\n    return [int]\n",
+    )
+    assert ("step", "odd") in {(kind, origin.name) for kind, origin, _ in iter_plugins()}
 
 
 def test_a_verb_is_found_listed_and_run(install: Install) -> None:
     install("acme-hop", "hop", VERB, COMMANDS)
     assert command_line("hop", "--times", "2") == (0, "hop hop \n", "")
     assert "Hop about." in command_line("--help")[1]
-    assert ("verb", "hop") in {(kind, origin.name) for kind, origin, _ in plugins.everything()}
+    assert ("verb", "hop") in {(kind, origin.name) for kind, origin, _ in iter_plugins()}
     code, _, err = command_line("hpo")
     assert (code, 'Did you mean "hop"?' in err) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("def (", "SyntaxError"), (VERB.replace("return [hop]", "return []"), 'offers no verb "hop"'), ("hop = 1", "no verb")],
+    [
+        ("def (", "SyntaxError"),
+        (VERB.replace("return [hop]", "return []"), 'offers no verb "hop"'),
+        ("hop = 1", "no verb"),
+    ],
 )
-def test_a_broken_verb_is_named_and_breaks_no_other(install: Install, source: str, reason: str) -> None:
+def test_a_broken_verb_is_named_and_breaks_no_other(
+    install: Install, source: str, reason: str
+) -> None:
     install("acme-hop", "hop", source, COMMANDS)
     code, out, err = command_line("hop", "--anything", "else")
     assert (code, out) == (2, "")
@@ -322,25 +376,27 @@ def test_a_verb_of_the_core_is_not_replaced(install: Install) -> None:
 
 def test_the_code_of_a_step_is_all_of_its_distribution(install: Install, tmp_path: Path) -> None:
     install("acme-spin", "spin", GOOD)
-    _, origin = plugins.step_class("spin")
-    root, before = tmp_path / "acme-spin", plugins.code_of(origin)
+    _, origin = step_class("spin")
+    root, before = tmp_path / "acme-spin", source_digest(origin)
     (root / "fake_helper.py").write_text("x = 1\n")
     record = root / "acme_spin-1.0.dist-info/RECORD"
     record.write_text("fake_acme_spin.py,,\nfake_helper.py,,\n")
-    listed = plugins.code_of(origin)
+    listed = source_digest(origin)
     assert listed != before
     (root / "fake_helper.py").write_text("x = 2\n")
-    assert plugins.code_of(origin) not in (before, listed)
+    assert source_digest(origin) not in (before, listed)
 
 
-def test_the_code_of_a_step_installed_in_place_is_that_of_its_folder(install: Install, tmp_path: Path) -> None:
+def test_the_code_of_a_step_installed_in_place_is_that_of_its_folder(
+    install: Install, tmp_path: Path
+) -> None:
     install("acme-spin", "spin", GOOD)
-    _, origin = plugins.step_class("spin")
-    source, before = tmp_path / "some where", plugins.code_of(origin)
+    _, origin = step_class("spin")
+    source, before = tmp_path / "some where", source_digest(origin)
     (source / "tests").mkdir(parents=True)
     where = {"url": source.as_uri(), "dir_info": {"editable": True}}
     (tmp_path / "acme-spin/acme_spin-1.0.dist-info/direct_url.json").write_text(json.dumps(where))
     (source / "tests" / "test_it.py").write_text("x = 1\n")
-    assert plugins.code_of(origin) == before
+    assert source_digest(origin) == before
     (source / "helper.py").write_text("x = 1\n")
-    assert plugins.code_of(origin) != before
+    assert source_digest(origin) != before

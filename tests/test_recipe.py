@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from rotdistill_core import recipe, schema
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.recipe.schema import recipe_schema
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
@@ -64,22 +66,26 @@ def good(tmp_path: Path) -> Path:
 
 def problems_of(path: Path, *sets: str) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        recipe.load(path, sets)
+        load_recipe(path, sets)
     assert caught.value.exit_code == 2
     assert all(problem.startswith(str(path.parent)) for problem in caught.value.problems)
     return caught.value.problems
 
 
-def options(loaded: recipe.Loaded, step_id: str) -> dict[str, Any]:
+def options(loaded: ResolvedRecipe, step_id: str) -> dict[str, Any]:
     return next(step for step in loaded.resolved()["step"] if step["id"] == step_id)
 
 
 def test_a_valid_recipe_loads_with_defaults(good: Path) -> None:
-    loaded = recipe.load(good)
+    loaded = load_recipe(good)
     assert [(p.id, p.stage) for p in loaded.steps] == [
         ("chop", "fold"), ("residuals", "capture"), ("basis", "align"), ("fold", "fold"),
     ]  # fmt: skip
-    assert (loaded.recipe.name, loaded.recipe.seed, loaded.recipe.student.save_dtype) == ("trial", 3, "auto")
+    assert (loaded.recipe.name, loaded.recipe.seed, loaded.recipe.student.save_dtype) == (
+        "trial",
+        3,
+        "auto",
+    )
     assert options(loaded, "chop")["texts"] == 24
     assert loaded.steps[2].origin.distribution == "rotdistill-procrustes"
     assert loaded.text == good.read_text(encoding="utf-8")
@@ -106,7 +112,10 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
         (STEPS.replace('id = "fold"', 'id = "basis"'), "must be a unique string"),
         ("", "at least one [[step]] table is needed"),
         ('[step]\nuse = "residuals"\n', "at least one [[step]] table is needed"),
-        (STEPS + "[samples]\nvalidatoin = 0.2\n", 'samples.validatoin: unknown key. Did you mean "validation"?'),
+        (
+            STEPS + "[samples]\nvalidatoin = 0.2\n",
+            'samples.validatoin: unknown key. Did you mean "validation"?',
+        ),
         (STEPS + "[samples]\nvalidation = nan\n", "samples.validation"),
         (STEPS + "[check]\nunfold = '1e-9'\n", "check.unfold"),
         (STEPS + '[variants]\n"a/b" = []\n', "variants.a/b"),
@@ -118,7 +127,9 @@ def test_a_mistake_is_named_with_its_key(tmp_path: Path, tables: str, wanted: st
 
 
 def test_unknown_observers_are_problems_beside_the_others(tmp_path: Path) -> None:
-    problems = problems_of(write(tmp_path / "bad.toml", 'observers = ["rotation-santy", 3]\n' + FIVE_MISTAKES))
+    problems = problems_of(
+        write(tmp_path / "bad.toml", 'observers = ["rotation-santy", 3]\n' + FIVE_MISTAKES)
+    )
     assert len(problems) == 8
     for wanted in (
         'observers: no observer "rotation-santy" is installed. Did you mean "rotation-sanity"?',
@@ -126,16 +137,26 @@ def test_unknown_observers_are_problems_beside_the_others(tmp_path: Path) -> Non
         "observers.1: Input should be a valid string (it is 3).",
     ):
         assert sum(wanted in problem for problem in problems) == 1, (wanted, problems)
-    assert "observers: Input should be a valid list" in problems_of(write(tmp_path / "bad.toml", "observers = 3\n" + HEAD + STEPS))[0]
+    assert (
+        "observers: Input should be a valid list"
+        in problems_of(write(tmp_path / "bad.toml", "observers = 3\n" + HEAD + STEPS))[0]
+    )
 
 
 @pytest.mark.parametrize("value", ['"4"', "true", "4.0"])
 def test_step_options_are_not_coerced(tmp_path: Path, value: str) -> None:
-    problems_of(write(tmp_path / "bad.toml", HEAD + STEPS.replace("layers = 4", f"layers = 4\ntexts = {value}")))
+    problems_of(
+        write(
+            tmp_path / "bad.toml",
+            HEAD + STEPS.replace("layers = 4", f"layers = 4\ntexts = {value}"),
+        )
+    )
 
 
 def test_one_wrong_value_of_an_option_with_two_types_is_named_by_its_key(tmp_path: Path) -> None:
-    problems = problems_of(write(tmp_path / "bad.toml", HEAD + STEPS.replace("layers = 4", 'layers = "four"')))
+    problems = problems_of(
+        write(tmp_path / "bad.toml", HEAD + STEPS.replace("layers = 4", 'layers = "four"'))
+    )
     assert all("chop" in problem and ": layers:" in problem for problem in problems), problems
 
 
@@ -145,8 +166,15 @@ def test_steps_that_are_no_tables_are_a_problem(tmp_path: Path, first: str) -> N
 
 
 def test_set_changes_steps_and_tables(good: Path) -> None:
-    sets = ("chop.layers=[0, 1]", "basis.tie=2", "seed=9", "teacher.model=/other", "samples.limit=12", "name=again")
-    loaded = recipe.load(good, sets)
+    sets = (
+        "chop.layers=[0, 1]",
+        "basis.tie=2",
+        "seed=9",
+        "teacher.model=/other",
+        "samples.limit=12",
+        "name=again",
+    )
+    loaded = load_recipe(good, sets)
     assert options(loaded, "chop")["layers"] == [0, 1]
     assert options(loaded, "basis")["tie"] == 2
     assert loaded.recipe.seed == 9
@@ -185,9 +213,9 @@ def child(tmp_path: Path, text: str) -> Path:
 
 
 def test_extends_merges_tables_and_replaces_steps_by_id(tmp_path: Path) -> None:
-    steps = '[[step]]\nid = "basis"\nuse = "procrustes"\ntie = 2\n[[step]]\nuse = "toggles"\n'
-    loaded = recipe.load(child(tmp_path, '[student]\nmodel = "other"\n' + steps))
-    assert [p.id for p in loaded.steps] == ["chop", "residuals", "basis", "fold", "toggles"]
+    steps = '[[step]]\nid = "basis"\nuse = "procrustes"\ntie = 2\n[[step]]\nuse = "fidelity"\n'
+    loaded = load_recipe(child(tmp_path, '[student]\nmodel = "other"\n' + steps))
+    assert [p.id for p in loaded.steps] == ["chop", "residuals", "basis", "fold", "fidelity"]
     assert options(loaded, "basis")["tie"] == 2
     assert (loaded.recipe.name, loaded.recipe.seed) == ("child", 3)
     assert (loaded.recipe.teacher.model, loaded.recipe.student.model) == ("big", "other")
@@ -195,29 +223,38 @@ def test_extends_merges_tables_and_replaces_steps_by_id(tmp_path: Path) -> None:
 
 
 def test_variants_are_taken_over_whole(tmp_path: Path) -> None:
-    loaded = recipe.load(child(tmp_path, '[variants]\nmine = ["basis"]\n'))
+    loaded = load_recipe(child(tmp_path, '[variants]\nmine = ["basis"]\n'))
     assert loaded.recipe.variants == {"mine": ["basis"]}
 
 
 def test_extends_two_levels_deep_is_refused(tmp_path: Path) -> None:
     child(tmp_path, "")
-    assert "one level only" in problems_of(write(tmp_path / "grandchild.toml", 'extends = "child.toml"\n'))[0]
+    assert (
+        "one level only"
+        in problems_of(write(tmp_path / "grandchild.toml", 'extends = "child.toml"\n'))[0]
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
-    [('extends = "nowhere.toml"\n', "nowhere.toml: cannot be read"), ("extends = 3\n", "extends"), ("extends = ['a']\n", "extends")],
+    [
+        ('extends = "nowhere.toml"\n', "nowhere.toml: cannot be read"),
+        ("extends = 3\n", "extends"),
+        ("extends = ['a']\n", "extends"),
+    ],
 )
 def test_extending_nothing_is_a_problem(tmp_path: Path, text: str, wanted: str) -> None:
     assert wanted in problems_of(write(tmp_path / "child.toml", text))[0]
 
 
 def test_two_steps_of_one_id_are_refused_under_extends_too(tmp_path: Path) -> None:
-    twice = '[[step]]\nid = "x"\nuse = "toggles"\n' * 2
+    twice = '[[step]]\nid = "x"\nuse = "fidelity"\n' * 2
     assert "must be a unique string" in problems_of(child(tmp_path, twice))[0]
 
 
-@pytest.mark.parametrize("text", ['[step]\nuse = "toggles"\n', "[[step]]\nid = []\nuse = 'toggles'\n"])
+@pytest.mark.parametrize(
+    "text", ['[step]\nuse = "fidelity"\n', "[[step]]\nid = []\nuse = 'fidelity'\n"]
+)
 def test_malformed_steps_are_a_problem_under_extends_too(tmp_path: Path, text: str) -> None:
     problems_of(child(tmp_path, text))
 
@@ -243,16 +280,18 @@ def test_a_missing_recipe_is_one_problem(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_stable_and_follows_every_option(good: Path) -> None:
-    digest = recipe.load(good).digest()
+    digest = load_recipe(good).digest()
     good.write_text("# a comment\n" + good.read_text(encoding="utf-8"), encoding="utf-8")
-    assert recipe.load(good).digest() == digest
-    assert recipe.load(good, ["chop.texts=24"]).digest() == digest
-    others = {recipe.load(good, [item]).digest() for item in ("chop.texts=25", "seed=4", "basis.tie=2")}
+    assert load_recipe(good).digest() == digest
+    assert load_recipe(good, ["chop.texts=24"]).digest() == digest
+    others = {
+        load_recipe(good, [item]).digest() for item in ("chop.texts=25", "seed=4", "basis.tie=2")
+    }
     assert len(others | {digest}) == 4
 
 
 def test_a_chain_holds_the_untoggled_steps_and_the_variants_own_in_file_order(good: Path) -> None:
-    loaded = recipe.load(good)
+    loaded = load_recipe(good)
     chains = {name: [p.id for p in loaded.chain(name)] for name in loaded.recipe.variants}
     assert chains == {
         "base": ["chop", "residuals"],
@@ -262,9 +301,11 @@ def test_a_chain_holds_the_untoggled_steps_and_the_variants_own_in_file_order(go
 
 
 def test_the_schema_has_enums_and_requires_use() -> None:
-    made = schema.schema()
+    made = recipe_schema()
     assert '"const"' not in json.dumps(made)
-    names = [item["$ref"].rpartition("/")[2] for item in made["properties"]["step"]["items"]["anyOf"]]
+    names = [
+        item["$ref"].rpartition("/")[2] for item in made["properties"]["step"]["items"]["anyOf"]
+    ]
     assert {"step.chop", "step.residuals", "step.basis-fold", "step.toggles"} <= set(names)
     for name in names:
         one = made["$defs"][name]
@@ -275,16 +316,19 @@ def test_the_schema_has_enums_and_requires_use() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
-    loaded = recipe.load(path)
+    loaded = load_recipe(path)
     assert all(loaded.chain(variant) for variant in loaded.recipe.variants)
 
 
 def test_loading_a_recipe_imports_no_torch() -> None:
     code = "import pathlib, sys; from rotdistill_core import recipe; recipe.load(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(ROOT / "recipes" / "tour_guide.toml")]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_the_committed_schema_is_what_the_program_prints() -> None:
     committed = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
-    assert committed == json.loads(json.dumps(schema.schema()))
+    assert committed == json.loads(json.dumps(recipe_schema()))

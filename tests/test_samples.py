@@ -11,13 +11,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.questions import (
+    HELDOUT_COLUMNS,
+    INDEX_COLUMNS,
+    Claim,
+    Question,
+    read_questions,
+)
+from rotdistill_core.data.tokenization import tokenize_for_both, tokenize_texts
 from rotdistill_core.errors import RecipeError, SetupError
-from rotdistill_core.recipe import SamplesRef
-from rotdistill_core.samples import HELDOUT_COLUMNS, INDEX_COLUMNS, Claim, Layout, Question, Text, read_questions, tokenize, tokenize_both
+from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.testing import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "samples"
-SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "DEVANAGARI", "CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+SCRIPTS = (
+    "LATIN",
+    "CYRILLIC",
+    "GREEK",
+    "ARABIC",
+    "DEVANAGARI",
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "HANGUL",
+)
 REF = SamplesRef(index="index.tsv", heldout="heldout.tsv", style="style.md", validation=0.25)
 
 
@@ -95,7 +113,9 @@ def blurb(name: str) -> list[str]:
     return [name, "en", f"Place {name}", "Nowhere", f"What is {name}?", f"It is {name}."]
 
 
-def write_tables(folder: Path, blurbs: list[list[str]], heldout: list[list[str]] | None = None) -> Path:
+def write_tables(
+    folder: Path, blurbs: list[list[str]], heldout: list[list[str]] | None = None
+) -> Path:
     question = ["h1", "en", "Elsewhere", "Nowhere", "Where?", "[]", "[]"]
     for file, columns, rows in (
         ("index.tsv", INDEX_COLUMNS, blurbs),
@@ -146,19 +166,28 @@ def problems_of(folder: Path) -> tuple[str, ...]:
     ids=["empty cell", "blank cell", "short", "long", "duplicate", "huge cell"],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: list[str], wanted: str) -> None:
-    (problem,) = problems_of(write_tables(tmp_path, [blurb("b0"), blurb("b1"), row, *map(blurb, ("b2", "b3"))]))
+    (problem,) = problems_of(
+        write_tables(tmp_path, [blurb("b0"), blurb("b1"), row, *map(blurb, ("b2", "b3"))])
+    )
     assert problem.startswith(f"{tmp_path / 'index.tsv'}: {wanted}")
 
 
-@pytest.mark.parametrize("text", ["", "id\tlanguage\n", "id,language,place,country,question,blurb\n"])
+@pytest.mark.parametrize(
+    "text", ["", "id\tlanguage\n", "id,language,place,country,question,blurb\n"]
+)
 def test_wrong_columns_are_named_by_file_and_line(tmp_path: Path, text: str) -> None:
     (write_tables(tmp_path, [blurb("b0")]) / "index.tsv").write_text(text)
-    assert problems_of(tmp_path)[0].startswith(f"{tmp_path / 'index.tsv'}: line 1: the columns must be id, language")
+    assert problems_of(tmp_path)[0].startswith(
+        f"{tmp_path / 'index.tsv'}: line 1: the columns must be id, language"
+    )
 
 
 def test_every_missing_file_is_named(tmp_path: Path) -> None:
     problems = problems_of(tmp_path)
-    assert all(name in problem for name, problem in zip(("index.tsv", "heldout.tsv", "style.md"), problems, strict=True))
+    assert all(
+        name in problem
+        for name, problem in zip(("index.tsv", "heldout.tsv", "style.md"), problems, strict=True)
+    )
 
 
 def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
@@ -169,15 +198,22 @@ def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
 
 def test_an_id_in_both_tables_is_refused(tmp_path: Path) -> None:
     heldout = [["b0", "en", "Elsewhere", "x", "y?", "[]", "[]"]]
-    assert "b0" in problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))[0]
+    assert (
+        "b0" in problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))[0]
+    )
 
 
 def test_copies_of_a_text_fall_on_one_side_and_a_question_is_asked_once(tmp_path: Path) -> None:
-    rows = [[f"{name}-{k}", *blurb(name)[1:]] for k in range(20) for name in ("b1", "b2", "b3", "b4")]
+    rows = [
+        [f"{name}-{k}", *blurb(name)[1:]] for k in range(20) for name in ("b1", "b2", "b3", "b4")
+    ]
     rows += [["other", *blurb("b1")[1:5], "Another answer."]]
     ref = REF.model_copy(update={"own_answers": 8, "validation": 0.5})
     questions, _ = read_questions(ref, write_tables(tmp_path, rows))
-    texts = {split: {(q.question, q.answer) for q in questions if q.split == split and q.answer} for split in ("fit", "validation")}
+    texts = {
+        split: {(q.question, q.answer) for q in questions if q.split == split and q.answer}
+        for split in ("fit", "validation")
+    }
     assert not texts["fit"] & texts["validation"]
     assert texts["fit"]
     assert texts["validation"]
@@ -190,10 +226,14 @@ def test_copies_of_a_text_fall_on_one_side_and_a_question_is_asked_once(tmp_path
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
     assert "too few different texts" in problems_of(write_tables(tmp_path, [blurb("b0")]))[0]
     (problem,) = problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], []))
-    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: too few different texts: heldout has none")
+    assert problem.startswith(
+        f"{tmp_path / 'heldout.tsv'}: too few different texts: heldout has none"
+    )
 
 
-@pytest.mark.parametrize("cell", ["none", "[1]", '[{"what": "x"}]', '[{"what": "x", "any": "y"}]', "{"])
+@pytest.mark.parametrize(
+    "cell", ["none", "[1]", '[{"what": "x"}]', '[{"what": "x", "any": "y"}]', "{"]
+)
 def test_facts_that_are_no_claims_are_named(tmp_path: Path, cell: str) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
     (problem,) = problems_of(write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))
@@ -203,8 +243,12 @@ def test_facts_that_are_no_claims_are_named(tmp_path: Path, cell: str) -> None:
 
 def test_facts_are_read_with_their_question(tmp_path: Path) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", '[{"what": "a", "any": ["b", "c"]}]', "[]"]]
-    questions, _ = read_questions(REF, write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout))
-    assert [(q.facts, q.falsehoods) for q in questions if q.split == "heldout"] == [((Claim("a", ("b", "c")),), ())]
+    questions, _ = read_questions(
+        REF, write_tables(tmp_path, [blurb(f"b{k}") for k in range(4)], heldout)
+    )
+    assert [(q.facts, q.falsehoods) for q in questions if q.split == "heldout"] == [
+        ((Claim("a", ("b", "c")),), ())
+    ]
 
 
 TEXTS = (
@@ -213,7 +257,7 @@ TEXTS = (
     Text("c", "en", "fit", (1, 2, 10), 2),
     Text("d", "fr", "heldout", (1, 2, 11, 12), 3),
 )
-FULL = Layout(TEXTS, 2)
+FULL = PackedTexts(TEXTS, 2)
 
 
 def test_the_prefix_is_there_once_and_each_text_has_its_rows() -> None:
@@ -226,14 +270,21 @@ def test_the_prefix_is_there_once_and_each_text_has_its_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "targets", "languages"), [("fit", [4, 5, 10], ["en", "en", "en"]), ("heldout", [8, 9, 12], ["de", "de", "fr"])]
+    ("split", "targets", "languages"),
+    [("fit", [4, 5, 10], ["en", "en", "en"]), ("heldout", [8, 9, 12], ["de", "de", "fr"])],
 )
-def test_predicting_rows_are_the_tokens_before_each_answer_token(split: str, targets: list[int], languages: list[str]) -> None:
-    rows, found, texts = FULL.predicting(split)
+def test_predicting_rows_are_the_tokens_before_each_answer_token(
+    split: str, targets: list[int], languages: list[str]
+) -> None:
+    rows, found, texts = FULL.prediction_rows(split)
     assert found.tolist() == targets
     assert [t.language for t in texts] == languages
-    assert [t.id for t in texts] == [t.id for t in TEXTS if t.split == split for _ in range(t.answer, len(t.tokens))]
-    before = [t.tokens[p - 1] for t in TEXTS if t.split == split for p in range(t.answer, len(t.tokens))]
+    assert [t.id for t in texts] == [
+        t.id for t in TEXTS if t.split == split for _ in range(t.answer, len(t.tokens))
+    ]
+    before = [
+        t.tokens[p - 1] for t in TEXTS if t.split == split for p in range(t.answer, len(t.tokens))
+    ]
     assert FULL.tokens[rows].tolist() == before
 
 
@@ -242,8 +293,8 @@ def test_selected_rows_are_found_again_in_the_full_layout(chosen: tuple[str, ...
     some = FULL.select(*chosen)
     assert some.prefix == FULL.prefix
     if some.texts:
-        assert torch.equal(FULL.tokens[some.rows_in(FULL)], some.tokens)
-    assert len(some.rows_in(FULL)) == some.rows
+        assert torch.equal(FULL.tokens[some.row_indices_in(FULL)], some.tokens)
+    assert len(some.row_indices_in(FULL)) == some.rows
     assert [t.id for t in some.texts] == [t.id for t in TEXTS if t.split in chosen]
 
 
@@ -252,20 +303,26 @@ def test_a_selection_may_be_cut_short() -> None:
     assert FULL.select("fit", "heldout").digest() == FULL.digest() != FULL.select("fit").digest()
 
 
-MIXED = Layout(
-    (TEXTS[0], Text("g", "en", "guard", (20, 21, 22), 1, plain=True), TEXTS[1], Text("h", "en", "guard", (23, 24), 1, plain=True)), 2
+MIXED = PackedTexts(
+    (
+        TEXTS[0],
+        Text("g", "en", "guard", (20, 21, 22), 1, plain=True),
+        TEXTS[1],
+        Text("h", "en", "guard", (23, 24), 1, plain=True),
+    ),
+    2,
 )
 
 
 def test_plain_texts_have_all_their_rows_and_no_prefix() -> None:
     assert MIXED.starts == [2, 5, 8, 12, 14]
     assert MIXED.tokens.tolist() == [1, 2, 3, 4, 5, 20, 21, 22, 6, 7, 8, 9, 23, 24]
-    rows, targets, _ = MIXED.predicting("guard")
+    rows, targets, _ = MIXED.prediction_rows("guard")
     assert MIXED.tokens[rows].tolist() == [20, 21, 23]
     assert targets.tolist() == [21, 22, 24]
     alone = MIXED.select("guard")
     assert (alone.prefix, alone.tokens.tolist()) == (0, [20, 21, 22, 23, 24])
-    assert torch.equal(MIXED.tokens[alone.rows_in(MIXED)], alone.tokens)
+    assert torch.equal(MIXED.tokens[alone.row_indices_in(MIXED)], alone.tokens)
     assert MIXED.select("guard", "heldout").prefix == 2
     for batch in MIXED.batches():
         assert len({MIXED.texts[k].plain for k in batch}) == 1
@@ -274,14 +331,23 @@ def test_plain_texts_have_all_their_rows_and_no_prefix() -> None:
 
 def test_the_guard_is_read_as_it_stands(tmp_path: Path) -> None:
     folder = write_tables(tmp_path, [blurb(f"b{k}") for k in range(6)])
-    (folder / "guard.tsv").write_text("id\tlanguage\tkind\ttext\n" + "".join(f"g{k}\ten\tcode\ta\\nb{k}\n" for k in range(4)))
+    (folder / "guard.tsv").write_text(
+        "id\tlanguage\tkind\ttext\n" + "".join(f"g{k}\ten\tcode\ta\\nb{k}\n" for k in range(4))
+    )
     ref = REF.model_copy(update={"guard": "guard.tsv"})
     guard = [q for q in read_questions(ref, folder)[0] if q.split.startswith("guard")]
     assert Counter(q.split for q in guard) == {"guard": 2, "guard-validation": 2}
-    layout = tokenize(Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 30).layout
+    layout = tokenize_texts(Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 30).layout
     assert layout.prefix == len("<s>Be brief.\n<u>Wh")
-    assert {"".join(map(chr, t.tokens)) for t in layout.texts if t.plain} == {f"a\nb{k}" for k in range(4)}
-    assert tokenize_both(Letters(), Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 500).layout.texts[-1].id == "q"
+    assert {"".join(map(chr, t.tokens)) for t in layout.texts if t.plain} == {
+        f"a\nb{k}" for k in range(4)
+    }
+    assert (
+        tokenize_for_both(Letters(), Letters(), [*ASKED, *guard], {"q": [7, 8]}, "Be brief.", 500)
+        .layout.texts[-1]
+        .id
+        == "q"
+    )
 
 
 def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
@@ -292,7 +358,9 @@ def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shipped_guard_is_about_something_else() -> None:
-    questions, _ = read_questions(SamplesRef(guard="../samples/general/index.tsv"), SAMPLES.parent / "recipes")
+    questions, _ = read_questions(
+        SamplesRef(guard="../samples/general/index.tsv"), SAMPLES.parent / "recipes"
+    )
     guard = [q for q in questions if q.split.startswith("guard")]
     assert Counter(q.split for q in guard) == {"guard": 20, "guard-validation": 20}
     assert len({q.language for q in guard}) >= 12
@@ -306,7 +374,10 @@ def test_batches_hold_every_text_once_and_keep_their_budget(budget: int) -> None
     batches = FULL.batches(budget)
     assert sorted(k for batch in batches for k in batch) == [0, 1, 2, 3]
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(len(TEXTS[k].tokens) - FULL.prefix for k in batch) <= budget
+        assert (
+            len(batch) == 1
+            or len(batch) * max(len(TEXTS[k].tokens) - FULL.prefix for k in batch) <= budget
+        )
 
 
 class Letters:
@@ -323,8 +394,13 @@ class Letters:
     def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
-    def apply_chat_template(self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool) -> dict[str, list[int]]:
-        text = "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat) + "<a>" * add_generation_prompt
+    def apply_chat_template(
+        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool
+    ) -> dict[str, list[int]]:
+        text = (
+            "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat)
+            + "<a>" * add_generation_prompt
+        )
         return {"input_ids": [ord(c) for c in text]}
 
 
@@ -332,7 +408,7 @@ ASKED = [Question("p", "en", "fit", "Who?", "Me."), Question("q", "en", "heldout
 
 
 def test_the_shared_prompt_becomes_the_prefix() -> None:
-    layout = tokenize(Letters(), ASKED, {"q": [7, 8]}, "Be brief.", 500).layout
+    layout = tokenize_texts(Letters(), ASKED, {"q": [7, 8]}, "Be brief.", 500).layout
     shared = "<s>Be brief.\n<u>Wh"
     assert layout.prefix == len(shared)
     assert "".join(map(chr, layout.tokens[: layout.prefix])) == shared
@@ -342,31 +418,34 @@ def test_the_shared_prompt_becomes_the_prefix() -> None:
 
 
 def test_one_text_alone_keeps_the_token_that_predicts_its_answer() -> None:
-    layout = tokenize(Letters(), ASKED[:1], {}, "Be brief.", 500).layout
-    rows, targets, _ = layout.predicting("fit")
+    layout = tokenize_texts(Letters(), ASKED[:1], {}, "Be brief.", 500).layout
+    rows, targets, _ = layout.prediction_rows("fit")
     assert chr(layout.tokens[rows[0]]) == ">"
     assert "".join(map(chr, targets)) == "Me.\n"
     assert int(rows[0]) >= layout.prefix
 
 
 def test_a_text_is_cut_but_never_to_its_prompt_alone() -> None:
-    whole = tokenize(Letters(), ASKED[:1], {}, "Be brief.", 500).layout.texts[0]
-    cut = tokenize(Letters(), ASKED[:1], {}, "Be brief.", whole.answer + 1).layout.texts[0]
+    whole = tokenize_texts(Letters(), ASKED[:1], {}, "Be brief.", 500).layout.texts[0]
+    cut = tokenize_texts(Letters(), ASKED[:1], {}, "Be brief.", whole.answer + 1).layout.texts[0]
     assert cut.tokens == whole.tokens[: whole.answer + 1]
     with pytest.raises(SetupError, match="text p: its prompt alone has"):
-        tokenize(Letters(), ASKED[:1], {}, "Be brief.", whole.answer)
+        tokenize_texts(Letters(), ASKED[:1], {}, "Be brief.", whole.answer)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     plain = Letters()
     plain.chat_template = ""
     with pytest.raises(SetupError, match="letters: the tokenizer has no chat template"):
-        tokenize(plain, ASKED, {"q": [1]}, "Be brief.", 500)
+        tokenize_texts(plain, ASKED, {"q": [1]}, "Be brief.", 500)
 
 
 def test_held_out_answers_are_never_cut() -> None:
-    questions = [Question("a", "en", "fit", "w1", "w2 " * 40), Question("h", "en", "heldout", "w3", None)]
-    made = tokenize(pico_tokenizer(64), questions, {"h": [7] * 40}, "w4", 20)
+    questions = [
+        Question("a", "en", "fit", "w1", "w2 " * 40),
+        Question("h", "en", "heldout", "w3", None),
+    ]
+    made = tokenize_texts(pico_tokenizer(64), questions, {"h": [7] * 40}, "w4", 20)
     lengths = {text.id: len(text.tokens) for text in made.layout.texts}
     assert lengths["a"] == 20
     assert lengths["h"] > 40

@@ -15,14 +15,25 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/scramble.py"
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), "--limit", "10", "--only", "weights", "--only", "activations"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--limit",
+        "10",
+        "--only",
+        "weights",
+        "--only",
+        "activations",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
     return found
 
 
-def test_a_scrambled_model_computes_the_same_and_averages_to_garbage(figures: dict[str, Any]) -> None:
+def test_a_scrambled_model_computes_the_same_and_averages_to_garbage(
+    figures: dict[str, Any],
+) -> None:
     assert figures["largest change of a logit, float64"] <= 1e-8
     assert figures["barrier before"] > 3
 

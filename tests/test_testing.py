@@ -11,17 +11,41 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import torch
 
-from rotdistill_core import hookimpl, step, testing
-from rotdistill_core.adapter import Adapter, HeadLayout, Param, Site
-from rotdistill_core.maps import Maps, Rotation
-from rotdistill_core.plugins import STEPS, adapter_for, installed, step_class
-from rotdistill_core.testing import ADAPTER_CHECKS, STEP_CHECKS, parametrize_with_checks, pico_folder
+from rotdistill_core import hookimpl, step
+from rotdistill_core.architecture.table import Adapter, HeadLayout, Param, Site
+from rotdistill_core.linalg.maps import Maps, Rotation
+from rotdistill_core.plugin.registry import STEPS, adapter_for, installed_plugins, step_class
+from rotdistill_core.testing import (
+    ADAPTER_CHECKS,
+    STEP_CHECKS,
+    a_planted_rotation_is_found,
+    a_rotation_of_the_stream_is_exact_or_refused,
+    defaults_are_those_of_the_config_class,
+    every_gain_is_absorbed_by_its_readers,
+    every_tensor_is_claimed_once,
+    gauges_are_exact,
+    hard_inputs_are_solved_or_refused,
+    it_does_the_same_again_and_changes_no_input,
+    options_survive_toml_and_json,
+    parametrize_with_checks,
+    permutations_are_exact,
+    pico_folder,
+    sites_are_found,
+    the_hook_is_as_specified,
+    the_layerwise_forward_computes_what_transformers_computes,
+)
 
 if TYPE_CHECKING:
-    from rotdistill_core.api import Bank, Pair
+    from rotdistill_core.checkpoint.models import Pair
+    from rotdistill_core.forward.activations import ActivationStore
 
-Q, DOWN, UP = (f"model.layers.{{i}}.{name}.weight" for name in ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"))
-BEFORE, BETWEEN = (f"model.layers.{{i}}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm"))
+Q, DOWN, UP = (
+    f"model.layers.{{i}}.{name}.weight"
+    for name in ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj")
+)
+BEFORE, BETWEEN = (
+    f"model.layers.{{i}}.{name}.weight" for name in ("input_layernorm", "post_attention_layernorm")
+)
 LLAMA = adapter_for("llama")
 
 
@@ -37,85 +61,87 @@ def without(name: str, table: Adapter = LLAMA) -> Adapter:
 Check = Callable[[Adapter, Path], None]
 CASES: dict[str, tuple[Check, Adapter, str]] = {
     "a tensor of another space": (
-        testing.every_tensor_is_claimed_once, broken(Q, axes=("kv.{i}", "residual")),
+        every_tensor_is_claimed_once, broken(Q, axes=("kv.{i}", "residual")),
         r'layers.0.self_attn.q_proj.weight: axis 0 is declared "kv.0" \(24\), it has 48 like \[\'q.0\', \'q.1\'\]',
     ),
     "axes the wrong way round": (
-        testing.every_tensor_is_claimed_once, broken(DOWN, axes=("neurons.{i}", "residual")),
+        every_tensor_is_claimed_once, broken(DOWN, axes=("neurons.{i}", "residual")),
         r'layers.1.mlp.down_proj.weight: axis 1 is declared "residual" \(32\), it has 56',
     ),
-    "an axis too many": (testing.every_tensor_is_claimed_once, broken(BEFORE, axes=("residual",) * 2), "has 1 axes, declared are"),
-    "a tensor left out": (testing.every_tensor_is_claimed_once, without(UP), "layers.0.mlp.up_proj.weight is claimed 0 times"),
+    "an axis too many": (every_tensor_is_claimed_once, broken(BEFORE, axes=("residual",) * 2), "has 1 axes, declared are"),
+    "a tensor left out": (every_tensor_is_claimed_once, without(UP), "layers.0.mlp.up_proj.weight is claimed 0 times"),
     "a tensor too many": (
-        testing.every_tensor_is_claimed_once, replace(LLAMA, params={**LLAMA.params, "x.{i}": Param(("residual",))}),
+        every_tensor_is_claimed_once, replace(LLAMA, params={**LLAMA.params, "x.{i}": Param(("residual",))}),
         "x.1 is declared, the checkpoint does not have it",
     ),
-    "a gain that is none": (testing.every_tensor_is_claimed_once, broken(Q, gain=UP), "q_proj.weight absorbs .*up_proj.weight, which"),
+    "a gain that is none": (every_tensor_is_claimed_once, broken(Q, gain=UP), "q_proj.weight absorbs .*up_proj.weight, which"),
     "a default of its own": (
-        testing.defaults_are_those_of_the_config_class, replace(LLAMA, defaults=lambda _: {"rms_norm_eps": 1e-5}),
+        defaults_are_those_of_the_config_class, replace(LLAMA, defaults=lambda _: {"rms_norm_eps": 1e-5}),
         'defaults: "rms_norm_eps" is 1e-05, transformers takes 1e-06',
     ),
     "gains 1 + w that are not": (
-        testing.the_walk_computes_what_transformers_computes, replace(LLAMA, gain_offset=1.0),
+        the_layerwise_forward_computes_what_transformers_computes, replace(LLAMA, gain_offset=1.0),
         "gain_offset is 1.0, the norms of this model behave as with 0.0",
     ),
     "another epsilon": (
-        testing.the_walk_computes_what_transformers_computes, replace(LLAMA, eps_key="initializer_range"), "logits differ by .* eps_key",
+        the_layerwise_forward_computes_what_transformers_computes, replace(LLAMA, eps_key="initializer_range"), "logits differ by .* eps_key",
     ),
     "a reader that names no gain": (
-        testing.every_gain_is_absorbed_by_its_readers, broken(UP, gain=None),
+        every_gain_is_absorbed_by_its_readers, broken(UP, gain=None),
         "layers.0.mlp.up_proj.weight: axis 1 reads behind model.layers.0.post_attention_layernorm.weight and does not name it",
     ),
     "a reader that names the gain of another norm": (
-        testing.every_gain_is_absorbed_by_its_readers, broken(UP, gain=BEFORE),
+        every_gain_is_absorbed_by_its_readers, broken(UP, gain=BEFORE),
         "layers.1.mlp.up_proj.weight: axis 1 names model.layers.1.input_layernorm.weight as its gain and does not read behind it",
     ),
     "a gain that no reader names": (
-        testing.every_gain_is_absorbed_by_its_readers, broken("lm_head.weight", gain=None),
+        every_gain_is_absorbed_by_its_readers, broken("lm_head.weight", gain=None),
         "lm_head.weight: axis 1 reads behind model.norm.weight and does not name it as its gain",
     ),
     "neurons of another layer": (
-        testing.permutations_are_exact, broken(DOWN, axes=("residual", "neurons.0")),
+        permutations_are_exact, broken(DOWN, axes=("residual", "neurons.0")),
         'layers.1.mlp.down_proj.weight: axis 1 is declared "neurons.0"; of neurons.0 it is none of them',
     ),
     "heads of another layer": (
-        testing.permutations_are_exact, broken(Q, axes=("q.1", "residual")),
+        permutations_are_exact, broken(Q, axes=("q.1", "residual")),
         'layers.0.self_attn.q_proj.weight: axis 0 is declared "q.1"; of kv.0, q.0 it is q.0',
     ),
     "a gauge that is none": (
-        testing.gauges_are_exact, broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"), '"up.0" is declared a gauge and changes',
+        gauges_are_exact, broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"), '"up.0" is declared a gauge and changes',
     ),
     "a consumer that is no producer": (
-        testing.gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
+        gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
     ),
     "heads that do not make up their space": (
-        testing.every_tensor_is_claimed_once, replace(LLAMA, heads=lambda _: HeadLayout(4, 4, 12)),
+        every_tensor_is_claimed_once, replace(LLAMA, heads=lambda _: HeadLayout(4, 4, 12)),
         r"heads: 4 and 4 of 12 do not make up q.0 \(48\) and kv.0 \(24\)",
     ),
     "another number of heads": (
-        testing.permutations_are_exact, replace(LLAMA, heads=lambda _: HeadLayout(2, 1, 24)),
+        permutations_are_exact, replace(LLAMA, heads=lambda _: HeadLayout(2, 1, 24)),
         "permuting heads of layer 0 changes logits .* `heads`, .* is wrong, of model.layers.0.self_attn.q_proj.weight, ",
     ),
     "a tie that is not declared": (
-        testing.every_tensor_is_claimed_once, broken("lm_head.weight", tied=None), "lm_head.weight is declared, the checkpoint does not",
+        every_tensor_is_claimed_once, broken("lm_head.weight", tied=None), "lm_head.weight is declared, the checkpoint does not",
     ),
     "a site that is not there": (
-        testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
+        sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
         'site "mid": a layer has no module "mlp_norm"',
     ),
     "a site at the wrong place": (
-        testing.sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
+        sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
         'sites "mid" and "mlp" do not add up to the stream behind layer 0',
     ),
     "a writer of another site": (
-        testing.sites_are_found, replace(LLAMA, writers={**LLAMA.writers, "neurons": LLAMA.writers["heads"]}),
+        sites_are_found, replace(LLAMA, writers={**LLAMA.writers, "neurons": LLAMA.writers["heads"]}),
         'site "neurons" is 56 wide, its writer model.layers.0.self_attn.o_proj.weight reads 48',
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "table", "message"), CASES.values(), ids=list(CASES))
-def test_a_broken_table_is_told_by_tensor_and_axis(tmp_path: Path, check: Check, table: Adapter, message: str) -> None:
+def test_a_broken_table_is_told_by_tensor_and_axis(
+    tmp_path: Path, check: Check, table: Adapter, message: str
+) -> None:
     with pytest.raises(AssertionError, match=message):
         check(table, pico_folder(tmp_path / "model", head_dim=12, intermediate_size=56))
 
@@ -125,26 +151,36 @@ ATTENTION = "model.layers.{i}.self_attn."
 
 
 def reordered(order: str) -> Adapter:
-    return replace(FUSED, fused={**FUSED.fused, f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{name}_proj.weight" for name in order)})
+    return replace(
+        FUSED,
+        fused={
+            **FUSED.fused,
+            f"{ATTENTION}qkv_proj.weight": tuple(
+                f"{ATTENTION}{name}_proj.weight" for name in order
+            ),
+        },
+    )
 
 
 @pytest.mark.parametrize(
     ("model_type", "check", "table", "message"),
     [
-        ("phi3", testing.permutations_are_exact, reordered("kqv"), "order in `fused` is wrong, of .*0.self_attn.q_proj.weight, "),
-        ("phi3", testing.gauges_are_exact, reordered("qvk"), '"value.0" is declared .*, on model.layers.0.self_attn.v_proj.weight, '),
-        ("phi3", testing.every_tensor_is_claimed_once, replace(FUSED, fused={}), "layers.0.self_attn.qkv_proj.weight is claimed 0 times"),
-        ("olmo2", testing.every_tensor_is_claimed_once, broken(f"{ATTENTION}q_norm.weight", OLMO, axes=("head_dim.{i}",)),
+        ("phi3", permutations_are_exact, reordered("kqv"), "order in `fused` is wrong, of .*0.self_attn.q_proj.weight, "),
+        ("phi3", gauges_are_exact, reordered("qvk"), '"value.0" is declared .*, on model.layers.0.self_attn.v_proj.weight, '),
+        ("phi3", every_tensor_is_claimed_once, replace(FUSED, fused={}), "layers.0.self_attn.qkv_proj.weight is claimed 0 times"),
+        ("olmo2", every_tensor_is_claimed_once, broken(f"{ATTENTION}q_norm.weight", OLMO, axes=("head_dim.{i}",)),
          r'layers.0.self_attn.q_norm.weight: axis 0 is declared "head_dim.0" \(12\), it has 48'),
-        ("olmo2", testing.every_gain_is_absorbed_by_its_readers, broken(Q, OLMO, gain="model.layers.{i}.post_attention_layernorm.weight"),
+        ("olmo2", every_gain_is_absorbed_by_its_readers, broken(Q, OLMO, gain="model.layers.{i}.post_attention_layernorm.weight"),
          r"post_attention_layernorm.weight is not absorbed by the readers that name it: \['model.layers.0.self_attn.q_proj.weight'\]"),
-        ("olmo2", testing.gauges_are_exact, broken(f"{ATTENTION}k_proj.weight", OLMO, gauge="key.{i}"),
+        ("olmo2", gauges_are_exact, broken(f"{ATTENTION}k_proj.weight", OLMO, gauge="key.{i}"),
          '"key.0" .* on model.layers.0.self_attn.k_proj.weight'),
-        ("qwen2", testing.every_tensor_is_claimed_once, without(f"{ATTENTION}k_proj.bias", adapter_for("qwen2")),
+        ("qwen2", every_tensor_is_claimed_once, without(f"{ATTENTION}k_proj.bias", adapter_for("qwen2")),
          "layers.0.self_attn.k_proj.bias is claimed 0 times"),
     ],
 )  # fmt: skip
-def test_broken_tables_of_other_architectures(tmp_path: Path, model_type: str, check: Check, table: Adapter, message: str) -> None:
+def test_broken_tables_of_other_architectures(
+    tmp_path: Path, model_type: str, check: Check, table: Adapter, message: str
+) -> None:
     with pytest.raises(AssertionError, match=message):
         check(table, pico_folder(tmp_path / "model", model_type, head_dim=12, intermediate_size=56))
 
@@ -162,12 +198,16 @@ def test_a_norm_on_what_a_branch_writes_allows_no_rotation(tmp_path: Path) -> No
     for name in (OUTPUT, "model.layers.{i}.post_attention_layernorm.weight"):
         table = broken(name, table, is_gain=False)  # as if they were biases
     with pytest.raises(AssertionError, match="a rotation of the stream changes logits by"):
-        testing.a_rotation_of_the_stream_is_exact_or_refused(table, folder)
+        a_rotation_of_the_stream_is_exact_or_refused(table, folder)
 
 
-@pytest.mark.parametrize("name", installed(STEPS))
-def test_every_step_here_is_as_specified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)  # a step may ask for a package that is not installed with it
+@pytest.mark.parametrize("name", installed_plugins(STEPS))
+def test_every_step_here_is_as_specified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda *_: True
+    )  # a step may ask for a package that is not installed with it
     needed: dict[str, dict[str, Any]] = {
         "chop": {"layers": 1}, "soups": {"ingredients": ["student"]}, "interpolation-barrier": {"between": ["variant", "elsewhere"]},
         "lm-eval": {"folder": "tasks", "tasks": ["one"]},
@@ -182,7 +222,9 @@ def test_a_fold_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)
 
 
-@parametrize_with_checks(step_class("procrustes")[0], {}, {"tie": 1}, checks=(*STEP_CHECKS, testing.a_planted_rotation_is_found))
+@parametrize_with_checks(
+    step_class("procrustes")[0], {}, {"tie": 1}, checks=(*STEP_CHECKS, a_planted_rotation_is_found)
+)
 def test_a_solver_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)
 
@@ -197,18 +239,27 @@ class Spin:
     bare: int = 0
 
     @hookimpl
-    def align(self, bank: Bank, maps: Maps, pair: Pair) -> Maps:
+    def align(self, activations: ActivationStore, maps: Maps, pair: Pair) -> Maps:
         """See `Specs.align`."""
-        R = torch.linalg.qr(torch.randn(pair.student.width, pair.student.width, dtype=torch.float64))[0]
+        R = torch.linalg.qr(
+            torch.randn(pair.student.width, pair.student.width, dtype=torch.float64)
+        )[0]
         if self.fault == "chance":
             return maps.add({"residual.0": Rotation(R)}, {})
         if self.fault == "input":
-            bank.rows("student", 0).zero_()
+            activations.rows("student", 0).zero_()
             path = pair.student.folder / "model.safetensors"
             path.write_bytes(path.read_bytes()[:-4] + torch.randn(1).numpy().tobytes())
         if self.fault == "none":
             return None  # type: ignore[return-value]
-        return maps.add({"residual.0": Rotation(torch.full_like(R, torch.nan) if self.fault == "nan" else torch.eye(len(R)))}, {})
+        return maps.add(
+            {
+                "residual.0": Rotation(
+                    torch.full_like(R, torch.nan) if self.fault == "nan" else torch.eye(len(R))
+                )
+            },
+            {},
+        )
 
 
 @step
@@ -218,7 +269,7 @@ class Astray:
     use: Literal["astray"] = "astray"
 
     @hookimpl
-    def align(self, bank: dict[str, int], maps: Maps) -> Maps:
+    def align(self, activations: dict[str, int], maps: Maps) -> Maps:
         """See `Specs.align`."""
         return maps
 
@@ -226,15 +277,22 @@ class Astray:
 @pytest.mark.parametrize(
     ("check", "cls", "fault", "told"),
     [
-        (testing.the_hook_is_as_specified, Astray, None, r"dict\[str, int\]"),
-        (testing.options_survive_toml_and_json, Spin, "", r"no text under \['bare'\]"),
-        (testing.it_does_the_same_again_and_changes_no_input, Spin, "chance", r"the result differs: \['map residual.0'\]"),
-        (testing.it_does_the_same_again_and_changes_no_input, Spin, "input", "the input differs"),
-        (testing.it_does_the_same_again_and_changes_no_input, Spin, "none", "the hook gave None"),
-        (testing.hard_inputs_are_solved_or_refused, Spin, "nan", r"not finite: \['map residual.0'\]"),
-        (testing.a_planted_rotation_is_found, Spin, "", "off the planted rotation by"),
+        (the_hook_is_as_specified, Astray, None, r"dict\[str, int\]"),
+        (options_survive_toml_and_json, Spin, "", r"no text under \['bare'\]"),
+        (
+            it_does_the_same_again_and_changes_no_input,
+            Spin,
+            "chance",
+            r"the result differs: \['map residual.0'\]",
+        ),
+        (it_does_the_same_again_and_changes_no_input, Spin, "input", "the input differs"),
+        (it_does_the_same_again_and_changes_no_input, Spin, "none", "the hook gave None"),
+        (hard_inputs_are_solved_or_refused, Spin, "nan", r"not finite: \['map residual.0'\]"),
+        (a_planted_rotation_is_found, Spin, "", "off the planted rotation by"),
     ],
 )
-def test_a_broken_step_is_told(tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str) -> None:
+def test_a_broken_step_is_told(
+    tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str
+) -> None:
     with pytest.raises(AssertionError, match=told):
         check(cls, {} if fault is None else {"fault": fault}, tmp_path)

@@ -18,7 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 Job = tuple[Path, dict[str, dict[str, float]], float]
 """Folder of the run, figures by variant and metric, seconds."""
 HALF = ("--set", "samples.limit=100", "--set", "samples.own_answers=32")
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+OFFLINE = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+    "HTTP_PROXY": "http://127.0.0.1:9",
+}
 ELSEWHERE = """
 import sys, json
 sys.modules["rotdistill_core"] = None  # any import of it fails
@@ -35,7 +40,9 @@ print(json.dumps({"tokens": made.shape[1] - ids["input_ids"].shape[1], "tied": t
 
 def rotdistill(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("rotdistill")), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=where, env=OFFLINE)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=where, env=OFFLINE
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +57,16 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
     table: dict[str, dict[str, float]] = {}
     for row in results:
-        assert list(row) == ["variant", "metric", "value", "split", "layer", "language", "n", "text"]
+        assert list(row) == [
+            "variant",
+            "metric",
+            "value",
+            "split",
+            "layer",
+            "language",
+            "n",
+            "text",
+        ]
         if row["layer"] is None and row["language"] is None:
             table.setdefault(str(row["variant"]), {})[str(row["metric"])] = float(str(row["value"]))
     return table
@@ -60,7 +76,9 @@ def test_transfer_brings_the_student_near_the_teacher(job: Job) -> None:
     table = job[1]
     assert table["full"]["kl"] <= 0.2 * table["base"]["kl"]
     assert table["refit"]["kl"] <= 0.2 * table["base"]["kl"]
-    assert table["full"]["kl"] < 1.02 * table["refit"]["kl"]  # the head was chosen on validation texts; it adds nothing here
+    assert (
+        table["full"]["kl"] < 1.02 * table["refit"]["kl"]
+    )  # the head was chosen on validation texts; it adds nothing here
     assert table["style-only"]["kl"] < table["base"]["kl"]
 
 
@@ -74,7 +92,7 @@ def test_exact_steps_change_nothing(job: Job) -> None:
 
 def test_the_certificate_is_in_the_ledger(job: Job) -> None:
     lines = [json.loads(line) for line in (job[0] / "ledger.jsonl").read_text().splitlines()]
-    (certificate,) = [line["notes"]["certificate"] for line in lines if line.get("id") == "fold"]
+    (certificate,) = [line["report"]["certificate"] for line in lines if line.get("id") == "fold"]
     assert certificate["logits_float64"] <= 1e-9
     assert certificate["logits_float32"] <= 1e-3
     assert certificate["kl_float32"] <= 1e-6
@@ -105,20 +123,31 @@ def test_every_checkpoint_loads_without_rotdistill(job: Job, tmp_path: Path) -> 
     for variant in job[1]:
         folder = tmp_path / variant
         shutil.copytree(job[0] / "checkpoints" / variant, folder)
-        done = subprocess.run([sys.executable, "-c", ELSEWHERE, str(folder)], capture_output=True, text=True, check=False, env=OFFLINE)
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=OFFLINE,
+        )
         assert done.returncode == 0, done.stderr
         seen = json.loads(done.stdout)
         assert seen["layers"] == 22
         assert seen["tokens"] >= 1
         assert seen["tied"] == (variant == "base")
-        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == (variant == "base")
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == (
+            variant == "base"
+        )
         assert (folder / "COMPLETE").is_file()
 
 
 def test_check_recomputes_and_names_a_flipped_byte(job: Job) -> None:
     where = job[0].parents[1]
     whole = rotdistill(where, "check", str(job[0]))
-    assert (whole.returncode, whole.stderr.strip().rpartition(" files, ")[2]) == (0, "23 maps, 1 folds taken back, 0 problems")
+    assert (whole.returncode, whole.stderr.strip().rpartition(" files, ")[2]) == (
+        0,
+        "23 maps, 1 folds taken back, 0 problems",
+    )
     shard = next((job[0] / "shards/student/residual").glob("00003.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.models import Model
-from rotdistill_core.samples import Layout
+from rotdistill_core.forward.head import final_norm, head_logits, log_probs
+from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.testing import final_states, pico_model, pico_samples, plain_transformers
-from rotdistill_core.walk import Walk, final_norm, head_logits, log_probabilities
-from rotdistill_core.weights import Weights
 
 CPU = torch.device("cpu")
 SITES = {"mid": 32, "neurons": 48, "mlp": 32, "heads": 32}
@@ -31,15 +32,17 @@ def llama(tmp_path: Path) -> Model:
 
 
 @pytest.fixture
-def layout() -> Layout:
+def layout() -> PackedTexts:
     return pico_samples(texts=12).layout
 
 
-def walk_of(weights: Weights, layout: Layout, dtype: torch.dtype = torch.float32, budget: int = 40) -> Walk:
-    return Walk(weights, layout, CPU, dtype, budget)
+def walk_of(
+    weights: Weights, layout: PackedTexts, dtype: torch.dtype = torch.float32, budget: int = 40
+) -> LayerwiseForward:
+    return LayerwiseForward(weights, layout, CPU, dtype, budget)
 
 
-def plain(model: Model, layout: Layout) -> tuple[list[Tensor], Tensor]:
+def plain(model: Model, layout: PackedTexts) -> tuple[list[Tensor], Tensor]:
     """Return the stream at every boundary and the logits of plain transformers in float32."""
     return plain_transformers(model.adapter, model.folder, layout, torch.float32)
 
@@ -52,8 +55,12 @@ def assert_near(made: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None
 @pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("prefix", [0, 6])
-def test_the_walk_computes_what_plain_transformers_computes(tmp_path: Path, model_type: str, tied: bool, prefix: int) -> None:
-    model = pico_model(tmp_path / "model", model_type, tie_word_embeddings=tied, **KINDS[model_type])
+def test_the_walk_computes_what_plain_transformers_computes(
+    tmp_path: Path, model_type: str, tied: bool, prefix: int
+) -> None:
+    model = pico_model(
+        tmp_path / "model", model_type, tie_word_embeddings=tied, **KINDS[model_type]
+    )
     layout = pico_samples(texts=12, prefix=prefix).layout
     states, logits = plain(model, layout)
     walk = walk_of(model.weights, layout)
@@ -62,11 +69,14 @@ def test_the_walk_computes_what_plain_transformers_computes(tmp_path: Path, mode
     for i in walk:
         walk.run()
         assert_near(walk.states, states[i + 1])
-    assert_near(head_logits(model.weights, final_norm(model.weights, walk.states), model.weights.head()), logits)
-    assert_near(log_probabilities(model.weights, walk.states), logits.log_softmax(-1))
+    assert_near(
+        head_logits(model.weights, final_norm(model.weights, walk.states), model.weights.head()),
+        logits,
+    )
+    assert_near(log_probs(model.weights, walk.states), logits.log_softmax(-1))
 
 
-def test_the_texts_of_these_tests_fall_into_batches_of_several_lengths(layout: Layout) -> None:
+def test_the_texts_of_these_tests_fall_into_batches_of_several_lengths(layout: PackedTexts) -> None:
     batches = layout.batches(40)
     lengths = [{len(layout.texts[k].tokens) for k in batch} for batch in batches]
     assert len(batches) > 2
@@ -75,32 +85,50 @@ def test_the_texts_of_these_tests_fall_into_batches_of_several_lengths(layout: L
 
 
 @pytest.mark.parametrize("budget", [1, 64, 10_000])
-def test_the_batch_budget_does_not_change_the_states(llama: Model, layout: Layout, budget: int) -> None:
+def test_the_batch_budget_does_not_change_the_states(
+    llama: Model, layout: PackedTexts, budget: int
+) -> None:
     walk = walk_of(llama.weights, layout, torch.float64, budget)
     for _ in walk:
         walk.run()
     assert_near(walk.states, final_states(llama.weights, layout), 1e-12)
 
 
-def test_the_shared_prefix_gives_what_every_text_alone_gives(llama: Model, layout: Layout) -> None:
-    apart = Layout(layout.texts, 0)
+def test_the_shared_prefix_gives_what_every_text_alone_gives(
+    llama: Model, layout: PackedTexts
+) -> None:
+    apart = PackedTexts(layout.texts, 0)
     alone, shared = final_states(llama.weights, apart), final_states(llama.weights, layout)
     for k in range(len(layout.texts)):
         first, last = apart.starts[k], apart.starts[k + 1]
         assert_near(alone[first : first + layout.prefix], shared[: layout.prefix], 1e-12)
-        assert_near(alone[first + layout.prefix : last], shared[layout.starts[k] : layout.starts[k + 1]], 1e-12)
+        assert_near(
+            alone[first + layout.prefix : last],
+            shared[layout.starts[k] : layout.starts[k + 1]],
+            1e-12,
+        )
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_plain_texts_are_walked_beside_those_with_the_prefix(tmp_path: Path, model_type: str) -> None:
+def test_plain_texts_are_walked_beside_those_with_the_prefix(
+    tmp_path: Path, model_type: str
+) -> None:
     model = pico_model(tmp_path / "model", model_type, **KINDS[model_type])
     mixed = pico_samples(texts=5, guard=3).layout
-    together, apart = final_states(model.weights, mixed), Layout(mixed.texts, 0)
+    together, apart = final_states(model.weights, mixed), PackedTexts(mixed.texts, 0)
     alone = final_states(model.weights, apart)
     for k, text in enumerate(mixed.texts):
         last = apart.starts[k + 1]
-        assert_near(together[mixed.starts[k] : mixed.starts[k + 1]], alone[apart.starts[k] + mixed.skipped(text) : last], 1e-12)
-    assert_near(final_states(model.weights, mixed.select("guard")), together[mixed.select("guard").rows_in(mixed)], 1e-12)
+        assert_near(
+            together[mixed.starts[k] : mixed.starts[k + 1]],
+            alone[apart.starts[k] + mixed.prefix_length(text) : last],
+            1e-12,
+        )
+    assert_near(
+        final_states(model.weights, mixed.select("guard")),
+        together[mixed.select("guard").row_indices_in(mixed)],
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
@@ -111,15 +139,22 @@ def test_float64_agrees_with_plain_transformers_to_float32(tmp_path: Path, model
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_observers_see_every_row_once_and_in_its_place(tmp_path: Path, model_type: str, layout: Layout) -> None:
+def test_observers_see_every_row_once_and_in_its_place(
+    tmp_path: Path, model_type: str, layout: PackedTexts
+) -> None:
     model = pico_model(tmp_path / "model", model_type, **KINDS[model_type])
     walk = walk_of(model.weights, layout, torch.float64)
     for i in walk:
-        seen = {site: torch.full((layout.rows, width), torch.nan, dtype=torch.float64) for site, width in SITES.items()}
+        seen = {
+            site: torch.full((layout.rows, width), torch.nan, dtype=torch.float64)
+            for site, width in SITES.items()
+        }
         seen["output"] = torch.full((layout.rows, 32), torch.nan, dtype=torch.float64)
         visits = dict.fromkeys(seen, 0)
 
-        def note(site: str, rows: Tensor, values: Tensor, seen: dict = seen, visits: dict = visits) -> None:
+        def note(
+            site: str, rows: Tensor, values: Tensor, seen: dict = seen, visits: dict = visits
+        ) -> None:
             assert bool(seen[site][rows].isnan().all())
             seen[site][rows] = values
             visits[site] += len(rows)
@@ -135,7 +170,9 @@ def test_observers_see_every_row_once_and_in_its_place(tmp_path: Path, model_typ
         assert_near(seen["heads"] @ o.T, seen["mid"] - before, 1e-12)
 
 
-def test_a_run_that_does_not_keep_leaves_the_states_and_the_layer_open(llama: Model, layout: Layout) -> None:
+def test_a_run_that_does_not_keep_leaves_the_states_and_the_layer_open(
+    llama: Model, layout: PackedTexts
+) -> None:
     walk = walk_of(llama.weights, layout)
     outputs = torch.empty(layout.rows, 32)
 
@@ -152,18 +189,26 @@ def test_a_run_that_does_not_keep_leaves_the_states_and_the_layer_open(llama: Mo
         assert walk.boundary == i + 1
 
 
-def test_observers_are_gone_after_their_run(llama: Model, layout: Layout) -> None:
+def test_observers_are_gone_after_their_run(llama: Model, layout: PackedTexts) -> None:
     walk = walk_of(llama.weights, layout)
     calls: list[int] = []
     for _ in walk:
-        walk.run({"neurons": lambda rows, _: calls.append(len(rows)), "output": lambda rows, _: calls.append(len(rows))}, keep=False)
+        walk.run(
+            {
+                "neurons": lambda rows, _: calls.append(len(rows)),
+                "output": lambda rows, _: calls.append(len(rows)),
+            },
+            keep=False,
+        )
         first = len(calls)
         walk.run()
         assert len(calls) == first
         calls.clear()
 
 
-def test_replacing_a_parameter_equals_walking_the_edited_weights(llama: Model, layout: Layout) -> None:
+def test_replacing_a_parameter_equals_walking_the_edited_weights(
+    llama: Model, layout: PackedTexts
+) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     new = -2.0 * llama.weights[name]
     walk, edited = walk_of(llama.weights, layout), walk_of(llama.weights.edit({name: new}), layout)
@@ -173,11 +218,15 @@ def test_replacing_a_parameter_equals_walking_the_edited_weights(llama: Model, l
         walk.run()
         edited.run()
     assert torch.equal(walk.states, edited.states)
-    assert not torch.allclose(walk.states, final_states(llama.weights, layout, torch.float32), atol=1e-2)
+    assert not torch.allclose(
+        walk.states, final_states(llama.weights, layout, torch.float32), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 4])
-def test_a_walk_from_a_later_boundary_ends_where_the_whole_walk_ends(tmp_path: Path, layout: Layout, start: int) -> None:
+def test_a_walk_from_a_later_boundary_ends_where_the_whole_walk_ends(
+    tmp_path: Path, layout: PackedTexts, start: int
+) -> None:
     model = pico_model(tmp_path / "model", num_hidden_layers=4)
     whole = walk_of(model.weights, layout)
     kept = [whole.states.clone()]
@@ -194,14 +243,18 @@ def test_a_walk_from_a_later_boundary_ends_where_the_whole_walk_ends(tmp_path: P
     assert torch.equal(late.states, kept[-1])
 
 
-def test_a_layer_that_was_opened_and_not_moved_on_is_an_error(llama: Model, layout: Layout) -> None:
+def test_a_layer_that_was_opened_and_not_moved_on_is_an_error(
+    llama: Model, layout: PackedTexts
+) -> None:
     walk = walk_of(llama.weights, layout)
-    with pytest.raises(RotdistillError, match="layer 0 was opened and the states were not moved on"):
+    with pytest.raises(
+        RotdistillError, match="layer 0 was opened and the states were not moved on"
+    ):
         for _ in walk:
             walk.run(keep=False)
 
 
-def test_a_walk_leaves_the_weights_view_as_it_was(llama: Model, layout: Layout) -> None:
+def test_a_walk_leaves_the_weights_view_as_it_was(llama: Model, layout: PackedTexts) -> None:
     before = {name: llama.weights[name].clone() for name in llama.weights.entries}
     final_states(llama.weights, layout)
     assert all(torch.equal(llama.weights[name], tensor) for name, tensor in before.items())

@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
-from rotdistill_answers import Answers, compared, identifier, steps, words
+from rotdistill_answers.step import Answers, compared, identifier, steps, words
 
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.pipeline import Outcome
-from rotdistill_core.recipe import load
-from rotdistill_core.step import stage_of
-from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts, pico_tokenizer
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts, pico_tokenizer, run_recipe
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "The temple is one of the largest religious monuments in the world."
@@ -36,12 +36,12 @@ cut = ["chop"]
 )
 
 
-def ran(work: Path, options: str = "") -> Outcome:
+def ran(work: Path, options: str = "") -> RunResult:
     pico_texts(work / "texts")
     pico_folder(work / "model", num_hidden_layers=3)
     path = work / "said.toml"
     path.write_text(RECIPE.format(work=work, options=options), encoding="utf-8")
-    return carry_out(path)
+    return run_recipe(path)
 
 
 def language_of(text: str) -> str:
@@ -76,16 +76,26 @@ def test_twice_and_half_the_length_are_equally_far(times: float, gap: float) -> 
 
 def test_no_answer_at_all_has_finite_figures() -> None:
     found = compared(ENGLISH, "", "en", language_of)
-    assert (found["answer_chrf"], found["answer_language"], found["answer_length_gap"]) == (0, 0, pytest.approx(math.log(len(ENGLISH))))
+    assert (found["answer_chrf"], found["answer_language"], found["answer_length_gap"]) == (
+        0,
+        0,
+        pytest.approx(math.log(len(ENGLISH))),
+    )
 
 
-@pytest.mark.parametrize(("file", "columns"), [("index.tsv", ("question", "blurb")), ("heldout.tsv", ("question",))])
+@pytest.mark.parametrize(
+    ("file", "columns"), [("index.tsv", ("question", "blurb")), ("heldout.tsv", ("question",))]
+)
 def test_the_language_of_every_shipped_text_is_known(file: str, columns: tuple[str, ...]) -> None:
     with (ROOT / "samples" / file).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     known, which = identifier(row["language"] for row in rows)
     assert {row["language"] for row in rows} <= known
-    assert [row["id"] for row in rows if any(which(row[column]) != row["language"] for column in columns)] == []
+    assert [
+        row["id"]
+        for row in rows
+        if any(which(row[column]) != row["language"] for column in columns)
+    ] == []
 
 
 @pytest.mark.parametrize("text", ["", ", , , , ,", "1 2 3"])
@@ -109,7 +119,10 @@ def test_words_leave_out_special_tokens() -> None:
 def test_the_uncut_student_says_what_its_teacher_says(tmp_path: Path) -> None:
     outcome = ran(tmp_path)
     whole = {(row.variant, row.metric): row for row in outcome.rows if row.text is None}
-    assert (whole["whole", "answer_chrf"].value, whole["whole", "answer_length_gap"].value) == (pytest.approx(100), 0)
+    assert (whole["whole", "answer_chrf"].value, whole["whole", "answer_length_gap"].value) == (
+        pytest.approx(100),
+        0,
+    )
     assert whole["cut", "answer_chrf"].value < 90
     assert whole["cut", "answer_chrf"].n == 3
     for (variant, metric), row in whole.items():
@@ -118,12 +131,16 @@ def test_the_uncut_student_says_what_its_teacher_says(tmp_path: Path) -> None:
         assert sum(other.value for other in texts) / 3 == pytest.approx(row.value)
     said = outcome.steps["cut", "answers"].notes["answers"]
     assert said["held-1"]["question"].startswith("w")
-    assert said["held-1"]["teacher"] == outcome.steps["whole", "answers"].notes["answers"]["held-1"]["said"] != said["held-1"]["said"]
+    assert (
+        said["held-1"]["teacher"]
+        == outcome.steps["whole", "answers"].notes["answers"]["held-1"]["said"]
+        != said["held-1"]["said"]
+    )
 
 
 def test_answers_are_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ran(tmp_path)
-    monkeypatch.setattr("rotdistill_core.answers.greedy", None)
+    monkeypatch.setattr("rotdistill_core.forward.generate.greedy_answers", None)
     again = ran(tmp_path)
     assert again.rows == first.rows
     assert again.steps["cut", "answers"].notes == first.steps["cut", "answers"].notes
@@ -141,4 +158,4 @@ def test_an_answer_of_no_tokens_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "said.toml"
     path.write_text(RECIPE.format(work=tmp_path, options="tokens = 0"), encoding="utf-8")
     with pytest.raises(RecipeError, match="tokens"):
-        load(path)
+        load_recipe(path)

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from rotdistill_facts import judge, states
-from rotdistill_wording import plain
+from rotdistill_answers._facts import judge, states
+from rotdistill_answers._normalize import plain
 
-from rotdistill_core.samples import Claim
+from rotdistill_core.data.questions import Claim
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 
@@ -25,10 +25,18 @@ def labelled(name: str) -> list[tuple[dict[str, str], set[str], set[str]]]:
     asked = {row["id"]: row for row in table(ROOT / "samples" / "heldout.tsv")}
     found = []
     for row in table(HERE / name):
-        claims = [[Claim(**c) for c in json.loads(asked[row["id"]][column])] for column in ("facts", "falsehoods")]
+        claims = [
+            [Claim(**c) for c in json.loads(asked[row["id"]][column])]
+            for column in ("facts", "falsehoods")
+        ]
         judged = judge(row["answer"], *claims, row["language"])
         named = zip(claims, judged, ("123456", "abcd"), strict=True)
-        scored = {mark for some, what, marks in named for claim, mark in zip(some, marks, strict=True) if claim.what in what}
+        scored = {
+            mark
+            for some, what, marks in named
+            for claim, mark in zip(some, marks, strict=True)
+            if claim.what in what
+        }
         found.append((row, set(row["facts"] + row["falsehoods"]) - {"-"}, scored))
     return found
 
@@ -36,7 +44,11 @@ def labelled(name: str) -> list[tuple[dict[str, str], set[str], set[str]]]:
 def test_the_scorers_agree_with_labels_made_by_hand() -> None:
     found = labelled("labelled.tsv")
     assert len(found) == 60
-    differ = [(row["id"], row["kind"], sorted(said), sorted(scored)) for row, said, scored in found if said != scored]
+    differ = [
+        (row["id"], row["kind"], sorted(said), sorted(scored))
+        for row, said, scored in found
+        if said != scored
+    ]
     assert len(differ) / 60 <= 0.05, differ
     listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` {kind} |" in listed for name, kind, *_ in differ)
@@ -44,15 +56,32 @@ def test_the_scorers_agree_with_labels_made_by_hand() -> None:
 
 
 def test_on_answers_that_nobody_tuned_by_the_readme_says_how_often_it_errs() -> None:
-    found = labelled("blind.tsv")  # by somebody who saw the claims, and neither scorer nor phrases; not to be improved on
+    found = labelled(
+        "blind.tsv"
+    )  # by somebody who saw the claims, and neither scorer nor phrases; not to be improved on
     assert len(found) == 120
-    assert all(row["second"] in ("", row["facts"].strip("-") + row["falsehoods"].strip("-") or "-") for row, *_ in found)
+    assert all(
+        row["second"] in ("", row["facts"].strip("-") + row["falsehoods"].strip("-") or "-")
+        for row, *_ in found
+    )
     wrong = [len(said ^ scored) for _, said, scored in found]
     assert sum(wrong) / 1200 <= 0.05
     listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert f"right in {wrong.count(0)} of 120 answers, and errs in {sum(wrong)} of 1,200 single decisions" in listed
-    signs = (" ".join([*(f"-{m}" for m in sorted(said - scored)), *(f"+{m}" for m in sorted(scored - said))]) for _, said, scored in found)
-    errors = [f"{row['id'][5:]} {row['kind']} {sign}" for (row, *_), sign in zip(found, signs, strict=True) if sign]
+    assert (
+        f"right in {wrong.count(0)} of 120 answers, and errs in {sum(wrong)} of 1,200 single decisions"
+        in listed
+    )
+    signs = (
+        " ".join(
+            [*(f"-{m}" for m in sorted(said - scored)), *(f"+{m}" for m in sorted(scored - said))]
+        )
+        for _, said, scored in found
+    )
+    errors = [
+        f"{row['id'][5:]} {row['kind']} {sign}"
+        for (row, *_), sign in zip(found, signs, strict=True)
+        if sign
+    ]
     assert ", ".join(errors) in listed.replace("\n", " ")
 
 
@@ -183,7 +212,9 @@ SAID = [
 
 @pytest.mark.parametrize(("language", "text", "phrase"), [*DENIED, *SAID])
 def test_a_phrase_that_is_denied_is_not_stated(language: str, text: str, phrase: str) -> None:
-    assert states(plain(text, language), Claim("", (phrase,)), language) is ((language, text, phrase) in SAID)
+    assert states(plain(text, language), Claim("", (phrase,)), language) is (
+        (language, text, phrase) in SAID
+    )
 
 
 @pytest.mark.parametrize(

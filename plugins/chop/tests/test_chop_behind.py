@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core.models import open_model
-from rotdistill_core.pipeline import Outcome
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.testing import carry_out, final_states, pico_folder, pico_head, pico_samples, pico_texts, reopen
-from rotdistill_core.weights import Weights
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.testing import (
+    final_states,
+    pico_folder,
+    pico_head,
+    pico_samples,
+    pico_texts,
+    reopen,
+    run_recipe,
+)
 
 RECIPE = (
     pico_head("cut", "{teacher}", "{student}")
@@ -43,7 +51,7 @@ writers = ["heads", "neurons"]
 id = "head"
 use = "lm-head-ridge"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 rotated = ["basis", "fold"]
@@ -62,14 +70,20 @@ CUTS = (
 )
 
 
-def carried(work: Path, chop: str, student: str) -> tuple[Outcome, dict[tuple[str, str], float]]:
+def carried(work: Path, chop: str, student: str) -> tuple[RunResult, dict[tuple[str, str], float]]:
     pico_folder(work / "teacher", num_hidden_layers=5)
     pico_folder(work / "other", num_hidden_layers=5, seed=1)
     pico_texts(work / "texts", blurbs=30)
     path = work / "recipe.toml"
-    path.write_text(RECIPE.format(teacher=work / "teacher", student=work / student, chop=chop), encoding="utf-8")
-    outcome = carry_out(path)
-    return outcome, {(row.variant, row.metric): row.value for row in outcome.rows if row.layer is None and row.language is None}
+    path.write_text(
+        RECIPE.format(teacher=work / "teacher", student=work / student, chop=chop), encoding="utf-8"
+    )
+    outcome = run_recipe(path)
+    return outcome, {
+        (row.variant, row.metric): row.value
+        for row in outcome.rows
+        if row.layer is None and row.language is None
+    }
 
 
 @pytest.mark.parametrize("chop", CUTS)
@@ -77,7 +91,9 @@ def test_every_later_step_works_behind_every_cut(tmp_path: Path, chop: str) -> N
     _, found = carried(tmp_path, chop, "teacher")
     assert all(math.isfinite(value) for value in found.values())
     assert found["rotated", "kl"] == pytest.approx(found["base", "kl"], rel=1e-4)
-    assert found["rotated", "hidden_cosine"] == pytest.approx(found["base", "hidden_cosine"], rel=1e-4)
+    assert found["rotated", "hidden_cosine"] == pytest.approx(
+        found["base", "hidden_cosine"], rel=1e-4
+    )
     assert found["refit", "kl"] < found["base", "kl"]
     assert found["refit", "hidden_cosine"] >= found["base", "hidden_cosine"]
     assert found["full", "kl"] == pytest.approx(found["refit", "kl"], rel=0.1)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rotdistill_llama_adapter import LLAMA, adapters
+from rotdistill_llama_adapter.table import LLAMA, adapters
 
-from rotdistill_core.adapter import Adapter
-from rotdistill_core.plugins import adapter_for
+from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.plugin.registry import adapter_for
 from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
 
 CHANGES: list[dict[str, object]] = [
@@ -26,5 +26,7 @@ def test_the_installed_adapter_is_this_one() -> None:
 
 @pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
-def test_the_table_holds(tmp_path: Path, check: Callable[[Adapter, Path], None], changes: dict[str, object]) -> None:
+def test_the_table_holds(
+    tmp_path: Path, check: Callable[[Adapter, Path], None], changes: dict[str, object]
+) -> None:
     check(LLAMA, pico_folder(tmp_path / "model", "llama", **changes))

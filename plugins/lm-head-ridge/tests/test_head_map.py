@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rotdistill_head_map import Lesson, fit_map, lesson, likeliest
+from rotdistill_lm_head_ridge._kl_head import Lesson, fit_map, lesson, likeliest
 from torch import Tensor
 
 from rotdistill_core.errors import RotdistillError
 
 
-def problem(seed: int = 0, n: int = 400, d: int = 6, V: int = 40, size: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    seed: int = 0, n: int = 400, d: int = 6, V: int = 40, size: float = 0.4
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows, a head, and a planted map; channels of very different size."""
     maker = torch.Generator().manual_seed(seed)
     X = torch.randn(n, d, generator=maker) * torch.logspace(-1, 1, d)
     H = torch.randn(V, d, generator=maker) / torch.logspace(-1, 1, d)
-    return X, H, size * torch.randn(d, d, generator=maker) / torch.logspace(-1, 1, d)[:, None] * torch.logspace(-1, 1, d)
+    return (
+        X,
+        H,
+        size
+        * torch.randn(d, d, generator=maker)
+        / torch.logspace(-1, 1, d)[:, None]
+        * torch.logspace(-1, 1, d),
+    )
 
 
 def lessons(X: Tensor, H: Tensor, M: Tensor, tokens: Tensor) -> Lesson:
@@ -48,7 +57,9 @@ def test_a_stronger_anchor_moves_less() -> None:
     fit = lessons(X, H, M, torch.arange(40))
     moved = []
     for strength in (0.0, 1e-2, 1e2):
-        found = fit_map(X, H, fit, lambda N: float(fit.kl((X + X @ N) @ H.T).mean()), strength, 30, quiet)
+        found = fit_map(
+            X, H, fit, lambda N: float(fit.kl((X + X @ N) @ H.T).mean()), strength, 30, quiet
+        )
         moved.append(float((X @ found @ H.T).pow(2).mean()))
     assert moved[0] > moved[1] > 10 * moved[2]
 
@@ -56,7 +67,9 @@ def test_a_stronger_anchor_moves_less() -> None:
 def test_what_validation_does_not_like_is_not_taken() -> None:
     X, H, M = problem()
     fit, against = lessons(X, H, M, torch.arange(40)), lessons(X, H, -M, torch.arange(40))
-    found = fit_map(X, H, fit, lambda N: float(against.kl((X + X @ N) @ H.T).mean()), 0.0, 30, quiet)
+    found = fit_map(
+        X, H, fit, lambda N: float(against.kl((X + X @ N) @ H.T).mean()), 0.0, 30, quiet
+    )
     assert torch.equal(found, torch.zeros_like(M))
 
 
@@ -69,7 +82,9 @@ def test_tokens_put_together_keep_their_weight() -> None:
     whole = (said.exp() * (said - own)).sum(-1)
     together = made.kl(X @ H[some].T)
     assert (together <= whole + 1e-5).all()  # a coarser partition tells less apart
-    torch.testing.assert_close(lessons(X, H, M, torch.arange(40)).kl(X @ H.T), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        lessons(X, H, M, torch.arange(40)).kl(X @ H.T), whole, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_likeliest_tokens_of_either_are_told_apart() -> None:

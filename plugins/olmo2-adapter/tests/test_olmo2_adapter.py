@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rotdistill_olmo2_adapter import OLMO2
+from rotdistill_olmo2_adapter.table import OLMO2
 
-from rotdistill_core.plugins import adapter_for
+from rotdistill_core.plugin.registry import adapter_for
 from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
 
-CHANGES = [{"head_dim": 12, "intermediate_size": 56}, {"intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": False}]
+CHANGES = [
+    {"head_dim": 12, "intermediate_size": 56},
+    {"intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": False},
+]
 
 
 def test_the_installed_adapter_is_this_one() -> None:
@@ -20,5 +23,7 @@ def test_the_installed_adapter_is_this_one() -> None:
 
 @pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
-def test_the_table_holds(tmp_path: Path, check: Callable[..., None], changes: dict[str, object]) -> None:
+def test_the_table_holds(
+    tmp_path: Path, check: Callable[..., None], changes: dict[str, object]
+) -> None:
     check(OLMO2, pico_folder(tmp_path / "model", "olmo2", **changes))

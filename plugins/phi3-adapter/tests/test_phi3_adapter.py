@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rotdistill_phi3_adapter import PHI3
+from rotdistill_phi3_adapter.table import PHI3
 
-from rotdistill_core.headers import folder_headers
-from rotdistill_core.plugins import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, carry_out, pico_folder, pico_head, pico_texts
+from rotdistill_core.checkpoint.headers import folder_headers
+from rotdistill_core.plugin.registry import adapter_for
+from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder, pico_head, pico_texts, run_recipe
 
-CHANGES = [{"head_dim": 12, "intermediate_size": 56, "tie_word_embeddings": False}, {"intermediate_size": 40, "num_key_value_heads": 4}]
+CHANGES = [
+    {"head_dim": 12, "intermediate_size": 56, "tie_word_embeddings": False},
+    {"intermediate_size": 40, "num_key_value_heads": 4},
+]
 
 
 def test_the_installed_adapter_is_this_one() -> None:
@@ -21,7 +24,9 @@ def test_the_installed_adapter_is_this_one() -> None:
 
 @pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
-def test_the_table_holds(tmp_path: Path, check: Callable[..., None], changes: dict[str, object]) -> None:
+def test_the_table_holds(
+    tmp_path: Path, check: Callable[..., None], changes: dict[str, object]
+) -> None:
     check(PHI3, pico_folder(tmp_path / "model", "phi3", **changes))
 
 
@@ -50,7 +55,7 @@ use = "basis-fold"
 id = "refit"
 use = "writer-refit"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 exact = ["basis", "heads", "gauge", "fold"]
@@ -59,13 +64,19 @@ full = ["basis", "fold", "refit"]
 )
 
 
-def test_a_fused_checkpoint_goes_through_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_checkpoint_goes_through_a_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pico_folder(tmp_path / "model", "phi3", num_hidden_layers=3, intermediate_size=56)
     pico_texts(tmp_path / "texts")
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    made = carry_out(tmp_path / "recipe.toml")
-    kl = {row.variant: row.value for row in made.rows if row.metric == "kl" and row.language is None and row.text is None}
+    made = run_recipe(tmp_path / "recipe.toml")
+    kl = {
+        row.variant: row.value
+        for row in made.rows
+        if row.metric == "kl" and row.language is None and row.text is None
+    }
     assert kl["exact"] == pytest.approx(kl["base"], abs=1e-4)
     names = set(folder_headers(made.checkpoints["exact"]))
     assert "model.layers.1.self_attn.qkv_proj.weight" in names

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from rotdistill_random_rotation import RandomRotation
+from rotdistill_procrustes.random_rotation import RandomRotation
 
+from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.maps import Maps
-from rotdistill_core.models import Pair
+from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.testing import pico_model
 
 
 @pytest.mark.parametrize("width", [32, 48])
 def test_its_rotations_are_rotations_and_always_the_same(tmp_path: Path, width: int) -> None:
-    pair = Pair(pico_model(tmp_path / "teacher", hidden_size=width), pico_model(tmp_path / "student"))
+    pair = Pair(
+        pico_model(tmp_path / "teacher", hidden_size=width), pico_model(tmp_path / "student")
+    )
     one, again = (RandomRotation().align(pair.student.weights, Maps(), pair) for _ in range(2))
     each = RandomRotation(tie=1).align(pair.student.weights, Maps(), pair)
     assert sorted(one) == sorted(each) == ["residual.0", "residual.1", "residual.2"]

@@ -7,14 +7,22 @@ import scipy.linalg
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from rotdistill_procrustes import Procrustes, complete, orthogonal, powers, roots
-from rotdistill_streams import Sums, add_up, cosine, gap_at
+from rotdistill_procrustes.step import Procrustes, complete, orthogonal, powers, roots
 
+from rotdistill_core.alignment.streams import StreamSums, cosine, spectral_gap, sum_streams
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.moments import polar
+from rotdistill_core.linalg.solvers import polar
 from rotdistill_core.testing import other_signs, random_rotation
 
-KINDS = ["plain", "rank-deficient", "few rows", "repeated", "constant channel", "duplicated channel", "shifted"]
+KINDS = [
+    "plain",
+    "rank-deficient",
+    "few rows",
+    "repeated",
+    "constant channel",
+    "duplicated channel",
+    "shifted",
+]
 widths, seeds = st.integers(4, 12), st.integers(0, 10**6)
 solvers = st.builds(
     lambda whiten, ridge, shrink: Procrustes(whiten=whiten, ridge=ridge if whiten != "none" else 0.0, shrink=shrink),
@@ -31,7 +39,10 @@ def rows(kind: str, n: int, d: int, seed: int) -> torch.Tensor:
         spread[d // 2 :] = 0
     Z = torch.randn(n, d, dtype=torch.float64, generator=maker)
     if kind == "repeated":
-        spread, Z = torch.where(torch.arange(d) < d // 2, 1.0, 0.3).double(), torch.linalg.qr(Z).Q * n**0.5
+        spread, Z = (
+            torch.where(torch.arange(d) < d // 2, 1.0, 0.3).double(),
+            torch.linalg.qr(Z).Q * n**0.5,
+        )
     X = (Z * spread) @ random_rotation(d, seed)
     if kind == "constant channel":
         X[:, 1] = 0.7
@@ -40,19 +51,25 @@ def rows(kind: str, n: int, d: int, seed: int) -> torch.Tensor:
     return X + 2.0 if kind == "shifted" else X
 
 
-def sums(S: torch.Tensor, T: torch.Tensor, chunk: int = 10**6) -> Sums:
-    parts = list(zip(S.split(chunk), T.split(chunk), T.roll(len(T) // 2, 0).split(chunk), strict=True))
-    return add_up([parts], S.shape[1], T.shape[1])
+def sums(S: torch.Tensor, T: torch.Tensor, chunk: int = 10**6) -> StreamSums:
+    parts = list(
+        zip(S.split(chunk), T.split(chunk), T.roll(len(T) // 2, 0).split(chunk), strict=True)
+    )
+    return sum_streams([parts], S.shape[1], T.shape[1])
 
 
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(KINDS), solvers, widths, st.integers(0, 6), seeds)
-def test_a_planted_map_is_found_or_refused_with_the_reason(kind: str, solver: Procrustes, d: int, wider: int, seed: int) -> None:
+def test_a_planted_map_is_found_or_refused_with_the_reason(
+    kind: str, solver: Procrustes, d: int, wider: int, seed: int
+) -> None:
     S = rows(kind, 20 * d, d, seed)
     planted = random_rotation(d + wider, seed + 1)[:d]
     T = S @ planted
     given_sums = sums(S, T)
-    values = torch.linalg.eigvalsh(given_sums.centred()[0] if solver.whiten != "none" else given_sums.ss).flip(0)
+    values = torch.linalg.eigvalsh(
+        given_sums.centred()[0] if solver.whiten != "none" else given_sums.ss
+    ).flip(0)
     k = round(solver.shrink * d)
     try:
         made = solver.solve(given_sums, "here")
@@ -75,7 +92,9 @@ def test_a_planted_map_is_found_or_refused_with_the_reason(kind: str, solver: Pr
 @settings(max_examples=60, deadline=None)
 @given(solvers, st.integers(16, 24), seeds)
 def test_shuffled_rows_give_no_map(solver: Procrustes, d: int, seed: int) -> None:
-    S = torch.randn(20 * d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * torch.linspace(1, 0.7, d)
+    S = torch.randn(
+        20 * d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ) * torch.linspace(1, 0.7, d)
     T = S @ random_rotation(d, seed + 1)
     true, null = (solver.solve(each, "here").R for each in (sums(S, T), sums(S, T).shuffled()))
     assert cosine(S @ true, T) > 1 - 1e-9
@@ -83,11 +102,24 @@ def test_shuffled_rows_give_no_map(solver: Procrustes, d: int, seed: int) -> Non
 
 
 @settings(max_examples=60, deadline=None)
-@given(solvers, st.sampled_from(["plain", "rank-deficient", "few rows", "shifted"]), widths, st.integers(0, 6), seeds)
-def test_other_signs_chunks_and_threads_give_the_same_map(solver: Procrustes, kind: str, d: int, wider: int, seed: int) -> None:
+@given(
+    solvers,
+    st.sampled_from(["plain", "rank-deficient", "few rows", "shifted"]),
+    widths,
+    st.integers(0, 6),
+    seeds,
+)
+def test_other_signs_chunks_and_threads_give_the_same_map(
+    solver: Procrustes, kind: str, d: int, wider: int, seed: int
+) -> None:
     S = rows(kind, 20 * d, d, seed)
-    noise = torch.randn(len(S), d + wider, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2))
-    T = S @ random_rotation(d + wider, seed + 1)[:d] + (0 if kind in ("rank-deficient", "few rows") else 0.05) * noise
+    noise = torch.randn(
+        len(S), d + wider, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2)
+    )
+    T = (
+        S @ random_rotation(d + wider, seed + 1)[:d]
+        + (0 if kind in ("rank-deficient", "few rows") else 0.05) * noise
+    )
     expected = solver.solve(sums(S, T), "here").R
     with other_signs(seed):
         assert float((solver.solve(sums(S, T), "here").R - expected).abs().max()) < 1e-10
@@ -105,7 +137,9 @@ def test_other_signs_are_seen_where_they_matter() -> None:
     seen = []
     for seed in range(4):
         with other_signs(seed):
-            seen.append((torch.linalg.eigh(C)[1].diagonal().sum(), scipy.linalg.svd(C.numpy())[0].trace()))
+            seen.append(
+                (torch.linalg.eigh(C)[1].diagonal().sum(), scipy.linalg.svd(C.numpy())[0].trace())
+            )
     assert len(set(seen)) > 1
 
 
@@ -117,7 +151,10 @@ def test_whitening_hears_quiet_channels() -> None:
     T = S @ Q + 0.3 * noise
     S[:, 0] *= 30
     made = sums(S, T)
-    wrong = {whiten: float((Procrustes(whiten=whiten).solve(made, "here").R - Q).norm()) for whiten in ("none", "full")}
+    wrong = {
+        whiten: float((Procrustes(whiten=whiten).solve(made, "here").R - Q).norm())
+        for whiten in ("none", "full")
+    }
     assert wrong["full"] < 0.5 * wrong["none"]
 
 
@@ -126,7 +163,10 @@ def test_ridge_goes_from_the_whitened_solve_to_the_plain_one() -> None:
     T = S @ random_rotation(8, 1) + 0.3 * rows("plain", 200, 8, 5)
     made = sums(S, T)
     plain, _ = polar(made.centred()[1], "here")
-    far = [float((Procrustes(whiten="full", ridge=ridge).solve(made, "here").R - plain).norm()) for ridge in (0.0, 1.0, 1e6)]
+    far = [
+        float((Procrustes(whiten="full", ridge=ridge).solve(made, "here").R - plain).norm())
+        for ridge in (0.0, 1.0, 1e6)
+    ]
     assert far[0] > 0.1
     assert far[0] > far[1] > far[2]
     assert far[2] < 1e-5
@@ -148,9 +188,14 @@ def test_shrink_keeps_leading_directions_apart() -> None:
     solution = Procrustes(shrink=0.5).solve(made, "here")
     P, P_t = (torch.linalg.eigh(C)[1][:, -4:] for C in (made.ss, made.tt))
     assert solution.k == 4
-    for inside, outside in ((P, P_t), (torch.linalg.eigh(made.ss)[1][:, :4], torch.linalg.eigh(made.tt)[1][:, :4])):
+    for inside, outside in (
+        (P, P_t),
+        (torch.linalg.eigh(made.ss)[1][:, :4], torch.linalg.eigh(made.tt)[1][:, :4]),
+    ):
         assert torch.linalg.matrix_norm(inside.T @ solution.R @ outside, 2) > 1 - 1e-9
-        lost = float((solution.R.T @ inside - outside @ (outside.T @ solution.R.T @ inside)).abs().max())
+        lost = float(
+            (solution.R.T @ inside - outside @ (outside.T @ solution.R.T @ inside)).abs().max()
+        )
         assert lost < 1e-9
     free = Procrustes().solve(made, "here").R
     assert float((P.T @ free @ torch.linalg.eigh(made.tt)[1][:, :4]).abs().max()) > 1e-3
@@ -159,7 +204,9 @@ def test_shrink_keeps_leading_directions_apart() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(widths, st.integers(0, 6), st.integers(0, 4), seeds)
-def test_what_a_map_leaves_open_is_completed_by_procrustes(d: int, wider: int, rank: int, seed: int) -> None:
+def test_what_a_map_leaves_open_is_completed_by_procrustes(
+    d: int, wider: int, rank: int, seed: int
+) -> None:
     Q = random_rotation(d + wider, seed)[:d]
     S = rows("plain", 20 * d, d, seed + 1)
     inside = torch.linalg.eigh(S.T @ S)[1][:, :rank]
@@ -167,7 +214,9 @@ def test_what_a_map_leaves_open_is_completed_by_procrustes(d: int, wider: int, r
     torch.testing.assert_close(complete(A, S.T @ S @ Q, "here")[0], Q, rtol=0, atol=1e-9)
     other = complete(A, torch.zeros_like(A), "here")[0]
     torch.testing.assert_close(inside.T @ other, inside.T @ Q, rtol=0, atol=1e-9)
-    torch.testing.assert_close(other @ other.T, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        other @ other.T, torch.eye(d, dtype=torch.float64), rtol=0, atol=1e-9
+    )
 
 
 def test_small_pieces() -> None:
@@ -181,15 +230,20 @@ def test_small_pieces() -> None:
     torch.testing.assert_close(W @ C @ W, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close(half @ half, C, rtol=0, atol=1e-9)
     S = torch.tensor([4.0, 3.0, 1.0])
-    assert [gap_at(S, k) for k in range(4)] == [0.0, 0.25, 0.5, 0.25]
+    assert [spectral_gap(S, k) for k in range(4)] == [0.0, 0.25, 0.5, 0.25]
     M = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
     assert orthogonal(M, "here")[0].diagonal().abs().tolist() == [1.0, 1.0, 0.0]
     torch.testing.assert_close(polar(M, "here")[0], torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("solver", [Procrustes(), Procrustes(shrink=0.5), Procrustes(whiten="full"), Procrustes(whiten="zscore")])
-def test_sums_that_are_not_finite_never_reach_lapack(bad: float, solver: Procrustes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "solver",
+    [Procrustes(), Procrustes(shrink=0.5), Procrustes(whiten="full"), Procrustes(whiten="zscore")],
+)
+def test_sums_that_are_not_finite_never_reach_lapack(
+    bad: float, solver: Procrustes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def called(*_: object, **__: object) -> None:
         raise AssertionError("LAPACK was called")
 

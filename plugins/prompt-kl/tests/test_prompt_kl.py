@@ -7,21 +7,30 @@ from pathlib import Path
 from weakref import ReferenceType, ref
 
 import pytest
-import rotdistill_judge
 import torch
-from rotdistill_lesson import Lesson
-from rotdistill_prompt_kl import PromptKl, deltas, steps
+from rotdistill_prompt_kl._targets import DistillationTargets
+from rotdistill_prompt_kl.step import PromptKl, deltas, steps
 from torch import Tensor
 
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.questions import Question
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.models import Model, Pair
-from rotdistill_core.samples import Layout, Question, Samples
-from rotdistill_core.step import stage_of
-from rotdistill_core.testing import logits, pico_model, pico_out, pico_samples, save_folder
-from rotdistill_core.weights import Weights
+from rotdistill_core.evaluation import acceptance as rotdistill_judge
+from rotdistill_core.evaluation.acceptance import accept_if_better
+from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.testing import logits, pico_model, pico_output, pico_samples, save_folder
 
-QUESTIONS = [Question(f"q{k}", "en", "validation" if k % 4 == 0 else "fit", f"w{k} w2", "w3", f"w{k} w{k + 1}") for k in range(16)]
-SAMPLES = Samples(Layout((), 0), (*QUESTIONS, Question("h", "en", "heldout", "w5", None)), "w7 w8 w9")
+QUESTIONS = [
+    Question(
+        f"q{k}", "en", "validation" if k % 4 == 0 else "fit", f"w{k} w2", "w3", f"w{k} w{k + 1}"
+    )
+    for k in range(16)
+]
+SAMPLES = Samples(
+    PackedTexts((), 0), (*QUESTIONS, Question("h", "en", "heldout", "w5", None)), "w7 w8 w9"
+)
 OPTIONS = {"tokens": 4, "rank": 4, "epochs": 2, "rate": 5e-3}
 
 
@@ -35,8 +44,10 @@ def pair_of(root: Path, model_type: str = "llama", **changes: object) -> Pair:
 
 
 def taught(pair: Pair, root: Path, **options: object) -> tuple[Weights, dict[str, object]]:
-    out = pico_out(root / "runs")
-    return PromptKl(**{**OPTIONS, **options}).style(pair.student.weights, pair, SAMPLES, out, quiet), out.notes  # type: ignore[arg-type]
+    out = pico_output(root / "runs")
+    return PromptKl(**{**OPTIONS, **options}).style(
+        pair.student.weights, pair, SAMPLES, out, quiet
+    ), out.notes  # type: ignore[arg-type]
 
 
 def test_it_is_a_style_that_needs_no_capture() -> None:
@@ -55,10 +66,23 @@ def test_the_validation_kl_falls_and_the_folded_weights_are_the_trained_ones(
     made, notes = taught(pair, tmp_path, train=train)
     assert notes["validation KL after"] < 0.98 * notes["validation KL before"]  # type: ignore[operator]
     step = PromptKl(**OPTIONS, train=train)  # type: ignore[arg-type]
-    lesson = Lesson(pair, step._texts(pair, SAMPLES, pico_out(tmp_path / "runs"), quiet), 64, pico_out(tmp_path / "runs"), quiet)
+    lesson = DistillationTargets(
+        pair,
+        step._texts(pair, SAMPLES, pico_output(tmp_path / "runs"), quiet),
+        64,
+        pico_output(tmp_path / "runs"),
+        quiet,
+    )
     plain = step._with_lora(made, pair)  # its B is zero
-    assert lesson.kl(plain, made, "validation") == pytest.approx(notes["validation KL after"], rel=1e-4)
-    changed = {n for n in made.entries if n not in pair.student.weights.entries or not torch.equal(made[n], pair.student.weights[n])}
+    assert lesson.kl(plain, made, "validation") == pytest.approx(
+        notes["validation KL after"], rel=1e-4
+    )
+    changed = {
+        n
+        for n in made.entries
+        if n not in pair.student.weights.entries
+        or not torch.equal(made[n], pair.student.weights[n])
+    }
     if train == "head":
         assert changed == {"lm_head.weight"}
     else:
@@ -113,7 +137,9 @@ def test_the_order_of_the_products_is_b_times_a(tmp_path: Path) -> None:
     found: dict[str, Tensor] = dict(deltas(student))
     assert len(found) == 14
     A = student.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].weight.double()
-    torch.testing.assert_close(found["model.layers.0.mlp.down_proj.weight"], 2 * torch.ones(32, 2, dtype=torch.float64) @ A)
+    torch.testing.assert_close(
+        found["model.layers.0.mlp.down_proj.weight"], 2 * torch.ones(32, 2, dtype=torch.float64) @ A
+    )
 
 
 def test_training_that_stops_helping_stops(tmp_path: Path) -> None:
@@ -124,33 +150,53 @@ def test_training_that_stops_helping_stops(tmp_path: Path) -> None:
 def asked(folder: Path) -> tuple[Pair, Samples]:
     """Return a pair and texts of which the teacher wrote the answers, with a guard."""
     texts = pico_samples(texts=40, guard=8)
-    own = tuple(Question(t.id, "en", t.split, "w1", None) for t in texts.layout.texts if not t.plain)
+    own = tuple(
+        Question(t.id, "en", t.split, "w1", None) for t in texts.layout.texts if not t.plain
+    )
     return pair_of(folder), Samples(texts.layout, own, "w7 w8 w9")
 
 
 def test_it_learns_from_answers_to_the_questions_too(tmp_path: Path) -> None:
     pair, samples = asked(tmp_path)
-    out = pico_out(tmp_path / "runs")
-    made = PromptKl(ask=("questions",), rank=4, epochs=3, rate=5e-3).style(pair.student.weights, pair, samples, out, quiet)
+    out = pico_output(tmp_path / "runs")
+    made = PromptKl(ask=("questions",), rank=4, epochs=3, rate=5e-3).style(
+        pair.student.weights, pair, samples, out, quiet
+    )
     assert made is not pair.student.weights
     assert out.notes["validation KL after"] < out.notes["validation KL before"]
     assert out.notes["texts"] == sum(t.split in ("fit", "validation") for t in samples.layout.texts)
 
 
-def test_parts_of_the_texts_teach_different_things_and_make_up_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_texts_teach_different_things_and_make_up_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair, samples = asked(tmp_path)
     seen: dict[int, set[int]] = {}
-    whole = Lesson.losses
+    whole = DistillationTargets.losses
     for k in (1, 2, 3):
 
-        def losses(self: Lesson, student: object, weights: Weights, texts: list[int], k: int = k) -> Tensor:
-            seen.setdefault(k, set()).update(j for j in texts if self.layout.texts[j].split == "fit")
+        def losses(
+            self: DistillationTargets,
+            student: object,
+            weights: Weights,
+            texts: list[int],
+            k: int = k,
+        ) -> Tensor:
+            seen.setdefault(k, set()).update(
+                j for j in texts if self.layout.texts[j].split == "fit"
+            )
             return whole(self, student, weights, texts)
 
-        monkeypatch.setattr(Lesson, "losses", losses)
+        monkeypatch.setattr(DistillationTargets, "losses", losses)
         step = PromptKl(ask=("questions",), rank=4, epochs=1, rate=5e-3, part=(k, 3))
-        step.style(pair.student.weights, pair, samples, pico_out(tmp_path / "runs", f"part {k}"), quiet)
-    fit = {j for j, text in enumerate(samples.layout.select("fit", "validation").texts) if text.split == "fit"}
+        step.style(
+            pair.student.weights, pair, samples, pico_output(tmp_path / "runs", f"part {k}"), quiet
+        )
+    fit = {
+        j
+        for j, text in enumerate(samples.layout.select("fit", "validation").texts)
+        if text.split == "fit"
+    }
     assert sorted(map(len, seen.values())) == [8, 8, 8]
     assert len(set.union(*seen.values())) == len(fit) == 24
 
@@ -163,17 +209,25 @@ def test_a_part_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("guard", [1.0, 1.05])
 def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
     pair, samples = asked(tmp_path)
-    step, out = PromptKl(ask=("questions",), rank=4, epochs=3, rate=2e-2, guard=guard), pico_out(tmp_path / "runs")
+    step, out = (
+        PromptKl(ask=("questions",), rank=4, epochs=3, rate=2e-2, guard=guard),
+        pico_output(tmp_path / "runs"),
+    )
     made = step.style(pair.student.weights, pair, samples, out, quiet)
-    lesson = Lesson(pair, samples.layout, 64, pico_out(tmp_path / "runs"), quiet)
-    before, after = (lesson.scores(view, "guard-validation", samples).mean for view in (pair.student.weights, made))
+    lesson = DistillationTargets(pair, samples.layout, 64, pico_output(tmp_path / "runs"), quiet)
+    before, after = (
+        lesson.scores(view, "guard-validation", samples).mean
+        for view in (pair.student.weights, made)
+    )
     assert after <= guard * before * (1 + 1e-5)
 
 
-def test_the_model_that_trained_is_gone_before_the_guard_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_that_trained_is_gone_before_the_guard_is_walked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair, samples = asked(tmp_path)
     trained: list[ReferenceType[object]] = []
-    begin, end = PromptKl._with_lora, rotdistill_judge.settle
+    begin, end = PromptKl._with_lora, accept_if_better
 
     def with_lora(step: PromptKl, *given: object) -> object:
         trained.append(ref(model := begin(step, *given)))  # type: ignore[arg-type]
@@ -187,16 +241,26 @@ def test_the_model_that_trained_is_gone_before_the_guard_is_walked(tmp_path: Pat
 
     monkeypatch.setattr(PromptKl, "_with_lora", with_lora)
     monkeypatch.setattr(rotdistill_judge, "settle", settle)
-    PromptKl(ask=("questions",), rank=4, epochs=1, rate=2e-2).style(pair.student.weights, pair, samples, pico_out(tmp_path / "runs"), quiet)
+    PromptKl(ask=("questions",), rank=4, epochs=1, rate=2e-2).style(
+        pair.student.weights, pair, samples, pico_output(tmp_path / "runs"), quiet
+    )
 
 
-@pytest.mark.parametrize(("options", "told"), [({"ask": ("questions",)}, "samples.own_answers = 64"), ({"guard": 1.02}, "samples.guard")])
-def test_what_the_samples_lack_is_named(tmp_path: Path, options: dict[str, object], told: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"ask": ("questions",)}, "samples.own_answers = 64"), ({"guard": 1.02}, "samples.guard")],
+)
+def test_what_the_samples_lack_is_named(
+    tmp_path: Path, options: dict[str, object], told: str
+) -> None:
     with pytest.raises(RecipeError, match=told):
         taught(pair_of(tmp_path), tmp_path, **options)
 
 
 def test_narrow_products_learn_about_the_same(tmp_path: Path) -> None:
     pair = pair_of(tmp_path)
-    after = [taught(pair, tmp_path / str(narrow), bfloat16=narrow)[1]["validation KL after"] for narrow in (False, True)]
+    after = [
+        taught(pair, tmp_path / str(narrow), bfloat16=narrow)[1]["validation KL after"]
+        for narrow in (False, True)
+    ]
     assert after[1] == pytest.approx(after[0], rel=0.05)

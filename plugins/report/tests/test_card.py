@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rotdistill_card import licence_of, strictest
+from rotdistill_report._card import licence_of, strictest
 
-from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_model, pico_texts
+from rotdistill_core.testing import pico_folder, pico_head, pico_model, pico_texts, run_recipe
 
 RECIPE = (
     pico_head("carded", "{work}/teacher", "{work}/student")
@@ -22,7 +22,7 @@ use = "basis-fold"
 [[step]]
 use = "lm-head-ridge"
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 turned = ["procrustes", "basis-fold"]
@@ -45,7 +45,9 @@ def test_the_strictest_licence_wins(licences: list[str], wanted: str) -> None:
     ("# Model\nlicense: mit\n", "unknown"),
     ("---\nlicense: other\nlicense_name: qwen-research\n---", "other"), (None, "unknown"),
 ])  # fmt: skip
-def test_a_licence_is_read_from_the_front_of_a_card(tmp_path: Path, card: str | None, wanted: str) -> None:
+def test_a_licence_is_read_from_the_front_of_a_card(
+    tmp_path: Path, card: str | None, wanted: str
+) -> None:
     model = pico_model(tmp_path / "model")
     if card is not None:
         (model.folder / "README.md").write_text(card, encoding="utf-8")
@@ -54,27 +56,37 @@ def test_a_licence_is_read_from_the_front_of_a_card(tmp_path: Path, card: str | 
 
 def test_a_card_says_what_was_made_of_what(tmp_path: Path) -> None:
     pico_texts(tmp_path / "texts")
-    for seed, (name, licence) in enumerate((("teacher", "cc-by-nc-4.0"), ("student", "apache-2.0"))):
-        (pico_folder(tmp_path / name, seed=seed) / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")
+    for seed, (name, licence) in enumerate(
+        (("teacher", "cc-by-nc-4.0"), ("student", "apache-2.0"))
+    ):
+        (pico_folder(tmp_path / name, seed=seed) / "README.md").write_text(
+            f"---\nlicense: {licence}\n---\n", encoding="utf-8"
+        )
     path = tmp_path / "carded.toml"
     path.write_text(RECIPE.format(work=tmp_path), encoding="utf-8")
-    outcome = carry_out(path)
-    cards = {name: (folder / "README.md").read_text(encoding="utf-8") for name, folder in outcome.checkpoints.items()}
+    outcome = run_recipe(path)
+    diagnostics = {
+        name: (folder / "README.md").read_text(encoding="utf-8")
+        for name, folder in outcome.checkpoints.items()
+    }
     told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
-    assert set(cards) == {"base", "turned", "full"}
-    for name, card in cards.items():
+    assert set(diagnostics) == {"base", "turned", "full"}
+    for name, card in diagnostics.items():
         _, front, body = card.split("---\n", 2)
         assert "license: cc-by-nc-4.0\n" in front
         assert "base_model_relation: finetune\n" in front
         assert '- "en"\n' in front
         assert all(f'- "{tmp_path / who}"\n' in front for who in ("student", "teacher"))
         assert all(model.sha256 in body for model in (outcome.pair.student, outcome.pair.teacher))
-        assert f"| {told['table'][name]['kl']['shown']} | {told['table'][name]['kl']['change']} |" in body
+        assert (
+            f"| {told['table'][name]['kl']['shown']} | {told['table'][name]['kl']['change']} |"
+            in body
+        )
         assert path.read_text(encoding="utf-8").rstrip() in body
-    assert "Nothing was changed." in cards["base"]
-    assert "basis-fold: exact, logits do not change." in cards["turned"]
-    assert "cannot be taken back" not in cards["turned"]
-    assert "lm-head-ridge: changed what the model computes" in cards["full"]
+    assert "Nothing was changed." in diagnostics["base"]
+    assert "basis-fold: exact, logits do not change." in diagnostics["turned"]
+    assert "cannot be taken back" not in diagnostics["turned"]
+    assert "lm-head-ridge: changed what the model computes" in diagnostics["full"]
 
 
 def test_a_card_that_is_written_anew_leaves_the_checkpoint_valid(tmp_path: Path) -> None:
@@ -83,13 +95,15 @@ def test_a_card_that_is_written_anew_leaves_the_checkpoint_valid(tmp_path: Path)
         pico_folder(tmp_path / name)
     path = tmp_path / "carded.toml"
     path.write_text(RECIPE.format(work=tmp_path), encoding="utf-8")
-    folder = carry_out(path).checkpoints["full"]
+    folder = run_recipe(path).checkpoints["full"]
     before = (folder / "model.safetensors").stat().st_mtime_ns
     card = (folder / "README.md").stat().st_mtime_ns
-    assert carry_out(path).checkpoints["full"] == folder
-    assert (folder / "README.md").stat().st_mtime_ns == card  # nothing has changed, so nothing is written
+    assert run_recipe(path).checkpoints["full"] == folder
+    assert (
+        folder / "README.md"
+    ).stat().st_mtime_ns == card  # nothing has changed, so nothing is written
     (folder / "README.md").unlink()
-    again = carry_out(path).checkpoints["full"]
+    again = run_recipe(path).checkpoints["full"]
     assert (again / "README.md").is_file()
     assert (again / "model.safetensors").stat().st_mtime_ns == before
     assert "README.md" not in json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from rotdistill_intervals import Estimate, bootstrap, estimates
 
-from rotdistill_core.samples import Row
+from rotdistill_core.evaluation.intervals import Estimate, bootstrap, estimates
+from rotdistill_core.evaluation.rows import MetricRow
 
 TEXTS = 20
 
@@ -29,7 +29,9 @@ def test_tokens_of_one_text_are_not_taken_for_independent() -> None:
     maker = np.random.default_rng(0)
     own, counts = maker.normal(1, 0.5, TEXTS), np.full(TEXTS, 60.0)
     found = bootstrap(own, counts)
-    wanted = 2 * 2.09 * own.std(ddof=1) / math.sqrt(TEXTS)  # Student's interval of the mean of texts
+    wanted = (
+        2 * 2.09 * own.std(ddof=1) / math.sqrt(TEXTS)
+    )  # Student's interval of the mean of texts
     assert found.high - found.low == pytest.approx(wanted, rel=0.15)
 
 
@@ -49,13 +51,23 @@ def test_a_seed_repeats_its_draws() -> None:
     assert bootstrap(values, counts, 5) != bootstrap(values, counts, 6)
 
 
-def rows(variant: str, values: list[float]) -> list[Row]:
-    whole = Row(variant, "kl", sum(values) / len(values), "heldout", None, None, 10 * len(values))
-    return [whole, *(Row(variant, "kl", value, "heldout", None, "en", 10, f"t{k}") for k, value in enumerate(values))]
+def rows(variant: str, values: list[float]) -> list[MetricRow]:
+    whole = MetricRow(
+        variant, "kl", sum(values) / len(values), "heldout", None, None, 10 * len(values)
+    )
+    return [
+        whole,
+        *(
+            MetricRow(variant, "kl", value, "heldout", None, "en", 10, f"t{k}")
+            for k, value in enumerate(values)
+        ),
+    ]
 
 
 def judged(**variants: list[float]) -> dict[str, Estimate]:
-    return estimates([row for name, values in variants.items() for row in rows(name, values)], "base")["kl"]
+    return estimates(
+        [row for name, values in variants.items() for row in rows(name, values)], "base"
+    )["kl"]
 
 
 def test_a_variant_that_equals_base_has_changed_by_exactly_nothing() -> None:
@@ -97,4 +109,13 @@ def test_without_base_changes_are_against_the_first_and_on_shared_texts() -> Non
 
 
 def test_figures_without_texts_have_no_estimate() -> None:
-    assert estimates([Row("base", "parameters", 5.0), Row("base", "kl", 1.0, "heldout", None, "en", 3)], "base") == {}
+    assert (
+        estimates(
+            [
+                MetricRow("base", "parameters", 5.0),
+                MetricRow("base", "kl", 1.0, "heldout", None, "en", 3),
+            ],
+            "base",
+        )
+        == {}
+    )

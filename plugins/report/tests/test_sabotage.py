@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.testing import carry_out, pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
 
 RECIPE = (
     pico_head("sabotaged", "{work}/model", "{work}/model", tokens=8)
@@ -25,7 +25,7 @@ id = "refit"
 use = "writer-refit"
 {refit}
 [[step]]
-use = "toggles"
+use = "fidelity"
 [variants]
 base = []
 full = ["refit"]
@@ -39,10 +39,12 @@ def first_lines(work: Path, capture: str = "", refit: str = "") -> tuple[str, st
     pico_folder(work / "model", num_hidden_layers=4)
     path = work / "sabotaged.toml"
     path.write_text(RECIPE.format(work=work, capture=capture, refit=refit), encoding="utf-8")
-    folder = carry_out(path).folder
+    folder = run_recipe(path).folder
     verdict = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert verdict.replace("`", "") in html.unescape(page.replace("<code>", "").replace("</code>", ""))
+    assert verdict.replace("`", "") in html.unescape(
+        page.replace("<code>", "").replace("</code>", "")
+    )
     return "\n".join((folder / "report.md").read_text(encoding="utf-8").splitlines()[:3]), verdict
 
 
@@ -51,7 +53,9 @@ def first_lines(work: Path, capture: str = "", refit: str = "") -> tuple[str, st
     ('control = "reversed"', "", "the layer map was turned round"),
     ("", "ridge = [1e-9]", "λ is at most 1e-09"),
 ], ids=["shuffled teacher", "wrong layer map", "no ridge"])  # fmt: skip
-def test_a_sabotaged_run_says_so_in_its_first_lines(tmp_path: Path, capture: str, refit: str, words: str) -> None:
+def test_a_sabotaged_run_says_so_in_its_first_lines(
+    tmp_path: Path, capture: str, refit: str, words: str
+) -> None:
     lines, verdict = first_lines(tmp_path, capture, refit)
     assert "Not to be trusted" in lines
     assert words in lines

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core import recipe
-from rotdistill_core.step import STAGES
+from rotdistill_core.plugin.step import STAGES
+from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[3]
@@ -23,23 +23,43 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder outside the project with a step of each stage and an adapter, and `site` where pip has installed them."""
     root = tmp_path_factory.mktemp("outside")
     for stage in STAGES:
-        code, out, err = command_line("new", "step", f"my-{stage}", "--stage", stage, "--in", str(root))
+        code, out, err = command_line(
+            "new", "step", f"my-{stage}", "--stage", stage, "--in", str(root)
+        )
         assert (code, out) == (0, f"{root / f'my-{stage}'}\n"), err
     assert command_line("new", "adapter", "mistral", "--in", str(root))[0] == 0
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(root / "site"), *map(str, root.glob("m*"))], check=True, capture_output=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    subprocess.run(
+        [*pip, "--target", str(root / "site"), *map(str, root.glob("m*"))],
+        check=True,
+        capture_output=True,
+    )
     return root
 
 
 def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Call a module of the project's environment beside which the new plugins are installed."""
     beside = {**os.environ, "PYTHONPATH": str(root / "site"), "NO_COLOR": "1"}
-    return subprocess.run([sys.executable, *words], cwd=root, env=beside, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *words], cwd=root, env=beside, capture_output=True, text=True, check=False
+    )
 
 
 def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
     # Of the two cases that each is written with the first, and the long checks of three of them.
-    first = ["-k", "not strength and not tie_word_embeddings and (my_align or my_fold or mistral or specified or survive)"]
+    first = [
+        "-k",
+        "not strength and not tie_word_embeddings and (my_align or my_fold or mistral or specified or survive)",
+    ]
     words = ["-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *first]
     made = call(begun, *words, *map(str, begun.glob("m*/tests")))
     assert made.returncode == 0, made.stdout
@@ -68,14 +88,24 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
     assert made.returncode == 2
     assert 'step "my-align" (#2): strenght: unknown key. Did you mean "strength"?' in made.stderr
     (begun / "bad.toml").write_text(RECIPE + "strength = 1.5\n")
-    assert 'step "my-align" (#2): strength: Input should be less than or equal to 1' in call(begun, *main, "check", "bad.toml").stderr
+    assert (
+        'step "my-align" (#2): strength: Input should be less than or equal to 1'
+        in call(begun, *main, "check", "bad.toml").stderr
+    )
 
 
 def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
     assert command_line("new", "recipe", "mine", "--in", str(tmp_path))[0] == 0
-    loaded = recipe.load(tmp_path / "mine.toml")
+    loaded = load_recipe(tmp_path / "mine.toml")
     assert loaded.recipe.name == "mine"
-    assert [placed.id for placed in loaded.chain("full")] == ["chop", "residuals", "basis", "fold", "head", "toggles"]
+    assert [recipe_step.id for recipe_step in loaded.chain("full")] == [
+        "chop",
+        "residuals",
+        "basis",
+        "fold",
+        "head",
+        "fidelity",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +121,9 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
         (("recipe", "taken"), 2, "taken.toml: is there already"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_written(tmp_path: Path, words: tuple[str, ...], code: int, told: str) -> None:
+def test_mistakes_are_told_and_nothing_is_written(
+    tmp_path: Path, words: tuple[str, ...], code: int, told: str
+) -> None:
     (tmp_path / "taken.toml").write_text("x = 1")
     found, out, err = command_line("new", *words, "--in", str(tmp_path))
     assert (found, out) == (code, "")

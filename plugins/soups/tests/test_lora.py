@@ -9,46 +9,68 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_lora import Lora, read_lora, refactored, through
-from rotdistill_soups import Soups
+from rotdistill_soups._lora import Lora, read_lora, refactored, through
+from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
-from rotdistill_core.models import Model, Pair
 from rotdistill_core.testing import (
-    carry_out,
     logits,
     pico_folder,
     pico_head,
     pico_model,
-    pico_out,
+    pico_output,
     pico_samples,
     pico_texts,
     reopen,
+    run_recipe,
     save_folder,
     scramble,
 )
-from rotdistill_core.weights import Weights
 
 SAMPLES = pico_samples()
-MODULES = [f"model.layers.{i}.{m}_proj" for i in range(2) for m in ("self_attn.q", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.down")]
+MODULES = [
+    f"model.layers.{i}.{m}_proj"
+    for i in range(2)
+    for m in ("self_attn.q", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.down")
+]
 
 
 def quiet(*_: object) -> None:
     """Take progress and say nothing."""
 
 
-def adapter(folder: Path, weights: Weights, seed: int, rank: int = 4, modules: list[str] = MODULES, **about: Any) -> Path:
+def adapter(
+    folder: Path,
+    weights: Weights,
+    seed: int,
+    rank: int = 4,
+    modules: list[str] = MODULES,
+    **about: Any,
+) -> Path:
     """Write a random LoRA in peft's format."""
     maker = torch.Generator().manual_seed(seed)
     tensors = {}
     for module in modules:
         out, inner = weights.entries[f"{module}.weight"].shape
-        tensors[f"base_model.model.{module}.lora_A.weight"] = 0.1 * torch.randn(rank, inner, generator=maker)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(out, rank, generator=maker)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = 0.1 * torch.randn(
+            rank, inner, generator=maker
+        )
+        tensors[f"base_model.model.{module}.lora_B.weight"] = 0.1 * torch.randn(
+            out, rank, generator=maker
+        )
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8, "target_modules": modules, **about}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 8,
+        "target_modules": modules,
+        **about,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -58,14 +80,24 @@ def student(tmp_path: Path) -> Model:
     return pico_model(tmp_path / "student")
 
 
-def soup(student: Model, ingredients: tuple[Path | str, ...], root: Path, **options: Any) -> tuple[Weights, dict[str, Any]]:
-    step, out = Soups(ingredients=tuple(map(str, ingredients)), **{"only_better": False, **options}), pico_out(root / "runs")
+def soup(
+    student: Model, ingredients: tuple[Path | str, ...], root: Path, **options: Any
+) -> tuple[Weights, dict[str, Any]]:
+    step, out = (
+        Soups(ingredients=tuple(map(str, ingredients)), **{"only_better": False, **options}),
+        pico_output(root / "runs"),
+    )
     return step.fold(student.weights, Pair(student, student), SAMPLES, out, quiet), out.notes
 
 
 def products(path: Path, scale: float = 2.0) -> dict[str, torch.Tensor]:
-    T = {k.removeprefix("base_model.model."): t.double() for k, t in load_file(path / "adapter_model.safetensors").items()}
-    return {f"{m}.weight": scale * T[f"{m}.lora_B.weight"] @ T[f"{m}.lora_A.weight"] for m in MODULES}
+    T = {
+        k.removeprefix("base_model.model."): t.double()
+        for k, t in load_file(path / "adapter_model.safetensors").items()
+    }
+    return {
+        f"{m}.weight": scale * T[f"{m}.lora_B.weight"] @ T[f"{m}.lora_A.weight"] for m in MODULES
+    }
 
 
 def test_products_are_summed_and_not_their_factors(tmp_path: Path, student: Model) -> None:
@@ -74,13 +106,16 @@ def test_products_are_summed_and_not_their_factors(tmp_path: Path, student: Mode
     loras = [read_lora(path, student.weights) for path in paths]
     for name in student.weights.entries:
         wanted = student.weights[name].double() + sum(
-            w * products(path).get(name, torch.zeros(())) for w, path in zip((0.5, 0.3, 0.2), paths, strict=True)
+            w * products(path).get(name, torch.zeros(()))
+            for w, path in zip((0.5, 0.3, 0.2), paths, strict=True)
         )
         torch.testing.assert_close(made[name].double(), wanted, rtol=0, atol=1e-6)
     apart = 0.0
     for name in products(paths[0]):
         B, A = (sum(lora.factors[name][k] for lora in loras) / 3 for k in (0, 1))
-        apart = max(apart, float((B @ A - sum(products(path)[name] for path in paths) / 3).abs().max()))
+        apart = max(
+            apart, float((B @ A - sum(products(path)[name] for path in paths) / 3).abs().max())
+        )
     assert apart > 0.01  # what averaging A and B by themselves would be off by
 
 
@@ -101,26 +136,46 @@ def test_a_rank_is_reached_by_svd_and_its_loss_told(tmp_path: Path, student: Mod
     for name in products(paths[0]):
         delta = sum(products(path)[name] for path in paths) / 2
         U, S, Vt = torch.linalg.svd(delta)
-        torch.testing.assert_close(made[name].double(), student.weights[name].double() + (U[:, :3] * S[:3]) @ Vt[:3], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            made[name].double(),
+            student.weights[name].double() + (U[:, :3] * S[:3]) @ Vt[:3],
+            rtol=0,
+            atol=1e-6,
+        )
         whole, lost = whole + float(S.square().sum()), lost + float(S[3:].square().sum())
     assert notes["what the rank loses"]["relative error"] == pytest.approx((lost / whole) ** 0.5)
-    assert refactored(Lora({"x": (torch.randn(9, 2).double(), torch.randn(2, 7).double())}), 2)[1]["relative error"] < 1e-12
+    assert (
+        refactored(Lora({"x": (torch.randn(9, 2).double(), torch.randn(2, 7).double())}), 2)[1][
+            "relative error"
+        ]
+        < 1e-12
+    )
 
 
 def test_peft_reads_the_sum(tmp_path: Path, student: Model) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    paths = [adapter(tmp_path / "0", student.weights, 0), adapter(tmp_path / "1", student.weights, 1, modules=MODULES[:3])]
+    paths = [
+        adapter(tmp_path / "0", student.weights, 0),
+        adapter(tmp_path / "1", student.weights, 1, modules=MODULES[:3]),
+    ]
     made, _ = soup(student, tuple(paths), tmp_path, method="lora")
     save_folder(made, student.folder, tmp_path / "made")
     ids = torch.tensor([text.tokens[:10] for text in SAMPLES.layout.texts[:4]])
     base = AutoModelForCausalLM.from_pretrained(student.folder, dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks for an attribute that transformers has renamed
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks for an attribute that transformers has renamed
         peft = PeftModel.from_pretrained(base, tmp_path / "runs/run/weights/step/adapter")
     with torch.no_grad():
-        one, other = peft(ids).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)(ids).logits
+        one, other = (
+            peft(ids).logits,
+            AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=torch.float32)(
+                ids
+            ).logits,
+        )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -133,14 +188,19 @@ def test_an_adapter_goes_through_a_fold_and_back(tmp_path: Path, model_type: str
     assert folded.undo
     table = weights.adapter.expand(weights.config)
     there = through(lora, folded.undo, table)
-    before, after = logits(lora.on(weights), SAMPLES.layout), logits(there.on(folded), SAMPLES.layout)
+    before, after = (
+        logits(lora.on(weights), SAMPLES.layout),
+        logits(there.on(folded), SAMPLES.layout),
+    )
     torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
     assert float((after - logits(folded, SAMPLES.layout)).abs().max()) > 0.01
     wrong = logits(lora.on(folded), SAMPLES.layout)
     assert float((wrong - before).abs().max()) > 0.01
     back = through(there, folded.undo, table, back=True)
     for name, (B, A) in lora.factors.items():
-        torch.testing.assert_close(back.factors[name][0] @ back.factors[name][1], B @ A, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            back.factors[name][0] @ back.factors[name][1], B @ A, rtol=0, atol=1e-12
+        )
     unfolded, wanted = there.on(folded).unfold(folded.undo), lora.on(weights)
     assert max(float((unfolded[n] - wanted[n]).abs().max()) for n in wanted.entries) < 1e-6
 
@@ -173,28 +233,39 @@ def test_a_recipe_carries_an_adapter_through_its_folds(tmp_path: Path) -> None:
     lora = adapter(tmp_path / "lora", student.weights, 1)
     path = tmp_path / "r.toml"
     path.write_text(RECIPE.format(root=tmp_path, more=""))
-    with pytest.raises(RecipeError, match=r'folded into another basis, and .*/lora is a LoRA.* through = \["fold"\]'):
-        carry_out(path)
+    with pytest.raises(
+        RecipeError,
+        match=r'folded into another basis, and .*/lora is a LoRA.* through = \["fold"\]',
+    ):
+        run_recipe(path)
     path.write_text(RECIPE.format(root=tmp_path, more='through = ["turm"]'))
     with pytest.raises(RecipeError, match='through names "turm"'):
-        carry_out(path)
+        run_recipe(path)
     path.write_text(RECIPE.format(root=tmp_path, more='through = ["turn"]'))
-    made = reopen(carry_out(path).checkpoints["full"], student.weights)
+    made = reopen(run_recipe(path).checkpoints["full"], student.weights)
     wanted = read_lora(lora, student.weights).on(student.weights)
-    torch.testing.assert_close(logits(made, SAMPLES.layout), logits(wanted, SAMPLES.layout), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(made, SAMPLES.layout), logits(wanted, SAMPLES.layout), rtol=0, atol=1e-4
+    )
     adapter(tmp_path / "other", student.weights, 2)
     for file in (tmp_path / "other").iterdir():
         (lora / file.name).write_bytes(file.read_bytes())
-    again = reopen(carry_out(path).checkpoints["full"], student.weights)  # the same recipe, another adapter: made anew
+    again = reopen(
+        run_recipe(path).checkpoints["full"], student.weights
+    )  # the same recipe, another adapter: made anew
     wanted = read_lora(lora, student.weights).on(student.weights)
-    torch.testing.assert_close(logits(again, SAMPLES.layout), logits(wanted, SAMPLES.layout), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(again, SAMPLES.layout), logits(wanted, SAMPLES.layout), rtol=0, atol=1e-4
+    )
 
 
 def test_an_adapter_for_the_head_leaves_the_embedding_alone(tmp_path: Path, student: Model) -> None:
     path = adapter(tmp_path / "lora", student.weights.untie(), 1, modules=["lm_head"])
     made, _ = soup(student, (path,), tmp_path, method="lora")
     assert made.config["tie_word_embeddings"] is False
-    assert torch.equal(made["model.embed_tokens.weight"], student.weights["model.embed_tokens.weight"])
+    assert torch.equal(
+        made["model.embed_tokens.weight"], student.weights["model.embed_tokens.weight"]
+    )
     assert float((made["lm_head.weight"] - student.weights.head()).abs().max()) > 0.01
 
 
@@ -206,18 +277,30 @@ def test_an_adapter_for_the_head_leaves_the_embedding_alone(tmp_path: Path, stud
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused(tmp_path: Path, student: Model, about: dict[str, Any], told: str) -> None:
+def test_what_is_no_plain_lora_is_refused(
+    tmp_path: Path, student: Model, about: dict[str, Any], told: str
+) -> None:
     with pytest.raises(SetupError, match=told):
-        soup(student, (adapter(tmp_path / "lora", student.weights, 1, **about),), tmp_path, method="lora")
+        soup(
+            student,
+            (adapter(tmp_path / "lora", student.weights, 1, **about),),
+            tmp_path,
+            method="lora",
+        )
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path: Path, student: Model) -> None:
     wider = pico_model(tmp_path / "wider", hidden_size=48)
-    with pytest.raises(SetupError, match=r"down_proj.weight is \[32, 48\] in the student, which A \[4, 48\] and B \[48, 4\] do not fit"):
+    with pytest.raises(
+        SetupError,
+        match=r"down_proj.weight is \[32, 48\] in the student, which A \[4, 48\] and B \[48, 4\] do not fit",
+    ):
         soup(student, (adapter(tmp_path / "one", wider.weights, 1),), tmp_path, method="lora")
     deeper = pico_model(tmp_path / "deeper", num_hidden_layers=3)
     path = adapter(tmp_path / "two", deeper.weights, 1, modules=["model.layers.2.mlp.up_proj"])
-    with pytest.raises(SetupError, match=r"layers\.2\.mlp\.up_proj\.lora_A\.weight belongs to no linear layer"):
+    with pytest.raises(
+        SetupError, match=r"layers\.2\.mlp\.up_proj\.lora_A\.weight belongs to no linear layer"
+    ):
         soup(student, (path,), tmp_path, method="lora")
 
 
@@ -239,4 +322,9 @@ def test_rank_stabilised_adapters_have_their_own_scale(tmp_path: Path, student: 
     path = adapter(tmp_path / "lora", student.weights, 1, use_rslora=True)
     made, _ = soup(student, (path,), tmp_path, method="lora")
     name = "model.layers.0.mlp.gate_proj.weight"
-    torch.testing.assert_close(made[name].double(), student.weights[name].double() + products(path, 4.0)[name], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        made[name].double(),
+        student.weights[name].double() + products(path, 4.0)[name],
+        rtol=0,
+        atol=1e-6,
+    )

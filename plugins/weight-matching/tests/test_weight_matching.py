@@ -7,27 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_weight_matching import WeightMatching, steps
+from rotdistill_weight_matching.step import WeightMatching, steps
 
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.maps import Maps, Permutation, Rotation
-from rotdistill_core.models import Model, Pair, open_model
-from rotdistill_core.recipe import ModelRef
-from rotdistill_core.step import stage_of
+from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
+from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
-    carry_out,
     logits,
     pico_head,
     pico_model,
-    pico_out,
+    pico_output,
     pico_samples,
     pico_texts,
     random_rotation,
     reopen,
+    run_recipe,
     save_folder,
     scramble,
 )
-from rotdistill_core.weights import Weights
 
 EYE = torch.eye(32, dtype=torch.float64)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -51,8 +52,10 @@ def farthest(one: Weights, two: Weights) -> float:
     return max(float((one[n] - two[n]).norm() / two[n].norm()) for n in two.entries)
 
 
-def restored(weights: Weights, pair: Pair, root: Path, **options: Any) -> tuple[Weights, Maps, dict[str, Any]]:
-    out = pico_out(root)
+def restored(
+    weights: Weights, pair: Pair, root: Path, **options: Any
+) -> tuple[Weights, Maps, dict[str, Any]]:
+    out = pico_output(root)
     maps = WeightMatching(**options).align(weights, Maps(), pair, out, quiet)
     for space, found in maps.items():
         found.verify(1e-5, space)
@@ -79,7 +82,9 @@ def test_it_is_an_aligner() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_a_scrambled_checkpoint_is_brought_back_from_its_weights(tmp_path: Path, model_type: str, shape: dict[str, Any]) -> None:
+def test_a_scrambled_checkpoint_is_brought_back_from_its_weights(
+    tmp_path: Path, model_type: str, shape: dict[str, Any]
+) -> None:
     model = pico_model(tmp_path / "model", model_type, **shape)
     weights, planted = scramble(model.weights, 3)
     save_folder(weights, model.folder, tmp_path / "scrambled")
@@ -110,13 +115,24 @@ def test_noise_on_all_weights_is_no_obstacle(tmp_path: Path, shape: dict[str, An
     model = pico_model(tmp_path / "model", **shape)
     weights, planted = scramble(model.weights, 5)
     maker = torch.Generator().manual_seed(0)
-    noisy = weights.edit({n: weights[n] * (1 + 1e-2 * torch.randn(weights[n].shape, generator=maker)) for n in weights.entries})
+    noisy = weights.edit(
+        {
+            n: weights[n] * (1 + 1e-2 * torch.randn(weights[n].shape, generator=maker))
+            for n in weights.entries
+        }
+    )
     back, maps, notes = restored(noisy, Pair(model, model), tmp_path / "runs")
-    assert all(torch.equal(maps[s].index, m.invert().index) for s, m in planted.items() if isinstance(m, Permutation))  # type: ignore[union-attr]
+    assert all(
+        torch.equal(maps[s].index, m.invert().index)
+        for s, m in planted.items()
+        if isinstance(m, Permutation)
+    )  # type: ignore[union-attr]
     original = folded(model.weights, Maps())
     assert farthest(back, original) < 5e-2
     assert notes["settled"]
-    assert divergence(average(back, original), model.weights) < 0.02 * divergence(average(noisy, original), model.weights)
+    assert divergence(average(back, original), model.weights) < 0.02 * divergence(
+        average(noisy, original), model.weights
+    )
 
 
 def test_unlike_models_keep_their_logits(tmp_path: Path) -> None:
@@ -127,7 +143,15 @@ def test_unlike_models_keep_their_logits(tmp_path: Path) -> None:
     assert notes["rounds"] <= 2
 
 
-@pytest.mark.parametrize("other", [{"hidden_size": 48}, {"intermediate_size": 64}, {"num_hidden_layers": 3}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden_size": 48},
+        {"intermediate_size": 64},
+        {"num_hidden_layers": 3},
+        {"num_key_value_heads": 4},
+    ],
+)
 def test_models_of_two_shapes_are_refused(tmp_path: Path, other: dict[str, int]) -> None:
     pair = Pair(pico_model(tmp_path / "t", **other), pico_model(tmp_path / "s"))
     with pytest.raises(RecipeError, match="needs models of one shape"):
@@ -158,7 +182,9 @@ ALIGNERS = {
 
 
 @pytest.mark.parametrize("name", ALIGNERS)
-def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(tmp_path: Path, name: str) -> None:
+def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(
+    tmp_path: Path, name: str
+) -> None:
     model = pico_model(tmp_path / "model", attention_bias=True, tie_word_embeddings=False)
     save_folder(scramble(model.weights, 3)[0], model.folder, tmp_path / "scrambled")
     pico_texts(tmp_path / "texts")
@@ -166,11 +192,18 @@ def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(tmp_pat
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.format(name=name, root=tmp_path, align=align), encoding="utf-8")
     for again in (False, True):
-        outcome = carry_out(path)
+        outcome = run_recipe(path)
         done = outcome.steps["full", "basis-fold"]
         assert done.reused is again
-        assert done.notes["folded"] == {"q": 2, "kv": 2, "neurons": 2, "value": 2, "key": 2, "up": 2}
-        assert done.notes["certificate"]["logits_float64"] <= 1e-9
-        assert done.notes["certificate"]["unfold"] <= 1e-12
+        assert done.notes["folded"] == {
+            "q": 2,
+            "kv": 2,
+            "neurons": 2,
+            "value": 2,
+            "key": 2,
+            "up": 2,
+        }
+        assert done.report.certificate.logits_float64 <= 1e-9
+        assert done.report.certificate.unfold <= 1e-12
     back = reopen(outcome.checkpoints["full"], model.weights)
     assert farthest(back, folded(model.weights, Maps())) < (1e-5 if name == "weights" else 1e-3)

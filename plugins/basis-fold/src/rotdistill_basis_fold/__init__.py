@@ -1,0 +1,1 @@
+"""Fold rotations, permutations and gauges into a model's weights, exactly."""

@@ -1,0 +1,1 @@
+"""Cut layers, neurons, heads and stream out of the student."""

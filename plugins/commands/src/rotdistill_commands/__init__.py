@@ -1,0 +1,1 @@
+"""Verbs of the command line: plan, runs, show, diff, report, rm, check, chat."""

@@ -1,0 +1,115 @@
+"""Variants answer side by side, as plain generation does."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.data.tokenization import prompt_tokens
+from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts, run_recipe
+
+RECIPE = (
+    pico_head()
+    + """
+[[step]]
+use = "residuals"
+[[step]]
+id = "basis"
+use = "procrustes"
+[[step]]
+id = "fold"
+use = "basis-fold"
+[[step]]
+use = "fidelity"
+[variants]
+base = []
+full = ["basis", "fold"]
+"""
+)
+QUESTION = "w3 w5 w8"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        pico_folder(root / "model")
+        pico_texts(root / "texts")
+        (root / "recipe.toml").write_text(RECIPE)
+        run_recipe(root / "recipe.toml")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def work(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def test_answers_are_those_of_plain_generation(work: Path) -> None:
+    code, out, err = command_line(
+        "chat", "trial", "--prompt", QUESTION, "--tokens", "7", "--teacher", "--json"
+    )
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)
+    assert found["prompt"] == QUESTION
+    assert list(found["answers"]) == ["base", "full", "teacher"]
+    tokenizer = load_tokenizer(work / "model")
+    asked = {"q": prompt_tokens(tokenizer, (work / "texts/style.md").read_text().strip(), QUESTION)}
+    said = greedy_answers(
+        work / "model", asked, 7, torch.device("cpu"), torch.float32, lambda *_: None
+    )["q"]
+    assert set(found["answers"].values()) == {
+        tokenizer.decode(said, skip_special_tokens=True)
+    }  # an exact fold says the same
+
+
+def test_questions_are_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\nw7\n\nw9\n"))
+    code, out, err = command_line("chat", "trial", "--variant", "full", "--tokens", "3")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 2  # the empty line ends it
+    assert all(line.startswith("full: ") for line in lines)
+
+
+def test_another_system_prompt_is_given(work: Path) -> None:
+    (work / "other.md").write_text("w40 w41 w42 w43 w44")
+    said = [
+        json.loads(command_line("chat", "trial", "--prompt", QUESTION, "--json", *more)[1])
+        for more in ((), ("--system", "other.md"))
+    ]
+    assert said[0] != said[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("nothing",), 2, 'there is no run "nothing"'),
+        (("trial", "--variant", "ful"), 2, 'Did you mean "full"'),
+        (("trial", "--system", "nowhere.md"), 2, "the system prompt cannot be read"),
+        (("trial", "--tokens", "0"), 2, "--tokens"),
+    ],
+)
+def test_mistakes_are_told(words: tuple[str, ...], code: int, told: str) -> None:
+    found, out, err = command_line("chat", *words, "--prompt", QUESTION)
+    assert (found, out) == (code, "")
+    assert told in err
+
+
+def test_a_torn_checkpoint_is_an_error_of_the_environment(work: Path) -> None:
+    path = next((work / "runs").glob("*/checkpoints/full/model.safetensors"))
+    data = path.read_bytes()
+    path.write_bytes(data[:100])
+    code, out, err = command_line("chat", "trial", "--prompt", QUESTION)
+    path.write_bytes(data)
+    assert (code, out) == (3, "")
+    assert "full/model.safetensors: not a valid safetensors file" in err

@@ -1,0 +1,164 @@
+"""`check` recomputes from disk: hashes, maps, the way back from exact folds, of a whole run and of what it took over."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rotdistill_commands._check_run import check_run
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+
+RECIPE = (
+    pico_head("{name}", "{work}/teacher", "{work}/student")
+    + """
+[[step]]
+use = "residuals"
+[[step]]
+id = "rotate"
+use = "procrustes"
+[[step]]
+id = "permute"
+use = "hungarian-permute"
+[[step]]
+use = "head-gauge"
+[[step]]
+use = "basis-fold"
+[[step]]
+use = "fidelity"
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one recipe under two names: the second takes over what the first made."""
+    work = tmp_path_factory.mktemp("check")
+    pico_texts(work / "texts")
+    pico_folder(work / "teacher", seed=1)
+    pico_folder(work / "student")
+    for name in ("first", "second"):
+        (work / f"{name}.toml").write_text(RECIPE.format(work=work, name=name), encoding="utf-8")
+        run_recipe(work / f"{name}.toml")
+    return work
+
+
+@pytest.fixture(params=["first", "second"])
+def run(work: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy that a test may damage."""
+    runs = shutil.copytree(work / "runs", tmp_path / "runs")
+    return next(runs.glob(f"{request.param}-*"))
+
+
+def damage(run: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of the file called `name`, and let every ledger say that they have always been so."""
+    [path] = run.parent.glob(f"*/**/{name}")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    for ledger in (Ledger(each.parent) for each in run.parent.glob("*/ledger.jsonl")):
+        ledger.path.unlink()
+        records, ledger.records = ledger.records, []
+        for record in records:
+            for file in [record, *record.get("files", ())]:
+                if file.get("path") == path.relative_to(run.parent).as_posix():
+                    file |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+            ledger.append(**record)
+
+
+def test_a_whole_run_holds(run: Path) -> None:
+    found = check_run(run)
+    assert found["problems"] == []
+    assert found["maps"] > 3 * 2  # boundaries, then heads, neurons and gauges of two layers on top
+    assert found["unfolded"].keys() == {"basis-fold"}
+    assert 0 < found["unfolded"]["basis-fold"] < 1e-6
+    assert found["files"] > 10
+
+
+def test_a_rotation_that_is_none_is_named(run: Path) -> None:
+    damage(run, "rotations/first-*/layer_0.safetensors", lambda t: t["map"].mul_(1.01))
+    problems = check_run(run)["problems"]
+    assert (
+        'step "rotate", residual.0: the rotation is off orthogonal by 2.01e-02, more than 1e-05.'
+        in problems
+    )
+    assert any(
+        p.startswith('step "rotate", residual.0: there and back again changes rows by')
+        for p in problems
+    )
+
+
+def test_a_permutation_that_takes_a_neuron_twice_is_named(run: Path) -> None:
+    def twice(tensors: dict[str, Tensor]) -> None:
+        tensors["map"][0] = tensors["map"][1]
+
+    damage(run, "rotations/first-*/neurons_0.safetensors", twice)
+    assert any(
+        ", neurons.0: the permutation is not a bijection" in p for p in check_run(run)["problems"]
+    )
+
+
+def test_folded_weights_that_do_not_lead_back_are_named(run: Path) -> None:
+    damage(
+        run,
+        "weights/basis-fold/changed.safetensors",
+        lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(1.001),
+    )
+    [problem] = check_run(run)["problems"]
+    assert (
+        problem == 'step "basis-fold": unfolded, its weights are off by 1.0e-03, more than 1e-05.'
+    )
+
+
+def test_a_flipped_byte_is_named_and_nothing_is_computed_from_the_rest(run: Path) -> None:
+    [path] = run.parent.glob("first-*/weights/basis-fold/undo.safetensors")
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    found = check_run(run)
+    assert found["problems"] == [f"{path}: does not match its sha256 in the ledger."]
+    assert (found["maps"], found["unfolded"]) == (0, {})
+
+
+def test_a_folder_without_a_ledger_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not a run"):
+        check_run(tmp_path)
+
+
+def test_a_student_that_is_gone_is_named(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(ref: Any, *_: Any) -> None:
+        raise SetupError(
+            f"{ref.model}: is neither a folder here nor a Hugging Face id (owner/name)."
+        )
+
+    monkeypatch.setattr("rotdistill_commands._check_run.open_model", gone)
+    with pytest.raises(SetupError, match="student: is neither a folder"):
+        check_run(next((work / "runs").glob("first-*")))
+
+
+def test_a_step_of_another_run_stands_in_this_runs_ledger(work: Path) -> None:
+    first, second = (
+        Ledger(next((work / "runs").glob(f"{name}-*"))) for name in ("first", "second")
+    )
+    made = {r["key"]: r for r in first.records if r["kind"] == "step" and r["id"] == "basis-fold"}
+    assert made.items() <= {r["key"]: r for r in second.records if r["kind"] == "step"}.items()
+    assert not list(second.folder.glob("weights/*"))
+
+
+def test_torch_is_left_as_it_was(work: Path) -> None:
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    check_run(next((work / "runs").glob("first-*")))
+    assert torch.rand(1) == wanted

@@ -1,0 +1,1 @@
+"""Score variants against the teacher on held-out answers."""

@@ -1,0 +1,1 @@
+"""Architecture table of Gemma 3's text decoder."""

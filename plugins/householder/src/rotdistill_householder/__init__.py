@@ -1,0 +1,1 @@
+"""Improve tied rotations by closed-form Householder reflections."""

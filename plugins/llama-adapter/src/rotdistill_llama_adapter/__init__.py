@@ -1,0 +1,1 @@
+"""Architecture table of Llama, SmolLM2 and kin."""

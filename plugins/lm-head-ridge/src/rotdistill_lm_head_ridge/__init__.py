@@ -1,0 +1,1 @@
+"""Fit the head to the teacher's logits by ridge regression, from second moments."""

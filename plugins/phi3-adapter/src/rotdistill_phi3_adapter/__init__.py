@@ -1,0 +1,1 @@
+"""Architecture table of Phi-3 and the dense Phi-4 models."""

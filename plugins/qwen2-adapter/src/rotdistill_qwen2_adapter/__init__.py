@@ -1,0 +1,1 @@
+"""Architecture table of Qwen2 and Qwen2.5."""

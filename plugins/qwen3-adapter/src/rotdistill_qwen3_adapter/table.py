@@ -1,0 +1,35 @@
+"""Qwen3: as Llama, with a norm on every query and key head."""
+
+from __future__ import annotations
+
+from rotdistill_core import hookimpl
+from rotdistill_core.architecture.rope_decoder import rope_decoder
+from rotdistill_core.architecture.table import Adapter, Config
+
+
+def defaults(config: Config) -> Config:
+    """Return what Qwen3Config takes for missing keys; layer types are spelled out so that they follow their layer in a cut."""
+    first = (
+        int(config.get("max_window_layers", 28))
+        if config.get("use_sliding_window")
+        else config["num_hidden_layers"]
+    )
+    types = [
+        "sliding_attention" if i >= first else "full_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
+    return {"head_dim": 128, "tie_word_embeddings": False, "layer_types": types}
+
+
+QWEN3 = rope_decoder(
+    ("qwen3",),
+    optional_biases=("q", "k", "v", "o"),  # attention_bias switches them
+    head_norms=("q_norm", "k_norm"),
+    defaults=defaults,
+)
+
+
+@hookimpl
+def adapters() -> list[Adapter]:
+    """Offer the table."""
+    return [QWEN3]

@@ -1,0 +1,1 @@
+"""The report of a run, model cards, and the notebook that recomputes its rotations."""

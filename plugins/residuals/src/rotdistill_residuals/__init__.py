@@ -1,0 +1,1 @@
+"""Capture the residual streams of teacher and student at every layer boundary."""

@@ -1,0 +1,1 @@
+"""Merge checkpoints and LoRA adapters out of core; measure the barrier between them."""

@@ -1,0 +1,1 @@
+"""Models in .gguf files, in files of Python packages, and on the Hugging Face hub."""

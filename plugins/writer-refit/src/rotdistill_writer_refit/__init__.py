@@ -1,0 +1,1 @@
+"""Refit the matrices that write into the residual stream, in closed form."""

@@ -1,0 +1,1 @@
+"""What aligners share: paired residual streams, and assignment of heads and neurons."""

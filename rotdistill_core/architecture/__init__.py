@@ -1,0 +1,1 @@
+"""Architectures as tables: which space each axis of each parameter lives in."""

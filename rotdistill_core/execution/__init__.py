@@ -1,0 +1,1 @@
+"""Carrying out a recipe: keys, order, the executor, results, and run folders."""

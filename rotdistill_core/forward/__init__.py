@@ -1,0 +1,1 @@
+"""Running models: the layerwise forward pass, captured activations, generation, certificates."""

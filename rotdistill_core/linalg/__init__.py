@@ -1,0 +1,1 @@
+"""Linear algebra: second moments, solvers, and maps between spaces."""

@@ -1,0 +1,54 @@
+"""The JSON schema of recipes, for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import PydanticUserError
+
+from rotdistill_core.errors import PluginError
+from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
+from rotdistill_core.plugin.step import validator_of
+from rotdistill_core.recipe.document import Recipe
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes for the plugins installed here.
+
+    Written for editors: each `const` becomes a one-value `enum` and `use` is required, because validators of older drafts
+    ignore `const` and would accept any step.
+    """
+    document = Recipe.model_json_schema(ref_template="#/$defs/{model}")
+    defs: dict[str, Any] = document.setdefault("$defs", {})
+    references = []
+    for name in installed_plugins(STEPS):
+        try:
+            one = validator_of(step_class(name)[0]).json_schema(ref_template="#/$defs/{model}")
+        except (PluginError, PydanticUserError):
+            continue  # a broken plugin takes nobody else's schema away
+        defs.update(one.pop("$defs", {}))
+        one["properties"]["id"] = {
+            "type": "string",
+            "description": "Unique name of the step; defaults to `use`.",
+        }
+        one["required"] = sorted({*one.get("required", []), "use"})
+        defs[f"step.{name}"] = one
+        references.append({"$ref": f"#/$defs/step.{name}"})
+    document["properties"]["step"] = {"type": "array", "items": {"anyOf": references}}
+    document["properties"]["extends"] = {
+        "type": "string",
+        "description": "Path of a recipe whose tables and steps are taken over.",
+    }
+    document.pop("required", None)
+    return _enums(document)  # type: ignore[no-any-return]
+
+
+def _enums(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {
+            ("enum" if k == "const" else k): [v] if k == "const" else _enums(v)
+            for k, v in node.items()
+            if k != "discriminator"
+        }
+    return [_enums(item) for item in node] if isinstance(node, list) else node

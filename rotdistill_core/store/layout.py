@@ -1,0 +1,97 @@
+"""Where the files of a run lie: every name, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS_FOLDER = Path("runs")
+"""The folder of all runs, below the current one."""
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The files of one run. Names are relative to the run's folder, `folder` is where that lies."""
+
+    folder: Path
+
+    RECIPE = "recipe.toml"
+    RESOLVED_RECIPE = "recipe.resolved.json"
+    SYSTEM_PROMPT = "system.md"
+    TEXTS = "samples.tsv"
+    LEDGER = "ledger.jsonl"
+    RESULTS = "results.jsonl"
+    REPORT_HTML = "report.html"
+    REPORT_MARKDOWN = "report.md"
+    REPORT_JSON = "report.json"
+    CHECKPOINTS = "checkpoints"
+    MANIFEST = "COMPLETE"
+    """In a checkpoint's folder: sha256 of each of its files; written last."""
+    CARD = "README.md"
+    """In a checkpoint's folder."""
+    UNDO = "undo.safetensors"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as written."""
+        return self.folder / self.RECIPE
+
+    @property
+    def resolved_recipe(self) -> Path:
+        """The recipe after `extends`, `--set` and defaults."""
+        return self.folder / self.RESOLVED_RECIPE
+
+    @property
+    def system_prompt(self) -> Path:
+        """The system prompt of the texts."""
+        return self.folder / self.SYSTEM_PROMPT
+
+    @property
+    def texts(self) -> Path:
+        """The texts of the run with their hashes, frozen."""
+        return self.folder / self.TEXTS
+
+    @property
+    def ledger(self) -> Path:
+        """What was made from what; its lines commit files."""
+        return self.folder / self.LEDGER
+
+    @property
+    def results(self) -> Path:
+        """Metric rows of all variants."""
+        return self.folder / self.RESULTS
+
+    @property
+    def report(self) -> Path:
+        """The report as one page."""
+        return self.folder / self.REPORT_HTML
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder for each variant."""
+        return self.folder / self.CHECKPOINTS
+
+    @staticmethod
+    def teacher_answers(split: str) -> str:
+        """Return the name of the teacher's own answers to the questions of a split."""
+        return f"answers/teacher-{split}.json"
+
+    @staticmethod
+    def shard(side: str, boundary: int) -> str:
+        """Return the name, without its ending, of one side's residual stream at a boundary."""
+        return f"shards/{side}/residual/{boundary:05d}"
+
+    @staticmethod
+    def weights(step: str, name: str) -> str:
+        """Return the name of a file of weights that a step made."""
+        return f"weights/{step}/{name}"
+
+    @staticmethod
+    def rotation(run: str, name: str) -> str:
+        """Return the name of a file that holds a map or its diagnostics."""
+        return f"rotations/{run}/{name}"
+
+    @classmethod
+    def checkpoint(cls, variant: str, name: str) -> str:
+        """Return the name of a file of a variant's checkpoint."""
+        return f"{cls.CHECKPOINTS}/{variant}/{name}"
