@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,11 @@ import pytest
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import PluginError, RecipeError
-from rotdistill_core.plugin.origin import source_digest
+from rotdistill_core.plugin import registry
 from rotdistill_core.plugin.registry import (
     ADAPTERS,
     COMMANDS,
     OBSERVERS,
-    OFFERED_BY,
     STEPS,
     adapter_for,
     find_plugin,
@@ -50,14 +48,15 @@ def steps():
 '''
 TWO_STAGES = GOOD.replace(
     "    @hookimpl\n    def align",
-    "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n    @hookimpl\n    def align",
+    "    @hookimpl\n    def refine(self, maps):\n        return maps\n\n"
+    "    @hookimpl\n    def align",
 )
 NO_STAGE = GOOD.replace("def align", "def prepare")
 TABLE = '''"""Checkpoints of model type `tiny`.
 
 More."""
 from rotdistill_core import hookimpl
-from rotdistill_rope_decoder import rope_decoder
+from rotdistill_core.architecture.rope_decoder import rope_decoder
 
 
 @hookimpl
@@ -90,30 +89,6 @@ def commands():
 RECIPE = 'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "residuals"\n'
 
 Install = Callable[..., str]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Return a function that puts a distribution on sys.path and returns the name of its module."""
-
-    def make(distribution: str, names: str | list[str], source: str, group: str = STEPS) -> str:
-        root = tmp_path / distribution
-        module = "fake_" + distribution.replace("-", "_")
-        info = root / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (root / f"{module}.py").write_text(source, encoding="utf-8")
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
-        )
-        points = "".join(
-            f"{name} = {module}\n" for name in ([names] if isinstance(names, str) else names)
-        )
-        (info / "entry_points.txt").write_text(f"[{group}]\n{points}")
-        monkeypatch.syspath_prepend(str(root))
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        return module
-
-    return make
 
 
 def write_recipe(tmp_path: Path, extra: str = "") -> Path:
@@ -212,12 +187,22 @@ def test_a_plugin_that_is_not_named_is_not_imported(install: Install, tmp_path: 
     assert module in sys.modules
 
 
-@pytest.mark.parametrize(("group", "name"), [(STEPS, "no-such-step"), (ADAPTERS, "no-such-model")])
-def test_a_known_plugin_that_is_missing_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, group: str, name: str
+@pytest.mark.parametrize(("group", "name"), [(STEPS, "zzzzzz"), (ADAPTERS, "zzzzzz")])
+def test_a_missing_plugin_says_what_to_install(group: str, name: str) -> None:
+    assert "pip install 'rotdistill[all]'" in refusal(lambda: find_plugin(group, name))
+
+
+def test_a_missing_default_observer_is_a_problem_of_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(OFFERED_BY, name, f"rotdistill-{name}")
-    assert f"pip install rotdistill-{name}" in refusal(lambda: find_plugin(group, name))
+    find = registry.find_plugin
+
+    def without_report(group: str, name: str) -> object:
+        return find(group, "nowhere" if name == "report" else name)
+
+    monkeypatch.setattr(registry, "find_plugin", without_report)
+    with pytest.raises(RecipeError, match="observers: no observer"):
+        load_recipe(write_recipe(tmp_path))
 
 
 def test_an_observer_is_imported_when_a_recipe_names_it(install: Install, tmp_path: Path) -> None:
@@ -372,31 +357,3 @@ def test_one_verb_in_two_distributions_names_both(install: Install) -> None:
 def test_a_verb_of_the_core_is_not_replaced(install: Install) -> None:
     install("acme-check", "check", VERB, COMMANDS)
     assert "hop" not in command_line("check", "--help")[1]
-
-
-def test_the_code_of_a_step_is_all_of_its_distribution(install: Install, tmp_path: Path) -> None:
-    install("acme-spin", "spin", GOOD)
-    _, origin = step_class("spin")
-    root, before = tmp_path / "acme-spin", source_digest(origin)
-    (root / "fake_helper.py").write_text("x = 1\n")
-    record = root / "acme_spin-1.0.dist-info/RECORD"
-    record.write_text("fake_acme_spin.py,,\nfake_helper.py,,\n")
-    listed = source_digest(origin)
-    assert listed != before
-    (root / "fake_helper.py").write_text("x = 2\n")
-    assert source_digest(origin) not in (before, listed)
-
-
-def test_the_code_of_a_step_installed_in_place_is_that_of_its_folder(
-    install: Install, tmp_path: Path
-) -> None:
-    install("acme-spin", "spin", GOOD)
-    _, origin = step_class("spin")
-    source, before = tmp_path / "some where", source_digest(origin)
-    (source / "tests").mkdir(parents=True)
-    where = {"url": source.as_uri(), "dir_info": {"editable": True}}
-    (tmp_path / "acme-spin/acme_spin-1.0.dist-info/direct_url.json").write_text(json.dumps(where))
-    (source / "tests" / "test_it.py").write_text("x = 1\n")
-    assert source_digest(origin) == before
-    (source / "helper.py").write_text("x = 1\n")
-    assert source_digest(origin) != before

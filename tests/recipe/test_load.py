@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.recipe.document import NAME_PATTERN
+from rotdistill_core.recipe.load import _id_problems, load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.recipe.schema import recipe_schema
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.toml"))
 
 HEAD = 'name = "trial"\nseed = 3\n[teacher]\nmodel = "big"\n[student]\nmodel = "small"\n'
@@ -109,7 +113,7 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
     [
         (STEPS.replace("layers = 4", ""), 'step "chop" (#1): options: Value error, say what stays'),
         (STEPS.replace('use = "residuals"', 'id = "r"'), "step #2: use: missing"),
-        (STEPS.replace('id = "fold"', 'id = "basis"'), "must be a unique string"),
+        (STEPS.replace('id = "fold"', 'id = "basis"'), "must be unique"),
         ("", "at least one [[step]] table is needed"),
         ('[step]\nuse = "residuals"\n', "at least one [[step]] table is needed"),
         (
@@ -249,7 +253,7 @@ def test_extending_nothing_is_a_problem(tmp_path: Path, text: str, wanted: str) 
 
 def test_two_steps_of_one_id_are_refused_under_extends_too(tmp_path: Path) -> None:
     twice = '[[step]]\nid = "x"\nuse = "fidelity"\n' * 2
-    assert "must be a unique string" in problems_of(child(tmp_path, twice))[0]
+    assert "must be unique" in problems_of(child(tmp_path, twice))[0]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,7 @@ def test_the_schema_has_enums_and_requires_use() -> None:
     names = [
         item["$ref"].rpartition("/")[2] for item in made["properties"]["step"]["items"]["anyOf"]
     ]
-    assert {"step.chop", "step.residuals", "step.basis-fold", "step.toggles"} <= set(names)
+    assert {"step.chop", "step.residuals", "step.basis-fold", "step.fidelity"} <= set(names)
     for name in names:
         one = made["$defs"][name]
         assert one["properties"]["use"]["enum"] == [name.removeprefix("step.")]
@@ -321,7 +325,10 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 
 
 def test_loading_a_recipe_imports_no_torch() -> None:
-    code = "import pathlib, sys; from rotdistill_core import recipe; recipe.load(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
+    code = (
+        "import sys; from rotdistill_core import load_recipe; load_recipe(sys.argv[1]); "
+        "print('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(ROOT / "recipes" / "tour_guide.toml")]
     assert (
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -332,3 +339,41 @@ def test_loading_a_recipe_imports_no_torch() -> None:
 def test_the_committed_schema_is_what_the_program_prints() -> None:
     committed = json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
     assert committed == json.loads(json.dumps(recipe_schema()))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "save full", "a/b", ".hidden", "", "x" * 81, "tab\t", "ünïcode", "a\nb"]
+)
+def test_a_step_id_is_a_name_and_no_path(good: Path, name: str) -> None:
+    text = good.read_text(encoding="utf-8")
+    step = f'\n[[step]]\nid = {json.dumps(name)}\nuse = "fidelity"\n'
+    good.write_text(text + step, encoding="utf-8")
+    assert any("id: must be a name" in problem for problem in problems_of(good))
+
+
+@given(st.text(min_size=1, max_size=90))
+def test_only_names_are_ids(name: str) -> None:
+    accepted = not list(_id_problems(name, set()))
+    assert accepted == bool(re.fullmatch(NAME_PATTERN, name))
+    if accepted:
+        assert Path(name).name == name and name not in (".", "..")
+
+
+def test_overrides_may_be_python_values(good: Path) -> None:
+    loaded = load_recipe(good, {"chop.layers": [0, 2], "seed": 7})
+    assert options(loaded, "chop")["layers"] == [0, 2]
+    assert loaded.recipe.seed == 7
+    assert load_recipe(good, {"seed": 7}).digest() == load_recipe(good, ["seed=7"]).digest()
+
+
+def test_a_step_cannot_be_replaced_by_an_override(good: Path) -> None:
+    assert "write it as key.path=value" in problems_of(good, "chop=3")[0]
+
+
+def test_baseline_and_headline_are_marked_or_go_by_rule(good: Path) -> None:
+    loaded = load_recipe(good)
+    assert (loaded.baseline, loaded.headline) == ("base", "only-fold")
+    marked = load_recipe(good, {"baseline": "folded", "headline": "base"})
+    assert (marked.baseline, marked.headline) == ("folded", "base")
+    assert marked.digest() == loaded.digest()
+    assert "there is no variant" in problems_of(good, "baseline=nowhere")[0]
