@@ -1,4 +1,4 @@
-# make demo: set up and run the tour guide; make test: set up and run the whole suite; make docs: rewrite what READMEs say of options.
+# make demo: set up and run the tour guide; make test: set up and run the whole suite; make docs: rewrite what documents say of options, hooks and plugins.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +31,7 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 docs: setup
-	$(BIN)/python recipes/describe.py
+	$(BIN)/python docs/generate.py
 	$(BIN)/rotdistill schema > recipes/recipe.schema.json
 
 bench: setup

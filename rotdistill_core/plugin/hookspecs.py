@@ -68,10 +68,11 @@ class HookSpecs:
     def capture(
         self, pair: Pair, weights: Weights, samples: Samples, out: StepOutput, progress: Progress
     ) -> ActivationStore:
-        """Run teacher and student over the samples and store the activations that later steps need.
+        """Return the activations of teacher and student that later steps need.
 
-        `weights` is the student as earlier steps left it. `out.find` returns files that a killed
-        run had committed.
+        Run `weights`, not `pair.student.weights`: an earlier step may have cut the student.
+        `rotdistill_core.LayerwiseForward` runs a model of any size, one open layer at a time.
+        `out.find` returns files that a killed run had committed.
         """
 
     @hookspec(firstresult=True)
@@ -87,7 +88,10 @@ class HookSpecs:
     ) -> Maps:
         """Return `maps` with more maps from the student's spaces to the teacher's.
 
-        `maps` holds the maps of earlier aligners. Do not change it; `maps.add` returns a copy.
+        `maps` holds the maps of earlier aligners. Do not change it: `maps.add(found, diagnostics)`
+        returns a copy. The residual map at boundary l is `found["residual.l"]`; `q.i`, `kv.i` and
+        `neurons.i` are permutations of layer i, and gauges of layer i apply after them.
+        `diagnostics[l]` is a `LayerDiagnostics`. Give each cosine or error its null.
         """
 
     @hookspec(firstresult=True)
@@ -116,9 +120,17 @@ class HookSpecs:
     ) -> Weights:
         """Return edited weights.
 
-        The step class states `exact`. True: logits do not change. The executor then measures a
-        certificate; a variant whose certificate fails is marked as failed, and the run ends with
-        exit code 4. False: the step changes behaviour, and held-out texts decide.
+        The step class states `exact: ClassVar[bool]`.
+
+        - True: logits do not change. Return the result of `weights.fold(...)`. The executor
+          measures
+          a certificate: logits in float64 and float32, and the way back. A variant whose
+              certificate
+          fails is marked as failed, and the run ends with exit code 4.
+        - False: the step changes behaviour. Choose options on validation texts, and let "do
+          nothing"
+          be a candidate; when it wins, set `out.report.refused` to the reason.
+
         `weights` is a lazy view: return an edited view, never write into its tensors.
         """
 
@@ -146,14 +158,23 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> list[MetricRow]:
-        """Return metric rows of one saved variant. `results.jsonl` holds the rows of all
-        evaluators."""
+        """Return metric rows of one saved variant; `results.jsonl` holds those of all evaluators.
+
+        A metric that is a mean over texts should also have one row for each text, with the text's
+        id as `text`, its language, and its weight in the mean as `n`. The report makes intervals of
+        them, and of the change against the baseline. An evaluator that does not take `activations`
+        needs no capture step.
+        """
 
     @hookspec
     def before_step(
         self, step_id: str, variant: str, stage: str, folder: Path, log: Callable[[str], None]
     ) -> None:
-        """Observe that a step starts; `folder` is the folder of the run."""
+        """Observe that a step starts; `folder` is the folder of the run.
+
+        Observer hooks are called on the object that started the run (the progress display of the
+        command line) and on each observer that the recipe names. `log` prints one line.
+        """
 
     @hookspec
     def after_step(
