@@ -68,7 +68,7 @@ def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
 
 def test_what_is_written_keeps_to_the_style_of_the_project(begun: Path) -> None:
     files = [str(path) for path in begun.glob("m*/**/*.py")]
-    for words in (["check", "--ignore", "INP001,I001,S101"], ["format", "--check"]):
+    for words in (["check", "--ignore", "INP001,I001,S101,PLC0415"], ["format", "--check"]):
         made = call(begun, "-m", "ruff", *words, "--config", str(ROOT / "pyproject.toml"), *files)
         assert made.returncode == 0, made.stdout
 
