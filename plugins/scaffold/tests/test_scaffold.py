@@ -29,7 +29,7 @@ use = "my-align"
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder outside the project: a step of each stage, an adapter, installed into `site`."""
+    """Return a folder outside the project: a step of each stage and an adapter, all installed."""
     root = tmp_path_factory.mktemp("outside")
     for stage in STAGES:
         code, out, err = command_line(

@@ -1,4 +1,4 @@
-"""The files that `new` writes, from templates in this package with `$name` and the like filled in."""
+"""The files that `new` writes: templates of this package with their names filled in."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _names(name: str, distribution: str) -> dict[str, str]:
 def _distribution(
     folder: str, modules: Mapping[str, str], values: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the files of a distribution: project file, README, and modules from their templates."""
+    """Return the files of a distribution: project file, README, and modules by template."""
     templates = {
         "pyproject.toml": "pyproject.toml.txt",
         "README.md": "README.md.txt",
