@@ -1,4 +1,4 @@
-"""Variants that break a check are marked in every output and kept; the run ends with exit code 4."""
+"""Variants that break a check are marked and kept, and the run ends with exit code 4."""
 
 from __future__ import annotations
 

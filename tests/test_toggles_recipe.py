@@ -1,4 +1,4 @@
-"""recipes/toggles.toml on a pico model: one variant per switch; exact ones score as the baseline."""
+"""recipes/toggles.toml on a pico model: one variant per switch; exact ones score as base."""
 
 from __future__ import annotations
 
