@@ -264,7 +264,8 @@ def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) ->
 def test_report_and_results_are_committed_again_by_the_next_run(tmp_path: Path) -> None:
     for _ in range(2):
         folder = run(tmp_path).folder
-        records = Ledger(folder).records
+        lines = RunLayout(folder).ledger.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
         newest = {record["name"]: record for record in records if record["kind"] == "file"}
         size = (folder / RunLayout.REPORT_MARKDOWN).stat().st_size
         assert newest[RunLayout.REPORT_MARKDOWN]["bytes"] == size
