@@ -47,7 +47,7 @@ ABLATION_METRICS = (
     "factual_completeness",
     "hallucination_rate",
 )
-"""Metrics in which the steps of a variant are judged; those of other evaluators follow."""
+"""Metrics that the steps of a variant are compared by; those of other evaluators follow."""
 CONTROLS = {
     "shuffled": "the teacher's rows are shuffled on purpose: there is nothing to learn from them.",
     "self": "the student is its own teacher on purpose: there is nothing to learn.",
