@@ -35,8 +35,8 @@ class Residuals:
     """Dtype of the shards. `compute` is the dtype of the forward pass; only with it a killed
     capture resumes at the layer where it stopped."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
-    """Capture the student on the first of the fit and validation texts, this many (alignment needs
-    few); without it, on all of them."""
+    """Number of fit and validation texts on which the student is captured (alignment needs few);
+    without it, all of them."""
     layer_map: Literal["stretch", "match"] = "stretch"
     """Which teacher boundary each student boundary is compared with. `"stretch"`: the one at the
     same relative depth. `"match"`: the monotone map under which the student's rows explain most of
