@@ -21,7 +21,7 @@ GUARD_COLUMNS = ("id", "language", "kind", "text")
 HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
 
 OWN_ANSWER = ".own"
-"""Ending of the id of a question of the blurbs that the teacher answers itself."""
+"""Ending of the id of a blurb's question that the teacher answers itself."""
 
 TableRow = Mapping[str, str]
 """Column -> cell."""
@@ -120,16 +120,6 @@ def shuffled(rows: Iterable[TableRow]) -> list[TableRow]:
     texts, so a corrected text stays in its split.
     """
     return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
-
-
-def heldout_to_answer(questions: Iterable[Question]) -> list[Question]:
-    """Return the held-out questions; the teacher writes their reference answers."""
-    return [q for q in questions if q.answer is None and q.split == Split.HELDOUT]
-
-
-def blurbs_to_answer(questions: Iterable[Question]) -> list[Question]:
-    """Return the questions of blurbs that the teacher answers too (`samples.own_answers`)."""
-    return [q for q in questions if q.answer is None and q.split != Split.HELDOUT]
 
 
 def facts_digest(questions: Sequence[Question]) -> str:

@@ -17,9 +17,7 @@ from rotdistill_core.data.questions import (
     Claim,
     Question,
     assign_splits,
-    blurbs_to_answer,
     facts_digest,
-    heldout_to_answer,
     read_questions,
     shuffled,
 )
@@ -212,23 +210,22 @@ def test_copies_of_a_text_are_in_one_split_and_a_question_is_asked_once(tmp_path
     assert not texts[Split.FIT] & texts[Split.VALIDATION]
     assert texts[Split.FIT]
     assert texts[Split.VALIDATION]
-    own = blurbs_to_answer(questions)
-    assert all(q.id.endswith(".own") for q in own)
+    own = [q for q in questions if q.id.endswith(".own")]
+    assert all(q.answer is None for q in own)
     assert sorted(q.question for q in own) == [f"What is b{k}?" for k in (1, 2, 3, 4)]
     fitted = {q.question for q in questions if q.split == Split.FIT}
     assert all(q.split == Split.FIT for q in own if q.question in fitted)
 
 
-def test_the_teacher_answers_held_out_questions_and_own_copies_of_blurbs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("own_answers", "own"), [(0, []), (8, [f"b{k}.own" for k in range(4)])])
+def test_the_teacher_answers_held_out_questions_and_own_copies_of_blurbs(
+    tmp_path: Path, own_answers: int, own: list[str]
+) -> None:
     folder = write_tables(tmp_path, blurbs(4))
-    (folder / "guard.tsv").write_text("id\tlanguage\tkind\ttext\ng0\ten\tcode\tx\n")
-    plain = REF.model_copy(update={"guard": "guard.tsv"})
-    questions, _ = read_questions(plain, folder)
-    assert [q.id for q in heldout_to_answer(questions)] == ["h1"]
-    assert blurbs_to_answer(questions) == []
-    questions, _ = read_questions(plain.model_copy(update={"own_answers": 8}), folder)
-    assert [q.id for q in heldout_to_answer(questions)] == ["h1"]
-    assert [q.id for q in blurbs_to_answer(questions)] == [f"b{k}.own" for k in range(4)]
+    write_table(folder / "guard.tsv", GUARD_COLUMNS, [["g0", "en", "code", "x"]])
+    ref = REF.model_copy(update={"guard": "guard.tsv", "own_answers": own_answers})
+    questions, _ = read_questions(ref, folder)
+    assert [q.id for q in questions if q.answer is None] == [*own, "h1"]
 
 
 def test_the_guard_is_read_as_it_is_and_halved(tmp_path: Path) -> None:
@@ -315,7 +312,7 @@ def test_a_cell_that_holds_no_claims_is_named(tmp_path: Path, cell: str) -> None
 def test_claims_are_read_with_their_question(tmp_path: Path) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", '[{"what": "a", "any": ["b", "c"]}]', "[]"]]
     questions, _ = read_questions(REF, write_tables(tmp_path, blurbs(4), heldout))
-    (question,) = heldout_to_answer(questions)
+    (question,) = [q for q in questions if q.split == Split.HELDOUT]
     assert question.facts == (Claim("a", ("b", "c")),)
     assert question.falsehoods == ()
 

@@ -1,4 +1,4 @@
-"""The source `hub:`: models by their Hugging Face id."""
+"""The source of models by their Hugging Face id, `owner/name`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from rotdistill_core import hookimpl
 
 @hookimpl
 def locate(reference: str, log: Callable[[str], None]) -> Path:
-    """Return the folder of `hub:owner/name@revision`; an empty revision is the main branch.
+    """Return the folder of `owner/name@revision`; without a revision it is the main branch.
+
+    The prefix `hub:` may precede the name.
 
     Raises:
         SetupError: neither the local cache nor the hub has the model.
