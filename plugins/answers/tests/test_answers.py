@@ -51,7 +51,7 @@ QUESTION = Question(
     falsehoods=(Claim("a church", ("church", "eglise")),),
 )
 RECIPE = (
-    pico_head("said", "{work}/model", "{work}/model", tokens=6)
+    pico_head("answers", "{work}/model", "{work}/model", tokens=6)
     + """
 observers = []
 student.save_dtype = "float32"
@@ -77,7 +77,7 @@ def test_answers_conforms(check: Callable[[Path], None], tmp_path: Path) -> None
 def run(work: Path, options: str = "") -> RunResult:
     pico_texts(work / "texts")
     pico_folder(work / "model", num_hidden_layers=3)
-    path = work / "said.toml"
+    path = work / "answers.toml"
     path.write_text(RECIPE.format(work=work, options=options), encoding="utf-8")
     return run_recipe(path)
 
@@ -231,7 +231,7 @@ def test_answers_can_be_shorter_than_the_teachers(tmp_path: Path) -> None:
 
 
 def test_an_answer_of_no_tokens_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "said.toml"
+    path = tmp_path / "answers.toml"
     path.write_text(RECIPE.format(work=tmp_path, options="max_tokens = 0"), encoding="utf-8")
     with pytest.raises(RecipeError, match="max_tokens"):
         load_recipe(path)

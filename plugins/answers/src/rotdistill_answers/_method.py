@@ -60,7 +60,7 @@ class LanguageIdentifier:
             MODEL_FILE, norm_probs=True, min_confidence=0.5
         )
         self.languages = frozenset({*LANGUAGES, *languages} & set(self._model.labels))
-        """Codes of the languages that are told apart; the model does not know every language."""
+        """Codes of the languages that it identifies; the model does not know every language."""
         self._model.set_languages(sorted(self.languages))
 
     def language_of(self, text: str) -> str:

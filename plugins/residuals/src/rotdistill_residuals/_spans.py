@@ -196,7 +196,7 @@ def _row(layout: PackedTexts, text: int, token: int) -> int:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte behind each character of a byte-level vocabulary.
+    """Return the byte of each character of a byte-level vocabulary.
 
     Bytes without a printed character are written as the characters from 256 on. (Radford et al.,
     GPT-2, 2019.)

@@ -21,7 +21,7 @@ MANIFEST = RunLayout.MANIFEST
 def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     """Return the bfloat16 folder of a .gguf file; make it if it is missing or torn.
 
-    The folder lies in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`).
+    The folder is in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`).
 
     Raises:
         SetupError: transformers cannot read the file, or the cache cannot be written.
