@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from rotdistill_core.errors import CheckFailed
-from rotdistill_core.evaluation import divergence as rotdistill_predictions
 from rotdistill_core.evaluation.divergence import LogitComparison, compare_logits
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow, rows_as_json
@@ -187,7 +186,7 @@ def test_a_figure_that_is_not_a_number_is_kept_and_flagged_and_not_averaged_away
         kl[0] = kl[0] if student.depth == 2 else math.nan
         return replace(made, kl=kl)
 
-    monkeypatch.setattr(rotdistill_predictions, "compare", one_is_none)
+    monkeypatch.setattr("rotdistill_fidelity._method.compare_logits", one_is_none)
     with pytest.raises(CheckFailed, match='variant "cut" failed: kl is not a number'):
         run_recipe(written(tmp_path))
     whole, files = outputs(tmp_path)

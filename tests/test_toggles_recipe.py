@@ -45,7 +45,7 @@ def test_each_variant_is_made_and_judged_and_exact_ones_score_as_base(tmp_path: 
     ]
     sets += [
         "samples.own_answers=8",
-        "style.prompts=8",
+        "style.max_prompts=8",
         "check.kl_ratio=9",
         "check.guard=9",
         "check.facts=0",
