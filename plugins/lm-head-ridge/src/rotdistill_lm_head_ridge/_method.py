@@ -383,7 +383,7 @@ def map_head(
         report=report,
     )
     change = head @ M.T
-    share = _allowed_share(problem, head, change, limit)
+    share = allowed_share(problem, head, change, limit)
     mapped = head + share * change if share else head
     kl = problem.validation_kl(mapped)
     out.notes["map"] = {
@@ -396,7 +396,7 @@ def map_head(
     return ScoredHead(mapped, kl) if kl < start.kl - MIN_GAIN else start
 
 
-def _allowed_share(
+def allowed_share(
     problem: HeadProblem, head: Tensor, change: Tensor, limit: OutOfDomain | None
 ) -> float:
     """Return the largest share of a change of the head `[V, d_s]` that the guard allows."""
