@@ -74,8 +74,8 @@ def training_texts(
     """Return the teacher's continuations and answers, and the guard's texts if there is a guard.
 
     Raises:
-        RecipeError: no answers or no guard's texts where the options need them, or a student
-            with fused projections.
+        RecipeError: the samples lack places, answers or guard texts that the options need, or
+            the student has fused projections.
     """
     if pair.student.adapter.fused:
         raise RecipeError(
@@ -116,9 +116,17 @@ def place_continuations(
     """Return the teacher's greedy continuations of the system prompt and place names.
 
     The teacher writes them once; every run under the same folder finds them again.
+
+    Raises:
+        RecipeError: no text has a place.
     """
     teacher = pair.teacher
     chosen = _place_questions(samples)[: step.max_prompts]
+    if not chosen:
+        raise RecipeError(
+            'prompt-kl: prompts_from = ["places"] continues place names, and no text has one; '
+            'train on answers instead: prompts_from = ["questions"].'
+        )
     prompts = {
         question.id: prompt_tokens(pair.student.tokenizer, samples.style, question.place)
         for question in chosen
