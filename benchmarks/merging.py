@@ -108,11 +108,11 @@ def made(model: str, limit: int, layers: int, epochs: int, narrow: bool, root: P
     names, adapters = [], []
     for k, rate in enumerate(RATES):
         step = PromptKl(
-            ask=("questions",),
-            part=(k + 1, 3),
-            epochs=epochs,
-            batch=2,
-            rate=rate,
+            prompts_from=("questions",),
+            shard=(k + 1, 3),
+            max_epochs=epochs,
+            batch_size=2,
+            learning_rate=rate,
             seed=k,
             bfloat16=narrow,
         )

@@ -100,8 +100,8 @@ def recipe(draw: random.Random, model: str, count: int, name: str, guard: float)
             table("[[step]]", use="chop", layers=draw.randint(20, 29)),
             table("[[step]]", use="residuals", student_texts=8),
             table("[[step]]", id="refit", use="writer-refit", **refit, **watched),
-            table("[[step]]", id="head", use="lm-head-ridge", **head, anchor=power(-3, 3), rows=1024, **watched),
-            table("[[step]]", id="style", use="prompt-kl", prompts=24, tokens=8, epochs=1, rate=power(-4, -1), **watched),
+            table("[[step]]", id="head", use="lm-head-ridge", **head, logit_penalty=power(-3, 3), max_rows=1024, **watched),
+            table("[[step]]", id="style", use="prompt-kl", max_prompts=24, max_new_tokens=8, max_epochs=1, learning_rate=power(-4, -1), **watched),
             table("[[step]]", use="fidelity", per_layer=False),
             table("[variants]", base=[], full=["refit", "head"], style=["style"]),
         ]

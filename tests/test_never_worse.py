@@ -75,7 +75,7 @@ def test_no_draw_leaves_the_student_worse(teacher: Model, tmp_path: Path, seed: 
         sinks=draw.choice([1.0, 1000.0]),
     )
     head = LmHeadRidge(ridge=(10 ** draw.uniform(-6, 6),), blend=(draw.choice([0.5, 1.0]),), objective=draw.choice(["ridge", "kl"]),
-                       anchor=10 ** draw.uniform(-3, 3))  # fmt: skip
+                       logit_penalty=10 ** draw.uniform(-3, 3))  # fmt: skip
     refitted = refit.fold(
         start,
         Maps(),

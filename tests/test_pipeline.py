@@ -167,7 +167,7 @@ def test_observers_hear_of_an_evaluator_that_fails(
     def broken(*_: object) -> None:
         raise RotdistillError("no memory for it")
 
-    monkeypatch.setattr("rotdistill_fidelity.step._in_teacher_frame", broken)
+    monkeypatch.setattr("rotdistill_fidelity._method.in_teacher_frame", broken)
     with pytest.raises(RotdistillError, match="no memory for it"):
         run(work, "broken")
 

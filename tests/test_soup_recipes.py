@@ -49,9 +49,9 @@ def test_fine_tunes_are_made_merged_and_aligned(
         "ingredients.toml",
         'student.model="model"',
         "chop.layers=2",
-        "one.rate=3e-3",
-        "two.rate=3e-3",
-        "three.rate=1e-3",
+        "one.learning_rate=3e-3",
+        "two.learning_rate=3e-3",
+        "three.learning_rate=1e-3",
     )
     assert set(tuned.checkpoints) >= {"base", "first", "second", "third", "elsewhere"}
     soup = carried_out("soup.toml")

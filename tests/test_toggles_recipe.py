@@ -60,7 +60,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         f"teacher.model={work / 'model'}",
         f"student.model={work / 'model'}",
         "chop.layers=3",
-        "style.prompts=8",
+        "style.max_prompts=8",
         "check.kl_ratio=9",
         "check.guard=9",
         "check.facts=0",

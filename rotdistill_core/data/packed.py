@@ -165,6 +165,10 @@ class Samples:
         """The texts as the teacher reads them."""
         return self.theirs or self.layout
 
+    def teacher_answered(self) -> frozenset[str]:
+        """Return the ids of the questions that the teacher answers: those without an answer."""
+        return frozenset(question.id for question in self.questions if question.answer is None)
+
     def digest(self) -> str:
         """Return the sha256 of all tokens."""
         return self.layout.digest() + (self.theirs.digest() if self.theirs else "")
