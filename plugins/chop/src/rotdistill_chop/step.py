@@ -25,17 +25,17 @@ LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class Chop:
     """Keep some of the student's layers, neurons, key/value heads or stream channels.
 
-    Each of them can be given, in any combination; or `keep_fraction` as the share of all
-    parameters. Layers are cut first. Given a number of layers, `criterion = "angle"` cuts the run
-    whose input and output differ least in angle (Gromov et al., The Unreasonable Ineffectiveness of
-    the Deeper Layers, arXiv:2403.17887). `"kl"` cuts the layers that cost least KL to the uncut
-    student. Then the stream is cut in its principal basis (as Ashkboos et al., SliceGPT,
-    arXiv:2401.15024, do) and its readers are refitted. Last, heads and neurons are cut that cost
-    least once their writer is refitted.
+    Options may be combined, or `keep_fraction` gives the share of all parameters. Layers are cut
+    first. Given a number of layers, `criterion = "angle"` cuts the run whose input and output
+    differ least in angle (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers,
+    arXiv:2403.17887). `"kl"` cuts the layers that cost least KL to the uncut student. Then the
+    stream is cut in its principal basis (Ashkboos et al., SliceGPT, arXiv:2401.15024), and its
+    readers are refitted. Last come the heads and neurons that cost least once their writer is
+    refitted.
 
     `keep_fraction` counts all parameters but those of embedding and head. A narrower stream unties
-    the head, and the untied head counts. Several splits between depth and width are tried, and the
-    KL after a small refit decides; the notes list them.
+    the head, and the untied head counts. Several splits between depth and width are tried; the KL
+    after a small refit decides, and the notes list all of them.
     """
 
     use: Literal["chop"] = "chop"
