@@ -59,7 +59,7 @@ def greedy_answers(
     prefix = torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device)
     prefix_cache = model(prefix, use_cache=True).past_key_values if shared else None
     answers: dict[str, list[int]] = {}
-    for names in _batches(prompts, one_length=_slides(model)):
+    for names in _batches(prompts, one_length=_has_sliding_window(model)):
         progress(len(answers), len(prompts), "questions are answered")
         ids, mask = _pad_after_prefix([prompts[name] for name in names], shared, pad)
         cache = copy.deepcopy(prefix_cache)
@@ -85,7 +85,7 @@ def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
 
 
-def _slides(model: Any) -> bool:
+def _has_sliding_window(model: Any) -> bool:
     """Whether a layer attends through a sliding window."""
     return "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
 
