@@ -47,7 +47,7 @@ model = "small"
 [[step]]
 use = "chop"
 layers = 4
-textes = 3
+max_angle_text = 3
 [[step]]
 use = "residuals"
 student_texts = "many"
@@ -90,7 +90,7 @@ def test_a_valid_recipe_loads_with_defaults(good: Path) -> None:
         3,
         "auto",
     )
-    assert options(loaded, "chop")["texts"] == 24
+    assert options(loaded, "chop")["max_angle_texts"] == 24
     assert loaded.steps[2].origin.distribution == "rotdistill-procrustes"
     assert loaded.text == good.read_text(encoding="utf-8")
 
@@ -100,7 +100,7 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
     assert len(problems) == 5
     for wanted in (
         "colour: unknown key",
-        'step "chop" (#1): textes: unknown key. Did you mean "texts"?',
+        'step "chop" (#1): max_angle_text: unknown key. Did you mean "max_angle_texts"?',
         'step "residuals" (#2): student_texts:',
         'no step "procrustis" is installed. Did you mean "procrustes"?',
         'variants.base: no step has the id "chopp". Did you mean "chop"?',
@@ -194,7 +194,7 @@ def test_set_changes_steps_and_tables(good: Path) -> None:
         ("chop..layers=3", "write it as key.path=value"),
         ("basiss.tie=2", 'no step or table is called "basiss". Did you mean "basis"?'),
         ("basis.tye=2", 'tye: unknown key. Did you mean "tie"?'),
-        ("chop.texts=big", "texts"),
+        ("chop.max_angle_texts=big", "max_angle_texts"),
         ("seed=-1", "seed"),
         ("name.x=1", "name"),
         ("teacher.model.x=1", "teacher.model"),
@@ -287,9 +287,9 @@ def test_the_digest_is_stable_and_follows_every_option(good: Path) -> None:
     digest = load_recipe(good).digest()
     good.write_text("# a comment\n" + good.read_text(encoding="utf-8"), encoding="utf-8")
     assert load_recipe(good).digest() == digest
-    assert load_recipe(good, ["chop.texts=24"]).digest() == digest
+    assert load_recipe(good, ["chop.max_angle_texts=24"]).digest() == digest
     others = {
-        load_recipe(good, [item]).digest() for item in ("chop.texts=25", "seed=4", "basis.tie=2")
+        load_recipe(good, [item]).digest() for item in ("chop.max_angle_texts=25", "seed=4", "basis.tie=2")
     }
     assert len(others | {digest}) == 4
 
