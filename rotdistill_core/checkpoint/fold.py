@@ -201,7 +201,7 @@ def _undo(
     undo = Undo(maps, absorbed, config, adapter.gain_offset, {})
     columns: dict[str, Tensor] = {}
     for name, param in adapter.expand(config).items():
-        if name in tensors and param.gain in absorbed:
+        if name in tensors and param.gain and param.gain in absorbed:
             lost = undo.near_zero_gain(param.gain)
             if len(lost):
                 columns[name] = tensors[name].read()[:, lost].clone()
@@ -225,7 +225,7 @@ def _read_folded(name: str, tensor: LazyTensor, param: Param, undo: Undo) -> Ten
         d, e = stream.matrix.shape
         return torch.full((e,), (d / e) ** 0.5 - undo.offset, dtype=torch.float64)
     W = tensor.read().double()
-    if param.gain in undo.gains:
+    if param.gain and param.gain in undo.gains:
         W = W * undo.factor(param.gain)
     return transform_param(W, param.axes, undo.maps, param.gauge)
 
@@ -237,7 +237,7 @@ def _read_unfolded(
     if name in undo.gains:
         return undo.gains[name]
     W = transform_param(tensor.read().double(), param.axes, inverse, param.gauge, back=True)
-    if param.gain not in undo.gains:
+    if not param.gain or param.gain not in undo.gains:
         return W
     # Divide the gain out again. Where it is nearly 0 the columns were erased, and were kept aside.
     near_zero = undo.near_zero_gain(param.gain)

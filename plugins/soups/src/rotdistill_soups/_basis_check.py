@@ -55,9 +55,7 @@ def refusal(name: str, distances: Mapping[str, float], view: Weights, base: Weig
     A, B = (w[base.adapter.embedding][rows].double() for w in (view, base))
     R = _embedding_rotation(view, base)
     before, after = relative_distance(A, B), relative_distance(A @ R, B)
-    other_basis = (
-        'it is kin in another basis, and same_basis = "align" brings it to the student\'s.'
-    )
+    remedy = 'it is kin in another basis, and same_basis = "align" brings it to the student\'s.'
     if after > OTHER_BASIS:
         why = (
             f"No rotation of the stream brings the embeddings nearer than {after:.2f}: it was "
@@ -66,10 +64,10 @@ def refusal(name: str, distances: Mapping[str, float], view: Weights, base: Weig
     elif before > OTHER_BASIS:
         why = (
             f"One rotation of the stream brings the embeddings from {before:.2f} to {after:.2f}: "
-            f"{other_basis}"
+            f"{remedy}"
         )
     else:
-        why = f"Its stream is the student's, but heads or neurons are not: {other_basis}"
+        why = f"Its stream is the student's, but heads or neurons are not: {remedy}"
     return (
         f"soups: {name} is not in the student's basis. Relative distances of its weights, in the "
         f"worst layer: {listed(distances)} (0 equal, 1.41 unrelated). {why}"

@@ -82,7 +82,7 @@ def _models_in_basis(
     out: StepOutput,
     progress: Progress,
 ) -> dict[str, _ModelInBasis]:
-    """Return the checkpoints among the ingredients, each in the student's basis if that is asked."""
+    """Return the checkpoints among the ingredients, in the student's basis if that is asked."""
     found: dict[str, _ModelInBasis] = {}
     student_rows = base.entries[base.adapter.embedding].shape[0]
     for k, (name, model) in enumerate(opened.models.items()):

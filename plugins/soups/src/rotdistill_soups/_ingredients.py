@@ -21,7 +21,7 @@ from rotdistill_soups._merge import STUDENT
 
 
 def content_digest(reference: str) -> str:
-    """Return the sha256 of what a reference names now, so that a changed ingredient is merged anew."""
+    """Return the sha256 of what a reference names now: a changed ingredient is merged anew."""
     if reference == STUDENT:
         return STUDENT
     folder = locate_model(_model_ref(reference))

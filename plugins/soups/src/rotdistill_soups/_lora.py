@@ -1,4 +1,4 @@
-"""LoRA adapters in peft's format: read, carried through a change of basis and back, summed, written.
+"""LoRA adapters in peft's format: read, carried through a fold and back, summed, and written.
 
 An adapter changes `W [out, in]` by `s B A`. Sums are of products, never of A and B by themselves:
 `(ΣB)(ΣA)` has cross terms that nobody trained. Through a fold a reader's `A` becomes `A diag(g) Q`,
@@ -176,7 +176,7 @@ def _transform_back(factors: Factors, param: Param, maps: Mapping[str, Map], und
 
 def _absorbed_factor(A: Tensor, param: Param, undo: Undo) -> Tensor:
     """Return the norm's factor that the fold put into this reader `[in]`; ones for the others."""
-    if param.gain in undo.gains:
+    if param.gain and param.gain in undo.gains:
         return undo.factor(param.gain)
     return torch.ones(A.shape[1], dtype=torch.float64)
 

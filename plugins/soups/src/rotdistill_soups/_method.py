@@ -94,7 +94,7 @@ def _merge_all(run: MergeRun) -> Weights:
 
 
 def _merge_greedily(run: MergeRun) -> Weights:
-    """Start from the best ingredient; add the others, best first, where the KL of the mean falls."""
+    """Take the best ingredient; add the others, best first, where the KL of the mean falls."""
     together = run.together()
     base, ingredients = together.base, together.ingredients
     count = len(ingredients)
