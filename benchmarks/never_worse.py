@@ -88,7 +88,7 @@ def random_recipe(draw: random.Random, model: str, count: int, name: str, guard:
         "ridge": [power(draw, -6, 6)],
         "blend": [draw.choice([0.5, 1.0])],
         "objective": draw.choice(["ridge", "kl"]),
-        "rows": 1024,
+        "max_rows": 1024,
     }
     samples = {
         "index": "index.tsv",

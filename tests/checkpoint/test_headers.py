@@ -1,4 +1,4 @@
-"""Checkpoint folders, judged from their headers: what is torn, foreign or unsafe is refused with the file's name."""
+"""Torn, foreign or unsafe checkpoint folders are refused from headers alone, by the file's name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rotdistill_core.checkpoint.headers import (
+    SHARD_INDEX,
     Header,
     folder_headers,
     read_config,
@@ -19,8 +20,6 @@ from rotdistill_core.checkpoint.headers import (
     shard_files,
 )
 from rotdistill_core.errors import SetupError
-
-INDEX = "model.safetensors.index.json"
 
 
 def write_raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -39,7 +38,7 @@ def save(folder: Path, file: str, *names: str) -> Path:
 
 
 def write_index(folder: Path, weight_map: object) -> None:
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / SHARD_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def refusal(path: Path, call: Callable[[Path], object]) -> str:
@@ -127,15 +126,22 @@ def test_a_header_that_is_no_table_of_tensors_is_refused(tmp_path: Path, header:
     )
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        item([2, 2], 0, 12), item([2, 2], 4, 16), item([2, 2], 16, 0), item([2, 2], -16, 0), item([2, 2], "0", "16"),
-        item(["2", 2], 0, 16), item([-2, -2], 0, 16), item([2.0, 2], 0, 16), item([[2, 2]], 0, 16),
-        {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]},
-        {"dtype": "F32", "shape": None, "data_offsets": [0, 16]},
-    ],
-)  # fmt: skip
+IMPOSSIBLE = {
+    "too few bytes": item([2, 2], 0, 12),
+    "a gap before it": item([2, 2], 4, 16),
+    "an end before the start": item([2, 2], 16, 0),
+    "a negative start": item([2, 2], -16, 0),
+    "offsets as text": item([2, 2], "0", "16"),
+    "a size as text": item(["2", 2], 0, 16),
+    "negative sizes": item([-2, -2], 0, 16),
+    "a fractional size": item([2.0, 2], 0, 16),
+    "a nested shape": item([[2, 2]], 0, 16),
+    "one offset": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0]},
+    "no shape": {"dtype": "F32", "shape": None, "data_offsets": [0, 16]},
+}
+
+
+@pytest.mark.parametrize("entry", IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
 def test_impossible_shapes_and_offsets_are_refused(tmp_path: Path, entry: dict[str, Any]) -> None:
     path = write_raw(tmp_path / "a.safetensors", {"x": entry}, bytes(16))
     assert "not a valid safetensors file" in refusal(path, read_header)
@@ -202,8 +208,8 @@ def test_a_shard_outside_the_folder_or_missing_is_refused(tmp_path: Path, name: 
     ],
 )
 def test_a_broken_shard_index_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / INDEX).write_text(text)
-    refusal(tmp_path / INDEX, lambda path: shard_files(path.parent))
+    (tmp_path / SHARD_INDEX).write_text(text)
+    refusal(tmp_path / SHARD_INDEX, lambda path: shard_files(path.parent))
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
