@@ -124,11 +124,11 @@ def make_bench(options: argparse.Namespace, root: Path) -> Bench:
     fine_tunes, adapters = [], []
     for k, rate in enumerate(RATES):
         step = PromptKl(
-            ask=("questions",),
-            part=(k + 1, 3),
-            epochs=options.epochs,
-            batch=2,
-            rate=rate,
+            prompts_from=("questions",),
+            shard=(k + 1, 3),
+            max_epochs=options.epochs,
+            batch_size=2,
+            learning_rate=rate,
             seed=k,
             bfloat16=options.bfloat16,
         )
