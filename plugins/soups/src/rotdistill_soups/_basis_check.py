@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from rotdistill_weight_matching.step import WeightMatching, vocabulary_moments
+from rotdistill_weight_matching import WeightMatching, vocabulary_moments
 from torch import Tensor
 
 from rotdistill_core.checkpoint.lazy import open_tensors
