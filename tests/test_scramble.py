@@ -1,4 +1,4 @@
-"""The scramble test on the real small model: what benchmarks/scramble.py prints, checked."""
+"""The scramble test on the real small model: the figures of benchmarks/scramble.py."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/scramble.py"
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--limit",
-        "10",
-        "--only",
-        "weights",
-        "--only",
-        "activations",
-    ]
+    chosen = ["--limit", "10", "--only", "weights", "--only", "activations"]
+    command = [sys.executable, str(SCRIPT), *chosen]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
@@ -39,7 +33,7 @@ def test_a_scrambled_model_computes_the_same_and_averages_to_garbage(
 
 
 @pytest.mark.parametrize("source", ["weights", "activations"])
-def test_it_is_brought_back(figures: dict[str, Any], source: str) -> None:
+def test_the_scrambled_model_is_brought_back(figures: dict[str, Any], source: str) -> None:
     found = figures[f"from {source}"]
     assert found["permutations wrong"] == 0
     assert found["barrier"] <= 1e-3
