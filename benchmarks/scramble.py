@@ -88,9 +88,9 @@ def wrong_entries(planted: dict[str, Map], maps: Maps) -> int:
     wrong = 0
     for space, planted_map in planted.items():
         if isinstance(planted_map, Permutation):
-            found = maps[space]
-            assert isinstance(found, Permutation)
-            wrong += int((found.index != planted_map.invert().index).sum())
+            permutation = maps[space]
+            assert isinstance(permutation, Permutation)
+            wrong += int((permutation.index != planted_map.invert().index).sum())
     return wrong
 
 
@@ -124,16 +124,16 @@ class KlFromOriginal:
 
 
 def undetermined_directions(
-    activations: ActivationStore, planted: Rotation, found: Rotation
+    activations: ActivationStore, planted: Rotation, solved: Rotation
 ) -> dict[str, float]:
     """Return how many principal directions of the stream are off the planted ones, over 1e-3."""
-    C = torch.zeros(len(found.matrix), len(found.matrix), dtype=torch.float64)
+    C = torch.zeros(len(solved.matrix), len(solved.matrix), dtype=torch.float64)
     for boundary in range(len(activations.depths)):
         X = activations.rows(Side.STUDENT, boundary)
         X = rms_normalise(X[~massive_activation_mask(X)])
         C += X.T @ X
     values, Q = torch.linalg.eigh(C)
-    error = found.matrix.double() - planted.invert().matrix.double()
+    error = solved.matrix.double() - planted.invert().matrix.double()
     off = (Q.T @ error).norm(dim=-1) > 1e-3
     return {
         "directions": int(off.sum()),
@@ -192,10 +192,10 @@ def from_activations(case: Scrambled) -> dict[str, Any]:
     maps = by_activations.align(student, maps, pair, case.samples, out, quiet)
     maps = HeadGauge().align(student, maps, pair, out, quiet)
     seconds = round(time.monotonic() - started)
-    planted, found = case.planted[RESIDUAL], maps.tied()
+    planted, solved = case.planted[RESIDUAL], maps.tied()
     assert isinstance(planted, Rotation)
-    assert found is not None
-    undetermined = undetermined_directions(activations, planted, found)
+    assert solved is not None
+    undetermined = undetermined_directions(activations, planted, solved)
     return {**case.figures(student, maps), "seconds": seconds, "undetermined": undetermined}
 
 

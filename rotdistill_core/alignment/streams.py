@@ -187,26 +187,44 @@ def solve_stages(
     for stage, start in enumerate(range(0, len(boundaries), stage_size)):
         group = boundaries[start : start + stage_size]
         sums = sum_fit_rows(activations, pair, group, use, squares)
-        fitted = solve(sums, f"{use}: stage {stage}")
-        null = solve(sums.shuffled(), f"{use}: stage {stage}, shuffled")
-        rotation = Rotation(fitted.R, sums.scale(fitted.R))
-        of_stage = LayerDiagnostics(
-            aligner=use,
-            stage=stage,
-            k=fitted.k,
-            gap_at_k=fitted.gap,
-            scale=rotation.scale,
-            singular_values=tuple(fitted.spectrum.tolist()),
-            singular_values_shuffled=tuple(null.spectrum.tolist()),
-        ).merge(orthogonality(rotation))
+        fit = _fit_stage(solve, sums, use, stage)
         validation = paired_streams(activations, pair, group, Split.VALIDATION, use)
         for mean, streams in zip(sums.teacher_means, validation, strict=True):
-            measured = diagnose(streams, fitted=fitted.R, shuffled=null.R, random=random, mean=mean)
+            measured = diagnose(
+                streams, fitted=fit.rotation.matrix, shuffled=fit.shuffled, random=random, mean=mean
+            )
             boundary = streams.boundary
-            rotations[residual(boundary)] = rotation
-            diagnostics[boundary] = replace(of_stage.merge(measured), layer=boundary)
+            rotations[residual(boundary)] = fit.rotation
+            diagnostics[boundary] = replace(fit.figures.merge(measured), layer=boundary)
             progress(boundary + 1, len(boundaries), f"stage {stage}")
     return maps.add(rotations, diagnostics)
+
+
+class _StageFit(NamedTuple):
+    """The rotation of a stage, its null, and the figures that its boundaries share."""
+
+    rotation: Rotation
+    shuffled: Tensor
+    """`[d_s, d_t]`: the same solve on shuffled rows."""
+    figures: LayerDiagnostics
+
+
+def _fit_stage(
+    solve: Callable[[StreamSums, str], StageSolution], sums: StreamSums, use: str, stage: int
+) -> _StageFit:
+    fitted = solve(sums, f"{use}: stage {stage}")
+    null = solve(sums.shuffled(), f"{use}: stage {stage}, shuffled")
+    rotation = Rotation(fitted.R, sums.scale(fitted.R))
+    figures = LayerDiagnostics(
+        aligner=use,
+        stage=stage,
+        k=fitted.k,
+        gap_at_k=fitted.gap,
+        scale=rotation.scale,
+        singular_values=tuple(fitted.spectrum.tolist()),
+        singular_values_shuffled=tuple(null.spectrum.tolist()),
+    )
+    return _StageFit(rotation, null.R, figures.merge(orthogonality(rotation)))
 
 
 class PairedStreams(NamedTuple):

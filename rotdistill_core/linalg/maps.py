@@ -222,15 +222,15 @@ class Maps(Mapping[str, Map]):
 
     def rotation(self, boundary: int) -> Rotation | None:
         """Return the residual map at a layer boundary, if there is one."""
-        found = self.by_space.get(residual(boundary))
-        return found if isinstance(found, Rotation) else None
+        rotation = self.by_space.get(residual(boundary))
+        return rotation if isinstance(rotation, Rotation) else None
 
     def tied(self) -> Rotation | None:
         """Return the one residual map that all boundaries share, or None."""
         rotations = [
-            found
-            for space, found in self.by_space.items()
-            if is_residual(space) and isinstance(found, Rotation)
+            space_map
+            for space, space_map in self.by_space.items()
+            if is_residual(space) and isinstance(space_map, Rotation)
         ]
         if not rotations:
             return None
@@ -242,7 +242,7 @@ class Maps(Mapping[str, Map]):
 
     def inside_layers(self) -> dict[str, Map]:
         """Return the maps of heads, neurons and gauges: all but those of the residual stream."""
-        return {space: found for space, found in self.by_space.items() if not is_residual(space)}
+        return {space: self.by_space[space] for space in self if not is_residual(space)}
 
     def add(self, maps: Mapping[str, Map], diagnostics: Mapping[int, LayerDiagnostics]) -> Maps:
         """Return these maps and more. New diagnostics of a layer override its old ones by field."""
@@ -269,7 +269,7 @@ def transform_param(
         axes: the space of each axis.
         maps: space or gauge -> map. Spaces without a map stay.
         gauge: applied after the map of the axis outside the stream; its dual if marked with `*`.
-        back: `maps` are inverses; apply the gauge ahead of the map of its space.
+        back: `maps` are inverses; apply the gauge before the map of its space.
 
     Returns:
         The parameter in the new bases, float64.
@@ -277,18 +277,18 @@ def transform_param(
     for axis, space in enumerate(axes):
         chain = [space, "" if space == RESIDUAL else gauge]
         for name in reversed(chain) if back else chain:
-            found = maps.get(primal(name))
-            if found is None:
+            space_map = maps.get(primal(name))
+            if space_map is None:
                 continue
-            if isinstance(found, Gauge) and is_dual(name):
-                found = found.dual()
-            tensor = found.apply(tensor, axis)
+            if isinstance(space_map, Gauge) and is_dual(name):
+                space_map = space_map.dual()
+            tensor = space_map.apply(tensor, axis)
     return tensor
 
 
-def tensor_of(found: Map) -> Tensor:
+def tensor_of(space_map: Map) -> Tensor:
     """Return the tensor that is the map: matrix, index or blocks."""
-    tensor: Tensor = getattr(found, fields(found)[0].name)
+    tensor: Tensor = getattr(space_map, fields(space_map)[0].name)
     return tensor
 
 
@@ -305,17 +305,17 @@ def store_maps(maps: Maps, out: StepOutput) -> dict[str, Any]:
     """
     spaces: dict[str, Any] = {}
     path_of_tensor: dict[int, str] = {}
-    for space, found in maps.items():
-        tensor = tensor_of(found)
+    for space, space_map in maps.items():
+        tensor = tensor_of(space_map)
         if id(tensor) not in path_of_tensor:
             name = _file_name(space)
             file = RunLayout.rotation(out.run_id, f"{name}.safetensors")
             path = out.tensors(file, {"map": tensor})
             path_of_tensor[id(tensor)] = path.relative_to(out.store.root).as_posix()
-        other_fields = {f.name: getattr(found, f.name) for f in fields(found)[1:]}
+        other_fields = {f.name: getattr(space_map, f.name) for f in fields(space_map)[1:]}
         spaces[space] = {
             "file": path_of_tensor[id(tensor)],
-            "kind": type(found).__name__,
+            "kind": type(space_map).__name__,
             **other_fields,
         }
     documents: dict[str, str] = {}

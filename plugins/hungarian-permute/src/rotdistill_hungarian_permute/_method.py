@@ -69,7 +69,7 @@ def solve(
     s = weights.adapter.heads(weights.config)
     t = pair.teacher.adapter.heads(pair.teacher.config)
     partners = teacher_layers(weights, pair)
-    found: dict[str, Map] = {}
+    new_maps: dict[str, Map] = {}
     diagnostics: dict[int, LayerDiagnostics] = {}
     for start in range(0, weights.depth, options.within_stage):
         stage = range(start, min(start + options.within_stage, weights.depth))
@@ -79,7 +79,7 @@ def solve(
         }
         for i, j in assign_layers(matches, stage):
             match = matches[i, j]
-            found |= match.maps(i, s.width if s.width == t.width else None)
+            new_maps |= match.maps(i, s.width if s.width == t.width else None)
             diagnostics[i] = match.diagnostics(reference=partners[j])
         progress(stage.stop, weights.depth, options.criterion)
     if activations is not None:
@@ -87,7 +87,7 @@ def solve(
     heads = [layer.heads for layer in diagnostics.values() if layer.heads]
     neurons = [layer.neurons for layer in diagnostics.values() if layer.neurons]
     out.notes |= {"heads": summary(heads), "neurons": summary(neurons)}
-    return maps.add(found, diagnostics)
+    return maps.add(new_maps, diagnostics)
 
 
 def compare_weights(

@@ -50,7 +50,7 @@ def solve(
             "gauges are free."
         )
     heads = weights.adapter.heads(weights.config)
-    found: dict[str, Map] = {}
+    new_maps: dict[str, Map] = {}
     diagnostics: dict[int, LayerDiagnostics] = {}
     figures: dict[str, list[GaugeDiagnostics]] = {kind: [] for kind in kinds}
     for i, at_same_depth in enumerate(teacher_layers(weights, pair)):
@@ -60,14 +60,14 @@ def solve(
         for kind in kinds:
             where = f"head-gauge: layer {i}"
             gauge = solve_gauge(kind, S, T, heads, options.value_gauge, where)
-            found[in_layer(kind, i)] = gauge
+            new_maps[in_layer(kind, i)] = gauge
             figures[kind].append(distances(kind, S, T, gauge, heads))
         gauges = {kind: figures[kind][i] for kind in kinds}
         diagnostics[i] = LayerDiagnostics(gauges=gauges)
         progress(i + 1, weights.depth, "gauges")
     for kind in kinds:
         out.notes[kind] = _means(figures[kind])
-    return maps.add(found, diagnostics)
+    return maps.add(new_maps, diagnostics)
 
 
 def _permutations(maps: Maps, layer: int) -> dict[str, Map]:

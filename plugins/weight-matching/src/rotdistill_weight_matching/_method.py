@@ -70,6 +70,19 @@ class LayerAlignment(NamedTuple):
     """`Σ W_sᵀ W_t [d, d]` of the aligned layer, for the next rotation."""
 
 
+class Alignment(NamedTuple):
+    """The alignment of two models."""
+
+    R: Tensor
+    """The rotation of the stream `[d, d]`."""
+    spectrum: Tensor
+    """Singular values of the moments that the last rotation was solved from."""
+    layers: dict[int, LayerAlignment]
+    rounds: int
+    last_turn: float
+    """Largest entry of `turn - I` in the last round."""
+
+
 def solve(
     options: WeightMatching,
     weights: Weights,
@@ -85,6 +98,37 @@ def solve(
         RotdistillError: a weight is not finite, or a gauge cannot be folded.
     """
     require_one_shape(weights, pair)
+    alignment = take_turns(options, weights, pair, progress)
+    layers = alignment.layers
+    out.notes |= {
+        "rounds": alignment.rounds,
+        "settled": alignment.last_turn <= SETTLED,
+        "last turn": alignment.last_turn,
+        **summary([*layers.values()]),
+    }
+    rotation = Rotation(alignment.R)
+    of_stream = LayerDiagnostics(
+        stage=0,
+        k=len(alignment.R),
+        singular_values=tuple(alignment.spectrum.tolist()),
+        max_rrt=rotation.error(),
+    )
+    new_maps: dict[str, Map] = {}
+    for layer in layers.values():
+        new_maps |= layer.maps
+    diagnostics: dict[int, LayerDiagnostics] = {}
+    for boundary in range(weights.depth + 1):
+        new_maps[residual(boundary)] = rotation
+        diagnostics[boundary] = replace(of_stream, layer=boundary)
+    for i, layer in layers.items():
+        diagnostics[i] = layer_figures(layer).merge(diagnostics[i])
+    return maps.add(new_maps, diagnostics)
+
+
+def take_turns(
+    options: WeightMatching, weights: Weights, pair: Pair, progress: Progress
+) -> Alignment:
+    """Return the alignment after rounds of layers and stream, until the stream settles."""
     references = teacher_layers(weights, pair)
     # Rows of embedding and head are the same tokens in both, whatever heads and neurons are.
     vocabulary = vocabulary_moments(weights, pair.teacher.weights)
@@ -104,29 +148,7 @@ def solve(
         turn, spectrum = polar(M, f"weight-matching: round {rounds}")
         R = R @ turn
         last_turn = float((turn - eye).abs().max())
-    out.notes |= {
-        "rounds": rounds,
-        "settled": last_turn <= SETTLED,
-        "last turn": last_turn,
-        **summary([*layers.values()]),
-    }
-    rotation = Rotation(R)
-    of_stream = LayerDiagnostics(
-        stage=0,
-        k=len(R),
-        singular_values=tuple(spectrum.tolist()),
-        max_rrt=rotation.error(),
-    )
-    found: dict[str, Map] = {}
-    for layer in layers.values():
-        found |= layer.maps
-    diagnostics: dict[int, LayerDiagnostics] = {}
-    for boundary in range(weights.depth + 1):
-        found[residual(boundary)] = rotation
-        diagnostics[boundary] = replace(of_stream, layer=boundary)
-    for i, layer in layers.items():
-        diagnostics[i] = layer_figures(layer).merge(diagnostics[i])
-    return maps.add(found, diagnostics)
+    return Alignment(R, spectrum, layers, rounds, last_turn)
 
 
 def align_layer(
@@ -158,20 +180,21 @@ def align_layer(
     distance_stream_alone = layer_distance(S, T)
     # First which head and neuron is which, then what is free inside them.
     match = match_layers(weight_scores(S, T, heads, heads), heads, heads)
-    found = match.maps(layer, heads.width)
+    layer_maps = match.maps(layer, heads.width)
     S = {
-        role: found[in_layer(SPACE_OF_ROLE[role], layer)].apply(rows, 0) for role, rows in S.items()
+        role: layer_maps[in_layer(SPACE_OF_ROLE[role], layer)].apply(rows, 0)
+        for role, rows in S.items()
     }
     for kind in sorted(shared_gauges(weights, pair)):
         where = f"weight-matching: layer {layer}"
         gauge = solve_gauge(kind, S, T, heads, options.value_gauge, where)
-        found[in_layer(kind, layer)] = gauge
+        layer_maps[in_layer(kind, layer)] = gauge
         S |= apply_gauge(kind, gauge, S)
     moments = torch.zeros_like(R)
     for role in S:
         moments = moments + unit_moments(S[role][:, :d], T[role][:, :d])
     return LayerAlignment(
-        maps=found,
+        maps=layer_maps,
         match=match,
         reference=reference,
         distance_stream_alone=distance_stream_alone,
