@@ -1,7 +1,8 @@
-"""Maps between spaces, and what they do to readers, writers and biases."""
+"""Maps between spaces, and their effect on readers, writers and biases."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rotdistill_core.errors import CheckFailed
+from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import (
     Gauge,
     Maps,
@@ -57,12 +59,10 @@ def test_a_rotation_followed_by_its_inverse_changes_nothing(seed: int, d: int, m
 
 @few
 @given(seeds, sizes, sizes)
-def test_then_is_one_rotation_after_the_other(seed: int, d: int, n: int) -> None:
-    one, two, X = (
-        rotation(seed, d, d + 1, 2.0),
-        rotation(seed + 1, d + 1, d + 3, 3.0),
-        randn(seed + 2, n, d),
-    )
+def test_then_applies_one_rotation_after_the_other(seed: int, d: int, n: int) -> None:
+    one = rotation(seed, d, d + 1, 2.0)
+    two = rotation(seed + 1, d + 1, d + 3, 3.0)
+    X = randn(seed + 2, n, d)
     assert_close(one.then(two).apply(X, 1), two.apply(one.apply(X, 1), 1))
     assert one.then(two).scale == 6.0
     one.then(two).verify(1e-12, "here")
@@ -112,7 +112,8 @@ def test_a_rotation_is_verified_in_float64() -> None:
 @few
 @given(seeds, sizes, sizes)
 def test_permutations_invert_and_follow_each_other(seed: int, n: int, rows: int) -> None:
-    one, two, X = permutation(seed, n), permutation(seed + 1, n), randn(seed, rows, n)
+    one, two = permutation(seed, n), permutation(seed + 1, n)
+    X = randn(seed, rows, n)
     assert torch.equal(one.apply(X, 1), X[:, one.index])
     assert torch.equal(one.then(two).apply(X, 1), X[:, one.index][:, two.index])
     assert torch.equal(one.invert().apply(one.apply(X, 1), 1), X)
@@ -128,7 +129,7 @@ def test_an_index_that_is_no_bijection_is_refused(index: list[int]) -> None:
 
 @few
 @given(seeds, sizes, sizes, st.integers(0, 2))
-def test_readers_writers_and_biases_are_carried(seed: int, d: int, f: int, more: int) -> None:
+def test_readers_writers_and_biases_change_basis(seed: int, d: int, f: int, more: int) -> None:
     R = rotation(seed, d, d + more)
     Q, maps = R.matrix, {"residual": R}
     reader, writer, bias = randn(seed, f, d), randn(seed + 1, d, f), randn(seed + 2, d)
@@ -139,7 +140,9 @@ def test_readers_writers_and_biases_are_carried(seed: int, d: int, f: int, more:
 
 @few
 @given(seeds, sizes, sizes)
-def test_a_parameter_between_two_spaces_is_carried_on_both_axes(seed: int, d: int, f: int) -> None:
+def test_a_parameter_between_two_spaces_changes_basis_on_both_axes(
+    seed: int, d: int, f: int
+) -> None:
     R, P = rotation(seed, d), permutation(seed, f)
     maps = {"residual": R, "neurons.1": P}
     W, b = randn(seed, f, d), randn(seed + 1, f)
@@ -150,25 +153,23 @@ def test_a_parameter_between_two_spaces_is_carried_on_both_axes(seed: int, d: in
 
 @few
 @given(seeds, sizes, sizes)
-def test_carrying_back_gives_the_old_parameter(seed: int, d: int, f: int) -> None:
+def test_inverse_maps_give_the_old_parameter_back(seed: int, d: int, f: int) -> None:
     maps = {"residual": rotation(seed, d), "neurons.0": permutation(seed, f)}
     back = {space: one.invert() for space, one in maps.items()}
     W, axes = randn(seed, d, f), ("residual", "neurons.0")
     assert_close(transform_param(transform_param(W, axes, maps), axes, back), W)
 
 
-def test_carried_pairs_compute_what_they_computed() -> None:
+def test_up_and_down_in_new_bases_compute_the_same() -> None:
     maps = {"residual": rotation(0, 4), "neurons.0": permutation(1, 6)}
     X, up, down = randn(2, 5, 4), randn(3, 6, 4), randn(4, 4, 6)
-    new_up, new_down = (
-        transform_param(up, ("neurons.0", "residual"), maps),
-        transform_param(down, ("residual", "neurons.0"), maps),
-    )
+    new_up = transform_param(up, ("neurons.0", "residual"), maps)
+    new_down = transform_param(down, ("residual", "neurons.0"), maps)
     Q = maps["residual"].apply(torch.eye(4, dtype=torch.float64), 1)
     assert_close((X @ Q) @ new_up.T @ new_down.T, X @ up.T @ down.T @ Q)
 
 
-def test_maps_know_their_tied_rotation() -> None:
+def test_maps_return_the_rotation_that_all_boundaries_share() -> None:
     R, other = rotation(0, 3), rotation(1, 3)
     tied = Maps(
         {"residual.0": R, "residual.1": Rotation(R.matrix.clone()), "neurons.0": permutation(0, 4)}
@@ -180,31 +181,49 @@ def test_maps_know_their_tied_rotation() -> None:
     assert Maps().tied() is None
 
 
+def test_maps_inside_layers_are_all_but_those_of_the_stream() -> None:
+    maps = Maps({"residual.0": rotation(0, 3), "neurons.0": permutation(0, 4)})
+    assert maps.inside_layers() == {"neurons.0": maps["neurons.0"]}
+
+
 def test_adding_maps_keeps_the_old_ones_untouched() -> None:
-    old = Maps({"residual.0": rotation(0, 3)}, {0: {"cosine": 0.1, "k": 3}})
-    new = old.add({"residual.1": rotation(1, 3)}, {0: {"cosine": 0.2}, 1: {"k": 3}})
+    first = LayerDiagnostics(cosine_after=0.1, k=3)
+    old = Maps({"residual.0": rotation(0, 3)}, {0: first})
+    later = {0: LayerDiagnostics(cosine_after=0.2), 1: LayerDiagnostics(k=3)}
+    new = old.add({"residual.1": rotation(1, 3)}, later)
     assert list(old) == ["residual.0"]
-    assert old.diagnostics == {0: {"cosine": 0.1, "k": 3}}
+    assert old.diagnostics == {0: first}
     assert list(new) == ["residual.0", "residual.1"]
-    assert new.diagnostics == {0: {"cosine": 0.2, "k": 3}, 1: {"k": 3}}
+    assert new.diagnostics == {0: LayerDiagnostics(cosine_after=0.2, k=3), 1: later[1]}
+
+
+def step_output(root: Path) -> StepOutput:
+    return StepOutput(ArtifactStore(root), Ledger(root / "run"), "key")
 
 
 def test_stored_maps_are_restored_and_a_tied_matrix_is_stored_once(tmp_path: Path) -> None:
     R = rotation(0, 3, 5, scale=0.7)
     maps = Maps(
         {"residual.0": R, "residual.1": R, "neurons.0": permutation(0, 4)},
-        {0: {"k": 3}, 1: {"k": 3}},
+        {0: LayerDiagnostics(k=3), 1: LayerDiagnostics(k=3)},
     )
-    out = StepOutput(ArtifactStore(tmp_path), Ledger(tmp_path / "run"), "key")
+    out = step_output(tmp_path)
     info = store_maps(maps, out)
     assert len([path for path in out.used if path.endswith(".safetensors")]) == 2
-    found = restore_maps(info, tmp_path)
-    assert torch.equal(found["residual.1"].matrix, R.matrix)
-    assert found["residual.1"].scale == 0.7
-    assert torch.equal(found["neurons.0"].index, maps["neurons.0"].index)
-    assert found.tied() is found["residual.0"]
-    assert found.diagnostics[0]["k"] == 3
-    assert found.diagnostics[0]["map"]["kind"] == "Rotation"
+    restored = restore_maps(info, tmp_path)
+    assert torch.equal(restored["residual.1"].matrix, R.matrix)
+    assert restored["residual.1"].scale == 0.7
+    assert torch.equal(restored["neurons.0"].index, maps["neurons.0"].index)
+    assert restored.tied() is restored["residual.0"]
+    assert restored.diagnostics == maps.diagnostics
+
+
+def test_the_document_of_a_boundary_names_its_map(tmp_path: Path) -> None:
+    maps = Maps({"residual.0": rotation(0, 3)}, {0: LayerDiagnostics(k=3)})
+    info = store_maps(maps, step_output(tmp_path))
+    document = json.loads((tmp_path / info["cards"]["0"]).read_text(encoding="utf-8"))
+    assert document == {"k": 3, "map": info["spaces"]["residual.0"]}
+    assert document["map"]["kind"] == "Rotation"
 
 
 def gauge(seed: int, n: int, k: int) -> Gauge:
@@ -213,7 +232,7 @@ def gauge(seed: int, n: int, k: int) -> Gauge:
 
 @few
 @given(seeds, sizes, sizes, st.integers(1, 3))
-def test_a_gauge_keeps_what_producer_and_consumer_make_together(
+def test_a_gauge_keeps_the_product_of_producer_and_consumer(
     seed: int, n: int, k: int, copies: int
 ) -> None:
     G, maps = gauge(seed, n, k), {"value.0": gauge(seed, n, k)}
@@ -232,17 +251,14 @@ def test_a_gauge_keeps_what_producer_and_consumer_make_together(
 
 @few
 @given(seeds, sizes, sizes)
-def test_a_gauge_is_carried_behind_the_permutation_of_its_space_and_back_in_front_of_it(
-    seed: int, n: int, k: int
-) -> None:
+def test_a_gauge_follows_the_permutation_of_its_space(seed: int, n: int, k: int) -> None:
+    """On the way back the inverse gauge comes before the inverse permutation."""
     maps = {"kv.0": permutation(seed, n).blocks(k), "value.0": gauge(seed, n, k)}
     back = {space: one.invert() for space, one in maps.items()}
     W = randn(seed, n * k, 4)
     there = transform_param(W, ("kv.0", "residual"), maps, "value.0")
-    assert_close(
-        there,
-        maps["value.0"].apply(W.reshape(n, k, 4)[permutation(seed, n).index].flatten(0, 1), 0),
-    )
+    permuted = W.reshape(n, k, 4)[permutation(seed, n).index].flatten(0, 1)
+    assert_close(there, maps["value.0"].apply(permuted, 0))
     assert_close(transform_param(there, ("kv.0", "residual"), back, "value.0", back=True), W)
 
 
@@ -254,14 +270,12 @@ def test_a_gauge_without_inverse_is_refused(bad: float) -> None:
         Gauge(blocks).verify(1e-5, "kv")
 
 
-def test_an_assignment_between_spaces_of_different_sizes_keeps_what_it_has() -> None:
+def test_an_assignment_between_spaces_of_different_sizes_fills_gaps_with_zeros() -> None:
     wider, X = Permutation(torch.tensor([2, -1, 0, 1]), 3), randn(0, 5, 3)
     assert not wider.square
     wider.verify(0.0, "here")
-    assert_close(
-        wider.apply(X, 1),
-        torch.stack([X[:, 2], torch.zeros(5, dtype=torch.float64), X[:, 0], X[:, 1]], 1),
-    )
+    gap = torch.zeros(5, dtype=torch.float64)
+    assert_close(wider.apply(X, 1), torch.stack([X[:, 2], gap, X[:, 0], X[:, 1]], 1))
     assert wider.invert().index.tolist() == [2, 3, 0]
     assert wider.then(wider.invert()).index.tolist() == [0, 1, 2]
     assert wider.blocks(2).index.tolist() == [4, 5, -1, -1, 0, 1, 2, 3]
@@ -277,10 +291,8 @@ def test_gauges_and_assignments_are_stored_and_restored(tmp_path: Path) -> None:
             "q.0": permutation(0, 4),
         }
     )
-    found = restore_maps(
-        store_maps(maps, StepOutput(ArtifactStore(tmp_path), Ledger(tmp_path / "run"), "key")),
-        tmp_path,
-    )
-    assert torch.equal(found["value.0"].blocks, maps["value.0"].blocks)
-    assert (found["neurons.0"].index.tolist(), found["neurons.0"].size) == ([1, -1, 0], 2)
-    assert found["q.0"].square
+    restored = restore_maps(store_maps(maps, step_output(tmp_path)), tmp_path)
+    assert torch.equal(restored["value.0"].blocks, maps["value.0"].blocks)
+    assert restored["neurons.0"].index.tolist() == [1, -1, 0]
+    assert restored["neurons.0"].size == 2
+    assert restored["q.0"].square

@@ -1,4 +1,4 @@
-"""Second moments and closed-form solves against explicit sums, LAPACK and planted truth."""
+"""Closed-form solves against LAPACK and planted truth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rotdistill_core.errors import RotdistillError
+from rotdistill_core.errors import RotdistillError, SingularError
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.solvers import polar, require_finite, ridge, svd
 
@@ -35,12 +35,6 @@ def filled(X: Tensor, Y: Tensor, weights: Tensor | None = None) -> Moments:
     return moments
 
 
-def assert_same(one: Moments, two: Moments) -> None:
-    torch.testing.assert_close(one.xx, two.xx)
-    torch.testing.assert_close(one.xy, two.xy)
-    assert (one.yy, one.weight) == pytest.approx((two.yy, two.weight))
-
-
 def assert_row_orthogonal(R: Tensor) -> None:
     torch.testing.assert_close(R @ R.T, torch.eye(len(R), dtype=torch.float64), atol=1e-12, rtol=0)
 
@@ -51,54 +45,6 @@ def forbid_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("svd", "cho_factor", "cho_solve"):
         monkeypatch.setattr(scipy.linalg, name, reached)
-
-
-@few
-@given(seeds, widths, widths)
-def test_sums_are_those_of_the_weighted_rows(seed: int, d: int, e: int) -> None:
-    X, Y, w = randn(seed, 9, d), randn(seed + 1, 9, e), randn(seed + 2, 9).abs()
-    moments = filled(X, Y, w)
-    torch.testing.assert_close(moments.xx, X.T @ torch.diag(w) @ X)
-    torch.testing.assert_close(moments.xy, X.T @ torch.diag(w) @ Y)
-    assert moments.yy == pytest.approx(float((w[:, None] * Y**2).sum()))
-    assert moments.weight == pytest.approx(float(w.sum()))
-
-
-@few
-@given(seeds, widths, widths, st.integers(0, 10), st.booleans())
-def test_batches_add_up_to_all_at_once(seed: int, d: int, e: int, cut: int, weighted: bool) -> None:
-    X, Y = randn(seed, 10, d), randn(seed + 1, 10, e)
-    w = randn(seed + 2, 10).abs() if weighted else torch.ones(10, dtype=torch.float64)
-    batches = Moments(d, e)
-    for part in (slice(None, cut), slice(cut, None)):
-        batches.add(X[part], Y[part], w[part])
-    assert_same(batches, filled(X, Y, w if weighted else None))
-
-
-@few
-@given(seeds, widths, widths)
-def test_the_error_is_the_direct_sum(seed: int, d: int, e: int) -> None:
-    X, Y, w, B = (
-        randn(seed, 8, d),
-        randn(seed + 1, 8, e),
-        randn(seed + 2, 8).abs(),
-        randn(seed + 3, d, e),
-    )
-    direct = float((w[:, None] * (Y - X @ B) ** 2).sum())
-    assert filled(X, Y, w).error(B) == pytest.approx(direct)
-    assert filled(X, Y).error(B) == pytest.approx(float((Y - X @ B).pow(2).sum()))
-
-
-def test_the_error_of_an_exact_fit_is_zero() -> None:
-    X, B = randn(0, 20, 4), randn(1, 4, 3)
-    assert filled(X, X @ B).error(B) == pytest.approx(0.0, abs=1e-10)
-
-
-def test_sums_of_low_precision_rows_are_kept_in_float64() -> None:
-    X = randn(0, 50, 3).bfloat16()
-    moments = filled(X, X.float())
-    assert moments.xx.dtype == moments.xy.dtype == torch.float64
-    torch.testing.assert_close(moments.xx, X.double().T @ X.double(), rtol=2e-2, atol=0.5)
 
 
 @few
@@ -134,9 +80,7 @@ def test_ridge_leaves_its_input_alone() -> None:
 
 def test_a_singular_system_names_its_place() -> None:
     xx = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
-    with pytest.raises(
-        RotdistillError, match="layer 7: the normal equations are singular at ridge 0"
-    ):
+    with pytest.raises(SingularError, match=r"layer 7: .* singular at ridge 0"):
         ridge(xx - torch.eye(2, dtype=torch.float64) * 1e-9, xx, 0.0, "layer 7")
 
 
