@@ -86,6 +86,6 @@ def test_the_principal_frame_is_that_of_the_anchor(root: Path) -> None:
 def test_an_anchor_of_another_shape_is_refused(root: Path) -> None:
     with pytest.raises(
         SetupError,
-        match="an anchor is a checkpoint of the student's shape; .* in layers: 3, and 2",
+        match=r"an anchor is a checkpoint of the student's shape; .* in layers: 3, and 2",
     ):
         run(root, "weights", anchor="deeper")
