@@ -27,7 +27,7 @@ from rotdistill_core.evaluation.rows import MetricRow, Variant, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
 from rotdistill_core.execution.call import call_step, check_hook, is_exact, prove_exact
 from rotdistill_core.execution.context import RunContext
-from rotdistill_core.execution.keys import evaluation_key, run_inputs, start_key
+from rotdistill_core.execution.keys import KeyedStep, keyed_chain, run_inputs, start_key
 from rotdistill_core.execution.observers import Listener, Observers
 from rotdistill_core.execution.outcome import RunFailed, RunResult, StepResult, VariantState
 from rotdistill_core.execution.samples import prepare_samples
@@ -135,22 +135,23 @@ class Executor:
             told=[],
             pair=self.pair,
         )
-        narrow = torch.finfo(self._save_dtype).bits < 32
-        for variant, chain in self.loaded.chains(narrow).items():
+        dtype = self._save_dtype
+        facts = facts_digest(self.context.questions)
+        for variant, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
+            steps = list(keyed_chain(variant, chain, start.key, dtype_name(dtype), facts))
+            edits = [keyed for keyed in steps if keyed.recipe_step.stage != "evaluate"]
             state = start
             try:
-                for recipe_step in chain:
-                    if recipe_step.stage != "evaluate":
-                        state = self._apply(variant, recipe_step, state, samples)
+                for keyed in edits:
+                    state = self._apply(keyed, state, samples)
             except CheckFailed as error:
                 outcome.failed[variant] = [str(error)]
                 continue
-            folder = save_variant(self.context, variant, state, self._save_dtype)
+            folder = save_variant(self.context, variant, state, dtype)
             self.observers.variant_saved(variant, folder)
             outcome.checkpoints[variant] = folder
-            for recipe_step in chain:
-                if recipe_step.stage == "evaluate":
-                    outcome.rows += self._evaluate(variant, recipe_step, state, folder, samples)
+            for keyed in steps[len(edits) :]:
+                outcome.rows += self._evaluate(keyed, state, folder, samples)
         self._finish(outcome)
         return outcome
 
@@ -184,52 +185,33 @@ class Executor:
             seconds=0.0,
         )
 
-    def _apply(
-        self, variant: str, recipe_step: RecipeStep, state: VariantState, samples: Samples
-    ) -> VariantState:
+    def _apply(self, keyed: KeyedStep, state: VariantState, samples: Samples) -> VariantState:
         """Return the state of a variant after one more step.
 
         Raises:
             CheckFailed: a certificate does not hold, or a map is not what it claims to be.
         """
-        work = partial(self._edit, recipe_step, state, samples)
-        record = self._find_or_make(variant, recipe_step, state.key, work)
-        after = replace(state, key=record.key, seconds=state.seconds + record.seconds)
+        work = partial(self._edit, keyed.recipe_step, state, samples)
+        record = self._find_or_make(keyed, work)
+        after = replace(state, key=keyed.key, seconds=state.seconds + record.seconds)
         return restore_result(self.context, record.result, after, samples)
 
     def _evaluate(
-        self,
-        variant: str,
-        recipe_step: RecipeStep,
-        state: VariantState,
-        folder: Path,
-        samples: Samples,
+        self, keyed: KeyedStep, state: VariantState, folder: Path, samples: Samples
     ) -> list[MetricRow]:
         """Return the rows of one evaluator for a saved variant."""
-        facts = facts_digest(self.context.questions)
-        before = evaluation_key(variant, state.key, dtype_name(self._save_dtype), facts)
-        saved = Variant(
-            name=variant,
-            weights=open_saved(folder, state),
-            maps=state.maps,
-            seconds=round(state.seconds, 3),
-            folder=folder,
-        )
-        work = partial(self._score, recipe_step, saved, state.activations, samples)
-        record = self._find_or_make(variant, recipe_step, before, work)
+        record = self._find_or_make(keyed, partial(self._score, keyed, state, folder, samples))
         return [MetricRow(*row) for row in cast("RowsRef", record.result).rows]
 
-    def _find_or_make(
-        self, variant: str, recipe_step: RecipeStep, before: str, work: Work
-    ) -> StepRecord:
-        """Return the record of a step after the state `before`: found by its key, or made now."""
-        key = recipe_step.key(before)
+    def _find_or_make(self, keyed: KeyedStep, work: Work) -> StepRecord:
+        """Return the record of a step: found by its key, or made now."""
+        recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
         done_here = key in {done.key for done in self.steps.values()}
         record = None if self.fresh and not done_here else self.store.find_step(key)
         reused = record is not None
         with self.observers.step(recipe_step, variant):
             if record is None:
-                record = self._make(variant, recipe_step, before, work)
+                record = self._make(keyed, work)
         if record not in self.ledger:  # another run made it, and this run depends on it
             self.ledger.append(record)
         self.steps[variant, recipe_step.id] = StepResult(
@@ -242,23 +224,21 @@ class Executor:
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
         return record
 
-    def _make(self, variant: str, recipe_step: RecipeStep, before: str, work: Work) -> StepRecord:
+    def _make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Do the work of a step, and append the line that commits its result."""
         started = time.monotonic()
-        key = recipe_step.key(before)
-        out = self.context.output(key, recipe_step.id)
+        step, origin = keyed.recipe_step.step, keyed.recipe_step.origin
+        out = self.context.output(keyed.key, keyed.recipe_step.id)
         result = work(out)
-        seconds = time.monotonic() - started
-        origin = recipe_step.origin
         record = StepRecord(
-            key=key,
-            before=before,
-            id=recipe_step.id,
-            variant=variant if recipe_step.stage == "evaluate" else "",
-            use=recipe_step.step.use,
-            options=options_of(recipe_step.step),
+            key=keyed.key,
+            before=keyed.before,
+            id=keyed.recipe_step.id,
+            variant=keyed.variant if keyed.recipe_step.stage == "evaluate" else "",
+            use=step.use,
+            options=options_of(step),
             plugin=f"{origin.distribution} {origin.version}",
-            seconds=round(seconds, 3),
+            seconds=round(time.monotonic() - started, 3),
             files=tuple(out.used.values()),
             result=result,
             notes=out.notes,
@@ -297,22 +277,29 @@ class Executor:
 
     def _score(
         self,
-        recipe_step: RecipeStep,
-        saved: Variant,
-        activations: ActivationStore | None,
+        keyed: KeyedStep,
+        state: VariantState,
+        folder: Path,
         samples: Samples,
         out: StepOutput,
     ) -> RowsRef:
         """Call an evaluator on a saved variant."""
+        saved = Variant(
+            name=keyed.variant,
+            weights=open_saved(folder, state),
+            maps=state.maps,
+            seconds=round(state.seconds, 3),
+            folder=folder,
+        )
         available = {
             "variant": saved,
             "pair": self.pair,
-            "activations": activations,
+            "activations": state.activations,
             "samples": samples,
             "out": out,
             "progress": self.context.progress,
         }
-        rows: list[MetricRow] = call_step(recipe_step, available)
+        rows: list[MetricRow] = call_step(keyed.recipe_step, available)
         return RowsRef(rows=tuple(tuple(row) for row in rows))
 
     def _finish(self, outcome: RunResult) -> None:

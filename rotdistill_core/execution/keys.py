@@ -6,16 +6,70 @@ nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.questions import Question
+from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.recipe.document import Recipe
+from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.hashing import digest
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
+
+
+class KeyedStep(NamedTuple):
+    """One step of one variant, with the key of its result."""
+
+    variant: str
+    recipe_step: RecipeStep
+    key: str
+    """Key of its result."""
+    before: str
+    """Key that `key` is derived from: `before` in the step's ledger record."""
+    earlier: tuple[RecipeStep, ...]
+    """The variant's steps before it, evaluators apart: they made the weights, maps and captured
+    states that it is given."""
+
+
+def keyed_steps(recipe: ResolvedRecipe, start: str, dtype: str, facts: str) -> Iterator[KeyedStep]:
+    """Yield every step of every variant with its key, in the order in which a run executes them.
+
+    Steps that several variants share have the same key in each.
+
+    Args:
+        recipe: the recipe.
+        start: key of the state before the first step.
+        dtype: name of the dtype of checkpoints, such as `bfloat16`.
+        facts: `facts_digest` of the questions, which only evaluators depend on.
+    """
+    narrow = DTYPE_BYTES[dtype] < DTYPE_BYTES["float32"]
+    for variant, chain in recipe.chains(narrow).items():
+        yield from keyed_chain(variant, chain, start, dtype, facts)
+
+
+def keyed_chain(
+    variant: str, chain: Sequence[RecipeStep], start: str, dtype: str, facts: str
+) -> Iterator[KeyedStep]:
+    """Yield the steps of one variant with their keys; see `keyed_steps` for the arguments.
+
+    Evaluators come last, wherever the recipe lists them: they score the finished checkpoint.
+    """
+    before = start
+    earlier: tuple[RecipeStep, ...] = ()
+    for recipe_step in chain:
+        if recipe_step.stage == "evaluate":
+            continue
+        key = recipe_step.key(before)
+        yield KeyedStep(variant, recipe_step, key, before, earlier)
+        before = key
+        earlier = (*earlier, recipe_step)
+    scored = evaluation_key(variant, before, dtype, facts)
+    for recipe_step in chain:
+        if recipe_step.stage == "evaluate":
+            yield KeyedStep(variant, recipe_step, recipe_step.key(scored), scored, earlier)
 
 
 def run_inputs(
