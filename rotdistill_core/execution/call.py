@@ -36,11 +36,6 @@ RESULT_TYPES: dict[str, type] = {
 """Stage -> what its hook returns."""
 
 
-def is_exact(recipe_step: RecipeStep) -> bool:
-    """Return whether a step declares that it leaves logits as they are."""
-    return bool(getattr(recipe_step.step, "exact", False))
-
-
 def check_hook(recipe_step: RecipeStep) -> None:
     """Compare the hook of a step with its specification.
 
@@ -113,5 +108,4 @@ def prove_exact(
 
 
 def _origin(recipe_step: RecipeStep) -> str:
-    origin = recipe_step.origin
-    return f'step "{recipe_step.id}" of {origin.distribution} {origin.version}'
+    return f'step "{recipe_step.id}" of {recipe_step.origin.release}'

@@ -279,7 +279,7 @@ def test_other_code_and_lost_files_are_told(ran: Path, monkeypatch: pytest.Monke
     assert why(planned())["chop base"] == "teacher, student changed"
 
 
-@pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "groups=64", "width=512"])
+@pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "kv_heads=64", "width=512"])
 def test_a_cut_that_leaves_too_much_is_told_before_the_teacher_answers(
     work: Path, cut: str
 ) -> None:
