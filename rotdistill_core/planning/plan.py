@@ -201,8 +201,8 @@ def _lines(
             "needs": _takes(fate, captures),
         }
         seconds = (
-            float(fate.last["seconds"])
-            if fate.last and fate.last["options"] == options_of(recipe_step.step)
+            fate.last.seconds
+            if fate.last and fate.last.options == options_of(recipe_step.step)
             else None
         )
         ends |= dict.fromkeys(

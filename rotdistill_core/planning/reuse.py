@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from rotdistill_core.execution.keys import checkpoint_key, evaluation_key
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
-from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import CheckpointRecord, StartRecord, StepRecord
 
-Record = Mapping[str, Any]
 UNKNOWN = "?"
 """Stands for the key of inputs that no run has had; what is behind it has keys of its own, which nothing was made under."""
 
@@ -29,11 +28,11 @@ class StepStatus:
     """The steps that change weights or maps before it."""
     key: str
     variants: list[str]
-    record: Record | None
+    record: StepRecord | None
     """What was made under this key, or None."""
     why: str
     """Where it is, or why it has to be made."""
-    last: Record | None
+    last: StepRecord | None
     """The newest result of a step of this name, whatever its key."""
 
 
@@ -44,42 +43,46 @@ class ReuseIndex:
         self.ledgers = sorted(
             ledgers, key=lambda ledger: ledger.folder.name == own
         )  # the run's own last, so that it is looked at first
-        self.records = [(ledger, record) for ledger in self.ledgers for record in ledger.records]
         self.start = UNKNOWN
         self.made = {
-            r["key"]: (ledger.folder.name, r)
-            for ledger, r in self.records
-            if r["kind"] == "step" and _there(ledger, r)
+            r.key: (ledger.folder.name, r)
+            for ledger in self.ledgers
+            for r in ledger.steps
+            if _there(ledger, r)
+        }
+        self.saved = {
+            r.key: ledger.folder.name
+            for ledger in self.ledgers
+            for r in ledger.checkpoints
+            if _there(ledger, r)
         }
 
     def base(self, inputs: Mapping[str, str]) -> str:
         """Return the key of what a run starts from, or UNKNOWN."""
-        self.start = next((r["key"] for _, r in self._starts() if r["inputs"] == inputs), UNKNOWN)
+        self.start = next((r.key for r in self._starts() if r.inputs == inputs), UNKNOWN)
         return self.start
 
     def changed(self, inputs: Mapping[str, str]) -> str:
         """Return in what the inputs differ from those that were most alike; nothing where there were none."""
-        starts = [r["inputs"] for _, r in self._starts()]
+        starts = [r.inputs for r in self._starts()]
         if not starts:
             return ""
         nearest = max(starts, key=lambda old: sum(old.get(k) == v for k, v in inputs.items()))
         return ", ".join(k for k in inputs if nearest.get(k) != inputs[k])
 
-    def last(self, name: str) -> Record | None:
-        """Return the newest result of a step by its id (with its variant behind it, for evaluators)."""
-        return next(
-            (r for _, r in self.records[::-1] if r["kind"] == "step" and r["id"] == name), None
-        )
+    def last(self, step: str, variant: str) -> StepRecord | None:
+        """Return the newest result of a step by its id; `variant` is empty but for evaluators."""
+        newest_first = [r for ledger in self.ledgers[::-1] for r in ledger.steps[::-1]]
+        return next((r for r in newest_first if (r.id, r.variant) == (step, variant)), None)
 
-    def _starts(self) -> list[tuple[Ledger, Record]]:
-        return [(ledger, r) for ledger, r in self.records[::-1] if r["kind"] == "base"]
+    def _starts(self) -> list[StartRecord]:
+        return [r for ledger in self.ledgers[::-1] for r in ledger.starts[::-1]]
 
 
-def _there(ledger: Ledger, record: Record) -> bool:
+def _there(ledger: Ledger, record: StepRecord | CheckpointRecord) -> bool:
     root = ledger.folder.parent
     return all(
-        (path := root / f["path"]).is_file() and path.stat().st_size == f["bytes"]
-        for f in record["files"]
+        (path := root / f.path).is_file() and path.stat().st_size == f.bytes for f in record.files
     )
 
 
@@ -109,12 +112,11 @@ def step_statuses(
         for recipe_step in chain:
             judged = recipe_step.stage == "evaluate"
             key = recipe_step.key(
-                digest(before, variant, f"torch.{dtype}", claims) if judged else before
+                evaluation_key(variant, before, dtype, claims) if judged else before
             )
-            name = f"{recipe_step.id} {variant}" if judged else recipe_step.id
             if key not in seen:
                 run, record = ("", None) if fresh else past.made.get(key, ("", None))
-                last = past.last(name)
+                last = past.last(recipe_step.id, variant if judged else "")
                 why = (
                     run
                     if record
@@ -141,14 +143,14 @@ def has_checkpoint(
         ),
         past.start,
     )
-    return past.made.get(digest("checkpoint", variant, key, f"torch.{dtype}"), ("", None))[0] == run
+    return past.saved.get(checkpoint_key(variant, key, dtype)) == run
 
 
-def _why(recipe_step: RecipeStep, last: Record | None, missing: str) -> str:
+def _why(recipe_step: RecipeStep, last: StepRecord | None, missing: str) -> str:
     """Say why a step has to be made: itself first, then what is before it."""
     if last is None:
         return "not made before"
-    old, new = last["options"], options_of(recipe_step.step)
+    old, new = last.options, options_of(recipe_step.step)
     differ = [
         f"{key} {old.get(key)} → {new.get(key)}"
         for key in dict.fromkeys([*old, *new])
@@ -156,10 +158,8 @@ def _why(recipe_step: RecipeStep, last: Record | None, missing: str) -> str:
     ]
     if differ:
         return "changed: " + ", ".join(differ)
-    if last["plugin"] != (
-        plugin := f"{recipe_step.origin.distribution} {recipe_step.origin.version}"
-    ):
-        return f"changed: {last['plugin']} → {plugin}"
-    if last["before"] and recipe_step.key(last["before"]) != last["key"]:
+    if last.plugin != (plugin := f"{recipe_step.origin.distribution} {recipe_step.origin.version}"):
+        return f"changed: {last.plugin} → {plugin}"
+    if last.before and recipe_step.key(last.before) != last.key:
         return f"changed: the code of {recipe_step.origin.distribution}"
     return missing or "its files are gone, or made from something else"

@@ -43,7 +43,7 @@ layers = ["layers"]
 one = ["one"]
 """
 )
-RESULT = "info"
+RESULT = "result"
 """Key of a step's result in its ledger record."""
 NOTEBOOK = "rotation_sanity.ipynb"
 NotebookRun = Callable[[str], dict[str, Any]]

@@ -11,6 +11,7 @@ from rotdistill_soups.run_source import locate
 
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import CheckpointRecord
 
 ADAPTER = "weights/style/adapter"
 
@@ -20,8 +21,8 @@ def write_run(root: Path, name: str, *checkpoint_folders: str) -> Path:
     run = root / "runs" / name
     for folder in checkpoint_folders:
         (run / folder / "full").mkdir(parents=True)
-        files = [{"path": f"{name}/{folder}/full/{file}"} for file in ("config.json", "COMPLETE")]
-        Ledger(run).append("step", id="save full", files=files)
+        path = f"{name}/{folder}/full"
+        Ledger(run).append(CheckpointRecord(key=folder, variant="full", folder=path, files=()))
     return run
 
 

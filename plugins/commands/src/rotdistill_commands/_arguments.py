@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run
-from rotdistill_core.terminal import RUNS_FOLDER, stderr_console
+from rotdistill_core.store.layout import RUNS_FOLDER
+from rotdistill_core.terminal import stderr_console
 
 
 def requested_run(name: str) -> RunFolder:

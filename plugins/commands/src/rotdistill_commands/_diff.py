@@ -12,6 +12,7 @@ from rich.table import Column
 
 from rotdistill_core.evaluation.rows import overall_figures
 from rotdistill_core.execution.run_folder import RunFolder
+from rotdistill_core.store.records import MapsRef
 from rotdistill_core.terminal import WideTable
 
 if TYPE_CHECKING:
@@ -85,24 +86,25 @@ def map_changes(a: RunFolder, b: RunFolder) -> list[MapChange]:
     from rotdistill_core.linalg.maps import restore_maps
 
     found: list[MapChange] = []
-    one, two = (
-        {
-            s: r
-            for chain in reversed(run.chains().values())
-            for s, r in chain.items()
-            if "spaces" in r["info"]
-        }
-        for run in (a, b)
-    )
+    one, two = _stored_maps(a), _stored_maps(b)
     for step in [s for s in one if s in two]:
-        if one[step]["key"] == two[step]["key"]:
+        (key_one, maps_one), (key_two, maps_two) = one[step], two[step]
+        if key_one == key_two:
             continue
-        A, B = (
-            restore_maps(record[step]["info"], run.path.resolve().parent)
-            for record, run in ((one, a), (two, b))
-        )
+        A = restore_maps(maps_one.as_dict(), a.path.resolve().parent)
+        B = restore_maps(maps_two.as_dict(), b.path.resolve().parent)
         found += [compare(step, space, A[space], B[space]) for space in A if space in B]
     return found
+
+
+def _stored_maps(run: RunFolder) -> dict[str, tuple[str, MapsRef]]:
+    """Return step id -> key and maps, of the first variant that has the step."""
+    return {
+        step: (record.key, record.result)
+        for chain in reversed(run.chains().values())
+        for step, record in chain.items()
+        if isinstance(record.result, MapsRef)
+    }
 
 
 def compare(step: str, space: str, one: Map, two: Map) -> MapChange:

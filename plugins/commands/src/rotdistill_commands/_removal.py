@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from rotdistill_core.execution.run_folder import RunFolder, mentioned
-from rotdistill_core.store.files import write_file
+from rotdistill_core.execution.run_folder import RunFolder
+from rotdistill_core.store.records import FileRecord, LedgerRecord
 
 
 def format_size(size: float) -> str:
@@ -63,13 +62,9 @@ def remove(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> int:
     ):  # what is inside a folder comes before it
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
-    left = [
-        line
-        for line in run.ledger.path.read_bytes().splitlines()
-        if _holds(line, run, keep_checkpoints)
-    ]
+    left = [record for record in run.ledger.records if _holds(record, run, keep_checkpoints)]
     if left:
-        write_file(run.ledger.path, [line + b"\n" for line in left])
+        run.ledger.rewrite(left)
     else:
         freed += run.ledger.path.stat().st_size
         run.ledger.path.unlink()
@@ -77,15 +72,9 @@ def remove(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> int:
     return freed
 
 
-def _holds(line: bytes, run: RunFolder, steps: bool) -> bool:
-    """Return whether a line of the ledger still says something true: its files are there. Steps count only where they are kept."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    if record["kind"] == "file":
-        path: str = record["path"]
-        return path.startswith(f"{run.path.name}/") and (run.path.parent / path).is_file()
-    return steps and all(
-        (run.path.parent / file).is_file() for file in mentioned(record, run.path.name)
-    )
+def _holds(record: LedgerRecord, run: RunFolder, steps: bool) -> bool:
+    """Return whether a record of the ledger still holds: its files are there. Steps count only if `steps`."""
+    root = run.path.parent
+    if isinstance(record, FileRecord):
+        return run.owns(record.path) and (root / record.path).is_file()
+    return steps and all((root / path).is_file() for path in record.paths() if run.owns(path))

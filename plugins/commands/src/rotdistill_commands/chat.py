@@ -19,7 +19,8 @@ from rotdistill_commands._arguments import RunName, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
-from rotdistill_core.terminal import RUNS_FOLDER, Json, stderr_console
+from rotdistill_core.store.layout import RUNS_FOLDER
+from rotdistill_core.terminal import Json, stderr_console
 
 if TYPE_CHECKING:
     from rotdistill_commands._session import ChatSession

@@ -16,8 +16,8 @@ from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import (
-    RUNS_FOLDER,
     Json,
     RecipePath,
     Sets,

@@ -24,10 +24,10 @@ from rotdistill_commands._removal import files_to_delete, format_size, remove, s
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.rows import overall_figures
-from rotdistill_core.execution.run_folder import Record, RunFolder, all_runs, find_run, needed_by
-from rotdistill_core.store.results import StepReport
+from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run, needed_by
+from rotdistill_core.store.layout import RUNS_FOLDER
+from rotdistill_core.store.records import StepRecord
 from rotdistill_core.terminal import (
-    RUNS_FOLDER,
     Json,
     WideTable,
     results_table,
@@ -168,13 +168,13 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     for variant, chain in run.chains().items():
         for step, record in chain.items():
-            owners = {file["path"].split("/")[0] for file in record["files"]}
+            owners = {file.path.split("/")[0] for file in record.files}
             about = {
-                "id": step, "use": record["use"], "plugin": record["plugin"], "key": record["key"], "seconds": record["seconds"],
-                "bytes": sum(file["bytes"] for file in record["files"]), "lies_in": ", ".join(sorted(owners)) or run.path.name,
-                "variants": [], "options": record["options"], "notes": record["notes"],
+                "id": step, "use": record.use, "plugin": record.plugin, "key": record.key, "seconds": record.seconds,
+                "bytes": sum(file.bytes for file in record.files), "lies_in": ", ".join(sorted(owners)) or run.path.name,
+                "variants": [], "options": record.options, "notes": record.notes,
             }  # fmt: skip
-            made.setdefault(record["key"], about)["variants"].append(variant)
+            made.setdefault(record.key, about)["variants"].append(variant)
     return list(made.values())
 
 
@@ -292,11 +292,11 @@ def report(run: RunName, as_json: Json = False) -> None:
     chains = found.chains()
     steps = {
         (v, s): StepResult(
-            r["key"],
+            r.key,
             _elsewhere(found, r),
-            float(r["seconds"]),
-            r["notes"],
-            StepReport.from_dict(r["report"]),
+            r.seconds,
+            r.notes,
+            r.report,
         )
         for v, c in chains.items()
         for s, r in c.items()
@@ -330,8 +330,8 @@ def report(run: RunName, as_json: Json = False) -> None:
     print(json.dumps({"run": found.path.name, "report": str(where)}) if as_json else where)
 
 
-def _elsewhere(run: RunFolder, record: Record) -> bool:
-    return any(not file["path"].startswith(f"{run.path.name}/") for file in record["files"])
+def _elsewhere(run: RunFolder, record: StepRecord) -> bool:
+    return any(not run.owns(file.path) for file in record.files)
 
 
 @hookimpl

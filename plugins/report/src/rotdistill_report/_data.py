@@ -30,6 +30,7 @@ from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.records import MapsRef
 from rotdistill_core.store.results import Answer, Curve
 from rotdistill_report._provenance import provenance
 
@@ -361,12 +362,11 @@ def alignment_diagnostics(
 
 def _diagnostics_files(out: StepOutput) -> dict[str, dict[int, Path]]:
     """Return step key -> layer boundary -> file of its diagnostics, relative to all runs."""
-    files: dict[str, dict[int, Path]] = {}
-    for record in out.ledger.records:
-        if record["kind"] == "step":
-            paths = record["info"].get("cards", {})
-            files[record["key"]] = {int(layer): Path(path) for layer, path in paths.items()}
-    return files
+    return {
+        record.key: {int(layer): Path(path) for layer, path in record.result.cards.items()}
+        for record in out.ledger.steps
+        if isinstance(record.result, MapsRef)
+    }
 
 
 def step_summaries(outcome: RunResult) -> list[StepSummary]:

@@ -41,12 +41,7 @@ def locate(reference: str, log: Callable[[str], None]) -> Path:
 
 def saved_checkpoints(run: Path) -> dict[str, Path]:
     """Return the newest checkpoint of each variant that a run's ledger commits."""
-    saved: dict[str, Path] = {}
-    for record in Ledger(run).records:
-        if record["kind"] == "step" and record["id"].startswith("save "):
-            last_file = run.parent / record["files"][-1]["path"]
-            saved[record["id"].removeprefix("save ")] = last_file.parent
-    return saved
+    return {record.variant: run.parent / record.folder for record in Ledger(run).checkpoints}
 
 
 def _runs_called(name: str) -> list[Path]:

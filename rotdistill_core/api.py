@@ -1,0 +1,107 @@
+"""The Python interface: run and plan recipes from a notebook or a program.
+
+from rotdistill_core import plan, run
+
+result = run("recipes/tour_guide.toml", set={"chop.layers": 24})
+result.to_pandas()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rotdistill_core.planning.machine import Machine, this_machine
+from rotdistill_core.planning.plan import Plan, build_plan
+from rotdistill_core.recipe.document import Recipe
+from rotdistill_core.recipe.load import load_recipe, resolve_recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.layout import RUNS_FOLDER
+
+if TYPE_CHECKING:
+    from rotdistill_core.execution.observers import RunObserver
+    from rotdistill_core.execution.outcome import RunResult
+
+
+class QuietObserver:
+    """An observer that shows nothing."""
+
+    def log(self, text: str) -> None:
+        """Drop a line."""
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        """Drop the progress of a step."""
+
+
+def run(
+    recipe: str | Path | ResolvedRecipe,
+    *,
+    set: Mapping[str, object] | None = None,  # noqa: A002  as `--set` on the command line
+    runs: Path = RUNS_FOLDER,
+    fresh: bool = False,
+    observer: RunObserver | None = None,
+) -> RunResult:
+    """Carry out a recipe; reuse what an earlier run made from the same inputs.
+
+    Args:
+        recipe: the path of a recipe, or a recipe from `load_recipe`.
+        set: overrides, such as `{"chop.layers": 24}`; the first part of a key may be a step's id.
+        runs: the folder of all runs.
+        fresh: reuse nothing that an earlier run made.
+        observer: takes lines and progress, and may implement any observer hook. Without one,
+            nothing is printed.
+
+    Raises:
+        RunFailed: variants break a check; `outcome` holds the result.
+        RotdistillError: anything else went wrong. Calling again resumes the run.
+    """
+    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
+
+    watching = observer or QuietObserver()
+    resolved = _resolve(recipe, set or {})
+    return Executor(resolved, runs, watching, watching.progress, fresh).go()
+
+
+def plan(
+    recipe: str | Path | ResolvedRecipe,
+    *,
+    set: Mapping[str, object] | None = None,  # noqa: A002  as `--set` on the command line
+    runs: Path = RUNS_FOLDER,
+    fresh: bool = False,
+    machine: Machine | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Return what `run` would do: results in order, memory, disk and time. Nothing is written.
+
+    Args:
+        recipe: the path of a recipe, or a recipe from `load_recipe`.
+        set: overrides, as for `run`.
+        runs: the folder of all runs.
+        fresh: as for `run`.
+        machine: the machine to plan for; this one if not given.
+        log: takes a line of text when a model has to be located.
+
+    Raises:
+        RotdistillError: the recipe is wrong, or its models or texts are missing or do not fit.
+    """
+    resolved = _resolve(recipe, set or {})
+    return build_plan(resolved, runs, machine or this_machine(runs), fresh, log)
+
+
+def _resolve(
+    recipe: str | Path | ResolvedRecipe, overrides: Mapping[str, object]
+) -> ResolvedRecipe:
+    """Return a valid recipe with its overrides applied."""
+    if not isinstance(recipe, ResolvedRecipe):
+        return load_recipe(recipe, overrides)
+    if not overrides:
+        return recipe
+    # The resolved tables leave out what changes no result, such as the observers.
+    left_out = {
+        name: getattr(recipe.recipe, name)
+        for name, field in Recipe.model_fields.items()
+        if field.exclude
+    }
+    tables = {**recipe.resolved(), **left_out}
+    return resolve_recipe(recipe.path, recipe.text, tables, overrides)
