@@ -90,9 +90,7 @@ def shipped_steps() -> list[tuple[str, type, str]]:
 
 
 def _all_steps() -> str:
-    sections = [
-        f"\n### {name}\n\n{section(cls, folder)}" for name, cls, folder in shipped_steps()
-    ]
+    sections = [f"\n### {name}\n\n{section(cls, folder)}" for name, cls, folder in shipped_steps()]
     return "".join(sections) + "\n"
 
 

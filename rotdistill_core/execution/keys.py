@@ -12,12 +12,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.questions import Question
 from rotdistill_core.planning.shape import DTYPE_BYTES
+from rotdistill_core.plugin.registry import adapter_origin
+from rotdistill_core.plugin.source_code import core_digest, source_digest
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.hashing import digest
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
+
+
+EVERY_RESULT = (
+    "execution.samples",
+    "execution.artifacts",
+    "execution.save",
+    "forward.certificate",
+)
+"""Modules of the core that every result passes through, whatever its step imports."""
 
 
 class KeyedStep(NamedTuple):
@@ -90,23 +101,40 @@ def run_inputs(
     refs = (recipe.teacher, recipe.student)
     return {
         **{role: model.fingerprint for role, model in models.items() if model},
+        "code": shared_code(pair),
         "texts": digest(texts),
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device}" for ref in refs),
     }
 
 
+def shared_code(pair: Pair) -> str:
+    """Return the hash of code that all results depend on: tables of the models, and the core's own
+    steps."""
+    models = [model for model in (pair.teacher, pair.student, pair.anchor) if model]
+    types = {str(model.config["model_type"]) for model in models}
+    tables = [source_digest(adapter_origin(model_type)) for model_type in sorted(types)]
+    return digest(core_digest(*EVERY_RESULT), *tables)
+
+
 def start_key(pair: Pair, samples_digest: str, seed: int) -> str:
     """Return the key of the state before the first step."""
     models = [model.sha256 for model in (pair.teacher, pair.student, pair.anchor) if model]
-    return digest(*models, samples_digest, seed, str(pair.student.dtype), pair.student.device.type)
+    compute = (str(pair.student.dtype), pair.student.device.type)
+    return digest(*models, shared_code(pair), samples_digest, seed, *compute)
 
 
 def teacher_answers_key(pair: Pair, prompts: dict[str, list[int]], max_tokens: int) -> str:
     """Return the key of the teacher's greedy answers to tokenised prompts."""
     teacher = pair.teacher
     return digest(
-        "answers", teacher.sha256, prompts, max_tokens, str(teacher.dtype), teacher.device.type
+        "answers",
+        teacher.sha256,
+        core_digest("forward.generate"),
+        prompts,
+        max_tokens,
+        str(teacher.dtype),
+        teacher.device.type,
     )
 
 

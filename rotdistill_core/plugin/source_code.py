@@ -29,7 +29,7 @@ CORE_PACKAGE = "rotdistill_core"
 CORE_DISTRIBUTION = "rotdistill"
 NO_FIGURES = tuple(
     f"{CORE_PACKAGE}.{part}"
-    for part in ("cli", "errors", "planning", "plugin", "terminal", "testing")
+    for part in ("cli", "errors", "evaluation.metrics", "planning", "plugin", "terminal", "testing")
 )
 """Modules and packages of the core that no figure depends on."""
 CORE_FOLDER = Path(__file__).parents[1]

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.execution.keys import start_key
 from rotdistill_core.plugin import source_code
 from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.registry import ADAPTERS, adapter_origin, step_class
 from rotdistill_core.plugin.source_code import core_digest, source_digest
+from rotdistill_core.testing import pico_model
 
 Install = Callable[..., str]
 STEP = '''"""A step that aligns with the core's solver."""
@@ -179,3 +182,19 @@ def test_core_digest_follows_imports(core: Path) -> None:
     edit(core / "forward" / "layerwise.py")
     assert core_digest("forward.certificate") != before
     assert core_digest("store.hashing") == core_digest("store.hashing")
+
+
+def test_the_start_of_a_run_depends_on_the_tables_and_on_the_cores_own_steps(
+    core: Path, tmp_path: Path
+) -> None:
+    model = pico_model(tmp_path / "model")
+    pair = Pair(model, model)
+    before = start_key(pair, "texts", 0)
+    assert start_key(pair, "texts", 0) == before
+    edit(core / "architecture" / "rope_decoder.py")  # the table of the model is built with it
+    table_edited = start_key(pair, "texts", 0)
+    edit(core / "forward" / "certificate.py")  # certifies every exact step
+    certificate_edited = start_key(pair, "texts", 0)
+    edit(core / "terminal.py")
+    assert len({before, table_edited, certificate_edited}) == 3
+    assert start_key(pair, "texts", 0) == certificate_edited

@@ -289,7 +289,8 @@ def test_the_digest_is_stable_and_follows_every_option(good: Path) -> None:
     assert load_recipe(good).digest() == digest
     assert load_recipe(good, ["chop.max_angle_texts=24"]).digest() == digest
     others = {
-        load_recipe(good, [item]).digest() for item in ("chop.max_angle_texts=25", "seed=4", "basis.tie=2")
+        load_recipe(good, [item]).digest()
+        for item in ("chop.max_angle_texts=25", "seed=4", "basis.tie=2")
     }
     assert len(others | {digest}) == 4
 

@@ -54,9 +54,7 @@ def check_run(folder: Path) -> dict[str, Any]:
     for record in () if problems else steps.values():
         where = f'step "{record.id}"'
         result = record.result
-        maps = (
-            restore_maps(result.as_dict(), store.root) if isinstance(result, MapsRef) else Maps()
-        )
+        maps = restore_maps(result.as_dict(), store.root) if isinstance(result, MapsRef) else Maps()
         found["maps"] += len(maps)
         problems += [
             f"{where}, {space}{fault}" for space, one in maps.items() for fault in _faults(one)

@@ -173,23 +173,11 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def baseline_of(recipe: ResolvedRecipe) -> str:
-    """Return the variant that others are compared with: `base`, else the first."""
-    variants = list(recipe.recipe.variants)
-    return "base" if "base" in variants else variants[0]
-
-
-def headline_of(recipe: ResolvedRecipe) -> str:
-    """Return the variant that stands for the run's result: `full`, else the last."""
-    variants = list(recipe.recipe.variants)
-    return "full" if "full" in variants else variants[-1]
-
-
 def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> ReportData:
     """Return the data of a run's report, without its findings."""
     # Rows that were read back from results.jsonl hold text where a value is not finite.
     rows = [row._replace(value=float(row.value)) for row in outcome.rows]
-    baseline = baseline_of(recipe)
+    baseline = recipe.baseline
     seed = recipe.recipe.seed
     found = estimates(rows, baseline, seed)
     unexplained = {name: ["it broke a check when it was made."] for name in failed_variants(rows)}
@@ -211,7 +199,7 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         diagnostics=alignment_diagnostics(outcome, out),
         steps=step_summaries(outcome),
         answers=answers,
-        answer_variants=answer_variants(answered, baseline, headline_of(recipe)),
+        answer_variants=answer_variants(answered, baseline, recipe.headline),
         provenance=provenance(recipe, outcome),
         recipe_text=recipe.text,
     )
