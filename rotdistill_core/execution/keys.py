@@ -1,37 +1,123 @@
-"""TODO: rotdistill_core.execution.keys."""
+"""Keys of what a run makes. Equal keys mean equal content, so a key decides what is reused.
+
+The key of a step is `RecipeStep.key`. `plan` derives the same keys without opening a model, so
+nothing here needs torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.questions import Question
+from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.recipe.document import Recipe
+from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.hashing import digest
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
 
 
+class KeyedStep(NamedTuple):
+    """One step of one variant, with the key of its result."""
+
+    variant: str
+    recipe_step: RecipeStep
+    key: str
+    """Key of its result."""
+    before: str
+    """Key that `key` is derived from: `before` in the step's ledger record."""
+    earlier: tuple[RecipeStep, ...]
+    """The variant's steps before it, evaluators apart: they made the weights, maps and captured
+    states that it is given."""
+
+
+def keyed_steps(recipe: ResolvedRecipe, start: str, dtype: str, facts: str) -> Iterator[KeyedStep]:
+    """Yield every step of every variant with its key, in the order in which a run executes them.
+
+    Steps that several variants share have the same key in each.
+
+    Args:
+        recipe: the recipe.
+        start: key of the state before the first step.
+        dtype: name of the dtype of checkpoints, such as `bfloat16`.
+        facts: `facts_digest` of the questions, which only evaluators depend on.
+    """
+    narrow = DTYPE_BYTES[dtype] < DTYPE_BYTES["float32"]
+    for variant, chain in recipe.chains(narrow).items():
+        yield from keyed_chain(variant, chain, start, dtype, facts)
+
+
+def keyed_chain(
+    variant: str, chain: Sequence[RecipeStep], start: str, dtype: str, facts: str
+) -> Iterator[KeyedStep]:
+    """Yield the steps of one variant with their keys; see `keyed_steps` for the arguments.
+
+    Evaluators come last, wherever the recipe lists them: they score the finished checkpoint.
+    """
+    before = start
+    earlier: tuple[RecipeStep, ...] = ()
+    for recipe_step in chain:
+        if recipe_step.stage == "evaluate":
+            continue
+        key = recipe_step.key(before)
+        yield KeyedStep(variant, recipe_step, key, before, earlier)
+        before = key
+        earlier = (*earlier, recipe_step)
+    scored = evaluation_key(variant, before, dtype, facts)
+    for recipe_step in chain:
+        if recipe_step.stage == "evaluate":
+            yield KeyedStep(variant, recipe_step, recipe_step.key(scored), scored, earlier)
+
+
 def run_inputs(
     recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str
 ) -> dict[str, str]:
-    """Return what a run starts from, by name: hashes that need no tokenizer and hardly a byte of the weights."""
+    """Return what a run starts from, by name.
+
+    The hashes need no tokenizer and read a small part of the weights. A run records them with its
+    `start_key`; where they are equal, that key and all keys after it are equal too.
+    """
+    models = {"teacher": pair.teacher, "student": pair.student, "anchor": pair.anchor}
     texts = [
-        [vars(replace(q, facts=(), falsehoods=())) for q in questions],
+        # Facts and falsehoods enter the key of evaluators alone.
+        [vars(replace(question, facts=(), falsehoods=())) for question in questions],
         style,
         recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"}),
     ]
-    models = {
-        role: model.fingerprint
-        for role in ("teacher", "student", "anchor")
-        if (model := getattr(pair, role))
-    }
     refs = (recipe.teacher, recipe.student)
     return {
-        **models,
+        **{role: model.fingerprint for role, model in models.items() if model},
         "texts": digest(texts),
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device}" for ref in refs),
     }
+
+
+def start_key(pair: Pair, samples_digest: str, seed: int) -> str:
+    """Return the key of the state before the first step."""
+    models = [model.sha256 for model in (pair.teacher, pair.student, pair.anchor) if model]
+    return digest(*models, samples_digest, seed, str(pair.student.dtype), pair.student.device.type)
+
+
+def teacher_answers_key(pair: Pair, prompts: dict[str, list[int]], max_tokens: int) -> str:
+    """Return the key of the teacher's greedy answers to tokenised prompts."""
+    teacher = pair.teacher
+    return digest(
+        "answers", teacher.sha256, prompts, max_tokens, str(teacher.dtype), teacher.device.type
+    )
+
+
+def checkpoint_key(variant: str, state_key: str, dtype: str) -> str:
+    """Return the key of a saved variant; `dtype` is that of the checkpoint, such as `float32`."""
+    return digest("checkpoint", variant, state_key, f"torch.{dtype}")
+
+
+def evaluation_key(variant: str, state_key: str, dtype: str, facts: str) -> str:
+    """Return the key of what an evaluator scores: a saved variant, and what answers should state.
+
+    `facts` is `facts_digest` of the questions.
+    """
+    return digest(state_key, variant, f"torch.{dtype}", facts)

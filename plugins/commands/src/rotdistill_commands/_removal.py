@@ -1,14 +1,15 @@
-"""Removing a run without what other runs stand on."""
+"""Remove a run, except the files that results of other runs consist of."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rotdistill_core.execution.run_folder import RunFolder, mentioned
 from rotdistill_core.store.files import write_file
+from rotdistill_core.store.layout import RunLayout
 
 
 def format_size(size: float) -> str:
@@ -20,72 +21,89 @@ def format_size(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def files_to_delete(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> list[Path]:
-    """Return the files of a run that `remove` deletes, its ledger apart: not the files `keep` (relative to the folder of runs).
+def files_to_delete(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> list[Path]:
+    """Return the files of a run that `remove` deletes, except its ledger.
 
-    `keep_checkpoints` spares the checkpoints and the documents at the top of the folder.
+    Args:
+        run: the run.
+        keep: files that stay, relative to the folder of runs.
+        keep_checkpoints: checkpoints and the documents at the top of the folder stay too.
     """
-    found = []
+    files = []
     for path in run.path.rglob("*"):
         inside = path.relative_to(run.path).as_posix()
-        stays = keep_checkpoints and ("/" not in inside or inside.startswith("checkpoints/"))
-        folder = path.is_dir() and not path.is_symlink()
-        if not (
-            folder
-            or stays
-            or inside == "ledger.jsonl"
+        is_document = "/" not in inside
+        is_checkpoint = inside.startswith(f"{RunLayout.CHECKPOINTS}/")
+        stays = (
+            _is_folder(path)
+            or inside == RunLayout.LEDGER
             or path.relative_to(run.path.parent).as_posix() in keep
-        ):
-            found.append(path)
-    return found
+            or (keep_checkpoints and (is_document or is_checkpoint))
+        )
+        if not stays:
+            files.append(path)
+    return files
 
 
-def shares(run: RunFolder, files: Iterable[Path]) -> str:
-    """Say how large files of a run are, and what they are: by the folder in which they lie, the largest first."""
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def describe_files(run: RunFolder, files: Iterable[Path]) -> str:
+    """Return the size of files of a run, with the share of each folder, the largest first."""
     sizes = Counter[str]()
     for path in files:
-        inside = path.relative_to(run.path).parts
-        sizes[inside[0] if len(inside) > 1 else "documents"] += path.lstat().st_size
-    return f"{format_size(sizes.total())} ({', '.join(f'{what} {format_size(size)}' for what, size in sizes.most_common())})"
+        parts = path.relative_to(run.path).parts
+        sizes[parts[0] if len(parts) > 1 else "documents"] += path.lstat().st_size
+    shares = ", ".join(f"{folder} {format_size(size)}" for folder, size in sizes.most_common())
+    return f"{format_size(sizes.total())} ({shares})"
 
 
-def remove(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> int:
-    """Delete what `doomed` returns; return how many bytes that freed.
+def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int:
+    """Delete the files that `files_to_delete` returns; return how many bytes that freed.
 
-    The ledger goes last, and keeps the lines of what is left: a removal that was cut short can be called again.
+    The ledger goes last and keeps the lines of the files that stay. So a removal that was
+    interrupted can be repeated.
     """
     freed = 0
     for path in files_to_delete(run, keep, keep_checkpoints):
         freed += path.lstat().st_size
         path.unlink()
-    for path in sorted(
-        run.path.rglob("*"), reverse=True
-    ):  # what is inside a folder comes before it
-        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-            path.rmdir()
-    left = [
-        line
-        for line in run.ledger.path.read_bytes().splitlines()
-        if _holds(line, run, keep_checkpoints)
-    ]
-    if left:
-        write_file(run.ledger.path, [line + b"\n" for line in left])
-    else:
-        freed += run.ledger.path.stat().st_size
-        run.ledger.path.unlink()
-        run.path.rmdir()
+    _remove_empty_folders(run.path)
+    ledger = run.ledger.path
+    lines = ledger.read_bytes().splitlines()
+    kept = [line for line in lines if _is_still_true(line, run, keep_checkpoints)]
+    if kept:
+        write_file(ledger, [line + b"\n" for line in kept])
+        return freed
+    freed += ledger.stat().st_size
+    ledger.unlink()
+    run.path.rmdir()
     return freed
 
 
-def _holds(line: bytes, run: RunFolder, steps: bool) -> bool:
-    """Return whether a line of the ledger still says something true: its files are there. Steps count only where they are kept."""
+def _remove_empty_folders(root: Path) -> None:
+    # In reverse order the content of a folder comes before the folder.
+    for path in sorted(root.rglob("*"), reverse=True):
+        if _is_folder(path) and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _is_still_true(line: bytes, run: RunFolder, keep_steps: bool) -> bool:
+    """Return whether the files that a line of the ledger names exist.
+
+    Args:
+        line: the line.
+        run: the run.
+        keep_steps: whether lines of steps may stay; those of files always may.
+    """
     try:
         record = json.loads(line)
     except ValueError:
         return False
+    runs_folder = run.path.parent
     if record["kind"] == "file":
         path: str = record["path"]
-        return path.startswith(f"{run.path.name}/") and (run.path.parent / path).is_file()
-    return steps and all(
-        (run.path.parent / file).is_file() for file in mentioned(record, run.path.name)
-    )
+        return path.startswith(f"{run.path.name}/") and (runs_folder / path).is_file()
+    files = mentioned(record, run.path.name)
+    return keep_steps and all((runs_folder / file).is_file() for file in files)
