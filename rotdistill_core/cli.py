@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -25,8 +25,6 @@ from rotdistill_core.errors import (
     suggest,
 )
 from rotdistill_core.evaluation.rows import rows_as_json
-from rotdistill_core.execution.executor import Executor
-from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.terminal import (
@@ -40,6 +38,9 @@ from rotdistill_core.terminal import (
     stderr_console,
     stdout_console,
 )
+
+if TYPE_CHECKING:
+    from rotdistill_core.execution.outcome import RunResult
 
 
 class Verbs(TyperGroup):
@@ -102,6 +103,10 @@ def run(
         command_function("plan")(
             path, sets, fresh, short=True
         )  # stops here where the machine does not suffice
+    # They load torch, which `--help` and other verbs do without.
+    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415
+    from rotdistill_core.execution.outcome import RunResult  # noqa: PLC0415
+
     screen = ProgressDisplay(stderr_console())
     try:
         outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh).go()
