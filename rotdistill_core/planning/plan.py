@@ -333,7 +333,7 @@ class _LineBuilder:
                 id="checkpoints",
                 variants=[variant],
                 reused=exists,
-                why="in the run's folder" if exists else "not saved before from these steps",
+                why="in the run's folder" if exists else "these steps have no checkpoint yet",
             )
             cost = checkpoint_cost(self._context_after(steps), DTYPE_BYTES[self.save_dtype])
             yield self._with_cost(line, cost)
