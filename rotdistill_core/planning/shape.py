@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rotdistill_core.architecture.table import Adapter
@@ -60,17 +61,23 @@ class ModelShape:
         Args:
             inside: True counts parameters inside layers, False those outside, None all.
         """
+        return self._parameters[inside]
+
+    @cached_property
+    def _parameters(self) -> dict[bool | None, int]:
+        """Number of parameters inside layers, outside, and of all; see `parameters`."""
         sizes = self.adapter.sizes(self.config)
         tied = bool(self.config.get("tie_word_embeddings"))
-        total = 0.0
+        totals: dict[bool | None, float] = {True: 0.0, False: 0.0, None: 0.0}
         for name, param in self.adapter.expand(self.config).items():
-            in_layer = name.startswith(f"{self.adapter.layers}.")
-            absent = param.optional or (param.tied and tied)
-            if absent or inside not in (None, in_layer):
+            if param.optional or (param.tied and tied):
                 continue
-            share = self.keep if in_layer else 1
-            total += math.prod(sizes[axis] for axis in param.axes) * share
-        return round(total)
+            inside = name.startswith(f"{self.adapter.layers}.")
+            share = self.keep if inside else 1
+            count = math.prod(sizes[axis] for axis in param.axes) * share
+            totals[inside] += count
+            totals[None] += count
+        return {part: round(total) for part, total in totals.items()}
 
     @property
     def layer_parameters(self) -> float:
