@@ -1,7 +1,7 @@
 """rotdistill: surgery on language models with linear algebra.
 
-Everything a plugin author or a notebook needs is importable from here. Names that need torch are
-imported when they are first used, so `import rotdistill_core` stays light.
+Everything that a plugin author or a notebook needs is importable from here. A name is imported
+from its module when it is first used, so `import rotdistill_core` loads no torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from rotdistill_core.plugin.markers import hookimpl, hookspec
 from rotdistill_core.plugin.step import step
 
 if TYPE_CHECKING:
+    from rotdistill_core.api import plan, run
     from rotdistill_core.architecture.table import Adapter
     from rotdistill_core.checkpoint.models import Model, Pair
     from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.data.packed import PackedTexts, Samples
     from rotdistill_core.data.splits import Side, Split
     from rotdistill_core.evaluation.rows import MetricRow, Variant
-    from rotdistill_core.execution.outcome import RunResult
+    from rotdistill_core.execution.outcome import RunFailed, RunResult
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
     from rotdistill_core.linalg.diagnostics import LayerDiagnostics
@@ -49,6 +50,7 @@ _HOME = {
     "Progress": "forward.layerwise",
     "ResolvedRecipe": "recipe.resolved",
     "Rotation": "linalg.maps",
+    "RunFailed": "execution.outcome",
     "RunResult": "execution.outcome",
     "Samples": "data.packed",
     "Side": "data.splits",
@@ -57,6 +59,8 @@ _HOME = {
     "Variant": "evaluation.rows",
     "Weights": "checkpoint.weights",
     "load_recipe": "recipe.load",
+    "plan": "api",
+    "run": "api",
 }
 """Public name -> the module of this package that defines it."""
 
@@ -79,6 +83,7 @@ __all__ = [
     "Progress",
     "ResolvedRecipe",
     "Rotation",
+    "RunFailed",
     "RunResult",
     "Samples",
     "Side",
@@ -89,12 +94,14 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "load_recipe",
+    "plan",
+    "run",
     "step",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home on first use (PEP 562)."""
+    """Import a public name from its module on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command line: words on stderr, results on stdout."""
+"""The command line: messages on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
 from rotdistill_core.errors import (
-    CheckFailed,
     PluginError,
     RecipeError,
     RotdistillError,
@@ -25,10 +25,15 @@ from rotdistill_core.errors import (
     suggest,
 )
 from rotdistill_core.evaluation.rows import rows_as_json
+from rotdistill_core.execution.outcome import RunFailed, RunResult
+from rotdistill_core.planning.machine import this_machine
+from rotdistill_core.planning.models import ModelNotAvailable
+from rotdistill_core.planning.plan import Plan, build_plan, format_bytes, time_class
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.terminal import (
-    RUNS_FOLDER,
     Json,
     ProgressDisplay,
     RecipePath,
@@ -39,43 +44,61 @@ from rotdistill_core.terminal import (
     stdout_console,
 )
 
-if TYPE_CHECKING:
-    from rotdistill_core.execution.outcome import RunResult
+VERBOSE = ("-v", "--verbose")
 
 
 class Verbs(TyperGroup):
-    """The verbs of this module and of installed plugins, which are imported when their verb, or the list of all, is asked for."""
+    """The verbs of this module and of installed plugins.
+
+    A plugin is imported when its verb, or the list of all verbs, is asked for.
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all verbs."""
         return list(dict.fromkeys([*super().list_commands(ctx), *installed_plugins(COMMANDS)]))
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        """Return one verb; a broken one fails when it is called, not when all are listed."""
-        if found := super().get_command(ctx, name):
-            return found
-        if name not in (every := self.list_commands(ctx)):
-            raise RecipeError(f'there is no verb "{name}".{suggest(name, every)}')
+        """Return one verb. A broken verb fails when it is called, not when all are listed.
+
+        Raises:
+            RecipeError: there is no such verb.
+        """
+        own = super().get_command(ctx, name)
+        if own:
+            return own
+        names = self.list_commands(ctx)
+        if name not in names:
+            raise RecipeError(f'there is no verb "{name}".{suggest(name, names)}')
         one = typer.Typer(add_completion=False, rich_markup_mode="rich")
         try:
             one.command(name)(command_function(name))
         except PluginError as error:
-            problem = error
-
-            def broken() -> None:
-                raise problem
-
-            one.command(
-                name,
-                help=f"Broken: {error}",
-                context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            )(broken)
+            _add_broken_verb(one, name, error)
         return typer.main.get_command(one)
 
 
-app = typer.Typer(cls=Verbs, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", callback=lambda: None,
-                  help="Surgery on language models: `run` carries out a recipe; `show`, `chat` and `report` are about what it made.",
-                  epilog="With -v, anywhere in the line, an error shows its traceback.")  # fmt: skip
+def _add_broken_verb(one: typer.Typer, name: str, problem: PluginError) -> None:
+    """Add a verb that raises the problem, whatever its arguments."""
+
+    def broken() -> None:
+        raise problem
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    one.command(name, help=f"Broken: {problem}", context_settings=settings)(broken)
+
+
+app = typer.Typer(
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    callback=lambda: None,
+    help=(
+        "Surgery on language models: `run` carries out a recipe; "
+        "`show`, `chat` and `report` are about what it made."
+    ),
+    epilog="With -v, anywhere in the line, an error shows its traceback.",
+)
 
 
 @app.command()
@@ -86,7 +109,10 @@ def run(
         bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")
     ] = False,
     unplanned: Annotated[
-        bool, typer.Option("--no-plan", help="Begin without `plan`, and whatever it would say.")
+        bool,
+        typer.Option(
+            "--no-plan", help="Begin without comparing memory and disk with what `plan` estimates."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,20 +125,14 @@ def run(
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
     loaded = load_recipe(path, sets or [])
-    if not unplanned and "plan" in installed_plugins(COMMANDS):
-        command_function("plan")(
-            path, sets, fresh, short=True
-        )  # stops here where the machine does not suffice
-    # They load torch, which `--help` and other verbs do without.
-    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415
-    from rotdistill_core.execution.outcome import RunResult  # noqa: PLC0415
+    if not unplanned:
+        _check_machine(loaded, fresh)
+    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
 
     screen = ProgressDisplay(stderr_console())
     try:
         outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh).go()
-    except CheckFailed as failure:
-        if not isinstance(failure.outcome, RunResult):
-            raise
+    except RunFailed as failure:
         _show(failure.outcome, as_json)
         raise
     finally:
@@ -120,96 +140,144 @@ def run(
     _show(outcome, as_json)
 
 
+def _check_machine(loaded: ResolvedRecipe, fresh: bool) -> None:
+    """Print the plan of a run in one line. A model that is not here yet is no reason to stop.
+
+    Raises:
+        SetupError: the machine is too small.
+    """
+    console = stderr_console()
+
+    def log(text: str) -> None:
+        console.print(escape(text))
+
+    try:
+        planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
+    except ModelNotAvailable as error:
+        console.print(f"plan: {escape(str(error))}", soft_wrap=True)
+        return
+    console.print(_summary(planned), soft_wrap=True)
+    if planned.shortfalls:
+        raise SetupError(
+            f"{loaded.path}: does not fit here: {'; '.join(planned.shortfalls)}. "
+            "Nothing was loaded."
+        )
+
+
+def _summary(planned: Plan) -> str:
+    """Return what is reused, and what the rest needs, in one line."""
+    peak, machine = planned.peak, planned.machine
+    reused = len(planned.lines) - len(planned.todo)
+    memory = "nothing to make"
+    if planned.todo:
+        needed = format_bytes(peak["ram_bytes"])
+        memory = f"memory about {needed}, {format_bytes(machine.ram)} are free"
+    disk = f"disk {format_bytes(peak['disk_bytes'])}, {format_bytes(machine.disk)} are free"
+    time = time_class(sum(line.seconds for line in planned.todo))
+    there = f"{reused} of {len(planned.lines)} results are there"
+    return f"plan: {there}; {memory}; {disk}; takes {time}"
+
+
 def _show(outcome: RunResult, as_json: bool) -> None:
     """Print the results of a run."""
-
     if as_json:
-        print(
-            json.dumps(
-                {"run_dir": str(outcome.folder), "results": rows_as_json(outcome.rows)},
-                ensure_ascii=False,
-            )
-        )
+        document = {"run_dir": str(outcome.folder), "results": rows_as_json(outcome.rows)}
+        print(json.dumps(document, ensure_ascii=False))
         return
-    for told in (results_table(outcome.rows), *outcome.told):
-        stdout_console().print(told)
-    for path in filter(
-        Path.exists, (outcome.folder / name for name in ("checkpoints", "report.html"))
-    ):
-        stdout_console().print(f"{path.stem:<12} {escape(relative_to_cwd(path))}", soft_wrap=True)
+    console = stdout_console()
+    for summary in (results_table(outcome.rows), *outcome.told):
+        console.print(summary)
+    layout = RunLayout(outcome.folder)
+    for path in (layout.checkpoints, layout.report):
+        if path.exists():
+            console.print(f"{path.stem:<12} {escape(relative_to_cwd(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):
-    """A signal that ends the run. Not a KeyboardInterrupt, which typer would turn into a quiet return."""
+    """A signal that ends the run. Typer would turn a KeyboardInterrupt into a quiet return."""
 
 
 def _interrupted(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
-def _of_the_machine(error: Exception) -> str:
-    """Return what is wrong with the machine, where that is what failed: memory, or a file that cannot be read or written."""
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "not enough memory" in str(error)
-    ):
-        return f"the memory does not suffice: {error or 'none is left'}. `rotdistill plan` says what each step needs."
-    return (
-        f"{error.filename or 'a file'}: {error.strerror}."
-        if isinstance(error, OSError) and error.strerror
-        else ""
-    )
-
-
 def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
-    again = shlex.join(
-        [
-            relative_to_cwd(Path(sys.argv[0]))
-            if sys.argv[0].endswith("rotdistill")
-            else "rotdistill",
-            *sys.argv[1:],
-        ]
-    )
-    given = [word for word in sys.argv[1:] if word not in ("-v", "--verbose")]
+    words = [word for word in sys.argv[1:] if word not in VERBOSE]
+    verbose = len(words) < len(sys.argv) - 1
     try:
-        app(given, prog_name="rotdistill", standalone_mode=False)
+        app(words, prog_name="rotdistill", standalone_mode=False)
     except Interrupted as stop:
+        again = escape(_command_line())
         stderr_console().print(
-            f"interrupted; what was finished is kept. Go on with:\n{escape(again)}", soft_wrap=True
+            f"interrupted; what was finished is kept. Go on with:\n{again}", soft_wrap=True
         )
         sys.exit(128 + int(stop.args[0]))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except Exception as error:
-        if (
-            "_ROTDISTILL_COMPLETE" in os.environ
-        ):  # a line that is not finished: nothing to complete, and nothing to say
-            sys.exit(1)
-        if len(given) < len(sys.argv) - 1:
+        if "_ROTDISTILL_COMPLETE" in os.environ:
+            sys.exit(1)  # the shell completes an unfinished line: say nothing
+        if verbose:
             traceback.print_exc()
-        sys.exit(_tell(error, again))
+        sys.exit(_report_error(error))
 
 
-def _tell(error: Exception, again: str) -> int:
-    """Say what went wrong, one paragraph a problem, and return the exit code."""
-    error = SetupError(machine) if (machine := _of_the_machine(error)) else error
-    problems = error.problems if isinstance(error, RecipeError) else [str(error)]
-    if usage := getattr(
-        error, "format_message", None
-    ):  # typer's own errors; the one about no verb at all has shown the help
-        verb = getattr(getattr(error, "ctx", None), "command_path", "rotdistill")
-        problems = (
-            [f"{message.rstrip('.')}. `{verb} --help` shows how."] if (message := usage()) else []
-        )
-    elif not isinstance(error, RotdistillError):
-        problems = [
-            f"{type(error).__name__}: {error}\nThat should not happen; -v shows where it did. Go on with:\n{again}"
-        ]
-    kind = "error" if usage or isinstance(error, RotdistillError) else "unexpected"
-    for problem in problems:
+def _command_line() -> str:
+    """Return the line that was typed, which resumes the run."""
+    program = Path(sys.argv[0])
+    name = relative_to_cwd(program) if program.name == "rotdistill" else "rotdistill"
+    return shlex.join([name, *sys.argv[1:]])
+
+
+def _report_error(error: Exception) -> int:
+    """Print what went wrong, one paragraph for each problem; return the exit code."""
+    if machine := _fault_of_the_machine(error):
+        error = SetupError(machine)
+    usage = getattr(error, "format_message", None)  # typer's errors have it
+    expected = usage is not None or isinstance(error, RotdistillError)
+    kind = "error" if expected else "unexpected"
+    for problem in _usage_problems(error) if usage else _problems(error):
         stderr_console().print(f"[red]{kind}[/] {escape(problem)}", soft_wrap=True)
     return int(getattr(error, "exit_code", 1))
+
+
+def _usage_problems(error: Any) -> Sequence[str]:
+    """Return what typer says about a command line; the error about no verb has shown the help."""
+    message = error.format_message()
+    if not message:
+        return []
+    verb = getattr(getattr(error, "ctx", None), "command_path", "rotdistill")
+    return [f"{message.rstrip('.')}. `{verb} --help` shows how."]
+
+
+def _problems(error: Exception) -> Sequence[str]:
+    """Return the paragraphs of an error that is not typer's."""
+    if isinstance(error, RecipeError):
+        return error.problems
+    if isinstance(error, RotdistillError):
+        return [str(error)]
+    return [
+        f"{type(error).__name__}: {error}\n"
+        f"That should not happen; -v shows where it did. Go on with:\n{_command_line()}"
+    ]
+
+
+def _fault_of_the_machine(error: Exception) -> str:
+    """Return what is wrong if the machine failed: no memory, or a file that it refuses."""
+    # torch is not imported here, so its error goes by its name; on CPU it is a RuntimeError.
+    out_of_memory = (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in str(error)
+    )
+    if out_of_memory:
+        reason = str(error) or "none is left"
+        return (
+            f"the memory does not suffice: {reason}. `rotdistill plan` says what each step needs."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}."
+    return ""

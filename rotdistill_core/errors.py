@@ -1,4 +1,4 @@
-"""Errors that a user can act on, one class per exit code."""
+"""Errors that a user can act on, one class for each exit code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+FEW = 24
+"""So many names, or fewer, are listed in an error."""
+
 
 class RotdistillError(Exception):
     """An unexpected failure inside rotdistill (exit code 1)."""
@@ -17,7 +20,10 @@ class RotdistillError(Exception):
 
 
 class RecipeError(RotdistillError):
-    """A recipe, option or command that must be edited (exit code 2). `problems` holds one paragraph each."""
+    """A recipe, option or command that must be edited (exit code 2).
+
+    `problems` holds one paragraph for each mistake.
+    """
 
     exit_code = 2
 
@@ -27,23 +33,24 @@ class RecipeError(RotdistillError):
 
 
 class PluginError(RotdistillError):
-    """A plugin that is missing, broken, or clashes with another (exit code 2)."""
+    """A plugin that is missing, is broken, or clashes with another (exit code 2)."""
 
     exit_code = 2
 
 
 class SetupError(RotdistillError):
-    """The environment says no: missing or unsuitable model, memory, disk (exit code 3)."""
+    """A missing or unsuitable model, too little memory, a full disk (exit code 3)."""
 
     exit_code = 3
 
 
 class CheckFailed(RotdistillError):
-    """A certificate, hash or quality gate that does not hold (exit code 4)."""
+    """A certificate, hash or quality gate that does not hold (exit code 4).
+
+    A finished run whose variants fail raises `rotdistill_core.RunFailed`, which has the result.
+    """
 
     exit_code = 4
-    outcome: object = None
-    """The finished run, where it is one of its variants that failed."""
 
 
 class SingularError(RotdistillError):
@@ -51,40 +58,53 @@ class SingularError(RotdistillError):
 
 
 def suggest(word: str, words: Iterable[str]) -> str:
-    """Return ' Did you mean "x"?' for the closest of `words`; where none is close, all of them, or nothing where they are many."""
-    close = difflib.get_close_matches(word, every := list(words), n=1, cutoff=0.5)
-    return (
-        f' Did you mean "{close[0]}"?'
-        if close
-        else f" There is: {', '.join(every)}."
-        if 0 < len(every) <= 24
-        else ""
-    )
+    """Return a hint that follows an unknown word: ' Did you mean "x"?' with the closest of `words`.
+
+    If none is close, the hint lists all words; if they are many, it is empty.
+    """
+    known = list(words)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f' Did you mean "{close[0]}"?'
+    return f" There is: {', '.join(known)}." if 0 < len(known) <= FEW else ""
 
 
 def format_validation_errors(
     error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]
 ) -> list[str]:
-    """Turn pydantic's errors into 'key.path: what is wrong, what was meant', one for each place in the document."""
-    found: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    """Turn pydantic's errors into one sentence for each place in a document.
+
+    Args:
+        error: what pydantic raised.
+        document: the tables that it validated.
+        known: path of a table -> the keys that it may have, for suggestions.
+
+    Returns:
+        `key.path: what is wrong`, with the nearest known key or the value found there.
+    """
+    by_path: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
-        found.setdefault(_path_of(detail, document), []).append(detail)
+        by_path.setdefault(_path_of(detail, document), []).append(detail)
     problems: list[str] = []
-    for path, details in found.items():
-        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
-            continue  # one branch of a union fails here and another further in, which says more
-        first, where = details[0], ".".join(path) or "options"
+    for path, details in by_path.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in by_path):
+            continue  # one branch of a union fails here; another fails further in and says more
+        first = details[0]
+        where = ".".join(path) or "options"
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"{where}: unknown key.{suggest(path[-1], known.get(path[:-1], ()))}")
-        else:
-            value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
-            messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
-            problems.append(f"{where}: {messages}{value}.")
+            continue
+        value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
+        messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
+        problems.append(f"{where}: {messages}{value}.")
     return problems
 
 
 def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:
-    """Return the keys that lead to an error. What else pydantic puts into its location names branches of unions."""
+    """Return the keys that lead to an error.
+
+    Pydantic's location also names branches of unions, which are no keys of the document.
+    """
     path: list[str] = []
     for part in detail["loc"]:
         is_key = isinstance(document, dict) and part in document
@@ -92,4 +112,6 @@ def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:
         if is_key or is_index:
             path.append(str(part))
             document = document[part]
-    return (*path, str(detail["loc"][-1])) if detail["type"] == "missing" else tuple(path)
+    if detail["type"] == "missing":
+        return (*path, str(detail["loc"][-1]))
+    return tuple(path)

@@ -1,1 +1,1 @@
-"""Carrying out a recipe: keys, order, the executor, results, and run folders."""
+"""Carrying out a recipe: keys, order and reuse, one step's call, observers, and finished runs."""

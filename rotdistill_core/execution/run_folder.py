@@ -1,24 +1,21 @@
-"""What is in a folder of runs: which there are, what each stands on, and which of its files others stand on."""
+"""Runs on disk: which there are, what each consists of, and which of its files other runs need."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rotdistill_core.errors import RecipeError, suggest
+from rotdistill_core.evaluation.rows import MetricRow
+from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from rotdistill_core.evaluation.rows import MetricRow
-
-
-Record = Mapping[str, Any]
+from rotdistill_core.store.records import StepRecord
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,11 @@ class RunFolder:
 
     path: Path
 
+    @property
+    def layout(self) -> RunLayout:
+        """The names of its files."""
+        return RunLayout(self.path)
+
     @cached_property
     def ledger(self) -> Ledger:
         """Its ledger."""
@@ -34,152 +36,142 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The recipe with everything resolved; empty where the run has lost it."""
+        """The resolved recipe; empty if the run has lost it."""
         try:
-            found: dict[str, Any] = json.loads(
-                (self.path / "recipe.resolved.json").read_text(encoding="utf-8")
-            )
+            text = self.layout.resolved_recipe.read_text(encoding="utf-8")
+            recipe: dict[str, Any] = json.loads(text)
         except (OSError, ValueError):
             return {}
-        return found
+        return recipe
 
     @property
     def state(self) -> str:
-        """`done`, `unfinished`, `kept files` where only what other runs stand on is left, or `copy of` another."""
-        files = [r for r in self.ledger.records if r["kind"] == "file"]
-        owners = {r["path"].split("/")[0] for r in files}
+        """How far the run is.
+
+        `done`; `unfinished`; `kept files`, if only files are left that other runs need; or
+        `copy of` another run, if somebody copied the folder.
+        """
+        owners = {record.path.partition("/")[0] for record in self.ledger.files}
         if owners and self.path.name not in owners:
             return f"copy of {', '.join(sorted(owners))}"
-        names = {r["name"] for r in files if (self.path.parent / r["path"]).is_file()}
-        return (
-            "done"
-            if "results.jsonl" in names
-            else "unfinished"
-            if "recipe.resolved.json" in names
-            else "kept files"
-        )
+        root = self.path.parent
+        names = {record.name for record in self.ledger.files if (root / record.path).is_file()}
+        if RunLayout.RESULTS in names:
+            return "done"
+        return "unfinished" if RunLayout.RESOLVED_RECIPE in names else "kept files"
 
     @property
     def bytes(self) -> int:
         """Size of everything in the folder."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     @property
     def changed(self) -> str:
         """When something was last committed, in local time."""
-        return (
-            datetime.fromtimestamp(self.ledger.path.stat().st_mtime)
-            .astimezone()
-            .isoformat(" ", "minutes")[:16]
-        )
+        seconds = self.ledger.path.stat().st_mtime
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")[:16]
+
+    def owns(self, path: str) -> bool:
+        """Return whether a path, relative to the folder of runs, lies in this run's folder."""
+        return path.startswith(f"{self.path.name}/")
 
     def rows(self) -> list[MetricRow]:
-        """Return what the variants scored in the newest finished run; empty before."""
-        from rotdistill_core.evaluation.rows import MetricRow
+        """Return the rows of the newest finished run of this recipe; none before."""
+        path = self.layout.results
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [MetricRow(**json.loads(line)) for line in lines]
 
-        path = self.path / "results.jsonl"
-        return (
-            [
-                MetricRow(**json.loads(line))
-                for line in path.read_text(encoding="utf-8").splitlines()
-            ]
-            if path.is_file()
-            else []
-        )
-
-    def chains(self) -> dict[str, dict[str, Record]]:
-        """Return variant -> step id -> record of the newest result, as far as each variant came."""
-        variants, steps = (
-            self.recipe.get("variants", {}),
-            [step["id"] for step in self.recipe.get("step", [])],
-        )
-        toggled = {name for names in variants.values() for name in names}
+    def chains(self) -> dict[str, dict[str, StepRecord]]:
+        """Return variant -> step id -> newest record, as far as each variant came."""
+        variants: dict[str, list[str]] = self.recipe.get("variants", {})
+        steps = [step["id"] for step in self.recipe.get("step", [])]
+        toggled = {step for names in variants.values() for step in names}
         return {
             variant: self._chain(variant, [s for s in steps if s not in toggled or s in names])
             for variant, names in variants.items()
         }
 
-    def _chain(self, variant: str, steps: list[str]) -> dict[str, Record]:
-        """Follow the keys from step to step: a record says behind which other it was made. The longest chain wins, then the newest."""
-        records = [r for r in self.ledger.records[::-1] if r["kind"] == "step"]
-        best: dict[str, Record] = {}
-        for start in [r for r in records if steps and r["id"] == steps[0]]:
-            chain, before = dict[str, Record]({steps[0]: start}), start["key"]
+    def _chain(self, variant: str, steps: list[str]) -> dict[str, StepRecord]:
+        """Follow the keys of a variant from step to step.
+
+        A record holds the key of the state that it was made from. The recipe may have been run
+        with other inputs, so the first step may have several records. The longest chain wins, then
+        the newest.
+        """
+        newest_first = [r for r in self.ledger.steps[::-1] if r.variant in ("", variant)]
+        longest: dict[str, StepRecord] = {}
+        for first in [record for record in newest_first if record.id in steps[:1]]:
+            chain, key = {first.id: first}, first.key
             for step in steps[1:]:
-                found = next(
-                    (r for r in records if r["id"] == step and r["before"] == before), None
-                )
-                if found:
-                    before = found["key"]
-                else:  # evaluators stand behind a checkpoint, not behind a key
-                    found = next((r for r in records if r["id"] == f"{step} {variant}"), None)
-                if found:
-                    chain[step] = found
-            best = max(best, chain, key=len)
-        return best
+                records = [record for record in newest_first if record.id == step]
+                after = next((record for record in records if record.before == key), None)
+                if after:
+                    key = after.key
+                else:  # an evaluator follows a checkpoint, whose key is not in the chain
+                    after = next((record for record in records if record.variant), None)
+                if after:
+                    chain[step] = after
+            longest = max(longest, chain, key=len)
+        return longest
 
 
 def all_runs(root: Path) -> list[RunFolder]:
-    """Return every run under a folder, the newest first."""
-    paths = sorted(root.glob("*/ledger.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    """Return every run in a folder, the newest first."""
+    paths = sorted(ledger_paths(root), key=lambda path: path.stat().st_mtime, reverse=True)
     return [RunFolder(path.parent) for path in paths]
 
 
 def find_run(name: str, root: Path, log: Callable[[str], None] | None = None) -> RunFolder:
-    """Return the run called `name`: its folder, its name under `root`, or the beginning of one that no other run has.
+    """Return the run called `name`.
 
-    With `say`, the name of a recipe is enough where it was run several times: the newest finished run is taken, else the newest.
+    A run goes by its folder, by its name in `root`, or by the beginning of a name that no other run
+    has.
+
+    Args:
+        name: what the user wrote.
+        root: the folder of runs.
+        log: if given, the name of a recipe that was run several times is enough. It stands for the
+            newest finished run, or else the newest; one line says which.
 
     Raises:
-        RecipeError: there is none, or there are several.
+        RecipeError: no run goes by that name, or several do.
     """
-    if (Path(name) / "ledger.jsonl").is_file():
+    if RunLayout(Path(name)).ledger.is_file():
         return RunFolder(Path(name))
-    known = {run.path.name: run for run in all_runs(root)}
-    if name in known:
-        return known[name]
-    begin = [each for each in known if each.startswith(name)]
-    if (
-        len(begin) > 1
-        and log
-        and all(re.fullmatch("-[0-9a-f]{8}", each.removeprefix(name)) for each in begin)
-    ):
-        taken = next((each for each in begin if known[each].state == "done"), begin[0])
+    runs = {run.path.name: run for run in all_runs(root)}
+    if name in runs:
+        return runs[name]
+    names = [each for each in runs if each.startswith(name)]
+    if not names:
+        hint = suggest(name, runs) or f" `rotdistill runs` lists those in {root}/."
+        raise RecipeError(f'there is no run "{name}".{hint}')
+    if len(names) == 1:
+        return runs[names[0]]
+    of_one_recipe = all(re.fullmatch("-[0-9a-f]{8}", each.removeprefix(name)) for each in names)
+    if log and of_one_recipe:
+        run = next((runs[each] for each in names if runs[each].state == "done"), runs[names[0]])
         log(
-            f"{taken}, {known[taken].state}, of {known[taken].changed}: the newest of {len(begin)} runs called {name}"
+            f"{run.path.name}, {run.state}, of {run.changed}: "
+            f"the newest of {len(names)} runs called {name}"
         )
-        return known[taken]
-    if len(begin) > 1:
-        listed = ", ".join(f"{each} (of {known[each].changed})" for each in begin)
-        raise RecipeError(
-            f'"{name}" is the beginning of {len(begin)} runs, the newest first: {listed}. Write one of these names.'
-        )
-    if not begin:
-        listed = suggest(name, known) or f" `rotdistill runs` lists those in {root}/."
-        raise RecipeError(f'there is no run "{name}".{listed}')
-    return known[begin[0]]
-
-
-def mentioned(value: Any, run: str) -> Iterator[str]:
-    """Yield every path into a run's folder that a ledger record mentions, wherever it stands."""
-    if isinstance(value, str):
-        if value.startswith(f"{run}/"):
-            yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from mentioned(item, run)
+        return run
+    listed = ", ".join(f"{each} (of {runs[each].changed})" for each in names)
+    raise RecipeError(
+        f'"{name}" is the beginning of {len(names)} runs, the newest first: {listed}. '
+        "Write one of these names."
+    )
 
 
 def needed_by(run: RunFolder, others: Iterable[RunFolder]) -> dict[str, list[str]]:
-    """Return each file of a run that results of other runs consist of, with the names of those runs."""
-    found: dict[str, list[str]] = {}
+    """Return each file of a run that results of other runs consist of, with those runs' names."""
+    users: dict[str, list[str]] = {}
     for other in others:
-        if other.path.resolve() != run.path.resolve():
-            for path in {
-                p
-                for r in other.ledger.records
-                if r["kind"] == "step"
-                for p in mentioned(r, run.path.name)
-            }:
-                found.setdefault(path, []).append(other.path.name)
-    return found
+        if other.path.resolve() == run.path.resolve():
+            continue
+        paths = {path for record in other.ledger.steps for path in record.paths()}
+        paths |= {path for record in other.ledger.checkpoints for path in record.paths()}
+        for path in filter(run.owns, paths):
+            users.setdefault(path, []).append(other.path.name)
+    return users

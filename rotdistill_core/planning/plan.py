@@ -29,7 +29,6 @@ from rotdistill_core.planning.reuse import (
     UNKNOWN,
     ReuseIndex,
     StepStatus,
-    checkpoint_exists,
     last_edit,
     step_statuses,
 )
@@ -328,7 +327,7 @@ class _LineBuilder:
             edit = last_edit(self.statuses, variant)
             steps = (*edit.earlier, edit.recipe_step) if edit else ()
             state_key = edit.key if edit else self.start_key
-            exists = checkpoint_exists(self.index, self.run, variant, state_key, self.save_dtype)
+            exists = self.index.has_checkpoint(self.run, variant, state_key, self.save_dtype)
             line = PlanLine(
                 id="checkpoints",
                 variants=[variant],

@@ -9,24 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.resolved import RecipeStep
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import StepRecord
 
-Record = Mapping[str, Any]
 UNKNOWN = "?"
 """Key of inputs that no run has had. No result has a key that is derived from it."""
 
 
 class ExistingResult(NamedTuple):
-    """A result in the folder of runs."""
+    """A step's result in the folder of runs."""
 
     run: str
     """Name of the run whose ledger has it."""
-    record: Record
+    record: StepRecord
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ class StepStatus:
     """The result with this key, if there is one."""
     reason: str
     """Why it has to be made; empty if it exists."""
-    newest: Record | None
-    """The newest result of a step of this name, whatever its key."""
+    newest: StepRecord | None
+    """The newest result of a step of this id, whatever its key."""
     variants: list[str] = field(default_factory=list)
 
     @property
     def measured_seconds(self) -> float | None:
         """Time that the step took with the same options; None if it has not run with them."""
-        if self.newest and self.newest["options"] == options_of(self.recipe_step.step):
-            return float(self.newest["seconds"])
+        if self.newest and self.newest.options == options_of(self.recipe_step.step):
+            return self.newest.seconds
         return None
 
 
@@ -58,50 +60,66 @@ class ReuseIndex:
 
     def __init__(self, ledgers: Iterable[Ledger], run: str) -> None:
         """Index ledgers; the results of `run` come before equal ones of other runs."""
-        ordered = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
-        entries = [(ledger, record) for ledger in ordered for record in ledger.records]
-        self._bases = [record for _, record in reversed(entries) if record["kind"] == "base"]
-        steps = [entry for entry in entries if entry[1]["kind"] == "step"]
-        self._newest = {record["id"]: record for _, record in steps}
-        self._results = {
-            record["key"]: ExistingResult(ledger.folder.name, record)
-            for ledger, record in steps
-            if _files_exist(ledger, record)
-        }
+        oldest_first = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
+        starts = [start for ledger in oldest_first for start in ledger.starts]
+        self._starts = starts[::-1]
+        self._newest: dict[tuple[str, str], StepRecord] = {}
+        self._results: dict[str, ExistingResult] = {}
+        self._checkpoints: dict[str, str] = {}
+        for ledger in oldest_first:
+            name, root = ledger.folder.name, ledger.folder.parent
+            for step in ledger.steps:
+                self._newest[step.id, step.variant] = step
+                if _all_exist(step.files, root):
+                    self._results[step.key] = ExistingResult(name, step)
+            for checkpoint in ledger.checkpoints:
+                if _all_exist(checkpoint.files, root):
+                    self._checkpoints[checkpoint.key] = name
 
     def start_key(self, inputs: Mapping[str, str] | None) -> str:
         """Return the key of the inputs of a run; `UNKNOWN` if no run has had them, or for None."""
-        return next((base["key"] for base in self._bases if base["inputs"] == inputs), UNKNOWN)
+        return next((start.key for start in self._starts if start.inputs == inputs), UNKNOWN)
 
     def changed_inputs(self, inputs: Mapping[str, str] | None) -> list[str]:
         """Return the names of the inputs that differ from the most similar ones of any run.
 
         The list is empty if no run has recorded inputs, or for None.
         """
-        known = [base["inputs"] for base in self._bases]
+        known = [start.inputs for start in self._starts]
         if inputs is None or not known:
             return []
         nearest = max(known, key=lambda old: _equal_values(old, inputs))
         return [name for name in inputs if nearest.get(name) != inputs[name]]
 
     def find(self, key: str) -> ExistingResult | None:
-        """Return the result with a key."""
+        """Return the result of a step with a key."""
         return self._results.get(key)
 
-    def newest(self, name: str) -> Record | None:
-        """Return the newest result with an id: a step's, or `<evaluator> <variant>`."""
-        return self._newest.get(name)
+    def newest(self, step: str, variant: str = "") -> StepRecord | None:
+        """Return the newest result of a step by its id, of an evaluator for one variant."""
+        return self._newest.get((step, variant))
+
+    def has_checkpoint(self, run: str, variant: str, state_key: str, dtype: str) -> bool:
+        """Return whether a variant's checkpoint is in the folder of `run`.
+
+        Args:
+            run: name of the run. A checkpoint in another run's folder does not count.
+            variant: name of the variant.
+            state_key: key of its last step before evaluation, or of the start if it has none.
+            dtype: name of the dtype of the checkpoint.
+        """
+        return self._checkpoints.get(checkpoint_key(variant, state_key, dtype)) == run
 
 
 def _equal_values(one: Mapping[str, str], two: Mapping[str, str]) -> int:
     return sum(one.get(name) == value for name, value in two.items())
 
 
-def _files_exist(ledger: Ledger, record: Record) -> bool:
-    root = ledger.folder.parent
-    for file in record["files"]:
-        path = root / file["path"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
+def _all_exist(files: Iterable[CommittedFile], root: Path) -> bool:
+    """Return whether all files exist with their length; their content is not read."""
+    for file in files:
+        path = root / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
             return False
     return True
 
@@ -134,9 +152,8 @@ def step_statuses(
 
 def _status(entry: KeyedStep, index: ReuseIndex, cause: str, fresh: bool) -> StepStatus:
     recipe_step = entry.recipe_step
-    scored = recipe_step.stage == "evaluate"
-    name = f"{recipe_step.id} {entry.variant}" if scored else recipe_step.id
-    newest = index.newest(name)
+    is_evaluator = recipe_step.stage == "evaluate"
+    newest = index.newest(recipe_step.id, entry.variant if is_evaluator else "")
     existing = None if fresh else index.find(entry.key)
     reason = ""
     if fresh:
@@ -153,7 +170,7 @@ def _status(entry: KeyedStep, index: ReuseIndex, cause: str, fresh: bool) -> Ste
     )
 
 
-def _reason(recipe_step: RecipeStep, newest: Record | None, cause: str) -> str:
+def _reason(recipe_step: RecipeStep, newest: StepRecord | None, cause: str) -> str:
     """Return why a step has to be made: a change of the step itself, else `cause`.
 
     Args:
@@ -163,7 +180,7 @@ def _reason(recipe_step: RecipeStep, newest: Record | None, cause: str) -> str:
     """
     if newest is None:
         return "not made before"
-    old, new = newest["options"], options_of(recipe_step.step)
+    old, new = newest.options, options_of(recipe_step.step)
     changes = [
         f"{option} {old.get(option)} → {new.get(option)}"
         for option in dict.fromkeys([*old, *new])
@@ -173,9 +190,9 @@ def _reason(recipe_step: RecipeStep, newest: Record | None, cause: str) -> str:
         return f"changed: {', '.join(changes)}"
     origin = recipe_step.origin
     plugin = f"{origin.distribution} {origin.version}"
-    if newest["plugin"] != plugin:
-        return f"changed: {newest['plugin']} → {plugin}"
-    if newest["before"] and recipe_step.key(newest["before"]) != newest["key"]:
+    if newest.plugin != plugin:
+        return f"changed: {newest.plugin} → {plugin}"
+    if newest.before and recipe_step.key(newest.before) != newest.key:
         return f"changed: the code of {origin.distribution}"
     return cause or "its files are gone, or made from something else"
 
@@ -184,19 +201,3 @@ def last_edit(statuses: Sequence[StepStatus], variant: str) -> StepStatus | None
     """Return the last step of a variant before its evaluators; None if it has none."""
     edits = [status for status in statuses if status.recipe_step.stage != "evaluate"]
     return next((status for status in reversed(edits) if variant in status.variants), None)
-
-
-def checkpoint_exists(
-    index: ReuseIndex, run: str, variant: str, state_key: str, save_dtype: str
-) -> bool:
-    """Return whether a variant's checkpoint is in the folder of `run`.
-
-    Args:
-        index: the existing results.
-        run: name of the run. A checkpoint in another run's folder does not count.
-        variant: name of the variant.
-        state_key: key of its last step before evaluation, or of the inputs if it has none.
-        save_dtype: name of the dtype of the checkpoint.
-    """
-    existing = index.find(checkpoint_key(variant, state_key, save_dtype))
-    return existing is not None and existing.run == run

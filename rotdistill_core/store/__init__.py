@@ -1,1 +1,1 @@
-"""Files of runs: atomic writes, the ledger that commits them, and the place a step writes to."""
+"""Files of runs: atomic writes, the ledger that commits them, and the output of one step."""

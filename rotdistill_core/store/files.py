@@ -1,8 +1,8 @@
-"""The one place that writes files, and the ledger that says which of them count.
+"""Atomic, durable writes, and the formats that runs are written in.
 
-Commit protocol: write to a unique temporary name in the same folder while hashing, fsync, rename, fsync the folder, then append
-one fsynced ledger line with length and sha256. Only that line commits. Reading verifies the hash on first use; existence,
-modification times and locks prove nothing.
+A file is written to a unique temporary name in its folder and hashed on the way. Then follow fsync,
+rename, and fsync of the folder. A crash leaves the old file or the new one, never a mixture.
+Only a line of the ledger commits a file; see `rotdistill_core.store.ledger`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rotdistill_core.errors import SetupError
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-BLOCK = 1 << 22
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -33,7 +32,9 @@ DTYPES = {
     "I32": "int32",
     "BOOL": "bool",
 }
+"""Code in a safetensors header -> name in torch."""
 WIDTH = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+"""Code in a safetensors header -> bytes of one number."""
 
 Blocks = Iterable[bytes | memoryview]
 
@@ -47,11 +48,28 @@ class CommittedFile:
     sha256: str
 
 
+class TensorSource(NamedTuple):
+    """A tensor to be written: its declared shape and dtype, and the function that computes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSource:
+        """Return the source of a tensor at hand."""
+
+        def read() -> Tensor:
+            return tensor
+
+        return cls(tuple(tensor.shape), tensor.dtype, read)
+
+
 def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
     """Write a file atomically and durably; return its length and sha256.
 
     Raises:
-        SetupError: the disk refuses (full, read-only); nothing is left behind under the final name.
+        SetupError: the disk refuses (full, read-only). No file appears under the final name.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     digest, size = hashlib.sha256(), 0
@@ -62,12 +80,13 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
                 for block in blocks:
                     digest.update(block)
                     size += stream.write(block)
-                    del block  # before the next one is made
+                    del block  # free it before the next block is made
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)  # there only when something failed before the rename
+            # The temporary file still exists only when something failed before the rename.
+            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
@@ -75,12 +94,14 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
 
 
 def unwritable(path: Path, error: OSError) -> SetupError:
+    """Return the error to raise when the disk refuses a file."""
     return SetupError(
         f"{path}: cannot be written: {error.strerror}. What was committed before stays valid."
     )
 
 
 def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -96,8 +117,17 @@ def json_blocks(value: object) -> Blocks:
 def tensor_blocks(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]],
 ) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file: header from shapes and dtypes, then each tensor as it is computed, one in memory at a time."""
-    import torch
+    """Yield a safetensors file: the header, then each tensor as it is computed.
+
+    The header needs only shapes and dtypes, so one tensor is in memory at a time.
+
+    Args:
+        tensors: name -> shape, dtype and the function that computes it; see `TensorSource`.
+
+    Raises:
+        ValueError: a computed tensor has another shape than declared.
+    """
+    import torch  # noqa: PLC0415  the ledger is read without torch
 
     codes = {getattr(torch, name): code for code, name in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -109,10 +139,11 @@ def tensor_blocks(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
+
     for shape, dtype, read in tensors.values():
         tensor = read().to("cpu", dtype).contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"tensor of shape {tuple(tensor.shape)} where {shape} was declared")
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
-        del tensor  # before the next one is made
+        del tensor  # free it before the next tensor is computed

@@ -1,4 +1,4 @@
-"""TODO: rotdistill_core.store.hashing."""
+"""SHA256 of files and of JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def sha256_of(path: Path) -> str:
 
 
 def digest(*parts: object) -> str:
-    """Return the sha256 of JSON values."""
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()
-    ).hexdigest()
+    """Return the sha256 of JSON values; the order of an object's keys does not matter."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS_FOLDER = Path("runs")
-"""The folder of all runs, below the current one."""
+"""The folder of all runs, relative to the current folder."""
 
 
 @dataclass(frozen=True)
 class RunLayout:
-    """The files of one run. Names are relative to the run's folder, `folder` is where that lies."""
+    """The files of one run. Constants and static methods are names relative to `folder`."""
 
     folder: Path
 
@@ -26,8 +26,10 @@ class RunLayout:
     REPORT_JSON = "report.json"
     CHECKPOINTS = "checkpoints"
     MANIFEST = "COMPLETE"
-    """In a checkpoint's folder: sha256 of each of its files; written last."""
+    """In a checkpoint's folder: the sha256 of each of its files; written last."""
     CARD = "README.md"
+    """In a checkpoint's folder."""
+    CONFIG = "config.json"
     """In a checkpoint's folder."""
     UNDO = "undo.safetensors"
 
@@ -53,7 +55,7 @@ class RunLayout:
 
     @property
     def ledger(self) -> Path:
-        """What was made from what; its lines commit files."""
+        """The ledger; its lines commit files."""
         return self.folder / self.LEDGER
 
     @property
@@ -72,9 +74,9 @@ class RunLayout:
         return self.folder / self.CHECKPOINTS
 
     @staticmethod
-    def teacher_answers(split: str) -> str:
-        """Return the name of the teacher's own answers to the questions of a split."""
-        return f"answers/teacher-{split}.json"
+    def teacher_answers(questions: str) -> str:
+        """Return the name of the teacher's answers to a set of questions."""
+        return f"answers/teacher-{questions}.json"
 
     @staticmethod
     def shard(side: str, boundary: int) -> str:
@@ -95,3 +97,8 @@ class RunLayout:
     def checkpoint(cls, variant: str, name: str) -> str:
         """Return the name of a file of a variant's checkpoint."""
         return f"{cls.CHECKPOINTS}/{variant}/{name}"
+
+
+def ledger_paths(root: Path) -> list[Path]:
+    """Return the ledgers of all runs in a folder, sorted by the name of the run."""
+    return sorted(root.glob(f"*/{RunLayout.LEDGER}"))

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rotdistill_core.store.files import (
     Blocks,
     CommittedFile,
+    TensorSource,
     json_blocks,
     tensor_blocks,
     write_file,
 )
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.records import FileRecord
 from rotdistill_core.store.results import StepReport
 
 if TYPE_CHECKING:
@@ -22,7 +24,17 @@ if TYPE_CHECKING:
 
 
 class StepOutput:
-    """Where one step writes. Files are committed one by one, so a killed step keeps what it had finished."""
+    """Where one step writes.
+
+    Files are committed one by one, so a step that is killed keeps what it had finished.
+
+    Args:
+        store: all runs; it verifies files.
+        ledger: the run that is written to.
+        key: the step's key, by which its files are found again.
+        step: the step's id.
+        others: ledgers of other runs in which files are looked up too.
+    """
 
     def __init__(
         self,
@@ -32,28 +44,32 @@ class StepOutput:
         step: str = "",
         others: Iterable[Ledger] = (),
     ) -> None:
-        self.store, self.ledger, self.key, self.step = store, ledger, key, step
+        self.store = store
+        self.ledger = ledger
+        self.key = key
+        self.step = step
         self.notes: dict[str, Any] = {}
         """Free notes of the step, for people; shown in the report, read by no program."""
         self.report = StepReport()
-        """What programs read of the step beside its result."""
+        """What programs read of the step, apart from its result."""
         self.used: dict[str, CommittedFile] = {}
-        """Files that make up the result."""
-        self._mine: dict[str, CommittedFile] = {}
+        """Path -> file, for every file that makes up the result."""
+        self._committed: dict[str, CommittedFile] = {}
         for each in (*others, ledger):
-            for r in each.records:
-                if r["kind"] == "file" and r["step"] == key:
-                    self._mine[r["name"]] = CommittedFile(r["path"], r["bytes"], r["sha256"])
+            for record in each.files:
+                if record.key == key:
+                    self._committed[record.name] = record.file
 
     @property
     def run_id(self) -> str:
-        """The run that solves: names the folder of rotations."""
+        """Name of the run that is written to."""
         return self.ledger.folder.name
 
     def shared(self, *parts: str) -> StepOutput:
-        """Return a place keyed by content instead of by the steps before, so that every run under this folder shares its files.
+        """Return an output whose key is the hash of `parts`, not of the steps before.
 
-        Its files count as this step's own.
+        Every run in the same folder finds the files under that key. They count as files of this
+        step too.
         """
         key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         shared = StepOutput(self.store, self.ledger, key, self.step, self.store.ledgers())
@@ -62,26 +78,33 @@ class StepOutput:
 
     def find(self, name: str) -> Path | None:
         """Return a file that this step committed before, if it still hashes true."""
-        file = self._mine.get(name)
+        file = self._committed.get(name)
         if file is None or not self.store.verify(file):
             return None
         self.used[file.path] = file
         return self.store.root / file.path
 
     def write(self, name: str, blocks: Blocks) -> Path:
-        """Commit a file of this step and return its path: `name` in the run folder, or beside it when that is another key's."""
+        """Commit a file of this step and return its path.
+
+        The path is `name` in the run's folder. If a file of another key has that path, the first
+        folder of the new path ends in the key.
+
+        Raises:
+            SetupError: the disk refuses.
+        """
         path = f"{self.run_id}/{name}"
-        if any(
-            r["kind"] == "file" and r["path"] == path and r["step"] != self.key
-            for r in self.ledger.records
-        ):
+        if any(record.path == path and record.key != self.key for record in self.ledger.files):
             head, _, tail = name.partition("/")
             path = f"{self.run_id}/{head}-{self.key[:6]}/{tail}"
-        size, digest = write_file(self.store.root / path, blocks)
-        file = CommittedFile(path, size, digest)
-        self.ledger.append("file", step=self.key, name=name, path=path, bytes=size, sha256=digest)
+        size, sha256 = write_file(self.store.root / path, blocks)
+        file = CommittedFile(path, size, sha256)
+        self.ledger.append(
+            FileRecord(key=self.key, name=name, path=path, bytes=size, sha256=sha256)
+        )
         self.store.forget(file)
-        self._mine[name] = self.used[path] = file
+        self._committed[name] = file
+        self.used[path] = file
         return self.store.root / path
 
     def json(self, name: str, value: object) -> Path:
@@ -89,10 +112,6 @@ class StepOutput:
         return self.write(name, json_blocks(value))
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
-        """Commit a safetensors file of tensors that are at hand."""
-        return self.write(
-            name,
-            tensor_blocks(
-                {k: (tuple(t.shape), t.dtype, lambda t=t: t) for k, t in tensors.items()}
-            ),
-        )  # type: ignore[misc]
+        """Commit a safetensors file of tensors at hand."""
+        sources = {key: TensorSource.of(tensor) for key, tensor in tensors.items()}
+        return self.write(name, tensor_blocks(sources))

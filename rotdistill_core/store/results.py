@@ -1,4 +1,4 @@
-"""What a step reports beside its result, with types, for those who read it: report, check, plots.
+"""What a step reports besides its result, with types, for the programs that read it.
 
 Free notes (`StepOutput.notes`) are for people; no program reads them. What a program reads is here.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -51,49 +54,38 @@ class Answer:
     teacher_facts: tuple[str, ...] = ()
     """Expected facts that the teacher's answer states."""
     student_facts: tuple[str, ...] = ()
+    """Expected facts that the variant's answer states."""
     teacher_errors: tuple[str, ...] = ()
     """Known errors that the teacher's answer asserts."""
     student_errors: tuple[str, ...] = ()
+    """Known errors that the variant's answer asserts."""
 
 
 @dataclass
 class StepReport:
-    """The typed part of what a step reports. The ledger keeps it beside the step's files."""
+    """The typed part of what a step reports. The ledger keeps it with the step's files."""
 
     refused: str = ""
-    """Why the step left the weights as they were; empty where its edit was applied."""
+    """Why the step left the weights as they were; empty if its edit was applied."""
     certificate: Certificate | None = None
     curves: list[Curve] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
     """Question id -> both answers."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what is set as JSON values; see `from_dict`."""
+        """Return the fields that are set, as JSON values; see `from_dict`."""
         return {name: value for name, value in asdict(self).items() if value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepReport:
-        """Return the report that `as_dict` described."""
-        certificate = values.get("certificate")
-        return cls(
-            refused=values.get("refused", ""),
-            certificate=Certificate(**certificate) if certificate else None,
-            curves=[
-                Curve(
-                    start=curve["start"],
-                    end=curve["end"],
-                    positions=tuple(curve["positions"]),
-                    losses=tuple(curve["losses"]),
-                )
-                for curve in values.get("curves", ())
-            ],
-            answers={
-                name: Answer(
-                    **{
-                        key: tuple(value) if isinstance(value, list) else value
-                        for key, value in answer.items()
-                    }
-                )
-                for name, answer in values.get("answers", {}).items()
-            },
-        )
+        """Return the report that `as_dict` described.
+
+        Raises:
+            ValueError: it describes none.
+        """
+        return _report_validator().validate_python(values)
+
+
+@cache
+def _report_validator() -> TypeAdapter[StepReport]:
+    return TypeAdapter(StepReport)

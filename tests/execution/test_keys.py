@@ -88,16 +88,18 @@ def test_keys_are_those_in_the_ledger_of_a_run(
     pico_folder(tmp_path / "model")
     pico_texts(tmp_path / "texts")
     outcome = run_recipe(loaded.path)
-    records = Ledger(outcome.folder).records
-    [start] = [record["key"] for record in records if record["kind"] == "base"]
-    recorded = {record["key"]: record for record in records if record["kind"] == "step"}
+    ledger = Ledger(outcome.folder)
+    [start] = ledger.starts
+    before = {record.key: record.before for record in ledger.steps}
     questions, _ = read_questions(loaded.recipe.samples, tmp_path)
     last = {}
-    for step in keyed_steps(loaded, start, "bfloat16", facts_digest(questions)):
+    for step in keyed_steps(loaded, start.key, "bfloat16", facts_digest(questions)):
         assert outcome.steps[step.variant, step.recipe_step.id].key == step.key
-        assert recorded[step.key]["before"] == step.before
+        assert before[step.key] == step.before
         if step.recipe_step.stage != "evaluate":
             last[step.variant] = step.key
     assert set(last) == {"base", "full", "round-trip"}
-    for variant, key in last.items():
-        assert checkpoint_key(variant, key, "bfloat16") in recorded
+    saved = {record.variant: record.key for record in ledger.checkpoints}
+    assert saved == {
+        variant: checkpoint_key(variant, last[variant], "bfloat16") for variant in last
+    }

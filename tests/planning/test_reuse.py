@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rotdistill_core.execution.keys import KeyedStep
+from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.planning.reuse import UNKNOWN, ReuseIndex, step_statuses
@@ -16,7 +17,10 @@ from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe import resolved
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import RecipeStep
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import CheckpointRecord, RowsRef, StartRecord, StepRecord
+from rotdistill_core.store.results import StepReport
 from rotdistill_core.testing import run_recipe
 
 
@@ -109,43 +113,58 @@ def test_an_evaluator_before_an_edit_scores_the_finished_variant(before_run: Pat
     assert plan_of().todo == []
 
 
+def step_record(key: str, **changes: Any) -> StepRecord:
+    fields = {
+        "key": key,
+        "before": "",
+        "id": "basis",
+        "use": "procrustes",
+        "options": {},
+        "plugin": "rotdistill-procrustes 0.1.0",
+        "seconds": 1.0,
+        "files": (),
+        "result": RowsRef(rows=()),
+        "notes": {},
+        "report": StepReport(),
+    }
+    return StepRecord(**{**fields, **changes})
+
+
 def test_results_of_the_run_itself_come_first(tmp_path: Path) -> None:
     for name, seconds in (("one", 1.0), ("two", 2.0)):
-        ledger = Ledger(tmp_path / name)
-        ledger.append("base", key=f"start of {name}", inputs={"texts": name, "seed": "0"})
-        ledger.append("step", key="k", id="basis", files=[], seconds=seconds)
+        Ledger(tmp_path / name).append(step_record("k", seconds=seconds))
     ledgers = [Ledger(tmp_path / "one"), Ledger(tmp_path / "two")]
-    for run in ("one", "two"):
+    for run, seconds in (("one", 1.0), ("two", 2.0)):
         index = ReuseIndex(ledgers, run)
         existing = index.find("k")
+        newest = index.newest("basis")
         assert existing is not None
-        assert existing.run == run
-    assert index.find("other") is None
-    newest = index.newest("basis")
+        assert newest is not None
+        assert (existing.run, newest.seconds) == (run, seconds)
+        assert index.find("other") is None
+
+
+def test_an_evaluator_has_a_newest_result_for_each_variant(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "one")
+    for variant in ("base", "full"):
+        ledger.append(step_record(f"key of {variant}", id="fidelity", variant=variant))
+    index = ReuseIndex([ledger], "one")
+    newest = index.newest("fidelity", "base")
     assert newest is not None
-    assert newest["seconds"] == 2.0
+    assert newest.key == "key of base"
+    assert index.newest("fidelity") is None
 
 
 def test_a_step_that_ran_with_the_same_options_has_a_measured_time(tmp_path: Path) -> None:
     cls, origin = step_class("procrustes")
     same, other = RecipeStep("basis", cls(), origin), RecipeStep("basis", cls(tie=1), origin)
-    options = options_of(same.step)
     ledger = Ledger(tmp_path / "one")
-    ledger.append(
-        "step",
-        key="k",
-        id="basis",
-        options=options,
-        seconds=12.5,
-        before="",
-        files=[],
-        plugin=f"{origin.distribution} {origin.version}",
-    )
-    index = ReuseIndex([ledger], "one")
+    ledger.append(step_record("k", options=options_of(same.step), seconds=12.5))
     keyed = [
         KeyedStep("full", same, "another key", "before", ()),
         KeyedStep("free", other, "a third key", "before", ()),
     ]
+    index = ReuseIndex([ledger], "one")
     measured, unmeasured = step_statuses(keyed, index, [], fresh=False)
     assert measured.measured_seconds == 12.5
     assert unmeasured.measured_seconds is None
@@ -155,7 +174,7 @@ def test_inputs_are_known_only_when_all_are_equal(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "one")
     index = ReuseIndex([ledger], "one")
     assert index.changed_inputs({"texts": "a"}) == []  # nothing has run before
-    ledger.append("base", key="start", inputs={"texts": "a", "seed": "0"})
+    ledger.append(StartRecord(key="start", inputs={"texts": "a", "seed": "0"}))
     index = ReuseIndex([ledger], "one")
     assert index.start_key({"texts": "a", "seed": "0"}) == "start"
     assert index.start_key({"texts": "a", "seed": "1"}) == UNKNOWN
@@ -169,7 +188,17 @@ def test_a_result_with_a_file_of_another_length_does_not_exist(tmp_path: Path) -
     ledger.folder.mkdir()
     (ledger.folder / "file").write_text("four")
     for key, size in (("whole", 4), ("torn", 9)):
-        ledger.append("step", key=key, id=key, files=[{"path": "one/file", "bytes": size}])
+        ledger.append(step_record(key, files=(CommittedFile("one/file", size, "sha256"),)))
     index = ReuseIndex([ledger], "one")
     assert index.find("whole") is not None
     assert index.find("torn") is None
+
+
+def test_a_checkpoint_counts_in_the_folder_of_its_run_alone(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "one")
+    key = checkpoint_key("full", "state", "float32")
+    ledger.append(CheckpointRecord(key=key, variant="full", folder="one/checkpoints", files=()))
+    index = ReuseIndex([ledger], "one")
+    assert index.has_checkpoint("one", "full", "state", "float32")
+    assert not index.has_checkpoint("two", "full", "state", "float32")
+    assert not index.has_checkpoint("one", "full", "state", "bfloat16")

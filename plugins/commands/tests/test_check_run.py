@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import (
+    CheckpointRecord,
+    FileRecord,
+    LedgerRecord,
+    StepRecord,
+)
 from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
 
 RECIPE = (
@@ -65,14 +73,20 @@ def damage(run: Path, name: str, change: Callable[[dict[str, Tensor]], None]) ->
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    relative = path.relative_to(run.parent).as_posix()
+    file = CommittedFile(relative, path.stat().st_size, sha256_of(path))
     for ledger in (Ledger(each.parent) for each in run.parent.glob("*/ledger.jsonl")):
-        ledger.path.unlink()
-        records, ledger.records = ledger.records, []
-        for record in records:
-            for file in [record, *record.get("files", ())]:
-                if file.get("path") == path.relative_to(run.parent).as_posix():
-                    file |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-            ledger.append(**record)
+        ledger.rewrite([with_file(record, file) for record in ledger.records])
+
+
+def with_file(record: LedgerRecord, file: CommittedFile) -> LedgerRecord:
+    """Return a record that states the length and the hash of `file`, if it is of that file."""
+    if isinstance(record, FileRecord) and record.path == file.path:
+        return replace(record, bytes=file.bytes, sha256=file.sha256)
+    if isinstance(record, StepRecord | CheckpointRecord):
+        files = tuple(file if old.path == file.path else old for old in record.files)
+        return replace(record, files=files)
+    return record
 
 
 def test_a_whole_run_holds(run: Path) -> None:
@@ -151,8 +165,8 @@ def test_a_reused_step_is_in_the_ledger_of_both_runs(work: Path) -> None:
     first, second = (
         Ledger(next((work / "runs").glob(f"{name}-*"))) for name in ("first", "second")
     )
-    made = {r["key"]: r for r in first.records if r["kind"] == "step" and r["id"] == "basis-fold"}
-    assert made.items() <= {r["key"]: r for r in second.records if r["kind"] == "step"}.items()
+    [fold] = [record for record in first.steps if record.id == "basis-fold"]
+    assert fold in second.steps
     assert not list(second.folder.glob("weights/*"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from rotdistill_core.recipe.document import StudentRef
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
-from rotdistill_core.store.results import StepReport
+from rotdistill_core.store.records import MapsRef, StepRecord, WeightsRef
 
 TOLERANCE = 1e-5
 """Largest error of a map; its way back may be off by ten times as much."""
 ROUNDINGS = 100
 """Unfolded weights may be off by this many machine epsilons of their stored dtype."""
-
-Record = Mapping[str, Any]
 
 
 @dataclass
@@ -58,8 +56,8 @@ def check_run(folder: Path) -> RunCheck:
     if not ledger.records:
         raise RecipeError(f"{folder}: is not a run: it has no ledger.jsonl with a valid line.")
     store = ArtifactStore(folder.parent)
-    steps = {record["key"]: record for record in ledger.records if record["kind"] == "step"}
-    files = _committed_files(ledger, steps.values())
+    steps = {record.key: record for record in ledger.steps}
+    files = _committed_files(ledger)
     check = RunCheck(run=folder.name, files=len(files))
     for file in files:
         if not store.verify(file):
@@ -69,25 +67,19 @@ def check_run(folder: Path) -> RunCheck:
     if check.problems:
         return check
     for record in steps.values():
-        if "spaces" in record["info"]:
-            _check_maps(record, store.root, check)
-        if StepReport.from_dict(record["report"]).certificate:
+        if isinstance(record.result, MapsRef):
+            _check_maps(record.id, record.result, store.root, check)
+        if record.report.certificate:
             student = _student(RunLayout(folder))
             _check_fold(record, steps, student, store.root, check)
     return check
 
 
-def _committed_files(ledger: Ledger, steps: Iterable[Record]) -> list[CommittedFile]:
-    """Return every file that a ledger commits: those of its steps, then the others, each once."""
-    files = {
-        file["path"]: CommittedFile(file["path"], file["bytes"], file["sha256"])
-        for step in steps
-        for file in step["files"]
-    }
-    for record in ledger.records:
-        if record["kind"] == "file":
-            path = record["path"]
-            files[path] = CommittedFile(path, record["bytes"], record["sha256"])
+def _committed_files(ledger: Ledger) -> list[CommittedFile]:
+    """Return every file that a ledger commits, each once, as its last line states it."""
+    files = {file.path: file for record in ledger.steps for file in record.files}
+    files |= {file.path: file for record in ledger.checkpoints for file in record.files}
+    files |= {record.path: record.file for record in ledger.files}
     return list(files.values())
 
 
@@ -97,12 +89,12 @@ def _student(layout: RunLayout) -> Weights:
     return open_model(StudentRef(**recipe["student"])).weights
 
 
-def _check_maps(record: Record, root: Path, check: RunCheck) -> None:
+def _check_maps(step: str, result: MapsRef, root: Path, check: RunCheck) -> None:
     """Check the maps of one step."""
-    maps = restore_maps(record["info"], root)
+    maps = restore_maps(result.as_dict(), root)
     check.maps += len(maps)
     for space, found in maps.items():
-        check.problems += map_problems(found, f'step "{record["id"]}", {space}')
+        check.problems += map_problems(found, f'step "{step}", {space}')
 
 
 def map_problems(found: Map, where: str) -> Iterator[str]:
@@ -137,20 +129,24 @@ def _input_width(found: Map) -> int:
 
 
 def _check_fold(
-    record: Record, steps: Mapping[str, Record], student: Weights, root: Path, check: RunCheck
+    record: StepRecord,
+    steps: Mapping[str, StepRecord],
+    student: Weights,
+    root: Path,
+    check: RunCheck,
 ) -> None:
     """Check the way back from one exact step."""
     error, allowed = unfold_error(record, steps, student, root)
-    check.unfolded[record["id"]] = error
+    check.unfolded[record.id] = error
     if not error <= allowed:
         check.problems.append(
-            f'step "{record["id"]}": unfolded, its weights are off by {error:.1e}, '
+            f'step "{record.id}": unfolded, its weights are off by {error:.1e}, '
             f"more than {allowed:.0e}."
         )
 
 
 def unfold_error(
-    record: Record, steps: Mapping[str, Record], student: Weights, root: Path
+    record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
 ) -> tuple[float, float]:
     """Undo an exact step, and compare the result with the weights before the step.
 
@@ -163,11 +159,15 @@ def unfold_error(
     Returns:
         The largest `|back - before| / |before|` over tensors (Frobenius), and how much of it
         rounding in the stored dtype explains.
+
+    Raises:
+        CheckFailed: the step stored no weights.
     """
+    after = _stored_weights(record, student, root)
+    if after is None:
+        raise CheckFailed(f'step "{record.id}" has a certificate but stored no weights.')
     before = _weights_before(record, steps, student, root)
-    after = restore_weights(record["info"], student, root)
-    paths = [file["path"] for file in record["files"]]
-    undo_path = next(path for path in paths if path.endswith(RunLayout.UNDO))
+    undo_path = next(file.path for file in record.files if file.path.endswith(RunLayout.UNDO))
     back = after.unfold(restore_undo(root / undo_path, before))
     errors = []
     for name in before.entries:
@@ -177,12 +177,20 @@ def unfold_error(
 
 
 def _weights_before(
-    record: Record, steps: Mapping[str, Record], student: Weights, root: Path
+    record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
 ) -> Weights:
     """Return the weights that a step started from: those of the last edit before it."""
-    key = record["before"]
+    key = record.before
     while key in steps:
-        if "tensors" in steps[key]["info"]:
-            return restore_weights(steps[key]["info"], student, root)
-        key = steps[key]["before"]
+        weights = _stored_weights(steps[key], student, root)
+        if weights is not None:
+            return weights
+        key = steps[key].before
     return student
+
+
+def _stored_weights(record: StepRecord, student: Weights, root: Path) -> Weights | None:
+    """Return the weights that a step stored; None if it made something else."""
+    if not isinstance(record.result, WeightsRef):
+        return None
+    return restore_weights(record.result.as_dict(), student, root)

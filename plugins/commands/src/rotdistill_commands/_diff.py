@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Column
 
 from rotdistill_core.evaluation.intervals import Interval, estimates
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures
-from rotdistill_core.execution.run_folder import Record, RunFolder
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.linalg.maps import Map, Permutation, Rotation, restore_maps, tensor_of
+from rotdistill_core.store.records import MapsRef
 from rotdistill_core.terminal import WideTable
 
 
@@ -84,23 +85,33 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def map_changes(one: RunFolder, two: RunFolder) -> list[MapChange]:
     """Compare the maps of steps with one id, in the first variant that has the step."""
-    first, second = _steps_with_maps(one), _steps_with_maps(two)
+    first, second = _stored_maps(one), _stored_maps(two)
     changes: list[MapChange] = []
-    for step, record in first.items():
-        if step not in second or record["key"] == second[step]["key"]:
+    for step, stored in first.items():
+        if step not in second or stored.key == second[step].key:
             continue
-        A = restore_maps(record["info"], one.path.resolve().parent)
-        B = restore_maps(second[step]["info"], two.path.resolve().parent)
+        A = restore_maps(stored.maps.as_dict(), one.path.resolve().parent)
+        B = restore_maps(second[step].maps.as_dict(), two.path.resolve().parent)
         changes += [compare_maps(step, space, A[space], B[space]) for space in A if space in B]
     return changes
 
 
-def _steps_with_maps(run: RunFolder) -> dict[str, Record]:
-    """Return step id -> record for the aligners of a run; of several variants the first counts."""
-    steps: dict[str, Record] = {}
+class StoredMaps(NamedTuple):
+    """The maps of one step on disk."""
+
+    key: str
+    """Key of the step."""
+    maps: MapsRef
+
+
+def _stored_maps(run: RunFolder) -> dict[str, StoredMaps]:
+    """Return step id -> its maps, in the first variant that has the step."""
+    stored: dict[str, StoredMaps] = {}
     for chain in reversed(run.chains().values()):
-        steps |= {step: record for step, record in chain.items() if "spaces" in record["info"]}
-    return steps
+        for step, record in chain.items():
+            if isinstance(record.result, MapsRef):
+                stored[step] = StoredMaps(record.key, record.result)
+    return stored
 
 
 def compare_maps(step: str, space: str, one: Map, two: Map) -> MapChange:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from rotdistill_core.execution.run_folder import RunFolder, mentioned
-from rotdistill_core.store.files import write_file
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.records import FileRecord, LedgerRecord
 
 
 def format_size(size: float) -> str:
@@ -62,7 +61,7 @@ def describe_files(run: RunFolder, files: Iterable[Path]) -> str:
 def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int:
     """Delete the files that `files_to_delete` returns; return how many bytes that freed.
 
-    The ledger goes last and keeps the lines of the files that stay. So a removal that was
+    The ledger goes last and keeps the records of the files that stay. So a removal that was
     interrupted can be repeated.
     """
     freed = 0
@@ -70,14 +69,13 @@ def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int
         freed += path.lstat().st_size
         path.unlink()
     _remove_empty_folders(run.path)
-    ledger = run.ledger.path
-    lines = ledger.read_bytes().splitlines()
-    kept = [line for line in lines if _is_still_true(line, run, keep_checkpoints)]
+    ledger = run.ledger
+    kept = [record for record in ledger.records if _is_still_true(record, run, keep_checkpoints)]
     if kept:
-        write_file(ledger, [line + b"\n" for line in kept])
+        ledger.rewrite(kept)
         return freed
-    freed += ledger.stat().st_size
-    ledger.unlink()
+    freed += ledger.path.stat().st_size
+    ledger.path.unlink()
     run.path.rmdir()
     return freed
 
@@ -89,21 +87,15 @@ def _remove_empty_folders(root: Path) -> None:
             path.rmdir()
 
 
-def _is_still_true(line: bytes, run: RunFolder, keep_steps: bool) -> bool:
-    """Return whether the files that a line of the ledger names exist.
+def _is_still_true(record: LedgerRecord, run: RunFolder, keep_steps: bool) -> bool:
+    """Return whether the files of a record exist.
 
     Args:
-        line: the line.
+        record: a record of the run's ledger.
         run: the run.
-        keep_steps: whether lines of steps may stay; those of files always may.
+        keep_steps: whether records of steps and checkpoints may stay; those of files always may.
     """
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    runs_folder = run.path.parent
-    if record["kind"] == "file":
-        path: str = record["path"]
-        return path.startswith(f"{run.path.name}/") and (runs_folder / path).is_file()
-    files = mentioned(record, run.path.name)
-    return keep_steps and all((runs_folder / file).is_file() for file in files)
+    root = run.path.parent
+    if isinstance(record, FileRecord):
+        return run.owns(record.path) and (root / record.path).is_file()
+    return keep_steps and all((root / path).is_file() for path in record.paths() if run.owns(path))

@@ -10,14 +10,12 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow
 from rotdistill_core.execution.outcome import RunResult, StepResult
-from rotdistill_core.execution.run_folder import Record, RunFolder
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.plugin.registry import OBSERVERS, load_plugin, plugin_manager
 from rotdistill_core.recipe.document import Check
 from rotdistill_core.recipe.load import resolve_recipe
-from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.results import StepReport
 
 
 def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
@@ -35,7 +33,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         raise RecipeError(
             f"{run.path}: is {run.state}; there is a report when its recipe has run to the end."
         )
-    layout = RunLayout(run.path)
+    layout = run.layout
     text = layout.recipe.read_text(encoding="utf-8")
     loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
     recipe = loaded.recipe
@@ -62,18 +60,13 @@ def _step_results(run: RunFolder) -> dict[tuple[str, str], StepResult]:
     for variant, chain in run.chains().items():
         for step, record in chain.items():
             results[variant, step] = StepResult(
-                key=record["key"],
-                reused=_of_another_run(run, record),
-                seconds=float(record["seconds"]),
-                notes=record["notes"],
-                report=StepReport.from_dict(record["report"]),
+                key=record.key,
+                reused=any(not run.owns(file.path) for file in record.files),
+                seconds=record.seconds,
+                notes=record.notes,
+                report=record.report,
             )
     return results
-
-
-def _of_another_run(run: RunFolder, record: Record) -> bool:
-    """Return whether a result has files in the folder of another run."""
-    return any(not file["path"].startswith(f"{run.path.name}/") for file in record["files"])
 
 
 def _failures(rows: list[MetricRow], check: Check) -> dict[str, list[str]]:

@@ -73,7 +73,7 @@ def chat(
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
     """  # noqa: E501  an example is one line
     folder = requested_run(run)
-    layout = RunLayout(folder.path)
+    layout = folder.layout
     folders = {variant: layout.checkpoints / variant for variant in _chosen(folder, variants or [])}
     prompt = _system_prompt(layout, system)
     if teacher:
@@ -91,7 +91,7 @@ def chat(
 
 def _saved_variants(run: RunFolder) -> list[str]:
     """Return the variants that have a checkpoint, those of the recipe first and in its order."""
-    folders = RunLayout(run.path).checkpoints.glob("*")
+    folders = run.layout.checkpoints.glob("*")
     saved = {folder.name for folder in folders if (folder / "config.json").is_file()}
     named = [name for name in run.recipe.get("variants", {}) if name in saved]
     return named + sorted(saved - {*named})

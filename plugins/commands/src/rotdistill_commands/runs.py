@@ -139,20 +139,20 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
     steps: dict[str, dict[str, Any]] = {}
     for variant, chain in run.chains().items():
         for step, record in chain.items():
-            owners = sorted({file["path"].split("/")[0] for file in record["files"]})
+            owners = sorted({file.path.partition("/")[0] for file in record.files})
             description = {
                 "id": step,
-                "use": record["use"],
-                "plugin": record["plugin"],
-                "key": record["key"],
-                "seconds": record["seconds"],
-                "bytes": sum(file["bytes"] for file in record["files"]),
+                "use": record.use,
+                "plugin": record.plugin,
+                "key": record.key,
+                "seconds": record.seconds,
+                "bytes": sum(file.bytes for file in record.files),
                 "lies_in": ", ".join(owners) or run.path.name,
                 "variants": [],
-                "options": record["options"],
-                "notes": record["notes"],
+                "options": record.options,
+                "notes": record.notes,
             }
-            steps.setdefault(record["key"], description)["variants"].append(variant)
+            steps.setdefault(record.key, description)["variants"].append(variant)
     return list(steps.values())
 
 

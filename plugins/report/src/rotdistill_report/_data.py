@@ -16,6 +16,7 @@ from rotdistill_core.evaluation.intervals import (
     values_by_text,
 )
 from rotdistill_core.evaluation.metrics import COLUMNS, column
+from rotdistill_core.store.records import MapsRef
 from rotdistill_report._card import made_of
 
 if TYPE_CHECKING:
@@ -229,12 +230,16 @@ def _curves(rows: list[MetricRow]) -> dict[str, dict[str, dict[int, float]]]:
 
 def _cards(outcome: RunResult, out: StepOutput) -> dict[str, dict[int, dict[str, Any]]]:
     """Return what aligners stored about each layer: each solved step once, without what an earlier one had stored already."""
-    records = {record["key"]: record for record in out.ledger.records if record["kind"] == "step"}
+    cards = {
+        record.key: record.result.cards
+        for record in out.ledger.steps
+        if isinstance(record.result, MapsRef)
+    }
     found: dict[str, dict[int, dict[str, Any]]] = {}
     told: dict[str, set[tuple[int, str, str]]] = {}
     seen: set[str] = set()
     for (variant, step), done in outcome.steps.items():
-        paths = records.get(done.key, {}).get("info", {}).get("cards", {})
+        paths = cards.get(done.key, {})
         before = told.setdefault(variant, set())
         diagnostics = {
             int(layer): json.loads((out.store.root / path).read_text(encoding="utf-8"))

@@ -186,11 +186,11 @@ def undo_of(step: str, out: StepOutput, weights: Weights) -> Undo:
     Raises:
         RecipeError: this run has no such step.
     """
-    for record in reversed(out.ledger.records):
-        if record["kind"] == "step" and record["id"] == step:
-            for file in record["files"]:
-                if Path(file["path"]).name == UNDO:
-                    return restore_undo(out.store.root / file["path"], weights)
+    for record in reversed(out.ledger.steps):
+        if record.id == step:
+            for file in record.files:
+                if Path(file.path).name == UNDO:
+                    return restore_undo(out.store.root / file.path, weights)
     raise RecipeError(
         f'soups: through names "{step}", which is no exact fold that stands before this step; name the id of a basis-fold.'
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.terminal import RUNS_FOLDER
 
 
 @hookimpl
@@ -56,10 +56,5 @@ def locate(reference: str, log: Callable[[str], None]) -> Path:
 
 def checkpoints(folder: Path) -> dict[str, Path]:
     """Return the newest checkpoint of each variant that a run's ledger commits."""
-    saved = {}
-    for record in Ledger(folder).records:
-        if record["kind"] == "step" and record["id"].startswith("save "):
-            saved[record["id"].removeprefix("save ")] = (
-                folder.parent / record["files"][-1]["path"]
-            ).parent
-    return saved
+    saved = Ledger(folder).checkpoints
+    return {record.variant: folder.parent / record.folder for record in saved}

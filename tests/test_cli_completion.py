@@ -1,4 +1,4 @@
-"""The shell completes verbs, those of plugins and of third parties too, and what their arguments may be."""
+"""The shell completes verbs, of third parties too, and the values of their arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ import typer
 from rotdistill_core import hookimpl
 
 
-def where(place: Annotated[str, typer.Argument(autocompletion=lambda: ["here", "there"])], deep: bool = False) -> None:
+Place = Annotated[str, typer.Argument(autocompletion=lambda: ["here", "there"])]
+
+
+def where(place: Place, deep: bool = False) -> None:
     """Say where."""
 
 
@@ -42,7 +45,10 @@ use = "basis-fold"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a recipe, a run, and `site`: a distribution with one verb that works and one that cannot be imported."""
+    """Return a folder with a recipe, a run, and `site`.
+
+    `site` holds a distribution with a verb that works and a verb that cannot be imported.
+    """
     root = tmp_path_factory.mktemp("completion")
     info = root / "site/somebody_where-0.1.0.dist-info"
     info.mkdir(parents=True)

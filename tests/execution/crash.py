@@ -1,9 +1,10 @@
 """Driver of the crash test: runs a pico recipe in forked children and kills them at chosen writes.
 
-    python tests/crash.py WORK_FOLDER
+    python tests/execution/crash.py WORK_FOLDER
 
-Prints one JSON document: golden checkpoint hashes, and for each kill the stage it hit and whether the next run reached them.
-One thread and no parallel code before the forks, so that forking a process that has imported torch is safe.
+Prints one JSON document: the hashes of the checkpoints of an undisturbed run, and for each kill the
+stage that it hit and whether the next run reached the same hashes. There is one thread and no
+parallel code before the forks, so forking a process that has imported torch is safe.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 
+from rotdistill_core import hookimpl
 from rotdistill_core.execution.executor import Executor
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store import files
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import ArtifactStore
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts
 
 torch.set_num_threads(1)
-
-from rotdistill_core.plugin.markers import hookimpl  # noqa: E402
-from rotdistill_core.store import files as ledger
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts  # noqa: E402
 
 KILLS_PER_STAGE = 3
 RECIPE = (
@@ -86,11 +88,16 @@ def carry_out(work: Path, root: Path, at_sync: Callable[[str], None]) -> None:
         at_sync(observer.stage)
         plain(handle)
 
-    ledger.os.fsync = fsync
+    files.os.fsync = fsync
     Executor(load_recipe(work / "crash.toml"), root, observer, lambda *_: None).go()
 
 
+def quietly(stage: str) -> None:
+    """Let a write pass."""
+
+
 def note(log: Path, stage: str) -> None:
+    """Write down the stage of a write."""
     with log.open("a") as stream:
         stream.write(stage + "\n")
 
@@ -115,9 +122,20 @@ def hashes(root: Path) -> dict[str, str]:
 
 
 def solved(root: Path) -> int:
-    return sum(
-        1 for book in ArtifactStore(root).ledgers() for r in book.records if r["kind"] == "step"
-    )
+    """Return how many results all runs have committed."""
+    ledgers = ArtifactStore(root).ledgers()
+    return sum(len(ledger.steps) + len(ledger.checkpoints) for ledger in ledgers)
+
+
+def killer(number: int) -> Callable[[str], None]:
+    """Return a function that kills the process when it is called for the n-th time, from 0."""
+    calls = count()
+
+    def kill(stage: str) -> None:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return kill
 
 
 def main() -> None:
@@ -126,25 +144,18 @@ def main() -> None:
     pico_texts(work / "texts")
     (work / "crash.toml").write_text(RECIPE.format(model=model), encoding="utf-8")
     log = work / "syncs"
-    code = forked(lambda: carry_out(work, work / "golden", lambda stage: note(log, stage)))
+    code = forked(partial(carry_out, work, work / "golden", partial(note, log)))
     golden, steps = hashes(work / "golden"), solved(work / "golden")
     moments: dict[str, list[int]] = defaultdict(list)
     for number, stage in enumerate(log.read_text().splitlines()):
         moments[stage].append(number)
-    picker, kills = random.Random(7), []
+    picker = random.Random(7)
+    kills = []
     for stage, numbers in moments.items():
         for number in picker.sample(numbers, min(KILLS_PER_STAGE, len(numbers))):
-            root, count = work / f"kill-{number}", iter(range(10**9))
-            killed = forked(
-                lambda: carry_out(
-                    work,
-                    root,
-                    lambda _: (
-                        os.kill(os.getpid(), signal.SIGKILL) if next(count) == number else None
-                    ),
-                )
-            )
-            again = forked(lambda: carry_out(work, root, lambda _: None))
+            root = work / f"kill-{number}"
+            killed = forked(partial(carry_out, work, root, killer(number)))
+            again = forked(partial(carry_out, work, root, quietly))
             kills.append(
                 {
                     "stage": stage,

@@ -1,4 +1,7 @@
-"""kill -9 at three random writes in each stage, then run again: the same checkpoints, and no committed step done twice."""
+"""kill -9 at three random writes in each stage: the next run reaches the same checkpoints.
+
+No committed step is made twice.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_checkpoints(tmp_path: Path) -> None:
     driver = Path(__file__).with_name("crash.py")
     done = subprocess.run(
@@ -19,16 +25,14 @@ def test_a_killed_run_goes_on_to_the_same_checkpoints(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["code"] == 0, done.stderr[-2000:]
-    assert len(found["golden"]) == 2
-    assert {"chop", "residuals", "basis", "fold", "refit", "head", "saving"} <= {
-        kill["stage"] for kill in found["kills"]
-    }
-    for kill in found["kills"]:
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["code"] == 0, done.stderr[-2000:]
+    assert len(report["golden"]) == 2
+    stages = {kill["stage"] for kill in report["kills"]}
+    assert stages >= {"chop", "residuals", "basis", "fold", "refit", "head", "saving"}
+    for kill in report["kills"]:
         assert kill["killed"] == -signal.SIGKILL, kill
         assert kill["again"] == 0, (kill, done.stderr[-2000:])
         assert kill["same"], kill
-        assert kill["steps"] == found["steps"], (
-            kill
-        )  # every step was committed once, whichever process did it
+        # every step was committed once, by the killed process or by the next
+        assert kill["steps"] == report["steps"], kill

@@ -1,4 +1,4 @@
-"""Whatever is done to the command line, it answers in a paragraph with the right exit code, and never with a traceback."""
+"""The command line answers every fault in a paragraph, with its exit code and no traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 
 from rotdistill_core.cli import Interrupted
 from rotdistill_core.errors import PluginError
-from rotdistill_core.execution import executor as pipeline
+from rotdistill_core.execution import samples
+from rotdistill_core.planning.machine import Machine
 from rotdistill_core.plugin.registry import (
     ADAPTERS,
     COMMANDS,
@@ -26,7 +27,7 @@ from rotdistill_core.plugin.registry import (
     STEPS,
     adapter_for,
 )
-from rotdistill_core.store import files as ledger
+from rotdistill_core.store import files
 from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts
 
 RECIPE = (
@@ -50,7 +51,7 @@ base = []
 full = ["basis", "fold"]
 """
 )
-MAIN = [sys.executable, "-c", "from rotdistill_core.cli import main; main()"]
+MAIN = [sys.executable, "-m", "rotdistill_core"]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,8 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def told(code: int, *words: str) -> str:
-    """Return what is printed in all; nothing but the right exit code, and no traceback."""
+def printed(code: int, *words: str) -> str:
+    """Return all that a command line prints; check its exit code, and that it is no traceback."""
     found, out, err = command_line(*words)
     assert found == code, err
     assert "Traceback" not in out + err
@@ -78,20 +79,31 @@ def told(code: int, *words: str) -> str:
     return out + err
 
 
-def edit(old: str, new: str) -> Callable[[Path], None]:
-    return lambda work: (
-        ((work / "recipe.toml").write_text(RECIPE.replace(old, new, 1)) and None) or None
-    )
+Spoil = Callable[[Path], object]
 
 
-def put(name: str, text: str | bytes) -> Callable[[Path], None]:
-    return lambda work: (
-        ((work / name).write_bytes(text if isinstance(text, bytes) else text.encode()) and None)
-        or None
-    )
+def edit(old: str, new: str) -> Spoil:
+    """Return a function that replaces a part of the recipe."""
+
+    def replace(work: Path) -> None:
+        assert old in RECIPE
+        (work / "recipe.toml").write_text(RECIPE.replace(old, new, 1))
+
+    return replace
 
 
-def config(**changes: object) -> Callable[[Path], None]:
+def put(name: str, text: str | bytes) -> Spoil:
+    """Return a function that writes a file."""
+
+    def write(work: Path) -> None:
+        (work / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return write
+
+
+def config(**changes: object) -> Spoil:
+    """Return a function that changes the model's config."""
+
     def change(work: Path) -> None:
         path = work / "model" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -99,15 +111,34 @@ def config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def remove(name: str) -> Spoil:
+    """Return a function that removes files."""
+
+    def unlink(work: Path) -> None:
+        for path in work.glob(name):
+            path.unlink()
+
+    return unlink
+
+
 def cut(work: Path) -> None:
     path = work / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
 
 
-CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    "no recipe": (lambda work: (work / "recipe.toml").unlink(), 2, "cannot be read: No such file"),
+def replace_by_a_folder(work: Path) -> None:
+    (work / "recipe.toml").unlink()
+    (work / "recipe.toml").mkdir()
+
+
+def pickle(work: Path) -> None:
+    (work / "model/model.safetensors").rename(work / "model/model.bin")
+
+
+CASES: dict[str, tuple[Spoil, int, str]] = {
+    "no recipe": (remove("recipe.toml"), 2, "cannot be read: No such file"),
     "a folder": (
-        lambda work: (work / "recipe.toml").unlink() or (work / "recipe.toml").mkdir(),
+        replace_by_a_folder,
         2,
         "Is a directory",
     ),
@@ -145,7 +176,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
         "nowhere: is neither a folder here nor a Hugging Face id",
     ),
     "no config": (
-        lambda work: (work / "model/config.json").unlink(),
+        remove("model/config.json"),
         3,
         "A model folder needs a config.json",
     ),
@@ -156,16 +187,16 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "quantised": (config(quantization_config={}), 3, "the weights are quantised"),
     "torn weights": (cut, 3, "not a valid safetensors file"),
     "pickled weights": (
-        lambda work: (work / "model/model.safetensors").rename(work / "model/model.bin"),
+        pickle,
         3,
         "has no .safetensors weights",
     ),
     "no tokenizer": (
-        lambda work: [p.unlink() for p in (work / "model").glob("tokenizer*")],
+        remove("model/tokenizer*"),
         3,
         "tokenizer cannot be loaded",
     ),
-    "no texts": (lambda work: (work / "texts/index.tsv").unlink(), 2, "index.tsv: cannot be read"),
+    "no texts": (remove("texts/index.tsv"), 2, "index.tsv: cannot be read"),
     "other columns": (
         put("texts/index.tsv", "id\ttext\n1\thello\n"),
         2,
@@ -188,7 +219,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
     ),
     "no capture": (edit('[[step]]\nuse = "residuals"\n', ""), 2, "put a capture step"),
     "a gate that fails": (
-        lambda work: edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]")(work),
+        edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]"),
         4,
         "the certificate fails",
     ),
@@ -197,11 +228,11 @@ CASES: dict[str, tuple[Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "code", "message"), CASES.values(), ids=list(CASES))
-def test_a_run_that_cannot_be_says_why(
-    work: Path, spoil: Callable[[Path], object], code: int, message: str
+def test_a_run_that_cannot_start_says_why(
+    work: Path, spoil: Spoil, code: int, message: str
 ) -> None:
     spoil(work)
-    assert message in told(code, "run", "recipe.toml")
+    assert message in printed(code, "run", "recipe.toml")
 
 
 @pytest.mark.parametrize(
@@ -225,10 +256,10 @@ def test_a_run_that_cannot_be_says_why(
         (("check", "recipe.toml"), 0, "fine"),
     ],
 )
-def test_a_line_that_makes_no_sense_says_why(
+def test_a_wrong_command_line_says_why(
     work: Path, words: tuple[str, ...], code: int, message: str
 ) -> None:
-    assert message in told(code, *words)
+    assert message in printed(code, *words)
 
 
 def refuse(error: Exception) -> Callable[..., None]:
@@ -242,51 +273,51 @@ def refuse(error: Exception) -> Callable[..., None]:
     ("where", "name", "error", "code", "message"),
     [
         (
-            ledger.os,
+            files.os,
             "fsync",
             OSError(errno.ENOSPC, "No space left on device"),
             3,
             "cannot be written: No space left on device",
         ),
         (
-            ledger.os,
+            files.os,
             "open",
             OSError(errno.EROFS, "Read-only file system"),
             3,
             "cannot be written: Read-only file system",
         ),
-        (pipeline, "tokenize", MemoryError(), 3, "the memory does not suffice"),
+        (samples, "tokenize_texts", MemoryError(), 3, "the memory does not suffice"),
         (
-            pipeline,
-            "tokenize",
+            samples,
+            "tokenize_texts",
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
             3,
             "the memory does not",
         ),
         (
-            pipeline,
-            "tokenize",
+            samples,
+            "tokenize_texts",
             PermissionError(errno.EACCES, "Permission denied", "texts"),
             3,
             "texts: Permission denied",
         ),
         (
-            pipeline,
-            "tokenize",
+            samples,
+            "tokenize_texts",
             ZeroDivisionError("by zero"),
             1,
             "ZeroDivisionError: by zero\nThat should not happen; -v shows where",
         ),
         (
-            pipeline,
-            "tokenize",
+            samples,
+            "tokenize_texts",
             Interrupted(signal.SIGINT),
             130,
             "Go on with:\nrotdistill run recipe.toml --set seed=3",
         ),
         (
-            pipeline,
-            "tokenize",
+            samples,
+            "tokenize_texts",
             Interrupted(signal.SIGTERM),
             143,
             "Go on with:\nrotdistill run recipe.toml --set seed=3",
@@ -303,7 +334,7 @@ def refuse(error: Exception) -> Callable[..., None]:
         "terminated",
     ],
 )
-def test_what_the_machine_does_is_told(
+def test_a_fault_of_the_machine_has_its_exit_code(
     work: Path,
     monkeypatch: pytest.MonkeyPatch,
     where: object,
@@ -313,10 +344,29 @@ def test_what_the_machine_does_is_told(
     message: str,
 ) -> None:
     monkeypatch.setattr(where, name, refuse(error))
-    assert message in told(code, "run", "recipe.toml", "--set", "seed=3")
+    assert message in printed(code, "run", "recipe.toml", "--set", "seed=3")
 
 
-def test_a_broken_plugin_is_named_wherever_it_is_met(
+SMALL = {
+    "memory": (Machine(ram=1, gpu=0, disk=1 << 40, cores=1), "of memory; 0 MB are free"),
+    "disk": (Machine(ram=1 << 40, gpu=0, disk=1, cores=1), "the run writes about"),
+}
+
+
+@pytest.mark.parametrize(("machine", "reason"), SMALL.values(), ids=list(SMALL))
+def test_a_machine_that_is_too_small_ends_a_run_before_it_begins(
+    work: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, reason: str
+) -> None:
+    monkeypatch.setattr("rotdistill_core.cli.this_machine", lambda _: machine)
+    text = printed(3, "run", "recipe.toml")
+    assert "results are there" in text
+    assert "recipe.toml: does not fit here: " in text
+    assert reason in text
+    assert not (work / "runs").exists()
+    assert "saved" in printed(0, "run", "recipe.toml", "--no-plan")
+
+
+def test_a_broken_plugin_is_named_in_every_verb(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     info = work / "site" / "acme-1.0.dist-info"
@@ -328,21 +378,21 @@ def test_a_broken_plugin_is_named_wherever_it_is_met(
     )
     (work / "site" / "fake_acme.py").write_text("raise SystemExit('gone')")
     monkeypatch.syspath_prepend(str(work / "site"))
-    assert told(0, "plugins").count(
+    assert printed(0, "plugins").count(
         "acme 1.0 (fake_acme) fails on import: SystemExit: gone"
     ) == len(groups)
-    assert "acme 1.0" in told(2, "fail")
+    assert "acme 1.0" in printed(2, "fail")
     edit('"procrustes"', '"fail"')(work)
-    assert "acme 1.0" in told(2, "run", "recipe.toml")
+    assert "acme 1.0" in printed(2, "run", "recipe.toml")
     edit('name = "trial"', 'name = "trial"\nobservers = ["fail"]')(work)
-    assert "acme 1.0" in told(2, "run", "recipe.toml")
+    assert "acme 1.0" in printed(2, "run", "recipe.toml")
     with pytest.raises(PluginError, match="acme"):
         adapter_for("fail")
-    assert "step.fail" not in told(0, "schema")
+    assert "step.fail" not in printed(0, "schema")
 
 
-def test_v_shows_where(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "tokenize", refuse(ZeroDivisionError("by zero")))
+def test_v_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "tokenize_texts", refuse(ZeroDivisionError("by zero")))
     for words in (("-v", "run", "recipe.toml"), ("run", "recipe.toml", "-v")):
         code, _, err = command_line(*words)
         assert code == 1
@@ -359,10 +409,10 @@ def test_a_narrow_terminal_is_enough(work: Path, monkeypatch: pytest.MonkeyPatch
         ("runs",),
         ("show", "trial"),
     ):
-        told(0, *words)
+        printed(0, *words)
 
 
-def test_words_and_results_keep_apart_and_plain(
+def test_messages_and_results_keep_apart_and_plain(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, err = command_line("run", "recipe.toml", "--json")
@@ -386,7 +436,7 @@ def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
     assert "unexpected" not in made.stderr
 
 
-def test_a_signal_ends_it_with_the_line_that_goes_on(work: Path) -> None:
+def test_a_signal_ends_a_run_with_the_line_that_resumes_it(work: Path) -> None:
     running = subprocess.Popen(
         [*MAIN, "run", "recipe.toml"],
         cwd=work,

@@ -1,0 +1,38 @@
+"""What every part of a run needs: fixed before the first step, the same for all variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.data.questions import Question
+from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.recipe.document import Recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.output import StepOutput
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run of a recipe: its models, texts and folder, and where it reports to."""
+
+    loaded: ResolvedRecipe
+    pair: Pair
+    questions: tuple[Question, ...]
+    style: str
+    """The system prompt."""
+    store: ArtifactStore
+    ledger: Ledger
+    log: Callable[[str], None]
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The top level of the recipe."""
+        return self.loaded.recipe
+
+    def output(self, key: str, step: str = "") -> StepOutput:
+        """Return where the files of a key are written."""
+        return StepOutput(self.store, self.ledger, key, step)

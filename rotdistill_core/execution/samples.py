@@ -1,0 +1,92 @@
+"""The texts of a run: the teacher's answers, tokens, and the frozen copy in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+
+from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.questions import Question
+from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import prompt_tokens, tokenize_for_both, tokenize_texts
+from rotdistill_core.execution.context import RunContext
+from rotdistill_core.execution.keys import teacher_answers_key
+from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.store.hashing import digest
+from rotdistill_core.store.layout import RunLayout
+
+HELDOUT_QUESTIONS = "heldout"
+TRAINING_QUESTIONS = "own"
+
+
+def prepare_samples(run: RunContext) -> Samples:
+    """Tokenise the texts of a run, the teacher's answers among them, and freeze them.
+
+    The teacher answers the held-out questions. With `samples.own_answers` it also answers the
+    questions of the blurbs.
+
+    Raises:
+        SetupError: a tokenizer has no chat template, or a text leaves no room for its answer.
+    """
+    settings = run.recipe.samples
+    unanswered = [question for question in run.questions if question.answer is None]
+    heldout = [question for question in unanswered if question.split == Split.HELDOUT]
+    training = [question for question in unanswered if question.split != Split.HELDOUT]
+    answers = _teacher_answers(run, HELDOUT_QUESTIONS, heldout, settings.answer_tokens)
+    answers |= _teacher_answers(run, TRAINING_QUESTIONS, training, settings.own_answers)
+
+    pair = run.pair
+    texts = (pair.teacher.tokenizer, run.questions, answers, run.style, settings.max_tokens)
+    if pair.one_tokenizer:
+        samples = tokenize_texts(*texts)
+    else:
+        samples = tokenize_for_both(pair.student.tokenizer, *texts)
+    _freeze(run, samples)
+    return samples
+
+
+def _teacher_answers(
+    run: RunContext, name: str, questions: Iterable[Question], max_tokens: int
+) -> dict[str, list[int]]:
+    """Return the teacher's greedy answers by question id; every run shares them."""
+    teacher = run.pair.teacher
+    prompts = {
+        question.id: prompt_tokens(teacher.tokenizer, run.style, question.question)
+        for question in questions
+    }
+    if not prompts:
+        return {}
+    key = teacher_answers_key(run.pair, prompts, max_tokens)
+    out = run.output(key).shared(key)
+    path = out.find(RunLayout.teacher_answers(name))
+    if path is None:
+        started = time.monotonic()
+        answers = greedy_answers(
+            teacher.folder, prompts, max_tokens, teacher.device, teacher.dtype, run.progress
+        )
+        path = out.json(RunLayout.teacher_answers(name), answers)
+        seconds = time.monotonic() - started
+        run.log(f"  {'teacher':<12} {f'{len(prompts)} answers':<16} {seconds:6.1f} s")
+    found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _freeze(run: RunContext, samples: Samples) -> None:
+    """Commit the system prompt, and a table of the texts with the hash of their tokens."""
+    out = run.output(samples.digest())
+    if out.find(RunLayout.TEXTS) is not None:
+        return
+    lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsha256\n"]
+    for text in samples.layout.texts:
+        cells = (
+            text.id,
+            text.language,
+            text.split,
+            str(len(text.tokens)),
+            str(text.answer),
+            digest(text.tokens),
+        )
+        lines.append("\t".join(cells) + "\n")
+    out.write(RunLayout.TEXTS, [line.encode() for line in lines])
+    out.write(RunLayout.SYSTEM_PROMPT, [run.style.encode()])

@@ -1,0 +1,73 @@
+"""Checkpoints of variants: plain Hugging Face folders in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rotdistill_core.checkpoint.models import tokenizer_files
+from rotdistill_core.checkpoint.weights import Weights, open_folder
+from rotdistill_core.execution.context import RunContext
+from rotdistill_core.execution.keys import checkpoint_key
+from rotdistill_core.execution.outcome import VariantState
+from rotdistill_core.store.files import Blocks
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.records import CheckpointRecord
+
+
+def save_variant(run: RunContext, variant: str, state: VariantState, dtype: torch.dtype) -> Path:
+    """Write a variant as a Hugging Face folder, unless the run holds it and it hashes true.
+
+    A run's checkpoints lie in its own folder, even if another run made the same weights. When the
+    recipe's inputs have changed since an older checkpoint was written, the new one lies next to it.
+
+    Raises:
+        SetupError: the disk refuses.
+    """
+    key = checkpoint_key(variant, state.key, dtype_name(dtype))
+    record = run.store.find_checkpoint(key, run.ledger)
+    if record is None:
+        record = _write(run, variant, state, dtype, key)
+    return run.store.root / record.folder
+
+
+def open_saved(folder: Path, state: VariantState) -> Weights:
+    """Open a saved variant. What happened to its stream is not in the folder: the state knows."""
+    config = json.loads((folder / RunLayout.CONFIG).read_text(encoding="utf-8"))
+    saved = open_folder(folder, config, state.weights.adapter)
+    return replace(saved, lineage=state.weights.lineage)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as recipes write it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _write(
+    run: RunContext, variant: str, state: VariantState, dtype: torch.dtype, key: str
+) -> CheckpointRecord:
+    out = run.output(key)
+
+    def write(name: str, blocks: Blocks) -> Path:
+        return out.write(RunLayout.checkpoint(variant, name), blocks)
+
+    for path in tokenizer_files(run.pair.student.folder):
+        if path.suffix != ".safetensors":
+            write(path.name, [path.read_bytes()])
+    state.weights.save(write, dtype)
+    write(RunLayout.RECIPE, [run.loaded.text.encode()])
+
+    # The manifest comes last: a folder with a manifest is complete.
+    hashes = {Path(file.path).name: file.sha256 for file in out.used.values()}
+    manifest = out.json(RunLayout.checkpoint(variant, RunLayout.MANIFEST), hashes)
+    record = CheckpointRecord(
+        key=key,
+        variant=variant,
+        folder=manifest.parent.relative_to(run.store.root).as_posix(),
+        files=tuple(out.used.values()),
+    )
+    run.ledger.append(record)
+    return record

@@ -1,0 +1,210 @@
+"""The lines of a ledger, one dataclass for each kind of line.
+
+`kind` names the class of a record, and of a step's result, in JSON. Paths are relative to the
+folder of all runs: a step may use files that another run made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from rotdistill_core.store.files import CommittedFile
+from rotdistill_core.store.results import StepReport
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Base of what a step's result refers to."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields without the kind, as the functions that restore results take them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        del values["kind"]
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsRef(_Reference):
+    """Where captured activations lie; see `ActivationStore`."""
+
+    kind: Literal["activations"] = "activations"
+    shards: Mapping[str, tuple[str, ...]]
+    """Side -> the shard of each boundary."""
+    texts: Mapping[str, tuple[str, ...]]
+    """Side -> ids of the captured texts, in the order of the rows."""
+    depths: tuple[int, ...]
+    """For each captured student boundary, its boundary in the original student."""
+    partners: tuple[int, ...]
+    """For each boundary of the original student, the teacher's boundary compared with it."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files that the result consists of."""
+        for shards in self.shards.values():
+            yield from shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapsRef(_Reference):
+    """Where maps and their diagnostics lie; see `store_maps`."""
+
+    kind: Literal["maps"] = "maps"
+    spaces: Mapping[str, Mapping[str, Any]]
+    """Space -> `file`, `kind` (the class of the map) and its other fields."""
+    cards: Mapping[str, str]
+    """Layer boundary -> the file of its diagnostics."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files that the result consists of."""
+        for space in self.spaces.values():
+            yield space["file"]
+        yield from self.cards.values()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsRef(_Reference):
+    """Where the tensors of an edited student lie; see `Weights.store`."""
+
+    kind: Literal["weights"] = "weights"
+    config: Mapping[str, Any]
+    """The model's config after the edit."""
+    depths: tuple[int, ...]
+    """For each layer boundary, its boundary in the original student."""
+    basis: str | None
+    """The file of the rotation from the original basis, if the basis has changed."""
+    tensors: Mapping[str, tuple[str, str]]
+    """Parameter -> file and name in the file; an empty file stands for the opened student."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files that the result consists of."""
+        for file, _ in self.tensors.values():
+            if file:
+                yield file
+        if self.basis:
+            yield self.basis
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsRef:
+    """What an evaluator measured. Rows are small, so the record holds them itself."""
+
+    kind: Literal["rows"] = "rows"
+    rows: tuple[tuple[Any, ...], ...]
+    """The fields of each `MetricRow`."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield no file."""
+        yield from ()
+
+
+StepResultRef = ActivationsRef | MapsRef | WeightsRef | RowsRef
+"""What a step made. `kind` decides the class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord:
+    """What a run starts from: models, texts, seed and compute dtype."""
+
+    kind: Literal["start"] = "start"
+    key: str
+    """Key of everything below; see `start_key`."""
+    inputs: Mapping[str, str]
+    """Name -> a hash that needs neither tokenizer nor weights, so that `plan` can compare it."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield no file."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """A file that a step finished. A step that is killed and run again finds it."""
+
+    kind: Literal["file"] = "file"
+    key: str
+    """Key of the step, or of the content where steps and runs share the file."""
+    name: str
+    """The name by which the step finds it again."""
+    path: str
+    bytes: int
+    sha256: str
+
+    @property
+    def file(self) -> CommittedFile:
+        """The file that this line commits."""
+        return CommittedFile(self.path, self.bytes, self.sha256)
+
+    def paths(self) -> Iterator[str]:
+        """Yield the file."""
+        yield self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """A finished step."""
+
+    kind: Literal["step"] = "step"
+    key: str
+    before: str
+    """Key of the state that the step started from."""
+    id: str
+    variant: str = ""
+    """The variant that an evaluator scored; empty for other steps, which variants share."""
+    use: str
+    options: Mapping[str, Any]
+    plugin: str
+    """Distribution and version."""
+    seconds: float
+    files: tuple[CommittedFile, ...]
+    """Every file that the step wrote or found again."""
+    result: Annotated[StepResultRef, Field(discriminator="kind")]
+    notes: dict[str, Any]
+    """Free notes, for people."""
+    report: StepReport
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files of the step and those that its result consists of."""
+        yield from (file.path for file in self.files)
+        yield from self.result.paths()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord:
+    """A saved variant."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    key: str
+    variant: str
+    folder: str
+    files: tuple[CommittedFile, ...]
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files of the checkpoint."""
+        yield from (file.path for file in self.files)
+
+
+LedgerRecord = StartRecord | FileRecord | StepRecord | CheckpointRecord
+
+_VALIDATOR: TypeAdapter[LedgerRecord] = TypeAdapter(
+    Annotated[LedgerRecord, Field(discriminator="kind")]
+)
+
+
+def record_from_json(values: object) -> LedgerRecord:
+    """Return the record that a JSON object describes.
+
+    Raises:
+        ValueError: it describes none.
+    """
+    return _VALIDATOR.validate_python(values)
+
+
+def record_as_json(record: LedgerRecord) -> dict[str, Any]:
+    """Return a record as JSON values. Empty fields of a step's report are left out."""
+    values = asdict(record)
+    if isinstance(record, StepRecord):
+        values["report"] = record.report.as_dict()
+    return values

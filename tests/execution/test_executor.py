@@ -1,0 +1,126 @@
+"""Whole runs of a pico recipe: what is shared and reused, and what a failure leaves."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotdistill_core import hookimpl
+from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import ActivationsRef, RowsRef, WeightsRef
+
+Open = Callable[..., Executor]
+
+
+def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
+    executor: Open, recorder: Any
+) -> None:
+    one = executor("one", observer=recorder).go()
+    assert recorder.ran
+    recorder.ran.clear()
+    two = executor("two", observer=recorder).go()
+    assert recorder.ran == []
+    assert one.folder != two.folder
+    assert two.rows == one.rows
+    for name in ("base", "full"):
+        first, second = (run.checkpoints[name] for run in (one, two))
+        assert second == two.folder / "checkpoints" / name
+        weights = "model.safetensors"
+        assert (first / weights).read_bytes() == (second / weights).read_bytes()
+        assert "# two:" in (second / "README.md").read_text()
+
+
+def test_a_finished_run_is_reused_and_fresh_makes_each_step_once(
+    executor: Open, recorder: Any
+) -> None:
+    executor("one").go()
+    again = executor("one", observer=recorder).go()
+    assert recorder.ran == []
+    assert all(again.steps["base", step].reused for step in ("chop", "residuals", "fidelity"))
+    fresh = executor("one", observer=recorder, fresh=True).go()
+    assert recorder.ran == [
+        "base chop",
+        "base residuals",
+        "base fidelity",
+        "full refit",
+        "full fidelity",
+    ]
+    assert not any(step.reused for step in fresh.steps.values())
+
+
+def test_the_ledger_types_every_result(executor: Open) -> None:
+    ledger = Ledger(executor("one").go().folder)
+    results = {(record.id, record.variant): type(record.result) for record in ledger.steps}
+    assert results == {
+        ("chop", ""): WeightsRef,
+        ("residuals", ""): ActivationsRef,
+        ("refit", ""): WeightsRef,
+        ("fidelity", "base"): RowsRef,
+        ("fidelity", "full"): RowsRef,
+    }
+    root = ledger.folder.parent
+    checkpoints = {record.variant: root / record.folder for record in ledger.checkpoints}
+    assert checkpoints == {name: ledger.folder / "checkpoints" / name for name in ("base", "full")}
+    assert len(ledger.starts) == 1
+    assert all((root / path).is_file() for record in ledger.records for path in record.paths())
+
+
+def test_a_refit_goes_on_after_a_kill(
+    executor: Open, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = executor("whole").go()
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rotdistill_core.checkpoint.weights.Weights.store", kill)
+    with pytest.raises(KeyboardInterrupt):
+        executor("torn", "refit.ridge=[0.5]").go()
+    monkeypatch.undo()
+    torn = executor("torn", "refit.ridge=[0.5]", observer=recorder).go()
+    assert recorder.ran == ["full refit", "full fidelity"]
+    layers = [run.steps["full", "refit"].notes["layers"] for run in (torn, whole)]
+    assert layers[0].keys() == layers[1].keys()
+
+
+def test_a_failing_evaluator_ends_the_run_and_is_reported(
+    executor: Open, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @hookimpl
+    def fail(self: object, variant: object) -> None:
+        raise RotdistillError("no memory for it")
+
+    monkeypatch.setattr("rotdistill_fidelity.step.Fidelity.evaluate", fail)
+    with pytest.raises(RotdistillError, match="no memory for it"):
+        executor("broken", observer=recorder).go()
+    assert recorder.failed == ["base fidelity: no memory for it"]
+
+
+def test_a_system_prompt_that_is_not_utf8_is_named(work: Path, executor: Open) -> None:
+    (work / "texts/style.md").write_bytes(b"caf\xe9")
+    with pytest.raises(RecipeError, match=r"style\.md: the system prompt cannot be read"):
+        executor("r")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_prints_the_line_that_resumes_it(
+    work: Path, write_recipe: Callable[..., Path], number: int, code: int
+) -> None:
+    command = [sys.executable, "-m", "rotdistill_core", "run", str(write_recipe("one"))]
+    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True) as child:
+        while not list(work.glob("runs/*/ledger.jsonl")) and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(number)
+        _, printed = child.communicate(timeout=60)
+    assert child.returncode == code, printed
+    assert "Go on with:" in printed
+    assert printed.rstrip().endswith("one.toml")

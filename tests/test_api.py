@@ -1,0 +1,190 @@
+"""The Python interface: runs and plans from a notebook, with typed results and no output."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pytest
+
+import rotdistill_core
+from rotdistill_core import MetricRow, RunFailed, hookimpl, load_recipe, plan, run
+from rotdistill_core.errors import CheckFailed, RecipeError, SetupError
+from rotdistill_core.planning.machine import Machine
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts
+
+RECIPE = (
+    pico_head()
+    + """
+[[step]]
+use = "chop"
+layers = 2
+[[step]]
+use = "residuals"
+[[step]]
+id = "refit"
+use = "writer-refit"
+[[step]]
+use = "fidelity"
+[variants]
+base = []
+full = ["refit"]
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a recipe that has been run."""
+    root = tmp_path_factory.mktemp("api")
+    pico_folder(root / "model", num_hidden_layers=3)
+    pico_texts(root / "texts")
+    (root / "recipe.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run("recipe.toml")
+    return root
+
+
+@pytest.fixture
+def work(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+class Watch:
+    """Remembers what a run reports."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.notes: list[str] = []
+        self.steps: list[str] = []
+
+    def log(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        self.notes.append(note)
+
+    @hookimpl
+    def after_step(self, step_id: str, variant: str) -> None:
+        self.steps.append(f"{variant} {step_id}")
+
+
+def test_a_run_returns_typed_results_and_prints_nothing(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = run("recipe.toml")
+    assert capfd.readouterr() == ("", "")
+    assert all(isinstance(row, MetricRow) for row in result.rows)
+    assert {row.variant for row in result.rows} == {"base", "full"}
+    assert result.checkpoints.keys() == {"base", "full"}
+    assert all((folder / "config.json").is_file() for folder in result.checkpoints.values())
+    assert result.steps["full", "refit"].reused
+    assert result.failed == {}
+    assert result.folder.parent == work / "runs"
+
+
+def test_an_observer_gets_lines_progress_and_events(work: Path) -> None:
+    watch = Watch()
+    run(work / "recipe.toml", runs=work / "other", fresh=True, observer=watch)
+    assert watch.steps[:3] == ["base chop", "base residuals", "base fidelity"]
+    assert any("answers" in line for line in watch.lines)
+    assert watch.notes
+
+
+def test_a_failed_variant_carries_the_result(work: Path) -> None:
+    with pytest.raises(RunFailed, match='variant "full" failed: kl is ') as caught:
+        run("recipe.toml", set={"check.kl_ratio": 1e-9})
+    assert isinstance(caught.value, CheckFailed)
+    assert caught.value.exit_code == 4
+    outcome = caught.value.outcome
+    assert outcome.failed.keys() == {"full"}
+    assert outcome.checkpoints.keys() == {"base", "full"}
+
+
+@pytest.mark.parametrize("load", [str, Path, load_recipe])
+def test_overrides_are_python_values(work: Path, load: Callable[[Path], Any]) -> None:
+    values = {"chop.layers": numpy.int64(1), "refit.ridge": (0.5, numpy.float64(2)), "seed": 3}
+    observers: dict[str, object] = {"observers": []}
+    planned = plan(load(work / "recipe.toml"), set=values | observers)
+    expected = load_recipe(
+        work / "recipe.toml", ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3"]
+    )
+    assert planned.folder.name == expected.folder(Path("runs")).name
+
+
+@pytest.mark.parametrize(
+    "value", ['a"b\\c\n\tü\x7f\U0001f600', True, False, -7, 1e-30, 2.5e17, [], ["a", ["b"]]]
+)
+def test_every_value_of_a_recipe_can_be_set(value: object) -> None:
+    import tomllib
+
+    from rotdistill_core.api import _as_toml
+
+    for each in (value, {"a key": {"in": value}}):
+        found = tomllib.loads(f"v = {_as_toml(each, 'v')}")["v"]
+        assert found == each
+        assert type(found) is type(each)
+
+
+def test_a_value_that_no_recipe_holds_is_refused(work: Path) -> None:
+    with pytest.raises(RecipeError, match=r"set chop\.layers: None is a NoneType"):
+        plan("recipe.toml", set={"chop.layers": None})
+    with pytest.raises(RecipeError, match='Did you mean "chop"'):
+        plan("recipe.toml", set={"chup.layers": 1})
+
+
+def test_a_resolved_recipe_keeps_its_observers(work: Path) -> None:
+    loaded = load_recipe(work / "recipe.toml", ["observers=[]"])
+    result = run(loaded, set={"seed": 1}, runs=work / "silent")
+    assert result.told == []
+    assert not (result.folder / "report.html").exists()
+
+
+def test_a_plan_lists_what_is_reused(work: Path) -> None:
+    planned = plan("recipe.toml")
+    assert planned.todo == []
+    assert {line.id for line in planned.lines} >= {"chop", "residuals", "refit", "fidelity"}
+    small = plan("recipe.toml", fresh=True, machine=Machine(ram=1, gpu=0, disk=1, cores=1))
+    assert len(small.todo) > 3
+    assert len(small.shortfalls) == 2
+
+
+def test_rows_become_a_table(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("recipe.toml")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(SetupError, match="pip install pandas"):
+        result.to_pandas()
+    stub = ModuleType("pandas")
+    stub.DataFrame = lambda rows, columns: (rows, columns)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pandas", stub)
+    rows, columns = result.to_pandas()
+    assert rows == result.rows
+    assert columns[:3] == ["variant", "metric", "value"]
+
+
+def test_public_names_are_importable() -> None:
+    for name in rotdistill_core.__all__:
+        assert getattr(rotdistill_core, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'wish'"):
+        rotdistill_core.wish  # noqa: B018
+
+
+def test_importing_and_planning_load_no_torch(work: Path) -> None:
+    code = (
+        "import sys, rotdistill_core\n"
+        "assert 'torch' not in sys.modules\n"
+        "from rotdistill_core import load_recipe, plan, run\n"
+        "assert plan('recipe.toml', set={'chop.layers': 1}).todo\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=work, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
