@@ -1,4 +1,5 @@
-# make demo: set up and run the tour guide; make test: set up and run the whole suite; make docs: rewrite what READMEs say of options.
+# make demo: set up and run the tour guide; make test: set up and run the whole suite.
+# make docs: rewrite what documents say of options, hooks and plugins; make wheels: build all distributions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ empty :=
 space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,. benchmarks $(wildcard plugins/*/src))
 
-.PHONY: setup demo test bench docs
+.PHONY: setup demo test bench docs wheels
 
 setup: $(STAMP)
 
@@ -31,8 +32,12 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 docs: setup
-	$(BIN)/python recipes/describe.py
+	$(BIN)/python docs/generate.py
 	$(BIN)/rotdistill schema > recipes/recipe.schema.json
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+wheels: setup
+	rm -rf dist
+	for project in . $(dir $(PLUGINS)); do (cd $$project && $(CURDIR)/$(BIN)/python -m hatchling build -d $(CURDIR)/dist) || exit 1; done

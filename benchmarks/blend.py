@@ -1,21 +1,23 @@
-"""What the teacher's own neurons do in the student, in the shared basis: KL of blends, in nats.
+"""How much the teacher's own neurons help the student: KL of blends in the shared basis, nats.
 
-    python benchmarks/blend.py RECIPE [--set ID.FIELD=VALUE ...] [--runs DIR] [--share 0.02 0.05 0.1 0.3]
+    python benchmarks/blend.py RECIPE [--set ID.FIELD=VALUE ...] [--runs DIR]
+        [--share 0.02 0.05 0.1 0.3]
 
-One rotation per boundary (`procrustes`) carries the teacher's layers to the student's stream, an assignment (`hungarian-permute`) finds
-a neuron of the teacher for each of the student's, and the student's gate, up and down become `(1 - a) W_s + a W_t`, each neuron of the
-teacher's at the length of the student's. Layers and a are chosen on validation rows; what a run under DIR captured is reused.
+One rotation per boundary (`procrustes`) carries the teacher's layers to the student's stream. An
+assignment (`hungarian-permute`) finds a neuron of the teacher for each neuron of the student. The
+student's gate, up and down become `(1 - a) W_s + a W_t`, with each teacher neuron at the length of
+the student's. Layers and a are chosen on validation rows. A capture of a run under DIR is reused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from head_curve import asked
 from rotdistill_procrustes.step import Procrustes
 from rotdistill_residuals.step import Residuals
-from rotdistill_writer_refit._targets import kl_on
+from rotdistill_writer_refit import score_split
 from torch import Tensor
 
 from rotdistill_core.alignment.assignment import (
@@ -25,102 +27,117 @@ from rotdistill_core.alignment.assignment import (
     unit_rows,
     weight_scores,
 )
+from rotdistill_core.architecture.table import Param
+from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.execution.executor import Executor
+from rotdistill_core.data.splits import Split
 from rotdistill_core.linalg.maps import Maps, Rotation
 from rotdistill_core.store.output import StepOutput
 
+SHARES = [0.02, 0.05, 0.1, 0.3]
+NEURONS = "neurons.{i}"
 
-def blend_candidates(weights: Weights, run: Executor, maps: Maps, layer: int) -> dict[str, Tensor]:
-    """Return the teacher's neurons for the student's of a layer, in its basis and at its lengths: gate and up `[f, d]`, down `[f, d]`."""
-    teacher = run.pair.teacher
-    reader, writer = (maps[f"residual.{boundary}"] for boundary in (layer, layer + 1))
-    assert isinstance(reader, Rotation)
-    assert isinstance(writer, Rotation)
-    S, T = (
-        layer_rows(weights, layer, {}),
-        layer_rows(teacher.weights, teacher_layers(weights, run.pair)[layer], {}),
-    )
-    back = {
-        role: (writer if role in ("down", "o") else reader).matrix.T for role in T
-    }  # [d_t, d_s]
+LayerNeurons = Mapping[str, Tensor]
+"""Teacher neurons for the student's neurons of a layer: `gate`, `up` and `down`, each `[f, d]`."""
+
+
+def silent(*_: object) -> None:
+    """Report no progress."""
+
+
+def matched_neurons(weights: Weights, pair: Pair, maps: Maps, layer: int) -> LayerNeurons:
+    """Return a teacher neuron for each student neuron of a layer.
+
+    They are in the student's basis, and as long as the student's neurons.
+    """
+    teacher = pair.teacher
+    before, after = maps[f"residual.{layer}"], maps[f"residual.{layer + 1}"]
+    assert isinstance(before, Rotation)
+    assert isinstance(after, Rotation)
+    S = layer_rows(weights, layer, {})
+    T = layer_rows(teacher.weights, teacher_layers(weights, pair)[layer], {})
+
+    # Carry the teacher's rows back: writers by the map after the layer, readers by that before.
+    # A last column, where there is one, is the bias.
+    for role, X in T.items():
+        back = (after if role in ("down", "o") else before).matrix.T
+        T[role] = torch.cat([X[:, : len(back)] @ back, X[:, len(back) :]], 1)
+
+    # For each neuron of the student, one neuron of the teacher.
+    student_heads = weights.adapter.heads(weights.config)
+    teacher_heads = teacher.adapter.heads(teacher.config)
+    _, scores = weight_scores(S, T, student_heads, teacher_heads)
+    match = assign(scores.T.contiguous())
     d = weights.width
-    T = {
-        role: torch.cat([X[:, : len(back[role])] @ back[role], X[:, len(back[role]) :]], 1)
-        for role, X in T.items()
-    }
-    heads = (weights.adapter.heads(weights.config), teacher.adapter.heads(teacher.config))
-    of = assign(
-        weight_scores(S, T, *heads)[1].T.contiguous()
-    )  # for each neuron of the student one of the teacher's
-    found = {role: T[role][of][:, :d] for role in ("gate", "up", "down")}
-    signs = (
-        (found["up"] * S["up"][:, :d]).sum(1).sign()
-    )  # a neuron's up and down may both be turned round
-    found["up"], found["down"] = found["up"] * signs[:, None], found["down"] * signs[:, None]
+    matched = {role: T[role][match][:, :d] for role in ("gate", "up", "down")}
+
+    # A neuron's up and down may both have the other sign.
+    signs = (matched["up"] * S["up"][:, :d]).sum(1).sign()
+    matched["up"] = matched["up"] * signs[:, None]
+    matched["down"] = matched["down"] * signs[:, None]
     return {
-        role: unit_rows(X) * S[role][:, :d].norm(dim=1, keepdim=True) for role, X in found.items()
+        role: unit_rows(X) * S[role][:, :d].norm(dim=1, keepdim=True) for role, X in matched.items()
     }
+
+
+def role_of(param: Param) -> str:
+    """Return which matrix of an MLP a parameter is."""
+    if param.axes[-1] == NEURONS:
+        return "down"
+    return "up" if param.gauge.startswith("up") else "gate"
 
 
 def blended(
-    weights: Weights, mine: dict[int, dict[str, Tensor]], layers: Sequence[int], share: float
+    weights: Weights, neurons: Mapping[int, LayerNeurons], layers: Sequence[int], share: float
 ) -> Weights:
     """Return the student with a share of the teacher's neurons in some layers."""
-    made: dict[str, Tensor] = {}
+    edited: dict[str, Tensor] = {}
     for layer in layers:
-        for template, general in weights.adapter.params.items():
-            if "neurons.{i}" not in general.axes or len(general.axes) != 2:
+        for template, param in weights.adapter.params.items():
+            if NEURONS not in param.axes or len(param.axes) != 2:
                 continue
-            name, param = template.replace("{i}", str(layer)), general.at(layer)
-            W = weights[name].double()
-            role = (
-                "down"
-                if general.axes[-1] == "neurons.{i}"
-                else "up"
-                if general.gauge.startswith("up")
-                else "gate"
-            )
-            T = (
-                mine[layer][role].T
-                if role == "down"
-                else mine[layer][role] / (weights.gain(param.gain) if param.gain else 1.0)
-            )
-            made[name] = ((1 - share) * W + share * T).to(weights[name].dtype)
-    return weights.edit(made)
+            name = template.replace("{i}", str(layer))
+            W_s = weights[name].double()
+            role = role_of(param)
+            W_t = neurons[layer][role]
+            gain = param.at(layer).gain
+            if role == "down":
+                W_t = W_t.T
+            elif gain:
+                W_t = W_t / weights.gain(gain)
+            edited[name] = ((1 - share) * W_s + share * W_t).to(weights[name].dtype)
+    return weights.edit(edited)
 
 
 def main() -> None:
     """Print the table."""
-    (run, shares), quiet = asked(__doc__, "--share", [0.02, 0.05, 0.1, 0.3]), lambda *_: None
+    run, shares = asked(__doc__, "--share", SHARES)
     samples, pair, start = run.samples(), run.pair, run.pair.student.weights
     out = StepOutput(run.store, run.ledger, "blend", "residuals")
-    activations = Residuals(student_texts=48).capture(pair, start, samples, out, quiet)
-    maps = Procrustes(tie=1).align(activations, Maps(), pair, quiet)
+    activations = Residuals(student_texts=48).capture(pair, start, samples, out, silent)
+    maps = Procrustes(tie=1).align(activations, Maps(), pair, silent)
     depth = start.depth
-    mine: dict[int, dict[str, Tensor]] = {}
-    tried: dict[float, Weights] = {
-        kl_on("validation", start, None, activations, pair, samples).mean: start
-    }
+
+    def kl(split: Split, weights: Weights) -> float:
+        return score_split(split, weights, activations, pair, samples).mean
+
+    base = kl(Split.VALIDATION, start)
     print(
-        f"base: validation {next(iter(tried)):.4f}\n| layers | share | validation |\n|---|---|---|",
-        flush=True,
+        f"base: validation {base:.4f}\n| layers | share | validation |\n|---|---|---|", flush=True
     )
+    neurons: dict[int, LayerNeurons] = {}
+    candidates = {base: start}
     for first, last in ((depth - 1, depth), (depth - 4, depth), (depth // 2, depth), (0, depth)):
-        mine |= {
-            layer: blend_candidates(start, run, maps, layer)
-            for layer in range(first, last)
-            if layer not in mine
-        }
+        for layer in range(first, last):
+            if layer not in neurons:
+                neurons[layer] = matched_neurons(start, pair, maps, layer)
         for share in shares:
-            view = blended(start, mine, range(first, last), share)
-            kl = kl_on("validation", view, None, activations, pair, samples).mean
-            tried[kl] = view
-            print(f"| {first} to {last - 1} | {share:g} | {kl:.4f} |", flush=True)
-    best = kl_on("heldout", tried[min(tried)], None, activations, pair, samples).mean
-    print(
-        f"best on validation: held-out {best:.4f}, base {kl_on('heldout', start, None, activations, pair, samples).mean:.4f}"
-    )
+            view = blended(start, neurons, range(first, last), share)
+            score = kl(Split.VALIDATION, view)
+            candidates[score] = view
+            print(f"| {first} to {last - 1} | {share:g} | {score:.4f} |", flush=True)
+    best = kl(Split.HELDOUT, candidates[min(candidates)])
+    print(f"best on validation: held-out {best:.4f}, base {kl(Split.HELDOUT, start):.4f}")
 
 
 if __name__ == "__main__":

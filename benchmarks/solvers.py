@@ -1,9 +1,10 @@
-"""Our solvers beside SciPy's on the same numbers: the Procrustes solve, and the assignment of neurons.
+"""Our solvers compared with SciPy's on the same numbers: the Procrustes solve, the assignment.
 
     python benchmarks/solvers.py [--sizes 512 896 1536 2048] [--neurons 4864 11008] [--rounds 5]
 
-Prints the ratio of times (`best / best` is what repeats on a shared machine), the relative difference of the objectives, and for the
-assignment the peak of memory above what was there before over the 8 n² bytes of the similarities.
+Prints ratios of times (`best / best` is the one that repeats on a shared machine) and relative
+differences of the objectives. For the assignment of neurons it prints the peak of memory above the
+level before the call, as a multiple of the 8 n² bytes of the similarities.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ import psutil
 import scipy.linalg
 import scipy.optimize
 import torch
-from bench import pairs
+from bench import compare_times
 
 from rotdistill_core.alignment.assignment import assign
 from rotdistill_core.linalg.solvers import polar
 
 
-def peak(action: Callable[[], object]) -> int:
-    """Run a call and return how many bytes of resident memory it needed at once, sampled every 5 ms."""
-    me, done = psutil.Process(), threading.Event()
-    before: int = me.memory_info().rss
-    most = before
+def peak_memory(action: Callable[[], object]) -> int:
+    """Return how many bytes of resident memory a call needed at once, sampled every 5 ms."""
+    process = psutil.Process()
+    before: int = process.memory_info().rss
+    peak = before
+    done = threading.Event()
 
     def watch() -> None:
-        nonlocal most
+        nonlocal peak
         while not done.is_set():
-            most = max(most, me.memory_info().rss)
+            peak = max(peak, process.memory_info().rss)
             time.sleep(0.005)
 
     watcher = threading.Thread(target=watch)
@@ -42,47 +44,51 @@ def peak(action: Callable[[], object]) -> int:
     action()
     done.set()
     watcher.join()
-    return most - before
+    return peak - before
 
 
-def procrustes(size: int, rounds: int) -> dict[str, float]:
-    """Compare with `scipy.linalg.orthogonal_procrustes`, from the same rows, so that both also pay for `XᵀY`."""
-    maker = torch.Generator().manual_seed(size)
-    X = torch.randn(2 * size, size, dtype=torch.float64, generator=maker)
-    Y = X @ torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=maker))[
-        0
-    ] + torch.randn(X.shape, generator=maker)
+def compare_procrustes(size: int, rounds: int) -> dict[str, float]:
+    """Compare with `scipy.linalg.orthogonal_procrustes` from the same rows, `XᵀY` included."""
+    generator = torch.Generator().manual_seed(size)
+    X = torch.randn(2 * size, size, dtype=torch.float64, generator=generator)
+    noise = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    planted = torch.linalg.qr(noise)[0]
+    Y = X @ planted + torch.randn(X.shape, generator=generator)
+
+    def ours() -> torch.Tensor:
+        return polar(X.T @ Y, "bench")[0]
+
+    def scipys() -> torch.Tensor:
+        return torch.from_numpy(scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy())[0])
+
     M = X.T @ Y
-    ours, theirs = polar(M, "bench")[0], scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy())[0]
-    one, other = float((ours * M).sum()), float((torch.from_numpy(theirs) * M).sum())
-    times = pairs(
-        lambda: polar(X.T @ Y, "bench"),
-        lambda: scipy.linalg.orthogonal_procrustes(X.numpy(), Y.numpy()),
-        rounds,
-    )
-    return {**times, "objective, relative difference": abs(one - other) / other}
+    objective = float((ours() * M).sum())
+    reference = float((scipys() * M).sum())
+    difference = abs(objective - reference) / reference
+    return {**compare_times(ours, scipys, rounds), "objective, relative difference": difference}
 
 
-def assignment(n: int, rounds: int) -> dict[str, float]:
-    """Compare with `scipy.optimize.linear_sum_assignment` on the correlations of permuted, noisy activations."""
-    maker = torch.Generator().manual_seed(n)
-    A = torch.nn.functional.normalize(torch.randn(n, 256, generator=maker), dim=1)
-    B = torch.nn.functional.normalize(
-        A[torch.randperm(n, generator=maker)] + 2.0 * torch.randn(n, 256, generator=maker), dim=1
-    )
+def compare_assignment(n: int, rounds: int) -> dict[str, float]:
+    """Compare with `scipy.optimize.linear_sum_assignment` on permuted, noisy activations."""
+    generator = torch.Generator().manual_seed(n)
+    normalize = torch.nn.functional.normalize
+    A = normalize(torch.randn(n, 256, generator=generator), dim=1)
+    permuted = A[torch.randperm(n, generator=generator)]
+    B = normalize(permuted + 2.0 * torch.randn(n, 256, generator=generator), dim=1)
     scores = (A @ B.T).double()
-    bare = scores.numpy()
-    ours, theirs = assign(scores), scipy.optimize.linear_sum_assignment(bare, maximize=True)
-    same = float(np.mean(ours.numpy() == np.argsort(theirs[1])))
-    times = pairs(
-        lambda: assign(scores),
-        lambda: scipy.optimize.linear_sum_assignment(bare, maximize=True),
-        rounds,
-    )
+    array = scores.numpy()
+
+    def ours() -> torch.Tensor:
+        return assign(scores)
+
+    def scipys() -> tuple[np.ndarray, np.ndarray]:
+        return scipy.optimize.linear_sum_assignment(array, maximize=True)
+
+    same = float(np.mean(ours().numpy() == np.argsort(scipys()[1])))
     return {
-        **times,
+        **compare_times(ours, scipys, rounds),
         "same assignment": same,
-        "memory / 8 n²": peak(lambda: assign(scores)) / (8 * n * n),
+        "memory / 8 n²": peak_memory(ours) / (8 * n * n),
     }
 
 
@@ -95,11 +101,12 @@ def main() -> None:
     parser.add_argument("--neurons", type=int, nargs="*", default=[4864, 11008])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    found: dict[str, object] = {
-        f"procrustes {size}": procrustes(size, options.rounds) for size in options.sizes
-    }
-    found |= {f"assignment {n}": assignment(n, options.rounds) for n in options.neurons}
-    print(json.dumps(found, indent=1))
+    figures: dict[str, object] = {}
+    for size in options.sizes:
+        figures[f"procrustes {size}"] = compare_procrustes(size, options.rounds)
+    for n in options.neurons:
+        figures[f"assignment {n}"] = compare_assignment(n, options.rounds)
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ result.to_pandas()
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning.machine import Machine, this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
+from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.recipe.load import load_recipe, resolve_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.layout import RUNS_FOLDER
@@ -95,36 +93,15 @@ def _resolve(
     recipe: str | Path | ResolvedRecipe, overrides: Mapping[str, object]
 ) -> ResolvedRecipe:
     """Return a valid recipe with its overrides applied."""
-    sets = [f"{key}={_as_toml(value, key)}" for key, value in overrides.items()]
     if not isinstance(recipe, ResolvedRecipe):
-        return load_recipe(Path(recipe), sets)
-    if not sets:
+        return load_recipe(recipe, overrides)
+    if not overrides:
         return recipe
-    # Observers are no part of the resolved tables, because they change no result.
-    tables = {**recipe.resolved(), "observers": recipe.recipe.observers}
-    return resolve_recipe(recipe.path, recipe.text, tables, sets)
-
-
-def _as_toml(value: object, key: str) -> str:
-    """Return a Python value as TOML.
-
-    Raises:
-        RecipeError: TOML has no such value.
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Integral):
-        return str(int(value))
-    if isinstance(value, Real):
-        return repr(float(value))
-    if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_as_toml(item, key) for item in value)}]"
-    if isinstance(value, Mapping):
-        pairs = [f"{_as_toml(str(k), key)} = {_as_toml(v, key)}" for k, v in value.items()]
-        return f"{{{', '.join(pairs)}}}"
-    raise RecipeError(
-        f"set {key}: {value!r} is a {type(value).__name__}; "
-        "a recipe holds numbers, texts, booleans, lists and tables."
-    )
+    # The resolved tables leave out what changes no result, such as the observers.
+    left_out = {
+        name: getattr(recipe.recipe, name)
+        for name, field in Recipe.model_fields.items()
+        if field.exclude
+    }
+    tables = {**recipe.resolved(), **left_out}
+    return resolve_recipe(recipe.path, recipe.text, tables, overrides)

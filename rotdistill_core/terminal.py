@@ -1,4 +1,4 @@
-"""Results as objects, what they break, and a table on the terminal."""
+"""The terminal: arguments that verbs share, consoles, the progress of a run, and tables."""
 
 from __future__ import annotations
 
@@ -15,16 +15,36 @@ from rich.console import Console, ConsoleOptions
 from rich.markup import escape
 from rich.table import Table
 
+from rotdistill_core.evaluation.metrics import FAILED, METRICS
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.layout import RUNS_FOLDER as RUNS_FOLDER
 
-RUNS_FOLDER = Path("runs")
+WIDTH_OF_FILES = 160
+"""Columns of a table that is written to a file or a pipe."""
+NARROWEST_TEXT = 16
+"""Columns that a column of text keeps when it wraps."""
+TABLE_METRICS = (
+    "kl",
+    "top1",
+    "perplexity",
+    "guard_kl",
+    "guard_perplexity",
+    "hidden_cosine",
+    "residual_rms_diff",
+    "parameters",
+    "seconds",
+)
+"""The metrics that the terminal shows of every variant; the report shows all."""
 
 
 def complete_set_keys(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the options of the recipe's steps that begin so. An option without its value ends the parsing: the recipe is in `args`."""
+    """Return the step options that begin with `incomplete`, for `--set` on the command line.
+
+    click stops parsing at an option without its value, so the recipe is still in `ctx.args`.
+    """
     keys = [
         f"{recipe_step.id}.{name}="
         for recipe_step in load_recipe(Path(ctx.args[0])).steps
@@ -51,22 +71,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 def stderr_console() -> Console:
-    """Return the console for people (stderr)."""
+    """Return the console for messages (stderr)."""
     return Console(stderr=True, highlight=False)
 
 
 def stdout_console() -> Console:
-    """Return the console for results (stdout): as wide as the terminal, or wide enough for tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    """Return the console for results (stdout), as wide as the terminal or `WIDTH_OF_FILES`."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+
+
+def relative_to_cwd(path: Path) -> str:
+    """Return a path relative to the current folder, or as it is where it lies outside."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 class ProgressDisplay:
-    """Shows what a run does: one live line per step on a terminal, plain lines elsewhere."""
+    """Observer that shows the progress of a run.
+
+    On a terminal one live line for the current step, elsewhere plain lines.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.status = console.status("") if console.is_terminal else None
-        self.step, self.started = "", time.monotonic()
+        self.step = ""
+        self.started = time.monotonic()
         if self.status:
             self.status.start()
 
@@ -75,98 +105,93 @@ class ProgressDisplay:
         self.console.print(escape(text), soft_wrap=True)
 
     def progress(self, done: int, total: int, note: str) -> None:
-        """Show how far a step is."""
+        """Show how far the current step has come."""
+        if not self.status:
+            return
         seconds = time.monotonic() - self.started
-        if self.status:
-            rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
-            self.status.update(f"{escape(self.step)}  {done}/{total}{rate}  {escape(note)}")
+        rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
+        self.status.update(f"{escape(self.step)}  {done}/{total}{rate}  {escape(note)}")
 
     @hookimpl
     def before_step(self, step_id: str, variant: str) -> None:
-        """See `Specs.before_step`."""
-        self.step, self.started = f"{variant}: {step_id}", time.monotonic()
+        """See `HookSpecs.before_step`."""
+        self.step = f"{variant}: {step_id}"
+        self.started = time.monotonic()
 
     @hookimpl
     def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
-        """See `Specs.after_step`."""
-        self.console.print(
-            f"  {escape(variant):<12} {escape(step_id):<16} "
-            + ("[dim]reused[/]" if reused else f"{seconds:6.1f} s")
-        )
+        """See `HookSpecs.after_step`."""
+        duration = "[dim]reused[/]" if reused else f"{seconds:6.1f} s"
+        self.console.print(f"  {escape(variant):<12} {escape(step_id):<16} {duration}")
 
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
-        """See `Specs.variant_saved`."""
-        self.console.print(
-            f"  {escape(variant):<12} saved            {escape(relative_to_cwd(folder))}",
-            soft_wrap=True,
-        )
+        """See `HookSpecs.variant_saved`."""
+        path = escape(relative_to_cwd(folder))
+        self.console.print(f"  {escape(variant):<12} saved            {path}", soft_wrap=True)
 
     def stop(self) -> None:
-        """Take the live line away."""
+        """Remove the live line."""
         if self.status:
             self.status.stop()
 
 
-def relative_to_cwd(path: Path) -> str:
-    return str(path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path)
-
-
-COLUMNS = (
-    ("kl", "held-out KL,\nnats/token", "{:.4f}"), ("top1", "top-1", "{:.3f}"), ("perplexity", "perplexity", "{:.2f}"),
-    ("guard_kl", "guard KL", "{:.4f}"), ("guard_perplexity", "guard\nperplexity", "{:.2f}"),
-    ("hidden_cosine", "hidden\ncosine", "{:.4f}"), ("residual_rms_diff", "residual\nRMS diff", "{:.4f}"),
-    ("parameters", "parameters", "{:,.0f}"), ("seconds", "seconds", "{:.0f}"),
-)  # fmt: skip
-
-
 class WideTable(Table):
-    """A table that is never cut: wider than the terminal, its columns come below each other, each time behind the first.
+    """A table that is never cut.
 
-    Columns with `overflow="fold"` hold text, which may wrap.
+    Where it is wider than the terminal, it becomes several tables below each other, each of which
+    repeats the first column. Columns with `overflow="fold"` hold text, which may wrap.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Yield as many plain tables as the width needs."""
-        most = [
-            max(console.measure(text).maximum for text in (c.header, *c.cells))
-            for c in self.columns
+        full = [
+            max(console.measure(text).maximum for text in (column.header, *column.cells))
+            for column in self.columns
         ]
-        least = [
-            min(size, 16) if c.overflow == "fold" else size
-            for size, c in zip(most, self.columns, strict=True)
+        needed = [
+            min(width, NARROWEST_TEXT) if column.overflow == "fold" else width
+            for width, column in zip(full, self.columns, strict=True)
         ]
-        parts = [[0]]
-        for k in range(1, len(least)):
-            if (
-                len(parts[-1]) > 1
-                and sum(least[j] + 3 for j in [*parts[-1], k]) + 1 > options.max_width
-            ):
-                parts.append([0])
-            parts[-1].append(k)
-        for part in parts:
-            table = Table(title=self.title if part is parts[0] else None)
-            widths = {k: size if size == most[k] else None for k, size in enumerate(least)}
+        for number, group in enumerate(_column_groups(needed, options.max_width)):
+            table = Table(title=self.title if number == 0 else None)
+            # A column of text that had to give up width wraps; rich decides how wide it becomes.
             table.columns = [
-                replace(self.columns[k].copy(), width=widths[k], overflow="fold") for k in part
+                replace(
+                    self.columns[k].copy(),
+                    width=full[k] if needed[k] == full[k] else None,
+                    overflow="fold",
+                )
+                for k in group
             ]
-            for row, *cells in zip(self.rows, *(self.columns[k].cells for k in part), strict=True):
+            cells_of_columns = [self.columns[k].cells for k in group]
+            for row, *cells in zip(self.rows, *cells_of_columns, strict=True):
                 table.add_row(*cells, style=row.style)
             yield table
 
 
+def _column_groups(widths: Sequence[int], available: int) -> list[list[int]]:
+    """Return the column numbers of each table; every group begins with column 0."""
+    groups = [[0]]
+    for k in range(1, len(widths)):
+        # Each column has a border and two blanks; one border closes the table.
+        total = sum(widths[j] + 3 for j in [*groups[-1], k]) + 1
+        if total > available and len(groups[-1]) > 1:
+            groups.append([0])
+        groups[-1].append(k)
+    return groups
+
+
 def results_table(rows: Sequence[MetricRow]) -> WideTable:
     """Return the variant x metric table for the terminal, the lowest KL in bold."""
-    values = overall_figures(rows)
-    best = min(
-        (v["kl"] for v in values.values() if "kl" in v and math.isfinite(v["kl"])), default=None
-    )
-    table = WideTable("variant", *(title for _, title, _ in COLUMNS))
-    for variant, metrics in values.items():
-        cells = [form.format(metrics[name]) if name in metrics else "" for name, _, form in COLUMNS]
-        name = f"{variant} (failed)" if "failed" in metrics else variant
-        table.add_row(name, *cells, style="bold" if metrics.get("kl") == best else None)
+    figures = overall_figures(rows)
+    finite_kl = [row["kl"] for row in figures.values() if math.isfinite(row.get("kl", math.nan))]
+    lowest_kl = min(finite_kl, default=None)
+    table = WideTable("variant", *(METRICS[name].column_header for name in TABLE_METRICS))
+    for variant, row in figures.items():
+        cells = [
+            format(row[name], METRICS[name].format) if name in row else "" for name in TABLE_METRICS
+        ]
+        title = f"{variant} (failed)" if FAILED in row else variant
+        table.add_row(title, *cells, style="bold" if row.get("kl") == lowest_kl else None)
     return table
-
-
-RUNS_FOLDER = Path("runs")

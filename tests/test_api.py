@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy
 import pytest
 
 import rotdistill_core
@@ -110,34 +109,18 @@ def test_a_failed_variant_carries_the_result(work: Path) -> None:
 
 @pytest.mark.parametrize("load", [str, Path, load_recipe])
 def test_overrides_are_python_values(work: Path, load: Callable[[Path], Any]) -> None:
-    values = {"chop.layers": numpy.int64(1), "refit.ridge": (0.5, numpy.float64(2)), "seed": 3}
-    observers: dict[str, object] = {"observers": []}
-    planned = plan(load(work / "recipe.toml"), set=values | observers)
-    expected = load_recipe(
-        work / "recipe.toml", ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3"]
-    )
+    values = {"chop.layers": 1, "refit.ridge": (0.5, 2.0), "seed": 3, "variants.full": []}
+    planned = plan(load(work / "recipe.toml"), set=values)
+    words = ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3", "variants.full=[]"]
+    expected = load_recipe(work / "recipe.toml", words)
     assert planned.folder.name == expected.folder(Path("runs")).name
 
 
-@pytest.mark.parametrize(
-    "value", ['a"b\\c\n\tü\x7f\U0001f600', True, False, -7, 1e-30, 2.5e17, [], ["a", ["b"]]]
-)
-def test_every_value_of_a_recipe_can_be_set(value: object) -> None:
-    import tomllib
-
-    from rotdistill_core.api import _as_toml
-
-    for each in (value, {"a key": {"in": value}}):
-        found = tomllib.loads(f"v = {_as_toml(each, 'v')}")["v"]
-        assert found == each
-        assert type(found) is type(each)
-
-
-def test_a_value_that_no_recipe_holds_is_refused(work: Path) -> None:
-    with pytest.raises(RecipeError, match=r"set chop\.layers: None is a NoneType"):
+def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:
+    with pytest.raises(RecipeError, match=r"layers: .*\(it is None\)"):
         plan("recipe.toml", set={"chop.layers": None})
-    with pytest.raises(RecipeError, match='Did you mean "chop"'):
-        plan("recipe.toml", set={"chup.layers": 1})
+    with pytest.raises(RecipeError, match=r'set chup\.layers: .* Did you mean "chop"'):
+        plan(load_recipe("recipe.toml"), set={"chup.layers": 1})
 
 
 def test_a_resolved_recipe_keeps_its_observers(work: Path) -> None:

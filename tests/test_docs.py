@@ -1,4 +1,4 @@
-"""The guides name what is there: hooks, arguments, options with their defaults, recipes, counts; links lead somewhere, examples run."""
+"""Documents name what is there: hooks, options with their defaults, recipes, counts. Examples run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[1]
-GUIDE, RECIPES, SAMPLES = (ROOT / name / "README.md" for name in ("plugins", "recipes", "samples"))
+RECIPES = ROOT / "recipes" / "README.md"
+SAMPLES = ROOT / "samples" / "README.md"
+PAGES = {path.stem: path for path in (ROOT / "docs" / "plugins").glob("*.md")}
+"""The guide for authors of plugins: tutorial, hooks, adapters, testing."""
 HOOKS = {name: hook for name, hook in vars(HookSpecs).items() if hasattr(hook, "rotdistill_spec")}
 TABLES = (Recipe, ModelRef, StudentRef, SamplesRef, Check)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,41 +87,43 @@ def shipped_steps() -> dict[str, type]:
 
 STEP_CLASSES = shipped_steps()
 KEYS = cells(read(RECIPES).partition("\n## Steps\n")[0])
-DESCRIBE = runpy.run_path(str(ROOT / "recipes" / "describe.py"))
+GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+
+
+def guide() -> str:
+    """Return the text of all pages of the guide."""
+    return "\n".join(read(path) for path in PAGES.values())
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_the_guide_has_every_hook_with_its_signature(name: str) -> None:
-    found = inspect.signature(HOOKS[name])
-    arguments = [p for p in found.parameters.values() if p.name != "self"]
-    listed = ", ".join(f"{p.name}: {p.annotation}" for p in arguments)
-    text = section(GUIDE, name)
-    assert f"`{name}({listed}) -> {found.return_annotation}`" in text
+def test_the_reference_has_every_hook_with_its_signature(name: str) -> None:
+    signature = GENERATE["signature_of"](name, HOOKS[name])
+    assert f"`{signature}`" in section(PAGES["hooks"], name)
 
 
 @pytest.mark.parametrize(
     "argument",
     sorted({p for s in STAGES for p in inspect.signature(HOOKS[s]).parameters} - {"self"}),
 )
-def test_the_guide_explains_every_argument_of_the_stages(argument: str) -> None:
-    assert argument == "variant" or f"| `{argument}` |" in read(GUIDE)
+def test_the_reference_explains_every_argument_of_the_stages(argument: str) -> None:
+    assert f"| `{argument}` |" in read(PAGES["hooks"])
 
 
 @pytest.mark.parametrize("name", STEP_CLASSES)
-def test_the_guide_lists_every_step_under_its_stage(name: str) -> None:
-    assert f"`{name}`" in cells(read(GUIDE))[stage_of(STEP_CLASSES[name])][-1]
+def test_the_reference_lists_every_step_under_its_stage(name: str) -> None:
+    assert f"`{name}`" in cells(read(PAGES["hooks"]))[stage_of(STEP_CLASSES[name])][-1]
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Adapter)])
-def test_the_guide_names_every_field_of_an_adapter(field: str) -> None:
-    assert f"`{field}`" in read(GUIDE)
+def test_the_page_on_adapters_names_every_field(field: str) -> None:
+    assert f"`{field}`" in read(PAGES["adapters"])
 
 
 @pytest.mark.parametrize(
-    "path", [RECIPES, *sorted(ROOT.glob("plugins/*/README.md"))], ids=lambda path: path.parent.name
+    "path", GENERATE["documents"](), ids=lambda path: path.relative_to(ROOT).as_posix()
 )
-def test_steps_and_options_in_a_document_are_those_of_the_program(path: Path) -> None:
-    assert read(path) == DESCRIBE["described"](path), (
+def test_generated_parts_of_a_document_are_those_of_the_program(path: Path) -> None:
+    assert read(path) == GENERATE["described"](path), (
         f"{path.relative_to(ROOT)} is stale: run `make docs`"
     )
 
@@ -155,8 +160,9 @@ class Described:
 
 
 def test_a_step_is_described_by_its_docstrings() -> None:
-    assert DESCRIBE["section"](Described, "here") == (
-        "Fold, [plugin](../plugins/here/README.md). A step that nobody ships.\n\nIt says more in a second paragraph.\n\n"
+    assert GENERATE["section"](Described, "here") == (
+        "Fold, [plugin](../plugins/here/README.md). A step that nobody ships.\n\n"
+        "It says more in a second paragraph.\n\n"
         "| option | type | default | meaning |\n|---|---|---|---|\n"
         "| `some` | list of number > 0, ≤ 1 | required | Shares, of something. |\n"
         '| `other` | `"a"` or `"b"` or integer > 0 | none | One or the other. |\n'
@@ -212,8 +218,7 @@ def documents() -> Iterator[Path]:
         inside[:] = [
             d
             for d in inside
-            if not d.startswith(".")
-            and (d not in ("runs", "shared", "node_modules") or folder.endswith("plugins"))
+            if not d.startswith(".") and d not in ("runs", "shared", "node_modules")
         ]
         yield from (Path(folder, name) for name in files if name.endswith(".md"))
 
@@ -256,9 +261,8 @@ def test_every_command_in_a_document_is_one(
     document: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = shlex.split(line.partition("#")[0].partition(" > ")[0].partition(" | ")[0])[1:]
-    if any(
-        re.fullmatch("[A-Z]+", word) for word in words
-    ):  # a pattern, such as `rotdistill plan RECIPE`
+    # A pattern, such as `rotdistill plan RECIPE`.
+    if any(re.fullmatch("[A-Z]+", word) for word in words):
         assert words[0] in get_command(app).list_commands(None)  # type: ignore[arg-type]
         return
     monkeypatch.chdir(ROOT)
@@ -276,7 +280,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     """Return a function that puts a file of the guide on sys.path and imports it."""
     monkeypatch.syspath_prepend(str(tmp_path))
     named = re.findall(
-        r"`(\w+\.py)`(?:(?!```).)*?\n\n```python\n(.*?)^```$", read(GUIDE), re.MULTILINE | re.DOTALL
+        r"`(\w+\.py)`(?:(?!```).)*?\n\n```python\n(.*?)^```$", guide(), re.MULTILINE | re.DOTALL
     )
     sources = dict(named)
 
@@ -303,7 +307,7 @@ def install(root: Path, distribution: str, group: str, name: str, module: str) -
 def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
     project = next(
         tomllib.loads(body)
-        for kind, body in FENCE.findall(read(GUIDE))
+        for kind, body in FENCE.findall(guide())
         if kind == "toml" and "[project]" in body
     )
     ((name, module),) = project["project"]["entry-points"]["rotdistill"].items()
@@ -322,7 +326,7 @@ def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
 
 def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
     module = "rotdistill_slow_steps"
-    assert f'`slow-steps = "{module}"`' in read(GUIDE)
+    assert f'`slow-steps = "{module}"`' in guide()
     example(f"{module}.py")
     install(tmp_path, "rotdistill-slow-steps", OBSERVERS, "slow-steps", module)
     pm, said = plugin_manager(), list[str]()
@@ -337,7 +341,7 @@ def test_the_example_verb_works(
     tmp_path: Path, example: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "rotdistill_where"
-    assert f'`where = "{module}"`' in read(GUIDE)
+    assert f'`where = "{module}"`' in guide()
     example(f"{module}.py")
     install(tmp_path, "rotdistill-where", COMMANDS, "where", module)
     monkeypatch.chdir(tmp_path)
@@ -349,12 +353,14 @@ def test_the_example_verb_works(
 
 @pytest.mark.parametrize("name", installed_plugins(OBSERVERS))
 def test_every_observer_is_described(name: str) -> None:
-    assert f"[{name}](../plugins/{name}/README.md)" in cells(section(RECIPES, "Observers"))
+    assert name in cells(section(RECIPES, "Observers")) or f"[{name}]" in section(
+        RECIPES, "Observers"
+    )
 
 
 def test_the_example_adapter_works(tmp_path: Path, example: Build) -> None:
     module = "rotdistill_mistral_adapter"
-    assert f'`mistral = "{module}"`' in read(GUIDE)
+    assert f'`mistral = "{module}"`' in guide()
     example(f"{module}.py")
     install(tmp_path, "rotdistill-mistral-adapter", ADAPTERS, "mistral", module)
     [checks] = example("test_mistral_adapter.py").test_the_table_holds.pytestmark

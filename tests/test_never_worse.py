@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rotdistill_lm_head_ridge.step import LmHeadRidge
-from rotdistill_writer_refit._targets import kl_on
+from rotdistill_writer_refit import score_split
 from rotdistill_writer_refit.step import WriterRefit
 
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -71,11 +71,11 @@ def test_no_draw_leaves_the_student_worse(teacher: Model, tmp_path: Path, seed: 
     refit = WriterRefit(
         ridge=(10 ** draw.uniform(-6, 6),),
         writers=draw.choice([("neurons",), ("heads",), ("heads", "neurons")]),
-        strength=draw.choice([0.25, 1.0]),
-        sinks=draw.choice([1.0, 1000.0]),
+        alpha=draw.choice([0.25, 1.0]),
+        sink_weight=draw.choice([1.0, 1000.0]),
     )
     head = LmHeadRidge(ridge=(10 ** draw.uniform(-6, 6),), blend=(draw.choice([0.5, 1.0]),), objective=draw.choice(["ridge", "kl"]),
-                       anchor=10 ** draw.uniform(-3, 3))  # fmt: skip
+                       logit_penalty=10 ** draw.uniform(-3, 3))  # fmt: skip
     refitted = refit.fold(
         start,
         Maps(),
@@ -94,7 +94,7 @@ def test_no_draw_leaves_the_student_worse(teacher: Model, tmp_path: Path, seed: 
         lambda *_: None,
     )
     before, between, after = (
-        kl_on("heldout", view, None, true, pair, samples) for view in (start, refitted, made)
+        score_split("heldout", view, true, pair, samples) for view in (start, refitted, made)
     )
     assert finite(refitted)
     assert finite(made)

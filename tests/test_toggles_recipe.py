@@ -1,13 +1,20 @@
-"""The toggle harness: every variant of recipes/toggles.toml from one recipe, on a pico model; what is off is the identity."""
+"""recipes/toggles.toml on a pico model: one variant per switch; exact ones score as base."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
+
+from rotdistill_core.evaluation.rows import overall_figures
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.testing import SilentObserver, pico_folder, pico_texts
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = [
@@ -17,70 +24,78 @@ VARIANTS = [
     "permutations-rotations-style",
     "style-only",
 ]
+EXACT_VARIANTS = ["permutations", "permutations-rotations"]
 METRICS = {
-    "kl", "top1", "perplexity", "guard_kl", "hidden_cosine", "residual_rms_diff", "channel_rms_gap", "answer_chrf", "answer_length",
-    "factual_completeness", "hallucination_rate",
-}  # fmt: skip
+    "kl",
+    "top1",
+    "perplexity",
+    "guard_kl",
+    "hidden_cosine",
+    "residual_rms_diff",
+    "channel_rms_gap",
+    "answer_chrf",
+    "answer_length",
+    "factual_completeness",
+    "hallucination_rate",
+}
+LAYER_METRICS = {"hidden_cosine", "residual_rms_diff", "channel_rms_gap"}
 
 
-def test_each_variant_is_made_and_judged_and_exact_ones_score_as_base(tmp_path: Path) -> None:
-    texts = pico_texts(tmp_path / "texts", 30, 6)
-    held = (
-        texts["heldout.tsv"]
-        .read_text(encoding="utf-8")
-        .replace("[]\t[]", '[{"what": "a", "any": ["w1"]}]\t[{"what": "b", "any": ["w2"]}]')
-    )
-    texts["heldout.tsv"].write_text(held, encoding="utf-8")
-    pico_folder(tmp_path / "model", num_hidden_layers=4)
-    names = {
-        "index": "index.tsv",
-        "style": "style.md",
-        "heldout": "heldout.tsv",
-        "guard": "guard.tsv",
-    }
-    sets = [f"samples.{key}={texts[name]}" for key, name in names.items()]
-    sets += [f"{who}.model={tmp_path / 'model'}" for who in ("teacher", "student")] + [
-        "chop.layers=3",
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Return the run of the recipe with a pico model for both roles, texts and limits to match."""
+    work = tmp_path_factory.mktemp("toggles")
+    texts = pico_texts(work / "texts", 30, 6)
+    claims = '[{"what": "a", "any": ["w1"]}]\t[{"what": "b", "any": ["w2"]}]'
+    heldout = texts["heldout.tsv"].read_text(encoding="utf-8").replace("[]\t[]", claims)
+    texts["heldout.tsv"].write_text(heldout, encoding="utf-8")
+    pico_folder(work / "model", num_hidden_layers=4)
+    sets = [
+        f"samples.index={texts['index.tsv']}",
+        f"samples.style={texts['style.md']}",
+        f"samples.heldout={texts['heldout.tsv']}",
+        f"samples.guard={texts['guard.tsv']}",
         "samples.answer_tokens=8",
-    ]
-    sets += [
         "samples.own_answers=8",
-        "style.prompts=8",
+        f"teacher.model={work / 'model'}",
+        f"student.model={work / 'model'}",
+        "chop.layers=3",
+        "style.max_prompts=8",
         "check.kl_ratio=9",
         "check.guard=9",
         "check.facts=0",
     ]
-    loaded = load_recipe(ROOT / "recipes" / "toggles.toml", sets)
-    outcome = Executor(loaded, tmp_path / "runs", SilentObserver(), lambda *_: None).go()
-    values = {
-        (row.variant, row.metric): row.value
-        for row in outcome.rows
-        if (row.layer, row.language, row.text) == (None, None, None)
-    }
-    assert list(dict.fromkeys(row.variant for row in outcome.rows)) == VARIANTS
-    assert all((variant, metric) in values for variant in VARIANTS for metric in METRICS)
-    layers = {
-        row.layer
-        for row in outcome.rows
-        if row.metric in ("residual_rms_diff", "channel_rms_gap", "hidden_cosine") and row.layer
-    }
+    recipe = load_recipe(ROOT / "recipes" / "toggles.toml", sets)
+    return Executor(recipe, work / "runs", SilentObserver(), lambda *_: None).go()
+
+
+def test_every_variant_is_scored_by_every_metric(outcome: RunResult) -> None:
+    figures = overall_figures(outcome.rows)
+    assert list(figures) == VARIANTS
+    for variant in VARIANTS:
+        assert figures[variant].keys() >= METRICS
+    layers = {row.layer for row in outcome.rows if row.metric in LAYER_METRICS and row.layer}
     assert layers == {1, 2, 3}
-    for variant in VARIANTS[1:3]:
-        assert abs(values[variant, "kl"] - values["base", "kl"]) < 1e-5
-        assert all(
-            abs(values[variant, m] - values["base", m]) < 1e-4
-            for m in ("top1", "hidden_cosine", "residual_rms_diff", "channel_rms_gap")
-        )
-    told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
-    assert [line.partition(":")[0] for line in told["bought"]] == [
+
+
+@pytest.mark.parametrize("variant", EXACT_VARIANTS)
+def test_exact_variants_score_as_the_baseline(outcome: RunResult, variant: str) -> None:
+    figures = overall_figures(outcome.rows)
+    assert figures[variant]["kl"] == pytest.approx(figures["base"]["kl"], abs=1e-5)
+    for metric in ("top1", *LAYER_METRICS):
+        assert figures[variant][metric] == pytest.approx(figures["base"][metric], abs=1e-4)
+
+
+def test_the_report_compares_each_variant_with_the_largest_that_it_contains(
+    outcome: RunResult,
+) -> None:
+    text = (outcome.folder / RunLayout.REPORT_JSON).read_text(encoding="utf-8")
+    ablations = json.loads(text)["ablations"]
+    assert [line.partition(":")[0] for line in ablations] == [
         "`permutations` = `base` + permute, fold",
         "`permutations-rotations` = `permutations` + basis",
         "`permutations-rotations-style` = `permutations-rotations` + head, style",
         "`style-only` = `base` + head, style",
     ]
-    assert [line.endswith("Exact steps: nothing is to change.") for line in told["bought"]] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    exact = [line.endswith("Exact steps: nothing should change.") for line in ablations]
+    assert exact == [True, True, False, False]

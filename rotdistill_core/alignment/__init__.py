@@ -1,1 +1,1 @@
-"""What aligners share: paired residual streams, and assignment of heads and neurons."""
+"""What aligners share: paired residual streams, and the assignment of heads and neurons."""

@@ -1,1 +1,1 @@
-"""Architectures as tables: which space each axis of each parameter lives in."""
+"""Architectures as tables: the space that each axis of each parameter lives in."""

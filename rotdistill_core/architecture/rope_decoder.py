@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rotdistill_core.architecture.table import Adapter, Config, HeadLayout, Param, Site
+
+LAYER = "model.layers.{i}."
+ATTENTION = f"{LAYER}self_attn."
+MLP = f"{LAYER}mlp."
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
 
 GAUGES = {
     "q": "key.{i}*",
@@ -15,8 +21,19 @@ GAUGES = {
     "up": "up.{i}",
     "down": "up.{i}*",
 }
-"""What is free inside a Llama-shaped layer, exactly: `value` any invertible matrix per key/value head, `key` one complex factor per
-key/value head and rotary pair (j, j + width / 2), `up` one factor per neuron."""
+"""Projection -> the gauge that is free in it, exactly; a `*` marks the consumer.
+
+`value`: any invertible matrix for each key/value head. `key`: one complex factor for each key/value
+head and rotary pair (j, j + width / 2). `up`: one factor for each neuron.
+"""
+
+
+class _Projection(NamedTuple):
+    """A linear layer: its module, the spaces of its weight, and the norm whose gain it absorbs."""
+
+    module: str
+    axes: tuple[str, str]
+    gain: str | None
 
 
 def rope_decoder(
@@ -28,58 +45,53 @@ def rope_decoder(
     output_norms: tuple[str, ...] = (),
     **fields: Any,
 ) -> Adapter:
-    """Return the table of a Llama-shaped decoder: RMSNorm, rotary attention with key/value groups, SwiGLU.
+    """Return the table of a Llama-shaped decoder: RMSNorm, rotary grouped attention, SwiGLU.
 
-    `biases` and `optional_biases` name the projections (`q`, `o`, `down`, ...) that carry a bias, always or by config.
-    `mlp_norm` is the norm in front of the MLP, `head_norms` are norms inside attention whose one gain all heads share,
-    `output_norms` those on what attention and MLP write, in this order. `fields` are further fields of `Adapter`.
+    Args:
+        model_types: values of `model_type` in config.json.
+        biases: projections (`q`, `k`, `v`, `o`, `gate`, `up`, `down`) that always have a bias.
+        optional_biases: projections whose bias the config switches.
+        mlp_norm: the norm before the MLP.
+        head_norms: norms inside attention, of queries and keys; all heads share one gain.
+        output_norms: norms on what attention and the MLP write, in this order.
+        fields: further fields of `Adapter`.
     """
-    layer, attn, mlp = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    before, between = f"{layer}input_layernorm.weight", f"{layer}{mlp_norm}.weight"
-    weights = {
-        "q": (attn + "q_proj", ("q.{i}", "residual"), before), "k": (attn + "k_proj", ("kv.{i}", "residual"), before),
-        "v": (attn + "v_proj", ("kv.{i}", "residual"), before), "o": (attn + "o_proj", ("residual", "q.{i}"), None),
-        "gate": (mlp + "gate_proj", ("neurons.{i}", "residual"), between),
-        "up": (mlp + "up_proj", ("neurons.{i}", "residual"), between),
-        "down": (mlp + "down_proj", ("residual", "neurons.{i}"), None),
-    }  # fmt: skip
+    attention_gain = f"{LAYER}input_layernorm.weight"
+    mlp_gain = f"{LAYER}{mlp_norm}.weight"
+    projections = _projections(attention_gain, mlp_gain)
+    # A norm on queries and keys takes their complex factors out again, so that gauge is gone.
     gauges = {
         key: gauge for key, gauge in GAUGES.items() if not (head_norms and gauge.startswith("key"))
     }
-    params = {"model.embed_tokens.weight": Param(("vocab", "residual"))}
-    params |= {
-        f"{name}.weight": Param(axes, gain, gauge=gauges.get(key, ""))
-        for key, (name, axes, gain) in weights.items()
-    }
-    for key in (*biases, *optional_biases):
-        name, axes, _ = weights[key]
-        params[f"{name}.bias"] = Param(
-            axes[:1], optional=key in optional_biases, gauge=gauges.get(key, "")
+    params = {EMBEDDING: Param(("vocab", "residual"))}
+    for key, projection in projections.items():
+        params[f"{projection.module}.weight"] = Param(
+            projection.axes, projection.gain, gauge=gauges.get(key, "")
         )
-    norms = (
-        before,
-        between,
-        *(f"{layer}{norm}.weight" for norm in output_norms),
-        "model.norm.weight",
-    )
-    params |= {name: Param(("residual",), is_gain=True) for name in norms}
-    params |= {
-        f"{attn}{norm}.weight": Param(("head_dim.{i}",), is_gain=True) for norm in head_norms
+    for key in (*biases, *optional_biases):
+        params[f"{projections[key].module}.bias"] = Param(
+            projections[key].axes[:1], optional=key in optional_biases, gauge=gauges.get(key, "")
+        )
+    outputs = [f"{LAYER}{norm}.weight" for norm in output_norms]
+    for name in (attention_gain, mlp_gain, *outputs, FINAL_NORM):
+        params[name] = Param(("residual",), is_gain=True)
+    for norm in head_norms:
+        params[f"{ATTENTION}{norm}.weight"] = Param(("head_dim.{i}",), is_gain=True)
+    params["lm_head.weight"] = Param(("vocab", "residual"), FINAL_NORM, tied=EMBEDDING)
+    # After a norm the stream is no linear function of neurons and heads: nothing can be refitted.
+    writers = {
+        "neurons": f"{projections['down'].module}.weight",
+        "heads": f"{projections['o'].module}.weight",
     }
-    params["lm_head.weight"] = Param(
-        ("vocab", "residual"), "model.norm.weight", tied="model.embed_tokens.weight"
+    return Adapter(
+        model_types=model_types,
+        params=params,
+        dims=_sizes,
+        sites=_sites(mlp_norm, output_norms),
+        writers={} if output_norms else writers,
+        heads=rope_heads,
+        **fields,
     )
-    sites = {
-        "mid": Site(mlp_norm, "input"), "mlp": Site(output_norms[-1] if output_norms else "mlp.down_proj", "output"),
-        "neurons": Site("mlp.down_proj", "input"), "heads": Site("self_attn.o_proj", "input"),
-    }  # fmt: skip
-    # Behind a norm the stream is no linear function of neurons and heads, so nothing can be refitted to it.
-    writers = (
-        {}
-        if output_norms
-        else {"neurons": mlp + "down_proj.weight", "heads": attn + "o_proj.weight"}
-    )
-    return Adapter(model_types, params, _dims, sites, writers, rope_heads, **fields)
 
 
 def rope_heads(config: Config) -> HeadLayout:
@@ -89,10 +101,36 @@ def rope_heads(config: Config) -> HeadLayout:
     return HeadLayout(query, int(config.get("num_key_value_heads") or query), width)
 
 
-def _dims(config: Config) -> Mapping[str, int]:
+def _projections(attention_gain: str, mlp_gain: str) -> dict[str, _Projection]:
+    return {
+        "q": _Projection(f"{ATTENTION}q_proj", ("q.{i}", "residual"), attention_gain),
+        "k": _Projection(f"{ATTENTION}k_proj", ("kv.{i}", "residual"), attention_gain),
+        "v": _Projection(f"{ATTENTION}v_proj", ("kv.{i}", "residual"), attention_gain),
+        "o": _Projection(f"{ATTENTION}o_proj", ("residual", "q.{i}"), None),
+        "gate": _Projection(f"{MLP}gate_proj", ("neurons.{i}", "residual"), mlp_gain),
+        "up": _Projection(f"{MLP}up_proj", ("neurons.{i}", "residual"), mlp_gain),
+        "down": _Projection(f"{MLP}down_proj", ("residual", "neurons.{i}"), None),
+    }
+
+
+def _sites(mlp_norm: str, output_norms: Sequence[str]) -> dict[str, Site]:
+    """Return where the mid-block stream, the MLP's output, neurons and heads are observed."""
+    return {
+        "mid": Site(mlp_norm, "input"),
+        "mlp": Site(output_norms[-1] if output_norms else "mlp.down_proj", "output"),
+        "neurons": Site("mlp.down_proj", "input"),
+        "heads": Site("self_attn.o_proj", "input"),
+    }
+
+
+def _sizes(config: Config) -> Mapping[str, int]:
+    """Return the size of each space."""
     heads = rope_heads(config)
     return {
-        "residual": int(config["hidden_size"]), "vocab": int(config["vocab_size"]),
-        "neurons.{i}": int(config["intermediate_size"]), "q.{i}": heads.query * heads.width, "kv.{i}": heads.groups * heads.width,
+        "residual": int(config["hidden_size"]),
+        "vocab": int(config["vocab_size"]),
+        "neurons.{i}": int(config["intermediate_size"]),
+        "q.{i}": heads.query * heads.width,
+        "kv.{i}": heads.groups * heads.width,
         "head_dim.{i}": heads.width,
-    }  # fmt: skip
+    }

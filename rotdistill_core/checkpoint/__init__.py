@@ -1,1 +1,1 @@
-"""Checkpoints on disk: headers, lazy tensors, weights with pending edits, and opening the models of a recipe."""
+"""Checkpoints on disk: headers, lazy tensors, weights with pending edits, models and references."""

@@ -1,4 +1,7 @@
-"""What a checkpoint folder holds, read from its headers alone: no weight is touched and torch is not imported."""
+"""The contents of a checkpoint folder, from its headers alone.
+
+No weight is read, and torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
 
+SHARD_INDEX = "model.safetensors.index.json"
+REMOTE_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
+"""Config keys that ask to run code that comes with the model."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -26,75 +33,88 @@ class Header:
 
 
 def read_header(path: Path) -> dict[str, Header]:
-    """Read a safetensors header. safetensors compares it with the file's size, so a torn file is an error here and no SIGBUS later.
+    """Read the header of a safetensors file.
+
+    safetensors compares it with the file's size, so a torn file is an error here and no SIGBUS
+    later.
 
     Raises:
         SetupError: naming the file, when it is not a whole safetensors file of plain dtypes.
     """
+    headers: dict[str, Header] = {}
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {
-                name: (DTYPES.get(s.get_dtype()), s.get_dtype(), tuple(s.get_shape()))
-                for name, s in slices.items()
-            }
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                tensor = file.get_slice(name)
+                headers[name] = _header(path, name, tensor.get_dtype(), tensor.get_shape())
     except OSError as error:
         raise SetupError(f"{path}: cannot be read: {error}.") from error
     except SafetensorError as error:
         raise SetupError(
             f"{path}: not a valid safetensors file: {error}. It may be torn, or extended."
         ) from error
-    for name, (dtype, code, _) in found.items():
-        if dtype is None:
-            raise SetupError(
-                f"{path}: tensor {name} has dtype {code}, which is quantised or unknown."
-            )
-    return {
-        n: Header(path, dtype, shape, math.prod(shape) * WIDTH[code])
-        for n, (dtype, code, shape) in found.items()
-        if dtype
-    }
+    return headers
+
+
+def _header(path: Path, name: str, code: str, shape: list[int]) -> Header:
+    if code not in DTYPES:
+        raise SetupError(f"{path}: tensor {name} has dtype {code}, which is quantised or unknown.")
+    return Header(
+        file=path,
+        dtype=DTYPES[code],
+        shape=tuple(shape),
+        bytes=math.prod(shape) * WIDTH[code],
+    )
 
 
 def shard_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint folder, by its index where it has one.
 
     Raises:
-        SetupError: no safetensors, a missing shard, or an index entry that points out of the folder.
+        SetupError: no safetensors, a missing shard, or an index entry outside the folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / SHARD_INDEX
     if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("the name of a shard must be text")
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise SetupError(f"{index}: not a valid shard index: {error}.") from error
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise SetupError(
-                    f'{index}: names the shard "{name}", which is not a file of this folder.'
-                )
-        return [folder / name for name in names]
+        return [folder / name for name in _indexed_shards(index)]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SetupError(
-            f"{folder}: has no .safetensors weights. Pickled weights are not read; convert them first."
+            f"{folder}: has no .safetensors weights. Pickled weights are not read; convert them "
+            "first."
         )
     return files
 
 
+def _indexed_shards(index: Path) -> list[str]:
+    """Return the names of the shards that an index lists."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("the name of a shard must be text")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise SetupError(f"{index}: not a valid shard index: {error}.") from error
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise SetupError(
+                f'{index}: names the shard "{name}", which is not a file of this folder.'
+            )
+    return names
+
+
 def folder_headers(folder: Path) -> dict[str, Header]:
-    """Return every tensor of a checkpoint folder."""
-    found: dict[str, Header] = {}
+    """Return every tensor of a checkpoint folder.
+
+    Raises:
+        SetupError: see `read_header` and `shard_files`; or a tensor is in two shards.
+    """
+    headers: dict[str, Header] = {}
     for path in shard_files(folder):
         for name, header in read_header(path).items():
-            if name in found:
-                raise SetupError(f"{path}: tensor {name} is also in {found[name].file.name}.")
-            found[name] = header
-    return found
+            if name in headers:
+                raise SetupError(f"{path}: tensor {name} is also in {headers[name].file.name}.")
+            headers[name] = header
+    return headers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -114,13 +134,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SetupError(f"{path}: not valid JSON: {error}.") from error
     if not isinstance(config, dict):
         raise SetupError(f"{path}: must hold one JSON object.")
-    for key in ("auto_map", "_attn_implementation_internal"):
+    for key in REMOTE_CODE_KEYS:
         if key in config:
             raise SetupError(
                 f"{path}: `{key}` asks to run code that comes with the model; that is refused."
             )
     if "quantization_config" in config:
         raise SetupError(
-            f"{path}: the weights are quantised; use the original or a .gguf file, which is dequantised."
+            f"{path}: the weights are quantised; use the original or a .gguf file, which is "
+            "dequantised."
         )
     return config

@@ -1,4 +1,4 @@
-"""Model references: what a recipe names becomes a local folder with a config, an adapter and a hash."""
+"""Opened models: folder, config, adapter and hashes. Weights and tokenizers load on use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rotdistill_core.checkpoint.headers import shard_files
 from rotdistill_core.errors import SetupError
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.layout import RunLayout
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
 
 
-MANIFEST = "COMPLETE"
+MANIFEST = RunLayout.MANIFEST
 FINGERPRINT_BYTES = 1 << 16
-"""Bytes at each place."""
+"""Bytes that a fingerprint takes from each of about five places of a file."""
 TOKENIZER_FILES = (
     "tokenizer",
     "vocab",
@@ -34,13 +35,15 @@ TOKENIZER_FILES = (
     "chat_template",
     "generation_config",
 )
+"""How the names of files begin that belong to the tokenizer and to generation."""
 
 Log = Callable[[str], None]
+"""Shows the user one line."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: nothing of it is in memory yet."""
+    """An opened model. Nothing of it is in memory yet."""
 
     ref: ModelRef
     folder: Path
@@ -49,27 +52,31 @@ class Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, config and tokenizer: what makes two references the same model."""
-        files = sorted({*shard_files(self.folder), *tokenizer_files(self.folder)})
-        lines = [
-            *(f"{path.name} {sha256_of(path)}" for path in files),
-            json.dumps(self.config, sort_keys=True),
-        ]
+        """Hash of weights, config and tokenizer: two references with one hash are one model."""
+        lines = [f"{path.name} {sha256_of(path)}" for path in self._files]
+        lines.append(self._config_text)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config and of a little of each file: tells models apart without reading their weights."""
-        found = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for path in sorted({*shard_files(self.folder), *tokenizer_files(self.folder)}):
+        """Hash of the config and of a little of each file; cheap, and tells models apart."""
+        found = hashlib.sha256(self._config_text.encode())
+        for path in self._files:
+            size = path.stat().st_size
             with path.open("rb") as stream:
-                for place in range(
-                    0, size := path.stat().st_size, max(FINGERPRINT_BYTES, size // 4)
-                ):
-                    stream.seek(place)
+                for position in range(0, size, max(FINGERPRINT_BYTES, size // 4)):
+                    stream.seek(position)
                     found.update(stream.read(FINGERPRINT_BYTES))
             found.update(f"{path.name} {size}".encode())
         return found.hexdigest()
+
+    @property
+    def _files(self) -> list[Path]:
+        return sorted({*shard_files(self.folder), *tokenizer_files(self.folder)})
+
+    @property
+    def _config_text(self) -> str:
+        return json.dumps(self.config, sort_keys=True)
 
     @property
     def depth(self) -> int:
@@ -78,13 +85,13 @@ class Model:
 
     @property
     def width(self) -> int:
-        """Size of the residual stream."""
+        """Channels of the residual stream."""
         return self.adapter.sizes(self.config)["residual"]
 
     @cached_property
     def weights(self) -> Weights:
         """The weights as a lazy view."""
-        from rotdistill_core.checkpoint.weights import open_folder
+        from rotdistill_core.checkpoint.weights import open_folder  # noqa: PLC0415  (loads torch)
 
         return open_folder(self.folder, self.config, self.adapter)
 
@@ -95,18 +102,21 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        import torch
+        """Where the model computes."""
+        import torch  # noqa: PLC0415  (plan opens models without it)
 
         name = self.ref.device
-        return torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        )
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype: float32 on CPU (bfloat16 is slow there, and on some processors not to be trusted)."""
-        import torch
+        """Dtype in which the model computes.
+
+        On a CPU it is float32: bfloat16 is slow there, and wrong on some processors.
+        """
+        import torch  # noqa: PLC0415  (plan opens models without it)
 
         if self.ref.dtype != "auto":
             return getattr(torch, self.ref.dtype)  # type: ignore[no-any-return]
@@ -123,7 +133,7 @@ class Pair:
 
     @property
     def for_alignment(self) -> Pair:
-        """The pair that aligners see: with an anchor, that stands in the teacher's place."""
+        """The pair that aligners see: an anchor takes the teacher's place."""
         return Pair(self.anchor, self.student) if self.anchor else self
 
     @property
@@ -137,7 +147,10 @@ class Pair:
         return self.same or self.student.tokenizer.get_vocab() == self.teacher.tokenizer.get_vocab()
 
     def teacher_depth(self, boundary: int) -> int:
-        """Return the teacher's layer boundary at the same relative depth as a boundary of the original student."""
+        """Return the teacher's layer boundary at the relative depth of one of the student's.
+
+        `boundary` counts in the original student, before any cut.
+        """
         return round(boundary * self.teacher.depth / self.student.depth)
 
 
@@ -147,8 +160,12 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a folder, without network and without remote code."""
-    from transformers import AutoTokenizer
+    """Load the tokenizer of a folder, without network and without remote code.
+
+    Raises:
+        SetupError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds to load)
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

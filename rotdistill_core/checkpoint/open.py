@@ -1,27 +1,40 @@
-"""TODO: rotdistill_core.checkpoint.open."""
+"""Opening the models of a recipe: a reference becomes a local folder, checked against an adapter.
+
+A reference is a folder, or of a kind that an installed source opens: an entry point in the group
+`rotdistill.sources` whose name is the kind. A kind is an ending (`.x`), a scheme (`x:`), or
+`owner/name`, the ids of a model hub.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.checkpoint.models import Log, Model, Pair
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import PluginError, RotdistillError, SetupError
 from rotdistill_core.plugin.registry import SOURCES, adapter_for, installed_plugins, locate_source
 from rotdistill_core.recipe.document import ModelRef
+
+HUB_ID = "owner/name"
+"""Kind of the ids of a model hub."""
 
 
 def open_model(ref: ModelRef, log: Log = lambda _: None) -> Model:
     """Find a model and check it against its adapter, from config and headers alone.
 
     Raises:
-        SetupError: not found, torn, or not covered by an adapter.
+        SetupError: not found, torn, or different from what the adapter's table declares.
+        PluginError: no installed source or adapter is for it.
     """
     folder = locate_model(ref, log)
     config = read_config(folder)
     adapter = adapter_for(str(config.get("model_type", "")))
     config = adapter.completed(config)
-    adapter.check(config, {n: h.shape for n, h in folder_headers(folder).items()}, str(folder))
+    shapes = {name: header.shape for name, header in folder_headers(folder).items()}
+    adapter.check(config, shapes, str(folder))
     return Model(ref, folder, config, adapter)
 
 
@@ -34,42 +47,77 @@ def open_pair(
         SetupError: see `open_model`; or the anchor has another shape than the student.
     """
     pair = Pair(
-        open_model(teacher, log),
-        open_model(student, log),
-        open_model(anchor, log) if anchor else None,
+        teacher=open_model(teacher, log),
+        student=open_model(student, log),
+        anchor=open_model(anchor, log) if anchor else None,
     )
     if pair.anchor:
-        views = (pair.student, pair.anchor)
-        mine, its = (
-            {
-                "layers": m.depth,
-                "heads": tuple(m.adapter.heads(m.config)),
-                **m.adapter.sizes(m.config),
-            }
-            for m in views
-        )
-        if differ := [what for what in {**mine, **its} if mine.get(what) != its.get(what)]:
-            shown = f"{differ[0]}: {its.get(differ[0])}, and {mine.get(differ[0])} in the student"
-            raise SetupError(
-                f"{pair.anchor.ref.model}: an anchor is a checkpoint of the student's shape; this one differs in {shown}."
-            )
+        _require_one_shape(pair.anchor, pair.student)
     return pair
 
 
+def _require_one_shape(anchor: Model, student: Model) -> None:
+    anchor_shape = _shape(anchor)
+    student_shape = _shape(student)
+    for size in {**student_shape, **anchor_shape}:
+        if student_shape.get(size) != anchor_shape.get(size):
+            raise SetupError(
+                f"{anchor.ref.model}: an anchor is a checkpoint of the student's shape; this one "
+                f"differs in {size}: {anchor_shape.get(size)}, and {student_shape.get(size)} in "
+                "the student."
+            )
+
+
+def _shape(model: Model) -> dict[str, Any]:
+    """Return every size of a model, by name."""
+    heads = tuple(model.adapter.heads(model.config))
+    return {"layers": model.depth, "heads": heads, **model.adapter.sizes(model.config)}
+
+
 def locate_model(ref: ModelRef, log: Log = lambda _: None) -> Path:
-    """Return the local folder behind a reference, made or downloaded when it was not there.
+    """Return the local folder that a reference names; a source may make or download it.
 
     Raises:
-        SetupError: there is no such model, or it cannot be had.
-        PluginError: the reference is of a kind that an uninstalled plugin opens.
+        SetupError: there is no such model, or its source cannot get it.
+        PluginError: no installed source opens references of this kind.
     """
     name = ref.model
-    scheme, colon, _ = name.partition(":")
-    kind = f"{scheme}:" if colon and scheme.isidentifier() else Path(name).suffix
-    if kind in (".gguf", "package:") or kind in installed_plugins(SOURCES):
+    sources = installed_plugins(SOURCES)
+    kind = _kind(name)
+    if kind in sources:
         return locate_source(kind, name, log)
-    if (path := Path(name).expanduser()).is_dir():
-        return path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
-    return locate_source("hub:", f"hub:{name}@{ref.revision or ''}", log)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if _is_hub_id(name) and HUB_ID in sources:
+        return locate_source(HUB_ID, f"{name}@{ref.revision}" if ref.revision else name, log)
+    raise _not_found(name, sources)
+
+
+def _kind(name: str) -> str:
+    """Return the scheme of a reference, or else its ending."""
+    scheme, colon, _ = name.partition(":")
+    return f"{scheme}:" if colon and scheme.isidentifier() else Path(name).suffix
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and ":" not in name and not name.startswith((".", "/", "~"))
+
+
+def _not_found(name: str, sources: Sequence[str]) -> RotdistillError:
+    """Return the error for a reference that is no folder and that no installed source opens."""
+    kind = _kind(name)
+    if kind.endswith(":"):
+        wanted = f'references that begin with "{kind}"'
+    elif re.fullmatch(r"\.[A-Za-z]\w*", kind):  # and not the .5 of a model's version
+        wanted = f'references that end with "{kind}"'
+    elif _is_hub_id(name):
+        wanted = "ids of a model hub (owner/name)"
+    else:
+        return SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
+    opened = f"Installed sources open: {', '.join(sources)}." if sources else "None is installed."
+    return PluginError(
+        f"{name}: there is no such folder, and no installed source opens {wanted}. A source is a "
+        f"plugin with an entry point in the group {SOURCES}. {opened} Install one that offers "
+        'this kind (search the package index for "rotdistill"), or name a local folder.'
+    )

@@ -1,1 +1,1 @@
-"""Texts: questions and blurbs as read and split, tokenised conversations, and how their tokens are packed into rows."""
+"""The texts of a run: questions read and split, conversations tokenised, tokens packed."""

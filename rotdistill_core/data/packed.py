@@ -1,4 +1,4 @@
-"""TODO: rotdistill_core.data.packed."""
+"""Tokenised texts and their packing: which row of a `[rows, d]` matrix holds which token."""
 
 from __future__ import annotations
 
@@ -6,37 +6,43 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from rotdistill_core.data.questions import Question
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rotdistill_core.data.splits import Split
 
 
 @dataclass(frozen=True)
 class Text:
-    """One tokenised conversation; `answer` is the index of the first answer token."""
+    """One tokenised conversation."""
 
     id: str
     language: str
-    split: str
+    split: Split
     tokens: tuple[int, ...]
     answer: int
+    """Index of the first answer token."""
     plain: bool = False
-    """It does not begin with the prefix that the others share."""
+    """The text has no chat template around it, and does not begin with the shared prefix."""
 
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """Which row of a `[rows, d]` matrix holds which token. The prefix that all texts but plain ones share comes first, once."""
+    """Texts packed into rows, one row a token.
+
+    Every text but the plain ones begins with the same tokens. This prefix is stored once, in the
+    first rows; the remaining tokens of each text follow, text after text.
+    """
 
     texts: tuple[Text, ...]
     prefix: int
+    """Number of tokens in the shared prefix."""
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each text's own tokens, and the number of rows at the end."""
+        """First row after the prefix of each text; the last entry is the number of rows."""
         starts = [self.prefix]
         for text in self.texts:
             starts.append(starts[-1] + len(text.tokens) - self.prefix_length(text))
@@ -53,76 +59,88 @@ class PackedTexts:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Token id of each row [rows]."""
-        import torch
-
-        own = [t for text in self.texts for t in text.tokens[self.prefix_length(text) :]]
-        return torch.tensor(
-            [*next((t.tokens[: self.prefix] for t in self.texts if not t.plain), ()), *own]
-        )
+        """Token id of each row `[rows]`."""
+        ids: list[int] = []
+        for text in self.texts:
+            if not text.plain:
+                ids += text.tokens[: self.prefix]
+                break
+        for text in self.texts:
+            ids += text.tokens[self.prefix_length(text) :]
+        return torch.tensor(ids)
 
     def split(self, *splits: str) -> Tensor:
-        """Return the mask [rows] of rows in these splits; prefix rows count as `fit`."""
-        import torch
-
+        """Return the mask `[rows]` of the rows in these splits; prefix rows belong to `fit`."""
         mask = torch.zeros(self.rows, dtype=torch.bool)
-        mask[: self.prefix] = "fit" in splits
+        mask[: self.prefix] = Split.FIT in splits
         for k, text in enumerate(self.texts):
             if text.split in splits:
                 mask[self.starts[k] : self.starts[k + 1]] = True
         return mask
 
     def prediction_rows(self, split: str) -> tuple[Tensor, Tensor, list[Text]]:
-        """Return the rows that predict answer tokens, those tokens, and the text of each, one per row."""
-        import torch
+        """Return the rows of a split that predict answer tokens.
 
+        Returns:
+            The rows `[n]`, the token that each should predict `[n]`, and the text of each.
+        """
         rows: list[int] = []
         targets: list[int] = []
         texts: list[Text] = []
         for k, text in enumerate(self.texts):
-            if text.split == split:
-                own = range(text.answer - 1, len(text.tokens) - 1)
-                prefix_length = self.prefix_length(text)
-                rows += [
-                    self.starts[k] + p - prefix_length if p >= prefix_length else p for p in own
-                ]
-                targets += [text.tokens[p + 1] for p in own]
-                texts += [text] * len(own)
+            if text.split != split:
+                continue
+            prefix_length = self.prefix_length(text)
+            # The row before an answer token predicts it.
+            for position in range(text.answer - 1, len(text.tokens) - 1):
+                in_prefix = position < prefix_length
+                rows.append(position if in_prefix else self.starts[k] + position - prefix_length)
+                targets.append(text.tokens[position + 1])
+                texts.append(text)
         return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), texts
 
     def select(self, *splits: str, most: int | None = None) -> PackedTexts:
-        """Return the layout of the texts in these splits (the first `most` of them), with the prefix where any of them has it."""
-        texts = tuple(t for t in self.texts if t.split in splits)[:most]
-        return PackedTexts(texts, 0 if texts and all(t.plain for t in texts) else self.prefix)
+        """Return the packing of the texts in these splits, or of the first `most` of them.
+
+        It keeps the prefix unless all of its texts are plain.
+        """
+        texts = tuple(text for text in self.texts if text.split in splits)[:most]
+        all_plain = bool(texts) and all(text.plain for text in texts)
+        return PackedTexts(texts, 0 if all_plain else self.prefix)
 
     def row_indices_in(self, full: PackedTexts) -> Tensor:
-        """Return, for each row here, its row in the layout that this one was selected from."""
-        import torch
-
-        where = {text.id: k for k, text in enumerate(full.texts)}
+        """Return the row in `full` of each row here `[rows]`; `full` holds all of these texts."""
+        index = {text.id: k for k, text in enumerate(full.texts)}
         parts = [torch.arange(self.prefix)]
-        parts += [
-            torch.arange(full.starts[where[t.id]], full.starts[where[t.id] + 1]) for t in self.texts
-        ]
+        for text in self.texts:
+            k = index[text.id]
+            parts.append(torch.arange(full.starts[k], full.starts[k + 1]))
         return torch.cat(parts)
 
     def batches(self, budget: int = 1536) -> list[list[int]]:
-        """Return text indices in batches of about `budget` padded tokens, texts of like length together, plain ones by themselves."""
+        """Return indices of texts in batches of at most `budget` padded tokens.
+
+        Texts of similar length go together, so that little is padded. Plain texts have batches of
+        their own, as they do not continue the prefix. A text longer than the budget is alone.
+        """
+
+        def plain_last_and_long_first(k: int) -> tuple[bool, int]:
+            return self.texts[k].plain, -len(self.texts[k].tokens)
+
         batches: list[list[int]] = []
-        for k in sorted(
-            range(len(self.texts)), key=lambda k: (self.texts[k].plain, -len(self.texts[k].tokens))
-        ):
-            first = self.texts[batches[-1][0] if batches else k]
-            room = (
-                (len(batches[-1]) + 1) * (len(first.tokens) - self.prefix_length(first)) <= budget
-                if batches
-                else False
-            )
-            if room and first.plain == self.texts[k].plain:
+        for k in sorted(range(len(self.texts)), key=plain_last_and_long_first):
+            if batches and self._fits(k, batches[-1], budget):
                 batches[-1].append(k)
             else:
                 batches.append([k])
         return batches
+
+    def _fits(self, k: int, batch: list[int], budget: int) -> bool:
+        """Return whether text `k` may join a batch; the batch's first text is its longest."""
+        longest = self.texts[batch[0]]
+        padded_length = len(longest.tokens) - self.prefix_length(longest)
+        within_budget = (len(batch) + 1) * padded_length <= budget
+        return within_budget and longest.plain == self.texts[k].plain
 
     def digest(self) -> str:
         """Return the sha256 of ids, splits and tokens."""
@@ -135,16 +153,21 @@ class Samples:
     """All texts of a run, tokenised."""
 
     layout: PackedTexts
-    """As the student reads them."""
+    """As the student's tokenizer reads them."""
     questions: tuple[Question, ...]
     style: str
+    """The system prompt."""
     theirs: PackedTexts | None = None
-    """As the teacher reads them, where it has another tokenizer."""
+    """As the teacher's tokenizer reads them; None if both models share a tokenizer."""
 
     @property
     def teacher(self) -> PackedTexts:
         """The texts as the teacher reads them."""
         return self.theirs or self.layout
+
+    def teacher_answered(self) -> frozenset[str]:
+        """Return the ids of the questions that the teacher answers: those without an answer."""
+        return frozenset(question.id for question in self.questions if question.answer is None)
 
     def digest(self) -> str:
         """Return the sha256 of all tokens."""

@@ -1,16 +1,17 @@
-"""TODO: rotdistill_core.data.questions."""
+"""The tables of a recipe's `[samples]`: read, checked, and split by a hash of their ids."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.store.hashing import digest
@@ -19,30 +20,47 @@ INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
 GUARD_COLUMNS = ("id", "language", "kind", "text")
 HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
 
+OWN_ANSWER = ".own"
+"""Ending of the id of a blurb's question that the teacher answers itself."""
+
+TableRow = Mapping[str, str]
+"""Column -> cell."""
+
 
 class Claim(NamedTuple):
-    """A statement, in English, and phrases in a question's language of which one in an answer is a sign that it makes the statement."""
+    """A statement that an answer may make."""
 
     what: str
+    """The statement, in English."""
     any: tuple[str, ...]
+    """Phrases in the question's language; an answer with one of them makes the statement."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the samples: a question, and its answer where the answer is known; a text of the guard has no question."""
+    """One text of the samples. A text outside the domain has no question."""
 
     id: str
     language: str
-    split: str
+    split: Split
     question: str
     answer: str | None
+    """The answer, or None where the teacher writes it."""
     place: str = ""
     facts: tuple[Claim, ...] = ()
     falsehoods: tuple[Claim, ...] = ()
 
 
 def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], str]:
-    """Read blurbs, held-out questions and system prompt.
+    """Read all texts of a recipe and the system prompt.
+
+    Args:
+        ref: names the files.
+        base: folder of the recipe, to which the names are relative.
+
+    Returns:
+        The texts (blurbs in the order of their file, the teacher's own answers to them, held-out
+        questions, texts outside the domain), and the system prompt.
 
     Raises:
         RecipeError: naming file, line and column of everything that is wrong.
@@ -51,116 +69,208 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
     blurbs = _read_table(base / ref.index, INDEX_COLUMNS, problems)
     heldout = _read_table(base / ref.heldout, HELDOUT_COLUMNS, problems)
     guard = _read_table(base / ref.guard, GUARD_COLUMNS, problems) if ref.guard else []
-    style = ""
-    try:
-        style = (base / ref.style).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        problems.append(
-            f"{base / ref.style}: the system prompt cannot be read: {error.args[-1]}. samples.style names it."
-        )
-    ids, places = {row["id"] for row in blurbs}, {row["place"].casefold() for row in blurbs}
-    for row in heldout:
-        if row["id"] in ids:
-            problems.append(f"{base / ref.heldout}: the id {row['id']} is also in the blurbs.")
-        if row["place"].casefold() in places:
-            problems.append(
-                f"{base / ref.heldout}: {row['id']}: {row['place']} is also in the blurbs."
-            )
-    ids |= {row["id"] for row in heldout}
-    problems += [
-        f"{ref.guard}: the id {row['id']} is also in another file."
-        for row in guard
-        if row["id"] in ids
-    ]
-    claims = {
-        r["id"]: [
-            _claims(r, column, base / ref.heldout, problems) for column in HELDOUT_COLUMNS[-2:]
-        ]
-        for r in heldout
-    }
+    style = _read_system_prompt(base / ref.style, problems)
+    problems += _heldout_overlaps(blurbs, heldout, base / ref.heldout)
+    if ref.guard:
+        problems += _repeated_ids(guard, (*blurbs, *heldout), base / ref.guard)
+    heldout_questions = [_heldout_question(row, base / ref.heldout, problems) for row in heldout]
     if problems:
         raise RecipeError(*problems)
-    fit = sorted(blurbs, key=_shuffle_key)[: ref.limit]
-    said = list(
-        dict.fromkeys((row["question"], row["blurb"]) for row in fit)
-    )  # copies on one side: what was fitted must not judge
-    judges = set(said[: round(len(said) * ref.validation)])
-    part = {
-        row["id"]: "validation" if (row["question"], row["blurb"]) in judges else "fit"
-        for row in fit
-    }
-    questions = [
-        Question(r["id"], r["language"], part[r["id"]], r["question"], r["blurb"], r["place"])
-        for r in blurbs
-        if r["id"] in part
-    ]
-    if ref.own_answers:  # the teacher answers these, each question once
-        asked = {q.question: q for q in sorted(questions, key=lambda q: q.split, reverse=True)}
-        questions += [
-            replace(q, id=f"{q.id}.own", answer=None) for q in questions if asked[q.question] is q
-        ]
-    questions += [
-        Question(r["id"], r["language"], "heldout", r["question"], None, "", *claims[r["id"]])
-        for r in heldout
-    ]
-    for k, r in enumerate(sorted(guard, key=_shuffle_key)):  # half to choose by, half to report
-        questions.append(
-            Question(
-                r["id"],
-                r["language"],
-                "guard-validation" if k % 2 else "guard",
-                "",
-                r["text"].replace("\\n", "\n"),
-            )
-        )
-    if lost := {"fit", "validation", "heldout"} - {q.split for q in questions}:
-        where = base / (ref.heldout if lost == {"heldout"} else ref.index)
-        raise RecipeError(f"{where}: too few different texts: {', '.join(sorted(lost))} has none.")
+
+    blurb_questions = _blurb_questions(blurbs, ref)
+    questions = list(blurb_questions)
+    if ref.own_answers:
+        questions += _with_own_answers(blurb_questions)
+    questions += heldout_questions
+    questions += _guard_texts(guard)
+
+    _require_every_split(questions, index=base / ref.index, heldout=base / ref.heldout)
     return tuple(questions), style
 
 
+def assign_splits(blurbs: Iterable[TableRow], validation: float) -> dict[str, Split]:
+    """Assign blurbs to the splits `fit` and `validation`.
+
+    Copies of a text (the same question with the same answer) go to the same split. Otherwise
+    validation would score a text that was fitted.
+
+    Args:
+        blurbs: rows of the index in shuffled order; the first texts are for validation.
+        validation: share of the distinct texts that is for validation.
+
+    Returns:
+        Blurb id -> split.
+    """
+    copies: dict[tuple[str, str], list[str]] = {}
+    for row in blurbs:
+        copies.setdefault((row["question"], row["blurb"]), []).append(row["id"])
+    validation_count = round(len(copies) * validation)
+    splits: dict[str, Split] = {}
+    for number, ids in enumerate(copies.values()):
+        split = Split.VALIDATION if number < validation_count else Split.FIT
+        for blurb_id in ids:
+            splits[blurb_id] = split
+    return splits
+
+
+def shuffled(rows: Iterable[TableRow]) -> list[TableRow]:
+    """Return rows in the order of the sha256 of their ids.
+
+    The order is the same on every machine. It depends neither on the order of the file nor on the
+    texts, so a corrected text stays in its split.
+    """
+    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+
+
 def facts_digest(questions: Sequence[Question]) -> str:
-    """Return the hash of what answers are scored against: facts and falsehoods, which nothing but an evaluator sees."""
+    """Return the hash of the facts and falsehoods of all questions.
+
+    It is kept apart from that of the texts, because only evaluators see facts.
+    """
     return digest([q.facts + q.falsehoods for q in questions])
 
 
-def _claims(
-    row: Mapping[str, str], column: str, path: Path, problems: list[str]
-) -> tuple[Claim, ...]:
+def _blurb_questions(blurbs: Sequence[TableRow], ref: SamplesRef) -> list[Question]:
+    """Return the blurbs within `samples.limit`, in the order of their file."""
+    splits = assign_splits(shuffled(blurbs)[: ref.limit], ref.validation)
+    questions = []
+    for row in blurbs:
+        if row["id"] in splits:
+            question = Question(
+                id=row["id"],
+                language=row["language"],
+                split=splits[row["id"]],
+                question=row["question"],
+                answer=row["blurb"],
+                place=row["place"],
+            )
+            questions.append(question)
+    return questions
+
+
+def _with_own_answers(questions: Sequence[Question]) -> list[Question]:
+    """Return each distinct question once more, for the teacher to answer.
+
+    Several blurbs may ask the same. A fit question goes before a validation question, so that no
+    question is fitted and validated.
+    """
+    representative: dict[str, Question] = {}
+    for split in (Split.VALIDATION, Split.FIT):
+        for q in questions:
+            if q.split == split:
+                representative[q.question] = q
+    return [
+        replace(q, id=q.id + OWN_ANSWER, answer=None)
+        for q in questions
+        if representative[q.question] is q
+    ]
+
+
+def _heldout_question(row: TableRow, path: Path, problems: list[str]) -> Question:
+    return Question(
+        id=row["id"],
+        language=row["language"],
+        split=Split.HELDOUT,
+        question=row["question"],
+        answer=None,
+        facts=_claims(row, "facts", path, problems),
+        falsehoods=_claims(row, "falsehoods", path, problems),
+    )
+
+
+def _guard_texts(rows: Iterable[TableRow]) -> list[Question]:
+    """Return the texts outside the domain: every second one is scored, the others limit edits."""
+    texts = []
+    for number, row in enumerate(shuffled(rows)):
+        text = Question(
+            id=row["id"],
+            language=row["language"],
+            split=Split.GUARD_VALIDATION if number % 2 else Split.GUARD,
+            question="",
+            answer=row["text"].replace("\\n", "\n"),
+        )
+        texts.append(text)
+    return texts
+
+
+def _require_every_split(questions: Iterable[Question], *, index: Path, heldout: Path) -> None:
+    """Refuse texts of which a split in the domain has none.
+
+    Raises:
+        RecipeError: naming the file and the empty splits.
+    """
+    empty = {Split.FIT, Split.VALIDATION, Split.HELDOUT} - {q.split for q in questions}
+    if empty:
+        path = heldout if empty == {Split.HELDOUT} else index
+        raise RecipeError(f"{path}: too few different texts: {', '.join(sorted(empty))} has none.")
+
+
+def _heldout_overlaps(
+    blurbs: Iterable[TableRow], heldout: Iterable[TableRow], path: Path
+) -> list[str]:
+    """Return a problem for each id and each place of the held-out questions in the blurbs."""
+    ids = {row["id"] for row in blurbs}
+    places = {row["place"].casefold() for row in blurbs}
+    problems = []
+    for row in heldout:
+        if row["id"] in ids:
+            problems.append(f"{path}: the id {row['id']} is also in the blurbs.")
+        if row["place"].casefold() in places:
+            problems.append(f"{path}: {row['id']}: {row['place']} is also in the blurbs.")
+    return problems
+
+
+def _repeated_ids(rows: Iterable[TableRow], others: Iterable[TableRow], path: Path) -> list[str]:
+    """Return a problem for each id that another file has too."""
+    ids = {row["id"] for row in others}
+    return [
+        f"{path}: the id {row['id']} is also in another file." for row in rows if row["id"] in ids
+    ]
+
+
+def _claims(row: TableRow, column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
     try:
         return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
     except ValidationError as error:
         problems.append(
-            f"{path}: {row['id']}: {column}: must be a JSON list of objects with `what` and `any`: {error.errors()[0]['msg']}."
+            f"{path}: {row['id']}: {column}: must be a JSON list of objects "
+            f"with `what` and `any`: {error.errors()[0]['msg']}."
         )
         return ()
 
 
-def _shuffle_key(row: Mapping[str, str]) -> str:
-    return hashlib.sha256(row["id"].encode()).hexdigest()
+def _read_system_prompt(path: Path, problems: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        problems.append(
+            f"{path}: the system prompt cannot be read: {error.args[-1]}. samples.style names it."
+        )
+        return ""
 
 
-def _read_table(path: Path, columns: Sequence[str], problems: list[str]) -> list[dict[str, str]]:
+def _read_table(path: Path, columns: Sequence[str], problems: list[str]) -> list[TableRow]:
+    """Read a table without quoting: tab-separated cells under one header line."""
     try:
         with path.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+            lines = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (OSError, ValueError, csv.Error) as error:
         problems.append(
             f"{path}: cannot be read: {error.args[-1]}. The recipe names it under [samples]."
         )
         return []
-    if not rows or tuple(rows[0]) != tuple(columns):
+    if not lines or tuple(lines[0]) != tuple(columns):
         problems.append(f"{path}: line 1: the columns must be {', '.join(columns)}.")
         return []
-    found: dict[str, dict[str, str]] = {}
-    for number, cells in enumerate(rows[1:], 2):
-        if len(cells) != len(columns) or not all(cell.strip() for cell in cells):
-            filled = sum(bool(cell.strip()) for cell in cells)
+    rows: dict[str, TableRow] = {}
+    for number, cells in enumerate(lines[1:], 2):
+        filled = sum(bool(cell.strip()) for cell in cells)
+        if len(cells) != len(columns) or filled != len(cells):
             problems.append(
                 f"{path}: line {number}: needs {len(columns)} non-empty cells, has {filled}."
             )
-        elif cells[0] in found:
+        elif cells[0] in rows:
             problems.append(f"{path}: line {number}: the id {cells[0]} is already used.")
         else:
-            found[cells[0]] = dict(zip(columns, cells, strict=True))
-    return list(found.values())
+            rows[cells[0]] = dict(zip(columns, cells, strict=True))
+    return list(rows.values())

@@ -17,7 +17,7 @@ class Split(StrEnum):
     GUARD_VALIDATION = "guard-validation"
     """Outside the domain: limits how much of an edit is applied."""
     GUARD = "guard"
-    """Outside the domain: scored."""
+    """Outside the domain: variants are scored on it."""
 
     @property
     def outside_domain(self) -> bool:
@@ -31,5 +31,6 @@ class Side(StrEnum):
     TEACHER = "teacher"
     STUDENT = "student"
     ANCHOR = "anchor"
+    """The reference that aligners align the student to, in place of the teacher."""
     SPANS = "spans"
-    """For each of the student's rows the teacher's rows [start, end) that it is paired with, where tokenizers differ."""
+    """Row pairs of two tokenizers: for each row of the student, the teacher's rows [start, end)."""

@@ -1,8 +1,14 @@
-"""Whether an edit is better on validation texts by more than chance, and how much of it a guard allows."""
+"""Accept, scale down or revert an edit: paired test on validation KL, cap on out-of-domain KL.
+
+An edit is scored on rows that predict answers of validation texts. It is kept when the KL to the
+teacher falls there by more than chance. A guard caps the KL on texts outside the domain: only so
+much of the edit is kept that the KL on them stays within a limit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +17,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
 
 if TYPE_CHECKING:
@@ -20,32 +27,39 @@ if TYPE_CHECKING:
 
 
 BACKOFF = (1.0, 0.5, 0.25, 0.1)
-"""Shares of an edit that a guard may choose from."""
+"""Shares of an edit that are tried until one is within the guard."""
+MAX_SCORED_ROWS = 1024
+"""Rows on which a step scores an edit, unless it needs more."""
 MIN_TEXTS = 4
-"""Texts below which a spread over texts says nothing."""
+"""Fewest texts over which a standard error is estimated."""
+
+Score = Callable[[Weights, Split], "TextScores"]
+"""View of the weights, split -> the KL to the teacher, text by text."""
 
 
 def teacher_final_states(
     teacher: Model, layout: PackedTexts, out: StepOutput, progress: Progress
 ) -> Tensor:
-    """Return the teacher's final states [rows, d_t] on a layout. They are walked once and kept for every run under the same folder."""
-    kept = out.shared(
+    """Return the teacher's states after the last layer, before the final norm, `[rows, d_t]`.
+
+    They are computed once. Every run under the same folder finds them again by models and texts.
+    """
+    shared = out.shared(
         "final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type
     )
-    path = kept.find("shards/final.safetensors")
+    path = shared.find("shards/final.safetensors")
     if path is None:
-        walk = LayerwiseForward(teacher.weights, layout, teacher.device, teacher.dtype)
-        for i in walk:
-            walk.run()
-            progress(
-                i + 1, teacher.depth, f"teacher on {len(layout.texts)} texts, {layout.rows} rows"
-            )
-        path = kept.tensors("shards/final.safetensors", {"rows": walk.states.cpu()})
+        forward = LayerwiseForward(teacher.weights, layout, teacher.device, teacher.dtype)
+        size = f"{len(layout.texts)} texts, {layout.rows} rows"
+        for layer in forward:
+            forward.run()
+            progress(layer + 1, teacher.depth, f"teacher on {size}")
+        path = shared.tensors("shards/final.safetensors", {"rows": forward.states.cpu()})
     return open_tensors(path)["rows"].read()
 
 
 class ScoredRows(NamedTuple):
-    """Rows by which an edit is judged."""
+    """Rows on which an edit is scored."""
 
     rows: Tensor
     """Rows of the layout [n]; each predicts the next token."""
@@ -58,27 +72,30 @@ class ScoredRows(NamedTuple):
 def scored_rows(
     layout: PackedTexts, samples: Samples, split: str, most: int | None = None
 ) -> ScoredRows:
-    """Return at most about `most` rows, evenly spread, that predict answers in the texts of a split.
+    """Return rows that predict answers in the texts of a split: all, or `most` evenly spread.
 
-    Where the teacher answered some of the split's questions itself only those count: it is such answers that the student is scored on.
+    Variants are reported on answers that the teacher wrote. So where the teacher answered some
+    questions of the split, only the rows of those answers are scored.
     """
-    own = {question.id for question in samples.questions if question.answer is None}
+    teacher_answered = samples.teacher_answered()
     rows, targets, texts = layout.prediction_rows(split)
     number = {text.id: k for k, text in enumerate(layout.texts)}
     text = torch.tensor([number[t.id] for t in texts], dtype=torch.long)
-    use = torch.tensor([t.id in own for t in texts], dtype=torch.bool)
-    use = use if bool(use.any()) else ~use
-    some = slice(None, None, max(1, -(-int(use.sum()) // most)) if most else 1)
-    return ScoredRows(rows[use][some], targets[use][some], text[use][some])
+    use = torch.tensor([t.id in teacher_answered for t in texts], dtype=torch.bool)
+    if not bool(use.any()):
+        use = ~use
+    stride = max(1, -(-int(use.sum()) // most)) if most else 1
+    spread = slice(None, None, stride)
+    return ScoredRows(rows[use][spread], targets[use][spread], text[use][spread])
 
 
 class TextScores(NamedTuple):
-    """The KL of an edit, text by text."""
+    """The KL of a view of the weights, text by text."""
 
     total: Tensor
-    """Sum of the KL over each text's judged rows [texts], nats."""
+    """Sum of the KL over each text's scored rows [texts], nats."""
     rows: Tensor
-    """How many rows of each text were judged [texts]."""
+    """Number of scored rows of each text [texts]."""
 
     @property
     def mean(self) -> float:
@@ -87,84 +104,126 @@ class TextScores(NamedTuple):
 
 
 def scores_by_text(kl: Tensor, text: Tensor) -> TextScores:
-    """Return the scores of rows `kl [n]` that belong to the texts numbered `text [n]`; a value that is not finite makes the mean so."""
-    texts, where, rows = torch.unique(text, return_inverse=True, return_counts=True)
-    return TextScores(
-        torch.zeros(len(texts), dtype=torch.float64).index_add(0, where, kl.double()), rows.double()
-    )
+    """Add up the KL of rows `kl [n]` over the texts with numbers `text [n]`.
+
+    A value that is not finite makes the mean not finite.
+    """
+    texts, place, rows = torch.unique(text, return_inverse=True, return_counts=True)
+    total = torch.zeros(len(texts), dtype=torch.float64).index_add(0, place, kl.double())
+    return TextScores(total, rows.double())
 
 
 def significantly_lower(before: TextScores, after: TextScores) -> bool:
-    """Say whether the mean KL falls by more than one standard error of its change, over texts.
+    """Return whether the mean KL falls by more than one standard error of its change, over texts.
 
-    The error is that of a ratio of sums (Cochran, Sampling Techniques, 1977, section 2.11). Fewer than `FEWEST` texts, or a KL that is
-    not finite, are never better.
+    The mean is a ratio of sums, `Σ change / Σ rows`, and so is its error (Cochran, Sampling
+    Techniques, 1977, section 2.11). The answer is no for fewer than `MIN_TEXTS` texts, and for
+    a KL that is not finite.
     """
-    change, rows, n = after.total - before.total, after.rows, len(after.rows)
+    change = after.total - before.total
+    rows = after.rows
+    n = len(rows)
     if n < MIN_TEXTS or not bool(torch.isfinite(change).all()):
         return False
     mean = float(change.sum() / rows.sum())
-    error = float((change - mean * rows).pow(2).sum().mul(n / (n - 1)).sqrt() / rows.sum())
+    # Residuals of the ratio estimate: what a text changes beyond its share of rows.
+    squares = (change - mean * rows).pow(2).sum()
+    error = float(squares.mul(n / (n - 1)).sqrt() / rows.sum())
     return mean + error < 0
 
 
 def interpolate(before: Weights, after: Weights, share: float) -> Weights:
-    """Return the view `before + share (after - before)`, for two views of one shape."""
+    """Return the view `before + share (after - before)` of two views of one shape.
+
+    Tensors are blended in float64 when they are read.
+    """
     if share == 1.0:
         return after
+    start = before if after.tied else before.untie()
     changed = {
         name: entry
         for name, entry in after.entries.items()
         if name not in before.entries or entry is not before.entries[name]
     }
-    start = before if after.tied else before.untie()
 
     def read(name: str, entry: LazyTensor) -> Tensor:
         old = start[name].double()
         return (old + share * (entry.read().double() - old)).to(entry.dtype)
 
-    return after.edit(
-        {n: LazyTensor(e.shape, e.dtype, lambda n=n, e=e: read(n, e)) for n, e in changed.items()}
-    )  # type: ignore[misc]
+    between = {
+        name: LazyTensor(entry.shape, entry.dtype, partial(read, name, entry))
+        for name, entry in changed.items()
+    }
+    return after.edit(between)
+
+
+def largest_allowed_share(
+    shares: Sequence[float], ood_kl: Callable[[float], float], limit: float
+) -> float:
+    """Return the first of `shares` whose out-of-domain KL is at most `limit`, or 0.
+
+    Args:
+        shares: shares of an edit, the largest first.
+        ood_kl: share -> KL on texts outside the domain, nats.
+        limit: largest KL that is allowed, nats.
+    """
+    for share in shares:
+        if ood_kl(share) <= limit:
+            return share
+    return 0.0
 
 
 def accept_if_better(
-    before: Weights,
-    after: Weights,
-    score: Callable[[Weights, str], TextScores],
-    guard: float | None,
-    out: StepOutput,
+    before: Weights, after: Weights, score: Score, guard: float | None, out: StepOutput
 ) -> Weights:
-    """Return as much of an edit as the guard allows, or the weights before it where that is not better; the notes say which and why.
+    """Return as much of an edit as the guard allows, or `before` if validation KL does not fall.
+
+    It falls when the change is beyond chance (`significantly_lower`). The reason for a refusal
+    is written to `out.report.refused`, the KL values to the notes.
 
     Args:
-        before: the weights that the edit started from.
+        before: the weights before the edit.
         after: the whole edit.
-        score: KL of a view on a split, `validation` or `guard-validation`.
-        guard: most that the KL on the guard's validation half may grow to, as a multiple of what it was; None for no guard.
-        out: the step's output; its notes and its report are filled in.
+        score: KL of a view, text by text; called with `VALIDATION` and `GUARD_VALIDATION`.
+        guard: limit on the KL on the guard's validation half, as a multiple of its value before
+            the edit; None for no limit.
+        out: output of the step.
     """
-    start, kept = score(before, "validation"), after
+    start = score(before, Split.VALIDATION)
+    kept = after
     if guard is not None:
-        own = score(before, "guard-validation").mean
-        costs = {1.0: score(after, "guard-validation").mean}
-        for share in BACKOFF:
-            kept = interpolate(before, after, share)
-            costs[share] = costs.get(share) or score(kept, "guard-validation").mean
-            if costs[share] <= guard * own:
-                break
-        else:
-            kept = before
-        out.notes |= {
-            "guard KL before": own,
-            "guard KL by strength": {f"{share:g}": kl for share, kl in costs.items()},
-        }
-    end = score(kept, "validation")
+        kept = _within_guard(before, after, score, guard, out)
+    end = score(kept, Split.VALIDATION)
     out.notes |= {"validation KL before": start.mean, "validation KL after": end.mean}
     if kept is before:
-        out.report.refused = f"at every strength the guard's KL would grow beyond {guard:g} times what it was; the weights are left as they were"
+        out.report.refused = (
+            f"at every strength the KL on the guard's texts would exceed {guard:g} times its value "
+            "before the edit; the weights are left as they were"
+        )
     elif not significantly_lower(start, end):
-        move = f"from {start.mean:.4f} to {end.mean:.4f}"
-        out.report.refused = f"validation KL would go {move}, no gain beyond chance; the weights are left as they were"
+        out.report.refused = (
+            f"validation KL would go from {start.mean:.4f} to {end.mean:.4f}, no gain beyond "
+            "chance; the weights are left as they were"
+        )
         kept = before
     return kept
+
+
+def _within_guard(
+    before: Weights, after: Weights, score: Score, guard: float, out: StepOutput
+) -> Weights:
+    """Return the largest share of an edit that the guard allows: `before` itself if none is."""
+    kl_before = score(before, Split.GUARD_VALIDATION).mean
+    kl_by_share: dict[float, float] = {}
+
+    def ood_kl(share: float) -> float:
+        view = interpolate(before, after, share)
+        kl_by_share[share] = score(view, Split.GUARD_VALIDATION).mean
+        return kl_by_share[share]
+
+    share = largest_allowed_share(BACKOFF, ood_kl, guard * kl_before)
+    out.notes |= {
+        "guard KL before": kl_before,
+        "guard KL by strength": {f"{tried:g}": kl for tried, kl in kl_by_share.items()},
+    }
+    return interpolate(before, after, share) if share else before

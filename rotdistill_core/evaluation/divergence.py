@@ -1,4 +1,7 @@
-"""Comparing a student's predictions with the teacher's, in blocks of rows so that no `[rows, vocabulary]` matrix is ever whole."""
+"""The KL from the teacher's predictions to a student's, row by row.
+
+Rows are compared in blocks: no matrix `[rows, vocabulary]` is ever whole.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +16,45 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.head import log_probs
 
 BLOCK_ROWS = 256
+"""Rows whose logits are held at once."""
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return `KL(teacher ‖ student)` [n] in nats from log-probabilities `[n, V]` of both."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """One value per row [n]."""
+    """One float64 value per row [n]."""
 
     kl: Tensor
     """KL(teacher ‖ student) over the shared tokens, nats."""
     top1: Tensor
-    """1 where both rank the same token first."""
+    """1 where both rank the same token first, else 0."""
     nll: Tensor
     """-log p(student) of the target token, nats."""
 
 
 def shared_vocabulary(pair: Pair) -> int:
-    """Return how many leading head rows mean the same token in both models (rows above the tokenizer are padding).
+    """Return how many leading head rows mean the same token in both models.
+
+    Rows above the tokenizer's ids are padding.
 
     Raises:
         SetupError: the tokenizers give different tokens to the same ids.
     """
-    mine = pair.student.tokenizer.get_vocab()
+    ids = pair.student.tokenizer.get_vocab()
     if not pair.one_tokenizer:
-        theirs = pair.teacher.tokenizer.get_vocab()
-        differ = sum(theirs.get(token) != i for token, i in mine.items())
+        teacher_ids = pair.teacher.tokenizer.get_vocab()
+        differ = sum(teacher_ids.get(token) != i for token, i in ids.items())
         raise SetupError(
-            f"{pair.teacher.ref.model} and {pair.student.ref.model} have different tokenizers: {differ} of {len(mine)} tokens of "
-            f"the student have another id or none in the teacher. Streams can be aligned, but logits not compared."
+            f"{pair.teacher.ref.model} and {pair.student.ref.model} have different tokenizers: "
+            f"{differ} of {len(ids)} tokens of the student have another id or none in the teacher. "
+            "Their streams can be aligned, but their logits cannot be compared."
         )
     return min(
-        int(max(mine.values())) + 1,
+        int(max(ids.values())) + 1,
         pair.teacher.weights.head().shape[0],
         pair.student.weights.head().shape[0],
     )
@@ -58,17 +70,32 @@ def compare_logits(
     tokens: int,
     head: Tensor | None = None,
 ) -> LogitComparison:
-    """Compare raw final states `T [n, d_t]` and `S [n, d_s]`; `head` stands in for the student's own when given."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    teacher_head, student_head = (
-        teacher.head().to(S.dtype),
-        (student.head() if head is None else head).to(S.dtype),
-    )
+    """Compare the predictions of two models on the same rows.
+
+    Args:
+        teacher: weights whose final norm and head read `T`.
+        T: the teacher's states before the final norm `[n, d_t]`.
+        student: weights whose final norm and head read `S`.
+        S: the student's states before the final norm `[n, d_s]`; their dtype is computed in.
+        targets: the token that follows each row [n].
+        tokens: leading head rows that are compared, see `shared_vocabulary`.
+        head: stands in for the student's own head `[V, d_s]`.
+    """
+    teacher_head = teacher.head().to(S.dtype)
+    student_head = (student.head() if head is None else head).to(S.dtype)
+    kl: list[Tensor] = []
+    top1: list[Tensor] = []
+    nll: list[Tensor] = []
     for k in range(0, len(S), BLOCK_ROWS):
-        p = log_probs(teacher, T[k : k + BLOCK_ROWS].to(S), teacher_head, tokens)
-        q = log_probs(student, S[k : k + BLOCK_ROWS], student_head, tokens)
-        nll = -q.gather(-1, targets[k : k + BLOCK_ROWS].to(q.device)[:, None])[:, 0]
-        parts.append(((p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).to(q), nll))
-    return LogitComparison(
-        *(torch.cat(column).double().cpu() for column in zip(*parts, strict=True))
-    )
+        block = slice(k, k + BLOCK_ROWS)
+        p = log_probs(teacher, T[block].to(S), teacher_head, tokens)
+        q = log_probs(student, S[block], student_head, tokens)
+        kl.append(kl_divergence(p, q))
+        top1.append((p.argmax(-1) == q.argmax(-1)).to(q))
+        nll.append(-q.gather(-1, targets[block].to(q.device)[:, None])[:, 0])
+    return LogitComparison(kl=_joined(kl), top1=_joined(top1), nll=_joined(nll))
+
+
+def _joined(blocks: list[Tensor]) -> Tensor:
+    """Return the values of all blocks in float64, on the host."""
+    return torch.cat(blocks).double().cpu()

@@ -1,37 +1,38 @@
-"""How sure a figure is: intervals by resampling texts, of each variant and of its change against another on the same draws.
+"""Confidence intervals of a figure and of its change against another variant.
 
-Tokens of one text depend on each other, so whole texts are drawn. What it covers is the choice of held-out texts, and nothing else:
-not the texts that a step was fitted on, nor its seed.
+Tokens of one text depend on each other, so the bootstrap draws whole texts. The intervals cover
+the choice of held-out texts. They do not cover the texts that a step was fitted on, nor its seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
 
-    from rotdistill_core.evaluation.rows import MetricRow
-
+from rotdistill_core.evaluation.rows import MetricRow
 
 DRAWS = 1000
+"""Bootstrap draws of an interval."""
 LEVEL = 0.95
+"""Confidence level of an interval."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95 % interval; the ends are nan where there is only one text."""
+    """A figure and its 95 % interval; the ends are nan where only one text was measured."""
 
     value: float
     low: float
     high: float
 
     def beyond_noise(self) -> bool:
-        """Return whether 0 lies outside."""
+        """Return whether 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
@@ -43,82 +44,87 @@ class Estimate:
     change: Interval | None
 
 
+class TextFigure(NamedTuple):
+    """The figure of one text."""
+
+    value: float
+    weight: float
+    """Weight of the text in the mean over texts: its number of tokens."""
+
+
+FiguresByText = Mapping[str, TextFigure]
+"""Text id -> the figure of that text."""
+
+
 def bootstrap(values: NDArray[np.float64], counts: NDArray[np.float64], seed: int = 0) -> Interval:
-    """Return the mean of values `[t]`, one per text, weighted by counts `[t]`, and its interval over draws of t texts.
+    """Return the weighted mean of values `[t]`, one per text with weights `[t]`, and its interval.
 
-    The same number of texts and seed give the same draws, so with the differences of two variants as values this is the paired
-    interval of their change: exactly 0 for variants that agree on every text.
+    Each draw resamples t texts with replacement. The same t and seed give the same draws. With the
+    differences of two variants as values the result is therefore the paired interval of their
+    change: exactly 0 for variants that agree on every text.
 
-    Percentiles are widened for few texts: the percentile interval of the mean is short by `sqrt((t - 1) / t)` and by the ratio of
-    Gauss to Student (Hesterberg, "What Teachers Should Know About the Bootstrap", arXiv:1411.5279, "expanded percentile").
+    The percentile interval of a mean is too short for few texts, by `sqrt((t - 1) / t)` and by the
+    ratio of Gauss to Student. Its percentiles are widened accordingly: the "expanded percentile" of
+    Hesterberg, "What Teachers Should Know About the Bootstrap", arXiv:1411.5279.
     """
-    import numpy as np  # here and not above: a recipe is read, and its observers with it, before anything is computed
-    from scipy import special
-
     n = len(values)
     value = float(counts @ values / counts.sum())
     if n < 2:
         return Interval(value, math.nan, math.nan)
-    weights = (
-        np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS) * counts
-    )  # [draws, t]
+    # One row per draw: how often each text was drawn, times its weight. [draws, t]
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+    weights = drawn * counts
     means = weights @ values / weights.sum(1)
+    # Student's quantile with t - 1 degrees of freedom, as the probability of a normal one.
     tail = float(special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, (1 - LEVEL) / 2)))
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(value, float(low), float(high))
 
 
-Texts = dict[str, tuple[float, float]]
-"""Text -> its figure, and its weight in the mean."""
-
-
-def values_by_text(rows: Iterable[MetricRow]) -> dict[str, dict[str, Texts]]:
-    """Return metric -> variant -> texts, for every metric that has rows of single texts."""
-    seen: dict[str, dict[str, Texts]] = {}
+def figures_by_text(rows: Iterable[MetricRow]) -> dict[str, dict[str, dict[str, TextFigure]]]:
+    """Return metric -> variant -> text -> figure, of the rows that are about single texts."""
+    figures: dict[str, dict[str, dict[str, TextFigure]]] = {}
     for row in rows:
         if row.text is not None:
-            seen.setdefault(row.metric, {}).setdefault(row.variant, {})[row.text] = (
-                float(row.value),
-                float(row.n or 1),
-            )
-    return seen
+            texts = figures.setdefault(row.metric, {}).setdefault(row.variant, {})
+            texts[row.text] = TextFigure(float(row.value), float(row.n or 1))
+    return figures
 
 
-def mean_interval(texts: Texts, seed: int = 0) -> Interval:
-    """Return the mean over texts, and its interval."""
-    import numpy as np
-
-    values, counts = np.array(list(texts.values())).T
-    return bootstrap(values, counts, seed)
+def mean_interval(texts: FiguresByText, seed: int = 0) -> Interval:
+    """Return the mean over texts and its interval."""
+    values, weights = np.array(list(texts.values())).T
+    return bootstrap(values, weights, seed)
 
 
-def paired_change(texts: Texts, first: Texts, seed: int = 0) -> Interval | None:
-    """Return the change from `first` on the texts that both have, and its paired interval; None where they share none."""
-    import numpy as np
+def paired_change(texts: FiguresByText, reference: FiguresByText, seed: int = 0) -> Interval | None:
+    """Return the change from `reference` on the texts that both have, with its paired interval.
 
-    shared = [text for text in texts if text in first]
+    None where they share no text.
+    """
+    shared = [text for text in texts if text in reference]
     if not shared:
         return None
-    return bootstrap(
-        np.array([texts[t][0] - first[t][0] for t in shared]),
-        np.array([texts[t][1] for t in shared]),
-        seed,
-    )
+    differences = np.array([texts[text].value - reference[text].value for text in shared])
+    weights = np.array([texts[text].weight for text in shared])
+    return bootstrap(differences, weights, seed)
 
 
 def estimates(
-    rows: Iterable[MetricRow], base: str, seed: int = 0
+    rows: Iterable[MetricRow], baseline: str, seed: int = 0
 ) -> dict[str, dict[str, Estimate]]:
-    """Return metric -> variant -> estimate, for every metric that has rows of single texts.
+    """Return metric -> variant -> estimate, for every metric with rows of single texts.
 
-    Changes are against `base`, or the first variant that has the metric where that has none, on the texts that both have.
+    Changes are against `baseline`, on the texts that both variants have. Where the baseline lacks
+    a metric, the first variant that has it is the reference.
     """
     found: dict[str, dict[str, Estimate]] = {}
-    for metric, variants in values_by_text(rows).items():
-        reference = base if base in variants else next(iter(variants))
+    for metric, variants in figures_by_text(rows).items():
+        reference = baseline if baseline in variants else next(iter(variants))
+        found[metric] = {}
         for variant, texts in variants.items():
-            change = (
-                paired_change(texts, variants[reference], seed) if variant != reference else None
-            )
-            found.setdefault(metric, {})[variant] = Estimate(mean_interval(texts, seed), change)
+            change = None
+            if variant != reference:
+                change = paired_change(texts, variants[reference], seed)
+            found[metric][variant] = Estimate(mean_interval(texts, seed), change)
     return found

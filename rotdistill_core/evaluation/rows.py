@@ -1,47 +1,39 @@
-"""TODO: rotdistill_core.evaluation.rows."""
+"""Metric rows, the lines of results.jsonl, and the saved variant that evaluators score."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rotdistill_core.evaluation.metrics import FAILED
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.linalg.maps import Maps
 
 
-def rows_as_json(rows: Sequence[MetricRow]) -> list[dict[str, object]]:
-    """Return rows as the objects of results.jsonl; a value that is not finite, which JSON does not have, is text: `nan`, `inf`."""
-    return [
-        row._asdict() | {"value": row.value if math.isfinite(row.value) else str(row.value)}
-        for row in rows
-    ]
-
-
-def overall_figures(rows: Sequence[MetricRow]) -> dict[str, dict[str, float]]:
-    """Return variant -> metric -> value for the figures over all layers, languages and texts."""
-    table: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.layer is None and row.language is None and row.text is None:
-            table.setdefault(row.variant, {})[row.metric] = row.value
-    return table
-
-
 class MetricRow(NamedTuple):
-    """One result: the value of a metric for a variant."""
+    """The value of one metric for one variant: over all texts, or over a part of them."""
 
     variant: str
     metric: str
     value: float
     split: str | None = None
     layer: int | None = None
+    """Layer boundary of the figure; None where it is not about one layer."""
     language: str | None = None
     n: int | None = None
+    """Number of tokens or texts in the mean."""
     text: str | None = None
-    """The text that it is about: its share of the figure over all texts, with weight `n`. Its language is given too."""
+    """Id of the one text that the figure is about; it enters the overall mean with weight `n`."""
+
+    @property
+    def is_overall(self) -> bool:
+        """Whether the figure is over all layers, languages and texts."""
+        return self.layer is None and self.language is None and self.text is None
 
 
 @dataclass(frozen=True)
@@ -53,5 +45,41 @@ class Variant:
     """The checkpoint as saved."""
     maps: Maps
     seconds: float
+    """Time that its steps took, evaluation apart."""
     folder: Path
-    """Where the checkpoint lies: a plain Hugging Face folder."""
+    """The checkpoint: a plain Hugging Face folder."""
+
+
+def rows_as_json(rows: Sequence[MetricRow]) -> list[dict[str, object]]:
+    """Return rows as the objects of results.jsonl.
+
+    JSON has no value that is not finite: `nan` and `inf` become text.
+    """
+    return [
+        row._asdict() | {"value": row.value if math.isfinite(row.value) else str(row.value)}
+        for row in rows
+    ]
+
+
+def row_from_json(values: Mapping[str, Any]) -> MetricRow:
+    """Return the row that `rows_as_json` described."""
+    return MetricRow(**{**values, "value": float(values["value"])})
+
+
+def overall_figures(rows: Iterable[MetricRow]) -> dict[str, dict[str, float]]:
+    """Return variant -> metric -> value of the rows over all layers, languages and texts."""
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.is_overall:
+            table.setdefault(row.variant, {})[row.metric] = row.value
+    return table
+
+
+def failure_row(variant: str, broken_checks: Sequence[str]) -> MetricRow:
+    """Return the row that marks a variant which broke checks."""
+    return MetricRow(variant, FAILED, float(len(broken_checks)))
+
+
+def failed_variants(rows: Iterable[MetricRow]) -> list[str]:
+    """Return the variants that a row marks as failed, in the order of the rows."""
+    return list(dict.fromkeys(row.variant for row in rows if row.metric == FAILED))

@@ -23,9 +23,10 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import facts_digest, read_questions
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.evaluation.gates import broken_gates
+from rotdistill_core.evaluation.metrics import FAILED
 from rotdistill_core.evaluation.rows import MetricRow, Variant, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
-from rotdistill_core.execution.call import call_step, check_hook, is_exact, prove_exact
+from rotdistill_core.execution.call import call_step, check_hook, prove_exact
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.keys import KeyedStep, keyed_chain, run_inputs, start_key
 from rotdistill_core.execution.observers import Listener, Observers
@@ -35,7 +36,7 @@ from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
-from rotdistill_core.plugin.step import options_of
+from rotdistill_core.plugin.step import is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
@@ -227,7 +228,7 @@ class Executor:
     def _make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Do the work of a step, and append the line that commits its result."""
         started = time.monotonic()
-        step, origin = keyed.recipe_step.step, keyed.recipe_step.origin
+        step = keyed.recipe_step.step
         out = self.context.output(keyed.key, keyed.recipe_step.id)
         result = work(out)
         record = StepRecord(
@@ -237,7 +238,7 @@ class Executor:
             variant=keyed.variant if keyed.recipe_step.stage == "evaluate" else "",
             use=step.use,
             options=options_of(step),
-            plugin=f"{origin.distribution} {origin.version}",
+            plugin=keyed.recipe_step.origin.release,
             seconds=round(time.monotonic() - started, 3),
             files=tuple(out.used.values()),
             result=result,
@@ -252,7 +253,7 @@ class Executor:
         """Call a step that changes the state of a variant; verify and commit what it returns."""
         run = self.context
         pair, activations = run.pair, state.activations
-        if recipe_step.stage in ("align", "refine") or is_exact(recipe_step):
+        if recipe_step.stage in ("align", "refine") or is_exact(recipe_step.step):
             # With an anchor, aligners and exact folds see the anchor in the teacher's place.
             pair = pair.for_alignment
             activations = activations.for_alignment if activations else None
@@ -271,7 +272,7 @@ class Executor:
                 where = f'step "{recipe_step.id}", {space}'
                 found.verify(run.recipe.check.orthogonality, where)
         reference = store_result(result, out, run.pair.student.dtype)
-        if isinstance(result, Weights) and is_exact(recipe_step):
+        if isinstance(result, Weights) and is_exact(recipe_step.step):
             prove_exact(run, recipe_step, state.weights, result, samples, out)
         return reference
 
@@ -308,9 +309,9 @@ class Executor:
         Raises:
             RunFailed: variants break a check.
         """
-        outcome.failed |= broken_gates(outcome.rows, self.loaded.recipe.check)
+        outcome.failed |= broken_gates(outcome.rows, self.loaded.recipe.check, self.loaded.baseline)
         for variant, faults in outcome.failed.items():
-            outcome.rows.append(MetricRow(variant, "failed", float(len(faults))))
+            outcome.rows.append(MetricRow(variant, FAILED, float(len(faults))))
         out = self.context.output("report")
         rows = rows_as_json(outcome.rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -1,1 +1,1 @@
-"""Running models: the layerwise forward pass, captured activations, generation, certificates."""
+"""Running a model: layer by layer, captured activations, generation, certificates."""

@@ -1,23 +1,41 @@
-"""Exact steps are proved: logits before and after, in float64 and float32, and the way back to the old weights."""
+"""The certificate of an exact step: how little logits change, and that `unfold` takes it back."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.planning.cost import LOGIT_ROWS
 from rotdistill_core.recipe.document import Check
 from rotdistill_core.store.results import Certificate
 
-TEXTS = 2
+CERTIFICATE_TEXTS = 2
+"""Number of validation texts on which logits are compared."""
+
+
+class _Change(NamedTuple):
+    """How predictions differ between two views of one model."""
+
+    logit: float
+    """Largest absolute change of a logit."""
+    kl: float
+    """Mean KL over rows, nats."""
 
 
 def enforce_certificate(certificate: Certificate, check: Check, where: str) -> None:
-    """Raise CheckFailed for the first figure of a certificate beyond its tolerance."""
+    """Hold a certificate to the tolerances of a recipe.
+
+    Raises:
+        CheckFailed: naming the first figure beyond its tolerance; a NaN is beyond every one.
+    """
     for name in ("logits_float64", "logits_float32", "unfold"):
         value, allowed = getattr(certificate, name), getattr(check, name)
         if not value <= allowed:
@@ -32,43 +50,64 @@ def certify(
     back: Weights,
     layout: PackedTexts,
     device: torch.device,
-    seed_texts: int = TEXTS,
+    texts: int = CERTIFICATE_TEXTS,
 ) -> Certificate:
-    """Compare two views of one model on the validation texts, and `back` (after, unfolded) with `before` weight by weight."""
-    some = layout.select("validation", most=seed_texts)
-    wide = _change(before, after, some, device, torch.float64)[0]
-    narrow, kl = _change(before, after, some, device, torch.float32)
-    worst = float("inf")
-    if set(back.entries) == set(
-        before.entries
-    ):  # torch's maximum keeps a NaN, Python's may lose it
-        worst = float(
-            torch.stack(
-                [(before[n].double() - back[n].double()).abs().max() for n in before.entries]
-            ).max()
-        )
-    return Certificate(wide, narrow, kl, worst, len(some.texts))
+    """Measure the certificate of an edit.
+
+    Args:
+        before: the model before the edit.
+        after: the model after it.
+        back: `after`, unfolded; it is compared with `before` weight by weight.
+        layout: packed texts; the first validation texts are used.
+        device: where to compute.
+        texts: how many texts.
+    """
+    prompts = layout.select(Split.VALIDATION, most=texts)
+    double = _compare(before, after, prompts, device, torch.float64)
+    single = _compare(before, after, prompts, device, torch.float32)
+    return Certificate(
+        logits_float64=double.logit,
+        logits_float32=single.logit,
+        kl_float32=single.kl,
+        unfold=_largest_weight_change(before, back),
+        texts=len(prompts.texts),
+    )
+
+
+def _largest_weight_change(before: Weights, back: Weights) -> float:
+    """Return the largest change of a weight in float64; infinity if the tensors' names differ."""
+    if set(back.entries) != set(before.entries):
+        return float("inf")
+    changes = [(before[name].double() - back[name].double()).abs().max() for name in before.entries]
+    # torch's maximum keeps a NaN, Python's may lose it.
+    return float(torch.stack(changes).max())
 
 
 @torch.no_grad()
-def _change(
+def _compare(
     before: Weights, after: Weights, layout: PackedTexts, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float]:
-    A, B = (_final(weights, layout, device, dtype) for weights in (before, after))
-    changes, kl = [], 0.0
-    H, G = before.head().to(device, dtype), after.head().to(device, dtype)
-    for k in range(0, len(A), 256):
-        a, b = head_logits(before, A[k : k + 256], H), head_logits(after, B[k : k + 256], G)
+) -> _Change:
+    """Compare the logits of all rows, in blocks; the KL of a block is taken in float64."""
+    A = _normed_final_states(before, layout, device, dtype)
+    B = _normed_final_states(after, layout, device, dtype)
+    H_before = before.head().to(device, dtype)
+    H_after = after.head().to(device, dtype)
+    changes = []
+    kl = 0.0
+    for k in range(0, len(A), LOGIT_ROWS):
+        a = head_logits(before, A[k : k + LOGIT_ROWS], H_before)
+        b = head_logits(after, B[k : k + LOGIT_ROWS], H_after)
         changes.append((a - b).abs().max())
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
         kl += float((p.exp() * (p - q)).sum())
-    return float(torch.stack(changes).max()), kl / len(A)
+    return _Change(logit=float(torch.stack(changes).max()), kl=kl / len(A))
 
 
-def _final(
+def _normed_final_states(
     weights: Weights, layout: PackedTexts, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    walk = LayerwiseForward(weights, layout, device, dtype)
-    for _ in walk:
-        walk.run()
-    return final_norm(weights, walk.states.to(device))
+    """Return the states `[rows, d]` after the final norm."""
+    forward = LayerwiseForward(weights, layout, device, dtype)
+    for _ in forward:
+        forward.run()
+    return final_norm(weights, forward.states.to(device))

@@ -3,86 +3,132 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.data.tokenization import shared_prefix_length
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.planning.cost import ANSWERS_AT_ONCE
 
 
 @torch.no_grad()
 def greedy_answers(
     folder: Path,
     prompts: Mapping[str, Sequence[int]],
-    most: int,
+    max_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
 ) -> dict[str, list[int]]:
-    """Return the greedy continuation of each prompt, up to `most` tokens, ending with the end-of-turn token where it came.
+    """Return the greedy continuation of each prompt.
 
-    What all prompts begin with (the system prompt) is computed once; shorter prompts are padded behind it.
+    The prefix that all prompts share (the system prompt) is computed once.
+
+    Args:
+        folder: the checkpoint.
+        prompts: token ids by name; at least one prompt.
+        max_tokens: most tokens of an answer.
+        device: where to compute.
+        dtype: the dtype to compute in.
+        progress: called before each batch.
+
+    Returns:
+        The tokens of each answer, up to and with the first end-of-turn token.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, trust_remote_code=False
     )
     model.to(device).eval()
-    ends = (
-        model.generation_config.eos_token_id
-        if model.generation_config.eos_token_id is not None
-        else tokenizer.eos_token_id
-    )
-    stops = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stops = _stop_tokens(model, tokenizer)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings = GenerationConfig(
-        max_new_tokens=most, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
+        max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
     )
     model.generation_config = settings
     shared = shared_prefix_length(list(prompts.values()))
-    first = torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device)
-    start = model(first, use_cache=True).past_key_values if shared else None
+    prefix = torch.tensor([list(next(iter(prompts.values())))[:shared]], device=device)
+    prefix_cache = model(prefix, use_cache=True).past_key_values if shared else None
     answers: dict[str, list[int]] = {}
-    names = sorted(prompts, key=lambda name: len(prompts[name]))
-    # A sliding window counts padding as tokens, so with one only prompts of one length go together.
-    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-    groups = [
-        list(group)
-        for _, group in groupby(names, lambda name: len(prompts[name]) if sliding else 0)
-    ]
-    for some in (group[k : k + 64] for group in groups for k in range(0, len(group), 64)):
+    for names in _batches(prompts, one_length=_has_sliding_window(model)):
         progress(len(answers), len(prompts), "questions are answered")
-        longest = max(len(prompts[name]) for name in some)
-        ids, mask = (
-            torch.full((len(some), longest), pad),
-            torch.zeros(len(some), longest, dtype=torch.long),
-        )
-        for row, name in enumerate(some):
-            own = list(prompts[name])
-            ids[row, :shared], ids[row, longest - len(own) + shared :] = (
-                torch.tensor(own[:shared]),
-                torch.tensor(own[shared:]),
-            )
-            mask[row, :shared], mask[row, longest - len(own) + shared :] = 1, 1
-        past = copy.deepcopy(start)
-        if past is not None:
-            past.batch_repeat_interleave(len(some))
-        made = model.generate(
+        ids, mask = _pad_after_prefix([prompts[name] for name in names], shared, pad)
+        cache = copy.deepcopy(prefix_cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(names))
+        generated = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            past_key_values=past,
+            past_key_values=cache,
             generation_config=settings,
         )
-        for name, tokens in zip(some, made[:, longest:].tolist(), strict=True):
-            answers[name] = tokens[
-                : next((j + 1 for j, token in enumerate(tokens) if token in stops), None)
-            ]
+        continuations = generated[:, ids.shape[1] :].tolist()
+        for name, tokens in zip(names, continuations, strict=True):
+            answers[name] = _until_stop(tokens, stops)
     return answers
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's and the model's."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+
+
+def _has_sliding_window(model: Any) -> bool:
+    """Whether a layer attends through a sliding window."""
+    return "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+
+
+def _batches(prompts: Mapping[str, Sequence[int]], one_length: bool) -> Iterator[list[str]]:
+    """Yield the names of prompts that are answered together, short prompts first.
+
+    A sliding window counts padding as tokens: with one, a batch holds prompts of one length only.
+    """
+
+    def group(name: str) -> int:
+        return len(prompts[name]) if one_length else 0
+
+    names = sorted(prompts, key=lambda name: len(prompts[name]))
+    for _, members in groupby(names, group):
+        same = list(members)
+        for k in range(0, len(same), ANSWERS_AT_ONCE):
+            yield same[k : k + ANSWERS_AT_ONCE]
+
+
+def _pad_after_prefix(
+    prompts: Sequence[Sequence[int]], shared: int, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Return token ids and attention mask [B, S]; padding lies between shared prefix and the rest.
+
+    So the prefix stays in the columns of its cache, and all prompts end in the last column.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens = torch.tensor(list(prompt))
+        rest = longest - len(prompt) + shared
+        ids[row, :shared] = tokens[:shared]
+        ids[row, rest:] = tokens[shared:]
+        mask[row, :shared] = 1
+        mask[row, rest:] = 1
+    return ids, mask
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+    """Return the tokens up to and with the first stop token."""
+    for j, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: j + 1]
+    return tokens

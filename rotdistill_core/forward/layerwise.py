@@ -1,30 +1,52 @@
 """The one way a model is run for capture, refit and evaluation: layers in the outer loop.
 
-Weights are read once, one layer at a time (the next one meanwhile), and all texts go through a layer before the next is
-opened; so memory holds two layers and one `[rows, d]` matrix of states, whatever the model's size. The shared prompt is
-computed once, its keys and values are lent to every text.
+One layer's weights are read at a time, the next one's meanwhile, and all texts go through a layer
+before the next one opens. So memory holds two layers and one `[rows, d]` matrix of states,
+whatever the model's size. The shared prompt is computed once and lends its keys and values to
+every text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import RotdistillError
+from rotdistill_core.planning.cost import BATCH_TOKENS
 
 Progress = Callable[[int, int, str], None]
+"""Called with steps done, steps in all, and a few words on the work."""
 Observer = Callable[[Tensor, Tensor], None]
-"""Called with rows [n] and their values [n, width] for each batch; `output` sees the stream after the layer."""
+"""Called for each batch with row numbers [n] and their values [n, width]."""
+
+
+class _Batch(NamedTuple):
+    """Texts that go through a layer together, padded on the right, where causal rows never look."""
+
+    rows: Tensor
+    """Row number of each token [B, S]."""
+    mask: Tensor
+    """Where a token is real [B, S]."""
+    past: int
+    """Number of tokens before these whose keys and values are in the cache."""
+    uses_cache: bool
+    """Whether it is the shared prefix, or continues it."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps the arguments it was called with (masks and rotary tables differ by layer)."""
+    """Replaces a decoder layer and records its keyword arguments.
+
+    Masks and rotary tables differ from layer to layer, by these attributes.
+    """
 
     def __init__(self, real: nn.Module) -> None:
         super().__init__()
@@ -39,25 +61,32 @@ class _Recorder(nn.Module):
 
 
 class _PrefixCache:
-    """Keys and values of the shared prefix in one layer: kept on the first call, put in front on the others."""
+    """Keys and values of the shared prefix in one layer.
+
+    The first call stores them, all later calls prepend them.
+    """
 
     def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.prefix: tuple[Tensor, Tensor] | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.kept is None:
-            self.kept = keys, values
+        if self.prefix is None:
+            self.prefix = keys, values
             return keys, values
-        k, v = (t.expand(len(keys), -1, -1, -1) for t in self.kept)
+        k, v = (tensor.expand(len(keys), -1, -1, -1) for tensor in self.prefix)
         return torch.cat([k, keys], 2), torch.cat([v, values], 2)
 
 
 class LayerwiseForward:
-    """All rows of a layout, moving through a model layer by layer.
+    """All rows of packed texts on their way through a model, layer by layer.
 
-    `states [rows, d]` is the stream at boundary `boundary` (0: embeddings). Iterate to open one layer after the other; inside,
-    `run()` moves the states on, and `run(keep=False)` only lets observers look.
+    `states [rows, d]` is the stream at boundary `boundary` (0: embeddings). Iterate to open one
+    layer after the other. Inside the loop `run()` moves the states to the next boundary, and
+    `run(..., advance=False)` only lets observers look.
     """
+
+    _current: _Batch
+    """The batch that is in the open layer."""
 
     def __init__(
         self,
@@ -65,86 +94,100 @@ class LayerwiseForward:
         layout: PackedTexts,
         device: torch.device,
         dtype: torch.dtype,
-        budget: int = 1536,
+        budget: int = BATCH_TOKENS,
     ) -> None:
-        self.weights, self.layout, self.device, self.dtype = weights, layout, device, dtype
+        """Embed all texts.
+
+        Args:
+            weights: the model.
+            layout: the texts.
+            device: where layers compute; states stay on the host.
+            dtype: dtype of layers and states.
+            budget: about how many padded tokens a batch may have.
+        """
+        self.weights = weights
+        self.layout = layout
+        self.device = device
+        self.dtype = dtype
         self.boundary = 0
-        self.layer, self._files = nn.Module(), weights.files
-        self._batches = [
-            (*self._batch(texts), layout.prefix_length(layout.texts[texts[0]]))
-            for texts in layout.batches(budget)
-        ]
-        if layout.prefix:
-            self._batches.insert(
-                0,
-                (
-                    torch.arange(layout.prefix)[None],
-                    torch.ones(1, layout.prefix, dtype=torch.bool),
-                    0,
-                ),
-            )
+        self.layer = nn.Module()
+        self._files = weights.files
+        self._batches = self._make_batches(budget)
         self._model = meta_model(weights, dtype)
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
-        self._calls = self._record()
+        self._calls = self._record_calls()
         self.states = self._embed()
 
-    def _batch(self, texts: list[int]) -> tuple[Tensor, Tensor]:
-        """Return row numbers [B, S] and the mask of real ones; texts are padded on the right, where causal rows never look."""
+    def _make_batches(self, budget: int) -> list[_Batch]:
+        batches = [self._pad(texts) for texts in self.layout.batches(budget)]
+        if not self.layout.prefix:
+            return batches
+        prefix = _Batch(
+            rows=torch.arange(self.layout.prefix)[None],
+            mask=torch.ones(1, self.layout.prefix, dtype=torch.bool),
+            past=0,
+            uses_cache=True,
+        )
+        return [prefix, *batches]
+
+    def _pad(self, texts: list[int]) -> _Batch:
+        """Return the batch of the texts with these indices."""
         starts = self.layout.starts
         longest = max(starts[k + 1] - starts[k] for k in texts)
         rows = torch.zeros(len(texts), longest, dtype=torch.long)
         mask = torch.zeros(len(texts), longest, dtype=torch.bool)
         for b, k in enumerate(texts):
             n = starts[k + 1] - starts[k]
-            rows[b, :n], mask[b, :n] = torch.arange(starts[k], starts[k + 1]), True
-        return rows, mask
+            rows[b, :n] = torch.arange(starts[k], starts[k + 1])
+            mask[b, :n] = True
+        # Texts with and without the shared prefix are never in one batch.
+        past = self.layout.prefix_length(self.layout.texts[texts[0]])
+        return _Batch(rows, mask, past, uses_cache=past > 0)
 
     def _embed(self) -> Tensor:
         name = self.weights.adapter.embedding
         states = self.weights[name][self.layout.tokens].to(self.dtype)
         # The model's own scaling of embeddings (Gemma's sqrt(d)) is part of its embedding module.
-        scale = getattr(
-            self._model.get_submodule(name.removesuffix(".weight")), "embed_scale", torch.ones(())
-        )
+        module = self._model.get_submodule(name.removesuffix(".weight"))
+        scale = getattr(module, "embed_scale", torch.ones(()))
         return states * scale.to(states)
 
-    def _record(self) -> list[list[dict[str, Any]]]:
-        """Run the body once with every layer replaced by a recorder; return the call arguments [batch][layer]."""
-        from transformers import DynamicCache
-
+    def _record_calls(self) -> list[list[dict[str, Any]]]:
+        """Run the body once without its layers; return each layer's arguments [batch][layer]."""
+        adapter = self.weights.adapter
         recorders = [_Recorder(layer) for layer in self._layers]
-        self._model.set_submodule(self.weights.adapter.layers, nn.ModuleList(recorders))
-        self._model.set_submodule(self.weights.adapter.norm.removesuffix(".weight"), nn.Identity())
-        body = self._model.get_submodule(self.weights.adapter.body)
+        self._model.set_submodule(adapter.layers, nn.ModuleList(recorders))
+        self._model.set_submodule(adapter.norm.removesuffix(".weight"), nn.Identity())
+        body = self._model.get_submodule(adapter.body)
         calls = []
-        for rows, _, past in self._batches:
-            cache = None
-            if past:
-                cache = DynamicCache()
-                for i in range(len(recorders)):
-                    cache.update(torch.zeros(1, 1, past, 1), torch.zeros(1, 1, past, 1), i)
+        for batch in self._batches:
+            length = batch.rows.shape[1]
             states = torch.zeros(
-                *rows.shape, self.weights.width, dtype=self.dtype, device=self.device
+                *batch.rows.shape, self.weights.width, dtype=self.dtype, device=self.device
             )
-            positions = torch.arange(past, past + rows.shape[1], device=self.device)[None]
+            positions = torch.arange(batch.past, batch.past + length, device=self.device)[None]
             with torch.no_grad():
                 body(
                     inputs_embeds=states,
                     position_ids=positions,
-                    past_key_values=cache,
+                    past_key_values=_empty_cache(len(recorders), batch.past),
                     use_cache=False,
                 )
             calls.append([recorder.kwargs for recorder in recorders])
         return calls
 
     def __iter__(self) -> Iterator[int]:
-        """Open layer after layer from `boundary` on, reading the next one's weights meanwhile."""
+        """Open layer after layer from `boundary` on, and read the next layer's weights meanwhile.
+
+        Raises:
+            RotdistillError: a layer was opened and the states were not moved on.
+        """
         with ThreadPoolExecutor(1) as reader:
-            ahead: Future[dict[str, Tensor]] = reader.submit(self._read, self.boundary)
+            next_tensors: Future[dict[str, Tensor]] = reader.submit(self._read, self.boundary)
             for i in range(self.boundary, len(self._layers)):
-                tensors = ahead.result()
+                tensors = next_tensors.result()
                 if i + 1 < len(self._layers):
-                    ahead = reader.submit(self._read, i + 1)
+                    next_tensors = reader.submit(self._read, i + 1)
                 self.layer = self._layers[i]
                 self.layer.load_state_dict(tensors, strict=True, assign=True)
                 del tensors
@@ -156,83 +199,106 @@ class LayerwiseForward:
     def _read(self, i: int) -> dict[str, Tensor]:
         prefix = f"{self.weights.adapter.layers}.{i}."
         return {
-            n.removeprefix(prefix): e.read().to(self.device, self.dtype)
-            for n, e in self._files.items()
-            if n.startswith(prefix)
+            name.removeprefix(prefix): entry.read().to(self.device, self.dtype)
+            for name, entry in self._files.items()
+            if name.startswith(prefix)
         }
 
     def replace(self, name: str, tensor: Tensor) -> None:
-        """Put a new value of one parameter of the open layer in place."""
+        """Give one parameter of the open layer a new value; `name` is that of the checkpoint."""
         inside = name.removeprefix(f"{self.weights.adapter.layers}.{self.boundary}.")
         self.layer.get_parameter(inside).data = tensor.to(self.device, self.dtype)
 
     @torch.no_grad()
-    def run(self, observe: Mapping[str, Observer] | None = None, keep: bool = True) -> None:
+    def run(self, observe: Mapping[str, Observer] | None = None, advance: bool = True) -> None:
         """Send all rows through the open layer.
 
         Args:
-            observe: site -> observer; `output` is the stream behind the layer, other sites are the adapter's.
-            keep: move the states on; False leaves them where they are, for a second visit.
+            observe: site -> observer. `output` is the stream after the layer, all other sites are
+                the adapter's.
+            advance: move the states to the next boundary; False leaves them, for a second visit.
         """
         observers = dict(observe or {})
-        output = observers.pop("output", None)
+        observe_output = observers.pop("output", None)
         cache = _PrefixCache() if self.layout.prefix else None
-        current: list[Tensor] = []
-        hooks = [self._hook(site, see, current) for site, see in observers.items()]
+        hooks = [self._hook(site, observer) for site, observer in observers.items()]
         try:
-            for (rows, mask, past), calls in zip(self._batches, self._calls, strict=True):
-                current[:] = [rows[mask], mask]
+            for batch, calls in zip(self._batches, self._calls, strict=True):
+                self._current = batch
                 kwargs = {
                     **calls[self.boundary],
-                    "past_key_values": cache if past or not int(rows[0, 0]) else None,
+                    "past_key_values": cache if batch.uses_cache else None,
                 }
-                made = self.layer(self.states[rows].to(self.device), **kwargs)
-                made = (made[0] if isinstance(made, tuple) else made)[mask.to(self.device)]
-                if output is not None:
-                    output(rows[mask], made)
-                if keep:
-                    self.states[rows[mask]] = made.to(self.states)
+                output = self.layer(self.states[batch.rows].to(self.device), **kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                output = output[batch.mask.to(self.device)]
+                rows = batch.rows[batch.mask]
+                if observe_output is not None:
+                    observe_output(rows, output)
+                if advance:
+                    self.states[rows] = output.to(self.states)
         finally:
             for hook in hooks:
                 hook.remove()
-        self.boundary += int(keep)
+        if advance:
+            self.boundary += 1
 
-    def _hook(self, site: str, see: Observer, current: list[Tensor]) -> Any:
-        where = self.weights.adapter.sites[site]
-        module = self.layer.get_submodule(where.module)
-        if where.side == "input":
-            return module.register_forward_pre_hook(
-                lambda _, args: see(current[0], args[0][current[1].to(args[0].device)])
-            )
-        return module.register_forward_hook(
-            lambda _, __, made: see(current[0], made[current[1].to(made.device)])
-        )
+    def _hook(self, site: str, observer: Observer) -> RemovableHandle:
+        """Let an observer see the real rows of each batch at a site of the open layer."""
+
+        def see(values: Tensor) -> None:
+            batch = self._current
+            observer(batch.rows[batch.mask], values[batch.mask.to(values.device)])
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            see(args[0])
+
+        def after(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            see(output)
+
+        place = self.weights.adapter.sites[site]
+        module = self.layer.get_submodule(place.module)
+        if place.side == "input":
+            return module.register_forward_pre_hook(before)
+        return module.register_forward_hook(after)
 
 
-class _Norm(nn.Module):
-    """RMS norm in the dtype of its input: the models' own drop to float32, which hides what is exact in float64."""
+def _empty_cache(layers: int, past: int) -> DynamicCache | None:
+    """Return a cache that claims `past` tokens in each layer, for masks of the right width."""
+    if not past:
+        return None
+    cache = DynamicCache()
+    for i in range(layers):
+        cache.update(torch.zeros(1, 1, past, 1), torch.zeros(1, 1, past, 1), i)
+    return cache
+
+
+class _RMSNorm(nn.Module):
+    """RMS norm in the dtype of its input.
+
+    The models' own norms drop to float32, which hides what is exact in float64.
+    """
 
     def __init__(self, size: int, eps: float, offset: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, device="meta"))
-        self.eps, self.offset = eps, offset
+        self.eps = eps
+        self.offset = offset
 
     def forward(self, states: Tensor) -> Tensor:
-        return (
-            states
-            * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
-            * (self.offset + self.weight)
-        )
+        inverse_rms = torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+        return states * inverse_rms * (self.offset + self.weight)
 
 
 def meta_model(weights: Weights, dtype: torch.dtype) -> nn.Module:
-    """Build the model with parameters on the meta device and its buffers (rotary tables) real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Build the model with its parameters on the meta device; its buffers (rotary tables) are real.
 
-    config = AutoConfig.for_model(
-        **{k: v for k, v in weights.config.items() if k not in ("dtype", "torch_dtype")}
-    )
+    In float64 its norms are `_RMSNorm`.
+    """
+    settings = {
+        key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")
+    }
+    config = AutoConfig.for_model(**settings)
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False
@@ -241,6 +307,6 @@ def meta_model(weights: Weights, dtype: torch.dtype) -> nn.Module:
         eps = float(weights.config[weights.adapter.eps_key])
         for name, param in weights.adapter.expand(weights.config).items():
             if param.is_gain and name in weights.entries:
-                norm = _Norm(weights.entries[name].shape[0], eps, weights.adapter.gain_offset)
+                norm = _RMSNorm(weights.entries[name].shape[0], eps, weights.adapter.gain_offset)
                 model.set_submodule(name.removesuffix(".weight"), norm)
     return model.eval()

@@ -1,39 +1,67 @@
-"""TODO: rotdistill_core.forward.row_weights."""
+"""How much each row counts in a regression on the residual stream.
+
+Every row that a refit leaves out still goes through the edited layer, so attention sinks and the
+shared prompt stay in the fit. They are few and every token attends to them: they count more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.forward.activations import massive_activation_mask
 
-if TYPE_CHECKING:
-    from rotdistill_core.data.packed import PackedTexts
-
 SINK_RMS = 10.0
-"""Longest target of a sink row, in medians of the rows' RMS. Readers see its direction only; at full length (over 100 medians) the
-regression, which must make it out of activations like any other's, would leak it into every row."""
+"""Largest RMS of a target, in medians of all rows.
+
+Readers see a row's direction only. A sink at full length (over 100 medians) would leak into every
+row, because the regression makes it out of the same activations as all other rows.
+"""
 
 
-def clip_sinks(goal: Tensor) -> Tensor:
-    """Return targets `[rows, d]` with sinks cut to `SINK_RMS` medians."""
-    rms = goal.double().pow(2).mean(-1).sqrt()
-    return goal * (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0).to(goal)[:, None]
+def clip_sinks(targets: Tensor) -> Tensor:
+    """Return targets `[rows, d]`, with longer ones shortened to `SINK_RMS` medians."""
+    rms = targets.double().pow(2).mean(-1).sqrt()
+    factor = (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0)
+    return targets * factor.to(targets)[:, None]
 
 
 def row_weights(
-    goal: Tensor, layout: PackedTexts, prompt: float, sinks: float, answers: float, own: Set[str]
+    states: Tensor,
+    layout: PackedTexts,
+    *,
+    prompt: float,
+    sink: float,
+    teacher_answer: float = 1.0,
+    teacher_answered: Set[str] = frozenset(),
 ) -> Tensor:
-    """Return how often each row counts [rows]: those of the shared prompt, of sinks, and of the answers in the texts `own` more."""
-    factor = torch.ones(len(goal), dtype=torch.float64)
-    factor[: layout.prefix] = prompt
+    """Return the weight of each row [rows]; a row of none of the kinds below has weight 1.
+
+    Args:
+        states: the stream `[rows, d]`, from which sinks are recognised.
+        layout: the texts of the rows.
+        prompt: weight of a row of the shared prompt.
+        sink: weight of position 0 and of massive activations, above all other kinds.
+        teacher_answer: weight of a row that predicts an answer written by the teacher.
+        teacher_answered: ids of the texts with such an answer.
+    """
+    weights = torch.ones(len(states), dtype=torch.float64)
+    weights[: layout.prefix] = prompt
     for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
-        if text.id in own:
-            factor[max(start, start + text.answer - 1 - layout.prefix) : end] = answers
-    factor[massive_activation_mask(goal).index_fill(0, torch.zeros(1, dtype=torch.long), True)] = (
-        sinks
-    )
-    return factor
+        if text.id in teacher_answered:
+            first = max(start, start + text.answer - 1 - layout.prefix)
+            weights[first:end] = teacher_answer
+    sinks = massive_activation_mask(states).index_fill(0, torch.zeros(1, dtype=torch.long), True)
+    weights[sinks] = sink
+    return weights
+
+
+def over_mean_square(weights: Tensor, states: Tensor) -> Tensor:
+    """Return row weights [rows] divided by the mean square of each row of `states` `[rows, d]`.
+
+    A reader normalises its input, so an error counts relative to the length of its row.
+    """
+    return weights / states.double().pow(2).mean(-1).clamp_min(1e-12)

@@ -1,1 +1,1 @@
-"""Linear algebra: second moments, solvers, and maps between spaces."""
+"""Linear algebra: second moments, closed-form solvers, and maps between spaces."""

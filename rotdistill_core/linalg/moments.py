@@ -1,4 +1,4 @@
-"""TODO: rotdistill_core.linalg.moments."""
+"""Second moments of paired rows: additive sums, all that a least-squares fit needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 class Moments:
-    """Weighted sums over paired rows x [d_x], y [d_y]: `xx = Σ w x xᵀ`, `xy = Σ w x yᵀ`, `yy = Σ w ‖y‖²`, `weight = Σ w`.
+    """Weighted sums over paired rows x [d_x] and y [d_y] with weights w.
 
-    Additive: batch after batch, in any order. Products are taken in the rows' dtype, sums kept in float64.
+    `xx = Σ w x xᵀ [d_x, d_x]`, `xy = Σ w x yᵀ [d_x, d_y]`, `yy = Σ w ‖y‖²`, `weight = Σ w`. They
+    are additive, batch after batch, in any order. Products are taken in the dtype of the rows, sums
+    are kept in float64.
     """
 
     def __init__(self, d_x: int, d_y: int) -> None:
@@ -21,6 +23,7 @@ class Moments:
     def add(self, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> None:
         """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1)."""
         w = torch.ones(len(X)) if weights is None else weights
+        # The root of the weight on both sides, so that each product carries the weight once.
         root = w.to(X).sqrt()[:, None]
         X, Y = X * root, Y.to(X) * root
         self.xx += (X.T @ X).to("cpu", torch.float64)

@@ -1,8 +1,6 @@
-"""Second moments of paired rows, and the closed-form solves that need nothing else."""
+"""Closed-form solves in float64: ridge regression, SVD, and the orthogonal factor of a matrix."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import scipy.linalg
 import torch
@@ -12,8 +10,13 @@ from rotdistill_core.errors import RotdistillError, SingularError
 
 
 def require_finite(X: Tensor, where: str) -> None:
-    """Raise unless every value is finite: LAPACK may hang, not fail, on Inf."""
-    if torch.isfinite(X.sum()):  # one pass and no mask: a sum that is finite has finite terms
+    """Raise unless every value is finite: on Inf, LAPACK may hang instead of failing.
+
+    Raises:
+        RotdistillError: `X` holds NaN or Inf; the message starts with `where`.
+    """
+    # A finite sum has finite terms. This takes one pass and no mask.
+    if torch.isfinite(X.sum()):
         return
     bad = int((~torch.isfinite(X)).sum())
     if bad:
@@ -23,16 +26,29 @@ def require_finite(X: Tensor, where: str) -> None:
 
 
 def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
-    """Return `argmin_B Σ‖y - x B‖² + λ‖B‖² = (xx + λI)⁻¹ xy [d_x, d_y]` with `λ = strength * mean(diag xx)`.
+    """Solve a ridge regression from its second moments.
+
+    Problem: `min_B Σ ‖y - x B‖² + λ ‖B‖²` with `λ = strength · mean(diag xx)`.
+    Closed form: `B = (xx + λ I)⁻¹ xy`, by Cholesky.
+    (Hoerl and Kennard, Technometrics 12, 1970.)
+
+    Args:
+        xx: `Σ x xᵀ [d_x, d_x]`, float64.
+        xy: `Σ x yᵀ [d_x, d_y]`, float64.
+        strength: ridge as a multiple of the mean diagonal, so that it does not depend on scale.
+        where: names the place in errors.
+
+    Returns:
+        `B [d_x, d_y]`.
 
     Raises:
-        RotdistillError: non-finite input; SingularError: a matrix that is not positive definite at this strength.
+        RotdistillError: a value is not finite.
+        SingularError: the matrix is not positive definite at this strength.
     """
     require_finite(xx, where)
     require_finite(xy, where)
-    A = (
-        xx.numpy().copy().T
-    )  # symmetric; column-major is what LAPACK overwrites without a copy of its own
+    # `xx` is symmetric; its transpose is column-major, which LAPACK overwrites without a copy.
+    A = xx.numpy().copy().T
     A[range(len(A)), range(len(A))] += strength * float(xx.diagonal().mean())
     try:
         factor = scipy.linalg.cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
@@ -44,7 +60,13 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
 
 
 def svd(M: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD in float64: gesdd, and gesvd where that does not converge."""
+    """Return the thin SVD `U, S, Vt` of `M` in float64, singular values in falling order.
+
+    LAPACK's gesdd is fast and fails to converge on rare matrices; gesvd is tried next.
+
+    Raises:
+        RotdistillError: a value is not finite, or neither driver converges.
+    """
     require_finite(M, where)
     array = M.double().cpu().numpy()
     for driver in ("gesdd", "gesvd"):
@@ -58,21 +80,28 @@ def svd(M: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
     raise RotdistillError(f"{where}: the singular value decomposition does not converge.")
 
 
-def polar(
-    M: Tensor, where: str, solve: Callable[[Tensor, str], tuple[Tensor, Tensor, Tensor]] = svd
-) -> tuple[Tensor, Tensor]:
-    """Return `(R, S)`: the orthogonal factor `R = U Vᵀ [d, e]`, d <= e, that maximises `tr(Rᵀ M)`, and the spectrum of M.
+def polar(M: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return the orthogonal factor of `M [d, e]`, d <= e, and its singular values `[d]`.
 
-    Where M has no say (its null space) R is completed towards the identity, so the answer does not depend on the LAPACK
-    at hand. det R = -1 is allowed. (Schönemann, Psychometrika 31, 1966.)
+    Problem: `max_R tr(Rᵀ M)` over `R [d, e]` with `R Rᵀ = I`.
+    Closed form: `R = U Vᵀ` of the thin SVD `M = U S Vᵀ`. det R = -1 is allowed.
+    (Schönemann, Psychometrika 31, 1966.)
+
+    M does not determine R in its null space. There R is completed towards the identity, so the
+    answer does not depend on the LAPACK that is installed.
+
+    Raises:
+        RotdistillError: a value is not finite, or the SVD does not converge.
     """
-    U, S, Vt = solve(M, where)
+    U, S, Vt = svd(M, where)
     floor = float(S.max()) * max(M.shape) * torch.finfo(torch.float64).eps
     rank = int((floor < S).sum())
     if rank == M.shape[0]:
         return U @ Vt, S
+    # Bases of what M leaves open on either side.
     left = torch.linalg.svd(U[:, :rank], full_matrices=True)[0][:, rank:]
     right = torch.linalg.svd(Vt[:rank].T, full_matrices=True)[0][:, rank:]
+    # Between them, the orthogonal map that is nearest to the identity.
     eye = torch.eye(*M.shape, dtype=torch.float64)
     A, _, Bt = torch.linalg.svd(left.T @ eye @ right, full_matrices=False)
     return U[:, :rank] @ Vt[:rank] + left @ A @ Bt @ right.T, S

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.questions import Question, facts_digest, read_questions
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
 from rotdistill_core.planning.cost import (
     Cost,
@@ -146,6 +146,34 @@ class Plan:
                 f'"{worst.id}"; {format_bytes(machine.disk)} are free on the disk'
             )
         return shortfalls
+
+    @property
+    def summary(self) -> str:
+        """The reused results, and the needs of the others, in one line."""
+        todo, totals, machine = self.todo, self.totals, self.machine
+        memory = "nothing to make"
+        if todo:
+            needed = format_bytes(totals.ram_bytes)
+            memory = f"memory about {needed}, {format_bytes(machine.ram)} are free"
+        reused, results = len(self.lines) - len(todo), len(self.lines)
+        return (
+            f"plan: {reused} of {results} results are there; {memory}; "
+            f"disk {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free; "
+            f"takes {time_class(totals.seconds)}"
+        )
+
+    def require_resources(self, recipe: Path) -> None:
+        """Check that the machine is large enough.
+
+        Args:
+            recipe: path of the recipe, for the message.
+
+        Raises:
+            SetupError: it is too small.
+        """
+        if self.shortfalls:
+            shortfalls = "; ".join(self.shortfalls)
+            raise SetupError(f"{recipe}: does not fit here: {shortfalls}. Nothing was loaded.")
 
 
 def build_plan(

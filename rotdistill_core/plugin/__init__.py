@@ -1,1 +1,2 @@
-"""What a plugin is made of: hook specifications, step classes, and the registry that finds installed plugins."""
+"""What a plugin is made of: hook specifications, step classes, and the registry that finds
+installed plugins."""

@@ -1,9 +1,13 @@
 # mypy: disable-error-code="empty-body"
-"""The hooks that plugins implement. A hook only ever gains arguments; an implementation may take fewer.
+"""The hooks that plugins implement.
 
-`steps`, `adapters`, `commands` and `locate` are answered by plugin modules. The stage hooks are answered by step instances, one at a
-time, in recipe order; each step class answers exactly one, and answering None is an error. Observers are told what happens; `say`
-tells the user one line. What an observer raises is said in a line too, and the run goes on.
+A hook only ever gains arguments, and an implementation may take fewer than there are.
+
+Plugin modules implement `steps`, `adapters`, `commands` or `locate`. Step classes implement exactly
+one of the six stage hooks (`capture`, `align`, `refine`, `fold`, `style`, `evaluate`); the executor
+calls it on the step of a recipe, and a result of None is an error. Observer modules implement the
+hooks from `before_step` on. They are ordinary pluggy hooks, so hook wrappers work. An observer that
+raises stops neither the run nor other observers; the log reports it in one line.
 """
 
 from __future__ import annotations
@@ -33,30 +37,42 @@ class HookSpecs:
 
     @hookspec
     def steps(self) -> Sequence[type]:
-        """Return the step classes of this plugin, each decorated with `@step`. Called once, when the plugin is loaded."""
+        """Return the step classes of this plugin, each decorated with `@step`.
+
+        Called once, when a recipe names one of them.
+        """
 
     @hookspec
     def adapters(self) -> Sequence[Adapter]:
-        """Return the architecture tables of this plugin. Called once, when a model of that `model_type` is opened."""
+        """Return the architecture tables of this plugin.
+
+        Called once, when a model of that `model_type` is opened.
+        """
 
     @hookspec
     def commands(self) -> Sequence[Callable[..., None]]:
-        """Return the verbs of this plugin: functions, called like the verb, that typer can run. Called when one of them is asked for."""
+        """Return the verbs of this plugin: functions that typer can run, each named like its verb.
+
+        Called when one of them is used, or when help lists all.
+        """
 
     @hookspec(firstresult=True)
     def locate(self, reference: str, log: Callable[[str], None]) -> Path:
-        """Return the local Hugging Face folder behind a model reference of this plugin's kind; `say` tells the user one line.
+        """Return the local Hugging Face folder of a model reference.
 
-        Called when a recipe's model ends or starts with the entry point's name (group `rotdistill.sources`).
+        Called when a recipe's model starts or ends with the name of the plugin's entry point (group
+        `rotdistill.sources`), such as `hub:` or `.gguf`. `log` prints one line for the user.
         """
 
     @hookspec(firstresult=True)
     def capture(
         self, pair: Pair, weights: Weights, samples: Samples, out: StepOutput, progress: Progress
     ) -> ActivationStore:
-        """Run teacher and student over the samples and store what later steps need.
+        """Return the activations of teacher and student that later steps need.
 
-        `weights` is the student as the earlier steps left it; what a killed run committed is found again with `out.find`.
+        Run `weights`, not `pair.student.weights`: an earlier step may have cut the student.
+        `rotdistill_core.LayerwiseForward` runs a model of any size, one open layer at a time.
+        `out.find` returns files that a killed run had committed.
         """
 
     @hookspec(firstresult=True)
@@ -70,7 +86,13 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> Maps:
-        """Add maps from the student's spaces to the teacher's. `maps` holds what earlier aligners found; do not change it."""
+        """Return `maps` with more maps from the student's spaces to the teacher's.
+
+        `maps` holds the maps of earlier aligners. Do not change it: `maps.add(found, diagnostics)`
+        returns a copy. The residual map at boundary l is `found["residual.l"]`; `q.i`, `kv.i` and
+        `neurons.i` are permutations of layer i, and gauges of layer i apply after them.
+        `diagnostics[l]` is a `LayerDiagnostics`. Give each cosine or error its null.
+        """
 
     @hookspec(firstresult=True)
     def refine(
@@ -83,7 +105,7 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> Maps:
-        """Improve maps that an earlier step found. Same contract as `align`."""
+        """Return improved maps. Same contract as `align`."""
 
     @hookspec(firstresult=True)
     def fold(
@@ -96,11 +118,20 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> Weights:
-        """Turn what was computed into weights.
+        """Return edited weights.
 
-        The step class has an attribute `exact`: True when logits must not change (the pipeline then measures a certificate; a variant
-        for which it does not hold fails, and the run ends with exit code 4), False for transfer, which is judged on held-out texts.
-        `weights` is a lazy view: return an edited view, do not write into tensors.
+        The step class states `exact: ClassVar[bool]`.
+
+        - True: logits do not change. Return the result of `weights.fold(...)`. The executor
+          measures
+          a certificate: logits in float64 and float32, and the way back. A variant whose
+              certificate
+          fails is marked as failed, and the run ends with exit code 4.
+        - False: the step changes behaviour. Choose options on validation texts, and let "do
+          nothing"
+          be a candidate; when it wins, set `out.report.refused` to the reason.
+
+        `weights` is a lazy view: return an edited view, never write into its tensors.
         """
 
     @hookspec(firstresult=True)
@@ -114,7 +145,8 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> Weights:
-        """Edit weights from prompt or head statistics. Same contract as an inexact `fold`."""
+        """Return weights with a final edit of head or behaviour. Same contract as an inexact
+        `fold`."""
 
     @hookspec
     def evaluate(
@@ -126,13 +158,23 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> list[MetricRow]:
-        """Return result rows for one saved variant. Rows of all evaluators are put together."""
+        """Return metric rows of one saved variant; `results.jsonl` holds those of all evaluators.
+
+        A metric that is a mean over texts should also have one row for each text, with the text's
+        id as `text`, its language, and its weight in the mean as `n`. The report makes intervals of
+        them, and of the change against the baseline. An evaluator that does not take `activations`
+        needs no capture step.
+        """
 
     @hookspec
     def before_step(
         self, step_id: str, variant: str, stage: str, folder: Path, log: Callable[[str], None]
     ) -> None:
-        """Observe that a step is about to run; `folder` is the run's."""
+        """Observe that a step starts; `folder` is the folder of the run.
+
+        Observer hooks are called on the object that started the run (the progress display of the
+        command line) and on each observer that the recipe names. `log` prints one line.
+        """
 
     @hookspec
     def after_step(
@@ -145,7 +187,7 @@ class HookSpecs:
         folder: Path,
         log: Callable[[str], None],
     ) -> None:
-        """Observe that a step's result is committed (`reused`: it already was)."""
+        """Observe that the result of a step is committed, or was already (`reused`)."""
 
     @hookspec
     def step_failed(
@@ -157,11 +199,11 @@ class HookSpecs:
         folder: Path,
         log: Callable[[str], None],
     ) -> None:
-        """Observe that a step raised; the run ends with that error."""
+        """Observe that a step raised. The run ends with that error."""
 
     @hookspec
     def variant_saved(self, variant: str, folder: Path, log: Callable[[str], None]) -> None:
-        """Observe that a variant's checkpoint, `folder`, is complete."""
+        """Observe that the checkpoint of a variant is complete; `folder` holds it."""
 
     @hookspec
     def run_ended(
@@ -171,7 +213,8 @@ class HookSpecs:
         out: StepOutput,
         log: Callable[[str], None],
     ) -> object:
-        """Observe that all variants are made and judged. What `out` writes is committed in the run's folder.
+        """Observe that all variants are saved and scored. Files that `out` writes belong to the
+        run.
 
-        Return None, or what the terminal shows below the results: text, or anything that rich prints.
+        Return None, or anything that rich can print: the terminal shows it below the results.
         """

@@ -1,49 +1,35 @@
-"""TODO: rotdistill_core.plugin.origin."""
+"""Where a plugin comes from."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, distribution
-from pathlib import Path
-from urllib.parse import unquote
+from importlib.metadata import EntryPoint
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plugin comes from."""
+    """An entry point and the distribution that offers it."""
 
     name: str
+    """Name of the entry point: what recipes, config files or the command line call the plugin."""
     distribution: str
     version: str
     target: str
+    """The module that is imported."""
+
+    @property
+    def release(self) -> str:
+        """Distribution and version, for people and for records."""
+        return f"{self.distribution} {self.version}"
 
 
 def origin_of(point: EntryPoint) -> Origin:
-    """Return the distribution behind an entry point."""
-    dist = point.dist
+    """Return the origin of an entry point; a question mark stands for what its distribution does
+    not say."""
+    installed = point.dist
     return Origin(
-        point.name, dist.name if dist else "?", dist.version if dist else "?", point.value
+        name=point.name,
+        distribution=installed.name if installed else "?",
+        version=installed.version if installed else "?",
+        target=point.value,
     )
-
-
-def source_digest(origin: Origin) -> str:
-    """Return the sha256 of all Python code of a distribution, tests apart: helper modules make a step's result as its own file does.
-
-    What is installed in place for editing lists no files and says where its folder is.
-    """
-    dist = distribution(origin.distribution)
-    found = [Path(str(file.locate())) for file in dist.files or () if file.suffix == ".py"]
-    where = json.loads(dist.read_text("direct_url.json") or "{}")
-    if where.get("dir_info", {}).get("editable"):
-        inside = Path(unquote(where["url"].removeprefix("file://"))).rglob("*.py")
-        found += [p for p in inside if not {"tests", ".venv"} & {*p.parts}]
-    own = importlib.util.find_spec(origin.target.partition(":")[0])
-    found += [Path(own.origin)] if own and own.origin else []
-    return hashlib.sha256(
-        "".join(
-            sorted({hashlib.sha256(p.read_bytes()).hexdigest() for p in found if p.is_file()})
-        ).encode()
-    ).hexdigest()

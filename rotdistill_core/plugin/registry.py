@@ -1,8 +1,12 @@
-"""Plugins are entry points in five groups: `rotdistill` (name = step), `rotdistill.adapters` (name = model_type), `rotdistill.sources`
-(name = ending or scheme of a model reference, like `.gguf` or `package:`), `rotdistill.observers` (name = observer) and
-`rotdistill.commands` (name = verb of the command line).
+"""Which plugins are installed, and how one is loaded.
 
-Only what a recipe names is imported, so an installed but broken or hostile plugin cannot touch a run that does not use it.
+Plugins are entry points in five groups: `rotdistill` (the name is a step's `use`),
+`rotdistill.adapters` (a `model_type`), `rotdistill.sources` (an ending or a scheme of a model
+reference, like `.gguf` or `hub:`), `rotdistill.observers` and `rotdistill.commands` (a verb of the
+command line).
+
+Only plugins that a recipe names are imported. An installed but broken or hostile plugin cannot
+touch a run that does not use it.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
@@ -22,11 +26,11 @@ from rotdistill_core.plugin.step import use_of, validator_of
 if TYPE_CHECKING:
     from rotdistill_core.architecture.table import Adapter
 
-
-STEPS, ADAPTERS, SOURCES, OBSERVERS, COMMANDS = (
-    "rotdistill",
-    *(f"rotdistill.{k}" for k in ("adapters", "sources", "observers", "commands")),
-)
+STEPS = "rotdistill"
+ADAPTERS = "rotdistill.adapters"
+SOURCES = "rotdistill.sources"
+OBSERVERS = "rotdistill.observers"
+COMMANDS = "rotdistill.commands"
 KINDS = {
     STEPS: "step",
     ADAPTERS: "adapter for model type",
@@ -34,24 +38,22 @@ KINDS = {
     OBSERVERS: "observer",
     COMMANDS: "verb",
 }
-
-OFFERED_BY = {
-    name: f"rotdistill-{name.strip('.:')}"
-    for name in (
-        "residuals", "chop", "procrustes", "hungarian-permute", "head-gauge", "cca", "weight-matching", "householder", "rotation-sanity",
-        "basis-fold", "writer-refit", "blend", "soups", "lm-head-ridge", "prompt-kl", "interpolation-barrier", "lm-eval", "fidelity",
-        "report", "hub:", ".gguf",
-    )
-} | {name: f"rotdistill-{name}-adapter" for name in ("llama", "qwen2", "qwen3", "phi3", "olmo2")} | {
-    "gemma3_text": "rotdistill-gemma3-adapter", "package:": "rotdistill-gguf",
-}  # fmt: skip
+"""Group of entry points -> what messages call its plugins."""
+INSTALL_ALL = "`pip install 'rotdistill[all]'` installs the plugins of this project."
+SHORT_KINDS = {
+    STEPS: "step",
+    ADAPTERS: "adapter",
+    SOURCES: "source",
+    OBSERVERS: "observer",
+    COMMANDS: "verb",
+}
 
 
 def plugin_manager() -> pluggy.PluginManager:
     """Return a fresh plugin manager that knows the hook specifications."""
-    pm = pluggy.PluginManager("rotdistill")
-    pm.add_hookspecs(HookSpecs)
-    return pm
+    manager = pluggy.PluginManager("rotdistill")
+    manager.add_hookspecs(HookSpecs)
+    return manager
 
 
 def installed_plugins(group: str) -> list[str]:
@@ -63,60 +65,67 @@ def find_plugin(group: str, name: str) -> EntryPoint:
     """Return the one entry point called `name`.
 
     Raises:
-        PluginError: nobody offers it (the message says what to install), or two distributions do (it names both).
+        PluginError: no distribution offers it (the message lists close names), or two do (it names
+            both).
     """
     # The same distribution is listed twice when it is found through two entries of sys.path.
-    points = {(origin_of(p).distribution, p.value): p for p in entry_points(group=group, name=name)}
+    points = {
+        (origin_of(point).distribution, point.value): point
+        for point in entry_points(group=group, name=name)
+    }
     if len(points) > 1:
         both = " and ".join(sorted({distribution for distribution, _ in points}))
         raise PluginError(f'plugin name "{name}" is offered by {both}; uninstall one of them.')
     if not points:
-        hint = (
-            f" Install it with: pip install {OFFERED_BY[name]}."
-            if name in OFFERED_BY
-            else suggest(name, installed_plugins(group))
-        )
-        raise PluginError(f'no {KINDS[group]} "{name}" is installed.{hint}')
+        close = suggest(name, installed_plugins(group))
+        hint = "" if "Did you mean" in close else f" {INSTALL_ALL}"
+        raise PluginError(f'no {KINDS[group]} "{name}" is installed.{close}{hint}')
     return next(iter(points.values()))
 
 
 def load_plugin(group: str, name: str) -> tuple[Any, Origin]:
-    """Import the plugin module that offers `name`, and hold its hooks to the specifications.
+    """Import the plugin module that offers `name`, and check its hooks against the specifications.
 
     Raises:
-        PluginError: it is missing, offered twice, or fails on import (the message names its distribution).
+        PluginError: it is missing, offered twice, or fails on import (the message names its
+            distribution).
     """
-    point, pm = find_plugin(group, name), plugin_manager()
+    point = find_plugin(group, name)
     origin = origin_of(point)
+    manager = plugin_manager()
     try:
-        pm.register(module := point.load())
-        pm.check_pending()
-        return module, origin
+        module = point.load()
+        manager.register(module)
+        manager.check_pending()
     except (Exception, SystemExit) as error:
         raise PluginError(
-            f'plugin "{name}" of {origin.distribution} {origin.version} ({origin.target}) fails on import: {type(error).__name__}: {error}'
+            f'plugin "{name}" of {origin.release} ({origin.target}) fails on import: '
+            f"{type(error).__name__}: {error}"
         ) from error
+    return module, origin
 
 
-def _collect(
+def _offers(
     group: str, name: str, hook: str, names_of: Callable[[Any], Iterable[str]]
 ) -> tuple[dict[str, Any], Origin]:
-    """Return what the plugin called `name` offers, by name. Whatever fails meanwhile is told with its distribution."""
+    """Return what the plugin called `name` offers through `hook`, by name.
+
+    Raises:
+        PluginError: it cannot be loaded, or its hook fails; the message names its distribution.
+    """
     module, origin = load_plugin(group, name)
-    pm = plugin_manager()
+    manager = plugin_manager()
+    offers: dict[str, Any] = {}
     try:
-        pm.register(module)
-        found = {
-            each: item
-            for items in getattr(pm.hook, hook)()
-            for item in items
-            for each in names_of(item)
-        }
+        manager.register(module)
+        for items in getattr(manager.hook, hook)():
+            for item in items:
+                offers |= dict.fromkeys(names_of(item), item)
     except (Exception, SystemExit) as error:
         raise PluginError(
-            f'plugin "{name}" of {origin.distribution} {origin.version}: {type(error).__name__}: {error}'
+            f'plugin "{name}" of {origin.release}: {type(error).__name__}: {error}'
         ) from error
-    return found, origin
+    return offers, origin
 
 
 def _step_names(cls: type) -> list[str]:
@@ -126,57 +135,63 @@ def _step_names(cls: type) -> list[str]:
 
 
 def step_class(name: str) -> tuple[type, Origin]:
-    """Return the step class that recipes call `name`, and where it comes from."""
-    classes, origin = _collect(STEPS, name, "steps", _step_names)
+    """Return the step class that recipes call `name`, and its origin."""
+    classes, origin = _offers(STEPS, name, "steps", _step_names)
     if name not in classes:
-        raise PluginError(
-            f'plugin "{name}" of {origin.distribution} {origin.version} offers no step of that name.'
-        )
+        raise PluginError(f'plugin "{name}" of {origin.release} offers no step of that name.')
     return classes[name], origin
 
 
 def adapter_for(model_type: str) -> Adapter:
     """Return the table of an architecture. Unknown architectures are refused, never guessed."""
-    tables, origin = _collect(ADAPTERS, model_type, "adapters", lambda table: table.model_types)
+    tables, origin = _offers(ADAPTERS, model_type, "adapters", lambda table: table.model_types)
     if model_type not in tables:
-        raise PluginError(
-            f'{origin.distribution} {origin.version} offers no adapter for model type "{model_type}".'
-        )
+        raise PluginError(f'{origin.release} offers no adapter for model type "{model_type}".')
     return tables[model_type]  # type: ignore[no-any-return]
 
 
+def adapter_origin(model_type: str) -> Origin:
+    """Return the origin of the table of an architecture."""
+    return origin_of(find_plugin(ADAPTERS, model_type))
+
+
 def command_function(name: str) -> Callable[..., None]:
-    """Return the function behind a verb of the command line."""
-    verbs, origin = _collect(COMMANDS, name, "commands", lambda function: [function.__name__])
+    """Return the function of a verb of the command line."""
+    verbs, origin = _offers(COMMANDS, name, "commands", lambda function: [function.__name__])
     if name not in verbs:
-        raise PluginError(f'{origin.distribution} {origin.version} offers no verb "{name}".')
+        raise PluginError(f'{origin.release} offers no verb "{name}".')
     return verbs[name]  # type: ignore[no-any-return]
 
 
 def locate_source(kind: str, reference: str, log: Callable[[str], None]) -> Path:
     """Return the folder of a model whose kind of reference a plugin opens."""
-    pm = plugin_manager()
-    pm.register(load_plugin(SOURCES, kind)[0])
-    return pm.hook.locate(reference=reference, log=log)  # type: ignore[no-any-return]
+    manager = plugin_manager()
+    manager.register(load_plugin(SOURCES, kind)[0])
+    return manager.hook.locate(reference=reference, log=log)  # type: ignore[no-any-return]
 
 
-def iter_plugins() -> Iterator[tuple[str, Origin, type | str]]:
-    """Yield (kind, origin, step class or error text or summary) for all that is installed, broken plugins included."""
-    for name in installed_plugins(STEPS):
-        try:
-            cls, origin = step_class(name)
-            yield "step", origin, cls
-        except PluginError as error:
-            yield "step", Origin(name, "?", "?", "?"), str(error)
-    for group, kind in (
-        (ADAPTERS, "adapter"),
-        (SOURCES, "source"),
-        (OBSERVERS, "observer"),
-        (COMMANDS, "verb"),
-    ):
+class InstalledPlugin(NamedTuple):
+    """One line of the list of plugins."""
+
+    kind: str
+    origin: Origin
+    content: type | str
+    """A step's class, the first line of another plugin's docstring, or why it cannot be loaded."""
+
+
+def iter_plugins() -> Iterator[InstalledPlugin]:
+    """Yield every installed plugin, broken ones included."""
+    for group, kind in SHORT_KINDS.items():
         for name in installed_plugins(group):
             try:
-                module, origin = load_plugin(group, name)
-                yield kind, origin, (module.__doc__ or "").strip().partition("\n")[0]
+                yield _described(group, kind, name)
             except PluginError as error:
-                yield kind, Origin(name, "?", "?", "?"), str(error)
+                yield InstalledPlugin(kind, Origin(name, "?", "?", "?"), str(error))
+
+
+def _described(group: str, kind: str, name: str) -> InstalledPlugin:
+    if group == STEPS:
+        cls, origin = step_class(name)
+        return InstalledPlugin(kind, origin, cls)
+    module, origin = load_plugin(group, name)
+    return InstalledPlugin(kind, origin, (module.__doc__ or "").strip().partition("\n")[0])

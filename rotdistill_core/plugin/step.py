@@ -1,9 +1,18 @@
-"""A step is its options: a frozen dataclass whose fields are what a recipe may set."""
+"""A step is its options: a frozen dataclass whose fields are what a recipe may set.
+
+Besides its one stage hook a step class may have these members (see `Step`):
+
+- `exact`: whether its edit leaves logits unchanged, of `fold` steps;
+- `inputs()`: hashes of files or models that its options name; they become part of its key;
+- `cost(context)`: memory, disk and operations that it needs (`rotdistill_core.planning.cost`);
+- `context_after(context)`: the shape of the student after it, where that changes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, cast, dataclass_transform
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, cast, dataclass_transform, runtime_checkable
 
 from pydantic import (
     ConfigDict,
@@ -16,16 +25,38 @@ from pydantic import (
 from rotdistill_core.errors import PluginError
 
 STAGES = ("capture", "align", "refine", "fold", "style", "evaluate")
+"""The stage hooks, of which a step class implements exactly one."""
+EDITING_STAGES = ("fold", "style")
+"""The stages that return edited weights."""
 
 StepType = TypeVar("StepType")
+
+
+class Step(Protocol):
+    """What every step has: its options are its other fields."""
+
+    @property
+    def use(self) -> str:
+        """The name by which recipes select the step."""
+
+
+@runtime_checkable
+class HasInputs(Protocol):
+    """A step whose result depends on files or models that its options name."""
+
+    def inputs(self) -> Sequence[str]:
+        """Return a hash of each of them."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def step(cls: type[StepType]) -> type[StepType]:
     """Make `cls` a step: frozen, keyword-only options, validated strictly.
 
-    `eq=False` because pluggy compares plugins by equality and would take two equal steps for one. A dataclass and not a
-    pydantic model, because pluggy reads every attribute of a plugin and pydantic models refuse that.
+    A dataclass and not a pydantic model: pluggy reads every attribute of what it registers, and
+    pydantic models refuse that. `eq=False`: two steps with equal options are still two steps.
+
+    Raises:
+        PluginError: `cls` has no field `use`, or does not implement exactly one stage hook.
     """
     config = ConfigDict(
         extra="forbid",
@@ -48,9 +79,25 @@ def stage_of(cls: type) -> str:
     found = [stage for stage in STAGES if hasattr(cls, stage)]
     if len(found) != 1:
         raise PluginError(
-            f"step {cls.__name__} must implement exactly one of {', '.join(STAGES)}; it has {found or 'none'}."
+            f"step {cls.__name__} must implement exactly one of {', '.join(STAGES)}; "
+            f"it has {found or 'none'}."
         )
     return found[0]
+
+
+def is_exact(step: object) -> bool:
+    """Return whether a step says that its edit leaves logits unchanged."""
+    return bool(getattr(step, "exact", False))
+
+
+def changes_behaviour(step: object) -> bool:
+    """Return whether a step may change what the model computes: an edit that is not exact."""
+    return stage_of(type(step)) in EDITING_STAGES and not is_exact(step)
+
+
+def inputs_of(step: object) -> list[str]:
+    """Return hashes of what the options of a step name, such as other models; empty for most."""
+    return list(step.inputs()) if isinstance(step, HasInputs) else []
 
 
 def use_of(cls: type) -> str:
@@ -75,7 +122,7 @@ def validator_of(cls: type[StepType]) -> TypeAdapter[StepType]:
     """
     try:
         adapter = TypeAdapter(cls)
-        adapter.rebuild()  # pydantic puts off what it cannot resolve; here it must fail
+        adapter.rebuild()  # pydantic defers types that it cannot resolve; here that must fail
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
         raise PluginError(
             f"the options of step {cls.__name__} cannot be validated: {error}"

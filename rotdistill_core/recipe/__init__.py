@@ -1,1 +1,2 @@
-"""Recipes: the TOML document, the resolved recipe with its steps, loading with all errors at once, and the JSON schema."""
+"""Recipes: the TOML document, the resolved recipe with its steps, loading with all errors at once,
+and the JSON schema."""

@@ -1,11 +1,15 @@
-"""Recipes: one TOML document, validated whole before anything is opened."""
+"""Read a recipe and validate all of it, before any model is opened.
+
+Everything that is wrong is reported at once, each problem with its key path and the nearest name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +24,56 @@ from rotdistill_core.plugin.registry import (
     step_class,
 )
 from rotdistill_core.plugin.step import validator_of
-from rotdistill_core.recipe.document import Document, Recipe
+from rotdistill_core.recipe.document import NAME_PATTERN, Document, Recipe
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 
 MAX_BYTES = 1_000_000
+"""Largest recipe; more is no recipe but a mistake."""
 NO_STEPS = "step: at least one [[step]] table is needed."
 
+Overrides = Sequence[str] | Mapping[str, object]
+"""`["chop.layers=24"]` as on the command line, or `{"chop.layers": 24}`."""
 
-def load_recipe(path: Path, sets: Sequence[str] = ()) -> ResolvedRecipe:
+
+def load_recipe(path: str | Path, sets: Overrides = ()) -> ResolvedRecipe:
     """Read and validate a recipe.
 
     Args:
         path: the TOML file.
-        sets: overrides `key.path=value`; the first part may be a step id, the value is TOML or a bare string.
+        sets: overrides of options. A key is `step-id.field` or `table.key`; on the command line
+            the value is TOML or a bare string.
 
     Raises:
         RecipeError: everything that is wrong with it, in one report.
     """
+    path = Path(path)
     text = _read(path)
     return resolve_recipe(path, text, _extend(path, _parse(path, text)), sets)
 
 
 def resolve_recipe(
-    path: Path, text: str, tables: dict[str, Any], sets: Sequence[str] = ()
+    path: Path, text: str, tables: dict[str, Any], sets: Overrides = ()
 ) -> ResolvedRecipe:
-    """Return the recipe in `tables`, which become its own; see `load`."""
-    steps = _step_tables(tables) or []
-    problems = [] if steps else [NO_STEPS]
-    problems += [p for item in sets for p in _override(tables, steps, item)]
+    """Return the recipe in `tables`, a parsed TOML document that is changed in place; see
+    `load_recipe`."""
+    step_tables = _step_tables(tables) or []
+    problems = [] if step_tables else [NO_STEPS]
+    problems += _apply_overrides(tables, step_tables, sets)
     tables.pop("step", None)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
         problems += format_validation_errors(error, tables, _known_keys())
-    recipe_step, step_problems = _parse_steps(steps)
+    steps, step_problems = _parse_steps(step_tables)
     problems += step_problems
-    for name in watching if isinstance(watching := tables.get("observers"), list) else ():
-        try:
-            load_plugin(OBSERVERS, str(name))
-        except PluginError as error:
-            problems.append(f"observers: {error}")
-    variants = tables.get("variants", {})
-    ids = [_step_id(raw) for raw in steps]
-    for variant, names in variants.items() if isinstance(variants, dict) else ():
-        for name in names if isinstance(names, list) else ():
-            if name not in ids:
-                problems.append(
-                    f'variants.{variant}: no step has the id "{name}".{suggest(str(name), map(str, ids))}'
-                )
+    problems += _observer_problems(tables)
+    problems += _variant_problems(tables, [_step_id(table) for table in step_tables])
+    if recipe is not None:
+        problems += _marked_problems(recipe)
     if problems or recipe is None:
-        raise RecipeError(*(f"{path}: {p}" for p in problems))
-    return ResolvedRecipe(path, text, recipe, tuple(recipe_step))
+        raise RecipeError(*(f"{path}: {problem}" for problem in problems))
+    return ResolvedRecipe(path, text, recipe, tuple(steps))
 
 
 def _read(path: Path) -> str:
@@ -82,14 +84,8 @@ def _read(path: Path) -> str:
             )
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        others = sorted(
-            str(p)
-            for folder in {path.parent, Path("recipes")}
-            for p in folder.glob("*.toml")
-            if p.name != "pyproject.toml"
-        )
         raise RecipeError(
-            f"{path}: cannot be read: {error.strerror}.{suggest(str(path), others)}"
+            f"{path}: cannot be read: {error.strerror}.{suggest(str(path), _recipes_near(path))}"
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(
@@ -97,31 +93,38 @@ def _read(path: Path) -> str:
         ) from error
 
 
+def _recipes_near(path: Path) -> list[str]:
+    """Return the recipes in a path's folder and in recipes/, for suggestions."""
+    folders = {path.parent, Path("recipes")}
+    found = [file for folder in folders for file in folder.glob("*.toml")]
+    return sorted(str(file) for file in found if file.name != "pyproject.toml")
+
+
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
         tables = tomllib.loads(text)
-        json.dumps(
-            tables, default=str
-        )  # nested too deeply to be walked: better refused here than anywhere after
-        return tables
+        # A document nested too deeply to be walked is refused here rather than anywhere later.
+        json.dumps(tables, default=str)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: is not valid TOML: {error}.") from error
+    return tables
 
 
 def _step_tables(tables: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the [[step]] tables of a document, or None when its `step` is something else."""
+    """Return the [[step]] tables of a document, or None when its `step` is anything else."""
     steps = tables.get("step", [])
-    return (
-        steps if isinstance(steps, list) and all(isinstance(raw, dict) for raw in steps) else None
-    )
+    if isinstance(steps, list) and all(isinstance(table, dict) for table in steps):
+        return steps
+    return None
 
 
-def _step_id(raw: Mapping[str, Any]) -> Any:
-    return raw.get("id", raw.get("use"))
+def _step_id(table: Mapping[str, Any]) -> Any:
+    return table.get("id", table.get("use"))
 
 
 def _extend(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
-    """Apply `extends`: one level, tables merged by key, steps replaced by id (or added when the id is new)."""
+    """Apply `extends`: one level; tables merge by key, steps replace those of their id or are
+    added."""
     parent = tables.pop("extends", None)
     if parent is None:
         return tables
@@ -138,7 +141,7 @@ def _extend(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
         if isinstance(base[key], dict) and isinstance(tables[key], dict):
             merged[key] = {**base[key], **tables[key]}
     by_id = {**_by_id(base_path, base), **_by_id(path, tables)}
-    return {**merged, "step": [raw for same_id in by_id.values() for raw in same_id]}
+    return {**merged, "step": [table for same_id in by_id.values() for table in same_id]}
 
 
 def _by_id(path: Path, tables: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -146,67 +149,154 @@ def _by_id(path: Path, tables: Mapping[str, Any]) -> dict[str, list[dict[str, An
     steps = _step_tables(tables)
     if steps is None:
         raise RecipeError(f"{path}: {NO_STEPS}")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for raw in steps:
-        found.setdefault(str(_step_id(raw)), []).append(raw)
-    return found
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    for table in steps:
+        by_id.setdefault(str(_step_id(table)), []).append(table)
+    return by_id
 
 
-def _override(tables: dict[str, Any], steps: Sequence[dict[str, Any]], item: str) -> list[str]:
-    """Apply one `--set` to the tables, or to the step that it names; return what is wrong with it."""
-    key, equals, text = item.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        return [f"--set {item}: write it as key.path=value, for example chop.layers=24."]
+def _apply_overrides(
+    tables: dict[str, Any], steps: Sequence[dict[str, Any]], sets: Overrides
+) -> list[str]:
+    """Apply overrides to the tables, or to the steps that they name; return what is wrong with
+    them."""
+    problems = []
+    if isinstance(sets, Mapping):
+        for key, value in sets.items():
+            problems += _override(tables, steps, key=key, value=value, where=f"set {key}")
+        return problems
+    for item in sets:
+        key, equals, text = item.partition("=")
+        if not equals:
+            problems.append(_write_as(f"--set {item}"))
+            continue
+        value = _toml_value(text)
+        problems += _override(tables, steps, key=key, value=value, where=f"--set {item}")
+    return problems
+
+
+def _write_as(where: str) -> str:
+    return f"{where}: write it as key.path=value, for example chop.layers=24."
+
+
+def _toml_value(text: str) -> object:
+    """Return the TOML value that a text is, or the text itself."""
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        return tomllib.loads(f"v = {text}")["v"]
     except (tomllib.TOMLDecodeError, RecursionError):
-        value = text
-    target = next((raw for raw in steps if _step_id(raw) == parts[0]), None)
-    if target is None and parts[0] not in Recipe.model_fields:
-        known = [*(str(_step_id(raw)) for raw in steps), *Recipe.model_fields]
-        return [f'--set {item}: no step or table is called "{parts[0]}".{suggest(parts[0], known)}']
-    inner: Any = tables if target is None else target
-    for part in parts[:-1] if target is None else parts[1:-1]:
+        return text
+
+
+def _override(
+    tables: dict[str, Any],
+    steps: Sequence[dict[str, Any]],
+    *,
+    key: str,
+    value: object,
+    where: str,
+) -> list[str]:
+    """Set one key in the tables, or in the step that it names; return what is wrong with it."""
+    parts = key.split(".")
+    if not all(parts):
+        return [_write_as(where)]
+    first, *rest = parts
+    step = next((table for table in steps if _step_id(table) == first), None)
+    if step is None and first not in Recipe.model_fields:
+        known = [*(str(_step_id(table)) for table in steps), *Recipe.model_fields]
+        return [f'{where}: no step or table is called "{first}".{suggest(first, known)}']
+    inner: Any = tables if step is None else step
+    path = parts if step is None else rest
+    if not path:
+        return [_write_as(where)]
+    for part in path[:-1]:
         inner = inner.setdefault(part, {})
         if not isinstance(inner, dict):
-            return [f"--set {item}: {part} is a value and has no keys."]
-    inner[parts[-1]] = value
+            return [f"{where}: {part} is a value and has no keys."]
+    inner[path[-1]] = value
     return []
 
 
-def _parse_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[list[RecipeStep], list[str]]:
-    """Validate the options of all steps; return the valid steps and what is wrong with the others."""
-    recipe_step: list[RecipeStep] = []
+def _parse_steps(tables: Sequence[Mapping[str, Any]]) -> tuple[list[RecipeStep], list[str]]:
+    """Validate all steps; return the valid ones, and the problems of the others."""
+    steps: list[RecipeStep] = []
     problems: list[str] = []
     seen: set[str] = set()
-    for number, raw in enumerate(steps, 1):
-        options = dict(raw)
-        use, name = options.get("use"), options.pop("id", options.get("use"))
+    for number, table in enumerate(tables, 1):
+        options = dict(table)
+        use = options.get("use")
+        name = options.pop("id", use)
         where = f'step "{name}" (#{number})'
         if not isinstance(use, str):
-            problems.append(
-                f"step #{number}: use: missing; name one of {', '.join(installed_plugins(STEPS))}."
-            )
+            offered = ", ".join(installed_plugins(STEPS))
+            problems.append(f"step #{number}: use: missing; name one of {offered}.")
             continue
-        if not isinstance(name, str) or name in seen:
-            problems.append(f"{where}: id: must be a unique string.")
+        problems += [f"{where}: {problem}" for problem in _id_problems(name, seen)]
         seen.add(str(name))
         try:
-            cls, origin = step_class(use)
-            # As JSON, because strictly validated Python values may not be lists where a tuple is declared.
-            step: Any = validator_of(cls).validate_json(
-                json.dumps(options, default=str), strict=True
-            )
-            recipe_step.append(RecipeStep(str(name), step, origin))
+            steps.append(_parse_step(str(name), use, options))
+        except RecipeError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
+    return steps, problems
+
+
+def _id_problems(name: object, taken: set[str]) -> Iterator[str]:
+    """Yield what is wrong with a step's id: it becomes a part of paths, so it may not be one."""
+    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+        yield (
+            "id: must be a name: a letter or digit, then letters, digits, dots, dashes or "
+            "underscores, 80 characters at most."
+        )
+    elif name in taken:
+        yield "id: must be unique; an earlier step has it."
+
+
+def _parse_step(name: str, use: str, options: Mapping[str, Any]) -> RecipeStep:
+    """Return a step with its options validated.
+
+    Raises:
+        RecipeError: no plugin offers it, or options are wrong.
+    """
+    try:
+        cls, origin = step_class(use)
+    except PluginError as error:
+        raise RecipeError(str(error)) from error
+    try:
+        # As JSON: strictly validated Python values may not be lists where a tuple is declared.
+        document = json.dumps(options, default=str)
+        step: Any = validator_of(cls).validate_json(document, strict=True)
+    except ValidationError as error:
+        fields = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
+        raise RecipeError(*format_validation_errors(error, options, {(): fields})) from error
+    return RecipeStep(name, step, origin)
+
+
+def _variant_problems(tables: Mapping[str, Any], ids: Sequence[Any]) -> Iterator[str]:
+    """Yield the ids that variants name and no step has."""
+    variants = tables.get("variants", {})
+    for variant, names in variants.items() if isinstance(variants, dict) else ():
+        for name in names if isinstance(names, list) else ():
+            if name not in ids:
+                close = suggest(str(name), map(str, ids))
+                yield f'variants.{variant}: no step has the id "{name}".{close}'
+
+
+def _observer_problems(tables: Mapping[str, Any]) -> Iterator[str]:
+    """Yield observers that cannot be loaded, default ones included."""
+    observers = tables.get("observers", Recipe.model_fields["observers"].default)
+    for name in observers if isinstance(observers, list) else ():
+        try:
+            load_plugin(OBSERVERS, str(name))
         except PluginError as error:
-            problems.append(f"{where}: {error}")
-        except ValidationError as error:
-            names = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
-            problems += [
-                f"{where}: {p}" for p in format_validation_errors(error, options, {(): names})
-            ]
-    return recipe_step, problems
+            yield f"observers: {error}"
+
+
+def _marked_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield marked variants that do not exist."""
+    for key in ("baseline", "headline"):
+        marked = getattr(recipe, key)
+        if marked is not None and marked not in recipe.variants:
+            close = suggest(marked, recipe.variants)
+            yield f'{key}: there is no variant "{marked}".{close}'
 
 
 def _known_keys() -> dict[tuple[str, ...], list[str]]:

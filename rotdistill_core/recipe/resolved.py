@@ -1,4 +1,4 @@
-"""TODO: rotdistill_core.recipe.resolved."""
+"""A recipe whose steps are found and validated: what is carried out."""
 
 from __future__ import annotations
 
@@ -8,39 +8,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rotdistill_core.plugin.origin import Origin, source_digest
-from rotdistill_core.plugin.step import options_of, stage_of
+from rotdistill_core.plugin.origin import Origin
+from rotdistill_core.plugin.source_code import source_digest
+from rotdistill_core.plugin.step import changes_behaviour, inputs_of, is_exact, options_of, stage_of
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.store.hashing import digest
+
+ROUND_TRIP = "round-trip"
+"""The variant that is added when checkpoints are narrower than float32: exact steps, saved and read
+again."""
 
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """A step in its place: id, options and where its plugin comes from."""
+    """One step of a recipe: its id, its options, and the plugin that it comes from."""
 
     id: str
     step: Any
+    """An instance of the step class; its fields are the options."""
     origin: Origin
 
     @property
     def stage(self) -> str:
-        """The one hook that the step answers."""
+        """The one stage hook that the step implements."""
         return stage_of(type(self.step))
 
     def key(self, before: str) -> str:
-        """Return the key of the step behind everything before it."""
-        named: list[str] = getattr(
-            self.step, "inputs", list
-        )()  # the content of what its options name, such as other models
-        origin = self.origin
+        """Return the key of the step's result, given the key of everything before it.
+
+        Two results with one key are the same: the key covers options, plugin version, all code
+        that the plugin can reach, and what its options name.
+        """
         return digest(
             before,
             self.id,
             options_of(self.step),
-            origin.distribution,
-            origin.version,
-            source_digest(origin),
-            *named,
+            self.origin.distribution,
+            self.origin.version,
+            source_digest(self.origin),
+            *inputs_of(self.step),
         )
 
 
@@ -50,12 +56,13 @@ class ResolvedRecipe:
 
     path: Path
     text: str
+    """The TOML document as it was written."""
     recipe: Recipe
     steps: tuple[RecipeStep, ...]
 
     def resolved(self) -> dict[str, Any]:
-        """Return the recipe as JSON values after `extends`, `--set` and defaults."""
-        steps = [{"id": p.id, **options_of(p.step)} for p in self.steps]
+        """Return the recipe as JSON values, after `extends`, `--set` and defaults."""
+        steps = [{"id": step.id, **options_of(step.step)} for step in self.steps]
         return {**self.recipe.model_dump(mode="json"), "step": steps}
 
     def digest(self) -> str:
@@ -63,33 +70,57 @@ class ResolvedRecipe:
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
 
     def folder(self, root: Path) -> Path:
-        """Return the run's folder: the same recipe, options included, always has the same one."""
+        """Return the run's folder below `root`. The same recipe and options always have the same
+        one."""
         return root / f"{self.recipe.name}-{self.digest()[:8]}"
 
+    @property
+    def baseline(self) -> str:
+        """The variant that others are compared with: as marked, else `base`, else the first."""
+        names = list(self.recipe.variants)
+        return self.recipe.baseline or ("base" if "base" in names else names[0])
+
+    @property
+    def headline(self) -> str:
+        """The variant shown next to the baseline: as marked, else `full`, else the last."""
+        names = list(self.recipe.variants)
+        return self.recipe.headline or ("full" if "full" in names else names[-1])
+
+    @property
+    def toggled(self) -> frozenset[str]:
+        """Ids of the steps that some variant names; the others run in every variant."""
+        return frozenset(name for names in self.recipe.variants.values() for name in names)
+
     def chain(self, variant: str) -> tuple[RecipeStep, ...]:
-        """Return the steps of a variant in file order: those that no variant names, and those that this one names."""
-        toggles = {name for names in self.recipe.variants.values() for name in names}
-        return tuple(
-            p for p in self.steps if p.id not in toggles or p.id in self.recipe.variants[variant]
-        )
+        """Return the steps of a variant, in file order."""
+        named = self.recipe.variants[variant]
+        return tuple(step for step in self.steps if step.id not in self.toggled or step.id in named)
 
     def chains(self, narrow: bool) -> dict[str, tuple[RecipeStep, ...]]:
-        """Return the steps of each variant; `round-trip` is one more where checkpoints are `narrow` (below 32 bits) and a fold is exact."""
-        found = {name: self.chain(name) for name in self.recipe.variants}
-        return (
-            {**found, "round-trip": exact, **found}
-            if narrow and (exact := self.exact_chain())
-            else found
-        )
+        """Return the steps of each variant.
+
+        Args:
+            narrow: checkpoints are saved in fewer than 32 bits. If the recipe has an exact fold, a
+                variant `round-trip` is then added, unless the recipe has one of that name.
+        """
+        chains = {name: self.chain(name) for name in self.recipe.variants}
+        exact = self.exact_chain() if narrow else ()
+        if exact and ROUND_TRIP not in chains:
+            chains[ROUND_TRIP] = exact
+        return chains
 
     def exact_chain(self) -> tuple[RecipeStep, ...]:
-        """Return the first variant's chain that has an exact fold, without its toggled transfers; empty when there is none."""
-        toggles = {name for names in self.recipe.variants.values() for name in names}
-        for chain in map(self.chain, self.recipe.variants):
-            if any(getattr(p.step, "exact", False) for p in chain):
+        """Return the chain of the first variant that has an exact fold, without toggled steps that
+        change behaviour.
+
+        Empty when no variant has an exact fold.
+        """
+        for variant in self.recipe.variants:
+            chain = self.chain(variant)
+            if any(is_exact(step.step) for step in chain):
                 return tuple(
-                    p
-                    for p in chain
-                    if p.id not in toggles or getattr(p.step, "exact", p.stage != "style")
+                    step
+                    for step in chain
+                    if step.id not in self.toggled or not changes_behaviour(step.step)
                 )
         return ()

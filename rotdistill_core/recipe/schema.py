@@ -16,8 +16,8 @@ from rotdistill_core.recipe.document import Recipe
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes for the plugins installed here.
 
-    Written for editors: each `const` becomes a one-value `enum` and `use` is required, because validators of older drafts
-    ignore `const` and would accept any step.
+    It is written for editors: each `const` becomes an `enum` of one value, and `use` is required.
+    Validators of older drafts ignore `const` and would accept any step.
     """
     document = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     defs: dict[str, Any] = document.setdefault("$defs", {})
@@ -26,7 +26,7 @@ def recipe_schema() -> dict[str, Any]:
         try:
             one = validator_of(step_class(name)[0]).json_schema(ref_template="#/$defs/{model}")
         except (PluginError, PydanticUserError):
-            continue  # a broken plugin takes nobody else's schema away
+            continue  # a broken plugin does not take the others' schema away
         defs.update(one.pop("$defs", {}))
         one["properties"]["id"] = {
             "type": "string",
@@ -45,10 +45,15 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _enums(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {
-            ("enum" if k == "const" else k): [v] if k == "const" else _enums(v)
-            for k, v in node.items()
-            if k != "discriminator"
-        }
-    return [_enums(item) for item in node] if isinstance(node, list) else node
+    """Return a schema with every `const` as an `enum`, and without pydantic's `discriminator`."""
+    if isinstance(node, list):
+        return [_enums(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    converted: dict[str, Any] = {}
+    for key, value in node.items():
+        if key == "const":
+            converted["enum"] = [value]
+        elif key != "discriminator":
+            converted[key] = _enums(value)
+    return converted

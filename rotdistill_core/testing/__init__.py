@@ -1,4 +1,4 @@
-"""For plugin authors: pico models, conformance checks, and helpers that run recipes."""
+"""For plugin authors: pico models, planted truth, conformance checks, whole pico runs."""
 
 from rotdistill_core.testing.adapter_checks import (
     ADAPTER_CHECKS,
@@ -15,15 +15,21 @@ from rotdistill_core.testing.adapter_checks import (
     the_layerwise_forward_computes_what_transformers_computes,
     unfolding_gives_the_weights_back,
 )
-from rotdistill_core.testing.pico import (
-    PICO,
-    TEMPLATE,
-    captured_activations,
+from rotdistill_core.testing.compute import (
     final_states,
-    gauges,
     logits,
     max_difference,
-    other_signs,
+    plain_transformers,
+    reopen,
+    save_folder,
+)
+from rotdistill_core.testing.conformance import parametrize_with_checks
+from rotdistill_core.testing.pico import (
+    PICO,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    WORDS,
+    captured_activations,
     pico_folder,
     pico_head,
     pico_model,
@@ -31,34 +37,44 @@ from rotdistill_core.testing.pico import (
     pico_samples,
     pico_texts,
     pico_tokenizer,
-    plain_transformers,
+)
+from rotdistill_core.testing.planted import (
+    gauges,
+    other_signs,
     random_rotation,
-    reopen,
     rotary_blocks,
     rotated_twin,
-    save_folder,
     scramble,
     whole_permutations,
 )
 from rotdistill_core.testing.runs import SilentObserver, command_line, run_recipe
 from rotdistill_core.testing.step_checks import (
     STEP_CHECKS,
+    Options,
+    Trial,
     a_planted_rotation_is_found,
     hard_inputs_are_solved_or_refused,
     it_does_the_same_again_and_changes_no_input,
     options_survive_toml_and_json,
-    parametrize_with_checks,
+    pico_cost_context,
+    the_cost_is_stated_in_numbers,
     the_hook_is_as_specified,
 )
+from rotdistill_core.testing.workspace import PicoWorkspace
 
 __all__ = [
     "ADAPTER_CHECKS",
     "EXACT",
     "PICO",
     "PLAIN",
+    "SPECIAL_TOKENS",
     "STEP_CHECKS",
-    "SilentObserver",
     "TEMPLATE",
+    "WORDS",
+    "Options",
+    "PicoWorkspace",
+    "SilentObserver",
+    "Trial",
     "a_planted_rotation_is_found",
     "a_rotation_of_the_stream_is_exact_or_refused",
     "a_saved_fold_reloads_in_transformers",
@@ -78,6 +94,7 @@ __all__ = [
     "other_signs",
     "parametrize_with_checks",
     "permutations_are_exact",
+    "pico_cost_context",
     "pico_folder",
     "pico_head",
     "pico_model",
@@ -94,6 +111,7 @@ __all__ = [
     "save_folder",
     "scramble",
     "sites_are_found",
+    "the_cost_is_stated_in_numbers",
     "the_hook_is_as_specified",
     "the_layerwise_forward_computes_what_transformers_computes",
     "unfolding_gives_the_weights_back",

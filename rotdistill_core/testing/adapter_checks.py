@@ -1,14 +1,20 @@
-"""TODO: rotdistill_core.testing.adapter_checks."""
+"""What every adapter must pass: each check takes a table and a folder with a pico checkpoint.
+
+A check that fails names the entry of the table that is wrong: it tries what would explain the
+difference, and reports the tensor and axis whose change makes the model right again.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
@@ -18,28 +24,20 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.maps import Map, Rotation
-from rotdistill_core.testing.pico import (
-    gauges,
-    logits,
-    max_difference,
-    pico_samples,
-    plain_transformers,
-    random_rotation,
-    save_folder,
-    scramble,
-    whole_permutations,
-)
+from rotdistill_core.testing.compute import logits, max_difference, plain_transformers, save_folder
+from rotdistill_core.testing.pico import pico_samples
+from rotdistill_core.testing.planted import gauges, random_rotation, scramble, whole_permutations
 
-# The checks of an adapter: each takes a table and a folder with a pico checkpoint, and says what is wrong with the table.
-
-EXACT, PLAIN = 1e-9, 1e-5
+EXACT = 1e-9
+"""Largest logit change of an exact edit in float64."""
+PLAIN = 1e-5
+"""Largest difference from transformers, whose norms drop to float32."""
 
 
 def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
     config = adapter.completed(read_config(folder))
-    return open_folder(folder, config, adapter), pico_samples(
-        int(adapter.sizes(config)["vocab"]), texts=4
-    ).layout
+    vocabulary = int(adapter.sizes(config)["vocab"])
+    return open_folder(folder, config, adapter), pico_samples(vocabulary, texts=4).layout
 
 
 def _report(problems: Sequence[str]) -> None:
@@ -49,54 +47,73 @@ def _report(problems: Sequence[str]) -> None:
 
 def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
     """Compare every tensor of the checkpoint with the table, axis by axis."""
-    config, found, problems = adapter.completed(read_config(folder)), folder_headers(folder), []
-    table, sizes, (query, groups, width) = (
-        adapter.expand(config),
-        adapter.sizes(config),
-        adapter.heads(config),
-    )
-    if (query * width, groups * width) != (sizes["q.0"], sizes["kv.0"]) or query % groups:
-        problems.append(
-            f"heads: {query} and {groups} of {width} do not make up q.0 ({sizes['q.0']}) and kv.0 ({sizes['kv.0']})"
-        )
-    shapes = adapter.unfused(config, {name: header.shape for name, header in found.items()})
+    config = adapter.completed(read_config(folder))
+    table = adapter.expand(config)
+    shapes = {name: header.shape for name, header in folder_headers(folder).items()}
+    shapes = adapter.unfused(config, shapes)
+    problems = list(_head_problems(adapter, config))
     for name, shape in shapes.items():
-        templates = [
-            t for t in adapter.params if re.fullmatch(re.escape(t).replace(r"\{i\}", r"\d+"), name)
-        ]
-        if len(templates) != 1 or name not in table:
-            problems.append(f"{name} is claimed {len(templates)} times: {templates}")
-        elif len(shape) != len(table[name].axes):
-            problems.append(f"{name} has {len(shape)} axes, declared are {list(table[name].axes)}")
-        else:
-            for axis, (size, space) in enumerate(zip(shape, table[name].axes, strict=True)):
-                if sizes.get(space) != size:
-                    like = [other for other, n in sizes.items() if n == size]
-                    problems.append(
-                        f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), it has {size} like {like}'
-                    )
+        problems += _tensor_problems(adapter, config, name, shape)
+    tied = config.get("tie_word_embeddings")
     for name, param in table.items():
-        if (
-            name not in shapes
-            and not param.optional
-            and not (param.tied and config.get("tie_word_embeddings"))
-        ):
+        absent_by_right = param.optional or (param.tied and tied)
+        if name not in shapes and not absent_by_right:
             problems.append(f"{name} is declared, the checkpoint does not have it")
         if param.gain and not (param.gain in table and table[param.gain].is_gain):
             problems.append(f"{name} absorbs {param.gain}, which is not declared as a gain")
     _report(problems)
 
 
-def defaults_are_those_of_the_config_class(adapter: Adapter, folder: Path) -> None:
-    """Leave one key after the other out of config.json and compare what the table and transformers take instead."""
-    from transformers import AutoConfig
+def _head_problems(adapter: Adapter, config: Mapping[str, object]) -> Iterator[str]:
+    """Yield where the head layout contradicts the sizes of the spaces."""
+    sizes = adapter.sizes(config)
+    heads = adapter.heads(config)
+    products = (heads.query * heads.width, heads.groups * heads.width)
+    if products != (sizes["q.0"], sizes["kv.0"]) or heads.query % heads.groups:
+        yield (
+            f"heads: {heads.query} and {heads.groups} of {heads.width} do not make up "
+            f"q.0 ({sizes['q.0']}) and kv.0 ({sizes['kv.0']})"
+        )
 
-    whole, problems = read_config(folder), []
+
+def _tensor_problems(
+    adapter: Adapter, config: Mapping[str, object], name: str, shape: tuple[int, ...]
+) -> Iterator[str]:
+    """Yield where the table contradicts one tensor of the checkpoint."""
+    table = adapter.expand(config)
+    sizes = adapter.sizes(config)
+    templates = [
+        template
+        for template in adapter.params
+        if re.fullmatch(re.escape(template).replace(r"\{i\}", r"\d+"), name)
+    ]
+    if len(templates) != 1 or name not in table:
+        yield f"{name} is claimed {len(templates)} times: {templates}"
+        return
+    axes = table[name].axes
+    if len(shape) != len(axes):
+        yield f"{name} has {len(shape)} axes, declared are {list(axes)}"
+        return
+    for axis, (size, space) in enumerate(zip(shape, axes, strict=True)):
+        if sizes.get(space) != size:
+            alike = [other for other, number in sizes.items() if number == size]
+            yield (
+                f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), '
+                f"it has {size} like {alike}"
+            )
+
+
+def defaults_are_those_of_the_config_class(adapter: Adapter, folder: Path) -> None:
+    """Leave one key after the other out of config.json; table and transformers take the same
+    instead."""
+    whole = read_config(folder)
+    problems = []
     for key in adapter.defaults(whole):
-        config = {k: v for k, v in whole.items() if k not in (key, "dtype")}
-        theirs, ours = getattr(AutoConfig.for_model(**config), key), adapter.defaults(config)[key]
-        if theirs != ours:
-            problems.append(f'defaults: "{key}" is {ours!r}, transformers takes {theirs!r}')
+        config = {name: value for name, value in whole.items() if name not in (key, "dtype")}
+        expected = getattr(AutoConfig.for_model(**config), key)
+        default = adapter.defaults(config)[key]
+        if default != expected:
+            problems.append(f'defaults: "{key}" is {default!r}, transformers takes {expected!r}')
     _report(problems)
 
 
@@ -106,279 +123,287 @@ def the_layerwise_forward_computes_what_transformers_computes(
     """Compare every boundary of the stream, and the logits, in float64."""
     weights, layout = _opened(adapter, folder)
     states, expected = plain_transformers(adapter, folder, layout)
-    other = replace(adapter, gain_offset=1.0 - adapter.gain_offset)
-    if (
-        max_difference(logits(weights, layout), expected)
-        > PLAIN
-        >= max_difference(logits(replace(weights, adapter=other), layout), expected)
-    ):
-        _report(
-            [
-                f"gain_offset is {adapter.gain_offset}, the norms of this model behave as with {other.gain_offset}"
-            ]
-        )
+    _report(_offset_problems(weights, layout, expected))
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
-    far = [max_difference(walk.states, states[0])]
+    differences = {"the embeddings": max_difference(walk.states, states[0])}
     for i in walk:
+        # Each layer starts from the right states, so that a difference is its own.
         walk.states = states[i].clone()
         walk.run()
-        far.append(max_difference(walk.states, states[i + 1]))
-    names = ["the embeddings", *(f"layer {i}" for i in range(weights.depth))]
+        differences[f"layer {i}"] = max_difference(walk.states, states[i + 1])
     problems = [
-        f"the stream behind {n} differs from transformers by {x:.1e}"
-        for n, x in zip(names, far, strict=True)
-        if x > PLAIN
+        f"the stream after {place} differs from transformers by {difference:.1e}"
+        for place, difference in differences.items()
+        if difference > PLAIN
     ]
-    made = head_logits(weights, final_norm(weights, states[-1]), weights.head().double())
-    if max_difference(made, expected) > PLAIN:
+    final = final_norm(weights, states[-1])
+    difference = max_difference(head_logits(weights, final, weights.head().double()), expected)
+    if difference > PLAIN:
         problems.append(
-            f"logits differ by {max_difference(made, expected):.1e}: look at norm, head, eps_key, gain_offset and softcap_key"
+            f"logits differ by {difference:.1e}: "
+            "look at norm, head, eps_key, gain_offset and softcap_key"
         )
     _report(problems)
+
+
+def _offset_problems(weights: Weights, layout: PackedTexts, expected: Tensor) -> list[str]:
+    """Return whether the other of the two common gain offsets would explain wrong logits."""
+    adapter = weights.adapter
+    if max_difference(logits(weights, layout), expected) <= PLAIN:
+        return []
+    other = replace(adapter, gain_offset=1.0 - adapter.gain_offset)
+    if max_difference(logits(replace(weights, adapter=other), layout), expected) > PLAIN:
+        return []
+    return [
+        f"gain_offset is {adapter.gain_offset}, "
+        f"the norms of this model behave as with {other.gain_offset}"
+    ]
 
 
 def every_gain_is_absorbed_by_its_readers(adapter: Adapter, folder: Path) -> None:
-    """Fuse one norm gain after the other into the readers that name it; where that changes logits, find the reader to blame."""
+    """Fuse one norm gain after the other into the readers that name it; logits do not change."""
     weights, layout = _opened(adapter, folder)
-    weights, problems = weights.untie(), []
-    before, table = logits(weights, layout), adapter.expand(weights.config)
-    matrices = [
-        n
-        for n, p in table.items()
-        if n in weights.entries and p.axes[1:] == ("residual",) and n != adapter.embedding
-    ]
-    layer_of = re.compile(r"\.\d+\.").findall
-
-    def change(gain: str, readers: list[str]) -> float:
-        factor = weights.gain(gain)
-        fused = {name: weights[name].double() * factor for name in readers}
-        return max_difference(
-            logits(
-                weights.edit({gain: torch.full_like(factor, 1.0 - adapter.gain_offset), **fused}),
-                layout,
-            ),
-            before,
-        )
-
-    missing, wrong = (
-        "reads behind {} and does not name it as its gain",
-        "names {} as its gain and does not read behind it",
-    )
-    for gain in (n for n, p in table.items() if p.is_gain and p.axes == ("residual",)):
-        readers = [name for name in matrices if table[name].gain == gain]
-        if readers and change(gain, readers) <= EXACT:
-            continue
-        orphans = [
-            name
-            for name in matrices
-            if table[name].gain is None and layer_of(name) == layer_of(gain)
-        ]
-        if orphans and change(gain, [*readers, *orphans]) <= EXACT:
-            problems += [f"{name}: axis 1 {missing.format(gain)}" for name in orphans]
-        elif readers:  # a norm on what a branch writes has none, and needs none
-            blamed = [n for n in matrices if change(gain, sorted({n} ^ set(readers))) <= EXACT]
-            problems += [
-                f"{n}: axis 1 {(wrong if n in readers else missing).format(gain)}" for n in blamed
-            ]
-            problems += (
-                [] if blamed else [f"{gain} is not absorbed by the readers that name it: {readers}"]
-            )
+    weights = weights.untie()
+    before = logits(weights, layout)
+    table = adapter.expand(weights.config)
+    problems: list[str] = []
+    for gain, param in table.items():
+        if param.is_gain and param.axes == ("residual",):
+            problems += _gain_problems(weights, layout, gain, before)
     _report(problems)
 
 
-def _blame(
+def _gain_problems(weights: Weights, layout: PackedTexts, gain: str, before: Tensor) -> list[str]:
+    """Return which readers name a gain wrongly, or do not name it and should."""
+    adapter = weights.adapter
+    table = adapter.expand(weights.config)
+    matrices = [
+        name
+        for name, param in table.items()
+        if name in weights.entries and param.axes[1:] == ("residual",) and name != adapter.embedding
+    ]
+
+    def change(readers: Sequence[str]) -> float:
+        """Return the logit change when these readers absorb the gain."""
+        factor = weights.gain(gain)
+        fused = {name: weights[name].double() * factor for name in readers}
+        neutral = torch.full_like(factor, 1.0 - adapter.gain_offset)
+        return max_difference(logits(weights.edit({gain: neutral, **fused}), layout), before)
+
+    readers = [name for name in matrices if table[name].gain == gain]
+    if readers and change(readers) <= EXACT:
+        return []
+    layer_of = re.compile(r"\.\d+\.").findall
+    orphans = [
+        name for name in matrices if table[name].gain is None and layer_of(name) == layer_of(gain)
+    ]
+    if orphans and change([*readers, *orphans]) <= EXACT:
+        return [
+            f"{name}: axis 1 reads behind {gain} and does not name it as its gain"
+            for name in orphans
+        ]
+    if not readers:  # a norm on what a branch writes has no readers, and needs none
+        return []
+    blamed = [name for name in matrices if change(sorted({name} ^ set(readers))) <= EXACT]
+    if not blamed:
+        return [f"{gain} is not absorbed by the readers that name it: {readers}"]
+    return [
+        f"{name}: axis 1 names {gain} as its gain and does not read behind it"
+        if name in readers
+        else f"{name}: axis 1 reads behind {gain} and does not name it as its gain"
+        for name in blamed
+    ]
+
+
+def _axes_to_blame(
     weights: Weights, maps: Mapping[str, Map], layout: PackedTexts, wanted: Tensor
 ) -> Iterator[str]:
-    """Yield the single axes of the table whose being carried or not explains that a fold changes the logits."""
-    table, sizes = weights.adapter.expand(weights.config), weights.adapter.sizes(weights.config)
+    """Yield the single axes of the table whose other space would make a fold exact."""
+    table = weights.adapter.expand(weights.config)
+    sizes = weights.adapter.sizes(weights.config)
     for name, param in table.items():
+        if name not in weights.entries:
+            continue
         for axis, space in enumerate(param.axes):
-            for other in (
-                ("none of them",)
-                if space in maps
-                else tuple(s for s in maps if sizes[s] == sizes[space])
-            ):
+            others = tuple(other for other in maps if sizes[other] == sizes[space])
+            for other in ("none of them",) if space in maps else others:
                 axes = (*param.axes[:axis], other, *param.axes[axis + 1 :])
-                changed = replace(
-                    weights.adapter, params={**table, name: replace(param, axes=axes)}
-                )
-                if (
-                    name in weights.entries
-                    and max_difference(
-                        logits(replace(weights, adapter=changed).fold(maps), layout), wanted
+                changed = {**table, name: replace(param, axes=axes)}
+                view = replace(weights, adapter=replace(weights.adapter, params=changed))
+                if max_difference(logits(view.fold(maps), layout), wanted) <= EXACT:
+                    yield (
+                        f'{name}: axis {axis} is declared "{space}"; '
+                        f"of {', '.join(maps)} it is {other}"
                     )
-                    <= EXACT
-                ):
-                    yield f'{name}: axis {axis} is declared "{space}"; of {", ".join(maps)} it is {other}'
 
 
-def _compare_fold(
-    weights: Weights, maps: Mapping[str, Map], layout: PackedTexts, wanted: Tensor, what: str
+def _fold_problems(
+    weights: Weights, maps: Mapping[str, Map], layout: PackedTexts, wanted: Tensor, *, what: str
 ) -> list[str]:
+    """Return what is wrong with the table if folding `maps` changes the logits."""
     change = max_difference(logits(weights.fold(maps), layout), wanted)
     if change <= EXACT:
         return []
-    names = [n for n, p in weights.adapter.expand(weights.config).items() if {*p.axes} & {*maps}]
-    doubt = f"{what} changes logits by {change:.1e}: `heads`, an axis, or the order in `fused` is wrong, of {', '.join(names)}"
-    return list(_blame(weights, maps, layout, wanted)) or [doubt]
+    blamed = list(_axes_to_blame(weights, maps, layout, wanted))
+    table = weights.adapter.expand(weights.config)
+    names = [name for name, param in table.items() if {*param.axes} & {*maps}]
+    return blamed or [
+        f"{what} changes logits by {change:.1e}: `heads`, an axis, or the order in `fused` "
+        f"is wrong, of {', '.join(names)}"
+    ]
 
 
 def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path) -> None:
-    """Fold a random rotation: logits stay, or the table has norms behind writers and the fold says so."""
+    """Fold a random rotation: logits stay, or the table has norms behind writers and the fold says
+    so."""
     weights, layout = _opened(adapter, folder)
-    width = weights.width
-    if stuck := adapter.gains(weights.config)[1]:
+    rotation = Rotation(random_rotation(weights.width, 1))
+    stuck = adapter.gains(weights.config)[1]
+    if stuck:
         try:
-            weights.fold({"residual": Rotation(random_rotation(width, 1))})
-        except RecipeError as told:
-            assert stuck[0] in str(told), told
+            weights.fold({"residual": rotation})
+        except RecipeError as error:
+            assert stuck[0] in str(error), error
             return
         raise AssertionError(f"{stuck[0]} has no reader behind it, yet the rotation was folded")
-    fused = logits(
-        weights.fold({"residual": Rotation(torch.eye(width, dtype=torch.float64))}), layout
-    )
+    identity = Rotation(torch.eye(weights.width, dtype=torch.float64))
+    fused = logits(weights.fold({"residual": identity}), layout)
     _report(
-        _compare_fold(
-            weights,
-            {"residual": Rotation(random_rotation(width, 1))},
-            layout,
-            fused,
-            "a rotation of the stream",
+        _fold_problems(
+            weights, {"residual": rotation}, layout, fused, what="a rotation of the stream"
         )
     )
 
 
 def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
-    """Permute the neurons and the heads of each layer, and the channels of the stream: logits stay."""
+    """Permute neurons and heads of each layer, and channels of the stream: logits stay."""
     weights, layout = _opened(adapter, folder)
     before = logits(weights, layout)
     for what, maps in whole_permutations(weights).items():
-        _report(_compare_fold(weights, maps, layout, before, f"permuting {what}"))
+        _report(_fold_problems(weights, maps, layout, before, what=f"permuting {what}"))
 
 
 def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
-    """Put one random gauge after the other into the heads and neurons of each layer: logits stay."""
+    """Put random gauges into heads and neurons of each layer, one by one: logits stay."""
     weights, layout = _opened(adapter, folder)
     before = logits(weights, layout)
-    folds = {
-        space: weights.fold({space: found})
-        for space, found in gauges(weights, invertible=True).items()
-    }
-    changes = {
-        space: max_difference(logits(folded, layout), before) for space, folded in folds.items()
-    }
-    on = {
-        space: [
-            n
-            for n, p in weights.adapter.expand(weights.config).items()
-            if p.gauge.removesuffix("*") == space
-        ]
-        for space in changes
-    }
-    _report(
-        [
-            f'"{s}" is declared a gauge and changes logits by {x:.1e}, on {", ".join(on[s])}'
-            for s, x in changes.items()
-            if x > EXACT
-        ]
-    )
+    table = adapter.expand(weights.config)
+    problems = []
+    for space, gauge in gauges(weights, invertible=True).items():
+        change = max_difference(logits(weights.fold({space: gauge}), layout), before)
+        if change > EXACT:
+            names = [
+                name for name, param in table.items() if param.gauge.removesuffix("*") == space
+            ]
+            problems.append(
+                f'"{space}" is declared a gauge and changes logits by {change:.1e}, '
+                f"on {', '.join(names)}"
+            )
+    _report(problems)
 
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
     """Fold everything that may be folded, and take it back."""
     weights, _ = _opened(adapter, folder)
-    back = (folded := scramble(weights)[0]).unfold(folded.undo)  # type: ignore[arg-type]  # a fold can be undone
+    folded = scramble(weights)[0]
+    assert folded.undo is not None
+    back = folded.unfold(folded.undo)
     problems = [
         f"{name} is there only before or only after"
         for name in set(weights.entries) ^ set(back.entries)
     ]
-    changes = {
-        name: max_difference(weights[name].double(), back[name].double())
-        for name in set(weights.entries) & set(back.entries)
-    }
-    problems += [
-        f"{name} comes back changed by {change:.1e}"
-        for name, change in changes.items()
-        if change > 1e-12
-    ]
+    for name in set(weights.entries) & set(back.entries):
+        change = max_difference(weights[name].double(), back[name].double())
+        if change > 1e-12:
+            problems.append(f"{name} comes back changed by {change:.1e}")
     _report(problems)
 
 
 def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None:
-    """Save the folded model and compare what plain transformers computes from both folders."""
+    """Save the folded model; plain transformers computes the same from both folders."""
     weights, layout = _opened(adapter, folder)
-    there = folder.with_name(f"{folder.name}-folded")
-    save_folder(scramble(weights)[0], folder, there, torch.float64)
-    _opened(adapter, there)
-    one, two = (plain_transformers(adapter, path, layout)[1] for path in (folder, there))
-    _report(
-        [f"a saved fold has other logits in transformers, by {max_difference(one, two):.1e}"]
-        if max_difference(one, two) > PLAIN
-        else []
-    )
+    copy = folder.with_name(f"{folder.name}-folded")
+    save_folder(scramble(weights)[0], folder, copy, torch.float64)
+    _opened(adapter, copy)
+    before = plain_transformers(adapter, folder, layout)[1]
+    after = plain_transformers(adapter, copy, layout)[1]
+    change = max_difference(before, after)
+    if change > PLAIN:
+        _report([f"a saved fold has other logits in transformers, by {change:.1e}"])
 
 
 def sites_are_found(adapter: Adapter, folder: Path) -> None:
-    """Observe every site: `mid` and `mlp` add up to the stream behind a layer, writers carry their sites into it."""
+    """Observe every site: `mid` and `mlp` add up to the stream after a layer, writers carry their
+    sites."""
     weights, layout = _opened(adapter, folder)
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
     problems: list[str] = []
     for i in walk:
-        lost = [
-            s
-            for s, site in adapter.sites.items()
-            if site.module not in dict(walk.layer.named_modules())
-        ]
-        _report([f'site "{s}": a layer has no module "{adapter.sites[s].module}"' for s in lost])
-        seen: dict[str, Tensor] = {}
-
-        def note(site: str, rows: Tensor, X: Tensor, seen: dict[str, Tensor] = seen) -> None:
-            seen.setdefault(site, torch.full((layout.rows, X.shape[1]), torch.nan, dtype=X.dtype))[
-                rows
-            ] = X
-
-        start = walk.states.clone()
-        walk.run(
-            {
-                site: lambda rows, X, site=site, note=note: note(site, rows, X)
-                for site in adapter.sites
-            }
-        )  # type: ignore[misc]
-        problems += [
-            f'site "{s}" sees only some rows' for s, X in seen.items() if bool(X.isnan().any())
-        ]
-        if {"mid", "mlp"} <= seen.keys() and not max_difference(
-            seen["mid"] + seen["mlp"], walk.states
-        ) <= EXACT:
-            problems.append(f'sites "mid" and "mlp" do not add up to the stream behind layer {i}')
-        branches = (
-            {"attention": seen["mid"] - start, "the MLP": walk.states - seen["mid"]}
-            if "mid" in seen
-            else {}
+        modules = dict(walk.layer.named_modules())
+        _report(
+            [
+                f'site "{name}": a layer has no module "{site.module}"'
+                for name, site in adapter.sites.items()
+                if site.module not in modules
+            ]
         )
-        for site, template in adapter.writers.items():
-            name = template.replace("{i}", str(i))
-            bias = f"{name.removesuffix('weight')}bias"
-            W, b = (
-                weights[name].double(),
-                weights[bias].double() if bias in weights.entries else 0.0,
-            )
-            if seen[site].shape[1] != W.shape[1]:
-                problems.append(
-                    f'site "{site}" is {seen[site].shape[1]} wide, its writer {name} reads {W.shape[1]}'
-                )
-            elif branches and not any(
-                max_difference(seen[site] @ W.T + b, X) <= EXACT for X in branches.values()
-            ):
-                problems.append(
-                    f'{name} does not carry the site "{site}" into what {" or ".join(branches)} adds to the stream'
-                )
+        start = walk.states.clone()
+        observed: dict[str, Tensor] = {}
+        walk.run({site: partial(_note, observed, layout.rows, site) for site in adapter.sites})
+        problems += _site_problems(weights, i, start, walk.states, observed)
     _report(problems)
 
 
+def _note(observed: dict[str, Tensor], count: int, site: str, rows: Tensor, values: Tensor) -> None:
+    """Keep the values `[n, width]` of rows `[n]` of a site; rows that are never seen stay NaN."""
+    if site not in observed:
+        observed[site] = torch.full((count, values.shape[1]), torch.nan, dtype=values.dtype)
+    observed[site][rows] = values
+
+
+def _site_problems(
+    weights: Weights, layer: int, start: Tensor, end: Tensor, observed: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Yield what does not fit together of the sites of one layer, whose stream goes from `start` to
+    `end`."""
+    for site, values in observed.items():
+        if bool(values.isnan().any()):
+            yield f'site "{site}" sees only some rows'
+    if {"mid", "mlp"} <= observed.keys():
+        total = observed["mid"] + observed["mlp"]
+        if not max_difference(total, end) <= EXACT:
+            yield f'sites "mid" and "mlp" do not add up to the stream behind layer {layer}'
+    branches: dict[str, Tensor] = {}
+    if "mid" in observed:
+        branches = {"attention": observed["mid"] - start, "the MLP": end - observed["mid"]}
+    for site, template in weights.adapter.writers.items():
+        name = template.replace("{i}", str(layer))
+        bias_name = f"{name.removesuffix('weight')}bias"
+        matrix = weights[name].double()
+        bias = weights[bias_name].double() if bias_name in weights.entries else 0.0
+        if observed[site].shape[1] != matrix.shape[1]:
+            width = observed[site].shape[1]
+            yield f'site "{site}" is {width} wide, its writer {name} reads {matrix.shape[1]}'
+            continue
+        written = observed[site] @ matrix.T + bias
+        matches = [max_difference(written, branch) <= EXACT for branch in branches.values()]
+        if branches and not any(matches):
+            yield (
+                f'{name} does not carry the site "{site}" into what '
+                f"{' or '.join(branches)} adds to the stream"
+            )
+
+
 ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
-    every_tensor_is_claimed_once, defaults_are_those_of_the_config_class, the_layerwise_forward_computes_what_transformers_computes,
-    every_gain_is_absorbed_by_its_readers, a_rotation_of_the_stream_is_exact_or_refused, permutations_are_exact, gauges_are_exact,
-    unfolding_gives_the_weights_back, a_saved_fold_reloads_in_transformers, sites_are_found,
-)  # fmt: skip
-"""What every adapter must pass, on a pico checkpoint of each variant of its architecture: `check(adapter, folder)`."""
+    every_tensor_is_claimed_once,
+    defaults_are_those_of_the_config_class,
+    the_layerwise_forward_computes_what_transformers_computes,
+    every_gain_is_absorbed_by_its_readers,
+    a_rotation_of_the_stream_is_exact_or_refused,
+    permutations_are_exact,
+    gauges_are_exact,
+    unfolding_gives_the_weights_back,
+    a_saved_fold_reloads_in_transformers,
+    sites_are_found,
+)
+"""What every adapter must pass, on a pico checkpoint of each variant: `check(adapter, folder)`."""

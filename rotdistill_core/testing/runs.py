@@ -1,4 +1,4 @@
-"""TODO: rotdistill_core.testing.runs."""
+"""Carrying out recipes and calling the command line inside a test."""
 
 from __future__ import annotations
 
@@ -7,44 +7,40 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
+from rotdistill_core.cli import main
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.load import load_recipe
-
-if TYPE_CHECKING:
-    from rotdistill_core.execution.outcome import RunResult
 
 
 class SilentObserver:
-    """What a run reports to: it keeps the lines, and shows none."""
+    """What a run reports to: it keeps the lines and shows none."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def log(self, text: str) -> None:  # noqa: D102
+    def log(self, text: str) -> None:
+        """Keep one line."""
         self.lines.append(text)
 
 
-def run_recipe(path: Path, screen: Any = None) -> RunResult:
-    """Carry out a recipe, in `runs/` beside it."""
-
-    return Executor(
-        load_recipe(path), path.parent / "runs", screen or SilentObserver(), lambda *_: None
-    ).go()
+def run_recipe(path: Path, observer: Any = None) -> RunResult:
+    """Carry out a recipe; `runs/` lies next to it."""
+    watching = observer or SilentObserver()
+    return Executor(load_recipe(path), path.parent / "runs", watching, lambda *_: None).go()
 
 
 def command_line(*words: str) -> tuple[int, str, str]:
-    """Call the command line in this process; return its exit code and what it printed on stdout and on stderr."""
-    from rotdistill_core.cli import main
-
-    out, err, code = StringIO(), StringIO(), 0
-    inside = (
-        mock.patch.multiple(sys, argv=["rotdistill", *words]),
-        mock.patch.object(signal, "signal"),
-    )  # handlers are the caller's
-    with redirect_stdout(out), redirect_stderr(err), inside[0], inside[1]:
+    """Call the command line in this process; return exit code, stdout and stderr."""
+    out = StringIO()
+    err = StringIO()
+    code = 0
+    arguments = mock.patch.multiple(sys, argv=["rotdistill", *words])
+    handlers = mock.patch.object(signal, "signal")  # signal handlers belong to the caller
+    with redirect_stdout(out), redirect_stderr(err), arguments, handlers:
         try:
             main()
         except SystemExit as stop:

@@ -1,204 +1,247 @@
-"""TODO: rotdistill_core.testing.step_checks."""
+"""What every step must pass: each check takes a step class, its options, and an empty folder.
+
+A step is run on a pico model (the student) and the same model in another basis (the teacher), with
+captured activations and, unless it is an aligner, the maps between the two.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rotdistill_core.architecture.table import Adapter
-from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import RotdistillError
+from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.evaluation.rows import Variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.maps import Maps, Rotation, tensor_of
+from rotdistill_core.planning.cost import Cost, CostContext, context_after, step_cost
+from rotdistill_core.planning.shape import ModelShape
+from rotdistill_core.planning.text_counts import TextCounts
 from rotdistill_core.plugin.hookspecs import HookSpecs
 from rotdistill_core.plugin.step import options_of, stage_of, validator_of
 from rotdistill_core.recipe.document import ModelRef
-from rotdistill_core.testing.adapter_checks import ADAPTER_CHECKS
-from rotdistill_core.testing.pico import (
-    captured_activations,
-    max_difference,
-    pico_folder,
-    pico_model,
-    pico_output,
-    pico_samples,
-    reopen,
-    rotated_twin,
-    save_folder,
-)
+from rotdistill_core.testing.compute import max_difference, reopen, save_folder
+from rotdistill_core.testing.pico import captured_activations, pico_model, pico_output, pico_samples
+from rotdistill_core.testing.planted import rotated_twin
+
+Options = Mapping[str, Any]
+Tensors = dict[str, Any]
+"""Name -> tensor, or for evaluators a list of metric rows."""
 
 
-def _tried(
-    cls: type, options: Mapping[str, Any], folder: Path, **size: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run a step on a pico model and its twin in another basis; return what it gave and what it was given, as tensors by name."""
-    student = pico_model(folder / "student", **size)
-    if size:  # a channel that is always 0
-        table = {
-            n: p
-            for n, p in student.adapter.expand(student.config).items()
-            if n in student.weights.entries
-        }
-        axes = {
-            n: p.axes.index("residual")
-            for n, p in table.items()
-            if "residual" in p.axes and not p.gain and not p.is_gain
-        }
-        dead = student.weights.edit(
-            {
-                n: student.weights[n].index_fill(axis, torch.tensor(0), 0.0)
-                for n, axis in axes.items()
-            }
-        )
-        save_folder(dead, student.folder, folder / "dead")
-        student = open_model(ModelRef(model=str(folder / "dead")))
-    teacher, Q = rotated_twin(student, folder / "teacher")
-    pair, samples, out = (
-        Pair(teacher, student),
-        pico_samples(texts=5 if size else 40, guard=2),
-        pico_output(folder / "runs"),
-    )
+class Trial(NamedTuple):
+    """What a step returned and what it was given, as tensors by name."""
+
+    result: Tensors
+    inputs: Tensors
+    planted: Tensor
+    """The rotation `Q [d, d]` between student and teacher."""
+
+
+def _try_step(cls: type, options: Options, folder: Path, *, hard: bool = False) -> Trial:
+    """Run a step on a pico model and its twin in another basis.
+
+    Args:
+        cls: the step class.
+        options: its options.
+        folder: an empty one.
+        hard: fewer texts than channels, and one channel that is always 0.
+    """
+    student = _with_dead_channel(folder) if hard else pico_model(folder / "student")
+    teacher, planted = rotated_twin(student, folder / "teacher")
+    pair = Pair(teacher, student)
+    samples = pico_samples(texts=5 if hard else 40, guard=2)
+    out = pico_output(folder / "runs")
     activations = captured_activations(pair, student.weights, samples, out)
-    maps = Maps(
-        {f"residual.{b}": Rotation(Q) for b in range(student.depth + 1)}
-        if stage_of(cls) != "align"
-        else {}
-    )
-    given = {"pair": pair, "samples": samples, "out": out, "activations": activations, "maps": maps, "weights": student.weights,
-             "variant": Variant("base", student.weights, maps, 0.0, student.folder), "progress": lambda *_: None}  # fmt: skip
-    hook = getattr(validator_of(cls).validate_json(json.dumps(options), strict=True), stage_of(cls))
-    torch.seed()  # what a step draws must come from its own seed
-    made = hook(**{name: given[name] for name in inspect.signature(hook).parameters})
-    return _tensors(made), {
-        **_tensors(maps),
-        **_tensors(activations),
-        **_tensors(reopen(student.folder, student.weights)),
-        "Q": Q,
+    known = {f"residual.{b}": Rotation(planted) for b in range(student.depth + 1)}
+    maps = Maps({} if stage_of(cls) == "align" else known)
+    arguments = {
+        "pair": pair,
+        "samples": samples,
+        "out": out,
+        "activations": activations,
+        "maps": maps,
+        "weights": student.weights,
+        "variant": Variant("base", student.weights, maps, 0.0, student.folder),
+        "progress": lambda *_: None,
     }
+    step: Any = validator_of(cls).validate_json(json.dumps(options), strict=True)
+    hook = getattr(step, stage_of(cls))
+    torch.seed()  # what a step draws must come from its own seed
+    result = hook(**{name: arguments[name] for name in inspect.signature(hook).parameters})
+    inputs = _tensors(maps) | _tensors(activations)
+    inputs |= _tensors(reopen(student.folder, student.weights))
+    return Trial(_tensors(result), inputs, planted)
 
 
-def _tensors(made: Any) -> dict[str, Any]:
-    """Return what a stage gives by name: maps, weights, captured rows, or result rows."""
-    if isinstance(made, ActivationStore):
+def _with_dead_channel(folder: Path) -> Model:
+    """Return a pico model that is wider than its texts have rows, and whose first channel is always
+    0."""
+    model = pico_model(folder / "student", hidden_size=128, num_attention_heads=4)
+    edited = {}
+    for name, param in model.adapter.expand(model.config).items():
+        writes = "residual" in param.axes and not param.gain and not param.is_gain
+        if writes and name in model.weights.entries:
+            axis = param.axes.index("residual")
+            edited[name] = model.weights[name].index_fill(axis, torch.tensor(0), 0.0)
+    save_folder(model.weights.edit(edited), model.folder, folder / "dead")
+    return open_model(ModelRef(model=str(folder / "dead")))
+
+
+def _tensors(result: Any) -> Tensors:
+    """Return what a stage returns by name: maps, weights, captured rows, or metric rows."""
+    assert result is not None, "the hook gave None"
+    if isinstance(result, ActivationStore):
         return {
-            f"{side} {b}": made.rows(side, b).clone()
-            for side, shards in made.shards.items()
-            for b in range(len(shards))
+            f"{side} {boundary}": result.rows(side, boundary).clone()
+            for side, shards in result.shards.items()
+            for boundary in range(len(shards))
         }
-    if isinstance(made, Weights):
-        return {name: made[name].clone() for name in made.entries}
-    assert made is not None, "the hook gave None"
-    return (
-        {f"map {space}": tensor_of(found) for space, found in made.items()}
-        if isinstance(made, Maps)
-        else {"rows": list(made)}
-    )
+    if isinstance(result, Weights):
+        return {name: result[name].clone() for name in result.entries}
+    if isinstance(result, Maps):
+        return {f"map {space}": tensor_of(found) for space, found in result.items()}
+    return {"rows": list(result)}
 
 
-def the_hook_is_as_specified(cls: type, _: Mapping[str, Any], __: Path) -> None:
+def _equal(one: Any, two: Any) -> bool:
+    return torch.equal(one, two) if isinstance(one, Tensor) else bool(one == two)
+
+
+def the_hook_is_as_specified(cls: type, _options: Options, _folder: Path) -> None:
     """Compare the arguments of the one stage hook, and their annotations, with its specification."""
-    mine, theirs = (inspect.signature(getattr(of, stage_of(cls))) for of in (cls, HookSpecs))
+    hook = inspect.signature(getattr(cls, stage_of(cls)))
+    specified = inspect.signature(getattr(HookSpecs, stage_of(cls)))
     wrong = [
-        p
-        for n, p in mine.parameters.items()
-        if n != "self" and str(p) != str(theirs.parameters.get(n))
+        parameter
+        for name, parameter in hook.parameters.items()
+        if name != "self" and str(parameter) != str(specified.parameters.get(name))
     ]
-    assert not wrong and mine.return_annotation == theirs.return_annotation, (
-        f"{wrong} or the result differ from {theirs}"
+    assert not wrong and hook.return_annotation == specified.return_annotation, (
+        f"{wrong} or the result differ from {specified}"
     )
 
 
-def options_survive_toml_and_json(cls: type, options: Mapping[str, Any], _: Path) -> None:
+def options_survive_toml_and_json(cls: type, options: Options, _folder: Path) -> None:
     """Write the options as a recipe does and read them again; each has a description."""
     read: Any = validator_of(cls).validate_json
-    told = options_of(read(json.dumps(options), strict=True))
+    values = options_of(read(json.dumps(options), strict=True))
     text = "\n".join(
-        f"{key} = {json.dumps(value)}" for key, value in told.items() if value is not None
+        f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None
     )
-    assert options_of(read(json.dumps(tomllib.loads(text)), strict=True)) == told
+    assert options_of(read(json.dumps(tomllib.loads(text)), strict=True)) == values
+    properties = validator_of(cls).json_schema()["properties"]
     bare = [
-        n
-        for n, about in validator_of(cls).json_schema()["properties"].items()
-        if n != "use" and not about.get("description")
+        name for name in properties if name != "use" and not properties[name].get("description")
     ]
     assert not bare, f"no text under {bare}: it is what a recipe's author reads"
 
 
-def it_does_the_same_again_and_changes_no_input(
-    cls: type, options: Mapping[str, Any], folder: Path
-) -> None:
-    """Run it twice on the same inputs, and compare what it gives, and the inputs with fresh ones."""
-    (made, seen), (again, fresh) = (_tried(cls, options, folder / name) for name in ("one", "two"))
-    for what, one, two in (("result", made, again), ("input", seen, fresh)):
-        differ = [
-            k
-            for k in one
-            if not (torch.equal(one[k], two[k]) if isinstance(one[k], Tensor) else one[k] == two[k])
-        ]
-        assert one.keys() == two.keys() and not differ, (
-            f"the {what} differs: {differ or one.keys() ^ two.keys()}"
-        )
+def the_cost_is_stated_in_numbers(cls: type, options: Options, folder: Path) -> None:
+    """Ask for the cost on a pico context: every figure is finite and not negative; so is the
+    context after it."""
+    step: Any = validator_of(cls).validate_json(json.dumps(options), strict=True)
+    model = pico_model(folder / "student")
+    context = pico_cost_context(model, pico_samples())
+    with suppress(RecipeError):  # options that this model has no room for
+        after = context_after(step, context)
+        assert isinstance(after, CostContext), "context_after must return a CostContext"
+        assert after.student.parameters() > 0
+    cost = step_cost(step, context)
+    assert isinstance(cost, Cost), "cost must return a Cost"
+    figures = {f.name: getattr(cost, f.name) for f in fields(cost) if f.name != "shared_files"}
+    figures |= {str(key): size for key, size in cost.shared_files.items()}
+    bad = {name: value for name, value in figures.items() if not 0 <= value < math.inf}
+    assert not bad, f"no number of bytes or operations: {bad}"
 
 
-def hard_inputs_are_solved_or_refused(cls: type, options: Mapping[str, Any], folder: Path) -> None:
-    """Run it where there are fewer rows than channels, and one channel is always 0: finite, or an error that says why."""
+def pico_cost_context(model: Model, samples: Samples) -> CostContext:
+    """Return the context of a plan whose teacher and student are one pico model."""
+    shape = ModelShape(model.adapter, model.config, "float32")
+    layout: PackedTexts = samples.layout
+    rows: dict[str, int] = {}
+    texts: dict[str, int] = {}
+    for text in layout.texts:
+        own = len(text.tokens) - layout.prefix_length(text)
+        rows[text.split] = rows.get(text.split, 0) + own
+        texts[text.split] = texts.get(text.split, 0) + 1
+    counts = TextCounts(
+        prefix=layout.prefix,
+        rows=rows,
+        texts=texts,
+        questions_asked=texts.get("heldout", 0),
+        answer_tokens=4 * texts.get("heldout", 0),
+    )
+    return CostContext(
+        teacher=shape,
+        student=shape,
+        texts=counts,
+        teacher_bytes=4,
+        student_bytes=4,
+        same=True,
+    )
+
+
+def it_does_the_same_again_and_changes_no_input(cls: type, options: Options, folder: Path) -> None:
+    """Run it twice on the same inputs: the results are equal, and the inputs are as fresh ones."""
+    first = _try_step(cls, options, folder / "one")
+    second = _try_step(cls, options, folder / "two")
+    both = {
+        "result": (first.result, second.result),
+        "input": (first.inputs, second.inputs),
+    }
+    for what, (one, two) in both.items():
+        differ = [name for name in one.keys() & two.keys() if not _equal(one[name], two[name])]
+        missing = one.keys() ^ two.keys()
+        assert not missing and not differ, f"the {what} differs: {sorted(differ) or missing}"
+
+
+def hard_inputs_are_solved_or_refused(cls: type, options: Options, folder: Path) -> None:
+    """Run it with fewer rows than channels and a channel that is 0: a finite result, or a clear
+    error."""
     with suppress(RotdistillError):
-        made, _ = _tried(cls, options, folder, hidden_size=128, num_attention_heads=4)
+        result = _try_step(cls, options, folder, hard=True).result
         bad = [
-            k
-            for k, value in made.items()
+            name
+            for name, value in result.items()
             if isinstance(value, Tensor) and not bool(value.double().isfinite().all())
         ]
         assert not bad, f"not finite: {bad}"
 
 
-def a_planted_rotation_is_found(cls: type, options: Mapping[str, Any], folder: Path) -> None:
-    """Align a model with its twin in another basis: the map is the planted rotation. For solvers of rotations."""
-    made, given = _tried(cls, options, folder)
-    far = {
-        k: max_difference(value.double(), given["Q"])
-        for k, value in made.items()
-        if k.startswith("map residual")
+def a_planted_rotation_is_found(cls: type, options: Options, folder: Path) -> None:
+    """Align a model with its twin in another basis: the map is the planted rotation. For solvers of
+    rotations."""
+    trial = _try_step(cls, options, folder)
+    errors = {
+        name: max_difference(value.double(), trial.planted)
+        for name, value in trial.result.items()
+        if name.startswith("map residual")
     }
-    assert far and max(far.values()) < 1e-4, f"off the planted rotation by {far}"
+    assert errors and max(errors.values()) < 1e-4, f"off the planted rotation by {errors}"
 
 
-STEP_CHECKS: tuple[Callable[[type, Mapping[str, Any], Path], None], ...] = (
-    the_hook_is_as_specified, options_survive_toml_and_json, it_does_the_same_again_and_changes_no_input, hard_inputs_are_solved_or_refused,
-)  # fmt: skip
-"""What every step must pass: `check(class, options, empty folder)`. Solvers of rotations add `a_planted_rotation_is_found`."""
+STEP_CHECKS: tuple[Callable[[type, Options, Path], None], ...] = (
+    the_hook_is_as_specified,
+    options_survive_toml_and_json,
+    the_cost_is_stated_in_numbers,
+    it_does_the_same_again_and_changes_no_input,
+    hard_inputs_are_solved_or_refused,
+)
+"""What every step must pass: `check(class, options, empty folder)`.
 
-
-def parametrize_with_checks(
-    subject: Adapter | type, *cases: Mapping[str, Any], checks: Sequence[Any] = ()
-) -> Any:
-    """Let a test run every check of an adapter (cases: changes of the pico config) or a step class (cases: its options).
-
-    `@parametrize_with_checks(TABLE, {"head_dim": 12})` before `def test_it_conforms(check, tmp_path): check(tmp_path)`.
-    """
-    import pytest
-
-    def bound(check: Any, case: Mapping[str, Any]) -> Callable[[Path], None]:
-        if not isinstance(subject, Adapter):
-            return lambda folder: check(subject, case, folder)
-        return lambda folder: check(
-            subject, pico_folder(folder / "model", subject.model_types[0], **case)
-        )
-
-    chosen = checks or (ADAPTER_CHECKS if isinstance(subject, Adapter) else STEP_CHECKS)
-    some = [
-        pytest.param(bound(c, case), id=" ".join([c.__name__, *case]))
-        for case in cases or ({},)
-        for c in chosen
-    ]
-    return pytest.mark.parametrize("check", some)
+Solvers of rotations add `a_planted_rotation_is_found`.
+"""

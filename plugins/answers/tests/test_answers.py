@@ -1,25 +1,57 @@
-"""What variants say, beside the teacher's answers: known figures of known texts, and whole runs of pico models."""
+"""Answers of variants next to the teacher's: figures of known texts, and runs of pico models."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
-from rotdistill_answers.step import Answers, compared, identifier, steps, words
+from rotdistill_answers._method import (
+    UNKNOWN,
+    AnswerScore,
+    Figure,
+    LanguageIdentifier,
+    claim_figures,
+    decode_answer,
+    score_answer,
+    similarity,
+)
+from rotdistill_answers.step import Answers, steps
 
+from rotdistill_core.data.questions import Claim, Question
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, pico_tokenizer, run_recipe
+from rotdistill_core.store.results import Answer
+from rotdistill_core.testing import (
+    STEP_CHECKS,
+    parametrize_with_checks,
+    pico_folder,
+    pico_head,
+    pico_texts,
+    pico_tokenizer,
+    run_recipe,
+)
 
 ROOT = Path(__file__).parents[3]
 ENGLISH = "The temple is one of the largest religious monuments in the world."
 FRENCH = "Le temple est l'un des plus grands monuments religieux du monde."
+QUESTION = Question(
+    "held-0",
+    "en",
+    Split.HELDOUT,
+    "What is it?",
+    None,
+    facts=(Claim("a temple", ("temple",)), Claim("in Cambodia", ("Cambodia", "Cambodge"))),
+    falsehoods=(Claim("a church", ("church", "eglise")),),
+)
 RECIPE = (
-    pico_head("said", "{work}/model", "{work}/model", tokens=6)
+    pico_head("answers", "{work}/model", "{work}/model", tokens=6)
     + """
 observers = []
 student.save_dtype = "float32"
@@ -36,16 +68,36 @@ cut = ["chop"]
 )
 
 
-def ran(work: Path, options: str = "") -> RunResult:
+# Pico texts have no questions, so the checks that run the step do not hold.
+@parametrize_with_checks(Answers, {}, {"max_tokens": 3}, checks=STEP_CHECKS[:2])
+def test_answers_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
+
+
+def run(work: Path, options: str = "") -> RunResult:
     pico_texts(work / "texts")
     pico_folder(work / "model", num_hidden_layers=3)
-    path = work / "said.toml"
+    path = work / "answers.toml"
     path.write_text(RECIPE.format(work=work, options=options), encoding="utf-8")
     return run_recipe(path)
 
 
-def language_of(text: str) -> str:
-    return identifier(["en"])[1](text)
+def answers_of(result: RunResult, variant: str) -> dict[str, Answer]:
+    return result.steps[variant, "answers"].report.answers
+
+
+@cache
+def english() -> LanguageIdentifier:
+    return LanguageIdentifier(["en"])
+
+
+def score(answer: str) -> AnswerScore:
+    return score_answer(answer, QUESTION, english())
+
+
+def figures_of(student: str, teacher: str, asked_language: str | None = "en") -> dict[str, float]:
+    figures = similarity(score(student), score(teacher), asked_language)
+    return {metric: figure.value for metric, figure in figures.items()}
 
 
 def test_answers_is_an_evaluator() -> None:
@@ -53,34 +105,62 @@ def test_answers_is_an_evaluator() -> None:
     assert stage_of(Answers) == "evaluate"
 
 
-def test_the_teachers_own_words_are_as_near_as_can_be() -> None:
-    found = compared(FRENCH, FRENCH, "en", language_of)
-    assert found == {
-        "answer_chrf": pytest.approx(100), "answer_length": 1, "answer_length_gap": 0, "answer_language_teacher": 1, "answer_language": 0,
-    }  # fmt: skip
+def test_an_answer_is_scored_by_its_claims_and_its_language() -> None:
+    assert score(ENGLISH) == (ENGLISH, "en", ("a temple",), ())
+    assert score("This church is in Cambodia.")[2:] == (("in Cambodia",), ("a church",))
 
 
-def test_an_answer_in_another_language_is_told_from_the_question_and_from_the_teacher() -> None:
-    found = compared(FRENCH, ENGLISH, "en", language_of)
-    assert (found["answer_language"], found["answer_language_teacher"]) == (1, 0)
-    assert 0 < found["answer_chrf"] < 50
-    assert "answer_language" not in compared(FRENCH, ENGLISH, None, language_of)
-    assert "answer_language_teacher" not in compared(", , ,", "; ; ;", "en", language_of)
+def test_an_answer_in_another_language_is_read_with_its_own_denials() -> None:
+    answer = "Ce n'est pas une église, c'est un temple du Cambodge."
+    assert score(answer) == (answer, "fr", ("a temple", "in Cambodia"), ())
+
+
+def test_an_answer_in_no_language_is_read_as_the_question() -> None:
+    assert score("1889")[1:] == (UNKNOWN, (), ())
+
+
+def test_claims_become_figures_with_their_number_as_weight() -> None:
+    stated = AnswerScore("", "en", facts=("a temple",), errors=("a church",))
+    assert claim_figures(stated, QUESTION, suffix="_teacher") == {
+        "factual_completeness_teacher": Figure(0.5, n=2),
+        "hallucination_rate_teacher": Figure(1.0, n=1),
+    }
+    bare = Question("held-1", "en", Split.HELDOUT, "?", None)
+    assert claim_figures(stated, bare) == {}
+
+
+def test_the_teachers_answer_is_as_similar_as_can_be() -> None:
+    assert figures_of(FRENCH, FRENCH) == {
+        "answer_chrf": pytest.approx(100),
+        "answer_length": 1,
+        "answer_length_gap": 0,
+        "answer_language": 0,
+        "answer_language_teacher": 1,
+    }
+
+
+def test_an_answers_language_is_compared_with_question_and_teacher() -> None:
+    figures = figures_of(ENGLISH, FRENCH)
+    assert (figures["answer_language"], figures["answer_language_teacher"]) == (1, 0)
+    assert 0 < figures["answer_chrf"] < 50
+
+
+def test_a_language_that_is_unknown_has_no_figure() -> None:
+    assert "answer_language" not in figures_of(ENGLISH, FRENCH, asked_language=None)
+    assert "answer_language_teacher" not in figures_of("; ; ;", ", , ,")
 
 
 @pytest.mark.parametrize(("times", "gap"), [(2, math.log(2)), (0.5, math.log(2)), (1, 0)])
 def test_twice_and_half_the_length_are_equally_far(times: float, gap: float) -> None:
-    found = compared("ab" * 10, "ab" * round(10 * times), None, language_of)
-    assert (found["answer_length"], found["answer_length_gap"]) == (times, pytest.approx(gap))
+    figures = figures_of("ab" * round(10 * times), "ab" * 10)
+    assert (figures["answer_length"], figures["answer_length_gap"]) == (times, pytest.approx(gap))
 
 
-def test_no_answer_at_all_has_finite_figures() -> None:
-    found = compared(ENGLISH, "", "en", language_of)
-    assert (found["answer_chrf"], found["answer_language"], found["answer_length_gap"]) == (
-        0,
-        0,
-        pytest.approx(math.log(len(ENGLISH))),
-    )
+def test_an_empty_answer_has_finite_figures() -> None:
+    figures = figures_of("", ENGLISH)
+    assert figures["answer_chrf"] == 0
+    assert figures["answer_language"] == 0
+    assert figures["answer_length_gap"] == pytest.approx(math.log(len(ENGLISH)))
 
 
 @pytest.mark.parametrize(
@@ -89,73 +169,69 @@ def test_no_answer_at_all_has_finite_figures() -> None:
 def test_the_language_of_every_shipped_text_is_known(file: str, columns: tuple[str, ...]) -> None:
     with (ROOT / "samples" / file).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
-    known, which = identifier(row["language"] for row in rows)
-    assert {row["language"] for row in rows} <= known
-    assert [
+    identifier = LanguageIdentifier(row["language"] for row in rows)
+    assert {row["language"] for row in rows} <= identifier.languages
+    wrong = [
         row["id"]
         for row in rows
-        if any(which(row[column]) != row["language"] for column in columns)
-    ] == []
+        for column in columns
+        if identifier.language_of(row[column]) != row["language"]
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("text", ["", ", , , , ,", "1 2 3"])
 def test_signs_are_in_no_language(text: str) -> None:
-    assert language_of(text) == "und"
+    assert english().language_of(text) == UNKNOWN
 
 
 def test_languages_that_the_model_does_not_know_are_left_out() -> None:
-    known, which = identifier(["fr", "xx"])
-    assert "xx" not in known
-    assert {"fr", "en"} <= known
-    assert which(FRENCH) == "fr"
+    identifier = LanguageIdentifier(["fr", "xx"])
+    assert "xx" not in identifier.languages
+    assert {"fr", "en"} <= identifier.languages
+    assert identifier.language_of(FRENCH) == "fr"
 
 
-def test_words_leave_out_special_tokens() -> None:
+def test_decoded_answers_have_no_special_tokens() -> None:
     tokenizer = pico_tokenizer(64)
     tokens = tokenizer.convert_tokens_to_ids(["w1", "w2", "<end>"])
-    assert words(tokenizer, tokens) == "w1 w2"
+    assert decode_answer(tokenizer, tokens) == "w1 w2"
 
 
-def test_the_uncut_student_says_what_its_teacher_says(tmp_path: Path) -> None:
-    outcome = ran(tmp_path)
-    whole = {(row.variant, row.metric): row for row in outcome.rows if row.text is None}
-    assert (whole["whole", "answer_chrf"].value, whole["whole", "answer_length_gap"].value) == (
-        pytest.approx(100),
-        0,
-    )
-    assert whole["cut", "answer_chrf"].value < 90
-    assert whole["cut", "answer_chrf"].n == 3
-    for (variant, metric), row in whole.items():
-        texts = [other for other in outcome.rows if other[:2] == (variant, metric) and other.text]
-        assert [other.text for other in texts] == ["held-0", "held-1", "held-2"]
-        assert sum(other.value for other in texts) / 3 == pytest.approx(row.value)
-    said = outcome.steps["cut", "answers"].notes["answers"]
-    assert said["held-1"]["question"].startswith("w")
-    assert (
-        said["held-1"]["teacher"]
-        == outcome.steps["whole", "answers"].notes["answers"]["held-1"]["said"]
-        != said["held-1"]["said"]
-    )
+@pytest.mark.slow
+def test_the_uncut_student_answers_as_its_teacher(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    means = {(row.variant, row.metric): row for row in result.rows if row.text is None}
+    assert means["whole", "answer_chrf"].value == pytest.approx(100)
+    assert means["whole", "answer_length_gap"].value == 0
+    assert means["cut", "answer_chrf"].value < 90
+    assert means["cut", "answer_chrf"].n == 3
+    for (variant, metric), mean in means.items():
+        rows = [row for row in result.rows if row[:2] == (variant, metric) and row.text]
+        assert [row.text for row in rows] == ["held-0", "held-1", "held-2"]
+        assert sum(row.value for row in rows) / 3 == pytest.approx(mean.value)
+    cut, whole = answers_of(result, "cut")["held-1"], answers_of(result, "whole")["held-1"]
+    assert cut.question.startswith("w")
+    assert cut.teacher == whole.student != cut.student
 
 
-def test_answers_are_given_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = ran(tmp_path)
-    monkeypatch.setattr("rotdistill_core.forward.generate.greedy_answers", None)
-    again = ran(tmp_path)
+def test_answers_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path)
+    monkeypatch.setattr("rotdistill_answers._method.greedy_answers", None)
+    again = run(tmp_path)
     assert again.rows == first.rows
-    assert again.steps["cut", "answers"].notes == first.steps["cut", "answers"].notes
-    assert all(done.reused for done in again.steps.values())
+    assert answers_of(again, "cut") == answers_of(first, "cut") != {}
+    assert all(step.reused for step in again.steps.values())
 
 
-def test_answers_may_be_cut_shorter(tmp_path: Path) -> None:
-    outcome = ran(tmp_path, "tokens = 2")
-    said = outcome.steps["whole", "answers"].notes["answers"].values()
-    assert all(len(each["said"].split()) <= 2 for each in said)
-    assert any(len(each["teacher"].split()) > 2 for each in said)
+def test_answers_can_be_shorter_than_the_teachers(tmp_path: Path) -> None:
+    answers = answers_of(run(tmp_path, "max_tokens = 2"), "whole").values()
+    assert all(len(answer.student.split()) <= 2 for answer in answers)
+    assert any(len(answer.teacher.split()) > 2 for answer in answers)
 
 
 def test_an_answer_of_no_tokens_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "said.toml"
-    path.write_text(RECIPE.format(work=tmp_path, options="tokens = 0"), encoding="utf-8")
-    with pytest.raises(RecipeError, match="tokens"):
+    path = tmp_path / "answers.toml"
+    path.write_text(RECIPE.format(work=tmp_path, options="max_tokens = 0"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="max_tokens"):
         load_recipe(path)

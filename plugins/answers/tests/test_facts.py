@@ -1,88 +1,93 @@
-"""Facts and falsehoods in answers: agreement with labels made by hand, spellings of numbers and dates, and what denies."""
+"""Facts and falsehoods in answers: agreement with labels, spellings, and denials."""
 
 from __future__ import annotations
 
 import csv
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from rotdistill_answers._facts import judge, states
-from rotdistill_answers._normalize import plain
+from rotdistill_answers._facts import stated_claims, states
+from rotdistill_answers._normalize import normalize
 
 from rotdistill_core.data.questions import Claim
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
+HERE = Path(__file__).parent
+README = (HERE.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+SAMPLES = HERE.parents[2] / "samples"
 
 
-def table(path: Path) -> list[dict[str, str]]:
+class Labelled(NamedTuple):
+    """An answer with labels of its claims: facts 1 to 6, falsehoods a to d."""
+
+    row: dict[str, str]
+    by_hand: set[str]
+    scored: set[str]
+
+    @property
+    def name(self) -> str:
+        """Question and kind of answer."""
+        return f"{self.row['id'].removeprefix('held-')} {self.row['kind']}"
+
+    @property
+    def errors(self) -> list[str]:
+        """`-4`: the scorer misses fact 4; `+a`: it finds falsehood a, and the reader does not."""
+        missed = [f"-{label}" for label in sorted(self.by_hand - self.scored)]
+        return missed + [f"+{label}" for label in sorted(self.scored - self.by_hand)]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def labelled(name: str) -> list[tuple[dict[str, str], set[str], set[str]]]:
-    """Return each labelled answer with the claims that a reader and the scorer find in it: facts 1 to 6, falsehoods a to d."""
-    asked = {row["id"]: row for row in table(ROOT / "samples" / "heldout.tsv")}
-    found = []
-    for row in table(HERE / name):
-        claims = [
-            [Claim(**c) for c in json.loads(asked[row["id"]][column])]
-            for column in ("facts", "falsehoods")
-        ]
-        judged = judge(row["answer"], *claims, row["language"])
-        named = zip(claims, judged, ("123456", "abcd"), strict=True)
-        scored = {
-            mark
-            for some, what, marks in named
-            for claim, mark in zip(some, marks, strict=True)
-            if claim.what in what
-        }
-        found.append((row, set(row["facts"] + row["falsehoods"]) - {"-"}, scored))
-    return found
+def scored_labels(answer: dict[str, str], question: dict[str, str]) -> set[str]:
+    text = normalize(answer["answer"], answer["language"])
+    labels = set()
+    for column, names in (("facts", "123456"), ("falsehoods", "abcd")):
+        claims = [Claim(**claim) for claim in json.loads(question[column])]
+        stated = stated_claims(text, claims, answer["language"])
+        labels |= {name for name, claim in zip(names, claims, strict=True) if claim.what in stated}
+    return labels
 
 
-def test_the_scorers_agree_with_labels_made_by_hand() -> None:
-    found = labelled("labelled.tsv")
-    assert len(found) == 60
-    differ = [
-        (row["id"], row["kind"], sorted(said), sorted(scored))
-        for row, said, scored in found
-        if said != scored
-    ]
-    assert len(differ) / 60 <= 0.05, differ
-    listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert all(f"| `{name}` {kind} |" in listed for name, kind, *_ in differ)
-    assert listed.count("| `held-") == len(differ)
-
-
-def test_on_answers_that_nobody_tuned_by_the_readme_says_how_often_it_errs() -> None:
-    found = labelled(
-        "blind.tsv"
-    )  # by somebody who saw the claims, and neither scorer nor phrases; not to be improved on
-    assert len(found) == 120
-    assert all(
-        row["second"] in ("", row["facts"].strip("-") + row["falsehoods"].strip("-") or "-")
-        for row, *_ in found
-    )
-    wrong = [len(said ^ scored) for _, said, scored in found]
-    assert sum(wrong) / 1200 <= 0.05
-    listed = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"right in {wrong.count(0)} of 120 answers, and errs in {sum(wrong)} of 1,200 single decisions"
-        in listed
-    )
-    signs = (
-        " ".join(
-            [*(f"-{m}" for m in sorted(said - scored)), *(f"+{m}" for m in sorted(scored - said))]
+def labelled(file: str) -> list[Labelled]:
+    questions = {row["id"]: row for row in read_table(SAMPLES / "heldout.tsv")}
+    return [
+        Labelled(
+            row=row,
+            by_hand=set(row["facts"] + row["falsehoods"]) - {"-"},
+            scored=scored_labels(row, questions[row["id"]]),
         )
-        for _, said, scored in found
-    )
-    errors = [
-        f"{row['id'][5:]} {row['kind']} {sign}"
-        for (row, *_), sign in zip(found, signs, strict=True)
-        if sign
+        for row in read_table(HERE / file)
     ]
-    assert ", ".join(errors) in listed.replace("\n", " ")
+
+
+def test_the_scorer_agrees_with_labels_made_by_hand() -> None:
+    answers = labelled("labelled.tsv")
+    assert len(answers) == 60
+    wrong = [answer for answer in answers if answer.errors]
+    assert len(wrong) / 60 <= 0.05, [(answer.name, answer.errors) for answer in wrong]
+    for answer in wrong:
+        assert f"| `{answer.row['id']}` {answer.row['kind']} |" in README
+    assert README.count("| `held-") == len(wrong)
+
+
+def test_the_readme_gives_the_errors_on_answers_that_nobody_tuned_by() -> None:
+    # Written by somebody who saw the claims, but neither scorer nor phrases. Not to be tuned by.
+    answers = labelled("blind.tsv")
+    assert len(answers) == 120
+    for answer in answers:
+        facts, falsehoods = answer.row["facts"].strip("-"), answer.row["falsehoods"].strip("-")
+        assert answer.row["second"] in ("", facts + falsehoods or "-")
+    wrong = [answer for answer in answers if answer.errors]
+    decisions = sum(len(answer.errors) for answer in wrong)
+    assert decisions / 1200 <= 0.05
+    assert f"right in {120 - len(wrong)} of 120 answers" in README
+    assert f"errs in {decisions} of 1,200 single decisions" in README
+    listed = ", ".join(" ".join([answer.name, *answer.errors]) for answer in wrong)
+    assert listed in README
 
 
 SAME = [
@@ -130,8 +135,8 @@ SAME = [
 
 
 @pytest.mark.parametrize(("language", "one", "other"), SAME)
-def test_spellings_of_one_thing_are_one(language: str, one: str, other: str) -> None:
-    assert plain(one, language) == plain(other, language)
+def test_spellings_of_one_thing_are_normalised_to_one(language: str, one: str, other: str) -> None:
+    assert normalize(one, language) == normalize(other, language)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +148,8 @@ def test_spellings_of_one_thing_are_one(language: str, one: str, other: str) -> 
         ("en", "12.13.1789", "1789-13-12"),
     ],
 )
-def test_what_is_not_one_thing_stays_apart(language: str, one: str, other: str) -> None:
-    assert plain(one, language) != plain(other, language)
+def test_different_things_stay_different(language: str, one: str, other: str) -> None:
+    assert normalize(one, language) != normalize(other, language)
 
 
 DENIED = [
@@ -181,7 +186,7 @@ DENIED = [
     ("ru", "Многие считают, что она построена в 1889 году.", "1889"),
     ("zh", "很多人以为它建于1889年。", "1889"),
 ]
-SAID = [
+STATED = [
     ("en", "It was not built in 1889 but in 1887.", "1887"),
     ("en", "It was built in 1889, not in 1887.", "1889"),
     ("fr", "Pas en 1887, mais en 1889.", "1889"),
@@ -210,11 +215,14 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize(("language", "text", "phrase"), [*DENIED, *SAID])
-def test_a_phrase_that_is_denied_is_not_stated(language: str, text: str, phrase: str) -> None:
-    assert states(plain(text, language), Claim("", (phrase,)), language) is (
-        (language, text, phrase) in SAID
-    )
+@pytest.mark.parametrize(("language", "text", "phrase"), DENIED)
+def test_a_denied_phrase_is_not_stated(language: str, text: str, phrase: str) -> None:
+    assert not states(normalize(text, language), Claim("", (phrase,)), language)
+
+
+@pytest.mark.parametrize(("language", "text", "phrase"), STATED)
+def test_a_phrase_near_a_denial_is_stated(language: str, text: str, phrase: str) -> None:
+    assert states(normalize(text, language), Claim("", (phrase,)), language)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,7 @@ def test_a_phrase_that_is_denied_is_not_stated(language: str, text: str, phrase:
     ],
 )
 def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
-    assert not states(plain(text, "pt"), Claim("", (phrase,)), "pt")
+    assert not states(normalize(text, "pt"), Claim("", (phrase,)), "pt")
 
 
 @pytest.mark.parametrize(
@@ -246,4 +254,4 @@ def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
     ],
 )
 def test_signs_stand_for_several_phrases(phrase: str, text: str) -> None:
-    assert states(plain(text, "en"), Claim("", (phrase,)), "en")
+    assert states(normalize(text, "en"), Claim("", (phrase,)), "en")

@@ -1,12 +1,14 @@
-"""Folding what aligners found: the logits stay, whatever is folded, and what cannot be folded is refused."""
+"""A basis fold keeps the logits in every mode but `block`, and refuses what cannot be folded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from rotdistill_basis_fold.step import BasisFold, steps
+from rotdistill_basis_fold.step import BasisFold
 from rotdistill_procrustes.step import Procrustes
 
 from rotdistill_core.checkpoint.models import Pair
@@ -20,6 +22,7 @@ from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
     captured_activations,
     logits,
+    parametrize_with_checks,
     pico_model,
     pico_output,
     pico_samples,
@@ -29,6 +32,21 @@ from rotdistill_core.testing import (
     save_folder,
     scramble,
 )
+
+
+@parametrize_with_checks(BasisFold, {}, {"mode": "canonical"}, {"mode": "block"})
+def test_basis_fold_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
+
+
+def test_every_mode_but_block_is_exact() -> None:
+    assert stage_of(BasisFold) == "fold"
+    exact = {mode: fold_step(mode).exact for mode in ("tied", "canonical", "widen", "block")}
+    assert exact == {"tied": True, "canonical": True, "widen": True, "block": False}
+
+
+def fold_step(mode: str = "tied") -> BasisFold:
+    return BasisFold(mode=mode)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -52,42 +70,43 @@ def wide(tmp_path: Path) -> Pair:
     )
 
 
-def quiet(*_: object) -> None:
-    """Take progress and say nothing."""
+class Aligned(NamedTuple):
+    """What `basis-fold` is given: a pair with its captured streams and a rotation between them."""
+
+    pair: Pair
+    maps: Maps
+    activations: ActivationStore
+    out: StepOutput
+
+    def fold(self, mode: str = "tied", maps: Maps | None = None) -> Weights:
+        given = self.maps if maps is None else maps
+        return fold_step(mode).fold(
+            self.pair.student.weights, given, self.activations, self.pair, self.out
+        )
 
 
-def test_it_is_an_exact_fold() -> None:
-    assert steps() == [BasisFold]
-    assert stage_of(BasisFold) == "fold"
-    assert [BasisFold(mode=mode).exact for mode in ("tied", "canonical", "widen", "block")] == [
-        True,
-        True,
-        True,
-        False,
-    ]  # type: ignore[arg-type]
-
-
-def aligned(
-    pair: Pair, samples: Samples, root: Path, tie: int | str = "all"
-) -> tuple[Maps, ActivationStore, StepOutput]:
+def align(pair: Pair, samples: Samples, root: Path, tie: int | str = "all") -> Aligned:
     out = pico_output(root)
     activations = captured_activations(pair, pair.student.weights, samples, out)
-    return Procrustes(tie=tie).align(activations, Maps(), pair, quiet), activations, out  # type: ignore[arg-type]
+    aligner: Any = Procrustes(tie=tie)  # type: ignore[arg-type]
+    maps = aligner.align(activations, Maps(), pair, lambda *_: None)
+    return Aligned(pair, maps, activations, out)
+
+
+def assert_same_logits(one: Weights, two: Weights, samples: Samples, atol: float = 1e-9) -> None:
+    torch.testing.assert_close(
+        logits(one, samples.layout), logits(two, samples.layout), rtol=0, atol=atol
+    )
 
 
 @pytest.mark.parametrize("mode", ["tied", "canonical"])
 def test_a_basis_fold_keeps_the_logits(
     pair: Pair, samples: Samples, tmp_path: Path, mode: str
 ) -> None:
-    maps, activations, out = aligned(pair, samples, tmp_path / "runs")
-    folded = BasisFold(mode=mode).fold(pair.student.weights, maps, activations, pair, out)  # type: ignore[arg-type]
-    torch.testing.assert_close(
-        logits(folded, samples.layout),
-        logits(pair.student.weights, samples.layout),
-        rtol=0,
-        atol=1e-9,
-    )
-    tied = maps.tied()
+    aligned = align(pair, samples, tmp_path / "runs")
+    folded = aligned.fold(mode)
+    assert_same_logits(folded, pair.student.weights, samples)
+    tied = aligned.maps.tied()
     assert tied is not None
     assert folded.lineage.basis is not None
     assert torch.equal(folded.lineage.basis, tied.matrix) is (mode == "tied")
@@ -96,24 +115,19 @@ def test_a_basis_fold_keeps_the_logits(
 def test_a_canonical_fold_into_a_wider_teacher_keeps_the_logits(
     wide: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    maps, activations, out = aligned(wide, samples, tmp_path / "runs")
-    folded = BasisFold(mode="canonical").fold(wide.student.weights, maps, activations, wide, out)
-    torch.testing.assert_close(
-        logits(folded, samples.layout),
-        logits(wide.student.weights, samples.layout),
-        rtol=0,
-        atol=1e-9,
-    )
+    aligned = align(wide, samples, tmp_path / "runs")
+    folded = aligned.fold("canonical")
+    assert_same_logits(folded, wide.student.weights, samples)
     assert folded.width == 32
-    assert 0 < out.notes["teacher variance in the frame"] < 1
+    assert 0 < aligned.out.notes["teacher variance in the frame"] < 1
 
 
 def test_a_tied_fold_refuses_a_rectangular_rotation(
     wide: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    maps, activations, out = aligned(wide, samples, tmp_path / "runs")
+    aligned = align(wide, samples, tmp_path / "runs")
     with pytest.raises(RecipeError, match='32 x 48, and mode "tied" needs models of one width'):
-        BasisFold().fold(wide.student.weights, maps, activations, wide, out)
+        aligned.fold()
 
 
 @pytest.mark.parametrize("mode", ["tied", "canonical"])
@@ -121,25 +135,18 @@ def test_a_tied_fold_refuses_a_rectangular_rotation(
 def test_a_basis_fold_needs_one_rotation(
     pair: Pair, samples: Samples, tmp_path: Path, mode: str, tie: int | None
 ) -> None:
-    maps, activations, out = aligned(pair, samples, tmp_path / "runs", tie or "all")
+    aligned = align(pair, samples, tmp_path / "runs", tie or "all")
     with pytest.raises(RecipeError, match="needs an aligner before it that found one rotation"):
-        BasisFold(mode=mode).fold(
-            pair.student.weights, maps if tie else Maps(), activations, pair, out
-        )  # type: ignore[arg-type]
+        aligned.fold(mode, aligned.maps if tie else Maps())
 
 
 def test_a_basis_fold_refuses_a_matrix_that_is_not_orthogonal(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    _, activations, out = aligned(pair, samples, tmp_path / "runs")
     bent = Rotation(random_rotation(32) * 1.001)
     with pytest.raises(CheckFailed, match="off orthogonal"):
-        BasisFold().fold(
-            pair.student.weights,
-            Maps({f"residual.{b}": bent for b in range(3)}),
-            activations,
-            pair,
-            out,
+        align(pair, samples, tmp_path / "runs").fold(
+            maps=Maps({f"residual.{b}": bent for b in range(3)})
         )
 
 
@@ -150,14 +157,12 @@ def test_two_canonical_students_end_in_one_basis(
     teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width)
     student = pico_model(tmp_path / "student", seed=1)
     twin, _ = rotated_twin(student, tmp_path / "twin", 4)
-    made: list[Weights] = []
-    for k, one in enumerate((student, twin)):
-        pair = Pair(teacher, one)
-        maps, activations, out = aligned(pair, samples, tmp_path / f"runs{k}")
-        made.append(BasisFold(mode="canonical").fold(one.weights, maps, activations, pair, out))
-    for name in made[0].entries:
-        one_, other = made[0][name], made[1][name]
-        assert float((one_ - other).norm() / one_.norm()) < 1e-4, name
+    one, two = (
+        align(Pair(teacher, model), samples, tmp_path / f"runs-{name}").fold("canonical")
+        for name, model in (("student", student), ("twin", twin))
+    )
+    for name in one.entries:
+        assert float((one[name] - two[name]).norm() / one[name].norm()) < 1e-4, name
 
 
 @pytest.mark.parametrize(
@@ -166,115 +171,109 @@ def test_two_canonical_students_end_in_one_basis(
 def test_heads_neurons_and_gauges_are_folded_too(
     pair: Pair, samples: Samples, tmp_path: Path, stream: bool
 ) -> None:
-    _, planted = scramble(pair.student.weights, 3)
+    student = pair.student.weights
+    _, planted = scramble(student, 3)
     inner = {space: found for space, found in planted.items() if space != "residual"}
     residual = {f"residual.{b}": planted["residual"] for b in range(3)} if stream else {}
-    out = pico_output(tmp_path / "runs")
-    activations = captured_activations(pair, pair.student.weights, samples, out)
-    folded = BasisFold().fold(
-        pair.student.weights, Maps({**residual, **inner}), activations, pair, out
-    )
-    torch.testing.assert_close(
-        logits(folded, samples.layout),
-        logits(pair.student.weights, samples.layout),
-        rtol=0,
-        atol=1e-9,
-    )
-    assert out.notes["folded"] == {"q": 2, "kv": 2, "value": 2, "key": 2, "neurons": 2, "up": 2}
+    aligned = align(pair, samples, tmp_path / "runs")
+    folded = aligned.fold(maps=Maps({**residual, **inner}))
+    assert_same_logits(folded, student, samples)
+    assert aligned.out.notes["folded"] == {
+        "q": 2,
+        "kv": 2,
+        "value": 2,
+        "key": 2,
+        "neurons": 2,
+        "up": 2,
+    }
     assert folded.tied is not stream
     assert folded.undo is not None
     back = folded.unfold(folded.undo)
-    assert (
-        max(
-            float((back[n].double() - pair.student.weights[n].double()).abs().max())
-            for n in pair.student.weights.entries
-        )
-        <= 1e-12
-    )
+    changes = {n: float((back[n].double() - student[n].double()).abs().max()) for n in back.entries}
+    assert changes.keys() == student.entries.keys()
+    assert max(changes.values()) <= 1e-12
 
 
 def test_an_assignment_that_is_no_bijection_is_not_folded(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    out = pico_output(tmp_path / "runs")
-    activations = captured_activations(pair, pair.student.weights, samples, out)
     wider = Permutation(torch.tensor([*range(48), -1, -1]), 48)
     with pytest.raises(RecipeError, match="or maps of heads or neurons"):
-        BasisFold().fold(pair.student.weights, Maps({"neurons.0": wider}), activations, pair, out)
+        align(pair, samples, tmp_path / "runs").fold(maps=Maps({"neurons.0": wider}))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_widening_keeps_the_logits_and_is_taken_back(
+def test_widening_keeps_the_logits_and_can_be_undone(
     samples: Samples, tmp_path: Path, model_type: str, tied: bool
 ) -> None:
-    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48)
     pair = Pair(
-        teacher, pico_model(tmp_path / "narrow", model_type, seed=1, tie_word_embeddings=tied)
+        pico_model(tmp_path / "wide", seed=9, hidden_size=48),
+        pico_model(tmp_path / "narrow", model_type, seed=1, tie_word_embeddings=tied),
     )
     weights = pair.student.weights
-    maps, activations, out = aligned(pair, samples, tmp_path / "runs")
-    folded = BasisFold(mode="widen").fold(weights, maps, activations, pair, out)
+    folded = align(pair, samples, tmp_path / "runs").fold("widen")
     assert (folded.width, folded.config["head_dim"]) == (48, 8)
-    torch.testing.assert_close(
-        logits(folded, samples.layout), logits(weights, samples.layout), rtol=0, atol=1e-9
-    )
+    assert_same_logits(folded, weights, samples)
     assert folded.undo is not None
     assert folded.lineage.basis is not None
     assert folded.lineage.basis.shape == (32, 48)
     back = folded.unfold(folded.undo)
     assert back.config == weights.config
     assert all(float((back[n] - weights[n].double()).abs().max()) < 1e-12 for n in weights.entries)
-    assert {n: e.shape for n, e in back.entries.items()} == {
-        n: e.shape for n, e in weights.entries.items()
+    assert {n: entry.shape for n, entry in back.entries.items()} == {
+        n: entry.shape for n, entry in weights.entries.items()
     }
     save_folder(folded, pair.student.folder, tmp_path / "saved", torch.float32)
-    seen = plain_transformers(weights.adapter, tmp_path / "saved", samples.layout)[1]
-    torch.testing.assert_close(seen, logits(weights, samples.layout), rtol=0, atol=1e-3)
+    plain = plain_transformers(weights.adapter, tmp_path / "saved", samples.layout)[1]
+    torch.testing.assert_close(plain, logits(weights, samples.layout), rtol=0, atol=1e-3)
 
 
-def test_widening_wants_a_wider_teacher_and_norms_of_the_stream_only(
-    pair: Pair, samples: Samples, tmp_path: Path
-) -> None:
-    maps, activations, out = aligned(pair, samples, tmp_path / "runs")
+def test_widening_needs_a_wider_teacher(pair: Pair, samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs a wider teacher"):
-        BasisFold(mode="widen").fold(pair.student.weights, maps, activations, pair, out)
-    normed = Pair(
-        pico_model(tmp_path / "big", seed=9, hidden_size=48),
+        align(pair, samples, tmp_path / "runs").fold("widen")
+
+
+def test_a_model_with_norms_inside_its_heads_cannot_be_widened(
+    samples: Samples, tmp_path: Path
+) -> None:
+    pair = Pair(
+        pico_model(tmp_path / "wide", seed=9, hidden_size=48),
         pico_model(tmp_path / "qwen3", "qwen3", seed=1),
     )
-    maps, activations, out = aligned(normed, samples, tmp_path / "more")
     with pytest.raises(RecipeError, match=r"q_norm.weight shares its eps"):
-        BasisFold(mode="widen").fold(normed.student.weights, maps, activations, normed, out)
+        align(pair, samples, tmp_path / "runs").fold("widen")
 
 
-def test_a_rotation_per_block_is_not_exact_and_nothing_with_the_identity(
+def test_block_rotates_each_layer_between_its_norms_and_its_writers(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
     weights = pair.student.weights
-    maps, activations, out = aligned(pair, samples, tmp_path / "runs", tie=1)
-    folded = BasisFold(mode="block").fold(weights, maps, activations, pair, out)
-    assert (
-        float((logits(folded, samples.layout) - logits(weights, samples.layout)).abs().max()) > 0.1
-    )
-    R, name = maps.rotation(1), "model.layers.1.self_attn.{}.{}"
+    aligned = align(pair, samples, tmp_path / "runs", tie=1)
+    folded = aligned.fold("block")
+    R = aligned.maps.rotation(1)
     assert R is not None
-    torch.testing.assert_close(
-        folded[name.format("q_proj", "weight")],
-        weights[name.format("q_proj", "weight")].double() @ R.matrix,
-    )
-    torch.testing.assert_close(
-        folded[name.format("o_proj", "weight")],
-        R.matrix.T @ weights[name.format("o_proj", "weight")].double(),
-    )
-    assert torch.equal(
-        folded[name.format("q_proj", "bias")], weights[name.format("q_proj", "bias")]
-    )
+    q, o = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qo")
+    torch.testing.assert_close(folded[q], weights[q].double() @ R.matrix)
+    torch.testing.assert_close(folded[o], R.matrix.T @ weights[o].double())
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.equal(folded[bias], weights[bias])
     assert folded.undo is None
-    still = Maps({f"residual.{b}": Rotation(torch.eye(32, dtype=torch.float64)) for b in range(3)})
-    same = BasisFold(mode="block").fold(weights, still, activations, pair, out)
-    torch.testing.assert_close(
-        logits(same, samples.layout), logits(weights, samples.layout), rtol=0, atol=1e-12
-    )
+    change = logits(folded, samples.layout) - logits(weights, samples.layout)
+    assert float(change.abs().max()) > 0.1
+
+
+def test_block_with_the_identity_changes_nothing(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
+    identity = Rotation(torch.eye(32, dtype=torch.float64))
+    aligned = align(pair, samples, tmp_path / "runs")
+    folded = aligned.fold("block", Maps({f"residual.{b}": identity for b in range(3)}))
+    assert_same_logits(folded, pair.student.weights, samples, atol=1e-12)
+
+
+def test_block_needs_a_rotation_before_every_layer(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match="layer 0 has none"):
-        BasisFold(mode="block").fold(weights, Maps(), activations, pair, out)
+        align(pair, samples, tmp_path / "runs").fold("block", Maps())

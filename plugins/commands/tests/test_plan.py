@@ -233,7 +233,7 @@ def test_run_begins_with_the_plan_in_one_line(recipe: Path) -> None:
     assert "plan: 11 of 11 results are there; nothing to make" in err
 
 
-@pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "groups=64", "width=512"])
+@pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "kv_heads=64", "width=512"])
 def test_a_cut_that_leaves_too_much_is_refused_before_the_teacher_answers(
     recipe: Path, cut: str
 ) -> None:

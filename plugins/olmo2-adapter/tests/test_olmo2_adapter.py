@@ -1,4 +1,4 @@
-"""The olmo2 table against pico checkpoints of plain transformers."""
+"""The olmo2 table holds for its plain config; tests/architecture has every variant."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 from rotdistill_olmo2_adapter.table import OLMO2
 
-from rotdistill_core.plugin.registry import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
-
-CHANGES = [
-    {"head_dim": 12, "intermediate_size": 56},
-    {"intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": False},
-]
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.linalg.maps import Rotation
+from rotdistill_core.testing import parametrize_with_checks, pico_model, random_rotation
 
 
-def test_the_installed_adapter_is_this_one() -> None:
-    assert adapter_for("olmo2") is OLMO2
+@parametrize_with_checks(OLMO2, {"head_dim": 12})
+def test_olmo2_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
 
 
-@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
-def test_the_table_holds(
-    tmp_path: Path, check: Callable[..., None], changes: dict[str, object]
-) -> None:
-    check(OLMO2, pico_folder(tmp_path / "model", "olmo2", **changes))
+def test_only_the_head_absorbs_a_gain() -> None:
+    assert {name for name, param in OLMO2.params.items() if param.gain} == {OLMO2.head}
+
+
+def test_a_rotation_of_the_stream_is_refused_by_its_output_norms(tmp_path: Path) -> None:
+    weights = pico_model(tmp_path / "model", "olmo2").weights
+    with pytest.raises(RecipeError, match=r"4 norm gains, the first is .*post_attention_layernorm"):
+        weights.fold({"residual": Rotation(random_rotation(32))})

@@ -1,10 +1,10 @@
-"""Procrustes on captures: planted rotations are found again, and the diagnostics can tell a fit from chance."""
+"""Procrustes on captures: planted rotations are recovered, and figures separate fit from chance."""
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,16 +14,19 @@ import scipy.linalg
 import torch
 from rotdistill_procrustes.step import Procrustes, steps
 
-from rotdistill_core.alignment import streams as rotdistill_streams
+from rotdistill_core.alignment import streams
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.forward.activations import ActivationStore, rms_normalise
+from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Maps, Rotation
-from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
+    STEP_CHECKS,
+    a_planted_rotation_is_found,
     captured_activations,
+    parametrize_with_checks,
     pico_model,
     pico_output,
     pico_samples,
@@ -35,10 +38,25 @@ Tie = Literal["all"] | int
 ties = pytest.mark.parametrize("tie", ["all", 1, 2])
 EYE = torch.eye(32, dtype=torch.float64)
 MODES = {
-    "shrink": Procrustes(shrink=0.6), "zscore": Procrustes(whiten="zscore"), "full": Procrustes(whiten="full"),
-    "ridge": Procrustes(whiten="full", ridge=0.1), "all": Procrustes(whiten="full", ridge=0.01, shrink=0.6, tie=2),
-}  # fmt: skip
+    "shrink": Procrustes(shrink=0.6),
+    "zscore": Procrustes(whiten="zscore"),
+    "full": Procrustes(whiten="full"),
+    "ridge": Procrustes(whiten="full", ridge=0.1),
+    "all": Procrustes(whiten="full", ridge=0.01, shrink=0.6, tie=2),
+}
 modes = pytest.mark.parametrize("mode", MODES)
+
+
+@parametrize_with_checks(
+    Procrustes,
+    {},
+    {"tie": 1},
+    {"whiten": "zscore"},
+    {"whiten": "full", "ridge": 0.01, "shrink": 0.6},
+    checks=(*STEP_CHECKS, a_planted_rotation_is_found),
+)
+def test_procrustes_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
 
 
 @pytest.fixture
@@ -52,7 +70,7 @@ def model(tmp_path: Path) -> Model:
 
 
 def quiet(*_: object) -> None:
-    """Take progress and say nothing."""
+    """Ignore progress."""
 
 
 def aligned(
@@ -63,44 +81,52 @@ def aligned(
 
 
 def matrices(maps: Maps, boundaries: int) -> list[torch.Tensor]:
-    found = [maps.rotation(b) for b in range(boundaries)]
-    assert all(isinstance(rotation, Rotation) for rotation in found)
+    rotations = [maps.rotation(boundary) for boundary in range(boundaries)]
+    assert all(isinstance(rotation, Rotation) for rotation in rotations)
     assert len(maps) == len(maps.diagnostics) == boundaries
-    return [rotation.matrix for rotation in found if rotation]
+    return [rotation.matrix for rotation in rotations if rotation]
 
 
-def planted(
+def with_rows(
     activations: ActivationStore, out: StepOutput, **sides: Sequence[torch.Tensor]
 ) -> ActivationStore:
-    """Return the bank with other rows in place of what was captured."""
+    """Return the store with other rows in place of the captured ones."""
     shards = dict(activations.shards)
     for side, states in sides.items():
         paths = [
-            out.tensors(f"planted/{side}/{b}.safetensors", {"rows": rows})
-            for b, rows in enumerate(states)
+            out.tensors(f"planted/{side}/{boundary}.safetensors", {"rows": rows})
+            for boundary, rows in enumerate(states)
         ]
         shards[side] = tuple(path.relative_to(activations.root).as_posix() for path in paths)
     return replace(activations, shards=shards)
 
 
-def test_it_is_an_aligner() -> None:
+def all_rows(activations: ActivationStore, side: str) -> list[torch.Tensor]:
+    return [activations.rows(side, boundary).clone() for boundary in range(4)]
+
+
+def assert_close(R: torch.Tensor, expected: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(R, expected, rtol=0, atol=atol)
+
+
+def test_the_plugin_offers_the_step() -> None:
     assert steps() == [Procrustes]
-    assert stage_of(Procrustes) == "align"
 
 
 @ties
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_a_planted_rotation_is_found_again_from_the_capture_alone(
+def test_a_planted_rotation_is_recovered_from_the_capture_alone(
     tmp_path: Path, samples: Samples, model_type: str, tie: Tie
 ) -> None:
     teacher = pico_model(tmp_path / "model", model_type, num_hidden_layers=3)
     twin, Q = rotated_twin(teacher, tmp_path / "twin", 4)
     maps, _ = aligned(Pair(teacher, twin), samples, tmp_path / "runs", tie)
     for R in matrices(maps, 4):
-        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
-    for card in maps.diagnostics.values():
-        assert card["cosine_after"] == pytest.approx(1, abs=1e-9)
-        assert (card["rms_ratio"], card["scale"]) == pytest.approx((1, 1), abs=1e-6)
+        assert_close(R, Q.T, atol=1e-6)
+    for figures in maps.diagnostics.values():
+        assert figures.cosine_after == pytest.approx(1, abs=1e-9)
+        assert figures.rms_ratio == pytest.approx(1, abs=1e-6)
+        assert figures.scale == pytest.approx(1, abs=1e-6)
     assert (maps.tied() is not None) is (tie == "all")
 
 
@@ -110,10 +136,9 @@ def test_identical_models_need_no_rotation(
 ) -> None:
     maps, _ = aligned(Pair(model, model), samples, tmp_path / "runs", tie)
     for R in matrices(maps, 4):
-        torch.testing.assert_close(R, EYE, rtol=0, atol=1e-9)
-    assert all(
-        card["cosine_before"] == pytest.approx(1, abs=1e-12) for card in maps.diagnostics.values()
-    )
+        assert_close(R, EYE, atol=1e-9)
+    for figures in maps.diagnostics.values():
+        assert figures.cosine_before == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +150,11 @@ def test_boundaries_of_a_stage_share_their_rotation(
 ) -> None:
     teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3)
     maps, _ = aligned(Pair(teacher, model), samples, tmp_path / "runs", tie)
-    found = matrices(maps, 4)
-    assert [maps.diagnostics[b]["stage"] for b in range(4)] == stages
+    rotations = matrices(maps, 4)
+    assert [maps.diagnostics[boundary].stage for boundary in range(4)] == stages
     for a in range(4):
         for b in range(4):
-            assert torch.equal(found[a], found[b]) is (stages[a] == stages[b])
+            assert torch.equal(rotations[a], rotations[b]) is (stages[a] == stages[b])
 
 
 @ties
@@ -141,31 +166,28 @@ def test_a_wider_teacher_gives_orthonormal_rows_and_a_projector(
     for boundary, R in enumerate(matrices(maps, 4)):
         P = R.T @ R
         assert R.shape == (32, 48)
-        torch.testing.assert_close(R @ R.T, EYE, rtol=0, atol=1e-12)
-        torch.testing.assert_close(P @ P, P, rtol=0, atol=1e-12)
-        assert maps.diagnostics[boundary]["rank_rtr"] == pytest.approx(32)
-        assert maps.diagnostics[boundary]["max_rrt"] < 1e-12
-        assert maps.diagnostics[boundary]["cosine_before"] is None
+        assert_close(R @ R.T, EYE, atol=1e-12)
+        assert_close(P @ P, P, atol=1e-12)
+        figures = maps.diagnostics[boundary]
+        assert figures.rank_rtr == pytest.approx(32)
+        assert figures.max_rrt < 1e-12
+        assert figures.cosine_before is None
 
 
-def test_a_student_inside_a_wider_stream_is_found_again(
+def test_a_student_inside_a_wider_stream_is_located(
     tmp_path: Path, model: Model, samples: Samples
 ) -> None:
     teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3)
     pair, out = Pair(teacher, model), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, model.weights, samples, out)
     inside = random_rotation(48, 2)[:32]
-    seen = planted(
-        activations,
-        out,
-        teacher=[activations.rows("student", b).double() @ inside for b in range(4)],
-    )
-    maps = Procrustes().align(seen, Maps(), pair, quiet)
+    states = [rows.double() @ inside for rows in all_rows(activations, "student")]
+    wider = with_rows(activations, out, teacher=states)
+    maps = Procrustes().align(wider, Maps(), pair, quiet)
     for R in matrices(maps, 4):
-        torch.testing.assert_close(R, inside, rtol=0, atol=1e-6)
-    assert all(
-        card["cosine_after"] == pytest.approx(1, abs=1e-9) for card in maps.diagnostics.values()
-    )
+        assert_close(R, inside, atol=1e-6)
+    for figures in maps.diagnostics.values():
+        assert figures.cosine_after == pytest.approx(1, abs=1e-9)
 
 
 def test_a_wider_student_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:
@@ -180,10 +202,10 @@ def test_shuffled_rows_fit_far_worse(
 ) -> None:
     twin, _ = rotated_twin(model, tmp_path / "twin", 4)
     maps, _ = aligned(Pair(model, twin), samples, tmp_path / "runs", tie)
-    for card in maps.diagnostics.values():
-        assert card["cosine_shuffled"] < card["cosine_after"] - 0.4
-        assert card["centred_shuffled"] < card["centred_after"] - 0.5
-        assert abs(card["cosine_before"]) < 0.5
+    for figures in maps.diagnostics.values():
+        assert figures.cosine_shuffled < figures.cosine_after - 0.4
+        assert figures.centred_shuffled < figures.centred_after - 0.5
+        assert abs(figures.cosine_before) < 0.5
 
 
 @ties
@@ -192,31 +214,27 @@ def test_fewer_rows_than_dimensions_still_give_an_orthogonal_map(
     tmp_path: Path, model: Model, tie: Tie, width: int
 ) -> None:
     layout = pico_samples(texts=5, prefix=0).layout
-    few = PackedTexts(layout.select("fit", most=1).texts + layout.select("validation").texts, 0)
+    texts = layout.select("fit", most=1).texts + layout.select("validation").texts
+    few = PackedTexts(texts, 0)
     assert int(few.split("fit").sum()) < 32
-    pair = Pair(
-        pico_model(tmp_path / "teacher", seed=9, hidden_size=width, num_hidden_layers=3), model
-    )
-    activations = captured_activations(
-        pair, model.weights, Samples(few, (), ""), pico_output(tmp_path / "runs")
-    )
+    teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width, num_hidden_layers=3)
+    pair, out = Pair(teacher, model), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, model.weights, Samples(few, (), ""), out)
     maps = Procrustes(tie=tie).align(activations, Maps(), pair, quiet)
     for R in matrices(maps, 4):
-        torch.testing.assert_close(R @ R.T, EYE, rtol=0, atol=1e-10)
+        assert_close(R @ R.T, EYE, atol=1e-10)
 
 
-def test_directions_that_no_row_has_stay_where_they_are(
+def test_directions_that_no_row_has_stay_as_they_are(
     tmp_path: Path, model: Model, samples: Samples
 ) -> None:
     pair, out = Pair(model, model), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, model.weights, samples, out)
-    flat = [
-        activations.rows("student", b).clone().index_fill_(1, torch.arange(20, 32), 0)
-        for b in range(4)
-    ]
-    seen = planted(activations, out, student=flat, teacher=flat)
-    for R in matrices(Procrustes().align(seen, Maps(), pair, quiet), 4):
-        torch.testing.assert_close(R, EYE, rtol=0, atol=1e-9)
+    absent = torch.arange(20, 32)
+    flat = [rows.index_fill(1, absent, 0) for rows in all_rows(activations, "student")]
+    flattened = with_rows(activations, out, student=flat, teacher=flat)
+    for R in matrices(Procrustes().align(flattened, Maps(), pair, quiet), 4):
+        assert_close(R, EYE, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +247,13 @@ def test_sinks_and_the_first_position_do_not_turn_the_map(
     twin, Q = rotated_twin(model, tmp_path / "twin", 4)
     pair, out = Pair(model, twin), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, twin.weights, samples, out)
-    states = [activations.rows(side, b).clone() for b in range(4)]
-    for b, rows in enumerate(states):
-        rows[at] = size * torch.randn(len(at), 32, generator=torch.Generator().manual_seed(b))
-    maps = Procrustes().align(planted(activations, out, **{side: states}), Maps(), pair, quiet)
-    for R in matrices(maps, 4):
-        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+    states = all_rows(activations, side)
+    for boundary, rows in enumerate(states):
+        generator = torch.Generator().manual_seed(boundary)
+        rows[at] = size * torch.randn(len(at), 32, generator=generator)
+    disturbed = with_rows(activations, out, **{side: states})
+    for R in matrices(Procrustes().align(disturbed, Maps(), pair, quiet), 4):
+        assert_close(R, Q.T, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", [[0, 1, 2], [0, 2]])
@@ -250,96 +269,95 @@ def test_boundaries_are_compared_at_the_same_relative_depth(
         activations.rows("teacher", 2 * depth).double() @ Q
         for depth, Q in zip(activations.depths, turns, strict=True)
     ]
-    maps = Procrustes(tie=1).align(planted(activations, out, student=states), Maps(), pair, quiet)
+    turned = with_rows(activations, out, student=states)
+    maps = Procrustes(tie=1).align(turned, Maps(), pair, quiet)
     for R, Q in zip(matrices(maps, len(turns)), turns, strict=True):
-        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
+        assert_close(R, Q.T, atol=1e-6)
 
 
-def test_earlier_maps_are_kept(tmp_path: Path, model: Model, samples: Samples) -> None:
-    earlier = Maps({"neurons.0": Rotation(EYE)}, {0: {"note": 1}})
-    pair = Pair(model, model)
-    activations = captured_activations(pair, model.weights, samples, pico_output(tmp_path / "runs"))
+def test_earlier_maps_and_figures_are_kept(tmp_path: Path, model: Model, samples: Samples) -> None:
+    first = LayerDiagnostics(reference=7, extra={"note": 1})
+    earlier = Maps({"neurons.0": Rotation(EYE)}, {0: first})
+    pair, out = Pair(model, model), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, model.weights, samples, out)
     maps = Procrustes().align(activations, earlier, pair, quiet)
     assert maps["neurons.0"] is earlier["neurons.0"]
-    assert maps.diagnostics[0]["note"] == 1
-    assert (len(earlier), dict(earlier.diagnostics)) == (1, {0: {"note": 1}})
+    assert maps.diagnostics[0].reference == 7
+    assert maps.diagnostics[0].extra == {"note": 1}
+    assert (len(earlier), dict(earlier.diagnostics)) == (1, {0: first})
 
 
 @modes
-def test_a_planted_rotation_is_found_again_whitened_or_not(
+def test_a_planted_rotation_is_recovered_whitened_or_not(
     tmp_path: Path, model: Model, samples: Samples, mode: str
 ) -> None:
     twin, Q = rotated_twin(model, tmp_path / "twin", 4)
-    pair = Pair(model, twin)
-    activations = captured_activations(pair, twin.weights, samples, pico_output(tmp_path / "runs"))
+    pair, out = Pair(model, twin), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, twin.weights, samples, out)
     maps = MODES[mode].align(activations, Maps(), pair, quiet)
     for R in matrices(maps, 4):
-        torch.testing.assert_close(R, Q.T, rtol=0, atol=1e-6)
-    for card in maps.diagnostics.values():
-        assert card["k"] == (19 if MODES[mode].shrink < 1 else 32)
-        assert card["centred_after"] == pytest.approx(1, abs=1e-9)
-        assert card["centred_shuffled"] < 0.5
+        assert_close(R, Q.T, atol=1e-6)
+    for figures in maps.diagnostics.values():
+        assert figures.k == (19 if MODES[mode].shrink < 1 else 32)
+        assert figures.centred_after == pytest.approx(1, abs=1e-9)
+        assert figures.centred_shuffled < 0.5
 
 
 @modes
-def test_a_student_inside_a_wider_stream_is_found_again_whitened_or_not(
+def test_a_student_inside_a_wider_stream_is_located_whitened_or_not(
     tmp_path: Path, model: Model, samples: Samples, mode: str
 ) -> None:
-    pair, out = (
-        Pair(pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3), model),
-        pico_output(tmp_path / "runs"),
-    )
+    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3)
+    pair, out = Pair(teacher, model), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, model.weights, samples, out)
     inside = random_rotation(48, 2)[:32]
-    seen = planted(
-        activations,
-        out,
-        teacher=[activations.rows("student", b).double() @ inside for b in range(4)],
-    )
-    for R in matrices(MODES[mode].align(seen, Maps(), pair, quiet), 4):
-        torch.testing.assert_close(R, inside, rtol=0, atol=1e-6)
+    states = [rows.double() @ inside for rows in all_rows(activations, "student")]
+    wider = with_rows(activations, out, teacher=states)
+    for R in matrices(MODES[mode].align(wider, Maps(), pair, quiet), 4):
+        assert_close(R, inside, atol=1e-6)
 
 
-def test_the_card_has_every_figure_beside_its_nulls(
+def mean_cosine(A: torch.Tensor, B: torch.Tensor) -> float:
+    return float(torch.cosine_similarity(A, B).mean())
+
+
+def test_figures_are_those_of_the_validation_rows(
     tmp_path: Path, model: Model, samples: Samples
 ) -> None:
     teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3)
     maps, activations = aligned(Pair(teacher, model), samples, tmp_path / "runs")
-    use = samples.layout.split("validation")
-    for boundary, card in maps.diagnostics.items():
-        assert json.loads(json.dumps(card, allow_nan=False)) == card
-        for figure in ("cosine", "centred"):
-            assert {name.removeprefix(f"{figure}_") for name in card if name.startswith(figure)} == {
-                "before", "after", "shuffled", "random", "mean",
-            }  # fmt: skip
-        assert (card["aligner"], card["layer"], card["stage"], card["k"]) == (
-            "procrustes",
-            boundary,
-            0,
-            32,
-        )
-        assert card["singular_values"] == sorted(card["singular_values"], reverse=True)
-        assert sum(card["singular_values_shuffled"]) < sum(card["singular_values"])
-        assert card["gap_at_k"] == card["singular_values"][31] / card["singular_values"][0]
-        S, T = (
-            rms_normalise(activations.rows(side, boundary)[use]) for side in ("student", "teacher")
-        )
-        R = maps.rotation(boundary)
-        assert R is not None
-        assert card["rows"] == int(use.sum())
-        assert card["cosine_after"] == pytest.approx(
-            float(torch.cosine_similarity(S @ R.matrix, T).mean())
-        )
-        assert card["centred_after"] == pytest.approx(
-            float(torch.cosine_similarity((S - S.mean(0)) @ R.matrix, T - T.mean(0)).mean())
-        )
-        assert abs(card["centred_random"]) < 0.2
-        fit = samples.layout.split("fit")
-        fit[0] = False
+    validation, fit = samples.layout.split("validation"), samples.layout.split("fit")
+    fit[0] = False
+    for boundary, figures in maps.diagnostics.items():
+        rotation = maps.rotation(boundary)
+        assert rotation is not None
+        R = rotation.matrix
+        S = rms_normalise(activations.rows("student", boundary)[validation])
+        T = rms_normalise(activations.rows("teacher", boundary)[validation])
         mean = rms_normalise(activations.rows("teacher", boundary)[fit]).mean(0)
-        assert card["cosine_mean"] == pytest.approx(
-            float(torch.cosine_similarity(mean[None], T).mean())
-        )
+        centred = mean_cosine((S - S.mean(0)) @ R, T - T.mean(0))
+        assert figures.rows == int(validation.sum())
+        assert figures.cosine_before == pytest.approx(mean_cosine(S, T))
+        assert figures.cosine_after == pytest.approx(mean_cosine(S @ R, T))
+        assert figures.cosine_mean == pytest.approx(mean_cosine(mean[None], T))
+        assert figures.centred_after == pytest.approx(centred)
+        assert abs(figures.centred_random) < 0.2
+
+
+def test_figures_name_their_stage_and_spectrum(
+    tmp_path: Path, model: Model, samples: Samples
+) -> None:
+    teacher = pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3)
+    maps, _ = aligned(Pair(teacher, model), samples, tmp_path / "runs")
+    for boundary, figures in maps.diagnostics.items():
+        assert figures.aligner == "procrustes"
+        assert (figures.layer, figures.stage, figures.k) == (boundary, 0, 32)
+        spectrum, null = figures.singular_values, figures.singular_values_shuffled
+        assert list(spectrum) == sorted(spectrum, reverse=True)
+        assert sum(null) < sum(spectrum)
+        assert figures.gap_at_k == spectrum[31] / spectrum[0]
+        document = json.loads(json.dumps(figures.as_dict(), allow_nan=False))
+        assert LayerDiagnostics.from_dict(document) == figures
 
 
 def test_the_rms_ratio_is_that_of_the_raw_streams(
@@ -347,18 +365,15 @@ def test_the_rms_ratio_is_that_of_the_raw_streams(
 ) -> None:
     pair, out = Pair(model, model), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, model.weights, samples, out)
-    louder = planted(
-        activations, out, student=[3 * activations.rows("student", b) for b in range(4)]
-    )
-    diagnostics = Procrustes().align(louder, Maps(), pair, quiet).diagnostics.values()
-    assert all(
-        card["rms_ratio"] == pytest.approx(3) and card["scale"] == pytest.approx(1)
-        for card in diagnostics
-    )
+    louder = [3 * rows for rows in all_rows(activations, "student")]
+    maps = Procrustes().align(with_rows(activations, out, student=louder), Maps(), pair, quiet)
+    for figures in maps.diagnostics.values():
+        assert figures.rms_ratio == pytest.approx(3)
+        assert figures.scale == pytest.approx(1)
 
 
+@modes
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("mode", MODES)
 def test_rows_that_are_not_finite_stop_before_any_solve(
     tmp_path: Path,
     model: Model,
@@ -373,61 +388,59 @@ def test_rows_that_are_not_finite_stop_before_any_solve(
     twin, _ = rotated_twin(model, tmp_path / "twin", 4)
     pair, out = Pair(model, twin), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, twin.weights, samples, out)
-    states = [activations.rows(side, b).clone() for b in range(4)]
+    states = all_rows(activations, side)
     states[1][40, 3], states[1][41, 2] = float("nan"), float("inf")
-    bad = planted(activations, out, **{side: states})
+    broken = with_rows(activations, out, **{side: states})
     for name in ("svd", "eigh"):
         monkeypatch.setattr(scipy.linalg, name, called)
         monkeypatch.setattr(torch.linalg, name, called)
     folder = (model if side == "teacher" else twin).ref.model
+    place = f"{side} {folder}, layer boundary 1, site residual"
     with pytest.raises(RotdistillError) as error:
-        MODES[mode].align(bad, Maps(), pair, quiet)
-    assert (
-        f"{side} {folder}, layer boundary 1, site residual: 2 of {states[1].numel()} values are NaN or Inf"
-        in str(error.value)
-    )
+        MODES[mode].align(broken, Maps(), pair, quiet)
+    assert f"{place}: 2 of {states[1].numel()} values are NaN or Inf" in str(error.value)
 
 
-def test_chunks_do_not_change_the_answer(
+def test_the_size_of_chunks_does_not_change_the_answer(
     tmp_path: Path, model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), model)
     maps, activations = aligned(pair, samples, tmp_path / "runs")
-    monkeypatch.setattr(rotdistill_streams, "CHUNK", 7)
+    monkeypatch.setattr(streams, "CHUNK_ROWS", 7)
     again = Procrustes().align(activations, Maps(), pair, quiet)
-    torch.testing.assert_close(matrices(again, 4)[0], matrices(maps, 4)[0], rtol=0, atol=1e-10)
-    assert again.diagnostics[2]["cosine_shuffled"] == pytest.approx(
-        maps.diagnostics[2]["cosine_shuffled"], abs=1e-9
-    )
+    assert_close(matrices(again, 4)[0], matrices(maps, 4)[0], atol=1e-10)
+    expected = maps.diagnostics[2].cosine_shuffled
+    assert again.diagnostics[2].cosine_shuffled == pytest.approx(expected, abs=1e-9)
 
 
 def test_boundaries_are_read_one_at_a_time(
     tmp_path: Path, model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: list[weakref.ref[torch.Tensor]] = []
-    rows = ActivationStore.rows
+    streams_read: list[weakref.ref[torch.Tensor]] = []
+    read_rows = ActivationStore.rows
 
     def watched(activations: ActivationStore, side: str, boundary: int) -> torch.Tensor:
-        alive.append(weakref.ref(read := rows(activations, side, boundary)))
-        assert sum(each() is not None for each in alive) <= 3
-        return read
+        rows = read_rows(activations, side, boundary)
+        streams_read.append(weakref.ref(rows))
+        assert sum(stream() is not None for stream in streams_read) <= 3
+        return rows
 
     monkeypatch.setattr(ActivationStore, "rows", watched)
     aligned(Pair(model, model), samples, tmp_path / "runs")
-    assert len(alive) == 16
+    assert len(streams_read) == 16
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:
-    for split, other in (("fit", "validation"), ("validation", "fit")):
-        some = Samples(PackedTexts(samples.layout.select(other).texts, 0), (), "")
-        with pytest.raises(RecipeError, match=f"boundary 0 has no {split} rows"):
-            aligned(Pair(model, model), some, tmp_path / split)
+    for missing, other in (("fit", "validation"), ("validation", "fit")):
+        one_split = Samples(PackedTexts(samples.layout.select(other).texts, 0), (), "")
+        with pytest.raises(RecipeError, match=f"boundary 0 has no {missing} rows"):
+            aligned(Pair(model, model), one_split, tmp_path / missing)
 
 
 def test_a_ridge_that_would_do_nothing_is_refused(
     tmp_path: Path, model: Model, samples: Samples
 ) -> None:
-    pair = Pair(model, model)
-    activations = captured_activations(pair, model.weights, samples, pico_output(tmp_path / "runs"))
+    pair, out = Pair(model, model), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, model.weights, samples, out)
     with pytest.raises(RecipeError, match="ridge is for the covariances"):
         Procrustes(ridge=0.1).align(activations, Maps(), pair, quiet)

@@ -1,26 +1,40 @@
-"""Training on the teacher's continuations: it lowers the KL or changes nothing, and what is folded is what was trained."""
+"""LoRA distillation lowers the KL or changes nothing, and folds exactly what was trained."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 from weakref import ReferenceType, ref
 
 import pytest
 import torch
+from rotdistill_prompt_kl import _method
+from rotdistill_prompt_kl._lora import lora_products, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets
-from rotdistill_prompt_kl.step import PromptKl, deltas, steps
+from rotdistill_prompt_kl.step import PromptKl, steps
 from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.questions import Question
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.evaluation import acceptance as rotdistill_judge
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.plugin.step import stage_of
-from rotdistill_core.testing import logits, pico_model, pico_output, pico_samples, save_folder
+from rotdistill_core.store.output import StepOutput
+from rotdistill_core.testing import (
+    logits,
+    options_survive_toml_and_json,
+    parametrize_with_checks,
+    pico_model,
+    pico_output,
+    pico_samples,
+    save_folder,
+    the_hook_is_as_specified,
+)
 
 QUESTIONS = [
     Question(
@@ -31,11 +45,29 @@ QUESTIONS = [
 SAMPLES = Samples(
     PackedTexts((), 0), (*QUESTIONS, Question("h", "en", "heldout", "w5", None)), "w7 w8 w9"
 )
-OPTIONS = {"tokens": 4, "rank": 4, "epochs": 2, "rate": 5e-3}
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 4,
+    "rank": 4,
+    "max_epochs": 2,
+    "learning_rate": 5e-3,
+}
+ON_ANSWERS: dict[str, Any] = {"prompts_from": ("questions",), "rank": 4, "max_epochs": 3}
+
+
+# The kit's samples have neither places nor answers by the teacher, so the step refuses them. That
+# training repeats itself is tested below.
+@parametrize_with_checks(
+    PromptKl,
+    {},
+    {"prompts_from": ["questions"], "shard": [2, 3], "guard": 1.02},
+    checks=(the_hook_is_as_specified, options_survive_toml_and_json),
+)
+def test_prompt_kl_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
 
 
 def quiet(*_: object) -> None:
-    """Take progress and say nothing."""
+    """Take progress and show nothing."""
 
 
 def pair_of(root: Path, model_type: str = "llama", **changes: object) -> Pair:
@@ -43,14 +75,27 @@ def pair_of(root: Path, model_type: str = "llama", **changes: object) -> Pair:
     return Pair(teacher, pico_model(root / "student", model_type, seed=2, **changes))
 
 
-def taught(pair: Pair, root: Path, **options: object) -> tuple[Weights, dict[str, object]]:
+def answered_samples() -> Samples:
+    """Return texts whose answers the teacher wrote, with a guard."""
+    samples = pico_samples(texts=40, guard=8)
+    questions = tuple(
+        Question(text.id, "en", text.split, "w1", None)
+        for text in samples.layout.texts
+        if not text.plain
+    )
+    return Samples(samples.layout, questions, "w7 w8 w9")
+
+
+def distilled(
+    pair: Pair, root: Path, samples: Samples = SAMPLES, **options: Any
+) -> tuple[Weights, StepOutput]:
+    """Run the step; return the weights and the step's output."""
     out = pico_output(root / "runs")
-    return PromptKl(**{**OPTIONS, **options}).style(
-        pair.student.weights, pair, SAMPLES, out, quiet
-    ), out.notes  # type: ignore[arg-type]
+    step = PromptKl(**options)
+    return step.style(pair.student.weights, pair, samples, out, quiet), out
 
 
-def test_it_is_a_style_that_needs_no_capture() -> None:
+def test_prompt_kl_is_a_style() -> None:
     assert steps() == [PromptKl]
     assert stage_of(PromptKl) == "style"
 
@@ -58,30 +103,27 @@ def test_it_is_a_style_that_needs_no_capture() -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("train", ["lora", "head"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
-def test_the_validation_kl_falls_and_the_folded_weights_are_the_trained_ones(
-    tmp_path: Path, model_type: str, train: str, tied: bool
+def test_folded_weights_have_the_kl_that_was_trained(
+    tmp_path: Path, model_type: str, train: Literal["lora", "head"], tied: bool
 ) -> None:
     cap = {"final_logit_softcapping": 5.0} if model_type == "gemma3_text" else {}
     pair = pair_of(tmp_path, model_type, tie_word_embeddings=tied, **cap)
-    made, notes = taught(pair, tmp_path, train=train)
-    assert notes["validation KL after"] < 0.98 * notes["validation KL before"]  # type: ignore[operator]
-    step = PromptKl(**OPTIONS, train=train)  # type: ignore[arg-type]
-    lesson = DistillationTargets(
-        pair,
-        step._texts(pair, SAMPLES, pico_output(tmp_path / "runs"), quiet),
-        64,
-        pico_output(tmp_path / "runs"),
-        quiet,
-    )
-    plain = step._with_lora(made, pair)  # its B is zero
-    assert lesson.kl(plain, made, "validation") == pytest.approx(
-        notes["validation KL after"], rel=1e-4
-    )
+    made, out = distilled(pair, tmp_path, **OPTIONS, train=train)
+    assert out.notes["validation KL after"] < 0.98 * out.notes["validation KL before"]
+
+    again = pico_output(tmp_path / "runs")
+    step = PromptKl(**OPTIONS, train=train)
+    layout = _method.training_texts(step, pair, SAMPLES, again, quiet)
+    targets = DistillationTargets(pair, layout, 64, again, quiet)
+    fresh = with_lora(made, pair.student, train, rank=4)  # its B is zero
+    kl = targets.kl(fresh, made, Split.VALIDATION)
+    assert kl == pytest.approx(out.notes["validation KL after"], rel=1e-4)
+
+    before = pair.student.weights
     changed = {
-        n
-        for n in made.entries
-        if n not in pair.student.weights.entries
-        or not torch.equal(made[n], pair.student.weights[n])
+        name
+        for name in made.entries
+        if name not in before.entries or not torch.equal(made[name], before[name])
     }
     if train == "head":
         assert changed == {"lm_head.weight"}
@@ -90,20 +132,20 @@ def test_the_validation_kl_falls_and_the_folded_weights_are_the_trained_ones(
         assert made.tied is tied
 
 
-def test_a_student_that_says_the_same_already_is_left_alone(tmp_path: Path) -> None:
+def test_a_student_that_is_its_teacher_is_left_alone(tmp_path: Path) -> None:
     model: Model = pico_model(tmp_path / "model")
-    made, notes = taught(Pair(model, model), tmp_path)
+    made, out = distilled(Pair(model, model), tmp_path, **OPTIONS)
     assert made is model.weights
-    assert "did not lower" in str(notes["refused"])
+    assert "did not lower" in out.report.refused
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-def test_the_saved_adapter_is_peft_s_own_and_gives_the_folded_logits(tmp_path: Path) -> None:
+def test_the_saved_adapter_loads_in_peft_with_the_folded_logits(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     pair = pair_of(tmp_path)
-    made, _ = taught(pair, tmp_path)
+    made, _ = distilled(pair, tmp_path, **OPTIONS)
     [config] = (tmp_path / "runs").glob("*/weights/step/adapter/adapter_config.json")
     layout = pico_samples(texts=4, prefix=0).layout
     ids = torch.tensor([text.tokens[:10] for text in layout.texts])
@@ -115,152 +157,151 @@ def test_the_saved_adapter_is_peft_s_own_and_gives_the_folded_logits(tmp_path: P
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_two_trainings_are_the_same_and_leave_the_generator_alone(tmp_path: Path) -> None:
+def test_training_repeats_itself_and_keeps_the_global_generator(tmp_path: Path) -> None:
     pair = pair_of(tmp_path)
     layout, made = pico_samples(texts=5).layout, []
     for name in ("one", "two"):
         torch.manual_seed(5)
-        made.append(logits(taught(pair, tmp_path / name)[0], layout))
+        made.append(logits(distilled(pair, tmp_path / name, **OPTIONS)[0], layout))
         assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(5)))
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-6)
-    other = logits(taught(pair, tmp_path / "three", seed=1)[0], layout)
+    other = logits(distilled(pair, tmp_path / "three", **OPTIONS, seed=1)[0], layout)
     assert float((other - made[0]).abs().max()) > 1e-4
 
 
-def test_the_order_of_the_products_is_b_times_a(tmp_path: Path) -> None:
+def test_products_are_b_times_a_times_the_scale(tmp_path: Path) -> None:
     pair = pair_of(tmp_path)
-    student = PromptKl(rank=2)._with_lora(pair.student.weights, pair)
+    student = with_lora(pair.student.weights, pair.student, "lora", rank=2)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(1.0)
-    found: dict[str, Tensor] = dict(deltas(student))
-    assert len(found) == 14
+    products: dict[str, Tensor] = dict(lora_products(student))
+    assert len(products) == 14
     A = student.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].weight.double()
-    torch.testing.assert_close(
-        found["model.layers.0.mlp.down_proj.weight"], 2 * torch.ones(32, 2, dtype=torch.float64) @ A
-    )
+    expected = 2 * torch.ones(32, 2, dtype=torch.float64) @ A
+    torch.testing.assert_close(products["model.layers.0.mlp.down_proj.weight"], expected)
 
 
-def test_training_that_stops_helping_stops(tmp_path: Path) -> None:
-    _, notes = taught(pair_of(tmp_path), tmp_path, epochs=50, rate=0.3, patience=1)
-    assert len(notes["validation KL by look"]) < 50  # type: ignore[arg-type]
+def test_training_without_gain_stops_early(tmp_path: Path) -> None:
+    options = OPTIONS | {"max_epochs": 50, "learning_rate": 0.3}
+    _, out = distilled(pair_of(tmp_path), tmp_path, **options, patience=1)
+    curve = out.notes["validation KL by evaluation"]
+    assert len(curve) < 50
+    assert curve[-1] >= min(curve[:-1])
 
 
-def asked(folder: Path) -> tuple[Pair, Samples]:
-    """Return a pair and texts of which the teacher wrote the answers, with a guard."""
-    texts = pico_samples(texts=40, guard=8)
-    own = tuple(
-        Question(t.id, "en", t.split, "w1", None) for t in texts.layout.texts if not t.plain
-    )
-    return pair_of(folder), Samples(texts.layout, own, "w7 w8 w9")
-
-
-def test_it_learns_from_answers_to_the_questions_too(tmp_path: Path) -> None:
-    pair, samples = asked(tmp_path)
-    out = pico_output(tmp_path / "runs")
-    made = PromptKl(ask=("questions",), rank=4, epochs=3, rate=5e-3).style(
-        pair.student.weights, pair, samples, out, quiet
-    )
+def test_answers_to_questions_are_learned_too(tmp_path: Path) -> None:
+    pair, samples = pair_of(tmp_path), answered_samples()
+    made, out = distilled(pair, tmp_path, samples, **ON_ANSWERS, learning_rate=5e-3)
     assert made is not pair.student.weights
     assert out.notes["validation KL after"] < out.notes["validation KL before"]
-    assert out.notes["texts"] == sum(t.split in ("fit", "validation") for t in samples.layout.texts)
+    assert out.notes["texts"] == sum(
+        text.split in (Split.FIT, Split.VALIDATION) for text in samples.layout.texts
+    )
 
 
-def test_parts_of_the_texts_teach_different_things_and_make_up_all(
+def test_shards_have_different_texts_and_together_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair, samples = asked(tmp_path)
+    pair, samples = pair_of(tmp_path), answered_samples()
     seen: dict[int, set[int]] = {}
-    whole = DistillationTargets.losses
+    losses = DistillationTargets.losses
     for k in (1, 2, 3):
 
-        def losses(
+        def noted(
             self: DistillationTargets,
             student: object,
             weights: Weights,
             texts: list[int],
             k: int = k,
         ) -> Tensor:
-            seen.setdefault(k, set()).update(
-                j for j in texts if self.layout.texts[j].split == "fit"
-            )
-            return whole(self, student, weights, texts)
+            fit = {j for j in texts if self.layout.texts[j].split == Split.FIT}
+            seen.setdefault(k, set()).update(fit)
+            return losses(self, student, weights, texts)
 
-        monkeypatch.setattr(DistillationTargets, "losses", losses)
-        step = PromptKl(ask=("questions",), rank=4, epochs=1, rate=5e-3, part=(k, 3))
-        step.style(
-            pair.student.weights, pair, samples, pico_output(tmp_path / "runs", f"part {k}"), quiet
-        )
-    fit = {
-        j
-        for j, text in enumerate(samples.layout.select("fit", "validation").texts)
-        if text.split == "fit"
-    }
-    assert sorted(map(len, seen.values())) == [8, 8, 8]
-    assert len(set.union(*seen.values())) == len(fit) == 24
+        monkeypatch.setattr(DistillationTargets, "losses", noted)
+        options = ON_ANSWERS | {"max_epochs": 1, "learning_rate": 5e-3}
+        distilled(pair, tmp_path / str(k), samples, **options, shard=(k, 3))
+    texts = samples.layout.select(Split.FIT, Split.VALIDATION).texts
+    fit = {j for j, text in enumerate(texts) if text.split == Split.FIT}
+    assert [len(shard) for shard in seen.values()] == [8, 8, 8]
+    assert set.union(*seen.values()) == fit
+    assert len(fit) == 24
 
 
-def test_a_part_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no part 4 of 3"):
-        PromptKl(part=(4, 3))
+def test_a_shard_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no shard 4 of 3"):
+        PromptKl(shard=(4, 3))
 
 
 @pytest.mark.parametrize("guard", [1.0, 1.05])
-def test_a_guard_bounds_the_lora(tmp_path: Path, guard: float) -> None:
-    pair, samples = asked(tmp_path)
-    step, out = (
-        PromptKl(ask=("questions",), rank=4, epochs=3, rate=2e-2, guard=guard),
-        pico_output(tmp_path / "runs"),
-    )
-    made = step.style(pair.student.weights, pair, samples, out, quiet)
-    lesson = DistillationTargets(pair, samples.layout, 64, pico_output(tmp_path / "runs"), quiet)
+def test_a_guard_limits_the_kl_outside_the_domain(tmp_path: Path, guard: float) -> None:
+    pair, samples = pair_of(tmp_path), answered_samples()
+    made, _ = distilled(pair, tmp_path, samples, **ON_ANSWERS, learning_rate=2e-2, guard=guard)
+    targets = DistillationTargets(pair, samples.layout, 64, pico_output(tmp_path / "runs"), quiet)
     before, after = (
-        lesson.scores(view, "guard-validation", samples).mean
+        targets.scores(samples, view, Split.GUARD_VALIDATION).mean
         for view in (pair.student.weights, made)
     )
     assert after <= guard * before * (1 + 1e-5)
 
 
-def test_the_model_that_trained_is_gone_before_the_guard_is_walked(
+def test_the_trained_model_is_freed_before_the_guard_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pair, samples = asked(tmp_path)
-    trained: list[ReferenceType[object]] = []
-    begin, end = PromptKl._with_lora, accept_if_better
+    pair, samples = pair_of(tmp_path), answered_samples()
+    models: list[ReferenceType[object]] = []
+    accepted: list[bool] = []
 
-    def with_lora(step: PromptKl, *given: object) -> object:
-        trained.append(ref(model := begin(step, *given)))  # type: ignore[arg-type]
+    def noted(*given: Any) -> Any:
+        model = with_lora(*given)
+        models.append(ref(model))
         return model
 
-    def settle(*given: object) -> object:
+    def accept(*given: Any) -> Weights:
         gc.collect()
-        assert trained
-        assert not any(model() for model in trained)
-        return end(*given)  # type: ignore[arg-type]
+        accepted.append(True)
+        assert models
+        assert not any(model() for model in models)
+        return accept_if_better(*given)
 
-    monkeypatch.setattr(PromptKl, "_with_lora", with_lora)
-    monkeypatch.setattr(rotdistill_judge, "settle", settle)
-    PromptKl(ask=("questions",), rank=4, epochs=1, rate=2e-2).style(
-        pair.student.weights, pair, samples, pico_output(tmp_path / "runs"), quiet
-    )
+    monkeypatch.setattr(_method, "with_lora", noted)
+    monkeypatch.setattr(_method, "accept_if_better", accept)
+    options = ON_ANSWERS | {"max_epochs": 1, "learning_rate": 2e-2}
+    distilled(pair, tmp_path, samples, **options)
+    assert accepted == [True]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
-    [({"ask": ("questions",)}, "samples.own_answers = 64"), ({"guard": 1.02}, "samples.guard")],
+    ("options", "remedy"),
+    [
+        ({"prompts_from": ("questions",)}, "samples.own_answers = 64"),
+        ({"guard": 1.02}, "samples.guard"),
+    ],
 )
 def test_what_the_samples_lack_is_named(
-    tmp_path: Path, options: dict[str, object], told: str
+    tmp_path: Path, options: dict[str, Any], remedy: str
 ) -> None:
-    with pytest.raises(RecipeError, match=told):
-        taught(pair_of(tmp_path), tmp_path, **options)
+    with pytest.raises(RecipeError, match=remedy):
+        distilled(pair_of(tmp_path), tmp_path, **OPTIONS, **options)
 
 
-def test_narrow_products_learn_about_the_same(tmp_path: Path) -> None:
+def test_texts_without_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no text has one"):
+        distilled(pair_of(tmp_path), tmp_path, answered_samples(), **OPTIONS)
+
+
+def test_a_student_with_fused_projections_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="a phi3 model has fused projections"):
+        distilled(pair_of(tmp_path, "phi3"), tmp_path, **OPTIONS)
+
+
+def test_bfloat16_products_learn_about_as_much(tmp_path: Path) -> None:
     pair = pair_of(tmp_path)
-    after = [
-        taught(pair, tmp_path / str(narrow), bfloat16=narrow)[1]["validation KL after"]
-        for narrow in (False, True)
-    ]
-    assert after[1] == pytest.approx(after[0], rel=0.05)
+    wide, narrow = (
+        distilled(pair, tmp_path / str(bfloat16), **OPTIONS, bfloat16=bfloat16)[1].notes
+        for bfloat16 in (False, True)
+    )
+    after = narrow["validation KL after"]
+    assert after == pytest.approx(wide["validation KL after"], rel=0.05)

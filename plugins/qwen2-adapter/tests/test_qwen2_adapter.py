@@ -1,37 +1,20 @@
-"""The qwen2 table against pico checkpoints of plain transformers."""
+"""The qwen2 table holds for its plain config; tests/architecture has every variant."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from rotdistill_qwen2_adapter.table import QWEN2, adapters
+from rotdistill_qwen2_adapter.table import QWEN2
 
-from rotdistill_core.architecture.table import Adapter
-from rotdistill_core.plugin.registry import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
-
-CHANGES: list[dict[str, object]] = [
-    {"tie_word_embeddings": True},
-    {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    {
-        "num_key_value_heads": 1,
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 1,
-    },
-]
+from rotdistill_core.testing import parametrize_with_checks
 
 
-def test_the_installed_adapter_is_this_one() -> None:
-    assert adapters() == [QWEN2]
-    assert adapter_for("qwen2") is QWEN2
+@parametrize_with_checks(QWEN2)
+def test_qwen2_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
 
 
-@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes))
-def test_the_table_holds(
-    tmp_path: Path, check: Callable[[Adapter, Path], None], changes: dict[str, object]
-) -> None:
-    check(QWEN2, pico_folder(tmp_path / "model", "qwen2", **changes))
+def test_only_queries_keys_and_values_have_a_bias() -> None:
+    biases = {name.split(".")[-2] for name in QWEN2.params if name.endswith(".bias")}
+    assert biases == {"q_proj", "k_proj", "v_proj"}

@@ -1,4 +1,4 @@
-"""The report says what results.jsonl says, and is made from what a run hands to its observers."""
+"""The report holds the figures of results.jsonl, the same in HTML, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from rotdistill_report._data import collect, span
-from rotdistill_report._findings import compare, with_findings
-from rotdistill_report.observer import _cell
+from rotdistill_report._data import ReportData, collect, with_interval
+from rotdistill_report._findings import with_findings
+from rotdistill_report._templates import table_cell
+from rotdistill_report._write import html as html_report
 
-from rotdistill_core.evaluation.intervals import Estimate, Interval, estimates
-from rotdistill_core.evaluation.metrics import column
-from rotdistill_core.evaluation.rows import MetricRow
+from rotdistill_core.evaluation.intervals import Interval, estimates
+from rotdistill_core.evaluation.metrics import metric_named
+from rotdistill_core.evaluation.rows import MetricRow, overall_figures, row_from_json
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import Answer
 from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
 
 RECIPE = (
-    pico_head("told", "{work}/model", "{work}/model")
+    pico_head("reported", "{work}/model", "{work}/model")
     + """
 # <script> of the recipe
 {observers}
@@ -37,260 +43,259 @@ use = "chop"
 layers = 1
 [[step]]
 use = "fidelity"
-[[step]]
-use = "answers"
+{answers}
 [variants]
-base = []
-cut = ["chop"]
-full = ["chop"]
+{variants}
 """
 )
+ANSWERS = '[[step]]\nuse = "answers"'
+VARIANTS = 'base = []\ncut = ["chop"]\nfull = ["chop"]'
 
 
-def ended(work: Path, observers: str = "", without: str = "", variants: str = "") -> RunResult:
+def run(
+    work: Path, observers: str = "", answers: str = ANSWERS, variants: str = VARIANTS
+) -> RunResult:
     pico_texts(work / "texts")
     pico_folder(work / "model")
-    path = work / "told.toml"
-    text = RECIPE.format(work=work, observers=observers)
-    text = text.replace(f'[[step]]\nuse = "{without}"\n', "") if without else text
-    path.write_text(
-        text.replace('full = ["chop"]', variants) if variants else text, encoding="utf-8"
-    )
+    path = work / "reported.toml"
+    text = RECIPE.format(work=work, observers=observers, answers=answers, variants=variants)
+    path.write_text(text, encoding="utf-8")
     return run_recipe(path)
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Return one run for everything that only reads it."""
-    return ended(tmp_path_factory.mktemp("told"))
+    return run(tmp_path_factory.mktemp("reported"))
 
 
-def test_the_report_holds_the_figures_of_the_results(outcome: RunResult) -> None:
-    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
-    results = [
-        json.loads(line)
-        for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    whole = {
-        (r["variant"], r["metric"]): r["value"]
-        for r in results
-        if r["layer"] is None and r["language"] is None
-    }
-    for variant in ("base", "cut"):
-        (line,) = [
-            line
-            for line in text.splitlines()
-            if line.startswith(f"| {variant} | ") and f"{whole[variant, 'perplexity']:.2f}" in line
-        ]
-        assert line.replace("*", "").startswith(
-            f"| {variant} | {whole[variant, 'kl']:.4f} | {whole[variant, 'top1']:.3f} |"
-        )
-    assert "- **chop** (cut," in text
+@pytest.fixture(scope="module")
+def markdown(outcome: RunResult) -> str:
+    return (outcome.folder / RunLayout.REPORT_MARKDOWN).read_text(encoding="utf-8")
 
 
-def test_answers_to_all_questions_stand_side_by_side(outcome: RunResult) -> None:
-    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
-    base, cut = (outcome.steps[variant, "answers"].notes["answers"] for variant in ("base", "full"))
-    assert len(base) == 3
-    assert "| id | language | question | teacher | base | full |" in text
-    for question, about in base.items():
-        cells = [
-            _cell(words)
-            for words in (about["question"], about["teacher"], about["said"], cut[question]["said"])
-        ]
-        assert f"| {question} | en | {' | '.join(cells)} |" in text
-    assert "- answers:" not in text  # not once more among what steps noted
+@pytest.fixture(scope="module")
+def page(outcome: RunResult) -> str:
+    return (outcome.folder / RunLayout.REPORT_HTML).read_text(encoding="utf-8")
 
 
-def test_intervals_are_those_of_the_results(outcome: RunResult) -> None:
-    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
-    found = estimates(outcome.rows, "base")
-    assert "| variant | held-out KL, nats/token | change | top-1 | change |" in text
-    (line,) = [
+@pytest.fixture(scope="module")
+def report(outcome: RunResult) -> dict[str, Any]:
+    text = (outcome.folder / RunLayout.REPORT_JSON).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def results(folder: Path) -> list[MetricRow]:
+    lines = RunLayout(folder).results.read_text(encoding="utf-8").splitlines()
+    return [row_from_json(json.loads(line)) for line in lines]
+
+
+def rebuild(outcome: RunResult) -> ReportData:
+    """Return the report of a run from its files, without opening its models."""
+    recipe = load_recipe(outcome.folder.parents[1] / "reported.toml")
+    unopened = RunResult(outcome.folder, results(outcome.folder), outcome.steps, {}, [])
+    out = StepOutput(ArtifactStore(outcome.folder.parent), Ledger(outcome.folder), "report")
+    return with_findings(collect(recipe, unopened, out), recipe, unopened)
+
+
+def table_row(markdown: str, variant: str, figure: str) -> str:
+    """Return the one row of a Markdown table that begins with a variant and holds a figure."""
+    (row,) = [
         line
-        for line in text.splitlines()
-        if line.startswith("| cut |") and span(found["kl"]["cut"].own, "kl") in line
+        for line in markdown.splitlines()
+        if line.startswith(f"| {variant} | ") and figure in line
     ]
-    change = found["kl"]["cut"].change
+    return row.replace("*", "")
+
+
+def test_markdown_holds_the_figures_of_the_results(outcome: RunResult, markdown: str) -> None:
+    overall = overall_figures(results(outcome.folder))
+    for variant in ("base", "cut"):
+        figures = overall[variant]
+        row = table_row(markdown, variant, f"{figures['perplexity']:.2f}")
+        assert row.startswith(f"| {variant} | {figures['kl']:.4f} | {figures['top1']:.3f} |")
+    assert "- **chop** (cut," in markdown
+
+
+def test_json_holds_the_figures_of_the_results(outcome: RunResult, report: dict[str, Any]) -> None:
+    rows = results(outcome.folder)
+    figures = {
+        variant: {metric: figure["value"] for metric, figure in row.items()}
+        for variant, row in report["figures"].items()
+    }
+    assert figures == overall_figures(rows)
+    for metric, variants in report["layer_curves"].items():
+        for variant, points in variants.items():
+            assert points == {
+                str(row.layer): row.value
+                for row in rows
+                if (row.variant, row.metric) == (variant, metric) and row.layer
+            }
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["kl", "top1", "perplexity", "hidden_cosine", "residual_rms_diff", "parameters", "answer_chrf"],
+)
+def test_page_and_markdown_hold_the_figures_of_the_json(
+    page: str, markdown: str, report: dict[str, Any], metric: str
+) -> None:
+    words = metric_named(metric).title.split()
+    for variant in ("base", "cut", "full"):
+        figure = report["figures"][variant][metric]
+        assert figure["text"] == format(figure["value"], metric_named(metric).format)
+        assert any(
+            line.startswith(f"| {variant} |") and figure["text"] in line
+            for line in markdown.splitlines()
+        )
+        assert figure["change"] in markdown or metric not in report["estimates"]
+        words += f"{figure['text']} {figure['change']}".split()
+    # The page has one line for each metric.
+    lines = [re.sub(r"<[^>]*>", " ", line).split() for line in page.splitlines()]
+    assert words in lines
+
+
+def test_the_verdict_is_the_same_everywhere(
+    page: str, markdown: str, report: dict[str, Any]
+) -> None:
+    assert report["verdict"] in markdown
+    assert report["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
+
+
+def test_answers_to_all_questions_stand_side_by_side(outcome: RunResult, markdown: str) -> None:
+    base, full = (outcome.steps[name, "answers"].report.answers for name in ("base", "full"))
+    assert len(base) == 3
+    assert "| id | language | question | teacher | base | full |" in markdown
+    for question, answer in base.items():
+        texts = (answer.question, answer.teacher, answer.student, full[question].student)
+        cells = " | ".join(table_cell(text) for text in texts)
+        assert f"| {question} | en | {cells} |" in markdown
+
+
+def test_answers_are_in_no_note_of_a_step(report: dict[str, Any]) -> None:
+    (step,) = [s for s in report["steps"] if (s["step"], s["variant"]) == ("answers", "base")]
+    assert "answers" not in step["notes"]
+
+
+def test_intervals_are_those_of_the_results(outcome: RunResult, markdown: str) -> None:
+    estimate = estimates(outcome.rows, "base")["kl"]["cut"]
+    assert "| variant | held-out KL, nats/token | change | top-1 | change |" in markdown
+    row = table_row(markdown, "cut", with_interval(estimate.own, "kl"))
+    change = estimate.change
     assert change is not None
-    assert (
-        change.low > 0
-    )  # random layers: without one of them the student is farther from its teacher on every text
-    assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in line
+    # Layers are random: without one of them the student is farther from its teacher on every text.
+    assert change.low > 0
+    assert f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]" in row
 
 
 def test_the_terminal_shows_intervals_and_one_question(outcome: RunResult) -> None:
     console = Console(width=200, file=io.StringIO(), record=True)
-    for told in outcome.told:
-        console.print(told)
-    shown = console.export_text()
-    found = estimates(outcome.rows, "base")["kl"]
-    assert span(found["cut"].own, "kl") in shown
-    assert [line.split()[2] for line in shown.splitlines() if " answers held-" in line] == [
-        "held-0:"
-    ] * 3
-    assert "Answers, base → full" in shown
-    assert "chrF against the teacher's answers: " in shown
-    assert "Language:" not in shown  # pico models speak none
-
-
-def judged(gap: Interval, language: Interval, chrf: Interval) -> list[str]:
-    changes = {"answer_length": gap, "answer_length_gap": gap, "answer_language": language, "answer_language_teacher": language,
-               "answer_chrf": chrf}  # fmt: skip
-    one = Estimate(Interval(1.0, 0.9, 1.1), None)
-    return compare(
-        {
-            metric: {"base": one, "full": Estimate(one.own, change)}
-            for metric, change in changes.items()
-        },
-        "base",
-        "full",
-    )
-
-
-def test_words_follow_the_intervals() -> None:
-    up, down, flat, alone = (
-        Interval(*ends) for ends in ((2, 1, 3), (-2, -3, -1), (1, -1, 2), (2, math.nan, math.nan))
-    )
-    assert ["towards" in line for line in judged(down, up, up)] == [True] * 3
-    assert ["away" in line for line in judged(up, down, down)] == [True] * 3
-    assert ["no change beyond noise" in line for line in judged(flat, flat, alone)] == [True] * 3
-    assert [line.partition(":")[0] for line in judged(up, up, up)] == [
-        "Length",
-        "Language",
-        "chrF against the teacher's answers",
+    for summary in outcome.told:
+        console.print(summary)
+    text = console.export_text()
+    assert with_interval(estimates(outcome.rows, "base")["kl"]["cut"].own, "kl") in text
+    answers = [line.split() for line in text.splitlines() if " answers held-" in line]
+    assert [(words[0], words[2]) for words in answers] == [
+        ("teacher", "held-0:"),
+        ("base", "held-0:"),
+        ("full", "held-0:"),
     ]
+    assert "Answers, base → full" in text
+    assert "chrF against the teacher's answers: " in text
+    assert "Language:" not in text  # pico models speak none
 
 
-def test_what_rounds_to_nothing_has_no_sign() -> None:
-    assert span(Interval(-1e-7, -2e-7, 1e-7), "kl", "+") == "0.000 [0.000, 0.000]"
-    assert span(Interval(-0.0104, -0.2, 10.0), "kl", "+") == "-0.010 [-0.200, +10.000]"
-    assert span(Interval(0.5, math.nan, math.nan), "kl") == "0.500"
-
-
-def test_a_run_without_answers_has_no_section_of_them(tmp_path: Path) -> None:
-    outcome = ended(tmp_path, without="answers")
-    assert "## Answers" not in (outcome.folder / "report.md").read_text(encoding="utf-8")
-    assert "## How sure the figures are" in (outcome.folder / "report.md").read_text(
-        encoding="utf-8"
-    )
-
-
-def test_a_variant_that_a_judge_left_out_has_empty_cells(tmp_path: Path) -> None:
-    outcome = ended(tmp_path, variants='full = ["chop", "answers"]\nmore = ["answers"]')
-    text = (outcome.folder / "report.md").read_text(encoding="utf-8")
-    assert "| id | language | question | teacher | full |" in text
-    assert "| base |" not in text.partition("## Answers")[2]
-
-
-def test_what_would_end_a_cell_is_written_out() -> None:
-    assert _cell("a | b\n<br> c\\") == "a \\| b &lt;br> c\\\\"
-
-
-def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:
-    outcome = ended(tmp_path, "observers = []")
-    assert not (outcome.folder / "report.md").exists()
-    assert (outcome.folder / "results.jsonl").exists()
-
-
-def test_both_are_committed_and_written_again_by_the_next_run(tmp_path: Path) -> None:
-    for _ in range(2):
-        outcome = ended(tmp_path)
-        records = [
-            json.loads(line)
-            for line in (outcome.folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        newest = {r["name"]: r for r in records if r["kind"] == "file"}
-        assert {newest[name]["bytes"] for name in ("report.md",)} == {
-            (outcome.folder / "report.md").stat().st_size
-        }
-        assert newest["results.jsonl"]["path"] == f"{outcome.folder.name}/results.jsonl"
-
-
-def test_page_markdown_json_and_results_hold_the_same_figures(outcome: RunResult) -> None:
-    page, text = (
-        (outcome.folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")
-    )
-    told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
-    results = [
-        json.loads(line)
-        for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    whole = {
-        (r["variant"], r["metric"]): r["value"]
-        for r in results
-        if (r["layer"], r["language"], r["text"]) == (None, None, None)
-    }
-    assert {
-        (v, m): figure["value"] for v, row in told["table"].items() for m, figure in row.items()
-    } == whole
-    lines = [re.sub(r"<[^>]*>", " ", line).split() for line in page.splitlines()]
-    for metric in (
-        "kl",
-        "top1",
-        "perplexity",
-        "hidden_cosine",
-        "residual_rms_diff",
-        "parameters",
-        "answer_chrf",
-    ):
-        row = [told["table"][variant][metric] for variant in ("base", "cut", "full")]
-        for variant, figure in zip(("base", "cut", "full"), row, strict=True):
-            assert figure["shown"] == f"{whole[variant, metric]:{column(metric).form}}"
-            assert any(
-                line.startswith(f"| {variant} |") and figure["shown"] in line
-                for line in text.splitlines()
-            )
-            assert figure["change"] in text or metric not in told["estimates"]
-        said = [
-            *column(metric).title.split(),
-            *(word for figure in row for word in f"{figure['shown']} {figure['change']}".split()),
-        ]
-        assert said in lines, metric
-    for metric, variants in told["layers"].items():
-        for variant, points in variants.items():
-            assert points == {
-                str(r["layer"]): r["value"]
-                for r in results
-                if (r["variant"], r["metric"]) == (variant, metric) and r["layer"]
-            }
-    assert told["verdict"] in text
-    assert told["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
-
-
-def test_the_page_stands_alone(outcome: RunResult) -> None:
-    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
+def test_the_page_loads_nothing_and_its_links_stay_inside(page: str) -> None:
     assert not re.search(r"<script|<link|<iframe|@import|\ssrc=|url\((?!#)", page)
-    assert set(re.findall(r'href="([^"]*)"', page)) >= {"#variants", "#answers"}
-    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    links = set(re.findall(r'href="([^"]*)"', page))
+    assert links >= {"#variants", "#answers"}
+    assert all(link.startswith("#") for link in links)
     ids = re.findall(r'\sid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
-    assert {target[1:] for target in re.findall(r'(?:href="|url\()(#[^")]*)', page)} <= set(ids)
+    assert {link[1:] for link in re.findall(r'(?:href="|url\()(#[^")]*)', page)} <= set(ids)
+
+
+def test_plots_take_the_colour_of_the_page(page: str) -> None:
     assert page.count("<svg ") >= 3
     assert "currentColor" in page
     assert "#010203" not in page
 
 
-def test_what_is_quoted_is_no_markup(outcome: RunResult) -> None:
-    page = (outcome.folder / "report.html").read_text(encoding="utf-8")
+def test_facts_and_errors_stand_above_the_answers_that_state_them(outcome: RunResult) -> None:
+    answer = Answer(
+        language="en",
+        question="Where?",
+        teacher="Here.",
+        student="There.",
+        teacher_facts=("stands here",),
+        student_errors=("stands there",),
+    )
+    data = replace(rebuild(outcome), answers={"base": {"q": answer}, "full": {"q": answer}})
+    text = re.sub(r"<[^>]*>", "", html_report(data, outcome.folder.parent))
+    assert "teacher · names: stands hereHere." in text
+    assert "full · wrongly: stands thereThere." in text
+
+
+def test_quoted_text_is_no_markup(page: str) -> None:
     assert "# &lt;script&gt; of the recipe" in page
 
 
-def test_a_report_is_written_anew_from_what_lies_in_the_run(outcome: RunResult) -> None:
-    told = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
-    loaded = load_recipe(outcome.folder.parents[1] / "told.toml")
-    rows = [
-        MetricRow(**json.loads(line))
-        for line in (outcome.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    bare = RunResult(
-        outcome.folder, [row._replace(value=str(row.value)) for row in rows], outcome.steps, {}, []
-    )  # type: ignore[arg-type]
-    out = StepOutput(ArtifactStore(outcome.folder.parent), Ledger(outcome.folder), "report")
-    again = with_findings(
-        collect(replace(loaded, path=outcome.folder / "recipe.toml"), bare, out), loaded, bare
-    ).json()
-    assert again.pop("made") != told.pop(
-        "made"
-    )  # models and texts are not opened, so there are no hashes
-    assert again == told
+def test_a_run_without_answers_has_no_section_of_them(tmp_path: Path) -> None:
+    outcome = run(tmp_path, answers="")
+    markdown = (outcome.folder / RunLayout.REPORT_MARKDOWN).read_text(encoding="utf-8")
+    assert "## Answers" not in markdown
+    assert "## How certain the figures are" in markdown
+
+
+def test_only_variants_that_answered_are_among_the_answers(tmp_path: Path) -> None:
+    variants = 'base = []\ncut = ["chop"]\nfull = ["chop", "answers"]\nmore = ["answers"]'
+    outcome = run(tmp_path, variants=variants)
+    markdown = (outcome.folder / RunLayout.REPORT_MARKDOWN).read_text(encoding="utf-8")
+    assert "| id | language | question | teacher | full |" in markdown
+    assert "| base |" not in markdown.partition("## Answers")[2]
+
+
+def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:
+    outcome = run(tmp_path, observers="observers = []")
+    assert not (outcome.folder / RunLayout.REPORT_MARKDOWN).exists()
+    assert RunLayout(outcome.folder).results.exists()
+
+
+def test_report_and_results_are_committed_again_by_the_next_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = run(tmp_path).folder
+        lines = RunLayout(folder).ledger.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        newest = {record["name"]: record for record in records if record["kind"] == "file"}
+        size = (folder / RunLayout.REPORT_MARKDOWN).stat().st_size
+        assert newest[RunLayout.REPORT_MARKDOWN]["bytes"] == size
+        assert newest[RunLayout.RESULTS]["path"] == f"{folder.name}/{RunLayout.RESULTS}"
+
+
+def test_a_report_is_rebuilt_from_the_files_of_the_run(
+    outcome: RunResult, report: dict[str, Any]
+) -> None:
+    rebuilt = rebuild(outcome).as_json()
+    # Models are not opened, so their hashes are not known.
+    assert rebuilt.pop("provenance") != report["provenance"]
+    assert rebuilt == {name: value for name, value in report.items() if name != "provenance"}
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign() -> None:
+    assert with_interval(Interval(-1e-7, -2e-7, 1e-7), "kl", "+") == "0.000 [0.000, 0.000]"
+    assert with_interval(Interval(-0.0104, -0.2, 10.0), "kl", "+") == "-0.010 [-0.200, +10.000]"
+    assert with_interval(Interval(0.5, math.nan, math.nan), "kl") == "0.500"
+
+
+def test_text_does_not_end_a_table_cell() -> None:
+    assert table_cell("a | b\n<br> c\\") == "a \\| b &lt;br> c\\\\"
+
+
+def test_observers_load_without_heavy_libraries() -> None:
+    code = (
+        "import sys, rotdistill_report.observer, rotdistill_report.rotation_sanity;"
+        "print([m for m in ('torch', 'numpy', 'matplotlib', 'jinja2', 'nbclient')"
+        " if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

@@ -1,30 +1,29 @@
-"""The notebook recomputes what a run's ledger says, and the observer executes it after every solve."""
+"""The notebook recomputes what a ledger states; the observer executes it after every solve."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
 import torch
-from rotdistill_report import rotation_sanity as plugin
-from rotdistill_report.rotation_sanity import notebook, sanity
+from rotdistill_report import rotation_sanity
+from rotdistill_report._notebook import notebook_file
+from rotdistill_report.rotation_sanity import execute_in_subprocess
 from safetensors.torch import load_file, save_file
 
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.execution.executor import Executor
-from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.hashing import sha256_of
-from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.testing import SilentObserver, pico_folder, pico_head, pico_texts, run_recipe
+
+pytestmark = pytest.mark.slow
 
 RECIPE = (
     pico_head("sane", "{work}/teacher", "{work}/student")
@@ -44,23 +43,22 @@ layers = ["layers"]
 one = ["one"]
 """
 )
-Cells = Callable[..., dict[str, Any]]
+RESULT = "result"
+"""Key of a step's result in its ledger record."""
+NOTEBOOK = "rotation_sanity.ipynb"
+NotebookRun = Callable[[str], dict[str, Any]]
 
 
-class Heard:
-    """Remembers what the user is told."""
+class Finished(NamedTuple):
+    """A run that has ended."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log(self, text: str) -> None:
-        self.lines.append(text)
+    folder: Path
+    log: list[str]
 
 
-def carry_out(work: Path) -> tuple[Path, list[str]]:
-    heard = Heard()
-    loaded = load_recipe(work / "sane.toml")
-    return Executor(loaded, work / "runs", heard, lambda *_: None).go().folder, heard.lines
+def run_in(work: Path) -> Finished:
+    screen = SilentObserver()
+    return Finished(run_recipe(work / "sane.toml", screen).folder, screen.lines)
 
 
 @pytest.fixture(scope="module")
@@ -74,251 +72,235 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def carried(work: Path) -> tuple[Path, list[str]]:
-    """Return the folder of a pico run with two aligners, a narrower student and the observer, and what was said."""
-    return carry_out(work)
+def finished(work: Path) -> Finished:
+    """Return a pico run with two aligners, a narrower student and the observer."""
+    return run_in(work)
 
 
 @pytest.fixture
-def run(carried: tuple[Path, list[str]], tmp_path: Path) -> Path:
+def run(finished: Finished, tmp_path: Path) -> Path:
     """Return a copy of the run that a test may damage."""
-    folder, _ = carried
-    small = shutil.ignore_patterns("shards", "checkpoints")
-    return shutil.copytree(folder, tmp_path / "runs" / folder.name, ignore=small)
+    unused = shutil.ignore_patterns("shards", "checkpoints")
+    return shutil.copytree(finished.folder, tmp_path / "runs" / finished.folder.name, ignore=unused)
 
 
-def cells_of(path: Path) -> list[Any]:
-    return list(nbformat.read(path, as_version=4).cells)
+def code_cells(text: str) -> list[Any]:
+    cells = nbformat.reads(text, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def outputs_of(folder: Path) -> list[Any]:
+    cells = code_cells((folder / NOTEBOOK).read_text(encoding="utf-8"))
+    return [output for cell in cells for output in cell.outputs]
 
 
 @pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> Cells:
-    """Return a function that runs the notebook's code up to the verdict, here, and returns its variables."""
+def recompute(monkeypatch: pytest.MonkeyPatch) -> NotebookRun:
+    """Return a function that runs the notebook's code up to the verdict and returns its names."""
 
     def execute(run: str) -> dict[str, Any]:
         monkeypatch.setenv("ROTDISTILL_RUN", run)
-        found: dict[str, Any] = {}
-        code = [cell for cell in cells_of(notebook()) if cell.cell_type == "code"]
-        last = next(i for i, cell in enumerate(code) if "verdict" in cell.metadata.get("tags", ()))
-        for cell in code[: last + 1]:
-            exec(cell.source, found)
-        return found
+        names: dict[str, Any] = {}
+        for cell in code_cells(notebook_file().read_text(encoding="utf-8")):
+            exec(cell.source, names)
+            if "verdict" in cell.metadata.get("tags", ()):
+                break
+        return names
 
     return execute
 
 
-def rewritten(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write the ledger again with other records, each with a mark that is right."""
-    ledger = Ledger(run)
-    ledger.path.unlink()
-    records, ledger.records = ledger.records, []
-    for record in records:
+def read_ledger(run: Path) -> list[dict[str, Any]]:
+    lines = RunLayout(run).ledger.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def solved_steps(run: Path) -> list[dict[str, Any]]:
+    """Return the records of steps that found maps."""
+    steps = [record for record in read_ledger(run) if record["kind"] == "step"]
+    return [step for step in steps if "spaces" in step[RESULT]]
+
+
+def rewrite_ledger(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the ledger again with changed records, each with a valid mark."""
+    lines = []
+    for record in read_ledger(run):
+        del record["mark"]
         change(record)
-        ledger.append(
-            record["kind"],
-            **{key: value for key, value in record.items() if key not in ("kind", "schema")},
-        )
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
+        mark = hashlib.sha256(content).hexdigest()[:16]
+        lines.append(json.dumps({**record, "mark": mark}, ensure_ascii=False) + "\n")
+    RunLayout(run).ledger.write_text("".join(lines), encoding="utf-8")
 
 
-def rehashed(run: Path) -> None:
-    """Let the ledger say the hashes that its files have now."""
+def update_hashes(run: Path) -> None:
+    """Let the ledger state the hashes that the files have now."""
 
     def change(record: dict[str, Any]) -> None:
         for file in record.get("files", ()):
-            if (run.parent / file["path"]).is_file():
-                file["sha256"] = sha256_of(run.parent / file["path"])
+            path = run.parent / file["path"]
+            if path.is_file():
+                file["sha256"] = sha256_of(path)
 
-    rewritten(run, change)
+    rewrite_ledger(run, change)
 
 
-def test_the_notebook_is_executed_after_every_solve(carried: tuple[Path, list[str]]) -> None:
-    folder, lines = carried
-    told = [line for line in lines if line.startswith("rotation sanity: ")]
-    assert [line.partition(": ")[2].partition(",")[0] for line in told] == [
-        f"Everything holds for {folder.name}: {solved}"
-        for solved in ("1 solved alignment", "2 solved alignments")
+def test_the_notebook_is_executed_after_every_solve(finished: Finished) -> None:
+    name = finished.folder.name
+    verdicts = [line for line in finished.log if line.startswith("rotation sanity: ")]
+    assert [line.partition(",")[0] for line in verdicts] == [
+        f"rotation sanity: Everything holds for {name}: 1 solved alignment",
+        f"rotation sanity: Everything holds for {name}: 2 solved alignments",
     ]
-    made = cells_of(folder / "rotation_sanity.ipynb")
-    outputs = [output for cell in made if cell.cell_type == "code" for output in cell.outputs]
+    outputs = outputs_of(finished.folder)
     assert {output.output_type for output in outputs} == {"display_data"}
     assert sum("image/png" in output.data for output in outputs) == 2
     assert outputs[0].data["text/markdown"].startswith("**Everything holds**")
 
 
-def test_a_reused_solve_is_not_looked_at_again(carried: tuple[Path, list[str]], work: Path) -> None:
-    folder, _ = carried
-    before = (folder / "rotation_sanity.ipynb").stat().st_mtime_ns
-    again, lines = carry_out(work)
-    assert again == folder
-    assert lines == []
-    assert (folder / "rotation_sanity.ipynb").stat().st_mtime_ns == before
+def test_a_reused_solve_executes_nothing(finished: Finished, work: Path) -> None:
+    before = (finished.folder / NOTEBOOK).stat().st_mtime_ns
+    again = run_in(work)
+    assert again.folder == finished.folder
+    assert again.log == []
+    assert (finished.folder / NOTEBOOK).stat().st_mtime_ns == before
 
 
-def test_its_table_shows_the_figures_of_the_ledger(carried: tuple[Path, list[str]]) -> None:
-    folder, _ = carried
-    shown = [
-        output.data["text/markdown"]
-        for cell in cells_of(folder / "rotation_sanity.ipynb") if cell.cell_type == "code" and cell.id == "table"
-        for output in cell.outputs
-    ]  # fmt: skip
-    steps = [r for r in Ledger(folder).records if r["kind"] == "step" and "spaces" in r["info"]]
+def test_the_table_shows_the_stored_diagnostics(finished: Finished) -> None:
+    cells = code_cells((finished.folder / NOTEBOOK).read_text(encoding="utf-8"))
+    (table,) = [cell for cell in cells if cell.id == "table"]
+    steps = solved_steps(finished.folder)
     assert [step["id"] for step in steps] == ["layers", "one"]
-    for step, text in zip(steps, shown, strict=True):
-        rows = [
-            line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")
-        ][1:]
-        assert len(rows) == len(step["info"]["cards"]) == 3
-        for layer, stage, k, rrt, rrt_card, rank, rank_card, back in rows:
-            card = json.loads((folder.parent / step["info"]["cards"][layer]).read_text())
-            assert (int(stage), int(k)) == (card["stage"], card["k"])
-            assert float(rrt_card) == pytest.approx(card["max_rrt"], rel=1e-5)
-            assert float(rank_card) == pytest.approx(card["rank_rtr"])
-            assert float(rrt) == pytest.approx(card["max_rrt"], abs=1e-14)
-            assert float(rank) == pytest.approx(card["rank_rtr"], abs=1e-4)
-            assert float(back) < 1e-12
+    for step, output in zip(steps, table.outputs, strict=True):
+        lines = output.data["text/markdown"].splitlines()
+        _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+        assert len(rows) == len(step[RESULT]["cards"]) == 3
+        for layer, stage, k, rrt, rrt_stored, rank, rank_stored, round_trip in rows:
+            path = finished.folder.parent / step[RESULT]["cards"][layer]
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            assert (int(stage), int(k)) == (stored["stage"], stored["k"])
+            assert float(rrt_stored) == pytest.approx(stored["max_rrt"], rel=1e-5)
+            assert float(rank_stored) == pytest.approx(stored["rank_rtr"])
+            assert float(rrt) == pytest.approx(stored["max_rrt"], abs=1e-14)
+            assert float(rank) == pytest.approx(stored["rank_rtr"], abs=1e-4)
+            assert float(round_trip) < 1e-12
 
 
-def test_its_figures_are_those_of_torch(run: Path, cells: Cells) -> None:
-    found = cells(str(run))
-    assert found["problems"] == []
-    for (diagnostics, _), step in zip(found["solves"].values(), found["steps"], strict=True):
-        for layer, card in diagnostics.items():
-            R = load_file(run.parent / step["info"]["spaces"][f"residual.{layer}"]["file"])["map"]
+def test_recomputed_figures_are_those_of_torch(run: Path, recompute: NotebookRun) -> None:
+    names = recompute(str(run))
+    assert names["problems"] == []
+    for (layers, _), step in zip(names["solves"].values(), names["steps"], strict=True):
+        for layer, stored in layers.items():
+            path = step[RESULT]["spaces"][f"residual.{layer}"]["file"]
+            R = load_file(run.parent / path)["map"]
             assert R.shape == (32, 48)
-            assert card["recomputed"]["max_rrt"] == pytest.approx(
-                float((R @ R.T - torch.eye(32)).abs().max()), abs=1e-14
-            )
-            assert card["recomputed"]["rank_rtr"] == pytest.approx(32)
-            assert card["recomputed"]["projector"] < 1e-12
+            error = float((R @ R.T - torch.eye(32)).abs().max())
+            assert stored["recomputed"]["max_rrt"] == pytest.approx(error, abs=1e-14)
+            assert stored["recomputed"]["rank_rtr"] == pytest.approx(32)
+            assert stored["recomputed"]["projector"] < 1e-12
 
 
-def test_a_square_map_is_tested_from_both_sides(run: Path, cells: Cells) -> None:
-    found = cells(str(run))
-    values = found["figures"](torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q.numpy())
-    assert set(values) == {"max_rrt", "max_rtr", "round_trip"}
-    assert max(values.values()) < 1e-13
+def test_a_square_map_is_tested_from_both_sides(run: Path, recompute: NotebookRun) -> None:
+    names = recompute(str(run))
+    Q = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
+    figures = names["orthogonality"](Q.numpy())
+    assert set(figures) == {"max_rrt", "max_rtr", "round_trip"}
+    assert max(figures.values()) < 1e-13
 
 
-def test_a_changed_card_is_named(run: Path, cells: Cells) -> None:
-    card = next(run.glob("rotations/*/layer_1.json"))
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"max_rrt": 1e-6}))
-    assert "layer_1.json: does not match its sha256" in " ".join(cells(str(run))["problems"])
-    rehashed(run)
-    (problem,) = cells(str(run))["problems"]
+def test_changed_diagnostics_are_named(run: Path, recompute: NotebookRun) -> None:
+    path = next(run.glob("rotations/*/layer_1.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_rrt": 1e-6}))
+    problems = recompute(str(run))["problems"]
+    assert "layer_1.json: does not match its sha256" in " ".join(problems)
+    update_hashes(run)
+    (problem,) = recompute(str(run))["problems"]
     assert problem.startswith("layers (procrustes, ")
-    assert problem.endswith("its card says 1e-06")
+    assert problem.endswith("its diagnostics state 1e-06")
 
 
 def test_a_bent_rotation_is_named(
-    run: Path, cells: Cells, capsys: pytest.CaptureFixture[str]
+    run: Path, recompute: NotebookRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = next(run.glob("rotations/*/layer_2.safetensors"))
     R = load_file(file)["map"]
     R[0] *= 1.001
     save_file({"map": R}, file)
-    assert len(cells(str(run))["problems"]) == 1
-    rehashed(run)
-    found = cells(str(run))
-    assert any(
-        "residual.2: max|R Rᵀ − I| is 0.002, off by 2.0e-03, more than 1e-05" in text
-        for text in found["problems"]
-    )
-    assert found["verdict"].startswith(
-        f"**{len(found['problems'])} of the claims of {run.name} do not hold**"
-    )
+    assert len(recompute(str(run))["problems"]) == 1
+    update_hashes(run)
+    names = recompute(str(run))
+    fault = "residual.2: max|R Rᵀ − I| is 0.002, off by 2.0e-03, more than 1e-05"
+    assert any(fault in problem for problem in names["problems"])
+    count = len(names["problems"])
+    assert names["verdict"].startswith(f"**{count} of the claims of {run.name} do not hold**")
 
 
-def test_a_permutation_must_be_a_bijection(run: Path, cells: Cells) -> None:
-    files = [
-        str(run.relative_to(run.parent) / name) for name in ("good.safetensors", "bad.safetensors")
-    ]
-    for path, index in zip(files, ([2, 0, 1], [2, 0, 2]), strict=True):
-        save_file({"map": torch.tensor(index)}, run.parent / path)
+def test_a_permutation_must_be_a_bijection(run: Path, recompute: NotebookRun) -> None:
+    permutations = {"neurons.0": [2, 0, 1], "neurons.1": [2, 0, 2]}
+    spaces = {}
+    for space, index in permutations.items():
+        file = run / f"{space}.safetensors"
+        save_file({"map": torch.tensor(index)}, file)
+        path = str(file.relative_to(run.parent))
+        spaces[space] = {"file": path, "kind": "Permutation", "scale": None}
 
-    def change(record: dict[str, Any]) -> None:
+    def add_permutations(record: dict[str, Any]) -> None:
         if record.get("id") == "one":
-            record["info"]["spaces"] |= {
-                f"neurons.{i}": {"file": path, "kind": "Permutation", "scale": None}
-                for i, path in enumerate(files)
-            }
+            record[RESULT]["spaces"] |= spaces
 
-    rewritten(run, change)
-    (problem,) = cells(str(run))["problems"]
+    rewrite_ledger(run, add_permutations)
+    (problem,) = recompute(str(run))["problems"]
     assert problem.endswith("neurons.1: the permutation is no bijection")
 
 
-def test_a_torn_ledger_line_counts_for_nothing(run: Path, cells: Cells) -> None:
-    text = (run / "ledger.jsonl").read_text()
-    (run / "ledger.jsonl").write_text(
-        text.replace('"id": "one"', '"id": "two"') + '{"kind": "step", "inf'
-    )
-    assert [name.partition(" ")[0] for name in cells(str(run))["solves"]] == ["layers"]
+def test_a_torn_or_edited_ledger_line_counts_for_nothing(run: Path, recompute: NotebookRun) -> None:
+    ledger = RunLayout(run).ledger
+    edited = ledger.read_text().replace('"id": "one"', '"id": "two"')
+    ledger.write_text(edited + '{"kind": "step", "inf')
+    solves = recompute(str(run))["solves"]
+    assert [name.partition(" ")[0] for name in solves] == ["layers"]
 
 
-def test_a_run_that_solved_nothing_says_so(run: Path, cells: Cells) -> None:
-    (run / "ledger.jsonl").write_text("")
-    assert cells(str(run))["verdict"].startswith("**Nothing to check:**")
+def test_a_run_that_solved_nothing_has_nothing_to_check(run: Path, recompute: NotebookRun) -> None:
+    RunLayout(run).ledger.write_text("")
+    assert recompute(str(run))["verdict"].startswith("**Nothing to check:**")
 
 
-def test_the_newest_run_is_taken_when_none_is_named(
-    run: Path, cells: Cells, monkeypatch: pytest.MonkeyPatch
+def test_without_a_name_the_newest_run_is_taken(
+    run: Path, recompute: NotebookRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.parents[1])
-    assert cells("")["run"] == run
+    assert recompute("")["run"] == run
     monkeypatch.chdir(run)
     with pytest.raises(FileNotFoundError, match="no run under runs/"):
-        cells("")
+        recompute("")
 
 
 def test_a_cell_that_raises_is_one_line_and_the_notebook_shows_where(run: Path) -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    (run / "recipe.resolved.json").unlink()
+    RunLayout(run).resolved_recipe.unlink()
     with pytest.raises(RotdistillError) as caught:
-        sanity(run)
-    assert str(caught.value).startswith(
-        f"a cell of {run / 'rotation_sanity.ipynb'} raised FileNotFoundError: "
-    )
-    assert "\n" not in str(caught.value)
-    made = cells_of(run / "rotation_sanity.ipynb")
-    assert "error" in {
-        output.output_type for cell in made if cell.cell_type == "code" for output in cell.outputs
-    }
+        execute_in_subprocess(run)
+    message = str(caught.value)
+    assert message.startswith(f"a cell of {run / NOTEBOOK} raised FileNotFoundError: ")
+    assert "\n" not in message
+    assert "error" in {output.output_type for output in outputs_of(run)}
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_an_execution_that_takes_too_long_is_given_up(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "SECONDS", 0.01)
+    monkeypatch.setattr(rotation_sanity, "SECONDS", 0.01)
     with pytest.raises(RotdistillError, match=r"not done after 0\.01 s"):
-        sanity(run)
+        execute_in_subprocess(run)
 
 
-def test_the_notebook_is_committed_without_outputs_and_needs_no_rotdistill() -> None:
-    code = [cell for cell in cells_of(notebook()) if cell.cell_type == "code"]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-    assert not any(
-        "import rotdistill" in cell.source or "from rotdistill" in cell.source for cell in code
-    )
-    assert notebook().stat().st_size < 40_000
-
-
-def test_the_wheel_carries_the_notebook(tmp_path: Path) -> None:
-    here = Path(plugin.__file__).parent
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=here, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        assert wheel.read("rotdistill_rotation_sanity.ipynb") == notebook().read_bytes()
-        wheel.extractall(tmp_path / "site")
-    code = "import rotdistill_rotation_sanity as p; print(p.notebook())"
-    found = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "site",
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert (
-        Path(found.strip()).resolve()
-        == (tmp_path / "site" / "rotdistill_rotation_sanity.ipynb").resolve()
-    )
+def test_the_notebook_has_no_outputs_and_does_not_import_rotdistill() -> None:
+    text = notebook_file().read_text(encoding="utf-8")
+    assert len(text) < 40_000
+    for cell in code_cells(text):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+        assert "import rotdistill" not in cell.source
+        assert "from rotdistill" not in cell.source

@@ -1,10 +1,11 @@
-"""A recipe that was sabotaged says so in the first lines of its report; the same recipe as it should be does not."""
+"""A sabotaged recipe is not trusted, and the first lines of its report state why."""
 
 from __future__ import annotations
 
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,36 +34,42 @@ full = ["refit"]
 )
 
 
-def first_lines(work: Path, capture: str = "", refit: str = "") -> tuple[str, str]:
-    """Return the first lines of report.md, and the first sentence of report.json, once it is known that the page has it too."""
+def run_report(work: Path, capture: str = "", refit: str = "") -> dict[str, Any]:
+    """Run the recipe and return report.json, whose verdict begins the other two reports."""
     pico_texts(work / "texts", 40, 8)
     pico_folder(work / "model", num_hidden_layers=4)
     path = work / "sabotaged.toml"
     path.write_text(RECIPE.format(work=work, capture=capture, refit=refit), encoding="utf-8")
     folder = run_recipe(path).folder
-    verdict = json.loads((folder / "report.json").read_text(encoding="utf-8"))["verdict"]
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert verdict.replace("`", "") in html.unescape(
-        page.replace("<code>", "").replace("</code>", "")
-    )
-    return "\n".join((folder / "report.md").read_text(encoding="utf-8").splitlines()[:3]), verdict
+    text = html.unescape(page.replace("<code>", "").replace("</code>", ""))
+    assert report["verdict"].replace("`", "") in text
+    first_lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()[:3]
+    assert report["verdict"] in "\n".join(first_lines)
+    return report
 
 
-@pytest.mark.parametrize(("capture", "refit", "words"), [
-    ('control = "shuffled"', "", "the teacher's rows were shuffled"),
-    ('control = "reversed"', "", "the layer map was turned round"),
-    ("", "ridge = [1e-9]", "λ is at most 1e-09"),
-], ids=["shuffled teacher", "wrong layer map", "no ridge"])  # fmt: skip
-def test_a_sabotaged_run_says_so_in_its_first_lines(
-    tmp_path: Path, capture: str, refit: str, words: str
+@pytest.mark.parametrize(
+    ("capture", "refit", "kind", "subject"),
+    [
+        ('control = "shuffled"', "", "control", "residuals"),
+        ('control = "reversed"', "", "control", "residuals"),
+        ("", "ridge = [1e-9]", "no ridge", "refit"),
+    ],
+    ids=["shuffled teacher", "reversed layer map", "no ridge"],
+)
+def test_a_sabotaged_run_is_not_trusted(
+    tmp_path: Path, capture: str, refit: str, kind: str, subject: str
 ) -> None:
-    lines, verdict = first_lines(tmp_path, capture, refit)
-    assert "Not to be trusted" in lines
-    assert words in lines
-    assert verdict.startswith("Not to be trusted")
+    report = run_report(tmp_path, capture, refit)
+    first = report["issues"][0]
+    assert (first["kind"], first["subject"]) == (kind, subject)
+    assert report["verdict"] == f"Not to be trusted: `{subject}`: {first['text']}"
+    assert report["tone"] == "bad"
 
 
-def test_the_recipe_as_it_should_be_is_trusted(tmp_path: Path) -> None:
-    lines, verdict = first_lines(tmp_path)
-    assert verdict.startswith("It worked: `full` is nearest to the teacher")
-    assert verdict in lines
+def test_the_recipe_without_sabotage_is_trusted(tmp_path: Path) -> None:
+    report = run_report(tmp_path)
+    assert report["verdict"].startswith("It worked: `full` is nearest to the teacher")
+    assert report["tone"] == "good"

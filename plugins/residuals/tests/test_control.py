@@ -8,88 +8,112 @@ from typing import Literal
 import pytest
 import torch
 from rotdistill_residuals.step import Residuals
+from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.testing import pico_model, pico_output, pico_samples
 
 SAMPLES = pico_samples(texts=20, guard=3)
+BOUNDARIES = range(5)
 
 
 def quiet(*_: object) -> None:
-    """Take progress and say nothing."""
+    """Take progress and print nothing."""
 
 
-def banks(
+def captures(
     tmp_path: Path, control: Literal["shuffled", "reversed", "self"]
 ) -> tuple[ActivationStore, ActivationStore]:
-    """Return the bank of a student without its teacher's second layer, and the same under control."""
+    """Capture a student without its teacher's second layer, without and with a control."""
     model = pico_model(tmp_path / "model", num_hidden_layers=4)
-    pair, cut = Pair(model, model), model.weights.cut([0, 2, 3])
-    real = Residuals().capture(pair, cut, SAMPLES, pico_output(tmp_path / "runs", "real"), quiet)
-    return real, Residuals(control=control).capture(
-        pair, cut, SAMPLES, pico_output(tmp_path / "runs", control), quiet
+    pair = Pair(model, model)
+    cut = model.weights.cut([0, 2, 3])
+    runs = tmp_path / "runs"
+    real = Residuals().capture(pair, cut, SAMPLES, pico_output(runs, "real"), quiet)
+    controlled = Residuals(control=control).capture(
+        pair, cut, SAMPLES, pico_output(runs, control), quiet
     )
+    return real, controlled
+
+
+def fitted_rows() -> Tensor:
+    """Return the mask of fit and validation rows without the shared prompt."""
+    layout = SAMPLES.layout
+    mask = layout.split(Split.FIT, Split.VALIDATION)
+    return mask.index_fill(0, torch.arange(layout.prefix), False)
 
 
 def test_shuffled_rows_are_the_same_rows_in_one_other_order(tmp_path: Path) -> None:
-    real, other = banks(tmp_path, "shuffled")
-    layout = SAMPLES.layout
-    fitted = layout.split("fit", "validation").index_fill(0, torch.arange(layout.prefix), False)
+    real, controlled = captures(tmp_path, "shuffled")
+    fitted = fitted_rows()
     orders = []
-    for boundary in range(5):
-        T, S = real.rows("teacher", boundary), other.rows("teacher", boundary)
-        assert torch.equal(T[~fitted], S[~fitted])
-        match = (S[fitted][:, None] == T[fitted][None]).all(-1)
+    for boundary in BOUNDARIES:
+        T = real.rows(Side.TEACHER, boundary)
+        shuffled = controlled.rows(Side.TEACHER, boundary)
+        assert torch.equal(T[~fitted], shuffled[~fitted])
+        match = (shuffled[fitted][:, None] == T[fitted][None]).all(-1)
         assert (match.sum(0) >= 1).all()
         orders.append(match.float().argmax(1))
-        assert torch.equal(
-            real.rows("student", min(boundary, 3)), other.rows("student", min(boundary, 3))
-        )
     moved = orders[-1] != torch.arange(int(fitted.sum()))
     assert float(moved.double().mean()) > 0.9
-    assert all(
-        torch.equal(real.rows("teacher", b)[fitted][orders[-1]], other.rows("teacher", b)[fitted])
-        for b in range(5)
-    )
+    for boundary in BOUNDARIES:
+        T = real.rows(Side.TEACHER, boundary)[fitted]
+        assert torch.equal(T[orders[-1]], controlled.rows(Side.TEACHER, boundary)[fitted])
+
+
+def test_a_control_leaves_the_students_rows(tmp_path: Path) -> None:
+    real, controlled = captures(tmp_path, "shuffled")
+    for boundary in range(4):
+        X = real.rows(Side.STUDENT, boundary)
+        assert torch.equal(X, controlled.rows(Side.STUDENT, boundary))
 
 
 def test_reversed_layers_are_the_layers_from_the_other_end(tmp_path: Path) -> None:
-    real, other = banks(tmp_path, "reversed")
-    fitted = SAMPLES.layout.split("fit", "validation").index_fill(
-        0, torch.arange(SAMPLES.layout.prefix), False
-    )
-    for boundary in range(5):
-        T, S = real.rows("teacher", boundary), other.rows("teacher", boundary)
-        assert torch.equal(S[fitted], real.rows("teacher", 4 - boundary)[fitted])
-        assert torch.equal(S[~fitted], T[~fitted])
+    real, controlled = captures(tmp_path, "reversed")
+    fitted = fitted_rows()
+    for boundary in BOUNDARIES:
+        T = real.rows(Side.TEACHER, boundary)
+        reversed_rows = controlled.rows(Side.TEACHER, boundary)
+        assert torch.equal(reversed_rows[fitted], real.rows(Side.TEACHER, 4 - boundary)[fitted])
+        assert torch.equal(reversed_rows[~fitted], T[~fitted])
 
 
-def test_a_student_may_be_its_own_teacher_where_it_is_fitted(tmp_path: Path) -> None:
-    real, own = banks(tmp_path, "self")
-    fitted, held = (
-        SAMPLES.layout.select("fit", "validation"),
-        SAMPLES.layout.select("heldout", "guard"),
-    )
-    for index, depth in enumerate(real.depths):
-        assert torch.equal(
-            own.teacher(fitted, depth),
-            real.rows("student", index)[fitted.row_indices_in(real.layouts["student"])],
-        )
-        rows = slice(held.prefix, None)
-        assert torch.equal(own.teacher(held, depth)[rows], real.teacher(held, depth)[rows])
+def test_a_student_may_be_its_own_teacher_on_fitted_texts(tmp_path: Path) -> None:
+    real, controlled = captures(tmp_path, "self")
+    fitted = SAMPLES.layout.select(Split.FIT, Split.VALIDATION)
+    scored = SAMPLES.layout.select(Split.HELDOUT, Split.GUARD)
+    student_rows = fitted.row_indices_in(real.layouts[Side.STUDENT])
+    after_prompt = slice(scored.prefix, None)
+    for boundary, depth in enumerate(real.depths):
+        X = real.rows(Side.STUDENT, boundary)[student_rows]
+        assert torch.equal(controlled.teacher(fitted, depth), X)
+        T = real.teacher(scored, depth)
+        assert torch.equal(controlled.teacher(scored, depth)[after_prompt], T[after_prompt])
+
+
+def test_boundaries_that_the_student_lacks_keep_the_teachers_shard(tmp_path: Path) -> None:
+    real, controlled = captures(tmp_path, "self")
+    kept = [
+        boundary
+        for boundary in BOUNDARIES
+        if real.shards[Side.TEACHER][boundary] == controlled.shards[Side.TEACHER][boundary]
+    ]
+    assert kept == [boundary for boundary in BOUNDARIES if boundary not in real.depths] != []
 
 
 @pytest.mark.parametrize("options", [{"student_texts": 3}, {}])
-def test_a_student_of_another_model_is_no_teacher_of_itself(
+def test_the_self_control_needs_a_student_cut_from_its_teacher_and_all_texts(
     tmp_path: Path, options: dict[str, int]
 ) -> None:
     model = pico_model(tmp_path / "model")
-    pair = Pair(model, model if options else pico_model(tmp_path / "other", seed=1))
+    student = model if options else pico_model(tmp_path / "other", seed=1)
+    pair = Pair(model, student)
     with pytest.raises(
         RecipeError, match="needs a student cut from its teacher, captured on all texts"
     ):
         Residuals(control="self", **options).capture(
-            pair, pair.student.weights, SAMPLES, pico_output(tmp_path / "runs"), quiet
+            pair, student.weights, SAMPLES, pico_output(tmp_path / "runs"), quiet
         )

@@ -1,28 +1,47 @@
-"""The steps that come with the core, on pico models: capture and change of basis."""
+"""The step `residuals` on pico models: shards, reuse, resumption after a kill, and refusals."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rotdistill_residuals.step import Residuals
+from rotdistill_residuals.step import Residuals, steps
 from safetensors.torch import load_file
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.errors import RotdistillError
+from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.forward.activations import ActivationStore, restore_activations
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.linalg.maps import Rotation
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.testing import final_states, pico_model, pico_output, pico_samples, save_folder
+from rotdistill_core.testing import (
+    final_states,
+    parametrize_with_checks,
+    pico_model,
+    pico_output,
+    pico_samples,
+    random_rotation,
+    save_folder,
+)
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+# `layer_map = "match"` is left to test_layer_map.py: the kit's output already holds shards of all
+# texts, and the step takes them for its own, of fewer texts.
+@parametrize_with_checks(Residuals, {}, {"dtype": "bfloat16"}, {"control": "shuffled"})
+def test_residuals_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
+    check(tmp_path)
 
 
 @pytest.fixture
@@ -38,30 +57,33 @@ def pair(tmp_path: Path) -> Pair:
     )
 
 
-@pytest.fixture
-def wide(tmp_path: Path) -> Pair:
-    return Pair(
-        pico_model(tmp_path / "wide", seed=9, hidden_size=48),
-        pico_model(tmp_path / "narrow", seed=1),
-    )
-
-
 def quiet(*_: object) -> None:
-    """Take progress and say nothing."""
+    """Take progress and print nothing."""
 
 
-def count_runs(monkeypatch: pytest.MonkeyPatch, most: int = 10**6) -> list[int]:
-    """Count the layers that are computed, and fail when there are more than `most`."""
-    ran: list[int] = []
+def captured(
+    pair: Pair,
+    samples: Samples,
+    runs: Path,
+    step: Residuals | None = None,
+    weights: Weights | None = None,
+) -> ActivationStore:
+    step = step or Residuals()
+    return step.capture(pair, weights or pair.student.weights, samples, pico_output(runs), quiet)
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch, limit: int = 10**6) -> list[int]:
+    """Record the layers that are computed, and fail when there are more than `limit`."""
+    layers: list[int] = []
     real = LayerwiseForward.run
 
-    def run(walk: LayerwiseForward, *args: object, **kwargs: object) -> None:
-        assert len(ran) < most, "a layer was computed"
-        ran.append(walk.boundary)
-        real(walk, *args, **kwargs)  # type: ignore[arg-type]
+    def run(forward: LayerwiseForward, *args: object, **kwargs: object) -> None:
+        assert len(layers) < limit, "a layer was computed"
+        layers.append(forward.boundary)
+        real(forward, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(LayerwiseForward, "run", run)
-    return ran
+    return layers
 
 
 def shard_bytes(activations: ActivationStore) -> dict[str, bytes]:
@@ -72,158 +94,158 @@ def shard_bytes(activations: ActivationStore) -> dict[str, bytes]:
     }
 
 
-def test_residuals_write_one_shard_and_sidecar_per_boundary(
+def test_the_plugin_offers_the_step() -> None:
+    assert steps() == [Residuals]
+
+
+def test_each_boundary_has_one_shard_with_the_models_rows(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    activations = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
-    assert (len(activations.shards["teacher"]), len(activations.shards["student"])) == (4, 3)
-    assert (activations.depths, activations.layouts["teacher"]) == ((0, 1, 2), samples.layout)
-    assert {text.split for text in activations.layouts["student"].texts} == {"fit", "validation"}
-    for side, model in (("teacher", pair.teacher), ("student", pair.student)):
+    activations = captured(pair, samples, tmp_path / "runs")
+    assert len(activations.shards[Side.TEACHER]) == 4
+    assert len(activations.shards[Side.STUDENT]) == 3
+    assert activations.depths == (0, 1, 2)
+    assert activations.layouts[Side.TEACHER] == samples.layout
+    student_texts = activations.layouts[Side.STUDENT].texts
+    assert {text.split for text in student_texts} == {Split.FIT, Split.VALIDATION}
+    for side, model in ((Side.TEACHER, pair.teacher), (Side.STUDENT, pair.student)):
         for boundary, name in enumerate(activations.shards[side]):
-            shard = activations.root / name
-            sidecar = json.loads(shard.with_suffix(".json").read_text(encoding="utf-8"))
-            rows = load_file(shard)["rows"]
-            assert sidecar["sha256"] == sha256_of(shard)
-            assert (sidecar["side"], sidecar["boundary"], sidecar["layers"]) == (
-                side,
-                boundary,
-                model.depth,
-            )
-            assert (sidecar["model"], sidecar["dtype"], sidecar["shard"]) == (
-                model.ref.model,
-                "float32",
-                shard.name,
-            )
-            assert (
-                sidecar["shape"]
-                == list(rows.shape)
-                == [activations.layouts[side].rows, model.width]
-            )
+            rows = load_file(activations.root / name)["rows"]
+            assert list(rows.shape) == [activations.layouts[side].rows, model.width]
             assert torch.equal(activations.rows(side, boundary), rows)
         last = final_states(model.weights, activations.layouts[side], torch.float32)
         assert torch.equal(activations.rows(side, model.depth), last)
 
 
+def test_each_shard_has_a_sidecar_that_describes_it(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
+    activations = captured(pair, samples, tmp_path / "runs")
+    for side, model in ((Side.TEACHER, pair.teacher), (Side.STUDENT, pair.student)):
+        for boundary, name in enumerate(activations.shards[side]):
+            shard = activations.root / name
+            layout = activations.layouts[side]
+            assert json.loads(shard.with_suffix(".json").read_text(encoding="utf-8")) == {
+                "model": model.ref.model,
+                "side": side,
+                "layout": layout.digest(),
+                "layers": model.depth,
+                "site": "residual",
+                "boundary": boundary,
+                "tokens": layout.rows,
+                "shape": [layout.rows, model.width],
+                "dtype": "float32",
+                "sha256": sha256_of(shard),
+                "shard": shard.name,
+            }
+
+
 def test_a_second_capture_with_the_same_key_computes_nothing(
     pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
-    count_runs(monkeypatch, most=0)
-    again = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
+    first = captured(pair, samples, tmp_path / "runs")
+    count_runs(monkeypatch, limit=0)
+    again = captured(pair, samples, tmp_path / "runs")
     assert again.info() == first.info()
-    restored = restore_activations(json.loads(json.dumps(first.info())), first.root, samples)
-    assert restored == first
+
+
+def test_a_capture_is_restored_from_its_info(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    activations = captured(pair, samples, tmp_path / "runs")
+    info = json.loads(json.dumps(activations.info()))
+    assert restore_activations(info, activations.root, samples) == activations
 
 
 def test_another_run_in_the_folder_shares_the_teachers_shards(
     pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
-    ran = count_runs(monkeypatch)
-    out = StepOutput(
-        ArtifactStore(tmp_path / "runs"), Ledger(tmp_path / "runs" / "other"), "other key", "step"
-    )
+    first = captured(pair, samples, tmp_path / "runs")
+    layers = count_runs(monkeypatch)
+    other_run = Ledger(tmp_path / "runs" / "other")
+    out = StepOutput(ArtifactStore(tmp_path / "runs"), other_run, "other key", "step")
     other = Residuals().capture(pair, pair.student.weights, samples, out, quiet)
-    assert ran == [0, 1]
-    assert other.shards["teacher"] == first.shards["teacher"]
-    assert set(other.shards["teacher"]) <= set(out.used)
+    assert layers == [0, 1]
+    assert other.shards[Side.TEACHER] == first.shards[Side.TEACHER]
+    assert set(other.shards[Side.TEACHER]) <= set(out.used)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 4])
-def test_a_killed_capture_goes_on_at_the_layer_where_it_was(
+def test_a_killed_capture_resumes_at_the_layer_where_it_stopped(
     pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    whole = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "whole"), quiet
-    )
+    whole = captured(pair, samples, tmp_path / "whole")
     with (
         monkeypatch.context() as patch,
         pytest.raises(AssertionError, match="a layer was computed"),
     ):
-        count_runs(patch, most=stop)
-        Residuals().capture(
-            pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-        )
-    ran = count_runs(monkeypatch)
-    resumed = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
-    assert ran == [0, 1, 2, 0, 1][stop:]
+        count_runs(patch, limit=stop)
+        captured(pair, samples, tmp_path / "runs")
+    layers = count_runs(monkeypatch)
+    resumed = captured(pair, samples, tmp_path / "runs")
+    assert layers == [0, 1, 2, 0, 1][stop:]
     assert shard_bytes(resumed) == shard_bytes(whole)
 
 
 def test_a_damaged_shard_is_captured_again(pair: Pair, samples: Samples, tmp_path: Path) -> None:
-    whole = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
+    whole = captured(pair, samples, tmp_path / "runs")
     expected = shard_bytes(whole)
-    shard = whole.root / whole.shards["student"][1]
-    shard.write_bytes(expected[whole.shards["student"][1]][:-1] + b"\x7f")
-    again = Residuals().capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
+    name = whole.shards[Side.STUDENT][1]
+    (whole.root / name).write_bytes(expected[name][:-1] + b"\x7f")
+    again = captured(pair, samples, tmp_path / "runs")
     assert shard_bytes(again) == expected
 
 
-def test_residuals_can_be_kept_in_bfloat16_and_on_fewer_student_texts(
-    pair: Pair, samples: Samples, tmp_path: Path
-) -> None:
-    step = Residuals(store="bfloat16", student_texts=3)
-    activations = step.capture(
-        pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-    )
-    assert len(activations.layouts["student"].texts) == 3
-    assert activations.rows("student", 2).dtype == torch.bfloat16
-    assert torch.equal(
-        activations.rows("teacher", 3),
-        final_states(pair.teacher.weights, samples.layout, torch.float32).bfloat16(),
-    )
+def test_shards_can_be_bfloat16(pair: Pair, samples: Samples, tmp_path: Path) -> None:
+    activations = captured(pair, samples, tmp_path / "runs", Residuals(dtype="bfloat16"))
+    assert activations.rows(Side.STUDENT, 2).dtype == torch.bfloat16
+    last = final_states(pair.teacher.weights, samples.layout, torch.float32)
+    assert torch.equal(activations.rows(Side.TEACHER, 3), last.bfloat16())
 
 
-def test_nan_in_the_student_stops_with_model_and_layer_named(
+def test_the_student_can_be_captured_on_its_first_texts(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    broken = pair.student.weights.edit(
-        {DOWN: torch.full_like(pair.student.weights[DOWN], torch.nan)}
-    )
+    activations = captured(pair, samples, tmp_path / "runs", Residuals(student_texts=3))
+    first = samples.layout.select(Split.FIT, Split.VALIDATION).texts[:3]
+    assert activations.layouts[Side.STUDENT].texts == first
+    assert activations.layouts[Side.TEACHER] == samples.layout
+
+
+def test_a_student_in_another_basis_is_refused(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
+    turned = {"residual": Rotation(random_rotation(pair.student.width))}
+    folded = pair.student.weights.fold(turned)
+    with pytest.raises(RecipeError, match="put the capture before basis-fold"):
+        captured(pair, samples, tmp_path / "runs", weights=folded)
+
+
+def test_nan_in_the_student_is_refused_with_model_and_layer(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
+    weights = pair.student.weights
+    broken = weights.edit({DOWN: torch.full_like(weights[DOWN], torch.nan)})
     with pytest.raises(
         RotdistillError, match=r"student: layer 1: \d+ rows are NaN or Inf, the first is row 0"
-    ) as told:
-        Residuals().capture(pair, broken, samples, pico_output(tmp_path / "runs"), quiet)
-    assert pair.student.ref.model in str(told.value)
+    ) as caught:
+        captured(pair, samples, tmp_path / "runs", weights=broken)
+    assert pair.student.ref.model in str(caught.value)
 
 
-def test_infinite_weights_in_the_teacher_stop_with_model_and_layer_named(
+def test_infinite_weights_in_the_teacher_are_refused_with_model_and_layer(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
-    save_folder(
-        pair.teacher.weights.edit({DOWN: torch.full((32, 48), torch.inf)}),
-        pair.teacher.folder,
-        tmp_path / "inf",
-    )
+    infinite = pair.teacher.weights.edit({DOWN: torch.full((32, 48), torch.inf)})
+    save_folder(infinite, pair.teacher.folder, tmp_path / "inf")
     broken = Pair(open_model(ModelRef(model=str(tmp_path / "inf"))), pair.student)
     with pytest.raises(RotdistillError, match=r"inf: layer 1: \d+ rows are NaN or Inf"):
-        Residuals().capture(
-            broken, pair.student.weights, samples, pico_output(tmp_path / "runs"), quiet
-        )
+        captured(broken, samples, tmp_path / "runs")
 
 
 def test_nan_in_the_embeddings_is_not_blamed_on_a_layer(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
     name = "model.embed_tokens.weight"
-    broken = pair.student.weights.edit(
-        {name: torch.full_like(pair.student.weights[name], torch.nan)}
-    )
-    with pytest.raises(RotdistillError, match="NaN or Inf") as told:
-        Residuals().capture(pair, broken, samples, pico_output(tmp_path / "runs"), quiet)
-    assert "layer -1" not in str(told.value)
+    weights = pair.student.weights
+    broken = weights.edit({name: torch.full_like(weights[name], torch.nan)})
+    with pytest.raises(RotdistillError, match=r"the embeddings: .* NaN or Inf"):
+        captured(pair, samples, tmp_path / "runs", weights=broken)

@@ -1,4 +1,4 @@
-"""Two tokenizers, paired by bytes: every byte is covered, ranges are those of a byte-by-byte reference, and losses are refused."""
+"""Row pairs of two tokenizers: every byte is covered, spans equal a byte-by-byte reference."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotdistill_residuals._spans import pair_rows, token_bytes
+from rotdistill_residuals._spans import UNPAIRED, ByteSpan, PairedRows, pair_rows, token_bytes
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.questions import Question
+from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.outcome import RunResult
@@ -28,12 +29,14 @@ CORPUS = [
     "मीनार बनाई गई",
 ]
 TEMPLATES = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}",
 )
 
 
-def made(inner: Tokenizer, template: str) -> Any:
+def with_template(inner: Tokenizer, template: str) -> Any:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<|end|>", bos_token="<s>"
     )
@@ -49,14 +52,13 @@ def byte_level(
     inner.decoder = decoders.ByteLevel()
     if normalizer is not None:
         inner.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        corpus * 4,
-        trainers.BpeTrainer(
-            vocab_size=size, initial_alphabet=alphabet, special_tokens=["<s>", "<|end|>"]
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "<|end|>"],
     )
-    return made(inner, template)
+    inner.train_from_iterator(corpus * 4, trainer)
+    return with_template(inner, template)
 
 
 def byte_fallback() -> Any:
@@ -70,14 +72,12 @@ def byte_fallback() -> Any:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return made(inner, TEMPLATES[1])
+    return with_template(inner, TEMPLATES[1])
 
 
-ONE, TWO, THREE = (
-    byte_level(300, CORPUS),
-    byte_level(420, CORPUS[::-1], TEMPLATES[1]),
-    byte_fallback(),
-)
+SMALL = byte_level(300, CORPUS)
+LARGE = byte_level(420, CORPUS[::-1], TEMPLATES[1])
+FALLBACK = byte_fallback()
 WORDS = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="▁<>|[]"),
     min_size=1,
@@ -85,74 +85,102 @@ WORDS = st.text(
 )
 
 
-def both(tokenizers: tuple[Any, Any], said: list[tuple[str, str]], most: int = 512) -> Samples:
+def tokenized(
+    student: Any, teacher: Any, conversations: list[tuple[str, str]], max_tokens: int = 512
+) -> Samples:
     questions = [
-        Question(f"t{k}", "en", "fit", question, answer)
-        for k, (question, answer) in enumerate(said)
+        Question(f"t{k}", "en", Split.FIT, question, answer)
+        for k, (question, answer) in enumerate(conversations)
     ]
-    return tokenize_for_both(tokenizers[0], tokenizers[1], questions, {}, "Be brief.", most)
+    return tokenize_for_both(student, teacher, questions, {}, "Be brief.", max_tokens)
 
 
-def reference(samples: Samples, tokenizers: tuple[Any, Any]) -> list[set[int]]:
-    """Return the teacher's rows beside each of the student's, by marking every byte of the content with the row that made it."""
-    found: list[set[int]] = [set() for _ in range(samples.layout.rows)]
-    known = [token_bytes(tokenizer) for tokenizer in tokenizers]
-    for k, asked in enumerate(samples.questions):
-        marks: list[list[int]] = []
-        for layout, table in zip((samples.layout, samples.teacher), known, strict=True):
-            text, start = layout.texts[k], layout.starts[k]
-            rows = [
-                j if j < layout.prefix else start + j - layout.prefix
-                for j in range(len(text.tokens))
-            ]
-            owners = [
-                row for row, token in zip(rows, text.tokens, strict=True) for _ in table[token]
-            ]
-            whole, at, mine = b"".join(table[token] for token in text.tokens), 0, []
-            for part in (samples.style, asked.question, asked.answer or ""):
-                at = whole.index(part.encode(), at)
-                mine += owners[at : at + len(part.encode())]
-                at += len(part.encode())
-            marks.append(mine)
-        for one, other in zip(*marks, strict=True):
-            found[one].add(other)
-    return found
+def content_bytes(samples: Samples, question: Question) -> list[bytes]:
+    return [part.encode() for part in (samples.style, question.question, question.answer or "")]
+
+
+def row_of_each_byte(
+    layout: PackedTexts, text_index: int, bytes_of: list[bytes], contents: list[bytes]
+) -> list[int]:
+    """Return the row of the token that made each byte of the contents of a text."""
+    text, start = layout.texts[text_index], layout.starts[text_index]
+    owners: list[int] = []
+    for position, token in enumerate(text.tokens):
+        row = position if position < layout.prefix else start + position - layout.prefix
+        owners += [row] * len(bytes_of[token])
+    whole = b"".join(bytes_of[token] for token in text.tokens)
+    rows: list[int] = []
+    end = 0
+    for content in contents:
+        begin = whole.index(content, end)
+        end = begin + len(content)
+        rows += owners[begin:end]
+    return rows
+
+
+def reference(samples: Samples, student: Any, teacher: Any) -> list[set[int]]:
+    """Return the teacher's rows of each of the student's rows, from every single byte."""
+    pairs: list[set[int]] = [set() for _ in range(samples.layout.rows)]
+    student_bytes, teacher_bytes = token_bytes(student), token_bytes(teacher)
+    for k, question in enumerate(samples.questions):
+        contents = content_bytes(samples, question)
+        student_rows = row_of_each_byte(samples.layout, k, student_bytes, contents)
+        teacher_rows = row_of_each_byte(samples.teacher, k, teacher_bytes, contents)
+        for student_row, teacher_row in zip(student_rows, teacher_rows, strict=True):
+            pairs[student_row].add(teacher_row)
+    return pairs
+
+
+def covered_bytes(pairs: PairedRows) -> list[tuple[int, int]]:
+    """Return the bytes of each text and how many of them are covered."""
+    header, *lines = pairs.table
+    columns = header.split("\t")
+    cells = [dict(zip(columns, line.split("\t"), strict=True)) for line in lines]
+    return [(int(row["bytes"]), int(row["covered"])) for row in cells]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4),
-    st.sampled_from([(ONE, TWO), (TWO, ONE), (ONE, THREE), (THREE, TWO)]),
+    st.sampled_from([(SMALL, LARGE), (LARGE, SMALL), (SMALL, FALLBACK), (FALLBACK, LARGE)]),
 )
-def test_every_byte_is_covered_and_ranges_are_those_of_the_bytes(
-    said: list[tuple[str, str]], tokenizers: tuple[Any, Any]
+def test_spans_are_those_of_the_bytes_and_every_byte_is_covered(
+    conversations: list[tuple[str, str]], tokenizers: tuple[Any, Any]
 ) -> None:
-    samples = both(tokenizers, said)
-    spans, lines = pair_rows(samples, tokenizers)
-    wanted, prefix = reference(samples, tokenizers), samples.teacher.prefix
-    for row, rows in enumerate(wanted):
-        start, end = spans[row].tolist()
-        if rows:
-            own = {
-                r for r in rows if r >= prefix
-            } or rows  # a token on both sides of the shared prompt goes with its own text
-            assert (start, end) in {(min(own), max(own) + 1)} or row < samples.layout.prefix
-        else:
-            assert (start, end) == (0, 1)
-    for line in lines[1:]:
-        _, size, *_, covered = line.split("\t")
-        assert size == covered
-    again, told = pair_rows(samples, tokenizers)
-    assert torch.equal(spans, again)
-    assert lines == told
+    samples = tokenized(*tokenizers, conversations)
+    pairs = pair_rows(samples, *tokenizers)
+    prefix = samples.teacher.prefix
+    for row, teacher_rows in enumerate(reference(samples, *tokenizers)):
+        span = tuple(pairs.spans[row].tolist())
+        if not teacher_rows:
+            assert span == UNPAIRED
+        elif row >= samples.layout.prefix:
+            # A token on both sides of the shared prompt is paired within its own text.
+            kept = {r for r in teacher_rows if r >= prefix} or teacher_rows
+            assert span == (min(kept), max(kept) + 1)
+    assert all(size == covered for size, covered in covered_bytes(pairs))
+    again = pair_rows(samples, *tokenizers)
+    assert torch.equal(pairs.spans, again.spans)
+    assert pairs.table == again.table
 
 
-def test_an_answer_cut_short_is_paired_as_far_as_both_have_it() -> None:
-    samples = both((ONE, TWO), [("Why?", "the tower was built in 1889 " * 8)], most=60)
-    spans, lines = pair_rows(samples, (ONE, TWO))
-    _, size, *_, covered = lines[1].split("\t")
-    assert 0 < int(covered) < int(size)
-    assert (spans[:, 0] > 0).any()
+@pytest.mark.parametrize(
+    ("one", "other", "overlap"), [((0, 2), (1, 3), True), ((0, 2), (2, 3), False)]
+)
+def test_spans_overlap_in_a_common_byte(
+    one: tuple[int, int], other: tuple[int, int], overlap: bool
+) -> None:
+    assert ByteSpan(*one).overlaps(ByteSpan(*other)) is overlap
+    assert ByteSpan(*other).overlaps(ByteSpan(*one)) is overlap
+
+
+def test_a_cut_answer_is_paired_as_far_as_both_have_it() -> None:
+    conversation = ("Why?", "the tower was built in 1889 " * 8)
+    samples = tokenized(SMALL, LARGE, [conversation], max_tokens=60)
+    pairs = pair_rows(samples, SMALL, LARGE)
+    ((size, covered),) = covered_bytes(pairs)
+    assert 0 < covered < size
+    assert (pairs.spans[:, 0] > 0).any()
 
 
 @pytest.mark.parametrize(
@@ -161,8 +189,9 @@ def test_an_answer_cut_short_is_paired_as_far_as_both_have_it() -> None:
 )
 def test_a_tokenizer_that_changes_bytes_is_refused(normalizer: Any) -> None:
     lossy = byte_level(300, CORPUS, normalizer=normalizer)
+    samples = tokenized(lossy, LARGE, [("Why Éa 1889?", "É1")])
     with pytest.raises(RecipeError, match=r"text t0: the tokens of .* do not give its bytes back"):
-        pair_rows(both((lossy, TWO), [("Why Éa 1889?", "É1")]), (lossy, TWO))
+        pair_rows(samples, lossy, LARGE)
 
 
 def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
@@ -189,11 +218,11 @@ use = "fidelity"
 )
 
 
-def whole_run(root: Path, more: str = "") -> RunResult:
+def run_with_two_tokenizers(root: Path, more: str = "") -> RunResult:
     pico_texts(root / "texts")
     for name, tokenizer, shape in (
-        ("teacher", TWO, {"hidden_size": 48, "num_hidden_layers": 3}),
-        ("student", ONE, {}),
+        ("teacher", LARGE, {"hidden_size": 48, "num_hidden_layers": 3}),
+        ("student", SMALL, {}),
     ):
         folder = pico_folder(root / name, vocab_size=len(tokenizer), **shape)
         tokenizer.save_pretrained(folder)
@@ -201,11 +230,13 @@ def whole_run(root: Path, more: str = "") -> RunResult:
     return run_recipe(root / "two.toml")
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_two_tokenizers(tmp_path: Path) -> None:
-    outcome = whole_run(tmp_path)
-    assert outcome.steps["full", "basis-fold"].report.certificate.logits_float64 <= 1e-9
-    metrics = {row.metric: row.value for row in outcome.rows if row.layer is None}
-    assert metrics.keys() == {
+    result = run_with_two_tokenizers(tmp_path)
+    certificate = result.steps["full", "basis-fold"].report.certificate
+    assert certificate is not None
+    assert certificate.logits_float64 <= 1e-9
+    assert {row.metric for row in result.rows if row.layer is None} == {
         "hidden_cosine",
         "residual_rms_diff",
         "channel_rms_gap",
@@ -213,18 +244,17 @@ def test_a_whole_run_with_two_tokenizers(tmp_path: Path) -> None:
         "parameters",
         "seconds",
     }
-    lines = [
-        line.split("\t") for line in (outcome.folder / "alignment.tsv").read_text().splitlines()[1:]
-    ]
+    table = (result.folder / "alignment.tsv").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in table.splitlines()[1:]]
     assert len(lines) == 23
     assert all(size == covered for _, size, *_, covered in lines)
-    assert "full" in (outcome.folder / "report.md").read_text()
-    again = whole_run(tmp_path)
-    assert all(done.reused for done in again.steps.values())
-    assert again.rows == outcome.rows
+    assert "full" in (result.folder / "report.md").read_text()
+    again = run_with_two_tokenizers(tmp_path)
+    assert all(step.reused for step in again.steps.values())
+    assert again.rows == result.rows
 
 
 @pytest.mark.parametrize("use", ["writer-refit", "lm-head-ridge"])
-def test_what_compares_logits_wants_one_tokenizer(tmp_path: Path, use: str) -> None:
+def test_steps_that_compare_logits_need_one_tokenizer(tmp_path: Path, use: str) -> None:
     with pytest.raises(SetupError, match="have different tokenizers"):
-        whole_run(tmp_path, f'[[step]]\nuse = "{use}"')
+        run_with_two_tokenizers(tmp_path, f'[[step]]\nuse = "{use}"')

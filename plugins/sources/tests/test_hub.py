@@ -1,3 +1,9 @@
+"""Models by their Hugging Face id: from the local cache, or refused without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,7 @@ COMMIT = "0123456789" * 4
 
 
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local hub cache with one small repository, and no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -25,22 +31,25 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return snapshot
 
 
-def test_what_the_cache_holds_is_opened_without_network(cached: Path) -> None:
-    said: list[str] = []
-    for revision in (None, "v1", COMMIT):
-        assert (
-            locate_model(ModelRef(model="somebody/small", revision=revision), said.append).resolve()
-            == cached.resolve()
-        )
-    assert not said
+@pytest.mark.parametrize("revision", [None, "v1", COMMIT])
+def test_a_cached_model_is_opened_without_a_network(snapshot: Path, revision: str | None) -> None:
+    lines: list[str] = []
+    folder = locate_model(ModelRef(model="somebody/small", revision=revision), lines.append)
+    assert folder.resolve() == snapshot.resolve()
+    assert lines == []
 
 
-def test_what_is_nowhere_is_refused_by_name(cached: Path) -> None:
-    for ref in (ModelRef(model="somebody/other"), ModelRef(model="somebody/small", revision="v2")):
-        said: list[str] = []
-        with pytest.raises(
-            SetupError,
-            match=f"{ref.model}: there is no such folder here, and the hub did not give it",
-        ):
-            locate_model(ref, said.append)
-        assert said == [f"{ref.model}: not in the local cache, downloading"]
+@pytest.mark.usefixtures("snapshot")
+@pytest.mark.parametrize(("name", "revision"), [("somebody/other", None), ("somebody/small", "v2")])
+def test_a_model_that_is_nowhere_is_refused_by_name(name: str, revision: str | None) -> None:
+    lines: list[str] = []
+    with pytest.raises(
+        SetupError, match=f"{name}: there is no such folder here, and the hub did not give it"
+    ):
+        locate_model(ModelRef(model=name, revision=revision), lines.append)
+    assert lines == [f"{name}: not in the local cache, downloading"]
+
+
+def test_the_plugin_loads_without_the_hubs_client() -> None:
+    program = "import sys, rotdistill_sources.hub; print('huggingface_hub' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"

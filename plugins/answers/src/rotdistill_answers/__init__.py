@@ -1,1 +1,1 @@
-"""Let variants answer the held-out questions and compare the answers with the teacher's."""
+"""Let variants answer the held-out questions, and compare the answers with the teacher's."""

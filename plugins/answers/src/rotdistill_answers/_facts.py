@@ -1,186 +1,266 @@
-"""Which expected facts an answer names, and which known falsehoods it asserts: phrases in plain spelling, unless they are denied.
+"""Which claims an answer states: phrases in normalised spelling, unless the answer denies them.
 
-A coarse test by design: no model judges another. A phrase counts where it stands in a statement, not in a question, and where nothing in
-its clause denies it. What it gets wrong on answers labelled by hand is listed in the README.
+The test is coarse by design: no model judges another. A phrase counts in a statement, not in a
+question, and only if nothing in its clause denies it. The README lists the errors on answers that
+were labelled by hand.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rotdistill_answers._negation import (
-    AUXILIARIES,
-    CLOSES,
+    ALTERNATIVES,
+    AUXILIARY_DENIALS,
+    CLAUSE_MARKS,
+    CONJUNCTIONS,
     CONTRASTS,
     DENIALS,
-    FALSE,
-    JOINS,
-    KNOWN,
-    ONLY,
-    OR,
-    PLACED,
+    DOUBLE_DENIALS,
+    FALSEHOOD_WORDS,
+    PREPOSITIONS,
+    PSEUDO_DENIALS,
     RELATIVES,
+    RHETORICAL_QUESTIONS,
     TURNS,
-    UNLESS,
     UNSPACED,
     VERB_LAST,
 )
-from rotdistill_answers._normalize import plain
+from rotdistill_answers._normalize import normalize
+from rotdistill_core.data.questions import Claim
 
-if TYPE_CHECKING:
-    from rotdistill_core.data.questions import Claim
-
-
-STOP = re.compile(r"[!?;:()¿¡।。！？；\n]|(?<!\bst)(?<!\bmt)(?<!\b[a-ln-z])\.(?=[\s»\"']|$)")
-"""Where a sentence or a part in brackets ends; not behind St. and initials."""
+SENTENCE_END = re.compile(
+    r"[!?;:()¿¡।。！？；\n]|(?<!\bst)(?<!\bmt)(?<!\b[a-ln-z])\.(?=[\s»\"']|$)"
+)
+"""The end of a sentence or of a part in brackets, but not the dot of St. or of an initial."""
 BLANK = r"[^\w,;:!?()]{1,3}"
-"""What stands between two words of a clause."""
+"""Characters between two words of a clause."""
 
 
-class Judged(NamedTuple):
-    """What one answer says."""
-
-    named: tuple[str, ...]
-    """The expected facts that it states."""
-    asserted: tuple[str, ...]
-    """The known falsehoods that it states."""
-
-
-def judge(
-    answer: str, facts: Iterable[Claim], falsehoods: Iterable[Claim], language: str
-) -> Judged:
-    """Return which facts an answer in a language states, and which falsehoods."""
-    text = plain(answer, language)
-    return Judged(
-        *(
-            tuple(claim.what for claim in claims if states(text, claim, language))
-            for claims in (facts, falsehoods)
-        )
-    )
+def stated_claims(text: str, claims: Iterable[Claim], language: str) -> tuple[str, ...]:
+    """Return the claims that a text in normalised spelling states."""
+    return tuple(claim.what for claim in claims if states(text, claim, language))
 
 
 def states(text: str, claim: Claim, language: str) -> bool:
-    """Say whether a text in plain spelling states a claim: a phrase of it stands there, and is neither asked nor denied."""
-    found = (hit for phrase in claim.any for hit in _pattern(phrase, language).finditer(text))
-    return any(not _denied(text, hit, language) for hit in found)
+    """Return whether a text in normalised spelling states a claim.
+
+    It does if it has a phrase of the claim that is neither asked nor denied.
+    """
+    for phrase in claim.any:
+        for match in phrase_pattern(phrase, language).finditer(text):
+            if not _denied(text, match, language):
+                return True
+    return False
 
 
 @cache
-def _pattern(phrase: str, language: str) -> re.Pattern[str]:
-    """Return the pattern of a phrase, whose last part is the group `last`.
+def phrase_pattern(phrase: str, language: str) -> re.Pattern[str]:
+    """Return the pattern of a phrase; its last part is the group `last`.
 
-    `[a|b]` is one of several parts, `[!a|b]` any year or century but those, and `…` up to five words without a comma (eight
-    characters in Chinese and Japanese), and without a number before a number.
+    `[a|b]` is one of several parts. `[!a|b]` is any year or century but those. `…` is up to five
+    words without a comma (eight characters in Chinese and Japanese), and without a number before a
+    number. A phrase that ends in a blank ends at the end of a word.
     """
-    dense = language in ("ja", "zh")
-    blank = r"\s*" if dense else rf"\w*{BLANK}"
-    pieces = []
-    for piece in phrase.split("…"):
-        known = ""
-        for k, part in enumerate(re.split(r"\[([^\]]*)\]", piece.strip())):
-            if k % 2 or part.strip():
-                known += blank if known and part.startswith(" ") else ""
-                known += _either(
-                    part if k % 2 else part.replace("|", " "),
-                    language,
-                    not known or known.endswith(blank),
-                )
-            known += blank if part.endswith(" ") and not k % 2 else ""
-        word = r"[^\W\d]" if r"\d" in known else r"\w"
-        turn = TURNS.get(language, TURNS["en"])
-        spaced = rf"\w*(?:{BLANK}(?!(?:{turn})(?!\w)){word}+){{0,5}}?{BLANK}"
-        near = rf"(?:(?!{CLOSES}|{STOP.pattern}|{turn}).){{0,8}}?" if dense else spaced
-        pieces += [near, known]
-    pieces[-1] = f"(?P<last>{pieces[-1]})" + (r"(?!\w)" if phrase.endswith(" ") else "")
-    return re.compile("".join(pieces[1:]))
+    first, *others = [_piece_pattern(piece.strip(), language) for piece in phrase.split("…")]
+    parts = [first]
+    for piece in others:
+        parts += [_gap_pattern(piece, language), piece]
+    end = r"(?!\w)" if phrase.endswith(" ") else ""
+    parts[-1] = f"(?P<last>{parts[-1]}){end}"
+    return re.compile("".join(parts))
 
 
-def _either(parts: str, language: str, begins: bool) -> str:
+def _piece_pattern(piece: str, language: str) -> str:
+    """Return the pattern of a phrase without `…`."""
+    blank = r"\s*" if _is_dense(language) else rf"\w*{BLANK}"
+    pattern = ""
+    # Every second part was in brackets.
+    for k, part in enumerate(re.split(r"\[([^\]]*)\]", piece)):
+        in_brackets = k % 2 == 1
+        if in_brackets or part.strip():
+            if pattern and part.startswith(" "):
+                pattern += blank
+            begins = not pattern or pattern.endswith(blank)
+            alternatives = part if in_brackets else part.replace("|", " ")
+            pattern += _alternatives_pattern(alternatives, language, begins)
+        if part.endswith(" ") and not in_brackets:
+            pattern += blank
+    return pattern
+
+
+def _gap_pattern(following: str, language: str) -> str:
+    """Return the pattern of `…` before a piece with the pattern `following`."""
+    turn = TURNS.get(language, TURNS["en"])
+    if _is_dense(language):
+        return rf"(?:(?!{CLAUSE_MARKS}|{SENTENCE_END.pattern}|{turn}).){{0,8}}?"
+    word = r"[^\W\d]" if r"\d" in following else r"\w"
+    return rf"\w*(?:{BLANK}(?!(?:{turn})(?!\w)){word}+){{0,5}}?{BLANK}"
+
+
+def _is_dense(language: str) -> bool:
+    """Return whether a language is written without blanks."""
+    return language in ("ja", "zh")
+
+
+def _alternatives_pattern(parts: str, language: str, begins: bool) -> str:
     """Return the pattern of `a|b`, or of `!a|b`."""
-    known = "|".join(_part(part, language, begins) for part in parts.removeprefix("!").split("|"))
-    number = r"century-\d+" if "century" in known else r"\d{4}"
-    return rf"(?<!\d)(?!{known}){number}(?!\d)" if parts.startswith("!") else f"(?:{known})"
+    alternatives = parts.removeprefix("!").split("|")
+    either = "|".join(_words_pattern(part, language, begins) for part in alternatives)
+    if not parts.startswith("!"):
+        return f"(?:{either})"
+    number = r"century-\d+" if "century" in either else r"\d{4}"
+    return rf"(?<!\d)(?!{either}){number}(?!\d)"
 
 
-def _part(phrase: str, language: str, begins: bool) -> str:
-    """Return the pattern of words: whole numbers, whole Roman numerals, and words that begin where they begin, or go on."""
-    bare = plain(phrase, language).strip()
-    begins = begins and language not in UNSPACED
-    head = (
-        r"(?<!\d)(?<!\d[.,])"
-        if bare[:1].isdecimal()
-        else r"(?<!\w)"
-        if bare[:1].isalpha() and begins
-        else ""
-    )
-    whole = re.search(r"(?:^|[ .])[ivxlc]+$|\d (?:m|ft|km|mi)$", bare)
-    return (
-        head
-        + re.escape(bare)
-        + (r"(?!\w)" if whole else r"(?!\d|[.,]\d)" if bare[-1:].isdecimal() else "")
-    )
+def _words_pattern(words: str, language: str, begins: bool) -> str:
+    """Return the pattern of words.
+
+    Numbers and Roman numerals are matched whole. Other words are matched from their beginning (if
+    `begins`) and may go on.
+    """
+    bare = normalize(words, language).strip()
+    head = tail = ""
+    if bare[:1].isdecimal():
+        head = r"(?<!\d)(?<!\d[.,])"
+    elif bare[:1].isalpha() and begins and language not in UNSPACED:
+        head = r"(?<!\w)"
+    if re.search(r"(?:^|[ .])[ivxlc]+$|\d (?:m|ft|km|mi)$", bare):
+        tail = r"(?!\w)"
+    elif bare[-1:].isdecimal():
+        tail = r"(?!\d|[.,]\d)"
+    return head + re.escape(bare) + tail
 
 
-def _denied(text: str, hit: re.Match[str], language: str) -> bool:
-    """Say whether a phrase that stands in a text is asked, or denied in its clause."""
-    start, end = hit.span("last")
-    stop = STOP.search(text, end)
-    before = text[max((s.end() for s in STOP.finditer(text, 0, start)), default=0) : start]
-    after = text[end : stop.start() if stop else len(text)]
+class _Sentence(NamedTuple):
+    """A sentence around a phrase."""
 
-    def words(*tables: dict[str, str]) -> str:
-        some = "|".join(table.get(language, table["en"]) for table in tables)
-        return rf"(?:{some})" if language in UNSPACED else rf"(?<!\w)(?:{some})(?!\w)"
+    before: str
+    phrase: str
+    """The last part of the phrase."""
+    after: str
+    end: str
+    """The mark that ends the sentence, or nothing."""
 
-    if stop and stop[0] in "?？" and not re.search(words(KNOWN), before + text[start:end] + after):
+
+def _denied(text: str, match: re.Match[str], language: str) -> bool:
+    """Return whether a phrase in a text is asked, or denied in its clause."""
+    sentence = _sentence_around(text, match)
+    if _is_asked(sentence, language):
         return True
-    either = words(OR)
-    if re.search(rf",[^,]{{0,30}}{either}\W*(?:\w+\W+)?$", before) or (
-        re.search(r",\W*(?:\w+\W+){0,2}$", before)
-        and re.match(rf"\w*(?:,[^,]{{1,25}})*,?\s*{either}", after)
-    ):
+    before = sentence.before
+    if _is_enumerated(sentence, language):
         before = before.replace(",", " ")  # not in Egypt, Syria or Lebanon
-    if language not in VERB_LAST and _opens_denial(before, words):
+    if language not in VERB_LAST and _opens_denial(before, language):
         return True
-    clause = re.split(
-        rf"{words(TURNS)}|{CLOSES}|{words(JOINS)}|(?<!\w)(?:{RELATIVES})(?!\w)",
-        re.sub(words(ONLY), " ", after),
-    )[0]
-    if re.search(words(FALSE), clause):
+    clause = _rest_of_clause(sentence.after, language)
+    if re.search(_any_of(FALSEHOOD_WORDS, language=language), clause):
         return True
     if language in VERB_LAST:
-        return bool(re.search(words(DENIALS), clause))
-    recipe_step = rf"(?<!\w)(?:{PLACED.get(language, '(?!)')})[\s'-]+(?:(?!{words(JOINS)})[^\W\d]+[\s'-]+){{0,2}}$"
-    if re.search(recipe_step, text[: hit.start()]):  # the temple of King Suryavarman II is not ...
+        return bool(re.search(_any_of(DENIALS, language=language), clause))
+    # The temple of King Suryavarman II is not ...: the king is not what is denied.
+    if _follows_preposition(text[: match.start()], language):
         return False
-    cue = words(AUXILIARIES if language == "en" else DENIALS)
-    return bool(
-        re.match(
-            rf".{{0,4}}{cue}"
-            if language == "zh"
-            else rf"(?!'s)\w*(?:\W+\w+){{0,3}}?\W*(?!{either}){cue}",
-            clause,
-        )
+    return _begins_with_denial(clause, language)
+
+
+def _any_of(*tables: dict[str, str], language: str) -> str:
+    """Return the pattern of any word of some tables in a language, as whole words."""
+    words = "|".join(table.get(language, table["en"]) for table in tables)
+    return rf"(?:{words})" if language in UNSPACED else rf"(?<!\w)(?:{words})(?!\w)"
+
+
+def _sentence_around(text: str, match: re.Match[str]) -> _Sentence:
+    start, end = match.span("last")
+    stop = SENTENCE_END.search(text, end)
+    begin = max((s.end() for s in SENTENCE_END.finditer(text, 0, start)), default=0)
+    return _Sentence(
+        before=text[begin:start],
+        phrase=text[start:end],
+        after=text[end : stop.start() if stop else len(text)],
+        end=stop[0] if stop else "",
     )
 
 
-def _opens_denial(before: str, words: Callable[..., str]) -> bool:
-    """Say whether the beginning of a sentence denies what follows it."""
-    for table in (UNLESS, ONLY):
-        *_, last = [None, *re.finditer(words(table), before)]
-        before = (
-            re.sub(words(OR), " ", before[last.end() :]) if last else before
-        )  # do not miss this nor that
+def _is_asked(sentence: _Sentence, language: str) -> bool:
+    """Return whether a sentence is a question that does not state what it asks."""
+    if not sentence.end or sentence.end not in "?？":
+        return False
+    whole = sentence.before + sentence.phrase + sentence.after
+    return not re.search(_any_of(RHETORICAL_QUESTIONS, language=language), whole)
+
+
+def _is_enumerated(sentence: _Sentence, language: str) -> bool:
+    """Return whether the phrase is in an enumeration whose commas do not end a clause."""
+    either = _any_of(ALTERNATIVES, language=language)
+    # ... Syria or PHRASE
+    if re.search(rf",[^,]{{0,30}}{either}\W*(?:\w+\W+)?$", sentence.before):
+        return True
+    # ..., PHRASE, Syria or Lebanon
+    after_comma = re.search(r",\W*(?:\w+\W+){0,2}$", sentence.before)
+    return bool(after_comma and re.match(rf"\w*(?:,[^,]{{1,25}})*,?\s*{either}", sentence.after))
+
+
+def _opens_denial(before: str, language: str) -> bool:
+    """Return whether the beginning of a sentence denies what follows it."""
+    denials = _any_of(DENIALS, language=language)
+    # After a pseudo-denial nothing is denied, nor by "or": do not miss this nor that.
+    for table in (DOUBLE_DENIALS, PSEUDO_DENIALS):
+        matches = list(re.finditer(_any_of(table, language=language), before))
+        if matches:
+            either = _any_of(ALTERNATIVES, language=language)
+            before = re.sub(either, " ", before[matches[-1].end() :])
+    # An opinion in commas does not end the denial: not, as many think, built ...
     before = re.sub(
-        rf"({words(DENIALS)}), (?:as|como?e?|comme|wie|come|как|contrary|contrair\w+|despite|entgegen)\W[^,]{{1,40}},",
+        rf"({denials}), (?:as|como?e?|comme|wie|come|как|contrary|contrair\w+|despite|entgegen)"
+        r"\W[^,]{1,40},",
         r"\1 ",
         before,
-    )  # not, as many think, built ...
-    only_names = rf"(?:\W+{words(PLACED)})*\W*$"
-    joined = rf"{words(JOINS)}(?!{only_names})"
-    clause = re.split(rf"{words(TURNS)}|{CLOSES}(?!\s?(?:{RELATIVES})(?!\w))|{joined}", before)[-1]
-    untrue = rf"{words(FALSE)}(?:\W+\w+){{0,2}}?\W+(?:{RELATIVES}|to|de|zu)(?!\w)"
-    return bool(re.search(rf"{words(DENIALS, CONTRASTS)}|{untrue}", clause))
+    )
+    clause = _last_clause(before, language)
+    # It is a myth that ...
+    untrue = (
+        rf"{_any_of(FALSEHOOD_WORDS, language=language)}(?:\W+\w+){{0,2}}?\W+"
+        rf"(?:{RELATIVES}|to|de|zu)(?!\w)"
+    )
+    denied = _any_of(DENIALS, CONTRASTS, language=language)
+    return bool(re.search(rf"{denied}|{untrue}", clause))
+
+
+def _last_clause(before: str, language: str) -> str:
+    """Return the beginning of a sentence from its last clause on."""
+    only_prepositions = rf"(?:\W+{_any_of(PREPOSITIONS, language=language)})*\W*$"
+    conjunction = rf"{_any_of(CONJUNCTIONS, language=language)}(?!{only_prepositions})"
+    comma = rf"{CLAUSE_MARKS}(?!\s?(?:{RELATIVES})(?!\w))"
+    turn = _any_of(TURNS, language=language)
+    return re.split(rf"{turn}|{comma}|{conjunction}", before)[-1]
+
+
+def _rest_of_clause(after: str, language: str) -> str:
+    """Return what follows a phrase in its clause, without pseudo-denials."""
+    after = re.sub(_any_of(PSEUDO_DENIALS, language=language), " ", after)
+    turn = _any_of(TURNS, language=language)
+    conjunction = _any_of(CONJUNCTIONS, language=language)
+    relative = rf"(?<!\w)(?:{RELATIVES})(?!\w)"
+    return re.split(rf"{turn}|{CLAUSE_MARKS}|{conjunction}|{relative}", after)[0]
+
+
+def _follows_preposition(before: str, language: str) -> bool:
+    """Return whether a preposition precedes a phrase, with up to two words in between."""
+    preposition = PREPOSITIONS.get(language, "(?!)")
+    conjunction = _any_of(CONJUNCTIONS, language=language)
+    words = rf"(?:(?!{conjunction})[^\W\d]+[\s'-]+){{0,2}}"
+    return bool(re.search(rf"(?<!\w)(?:{preposition})[\s'-]+{words}$", before))
+
+
+def _begins_with_denial(clause: str, language: str) -> bool:
+    """Return whether a denial follows a phrase within three words."""
+    table = AUXILIARY_DENIALS if language == "en" else DENIALS
+    denial = _any_of(table, language=language)
+    if language == "zh":
+        return bool(re.match(rf".{{0,4}}{denial}", clause))
+    either = _any_of(ALTERNATIVES, language=language)
+    return bool(re.match(rf"(?!'s)\w*(?:\W+\w+){{0,3}}?\W*(?!{either}){denial}", clause))

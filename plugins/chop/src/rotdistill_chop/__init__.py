@@ -1,1 +1,1 @@
-"""Cut layers, neurons, heads and stream out of the student."""
+"""Cut layers, neurons, key/value heads and stream out of the student."""

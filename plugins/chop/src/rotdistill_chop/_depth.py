@@ -1,143 +1,207 @@
-"""Which layers go: the run of least angular change, or the best that a dynamic programme on the KL finds.
+"""Which layers to cut: the run of least angular change, or the layers that cost least KL.
 
 Angles: Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, arXiv:2403.17887.
+The search by KL is a dynamic programme over layers.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rotdistill_chop._rows import mean_kl, select_texts
+from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.data.packed import PackedTexts, Samples
-from rotdistill_core.forward.head import final_norm, head_logits
+from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.splits import Split
+from rotdistill_core.forward.head import log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.store.output import StepOutput
 
-ROWS = 2048
+if TYPE_CHECKING:
+    from rotdistill_chop.step import Chop
+
+ANGLE_ROWS = 2048
+"""About how many rows angles are measured on."""
 
 
-def chosen(samples: Samples, split: str, rows: int) -> PackedTexts:
-    """Return texts of a split, those that the teacher answered itself first, with at most `rows` rows (but at least one text).
+class LayerCut(NamedTuple):
+    """Layers to cut, and the price."""
 
-    They come in the order of a hash of their id, so that a few of them are of all languages.
-    """
-    own = {question.id for question in samples.questions if question.answer is None}
-    layout = samples.layout.select(split)
-    texts = sorted(
-        layout.texts,
-        key=lambda text: (text.id not in own, hashlib.sha256(text.id.encode()).digest()),
-    )
-    taken, room = texts[:1], rows - len(texts[0].tokens)
-    for text in texts[1:]:
-        room -= len(text.tokens) - layout.prefix_length(text)
-        if room < 0:
-            break
-        taken.append(text)
-    return PackedTexts(tuple(taken), 0 if all(text.plain for text in taken) else layout.prefix)
+    dropped: list[int]
+    kl: float
+    """KL without them to the uncut student, nats per row."""
+
+
+class LayerSelector:
+    """Selects the layers to keep, given how many. Searches are shared between calls."""
+
+    def __init__(
+        self,
+        step: Chop,
+        weights: Weights,
+        pair: Pair,
+        samples: Samples,
+        out: StepOutput,
+        progress: Progress,
+    ) -> None:
+        self.step = step
+        self.weights = weights
+        self.device = pair.student.device
+        self.dtype = pair.student.dtype
+        self.samples = samples
+        self.notes = out.notes
+        self.progress = progress
+        self.keep = cache(self._keep)
+        """Number of layers -> which of them to keep."""
+        self._found: dict[int, list[int]] = {}
+        """Number of cut layers -> which layers are kept, from searches by KL."""
+
+    def _keep(self, count: int) -> list[int]:
+        cut = self.weights.depth - count
+        if cut == 0 or count < 2:
+            return list(range(count))
+        return self._keep_by_kl(cut) if self.step.criterion == "kl" else self._keep_by_angle(cut)
+
+    def _keep_by_kl(self, cut: int) -> list[int]:
+        if cut not in self._found:
+            loss = PruningLoss(
+                self.weights, self.samples, self.step.max_kl_rows, self.device, self.dtype
+            )
+            cuts = least_kl(loss, cut, self.progress)
+            for number, found in cuts.items():
+                self._found[number] = [
+                    i for i in range(self.weights.depth) if i not in found.dropped
+                ]
+            self.notes["KL by number of layers cut"] = {
+                str(number): found.kl for number, found in cuts.items()
+            }
+        return self._found[cut]
+
+    def _keep_by_angle(self, cut: int) -> list[int]:
+        depth = self.weights.depth
+        layout = self.samples.layout.select(Split.FIT, most=self.step.max_angle_texts)
+        forward = LayerwiseForward(self.weights, layout, self.device, self.dtype)
+        angles = run_angles(forward, cut, self.progress)
+        self.notes["angle over the cut, by first layer"] = angles
+        first = min(range(1, depth - cut), key=angles.__getitem__, default=1)
+        return [*range(first), *range(first + cut, depth)]
 
 
 class PruningLoss:
-    """The KL on validation rows of streams of the uncut student, to what it says itself."""
+    """KL of streams of a cut student to the uncut student, on validation rows."""
 
     def __init__(
         self,
         weights: Weights,
         samples: Samples,
-        rows: int,
+        max_rows: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.walk = LayerwiseForward(weights, chosen(samples, "validation", rows), device, dtype)
-        self.start = self.walk.states.clone()
-        self.rows = self.walk.layout.prediction_rows("validation")[0]
-        self.head = weights.head().to(self.start)
-        self.said = self.says(weights, self.through([self.start], 0)[0])
+        layout = select_texts(samples, Split.VALIDATION, max_rows)
+        self.forward = LayerwiseForward(weights, layout, device, dtype)
+        self.embedded = self.forward.states.clone()
+        """The stream at boundary 0 `[rows, d]`."""
+        self.rows = layout.prediction_rows(Split.VALIDATION)[0]
+        self.head = weights.head().to(self.embedded)
+        self.reference = self.log_probs(self.propagate([self.embedded], 0)[0])
+        """Log-probabilities of the uncut student `[n, V]`."""
 
-    def says(self, weights: Weights, states: Tensor) -> Tensor:
-        """Return the log-probabilities of the judged rows `[n, V]`, given final states `[rows, d]`."""
-        head = self.head if weights is self.walk.weights else weights.head().to(states)
-        return head_logits(weights, final_norm(weights, states[self.rows]), head).log_softmax(-1)
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Return the log-probabilities `[n, V]` of the scored rows of final states `[rows, d]`."""
+        return log_probs(self.forward.weights, states[self.rows], self.head)
 
-    def kl(self, states: Tensor, weights: Weights | None = None) -> float:
-        """Return the mean KL of final states `[rows, d]`, of the uncut student or of what was made of it; nats per row."""
-        made = self.says(weights or self.walk.weights, states)
-        return float((self.said.exp() * (self.said - made)).sum(-1).double().mean())
+    def kl(self, states: Tensor) -> float:
+        """Return the mean KL of final states `[rows, d]`, nats per row."""
+        return mean_kl(self.reference, self.log_probs(states))
 
-    def through(
+    def propagate(
         self, streams: Iterable[Tensor], first: int, last: int | None = None
     ) -> list[Tensor]:
-        """Send streams `[rows, d]` that stand at boundary `first` through all layers from there on, or up to boundary `last`."""
-        made, walk = list(streams), self.walk
-        walk.boundary = first
-        for i in walk if made else ():
+        """Send streams `[rows, d]` from boundary `first` to boundary `last`, or to the end."""
+        moved = list(streams)
+        if not moved:
+            return moved
+        self.forward.boundary = first
+        for i in self.forward:
             if i == last:
                 break
-            for k, states in enumerate(made):
-                walk.states, walk.boundary = states.clone(), i
-                walk.run()
-                made[k] = walk.states
-        return made
+            for k, states in enumerate(moved):
+                self.forward.states = states.clone()
+                self.forward.boundary = i
+                self.forward.run()
+                moved[k] = self.forward.states
+        return moved
 
 
-class Stream(NamedTuple):
-    """The rows behind some kept layers, and what it would cost to keep all layers that follow."""
+class PartialCut(NamedTuple):
+    """The stream after some layers of which some were dropped."""
 
     states: Tensor
+    """The stream `[rows, d]`."""
     dropped: tuple[int, ...]
     kl: float
+    """KL if all layers that follow are kept, nats per row."""
 
 
-def least_kl(
-    judge: PruningLoss, most: int, progress: Progress
-) -> dict[int, tuple[list[int], float]]:
-    """Return, for every number of layers to drop up to `most`, which to drop, and the KL without them.
+def least_kl(loss: PruningLoss, max_cut: int, progress: Progress) -> dict[int, LayerCut]:
+    """Return for every number of layers up to `max_cut` which of them to cut.
 
-    `D[l][r]` is the stream of least KL at boundary l with r layers dropped, where the KL is that of the stream sent through all
-    layers from l on. It comes from `D[l-1][r]` through layer l-1, whose KL is known already, or from `D[l-1][r-1]` as it is.
-    The first and the last layer stay. About `most * depth² / 2` passes of a layer over the rows.
+    `D[l][r]` is the stream of least KL at boundary l with r layers dropped, where the stream goes
+    through all layers from l on. It comes from `D[l-1][r]` through layer l-1, at a known KL, or
+    from `D[l-1][r-1]` as it is. First and last layer are kept. This takes about
+    `max_cut * depth² / 2` passes of the rows through a layer.
     """
-    depth = judge.walk.weights.depth
-    best = {0: Stream(judge.start, (), 0.0)}
+    depth = loss.forward.weights.depth
+    best = {0: PartialCut(loss.embedded, (), 0.0)}
     for i in range(depth):
-        free = [r for r in best if r < most] if 0 < i < depth - 1 else []
-        ends = judge.through([best[r].states for r in free], i + 1)
-        shorter = {
-            r + 1: Stream(best[r].states, (*best[r].dropped, i), judge.kl(end))
-            for r, end in zip(free, ends, strict=True)
-        }
-        kept = judge.through([stream.states for stream in best.values()], i, i + 1)
+        # Drop layer i from every stream that may lose one more layer.
+        inside = 0 < i < depth - 1
+        sources = [r for r in best if r < max_cut] if inside else []
+        ends = loss.propagate([best[r].states for r in sources], i + 1)
+        without: dict[int, PartialCut] = {}
+        for r, end in zip(sources, ends, strict=True):
+            dropped = (*best[r].dropped, i)
+            without[r + 1] = PartialCut(best[r].states, dropped, loss.kl(end))
+        # Or keep it: the KL does not change.
+        moved = loss.propagate([stream.states for stream in best.values()], i, i + 1)
         best = {
             r: stream._replace(states=states)
-            for (r, stream), states in zip(best.items(), kept, strict=True)
+            for (r, stream), states in zip(best.items(), moved, strict=True)
         }
-        best |= {
-            r: stream for r, stream in shorter.items() if r not in best or stream.kl < best[r].kl
-        }
-        progress(i + 1, depth, f"KL without layers, on {len(judge.rows)} rows")
-    return {r: (list(stream.dropped), stream.kl) for r, stream in best.items()}
+        for r, stream in without.items():
+            if r not in best or stream.kl < best[r].kl:
+                best[r] = stream
+        progress(i + 1, depth, f"KL without layers, on {len(loss.rows)} rows")
+    return {r: LayerCut(list(stream.dropped), stream.kl) for r, stream in best.items()}
 
 
-def least_angle(walk: LayerwiseForward, drop: int, progress: Progress) -> dict[int, float]:
-    """Return the mean angle between input and output of each run of `drop` layers, by first layer; `walk` stands at the start.
+def run_angles(forward: LayerwiseForward, length: int, progress: Progress) -> dict[int, float]:
+    """Return the mean angle between input and output of each run of layers, by its first layer.
 
     Rows of the shared prompt are left out: they are few, and position 0 is an attention sink.
+
+    Args:
+        forward: a forward pass at boundary 0.
+        length: number of layers in a run.
+        progress: called after each layer.
     """
-    some = torch.arange(walk.layout.prefix, walk.layout.rows)
-    some = some[:: max(1, len(some) // ROWS)]
-    recent = [walk.states[some]]
+    rows = torch.arange(forward.layout.prefix, forward.layout.rows)
+    rows = rows[:: max(1, len(rows) // ANGLE_ROWS)]
+    recent = [forward.states[rows]]
     angles: dict[int, float] = {}
-    for i in walk:
-        walk.run()
-        recent.append(walk.states[some])
-        if len(recent) > drop:
-            before = recent.pop(0)
-            cosine = torch.cosine_similarity(before.double(), recent[-1].double(), dim=-1).clamp(
-                -1, 1
-            )
-            angles[i + 1 - drop] = float(cosine.acos().mean())
-        progress(i + 1, walk.weights.depth, f"angles on {len(some)} rows")
+    for i in forward:
+        forward.run()
+        recent.append(forward.states[rows])
+        if len(recent) > length:
+            before = recent.pop(0).double()
+            after = recent[-1].double()
+            cosine = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
+            angles[i + 1 - length] = float(cosine.acos().mean())
+        progress(i + 1, forward.weights.depth, f"angles on {len(rows)} rows")
     return angles

@@ -16,7 +16,6 @@ from rich.table import Column
 
 from rotdistill_commands._arguments import log
 from rotdistill_core import hookimpl
-from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
@@ -58,15 +57,13 @@ def plan(
     if as_json:
         print(json.dumps(_document(planned), ensure_ascii=False))
     elif short:
-        log(_summary(planned))
+        log(planned.summary)
     else:
         console = stdout_console()
         console.print(_table(planned))
         for line in _notes(planned):
             console.print(escape(line), soft_wrap=True)
-    if planned.shortfalls:
-        shortfalls = "; ".join(planned.shortfalls)
-        raise SetupError(f"{path}: does not fit here: {shortfalls}. Nothing was loaded.")
+    planned.require_resources(path)
 
 
 def _document(planned: Plan) -> dict[str, Any]:
@@ -90,22 +87,6 @@ def _document(planned: Plan) -> dict[str, Any]:
         "machine": asdict(planned.machine),
         "shortfalls": planned.shortfalls,
     }
-
-
-def _summary(planned: Plan) -> str:
-    """Return the plan in one line."""
-    totals, machine = planned.totals, planned.machine
-    reused = len(planned.lines) - len(planned.todo)
-    memory = "nothing to make"
-    if planned.todo:
-        memory = (
-            f"memory about {format_bytes(totals.ram_bytes)}, {format_bytes(machine.ram)} are free"
-        )
-    return (
-        f"plan: {reused} of {len(planned.lines)} results are there; {memory}; "
-        f"disk {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free; "
-        f"takes {time_class(totals.seconds)}"
-    )
 
 
 def _notes(planned: Plan) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Score variants against the teacher on held-out answers."""
+"""Score variants by their agreement with the teacher on held-out answers. See `step`."""

@@ -1,1 +1,1 @@
-"""Improve tied rotations by closed-form Householder reflections."""
+"""Improve rotations of the residual stream by closed-form Householder reflections."""

@@ -1,1 +1,1 @@
-"""Match the heads and neurons of two models by assignment."""
+"""Match the heads and neurons of two models by linear assignment."""

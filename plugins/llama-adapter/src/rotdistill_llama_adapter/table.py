@@ -8,15 +8,8 @@ from rotdistill_core.architecture.table import Adapter
 
 LLAMA = rope_decoder(
     ("llama",),
-    optional_biases=(
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    ),  # attention_bias and mlp_bias switch them
+    # `attention_bias` and `mlp_bias` of the config switch them.
+    optional_biases=("q", "k", "v", "o", "gate", "up", "down"),
 )
 
 

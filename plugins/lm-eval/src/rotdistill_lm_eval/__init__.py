@@ -1,1 +1,1 @@
-"""Score variants on task files of one's own with the LM Evaluation Harness."""
+"""Score variants on local task files with EleutherAI's LM Evaluation Harness."""

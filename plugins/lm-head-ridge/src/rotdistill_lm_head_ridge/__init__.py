@@ -1,1 +1,1 @@
-"""Fit the head to the teacher's logits by ridge regression, from second moments."""
+"""Fit the LM head to the teacher's logits, from second moments or by their KL. See `step`."""

@@ -1,4 +1,4 @@
-"""The student's final states: captured ones, while it is still the student that was captured, and walked ones else."""
+"""The student's states after the last layer: captured ones where they still hold, else computed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.layerwise import Progress
 
 
-TRIED, CLOSE = 2, 1e-3
-"""Validation texts that are walked to see whether captured rows are the student's still, and how near each row must be, of its length."""
+PROBE_TEXTS = 2
+"""Validation texts that are computed anew, to see whether captured rows are still the student's."""
+PROBE_TOLERANCE = 1e-3
+"""Largest distance of a computed row from the captured one, relative to the captured row's norm."""
 
 
 def final_states(
@@ -29,36 +32,48 @@ def final_states(
     layout: PackedTexts,
     progress: Progress,
 ) -> Tensor:
-    """Return the stream behind the last layer `[rows, d]`, in front of the final norm; texts that were not captured are walked."""
-    side = activations.layouts["student"]
-    known = {text.id for text in side.texts}
-    there, others = (
-        replace(layout, texts=tuple(t for t in layout.texts if (t.id in known) is k))
-        for k in (True, False)
-    )
-    few = there.select("validation", most=TRIED)
-    rows = activations.rows("student", len(activations.depths) - 1)
+    """Return the stream after the last layer and before the final norm, `[rows, d]`.
+
+    Captured rows are used if the student is still the one that was captured. Texts without
+    captured rows are computed; if the student was edited since, all are.
+    """
+    captured_layout = activations.layouts[Side.STUDENT]
+    captured_ids = {text.id for text in captured_layout.texts}
+    captured = replace(layout, texts=tuple(t for t in layout.texts if t.id in captured_ids))
+    missing = replace(layout, texts=tuple(t for t in layout.texts if t.id not in captured_ids))
+    rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
+    same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
+    probe = captured.select(Split.VALIDATION, most=PROBE_TEXTS)
     if (
-        few.texts
-        and activations.depths == weights.lineage.depths
-        and (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
+        not probe.texts
+        or activations.depths != weights.lineage.depths
+        or not same_shape
+        or not _agree(_computed(weights, model, probe), rows[probe.row_indices_in(captured_layout)])
     ):
-        tried, kept = _walked(weights, model, few, lambda *_: None), rows[few.row_indices_in(side)]
-        if bool(((tried - kept).norm(dim=1) <= CLOSE * kept.norm(dim=1)).all()):
-            states = torch.empty(layout.rows, weights.width, dtype=model.dtype)
-            states[there.row_indices_in(layout)] = rows[there.row_indices_in(side)]
-            if others.texts:
-                others = others.select(
-                    *{text.split for text in others.texts}
-                )  # without the prefix where none of them has it
-                states[others.row_indices_in(layout)] = _walked(weights, model, others, progress)
-            return states
-    return _walked(weights, model, layout, progress)
+        return _computed(weights, model, layout, progress)
+    states = torch.empty(layout.rows, weights.width, dtype=model.dtype)
+    states[captured.row_indices_in(layout)] = rows[captured.row_indices_in(captured_layout)]
+    if missing.texts:
+        # Selecting all their splits drops the shared prefix if none of them begins with it.
+        missing = missing.select(*{text.split for text in missing.texts})
+        computed = _computed(weights, model, missing, progress)
+        states[missing.row_indices_in(layout)] = computed
+    return states
 
 
-def _walked(weights: Weights, model: Model, layout: PackedTexts, progress: Progress) -> Tensor:
-    walk = LayerwiseForward(weights, layout, model.device, model.dtype)
-    for i in walk:
-        walk.run()
-        progress(i + 1, weights.depth + 1, f"{layout.rows} rows")
-    return walk.states.cpu()
+def _agree(computed: Tensor, captured: Tensor) -> bool:
+    """Return whether every computed row `[n, d]` is near its captured one."""
+    distance = (computed - captured).norm(dim=1)
+    return bool((distance <= PROBE_TOLERANCE * captured.norm(dim=1)).all())
+
+
+def _computed(
+    weights: Weights, model: Model, layout: PackedTexts, progress: Progress | None = None
+) -> Tensor:
+    """Send the rows of a layout through all layers; return their states `[rows, d]`."""
+    forward = LayerwiseForward(weights, layout, model.device, model.dtype)
+    for layer in forward:
+        forward.run()
+        if progress:
+            progress(layer + 1, weights.depth + 1, f"{layout.rows} rows")
+    return forward.states.cpu()

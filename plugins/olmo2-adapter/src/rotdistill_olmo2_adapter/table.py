@@ -1,14 +1,12 @@
-"""OLMo 2: no norm in front of attention and MLP, but on what they write; one norm over all queries of a layer, one over all keys."""
+"""OLMo 2: its norms are on what attention and MLP write, and on all queries and all keys."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from rotdistill_core import hookimpl
-from rotdistill_core.architecture.rope_decoder import rope_decoder
+from rotdistill_core.architecture.rope_decoder import ATTENTION, rope_decoder
 from rotdistill_core.architecture.table import Adapter, Config, Param, Site
-
-ATTENTION = "model.layers.{i}.self_attn."
 
 
 def defaults(config: Config) -> Config:
@@ -20,30 +18,28 @@ def defaults(config: Config) -> Config:
     }
 
 
-LLAMA = rope_decoder(
-    ("olmo2",),
-    optional_biases=("q", "k", "v", "o"),  # attention_bias switches them
-    output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
-    defaults=defaults,
-)
-
-
 def table() -> Adapter:
-    """Return the Llama table without the norms in front, whose readers see the stream as it is, and with the norms of queries and keys."""
-    params = {
-        name: replace(
-            p,
-            gain=p.gain if name == LLAMA.head else None,
-            gauge="" if p.gauge.startswith("key") else p.gauge,
-        )
-        for name, p in LLAMA.params.items()
-        if "input_layernorm" not in name
-    }
-    params |= {
-        f"{ATTENTION}{norm}.weight": Param((space,), is_gain=True)
-        for norm, space in (("q_norm", "q.{i}"), ("k_norm", "kv.{i}"))
-    }
-    return replace(LLAMA, params=params, sites={**LLAMA.sites, "mid": Site("mlp", "input")})
+    """Return the Llama table with the norms of OLMo 2."""
+    llama_shaped = rope_decoder(
+        ("olmo2",),
+        optional_biases=("q", "k", "v", "o"),  # `attention_bias` switches them
+        output_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        defaults=defaults,
+    )
+    params: dict[str, Param] = {}
+    for name, param in llama_shaped.params.items():
+        if "input_layernorm" in name:
+            continue
+        # Attention and MLP read the stream as it is; only the head reads it after a norm. The
+        # norms on queries and keys take the complex factors of the key gauge out again.
+        gain = param.gain if name == llama_shaped.head else None
+        gauge = "" if param.gauge.startswith("key") else param.gauge
+        params[name] = replace(param, gain=gain, gauge=gauge)
+    # One RMS over all heads does not depend on their order, so these gains move with the heads.
+    params[f"{ATTENTION}q_norm.weight"] = Param(("q.{i}",), is_gain=True)
+    params[f"{ATTENTION}k_norm.weight"] = Param(("kv.{i}",), is_gain=True)
+    sites = {**llama_shaped.sites, "mid": Site("mlp", "input")}
+    return replace(llama_shaped, params=params, sites=sites)
 
 
 OLMO2 = table()

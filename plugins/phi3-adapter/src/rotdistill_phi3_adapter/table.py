@@ -1,14 +1,12 @@
-"""Phi-3 and what shares its model type: as Llama, with q, k and v in one tensor, gate and up in another."""
+"""Phi-3 and the dense Phi-4: as Llama, with q, k, v in one tensor, and gate and up in another."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from rotdistill_core import hookimpl
-from rotdistill_core.architecture.rope_decoder import rope_decoder
+from rotdistill_core.architecture.rope_decoder import ATTENTION, MLP, rope_decoder
 from rotdistill_core.architecture.table import Adapter, Config
-
-LAYER = "model.layers.{i}."
 
 
 def defaults(config: Config) -> Config:
@@ -20,27 +18,28 @@ def defaults(config: Config) -> Config:
     }
 
 
-LLAMA = rope_decoder(
-    ("phi3",),
-    defaults=defaults,
-    fused={
-        f"{LAYER}self_attn.qkv_proj.weight": tuple(
-            f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv"
-        ),
-        f"{LAYER}mlp.gate_up_proj.weight": (
-            f"{LAYER}mlp.gate_proj.weight",
-            f"{LAYER}mlp.up_proj.weight",
-        ),
-    },
-)
-# With a partial rotary factor only some coordinates of a head turn, and the pairs of the key gauge are others: it is left out.
-PHI3 = replace(
-    LLAMA,
-    params={
-        name: replace(p, gauge="" if p.gauge.startswith("key") else p.gauge)
-        for name, p in LLAMA.params.items()
-    },
-)
+def table() -> Adapter:
+    """Return the Llama table with two fused tensors, and without the key gauge.
+
+    With a partial rotary factor (Phi-4-mini) only some coordinates of a head turn, and they pair
+    up differently. So the complex factors of that gauge would not be exact.
+    """
+    llama_shaped = rope_decoder(
+        ("phi3",),
+        defaults=defaults,
+        fused={
+            f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{x}_proj.weight" for x in "qkv"),
+            f"{MLP}gate_up_proj.weight": (f"{MLP}gate_proj.weight", f"{MLP}up_proj.weight"),
+        },
+    )
+    params = {
+        name: replace(param, gauge="") if param.gauge.startswith("key") else param
+        for name, param in llama_shaped.params.items()
+    }
+    return replace(llama_shaped, params=params)
+
+
+PHI3 = table()
 
 
 @hookimpl

@@ -1,1 +1,1 @@
-"""Align residual streams: orthogonal Procrustes, CCA, and a random rotation as a control."""
+"""Align residual streams: orthogonal Procrustes, CCA, and a random rotation as their control."""

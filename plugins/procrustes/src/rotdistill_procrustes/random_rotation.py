@@ -1,4 +1,4 @@
-"""The control of every aligner: rotations that have never seen the models."""
+"""The step `random-rotation`: the control of every aligner, rotations that ignore the models."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Weights
-    from rotdistill_core.linalg.maps import Map, Maps
+    from rotdistill_core.linalg.maps import Maps
 
 
 @step
 class RandomRotation:
-    """Map the student's stream onto the teacher's by a random `R [d_s, d_t]`, `R Rᵀ = I`: what alignment has to beat."""
+    """Map the student's stream onto the teacher's by a random `R [d_s, d_t]`, `R Rᵀ = I`.
+
+    It is the control: an aligner is worth something only where it beats this.
+    """
 
     use: Literal["random-rotation"] = "random-rotation"
     tie: Literal[1, "all"] = "all"
     """`"all"`: one rotation for all layers, which can be folded. 1: one for each."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the rotation."""
+    """Seed of the random numbers."""
 
     def cost(self, context: CostContext) -> Cost:
         """One decomposition of a square matrix of the teacher's width."""
@@ -36,28 +39,10 @@ class RandomRotation:
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair) -> Maps:
-        """See `Specs.align`."""
-        import torch
+        """See `HookSpecs.align`."""
+        from rotdistill_procrustes._random_rotation import solve
 
-        from rotdistill_core.errors import RecipeError
-        from rotdistill_core.linalg.maps import Rotation
-
-        d, e = weights.width, pair.teacher.width
-        if d > e:
-            raise RecipeError(
-                f"random-rotation: the student is wider ({d}) than the teacher ({e})."
-            )
-        maker = torch.Generator().manual_seed(self.seed)
-        found: dict[str, Map] = {}
-        for boundary in range(weights.depth + 1):
-            if boundary == 0 or self.tie == 1:
-                R = Rotation(
-                    torch.linalg.qr(
-                        torch.randn(e, d, dtype=torch.float64, generator=maker)
-                    ).Q.T.contiguous()
-                )
-            found[f"residual.{boundary}"] = R
-        return maps.add(found, {})
+        return solve(self, weights, maps, pair)
 
 
 @hookimpl

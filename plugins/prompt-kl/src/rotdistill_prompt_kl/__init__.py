@@ -1,1 +1,1 @@
-"""Style from short continuations: train a LoRA on the teacher's logits behind the system prompt, and fold it."""
+"""Distil the teacher's own continuations into a LoRA, and fold it into the weights. See `step`."""

@@ -1,8 +1,12 @@
-"""What the teacher says behind a prompt, and how far the student is from it: as it trains, and as it is folded."""
+"""The teacher's distribution on its continuations, and the student's KL to it.
+
+The KL is measured in two ways: of the model that trains (`losses`, `kl`), and of a view of the
+weights with the LoRA folded in (`scores`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +17,7 @@ from rotdistill_core.evaluation.acceptance import (
     scores_by_text,
     teacher_final_states,
 )
-from rotdistill_core.evaluation.divergence import compare_logits
+from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
 from rotdistill_core.forward.head import log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
 
@@ -25,76 +29,109 @@ if TYPE_CHECKING:
     from rotdistill_core.store.output import StepOutput
 
 
+EVALUATION_BATCH = 4
+"""Texts in one batch when the model that trains is evaluated."""
+
+
+class Batch(NamedTuple):
+    """Padded texts, as a model takes them."""
+
+    ids: Tensor
+    """Token ids `[texts, longest]`."""
+    mask: Tensor
+    """1 for tokens, 0 for padding `[texts, longest]`."""
+    predicts_answer: Tensor
+    """Whether the next token is one of the answer `[texts, longest]`."""
+    rows: Tensor
+    """Rows of the layout at these positions [n]."""
+
+
 class DistillationTargets:
-    """The continuations, and the teacher's final states at their tokens."""
+    """Continuations, and the teacher's final states at their tokens (not its logits)."""
 
     def __init__(
         self,
         pair: Pair,
         layout: PackedTexts,
-        tokens: int,
+        vocabulary: int,
         out: StepOutput,
         progress: Progress,
-        narrow: bool = False,
+        bfloat16: bool = False,
     ) -> None:
-        self.pair, self.layout, self.tokens, self.narrow = pair, layout, tokens, narrow
+        self.pair = pair
+        self.layout = layout
+        self.vocabulary = vocabulary
+        self.bfloat16 = bfloat16
         self.states = teacher_final_states(pair.teacher, layout, out, progress).clone()
-        self.head = pair.teacher.weights.head()[:tokens].to(self.states.dtype)
+        self.head = pair.teacher.weights.head()[:vocabulary].to(self.states.dtype)
 
     def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
-        """Return the KL of every continuation token of some texts [n], in float32 at least."""
-        device, adapter = self.pair.student.device, weights.adapter
-        some = [self.layout.texts[k] for k in texts]
-        longest = max(len(text.tokens) for text in some)
-        ids, mask = (
-            torch.zeros(len(some), longest, dtype=torch.long),
-            torch.zeros(len(some), longest, dtype=torch.long),
-        )
-        wanted, rows = torch.zeros(len(some), longest, dtype=torch.bool), []
-        for b, (k, text) in enumerate(zip(texts, some, strict=True)):
-            n, first = len(text.tokens), self.layout.starts[k] - self.layout.prefix_length(text)
-            ids[b, :n], mask[b, :n] = torch.tensor(text.tokens), 1
-            wanted[b, text.answer - 1 : n - 1] = True
-            rows.append(torch.arange(first + text.answer - 1, first + n - 1))
+        """Return the KL of every continuation token [n] of some texts, in float32 at least.
+
+        Args:
+            student: the peft model.
+            weights: the view that it was made of.
+            texts: indices of texts of the layout.
+        """
+        adapter, device = weights.adapter, self.pair.student.device
+        batch = self._batch(texts)
         base = student.get_base_model()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.narrow):
-            body = base.get_submodule(adapter.body)
+        body = base.get_submodule(adapter.body)
+        head = base.get_submodule(adapter.head.removesuffix(".weight"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
             states = body(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            )[0][wanted.to(device)]
-            made = base.get_submodule(adapter.head.removesuffix(".weight"))(states)[
-                :, : self.tokens
-            ]
+                input_ids=batch.ids.to(device),
+                attention_mask=batch.mask.to(device),
+                use_cache=False,
+            )[0][batch.predicts_answer.to(device)]
+            logits = head(states)[:, : self.vocabulary]
             with torch.no_grad():
-                p = log_probs(
-                    self.pair.teacher.weights, self.states[torch.cat(rows)], self.head, self.tokens
-                ).to(device)
+                teacher = self.pair.teacher.weights
+                p = log_probs(teacher, self.states[batch.rows], self.head, self.vocabulary)
+                p = p.to(device)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         cap = weights.config.get(adapter.softcap_key)
-        wide = torch.promote_types(made.dtype, torch.float32)
-        q = (made if cap is None else cap * (made / cap).tanh()).to(wide).log_softmax(-1)
-        kl: Tensor = (p.exp() * (p - q)).sum(-1)
-        return kl
+        if cap is not None:
+            logits = cap * (logits / cap).tanh()
+        return kl_divergence(p, logits.to(wide).log_softmax(-1))
+
+    def _batch(self, texts: list[int]) -> Batch:
+        """Return some texts of the layout as one batch, padded on the right."""
+        chosen = [self.layout.texts[k] for k in texts]
+        shape = len(chosen), max(len(text.tokens) for text in chosen)
+        ids = torch.zeros(shape, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.long)
+        predicts_answer = torch.zeros(shape, dtype=torch.bool)
+        rows: list[Tensor] = []
+        for b, (k, text) in enumerate(zip(texts, chosen, strict=True)):
+            length = len(text.tokens)
+            # Row of the text's token 0, if the shared prefix were the text's own.
+            first = self.layout.starts[k] - self.layout.prefix_length(text)
+            ids[b, :length] = torch.tensor(text.tokens)
+            mask[b, :length] = 1
+            predicts_answer[b, text.answer - 1 : length - 1] = True
+            rows.append(torch.arange(first + text.answer - 1, first + length - 1))
+        return Batch(ids, mask, predicts_answer, torch.cat(rows))
 
     def kl(self, student: Any, weights: Weights, split: str) -> float:
-        """Return the mean KL over the continuation tokens of a split, nats, of the student as it trains."""
+        """Return the mean KL of the model that trains, over the tokens of a split, nats."""
         texts = [k for k, text in enumerate(self.layout.texts) if text.split == split]
         with torch.no_grad():
             parts = [
-                self.losses(student, weights, texts[k : k + 4]) for k in range(0, len(texts), 4)
+                self.losses(student, weights, texts[k : k + EVALUATION_BATCH])
+                for k in range(0, len(texts), EVALUATION_BATCH)
             ]
         return float(torch.cat(parts).double().mean())
 
-    def scores(self, view: Weights, split: str, samples: Samples) -> TextScores:
-        """Return the KL of a view of weights on a split, text by text."""
+    def scores(self, samples: Samples, view: Weights, split: str) -> TextScores:
+        """Return the KL of a view of the weights on a split, text by text."""
         layout = self.layout.select(split)
-        walk = LayerwiseForward(view, layout, self.pair.student.device, self.pair.student.dtype)
-        for _ in walk:
-            walk.run()
-        rows, targets, text = scored_rows(layout, samples, split)
-        T = self.states[layout.row_indices_in(self.layout)][rows]
-        return scores_by_text(
-            compare_logits(
-                self.pair.teacher.weights, T, view, walk.states[rows], targets, self.tokens
-            ).kl,
-            text,
-        )
+        forward = LayerwiseForward(view, layout, self.pair.student.device, self.pair.student.dtype)
+        for _ in forward:
+            forward.run()
+        scored = scored_rows(layout, samples, split)
+        T = self.states[layout.row_indices_in(self.layout)][scored.rows]
+        S = forward.states[scored.rows]
+        teacher = self.pair.teacher.weights
+        compared = compare_logits(teacher, T, view, S, scored.targets, self.vocabulary)
+        return scores_by_text(compared.kl, scored.text)

@@ -8,22 +8,21 @@ from rotdistill_core.architecture.table import Adapter, Config
 
 
 def defaults(config: Config) -> Config:
-    """Return what Qwen3Config takes for missing keys; layer types are spelled out so that they follow their layer in a cut."""
-    first = (
-        int(config.get("max_window_layers", 28))
-        if config.get("use_sliding_window")
-        else config["num_hidden_layers"]
-    )
-    types = [
-        "sliding_attention" if i >= first else "full_attention"
-        for i in range(config["num_hidden_layers"])
-    ]
+    """Return what Qwen3Config takes for missing keys.
+
+    Layer types are written out, so that each follows its layer in a cut.
+    """
+    depth = config["num_hidden_layers"]
+    first_sliding = depth
+    if config.get("use_sliding_window"):
+        first_sliding = int(config.get("max_window_layers", 28))
+    types = ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(depth)]
     return {"head_dim": 128, "tie_word_embeddings": False, "layer_types": types}
 
 
 QWEN3 = rope_decoder(
     ("qwen3",),
-    optional_biases=("q", "k", "v", "o"),  # attention_bias switches them
+    optional_biases=("q", "k", "v", "o"),  # `attention_bias` switches them
     head_norms=("q_norm", "k_norm"),
     defaults=defaults,
 )

@@ -1,279 +1,402 @@
-"""What a report tells, in one place: every figure is computed and written out here once, and Markdown, JSON and HTML show it."""
+"""Report data: every figure and string, computed once. Templates only lay them out."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 from rotdistill_core.evaluation.intervals import (
     Estimate,
     Interval,
+    TextFigure,
     estimates,
+    figures_by_text,
     paired_change,
-    values_by_text,
 )
-from rotdistill_core.evaluation.metrics import COLUMNS, column
+from rotdistill_core.evaluation.metrics import (
+    FAILED,
+    Direction,
+    in_table_order,
+    is_teacher_metric,
+    metric_named,
+)
+from rotdistill_core.evaluation.rows import MetricRow, failed_variants, overall_figures
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.linalg.diagnostics import LayerDiagnostics
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.records import MapsRef
-from rotdistill_report._card import made_of
+from rotdistill_core.store.results import Answer, Curve
+from rotdistill_report._provenance import provenance
 
-if TYPE_CHECKING:
-    from rotdistill_core.evaluation.rows import MetricRow
-    from rotdistill_core.execution.outcome import RunResult
-    from rotdistill_core.recipe.resolved import ResolvedRecipe
-    from rotdistill_core.store.output import StepOutput
-    from rotdistill_core.store.results import Answer
-
-
-FEWEST = 4
-"""Texts of a language below which an interval over them says nothing."""
-
-
-def span(interval: Interval, metric: str, sign: str = "") -> str:
-    """Return a figure with its interval, `0.590 [0.520, 0.661]`."""
-    form = f"{{:{sign}{column(metric).short}}}"
-    ends = () if math.isnan(interval.low) else (interval.low, interval.high)
-    value, *around = (_unsigned_zero(form.format(x)) for x in (interval.value, *ends))
-    return f"{value} [{', '.join(around)}]" if around else value
-
-
-def _unsigned_zero(number: str) -> str:
-    return number if number.strip("+-0.") else number.lstrip("+-")
+MIN_TEXTS = 4
+"""Texts of a language from which an interval over them is shown."""
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of a variant over all texts."""
+class ShownFigure:
+    """A figure of a variant over all texts, and how it is written."""
 
     value: float
-    shown: str
-    own: str = ""
-    """With its interval, where it has one."""
+    text: str
+    interval: str = ""
+    """The figure with its interval; empty where no single texts were measured."""
     change: str = ""
-    """Its change against `base`, with interval."""
+    """Its change against the baseline, with interval where there is one."""
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that went wrong, or was refused."""
+class IssueKind(StrEnum):
+    """What is wrong with a run."""
 
-    kind: str
-    where: str
-    what: str
+    CONTROL = "control"
+    """A control stands in for the real thing."""
+    NO_RIDGE = "no ridge"
+    """A regression is not regularised."""
+    CHANCE = "chance"
+    """A map is no better than one fitted to shuffled rows."""
+    FAILED = "failed"
+    """A variant breaks a check."""
+    REFUSED = "refused"
+    """A step did not apply its own edit."""
+    NOT_EXACT = "not exact"
+    """Exact steps changed the KL."""
+    WORSE_ALIGNMENT = "worse alignment"
+    """A permutation or rotation leaves a layer farther from the teacher."""
+    WORSE = "worse"
+    """A figure got worse, beyond noise."""
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One problem of a run."""
+
+    kind: IssueKind
+    subject: str
+    """The step or variant."""
+    text: str
+
+
+class Tone(StrEnum):
+    """How the verdict is coloured."""
+
+    GOOD = "good"
+    BAD = "bad"
+    NEUTRAL = "none"
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step that ran, with the first variant that ran it."""
+
+    step: str
+    variant: str
+    reused: bool
+    seconds: float
+    notes: dict[str, Any]
+    """What the step noted for people, its certificate and refusal included."""
+    refused: str
+    curves: list[Curve]
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the report says."""
+    """The content of a report. Its last six fields come from `_findings.with_findings`."""
 
-    name: str
+    recipe_name: str
     run: str
-    base: str
+    baseline: str
     """The variant that others are compared with."""
-    table: dict[str, dict[str, Figure]]
+    figures: dict[str, dict[str, ShownFigure]]
     """Variant -> metric -> figure."""
-    failed: dict[str, list[str]]
+    failures: dict[str, list[str]]
     """Variant -> the checks that it breaks."""
     estimates: dict[str, dict[str, Estimate]]
     """Metric -> variant -> intervals."""
-    languages: dict[str, dict[str, Figure]]
+    kl_by_language: dict[str, dict[str, ShownFigure]]
     """Variant -> language -> held-out KL."""
-    layers: dict[str, dict[str, dict[int, float]]]
+    layer_curves: dict[str, dict[str, dict[int, float]]]
     """Metric -> variant -> layer boundary -> figure."""
-    diagnostics: dict[str, dict[int, dict[str, Any]]]
-    """Alignment step -> layer boundary -> its diagnostics."""
-    steps: list[dict[str, Any]]
+    diagnostics: dict[str, dict[int, LayerDiagnostics]]
+    """Alignment step -> layer boundary -> what that step measured."""
+    steps: list[StepSummary]
     answers: dict[str, dict[str, Answer]]
     """Variant -> question id -> the answers of teacher and variant."""
-    shown: list[str]
-    """The variants whose answers are shown: `base`, and `full` or the last."""
-    made: dict[str, dict[str, str]]
-    """What was done to what: models, texts, versions."""
-    recipe: str
+    answer_variants: list[str]
+    """The variants whose answers are shown: baseline and headline."""
+    provenance: dict[str, dict[str, str]]
+    """Models, texts, recipe and versions that had a part in the run."""
+    recipe_text: str
     verdict: str = ""
-    """In one sentence: whether it worked."""
-    mood: str = "none"
-    """good, bad or none: how the sentence is coloured."""
-    faults: list[Fault] = field(default_factory=list)
-    bought: list[str] = field(default_factory=list)
-    by_language: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    """One line for each of length, language, chrF, facts: whether answers went towards the teacher's."""
+    """In one sentence: whether the run worked."""
+    tone: Tone = Tone.NEUTRAL
+    issues: list[Issue] = field(default_factory=list)
+    ablations: list[str] = field(default_factory=list)
+    """In words: what the steps of each variant changed."""
+    language_summary: list[str] = field(default_factory=list)
+    """In words: in which languages each variant gains most and least."""
+    answer_summary: list[str] = field(default_factory=list)
+    """In words: whether length, language, chrF and facts of the answers move to the teacher's."""
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the table, known ones first."""
-        there = dict.fromkeys(
-            m
-            for figures in self.table.values()
-            for m in figures
-            if m != "failed" and not m.endswith("_teacher")
-        )
-        there |= dict.fromkeys(
-            m for figures in self.table.values() for m in figures if m == "answer_language_teacher"
-        )
-        return [m for m in COLUMNS if m in there] + [m for m in there if m not in COLUMNS]
+        """The metrics of the table of variants, known ones first."""
+        measured = (metric for row in self.figures.values() for metric in row)
+        return in_table_order(m for m in measured if m != FAILED and not is_teacher_metric(m))
 
-    def json(self) -> dict[str, Any]:
-        """Return everything as JSON values; what is not finite is text."""
-        return {field: _plain(value) for field, value in vars(self).items()}
+    @property
+    def languages(self) -> list[str]:
+        """The languages in which the held-out KL was measured."""
+        return sorted({language for row in self.kl_by_language.values() for language in row})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values; a number that is not finite becomes text."""
+        return {name: _json_value(value) for name, value in vars(self).items()}
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+    if isinstance(value, LayerDiagnostics):
+        return _json_value(value.as_dict())
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
+        return _json_value(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    return value
 
 
-def collect(loaded: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> ReportData:
-    """Return what there is to tell of a run; what it means comes from `rotdistill_verdict`."""
-    from rotdistill_core.evaluation.rows import overall_figures
+def baseline_of(recipe: ResolvedRecipe) -> str:
+    """Return the variant that others are compared with: `base`, else the first."""
+    variants = list(recipe.recipe.variants)
+    return "base" if "base" in variants else variants[0]
 
-    variants = list(loaded.recipe.variants)
-    base = "base" if "base" in variants else variants[0]
-    rows = [
-        row._replace(value=float(row.value)) for row in outcome.rows
-    ]  # read back from results.jsonl some may be text
-    found = estimates(rows, base, loaded.recipe.seed)
+
+def headline_of(recipe: ResolvedRecipe) -> str:
+    """Return the variant that stands for the run's result: `full`, else the last."""
+    variants = list(recipe.recipe.variants)
+    return "full" if "full" in variants else variants[-1]
+
+
+def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> ReportData:
+    """Return the data of a run's report, without its findings."""
+    # Rows that were read back from results.jsonl hold text where a value is not finite.
+    rows = [row._replace(value=float(row.value)) for row in outcome.rows]
+    baseline = baseline_of(recipe)
+    seed = recipe.recipe.seed
+    found = estimates(rows, baseline, seed)
+    unexplained = {name: ["it broke a check when it was made."] for name in failed_variants(rows)}
     answers = {
-        variant: done.report.answers
-        for (variant, _), done in outcome.steps.items()
-        if done.report.answers
+        variant: result.report.answers
+        for (variant, _), result in outcome.steps.items()
+        if result.report.answers
     }
-    failed = {
-        row.variant: ["it broke a check when it was made."]
-        for row in rows
-        if row.metric == "failed"
-    } | outcome.failed
-    there = [variant for variant in variants if variant in answers]
-    ends = (
-        [base if base in there else there[0], "full" if "full" in there else there[-1]]
-        if there
-        else []
-    )
-    by_layer = [row for row in rows if row.layer is not None and row.text is None]
+    answered = [variant for variant in recipe.recipe.variants if variant in answers]
     return ReportData(
-        loaded.recipe.name, outcome.folder.name, base, table(overall_figures(rows), found, base), failed, found,
-        languages(rows, base, loaded.recipe.seed), _curves(by_layer), _cards(outcome, out), _steps(outcome), answers,
-        list(dict.fromkeys(ends)), made_of(loaded, outcome), loaded.text,
-    )  # fmt: skip
+        recipe_name=recipe.recipe.name,
+        run=outcome.folder.name,
+        baseline=baseline,
+        figures=figure_table(overall_figures(rows), found, baseline),
+        failures=unexplained | outcome.failed,
+        estimates=found,
+        kl_by_language=kl_by_language(rows, baseline, seed),
+        layer_curves=layer_curves(rows),
+        diagnostics=alignment_diagnostics(outcome, out),
+        steps=step_summaries(outcome),
+        answers=answers,
+        answer_variants=answer_variants(answered, baseline, headline_of(recipe)),
+        provenance=provenance(recipe, outcome),
+        recipe_text=recipe.text,
+    )
 
 
-def table(
-    values: Mapping[str, Mapping[str, float]],
+def with_interval(interval: Interval, metric: str, sign: str = "") -> str:
+    """Return a figure with its interval as text, `0.590 [0.520, 0.661]`.
+
+    `sign="+"` writes the sign of positive numbers too.
+    """
+    specification = f"{sign}{metric_named(metric).interval_format}"
+    value = _without_sign_of_zero(format(interval.value, specification))
+    if math.isnan(interval.low):
+        return value
+    low = _without_sign_of_zero(format(interval.low, specification))
+    high = _without_sign_of_zero(format(interval.high, specification))
+    return f"{value} [{low}, {high}]"
+
+
+def _without_sign_of_zero(number: str) -> str:
+    rounds_to_zero = not number.strip("+-0.")
+    return number.lstrip("+-") if rounds_to_zero else number
+
+
+def figure_table(
+    overall: Mapping[str, Mapping[str, float]],
     found: Mapping[str, Mapping[str, Estimate]],
-    base: str,
-) -> dict[str, dict[str, Figure]]:
-    """Return the table of variants. A figure that is not finite is shown, and never the best; figures that look alike are equally good."""
+    baseline: str,
+) -> dict[str, dict[str, ShownFigure]]:
+    """Return the table of variants, metric by metric.
+
+    Figures that look alike are equally good. One that is not finite is shown, and never the best.
+    """
+    best = _best_figures(overall)
+    table: dict[str, dict[str, ShownFigure]] = {}
+    for variant, row in overall.items():
+        table[variant] = {}
+        for name, value in row.items():
+            text = format(value, metric_named(name).format)
+            estimate = found.get(name, {}).get(variant)
+            change = ""
+            if estimate and estimate.change:
+                change = with_interval(estimate.change, name, "+")
+            elif variant != baseline and name in overall.get(baseline, {}):
+                change = _change_without_interval(name, value, overall[baseline][name])
+            table[variant][name] = ShownFigure(
+                value=value,
+                text=text,
+                interval=with_interval(estimate.own, name) if estimate else "",
+                change=change,
+                best=best.get(name) == text,
+            )
+    return table
+
+
+def _best_figures(overall: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Return metric -> the best figure as text, where variants differ and one way is better."""
     best: dict[str, str] = {}
-    for metric in {m for row in values.values() for m in row}:
-        there = [
-            row[metric] for row in values.values() if metric in row and math.isfinite(row[metric])
-        ]
-        way, form = column(metric).better, column(metric).form
-        if way and len({f"{value:{form}}" for value in there}) > 1:
-            best[metric] = f"{max(there) if way > 0 else min(there):{form}}"
-    made: dict[str, dict[str, Figure]] = {}
-    for variant, row in values.items():
-        made[variant] = {}
-        for metric, value in row.items():
-            shown, known = f"{value:{column(metric).form}}", found.get(metric, {}).get(variant)
-            own, change = (
-                (span(known.own, metric), span(known.change, metric, "+") if known.change else "")
-                if known
-                else ("", "")
-            )
-            if (
-                not change
-                and variant != base
-                and column(metric).better
-                and metric in values.get(base, {})
-            ):
-                change = _unsigned_zero(f"{value - values[base][metric]:+{column(metric).form}}")
-            made[variant][metric] = Figure(value, shown, own, change, best.get(metric) == shown)
-    return made
+    for name in {name for row in overall.values() for name in row}:
+        metric = metric_named(name)
+        values = [row[name] for row in overall.values() if name in row]
+        finite = [value for value in values if math.isfinite(value)]
+        different = {format(value, metric.format) for value in finite}
+        if metric.direction is not Direction.NEITHER and len(different) > 1:
+            extreme = max(finite) if metric.direction is Direction.HIGHER else min(finite)
+            best[name] = format(extreme, metric.format)
+    return best
 
 
-def languages(rows: list[MetricRow], base: str, seed: int) -> dict[str, dict[str, Figure]]:
+def _change_without_interval(name: str, value: float, baseline_value: float) -> str:
+    metric = metric_named(name)
+    if metric.direction is Direction.NEITHER:
+        return ""
+    return _without_sign_of_zero(format(value - baseline_value, f"+{metric.format}"))
+
+
+def kl_by_language(
+    rows: Sequence[MetricRow], baseline: str, seed: int
+) -> dict[str, dict[str, ShownFigure]]:
     """Return variant -> language -> held-out KL, with its change on the texts of that language."""
-    texts = {row.text: row.language for row in rows if row.metric == "kl" and row.text}
-    seen = values_by_text(row for row in rows if row.metric == "kl").get("kl", {})
-    made: dict[str, dict[str, Figure]] = {}
-    for row in rows:
-        if row.metric == "kl" and row.language and row.text is None:
-            mine, first = (
-                {t: v for t, v in seen.get(who, {}).items() if texts[t] == row.language}
-                for who in (row.variant, base)
-            )
-            change = paired_change(mine, first, seed) if row.variant != base else None
-            if change and len(mine) < FEWEST:
+    kl_rows = [row for row in rows if row.metric == "kl"]
+    language_of = {row.text: row.language for row in kl_rows if row.text}
+    texts = figures_by_text(kl_rows).get("kl", {})
+
+    def in_language(variant: str, language: str) -> dict[str, TextFigure]:
+        figures = texts.get(variant, {}).items()
+        return {text: figure for text, figure in figures if language_of[text] == language}
+
+    table: dict[str, dict[str, ShownFigure]] = {}
+    for row in kl_rows:
+        if not row.language or row.text is not None:
+            continue
+        change = None
+        if row.variant != baseline:
+            measured = in_language(row.variant, row.language)
+            reference = in_language(baseline, row.language)
+            change = paired_change(measured, reference, seed)
+            if change and len(measured) < MIN_TEXTS:
                 change = Interval(change.value, math.nan, math.nan)
-            made.setdefault(row.variant, {})[row.language] = Figure(
-                row.value, f"{row.value:.3f}", "", span(change, "kl", "+") if change else ""
-            )
-    return made
+        table.setdefault(row.variant, {})[row.language] = ShownFigure(
+            value=row.value,
+            text=f"{row.value:.3f}",
+            change=with_interval(change, "kl", "+") if change else "",
+        )
+    return table
 
 
-def _curves(rows: list[MetricRow]) -> dict[str, dict[str, dict[int, float]]]:
-    found: dict[str, dict[str, dict[int, float]]] = {}
+def layer_curves(rows: Iterable[MetricRow]) -> dict[str, dict[str, dict[int, float]]]:
+    """Return metric -> variant -> layer boundary -> figure, of the rows about one layer."""
+    curves: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        found.setdefault(row.metric, {}).setdefault(row.variant, {})[row.layer or 0] = row.value
-    return found
+        if row.layer is not None and row.text is None:
+            curves.setdefault(row.metric, {}).setdefault(row.variant, {})[row.layer] = row.value
+    return curves
 
 
-def _cards(outcome: RunResult, out: StepOutput) -> dict[str, dict[int, dict[str, Any]]]:
-    """Return what aligners stored about each layer: each solved step once, without what an earlier one had stored already."""
-    cards = {
-        record.key: record.result.cards
+def alignment_diagnostics(
+    outcome: RunResult, out: StepOutput
+) -> dict[str, dict[int, LayerDiagnostics]]:
+    """Return alignment step -> layer boundary -> what that step measured, each solved step once.
+
+    An aligner stores the figures of its predecessors again. Those are left out of its own.
+    """
+    files = _diagnostics_files(out)
+    diagnostics: dict[str, dict[int, LayerDiagnostics]] = {}
+    collected: set[str] = set()
+    known_of_variant: dict[str, set[tuple[int, str, str]]] = {}
+    for (variant, step), result in outcome.steps.items():
+        if not files.get(result.key):
+            continue
+        known = known_of_variant.setdefault(variant, set())
+        new: dict[int, dict[str, Any]] = {}
+        stored: set[tuple[int, str, str]] = set()
+        for layer, path in sorted(files[result.key].items()):
+            document = json.loads((out.store.root / path).read_text(encoding="utf-8"))
+            figures = {(layer, name, str(value)): value for name, value in document.items()}
+            new[layer] = {key[1]: value for key, value in figures.items() if key not in known}
+            stored |= figures.keys()
+        known |= stored
+        if result.key not in collected:
+            collected.add(result.key)
+            title = step if step not in diagnostics else f"{step} ({variant})"
+            diagnostics[title] = {
+                layer: LayerDiagnostics.from_dict(figures) for layer, figures in new.items()
+            }
+    return diagnostics
+
+
+def _diagnostics_files(out: StepOutput) -> dict[str, dict[int, Path]]:
+    """Return step key -> layer boundary -> file of its diagnostics, relative to all runs."""
+    return {
+        record.key: {int(layer): Path(path) for layer, path in record.result.cards.items()}
         for record in out.ledger.steps
         if isinstance(record.result, MapsRef)
     }
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    told: dict[str, set[tuple[int, str, str]]] = {}
-    seen: set[str] = set()
-    for (variant, step), done in outcome.steps.items():
-        paths = cards.get(done.key, {})
-        before = told.setdefault(variant, set())
-        diagnostics = {
-            int(layer): json.loads((out.store.root / path).read_text(encoding="utf-8"))
-            for layer, path in paths.items()
-        }
-        new = {
-            i: {k: v for k, v in diagnostics[i].items() if (i, k, str(v)) not in before}
-            for i in sorted(diagnostics)
-        }
-        before |= {(i, k, str(v)) for i, card in diagnostics.items() for k, v in card.items()}
-        if paths and done.key not in seen:
-            seen.add(done.key)
-            found[step if step not in found else f"{step} ({variant})"] = new
-    return found
 
 
-def _steps(outcome: RunResult) -> list[dict[str, Any]]:
-    """Return the steps that ran, each once, with what they noted; answers are told elsewhere."""
-    first: dict[str, dict[str, Any]] = {}
-    for (variant, step), done in outcome.steps.items():
-        notes = dict(done.notes)
-        if done.report.certificate:
-            notes["certificate"] = asdict(done.report.certificate)
-        if done.report.refused:
-            notes["refused"] = done.report.refused
-        first.setdefault(
-            done.key,
-            {
-                "step": step,
-                "variant": variant,
-                "reused": done.reused,
-                "seconds": done.seconds,
-                "notes": notes,
-                "report": done.report,
-            },
+def step_summaries(outcome: RunResult) -> list[StepSummary]:
+    """Return the steps that ran, each once."""
+    summaries: dict[str, StepSummary] = {}
+    for (variant, step), result in outcome.steps.items():
+        if result.key in summaries:
+            continue
+        report = result.report
+        notes = dict(result.notes)
+        if report.certificate:
+            notes["certificate"] = asdict(report.certificate)
+        if report.refused:
+            notes["refused"] = report.refused
+        summaries[result.key] = StepSummary(
+            step=step,
+            variant=variant,
+            reused=result.reused,
+            seconds=result.seconds,
+            notes=notes,
+            refused=report.refused,
+            curves=report.curves,
         )
-    return list(first.values())
+    return list(summaries.values())
+
+
+def answer_variants(answered: Sequence[str], baseline: str, headline: str) -> list[str]:
+    """Return the one or two variants whose answers are shown, of those that have answered."""
+    if not answered:
+        return []
+    first = baseline if baseline in answered else answered[0]
+    last = headline if headline in answered else answered[-1]
+    return list(dict.fromkeys([first, last]))

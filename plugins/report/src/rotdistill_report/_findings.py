@@ -1,333 +1,378 @@
-"""What the figures of a run mean: whether it worked, what is not to be trusted, what went wrong, what each step bought."""
+"""Findings: what the figures of a run mean, in words.
+
+Whether the run worked, why it is not to be trusted, what went wrong, what the steps of each variant
+changed.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
-from rotdistill_core.evaluation.intervals import Estimate, Interval, paired_change, values_by_text
-from rotdistill_core.evaluation.metrics import COLUMNS, column
-from rotdistill_report._data import Fault, Figure, ReportData, span
+from rotdistill_core.evaluation.intervals import Interval, figures_by_text, paired_change
+from rotdistill_core.evaluation.metrics import METRICS, is_teacher_metric, metric_named
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_report._answer_summary import answer_summary
+from rotdistill_report._data import (
+    Issue,
+    IssueKind,
+    ReportData,
+    ShownFigure,
+    StepSummary,
+    Tone,
+    with_interval,
+)
 
-if TYPE_CHECKING:
-    from rotdistill_core.execution.outcome import RunResult
-    from rotdistill_core.recipe.resolved import ResolvedRecipe
-
-
-TINY = 1e-6
-"""A ridge below this share of the mean diagonal is none: the fit follows every rounding of its rows."""
-SMALL = 0.01
-"""Share of a figure of `base` below which a change is not worth a line of its own."""
-EXACT = 1e-3
-"""Nats by which a variant of exact steps may differ in its KL: float32 rounding is well below."""
-BOUGHT = ("kl", "guard_kl", "top1", "answer_chrf", "factual_completeness", "hallucination_rate")
-"""What is said of each variant's own steps; metrics of other evaluators follow."""
+MIN_RIDGE = 1e-6
+"""A smaller ridge, as a share of the mean diagonal, lets the fit follow rounding errors."""
+MIN_RELATIVE_CHANGE = 0.01
+"""Share of the baseline's figure from which a change is worth an issue."""
+EXACT_KL_TOLERANCE = 1e-3
+"""Nats by which exact steps may change the KL; float32 rounding is far below."""
+MIN_LANGUAGE_GAIN = 10 * EXACT_KL_TOLERANCE
+"""Nats from which gains by language are worth a line."""
+COSINE_TOLERANCE = 1e-3
+SCORE_TOLERANCE = 1e-6
+SHOWN_AS_ZERO = 5e-4
+"""A change below it is written as zero, so `within noise` goes without saying."""
+ABLATION_METRICS = (
+    "kl",
+    "guard_kl",
+    "top1",
+    "answer_chrf",
+    "factual_completeness",
+    "hallucination_rate",
+)
+"""Metrics that the steps of a variant are compared by; those of other evaluators follow."""
 CONTROLS = {
-    "shuffled": "the teacher's rows were shuffled on purpose: what is fitted to them has nothing to learn",
-    "self": "the student was its own teacher on purpose: there is nothing to learn",
-    "reversed": "the layer map was turned round on purpose: every layer stands beside a wrong one of the teacher",
+    "shuffled": "the teacher's rows are shuffled on purpose: there is nothing to learn from them.",
+    "self": "the student is its own teacher on purpose: there is nothing to learn.",
+    "reversed": "the layer map is reversed on purpose: every layer is paired with a wrong one.",
 }
+"""Control of a capture -> why a run with it is not to be trusted."""
 
 
-def with_findings(told: ReportData, loaded: ResolvedRecipe, outcome: RunResult) -> ReportData:
-    """Return the report with everything that is said in words."""
-    alarms = list(validity_warnings(told, loaded))
-    faults = [*alarms, *collect_issues(told, loaded, outcome)]
-    sentence, mood = verdict(told, loaded, alarms)
+def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult) -> ReportData:
+    """Return the report with its findings."""
+    warnings = list(validity_warnings(report, recipe))
+    conclusion = verdict(report, recipe, warnings)
     return replace(
-        told, verdict=sentence, mood=mood, faults=faults, bought=list(ablation_effects(told, loaded, outcome)),
-        by_language=by_language(told.languages, told.base), words=words(told),
-    )  # fmt: skip
-
-
-def validity_warnings(told: ReportData, loaded: ResolvedRecipe) -> Iterator[Fault]:
-    """Yield why the run is not to be trusted: a control in place of the real thing, a ridge that is none, maps no better than chance."""
-    real = {
-        name
-        for name in loaded.recipe.variants
-        if any(p.stage in ("align", "fold", "style") for p in loaded.chain(name))
-    } - {told.base}
-    for recipe_step in loaded.steps:
-        control, ridge = (
-            getattr(recipe_step.step, "control", "none"),
-            getattr(recipe_step.step, "ridge", None),
-        )
-        users = {name for name in loaded.recipe.variants if recipe_step in loaded.chain(name)}
-        if (
-            control in CONTROLS and real <= users
-        ):  # beside the real thing a control is what it should be
-            yield Fault("control", recipe_step.id, f"{CONTROLS[control]}.")
-        if (
-            recipe_step.stage in ("fold", "style")
-            and isinstance(ridge, tuple)
-            and users
-            and max(ridge) < TINY
-        ):
-            yield Fault(
-                "no ridge",
-                recipe_step.id,
-                f"λ is at most {max(ridge):g} of the mean diagonal: the fit follows the noise of its rows.",
-            )
-    deliberate = {
-        recipe_step.id for recipe_step in loaded.steps if recipe_step.step.use == "random-rotation"
-    }
-    for step, diagnostics in told.diagnostics.items():
-        pairs = [
-            (c["cosine_after"], c["cosine_shuffled"])
-            for c in diagnostics.values()
-            if {"cosine_after", "cosine_shuffled"} <= c.keys()
-        ]
-        blind = sum(not after > shuffled for after, shuffled in pairs)
-        if pairs and 2 * blind >= len(pairs) and step.partition(" ")[0] not in deliberate:
-            yield Fault(
-                "chance",
-                step,
-                f"at {blind} of {len(pairs)} boundaries its map is no better than one fitted to shuffled rows.",
-            )
-
-
-def collect_issues(told: ReportData, loaded: ResolvedRecipe, outcome: RunResult) -> Iterator[Fault]:
-    """Yield what failed, was refused or got worse, the gravest first."""
-    for variant, faults in told.failed.items():
-        yield from (Fault("failed", variant, fault) for fault in faults)
-    for step in told.steps:
-        if step["report"].refused:
-            yield Fault(
-                "refused", f"{step['step']} (in {step['variant']})", f"{step['report'].refused}."
-            )
-    saved = loaded.recipe.student.save_dtype
-    wide = saved in ("float32", "float64") or (
-        saved == "auto" and outcome.pair and outcome.pair.student.weights.dtype.itemsize >= 4
+        report,
+        verdict=conclusion.sentence,
+        tone=conclusion.tone,
+        issues=[*warnings, *collect_issues(report, recipe, outcome)],
+        ablations=list(ablation_effects(report, recipe, outcome)),
+        language_summary=language_summary(report.kl_by_language, report.baseline),
+        answer_summary=answer_summary(report.estimates, report.answer_variants),
     )
-    for variant in told.table:
-        kl = [
-            told.table[v]["kl"].value for v in (variant, told.base) if "kl" in told.table.get(v, {})
-        ]
-        if (
-            wide
-            and len(kl) == 2
-            and not added(loaded, variant, told.base)[1]
-            and not abs(kl[0] - kl[1]) <= EXACT
-        ):
-            yield Fault(
-                "not exact",
-                variant,
-                f"it has exact steps only, and its KL is {kl[0] - kl[1]:+.4f} off: that is an error of the program.",
-            )
-    for name, diagnostics in told.diagnostics.items():
-        yield from (Fault("hurt", name, what) for what in worse_alignments(diagnostics))
-    for variant, row in told.table.items():
-        for metric in row:
-            change = (
-                told.estimates.get(metric, {})
-                .get(variant, Estimate(Interval(0, 0, 0), None))
-                .change
-            )
-            scale = (
-                told.table[told.base][metric].value
-                if metric in told.table.get(told.base, {})
-                else 0.0
-            )
-            beyond = change and change.beyond_noise() and abs(change.value) > SMALL * abs(scale)
-            if change and beyond and change.value * column(metric).better < 0:
-                yield Fault(
-                    "worse",
-                    variant,
-                    f"{column(metric).title} went {span(change, metric, '+')} against {told.base}.",
-                )
 
 
-def worse_alignments(diagnostics: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
-    """Say where a map leaves a layer farther from the teacher than it was."""
-    for part in ("heads", "neurons"):
-        there = {
-            i: card[part]
-            for i, card in diagnostics.items()
-            if isinstance(card.get(part), dict) and "identity_score" in card[part]
-        }
-        worse = {
-            i: (c["identity_score"], c["score"])
-            for i, c in there.items()
-            if c["score"] < c["identity_score"] - 1e-6
-        }
-        if worse:
-            yield f"the permutation of {part} matches worse than none at all {_places(worse, len(there))}."
-    both = {
-        i: (c["cosine_before"], c["cosine_after"])
-        for i, c in diagnostics.items()
-        if None not in (c.get("cosine_before"), c.get("cosine_after"))
+# Why a run is not to be trusted.
+
+
+def validity_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
+    """Yield why the run is not to be trusted: controls, missing ridges, maps at chance level."""
+    edited = {
+        name
+        for name in recipe.recipe.variants
+        if any(step.stage in ("align", "fold", "style") for step in recipe.chain(name))
+    } - {report.baseline}
+    for recipe_step in recipe.steps:
+        variants = {name for name in recipe.recipe.variants if recipe_step in recipe.chain(name)}
+        control = getattr(recipe_step.step, "control", "none")
+        # A variant without the control, next to one with it, is what a control is for.
+        if control in CONTROLS and edited <= variants:
+            yield Issue(IssueKind.CONTROL, recipe_step.id, CONTROLS[control])
+        ridges = getattr(recipe_step.step, "ridge", None)
+        transfers = recipe_step.stage in ("fold", "style")
+        if transfers and variants and isinstance(ridges, tuple) and max(ridges) < MIN_RIDGE:
+            text = f"λ is at most {max(ridges):g} of the mean diagonal: the fit follows noise."
+            yield Issue(IssueKind.NO_RIDGE, recipe_step.id, text)
+    yield from _chance_warnings(report, recipe)
+
+
+def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
+    """Yield the alignments that are no better than chance at half of their boundaries or more."""
+    random_on_purpose = {step.id for step in recipe.steps if step.step.use == "random-rotation"}
+    for title, layers in report.diagnostics.items():
+        step_id = title.partition(" ")[0]
+        compared = 0
+        at_chance = 0
+        for diagnostics in layers.values():
+            fitted, chance = diagnostics.cosine_after, diagnostics.cosine_shuffled
+            if fitted is not None and chance is not None:
+                compared += 1
+                at_chance += not fitted > chance
+        if compared and 2 * at_chance >= compared and step_id not in random_on_purpose:
+            text = f"at {at_chance} of {compared} boundaries its map is no better than one fitted "
+            yield Issue(IssueKind.CHANCE, title, text + "to shuffled rows.")
+
+
+# What went wrong.
+
+
+def collect_issues(
+    report: ReportData, recipe: ResolvedRecipe, outcome: RunResult
+) -> Iterator[Issue]:
+    """Yield what failed, was refused or got worse, the gravest first."""
+    for variant, failures in report.failures.items():
+        for failure in failures:
+            yield Issue(IssueKind.FAILED, variant, failure)
+    for step in report.steps:
+        if step.refused:
+            yield _refusal(step)
+    if _saved_in_full_precision(recipe, outcome):
+        yield from _inexact_variants(report, recipe)
+    for title, layers in report.diagnostics.items():
+        for text in worse_alignments(layers):
+            yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
+    yield from _worse_figures(report)
+
+
+def _refusal(step: StepSummary) -> Issue:
+    subject = f"{step.step} (in {step.variant})"
+    return Issue(IssueKind.REFUSED, subject, f"{step.refused}.")
+
+
+def _saved_in_full_precision(recipe: ResolvedRecipe, outcome: RunResult) -> bool:
+    """Return whether checkpoints have 32 bits or more, so that rounding explains no change."""
+    dtype = recipe.recipe.student.save_dtype
+    if dtype == "auto":
+        return outcome.pair is not None and outcome.pair.student.weights.dtype.itemsize >= 4
+    return dtype in ("float32", "float64")
+
+
+def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
+    """Yield the variants whose KL moves although all their steps are exact."""
+    baseline_kl = report.figures.get(report.baseline, {}).get("kl")
+    for variant, row in report.figures.items():
+        if baseline_kl is None or "kl" not in row:
+            continue
+        exact = not chain_difference(recipe, variant, report.baseline).inexact
+        change = row["kl"].value - baseline_kl.value
+        if exact and not abs(change) <= EXACT_KL_TOLERANCE:
+            text = f"it has exact steps only, yet its KL changes by {change:+.4f}: "
+            yield Issue(IssueKind.NOT_EXACT, variant, text + "that is an error of the program.")
+
+
+def worse_alignments(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]:
+    """Yield in words where a map leaves layers farther from the teacher than they were."""
+    assignments: dict[str, dict[int, AssignmentDiagnostics]] = {
+        "heads": {i: card.heads for i, card in layers.items() if card.heads},
+        "neurons": {i: card.neurons for i, card in layers.items() if card.neurons},
     }
-    worse = {i: pair for i, pair in both.items() if pair[1] < pair[0] - 1e-3}
-    if worse:
-        yield (f"the rotation lowers the cosine to the teacher {_places(worse, len(both))}. That is to be expected where the student "
-               "has the teacher's own layers; an exact fold of it changes no logit.")  # fmt: skip
+    for part, matched in assignments.items():
+        drops = {
+            i: Drop(each.identity_score, each.score)
+            for i, each in matched.items()
+            if each.score < each.identity_score - SCORE_TOLERANCE
+        }
+        if drops:
+            places = _places(drops, len(matched))
+            yield f"the permutation of {part} matches worse than leaving them in place {places}."
+    cosines = {
+        i: Drop(card.cosine_before, card.cosine_after)
+        for i, card in layers.items()
+        if card.cosine_before is not None and card.cosine_after is not None
+    }
+    drops = {i: d for i, d in cosines.items() if d.after < d.before - COSINE_TOLERANCE}
+    if drops:
+        yield (
+            f"the rotation lowers the cosine to the teacher {_places(drops, len(cosines))}. "
+            "This is expected where the student shares layers with the teacher; "
+            "folding it exactly changes no logit."
+        )
 
 
-def _places(worse: Mapping[int, tuple[float, float]], of: int) -> str:
-    most = max(worse, key=lambda i: worse[i][0] - worse[i][1])
-    return f"at {len(worse)} of {of} layers, most at {most}: from {worse[most][0]:.3f} to {worse[most][1]:.3f}"
+class Drop(NamedTuple):
+    """A figure of a layer that an alignment changes."""
+
+    before: float
+    after: float
 
 
-def added(loaded: ResolvedRecipe, variant: str, than: str) -> tuple[list[str], list[str]]:
-    """Return the steps that a variant has and another has not, and which steps of either are no exact ones."""
-    chains = [
-        [p for p in loaded.chain(v) if p.stage != "evaluate"] if v in loaded.recipe.variants else []
-        for v in (variant, than)
-    ]
-    if variant not in loaded.recipe.variants:
-        return [], [variant]
-    apart = [p for p in (*chains[0], *chains[1]) if (p in chains[0]) is not (p in chains[1])]
-    moved = [
-        p.id
-        for p in apart
-        if p.stage == "style"
-        or (p.stage in ("fold", "capture") and not getattr(p.step, "exact", False))
-    ]
-    return [p.id for p in chains[0] if p not in chains[1]], moved
+def _places(drops: Mapping[int, Drop], measured: int) -> str:
+    """Return at how many layers a figure drops, and where most."""
+    layer, largest = max(drops.items(), key=lambda item: item[1].before - item[1].after)
+    count = f"at {len(drops)} of {measured} layers"
+    return f"{count}, most at layer {layer}: from {largest.before:.3f} to {largest.after:.3f}"
 
 
-def verdict(told: ReportData, loaded: ResolvedRecipe, alarms: list[Fault]) -> tuple[str, str]:
-    """Return in one sentence whether the run worked, and its colour."""
-    if alarms:
-        return f"Not to be trusted: `{alarms[0].where}`: {alarms[0].what}", "bad"
-    if told.failed:
-        variant, faults = next(iter(told.failed.items()))
-        more = f" {len(told.failed)} variants failed." if len(told.failed) > 1 else ""
-        return f"Failed: `{variant}` breaks a check: {faults[0]}{more}", "bad"
+def _worse_figures(report: ReportData) -> Iterator[Issue]:
+    """Yield every figure that got worse beyond noise, and by more than rounding of its size."""
+    baseline_row = report.figures.get(report.baseline, {})
+    for variant, row in report.figures.items():
+        for metric in row:
+            estimate = report.estimates.get(metric, {}).get(variant)
+            change = estimate.change if estimate else None
+            if change is None or not change.beyond_noise():
+                continue
+            baseline_value = baseline_row[metric].value if metric in baseline_row else 0.0
+            relevant = abs(change.value) > MIN_RELATIVE_CHANGE * abs(baseline_value)
+            if relevant and change.value * metric_named(metric).direction < 0:
+                changed = with_interval(change, metric, "+")
+                text = f"{metric_named(metric).title} changed by {changed} "
+                yield Issue(IssueKind.WORSE, variant, text + f"against {report.baseline}.")
+
+
+# Steps of variants.
+
+
+class ChainDifference(NamedTuple):
+    """How the steps of a variant differ from those of another."""
+
+    added: list[str]
+    """Steps that only the first variant has."""
+    inexact: list[str]
+    """Steps that only one of the two has, and that change what the model computes."""
+
+
+def chain_difference(recipe: ResolvedRecipe, variant: str, other: str) -> ChainDifference:
+    """Return how the steps of `variant` differ from those of `other`, evaluation apart.
+
+    A variant that the recipe does not name, `round-trip`, counts as an inexact step of its own.
+    """
+    if variant not in recipe.recipe.variants:
+        return ChainDifference(added=[], inexact=[variant])
+    chain = _edits(recipe, variant)
+    other_chain = _edits(recipe, other) if other in recipe.recipe.variants else []
+    added = [step for step in chain if step not in other_chain]
+    missing = [step for step in other_chain if step not in chain]
+    inexact = [step.id for step in [*added, *missing] if _changes_model(step)]
+    return ChainDifference(added=[step.id for step in added], inexact=inexact)
+
+
+def _edits(recipe: ResolvedRecipe, variant: str) -> list[RecipeStep]:
+    return [step for step in recipe.chain(variant) if step.stage != "evaluate"]
+
+
+def _changes_model(recipe_step: RecipeStep) -> bool:
+    """Return whether a step may change what the model computes, or what later steps see of it."""
+    if recipe_step.stage == "style":
+        return True
+    exact = getattr(recipe_step.step, "exact", False)
+    return recipe_step.stage in ("fold", "capture") and not exact
+
+
+# Whether the run worked.
+
+
+class Verdict(NamedTuple):
+    """Whether a run worked."""
+
+    sentence: str
+    tone: Tone
+
+
+def verdict(report: ReportData, recipe: ResolvedRecipe, warnings: list[Issue]) -> Verdict:
+    """Return in one sentence whether the run worked."""
+    if warnings:
+        first = warnings[0]
+        return Verdict(f"Not to be trusted: `{first.subject}`: {first.text}", Tone.BAD)
+    if report.failures:
+        variant, failures = next(iter(report.failures.items()))
+        count = len(report.failures)
+        more = f" {count} variants failed." if count > 1 else ""
+        return Verdict(f"Failed: `{variant}` breaks a check: {failures[0]}{more}", Tone.BAD)
     changes = {
-        v: e.change
-        for v, e in told.estimates.get("kl", {}).items()
-        if e.change and v in loaded.recipe.variants
+        variant: estimate.change
+        for variant, estimate in report.estimates.get("kl", {}).items()
+        if estimate.change and variant in recipe.recipe.variants
     }
     if not changes:
-        return "Nothing to compare: the run has no second variant with a KL to the teacher.", "none"
+        sentence = "Nothing to compare: the run has no second variant with a KL to the teacher."
+        return Verdict(sentence, Tone.NEUTRAL)
+    return _verdict_of_changes(report, recipe, changes)
+
+
+def _verdict_of_changes(
+    report: ReportData, recipe: ResolvedRecipe, changes: Mapping[str, Interval]
+) -> Verdict:
+    measured = report.estimates["kl"]
+    reference = report.baseline if report.baseline in measured else next(iter(measured))
+    unchanged = all(abs(change.value) <= EXACT_KL_TOLERANCE for change in changes.values())
+    if unchanged and not any(chain_difference(recipe, v, reference).inexact for v in changes):
+        sentence = f"Exact steps only: every variant scores as `{reference}`, as it must."
+        return Verdict(sentence, Tone.GOOD)
     best = min(changes, key=lambda variant: changes[variant].value)
-    than = told.base if told.base in told.estimates["kl"] else next(iter(told.estimates["kl"]))
-    own, first = told.table[best], told.table[than]
-    if all(abs(change.value) <= EXACT for change in changes.values()) and not any(
-        added(loaded, v, than)[1] for v in changes
-    ):
-        return f"Exact steps only: every variant scores as `{than}`, as it must.", "good"
     if not (changes[best].beyond_noise() and changes[best].value < 0):
-        return (
-            f"It did not work: no variant is nearer to the teacher than `{than}` beyond what the choice of texts explains.",
-            "bad",
-        )
-    cost = ""
-    if "guard_kl" in own and "guard_kl" in first:
-        cost = f" Outside the domain the KL went from {first['guard_kl'].shown} to {own['guard_kl'].shown}."
-    went = f"{own['kl'].shown} nats per token instead of {first['kl'].shown} ({span(changes[best], 'kl', '+')})"
-    return (
-        f"It worked: `{best}` is nearest to the teacher, with a held-out KL of {went}.{cost}",
-        "good",
+        sentence = f"It did not work: no variant is nearer to the teacher than `{reference}` "
+        return Verdict(sentence + "by more than the choice of texts explains.", Tone.BAD)
+    row, reference_row = report.figures[best], report.figures[reference]
+    sentence = (
+        f"It worked: `{best}` is nearest to the teacher, with a held-out KL of "
+        f"{row['kl'].text} nats per token instead of {reference_row['kl'].text} "
+        f"({with_interval(changes[best], 'kl', '+')})."
     )
+    if "guard_kl" in row and "guard_kl" in reference_row:
+        before, after = reference_row["guard_kl"].text, row["guard_kl"].text
+        sentence += f" Outside the domain the KL went from {before} to {after}."
+    return Verdict(sentence, Tone.GOOD)
 
 
-def ablation_effects(told: ReportData, loaded: ResolvedRecipe, outcome: RunResult) -> Iterator[str]:
-    """Yield in words what each variant's own steps changed, against the largest variant that is part of it."""
-    texts = values_by_text(outcome.rows)
+# What the steps of each variant changed.
+
+
+def ablation_effects(
+    report: ReportData, recipe: ResolvedRecipe, outcome: RunResult
+) -> Iterator[str]:
+    """Yield in words what each variant changes against the largest variant that it contains."""
+    texts = figures_by_text(outcome.rows)
+    others = [name for name in texts if name not in METRICS and not is_teacher_metric(name)]
     steps = {
-        name: {p.id for p in loaded.chain(name) if p.stage != "evaluate"}
-        for name in loaded.recipe.variants
+        variant: {step.id for step in _edits(recipe, variant)}
+        for variant in recipe.recipe.variants
+        if variant in report.figures
     }
     for variant in steps:
-        smaller = [
-            other for other in steps if other in told.table and steps[other] < steps[variant]
-        ]
-        if variant not in told.table or not smaller:
+        contained = [other for other in steps if steps[other] < steps[variant]]
+        if not contained:
             continue
-        parent = max(smaller, key=lambda other: len(steps[other]))
-        new, moved = added(loaded, variant, parent)
-        parts = []
-        for metric in (
-            *BOUGHT,
-            *(
-                metric
-                for metric in texts
-                if metric not in COLUMNS and not metric.endswith("_teacher")
-            ),
-        ):
-            both = [texts.get(metric, {}).get(v) for v in (variant, parent)]
-            change = (
-                paired_change(both[0], both[1], loaded.recipe.seed) if both[0] and both[1] else None
-            )
-            if change:
-                noise = (
-                    "" if change.beyond_noise() or abs(change.value) < 5e-4 else " (within noise)"
-                )
-                parts.append(f"{column(metric).title} {span(change, metric, '+')}{noise}")
-        exact = "" if moved else " Exact steps: nothing is to change."
-        yield f"`{variant}` = `{parent}` + {', '.join(new)}: {'; '.join(parts) or 'nothing was measured on both'}.{exact}"
+        parent = max(contained, key=lambda other: len(steps[other]))
+        effects = []
+        for metric in (*ABLATION_METRICS, *others):
+            measured = texts.get(metric, {}).get(variant)
+            reference = texts.get(metric, {}).get(parent)
+            if measured and reference:
+                change = paired_change(measured, reference, recipe.recipe.seed)
+                effects += [_effect(metric, change)] if change else []
+        difference = chain_difference(recipe, variant, parent)
+        changed = "; ".join(effects) or "nothing was measured on both"
+        exact = "" if difference.inexact else " Exact steps: nothing should change."
+        yield f"`{variant}` = `{parent}` + {', '.join(difference.added)}: {changed}.{exact}"
 
 
-def by_language(languages: Mapping[str, Mapping[str, Figure]], base: str) -> list[str]:
-    """Return in words where the gain is largest, for each variant that changes anything."""
+def _effect(metric: str, change: Interval) -> str:
+    negligible = abs(change.value) < SHOWN_AS_ZERO
+    noise = "" if change.beyond_noise() or negligible else " (within noise)"
+    return f"{metric_named(metric).title} {with_interval(change, metric, '+')}{noise}"
+
+
+def language_summary(
+    kl_by_language: Mapping[str, Mapping[str, ShownFigure]], baseline: str
+) -> list[str]:
+    """Return in words where the KL falls most and least, for each variant that changes it."""
     lines = []
-    for variant, row in languages.items():
-        gains = {
-            k: languages[base][k].value - figure.value
-            for k, figure in row.items()
-            if k in languages.get(base, {})
+    reference = kl_by_language.get(baseline, {})
+    for variant, row in kl_by_language.items():
+        changes = {
+            language: -(reference[language].value - figure.value)
+            for language, figure in row.items()
+            if language in reference
         }
-        gains = {k: gain for k, gain in gains.items() if math.isfinite(gain)}
-        if variant == base or len(gains) < 2 or max(map(abs, gains.values())) < 10 * EXACT:
+        changes = {language: x for language, x in changes.items() if math.isfinite(x)}
+        if variant == baseline or len(changes) < 2:
             continue
-        order = sorted(gains, key=lambda k: -gains[k])
+        if max(abs(change) for change in changes.values()) < MIN_LANGUAGE_GAIN:
+            continue
+        by_change = sorted(changes, key=lambda language: changes[language])
+        most, least = by_change[0], by_change[-1]
         lines.append(
-            f"`{variant}`: the KL falls most in {order[0]} ({-gains[order[0]]:+.3f}) and least in {order[-1]} ({-gains[order[-1]]:+.3f})."
+            f"`{variant}`: the KL falls most in {most} ({changes[most]:+.3f}) "
+            f"and least in {least} ({changes[least]:+.3f})."
         )
-    return lines
-
-
-def words(told: ReportData) -> list[str]:
-    """Return one line for each of length, language, chrF and facts, where two variants have answered."""
-    return compare(told.estimates, *told.shown) if len(told.shown) == 2 else []
-
-
-def compare(found: Mapping[str, Mapping[str, Estimate]], one: str, two: str) -> list[str]:
-    """Return in words whether answers move towards the teacher's from variant `one`, which changes are against, to `two`."""
-
-    def went(metric: str, form: str) -> str:
-        return " → ".join(form.format(found[metric][variant].own.value) for variant in (one, two))
-
-    def moved(
-        metric: str,
-        better: int,
-        ways: tuple[str, str] = ("towards the teacher", "away from the teacher"),
-    ) -> str:
-        change = found[metric][two].change
-        if change is None:
-            return "not compared."
-        way = ways[0] if change.value * better > 0 else ways[1]
-        return f"{way if change.beyond_noise() else 'no change beyond noise'} ({span(change, metric, '+')})."
-
-    lengths = f"{went('answer_length', '{:.2f}')} times the teacher's, mean |ln| of that {went('answer_length_gap', '{:.2f}')}"
-    asked = (
-        f"{went('answer_language', '{:.0%}')} in the question's language, "
-        if "answer_language" in found
-        else ""
-    )
-    lines = [f"Length: {lengths}: {moved('answer_length_gap', -1)}"]
-    if (
-        "answer_language_teacher" in found
-    ):  # not where no answer of the teacher is in a language that can be told
-        languages = (
-            f"{asked}{went('answer_language_teacher', '{:.0%}')} in that of the teacher's answer"
-        )
-        lines.append(f"Language: {languages}: {moved('answer_language_teacher', 1)}")
-    lines.append(
-        f"chrF against the teacher's answers: {went('answer_chrf', '{:.1f}')}: {moved('answer_chrf', 1)}"
-    )
-    for metric, what, better in (
-        ("factual_completeness", "Expected facts named", 1),
-        ("hallucination_rate", "Answers with a known error", -1),
-    ):
-        if metric in found:
-            its = f"{metric}_teacher"
-            goal = f" (the teacher {found[its][one].own.value:.0%})" if its in found else ""
-            lines.append(
-                f"{what}: {went(metric, '{:.0%}')}{goal}: {moved(metric, better, ('better', 'worse'))}"
-            )
     return lines

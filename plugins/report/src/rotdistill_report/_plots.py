@@ -1,46 +1,45 @@
-"""The plots of a report as inline SVG: text stays text, lines of it take the page's own colour, so that they read in light and dark."""
+"""The plots of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from rotdistill_core.evaluation.metrics import column
-from rotdistill_report._attention import chosen, draw, moved
+import matplotlib
+from matplotlib.axes import Axes
+
+from rotdistill_core.evaluation.metrics import Direction, metric_named
+from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.store.results import Curve
+from rotdistill_report._attention import draw_attention, shown_pairs
 from rotdistill_report._data import ReportData
-from rotdistill_report._svg import COLOURS, INK, MARKS, STYLE, legend, lines_of, svg, svg_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
+from rotdistill_report._svg import (
+    INK,
+    STYLE,
+    Line,
+    Role,
+    draw_legend,
+    draw_lines,
+    series_colour,
+    series_marker,
+    svg_of_axes,
+    svg_of_figure,
+)
 
 BOUNDARY = "layer boundary (0: embeddings)"
-
-
-NULL = "null: shuffled rows"
-MATCHED = "What the assignment gains over leaving everything in its place."
-SOLVED: dict[str, tuple[dict[str, str], str, bool, str]] = {
-    "cosine": (
-        {"before": "cosine_before", "behind the map": "cosine_after", NULL: "cosine_shuffled"},
-        "mean cosine, validation rows", False, "How well the map carries the student onto the teacher, beside what chance reaches.",
-    ),
-    "RMS ratio": (
-        {"student / teacher": "rms_ratio"}, "RMS of student / teacher", False, "A rotation cannot change it; it is there to be known.",
-    ),
-    "orthogonality": (
-        {"max |R Rᵀ − I|": "max_rrt", "max |RᵀR − I|": "max_rtr"}, "largest deviation", True, "Rounding in float64 is about 1e-15.",
-    ),
-    **{
-        f"{part} matched": (
-            {"before: nothing moved": f"{part}.identity_score", "permuted": f"{part}.score", "null: at random": f"{part}.random_score"},
-            "mean similarity", False, MATCHED,
-        )
-        for part in ("heads", "neurons")
-    },
-}  # fmt: skip
-"""What is plotted of an aligner's cards: lines and their keys, the axis, whether it is logarithmic, what it shows."""
+NULL_LABEL = "null: shuffled rows"
+SAME_LINE = 0.01
+"""Share of a plot's spread below which two lines cannot be told apart."""
+MIN_LANGUAGE_CHANGE = 1e-2
+"""Nats from which the changes of a variant by language are plotted."""
+LAYER_UNITS = {
+    "hidden_cosine": "cosine to the teacher's state",
+    "residual_rms_diff": "RMS difference / teacher's RMS",
+    "channel_rms_gap": "mean |ln| of channel RMS ratio",
+}
+"""Metric by layer -> label of its axis; others go by their own name."""
 
 
 class Plot(NamedTuple):
@@ -48,266 +47,334 @@ class Plot(NamedTuple):
 
     title: str
     svg: str
-    about: str
+    caption: str
 
 
-def plots(told: ReportData, root: Path) -> list[Plot]:
-    """Return the plots for which there is something to show; `root` is the folder of runs."""
-    import matplotlib
+class DiagnosticLine(NamedTuple):
+    """A line of a plot of layer diagnostics."""
 
+    label: str
+    field: str
+    """Field of `LayerDiagnostics`, or `part.field` of its assignments."""
+    role: Role = Role.RESULT
+
+
+class DiagnosticPlot(NamedTuple):
+    """A plot of layer diagnostics."""
+
+    title: str
+    lines: tuple[DiagnosticLine, ...]
+    y_label: str
+    caption: str
+    log: bool = False
+
+
+def _assignment_plot(part: str) -> DiagnosticPlot:
+    return DiagnosticPlot(
+        title=f"{part} matched",
+        lines=(
+            DiagnosticLine("before: nothing moved", f"{part}.identity_score", Role.BEFORE),
+            DiagnosticLine("permuted", f"{part}.score"),
+            DiagnosticLine("null: at random", f"{part}.random_score", Role.NULL),
+        ),
+        y_label="mean similarity",
+        caption="The gain of the assignment over leaving everything in its place.",
+    )
+
+
+DIAGNOSTIC_PLOTS = (
+    DiagnosticPlot(
+        title="cosine",
+        lines=(
+            DiagnosticLine("before", "cosine_before", Role.BEFORE),
+            DiagnosticLine("after the map", "cosine_after"),
+            DiagnosticLine(NULL_LABEL, "cosine_shuffled", Role.NULL),
+        ),
+        y_label="mean cosine, validation rows",
+        caption="How well the map carries the student onto the teacher, compared with chance.",
+    ),
+    DiagnosticPlot(
+        title="RMS ratio",
+        lines=(DiagnosticLine("student / teacher", "rms_ratio"),),
+        y_label="RMS of student / teacher",
+        caption="A rotation cannot change it.",
+    ),
+    DiagnosticPlot(
+        title="orthogonality",
+        lines=(
+            DiagnosticLine("max |R Rᵀ − I|", "max_rrt"),
+            DiagnosticLine("max |RᵀR − I|", "max_rtr"),
+        ),
+        y_label="largest deviation",
+        caption="Rounding in float64 is about 1e-15.",
+        log=True,
+    ),
+    _assignment_plot("heads"),
+    _assignment_plot("neurons"),
+)
+
+
+def plots(report: ReportData, runs_folder: Path) -> list[Plot]:
+    """Return the plots for which there is something to show."""
     with matplotlib.rc_context(STYLE):
         return [
-            *_scores(told),
-            *_layers(told),
-            *_ways(told),
-            *_solved(told),
-            *_attention(told, root),
-            *_languages(told),
+            *_kl_plot(report),
+            *_layer_plots(report),
+            *_interpolation_plots(report),
+            *_alignment_plots(report),
+            *_attention_plots(report, runs_folder),
+            *_language_plot(report),
         ]
 
 
-def _scores(told: ReportData) -> Iterator[Plot]:
-    """Yield the held-out KL of all variants with its intervals, and the guard's beside it."""
-    found = {
-        metric: told.estimates[metric] for metric in ("kl", "guard_kl") if metric in told.estimates
-    }
-    if not found:
+def _kl_plot(report: ReportData) -> Iterator[Plot]:
+    """Yield the held-out KL of all variants with intervals, and the KL outside the domain."""
+    titles = {"kl": "held-out", "guard_kl": "guard (outside the domain)"}
+    measured = {metric: report.estimates[metric] for metric in titles if metric in report.estimates}
+    if not measured:
         return
+    variants = list(dict.fromkeys(name for row in measured.values() for name in row))
 
     def draw(axes: Axes) -> None:
-        names = list(dict.fromkeys(name for row in found.values() for name in row))
-        for k, (metric, row) in enumerate(found.items()):
-            at = [names.index(name) + 0.22 * (k - 0.5 * (len(found) - 1)) for name in row]
-            ends = [(e.own.value - e.own.low, e.own.high - e.own.value) for e in row.values()]
-            title = "held-out" if metric == "kl" else "guard (outside the domain)"
+        for number, (metric, row) in enumerate(measured.items()):
+            # Metrics of one variant lie above each other, around the variant's place.
+            shift = 0.22 * (number - 0.5 * (len(measured) - 1))
+            intervals = [estimate.own for estimate in row.values()]
             axes.errorbar(
-                [e.own.value for e in row.values()],
-                at,
-                xerr=[*zip(*ends, strict=True)],
-                fmt=MARKS[k],
-                color=COLOURS[1 + k],
-                label=title,
+                [each.value for each in intervals],
+                [variants.index(name) + shift for name in row],
+                xerr=[
+                    [each.value - each.low for each in intervals],
+                    [each.high - each.value for each in intervals],
+                ],
+                fmt=series_marker(number),
+                color=series_colour(number),
+                label=titles[metric],
                 capsize=2,
                 markersize=5,
             )
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(variants)), variants)
         axes.invert_yaxis()
         axes.set_xlabel("KL(teacher ‖ variant), nats per token")
         axes.set_ylabel("variant")
-        legend(axes, len(found))
+        draw_legend(axes, len(measured))
 
-    yield Plot(
-        "KL to the teacher",
-        svg("KL to the teacher", draw, 1.4 + 0.32 * len(told.table)),
-        "Points with 95 % intervals over texts; left is nearer.",
-    )
+    title = "KL to the teacher"
+    height = 1.4 + 0.32 * len(report.figures)
+    caption = "Points with 95 % intervals over texts; left is nearer."
+    yield Plot(title, svg_of_axes(title, draw, height), caption)
 
 
-def _layers(told: ReportData) -> Iterator[Plot]:
-    """Yield how near hidden states are, layer by layer, before (`base`) and after; what lies on another line is named, not drawn."""
-    for metric, variants in told.layers.items():
-        spread = [value for points in variants.values() for value in points.values()]
-        lines: dict[str, dict[int, float]] = {}
-        same: dict[str, list[str]] = {}
-        for name in (n for n in dict.fromkeys((told.base, *variants)) if n in variants):
-            on = next(
-                (
-                    other
-                    for other in lines
-                    if _alike(variants[name], lines[other], max(spread) - min(spread))
-                ),
-                None,
-            )
-            if on is None:
-                lines[name] = variants[name]
+def _layer_plots(report: ReportData) -> Iterator[Plot]:
+    """Yield hidden states layer by layer; a variant on another's line is named, not drawn."""
+    for metric, variants in report.layer_curves.items():
+        values = [value for points in variants.values() for value in points.values()]
+        spread = max(values) - min(values)
+        lines: dict[str, Line] = {}
+        hidden: dict[str, list[str]] = {}
+        for variant in dict.fromkeys((report.baseline, *variants)):
+            if variant not in variants:
+                continue
+            points = variants[variant]
+            twin = _line_below(points, lines, spread)
+            if twin is None:
+                role = Role.BEFORE if variant == report.baseline else Role.RESULT
+                lines[variant] = Line(variant, points, role)
             else:
-                same.setdefault(on, []).append(name)
-        title = f"{column(metric).title} by layer"
-        made = svg(
-            title, partial(lines_of, lines=lines, x=BOUNDARY, y=_unit(metric), before=told.base)
+                hidden.setdefault(twin, []).append(variant)
+        title = f"{metric_named(metric).title} by layer"
+        unit = LAYER_UNITS.get(metric, metric)
+        draw = partial(draw_lines, lines=list(lines.values()), x=BOUNDARY, y=unit)
+        notes = [f"On the line of {twin}: {', '.join(names)}." for twin, names in hidden.items()]
+        yield Plot(title, svg_of_axes(title, draw), " ".join([_layer_caption(metric), *notes]))
+
+
+def _line_below(
+    points: Mapping[int, float], lines: Mapping[str, Line], spread: float
+) -> str | None:
+    """Return the first line from which these points cannot be told apart in a plot."""
+    for name, line in lines.items():
+        shared = points.keys() & line.points.keys()
+        if shared and max(abs(points[k] - line.points[k]) for k in shared) <= SAME_LINE * spread:
+            return name
+    return None
+
+
+def _layer_caption(metric: str) -> str:
+    way = {Direction.HIGHER: "; higher is nearer", Direction.LOWER: "; lower is nearer"}
+    nearer = way.get(metric_named(metric).direction, "")
+    return f"On held-out answers, in the teacher's frame{nearer}."
+
+
+def _interpolation_plots(report: ReportData) -> Iterator[Plot]:
+    """Yield the loss on the lines between models, with the chords that barriers rise above."""
+    paths: dict[str, dict[str, Curve]] = {}
+    for step in report.steps:
+        for curve in step.curves:
+            name = f"{_end(curve.start, step.variant)} to {_end(curve.end, step.variant)}"
+            paths.setdefault(step.step, {})[name] = curve
+    for step_id, curves in paths.items():
+        title = f"{step_id}: between two models"
+        svg = svg_of_axes(title, partial(_draw_paths, curves=curves), 2.6 + 0.2 * len(curves))
+        barriers = [f"{name}: {_barrier(curve):.3g}" for name, curve in curves.items()]
+        caption = f"Dotted: the chord. Barrier, the highest rise above it: {'; '.join(barriers)}."
+        yield Plot(title, svg, caption)
+
+
+def _end(reference: str, variant: str) -> str:
+    """Return the name of one end of a path, where `variant` stands for the variant itself."""
+    return variant if reference == "variant" else reference.removeprefix("run:")
+
+
+def _chord(curve: Curve) -> list[float]:
+    """Return the losses that a straight line from the first to the last loss would have."""
+    first, last = curve.losses[0], curve.losses[-1]
+    return [(1 - t) * first + t * last for t in curve.positions]
+
+
+def _barrier(curve: Curve) -> float:
+    return max(loss - chord for loss, chord in zip(curve.losses, _chord(curve), strict=True))
+
+
+def _draw_paths(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = series_colour(number)
+        axes.plot(
+            curve.positions,
+            curve.losses,
+            marker=series_marker(number),
+            color=colour,
+            label=name,
         )
-        yield Plot(
-            title,
-            made,
-            " ".join(
-                [
-                    _about(metric),
-                    *(f"On the line of {on}: {', '.join(names)}." for on, names in same.items()),
-                ]
-            ),
-        )
+        # matplotlib leaves labels with an underscore out of the legend.
+        axes.plot(curve.positions, _chord(curve), ":", color=colour, label="_chord")
+    axes.set_xlabel("share of the second model")
+    axes.set_ylabel("KL(teacher ‖ mix), nats per token")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
 
 
-def _ways(told: ReportData) -> Iterator[Plot]:
-    """Yield the loss on the lines between models that evaluators noted, beside the chords that a barrier is measured from."""
-    found: dict[str, dict[str, dict[float, float]]] = {}
-    for done in told.steps:
-        for curve in done["report"].curves:
-            ends = (
-                done["variant"] if end == "variant" else end.removeprefix("run:")
-                for end in (curve.start, curve.end)
-            )
-            found.setdefault(done["step"], {})[" to ".join(ends)] = dict(
-                zip(curve.positions, curve.losses, strict=True)
-            )
-    for step, lines in found.items():
-        about: list[str] = []
-
-        def draw(
-            axes: Axes, lines: Mapping[str, Mapping[float, float]] = lines, about: list[str] = about
-        ) -> None:
-            for k, (name, points) in enumerate(lines.items()):
-                chord = {t: (1 - t) * points[0.0] + t * points[1.0] for t in points}
-                about.append(f"{name}: {max(points[t] - chord[t] for t in points):.3g}")
-                axes.plot(
-                    [*points],
-                    [*points.values()],
-                    marker=MARKS[k % 8],
-                    color=COLOURS[1 + k % 7],
-                    label=name,
-                )
-                axes.plot(
-                    [*chord], [*chord.values()], ":", color=COLOURS[1 + k % 7], label="_chord"
-                )
-            axes.set_xlabel("share of the second model")
-            axes.set_ylabel("KL(teacher ‖ mix), nats per token")
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
-
-        title = f"{step}: between two models"
-        made = svg(title, draw, 2.6 + 0.2 * len(lines))
-        yield Plot(
-            title,
-            made,
-            f"Dotted: the chord. Barrier, the highest rise above it: {'; '.join(about)}.",
-        )
+def _alignment_plots(report: ReportData) -> Iterator[Plot]:
+    """Yield what aligners measured at each boundary, then the spectra of their solves."""
+    for step_id, layers in report.diagnostics.items():
+        for plot in DIAGNOSTIC_PLOTS:
+            lines = []
+            for line in plot.lines:
+                points = _points(layers, line.field)
+                # Zero and less have no place on a logarithmic axis.
+                if points and not (plot.log and min(points.values()) <= 0):
+                    lines.append(Line(line.label, points, line.role))
+            if lines:
+                title = f"{step_id}: {plot.title}"
+                draw = partial(draw_lines, lines=lines, x=BOUNDARY, y=plot.y_label, log=plot.log)
+                yield Plot(title, svg_of_axes(title, draw), plot.caption)
+        yield from _spectrum_plot(step_id, layers)
 
 
-def _alike(points: Mapping[int, float], others: Mapping[int, float], spread: float) -> bool:
-    """Say whether two curves could not be told apart where both are, in a plot of this spread."""
-    shared = points.keys() & others.keys()
-    return bool(shared) and max(abs(points[k] - others[k]) for k in shared) <= 0.01 * spread
+def _points(layers: Mapping[int, LayerDiagnostics], field: str) -> dict[int, float]:
+    """Return layer boundary -> value of a `field` or `part.field`, where it was measured."""
+    part, _, name = field.rpartition(".")
+    points = {}
+    for layer, diagnostics in layers.items():
+        source: LayerDiagnostics | AssignmentDiagnostics | None = diagnostics
+        if part:
+            source = getattr(diagnostics, part)
+        value = getattr(source, name) if source is not None else None
+        if value is not None:
+            points[layer] = value
+    return points
 
 
-def _unit(metric: str) -> str:
-    return {"hidden_cosine": "cosine to the teacher's state", "residual_rms_diff": "RMS difference / teacher's RMS",
-            "channel_rms_gap": "mean |ln| of channel RMS ratio"}.get(metric, metric)  # fmt: skip
-
-
-def _about(metric: str) -> str:
-    way = {1: "; higher is nearer", -1: "; lower is nearer", 0: ""}[column(metric).better]
-    return f"On held-out answers, in the teacher's frame{way}."
-
-
-def _solved(told: ReportData) -> Iterator[Plot]:
-    """Yield what aligners found at each boundary: cosines beside their null, RMS ratio, orthogonality, spectra, permutations."""
-    for step, diagnostics in told.diagnostics.items():
-        for what, (keys, y, log, about) in SOLVED.items():
-            found = {name: _card_line(diagnostics, key) for name, key in keys.items()}
-            there = {
-                name: points
-                for name, points in found.items()
-                if points and not (log and min(points.values()) <= 0)
-            }
-            if there:
-                title = f"{step}: {what}"
-                made = svg(title, partial(lines_of, lines=there, x=BOUNDARY, y=y, log=log))
-                yield Plot(title, made, about)
-        yield from _spectra(step, diagnostics)
-
-
-def _card_line(diagnostics: Mapping[int, Mapping[str, Any]], path: str) -> dict[int, float]:
-    """Return what cards have under `key` or `part.key`, by layer."""
-    part, _, key = path.rpartition(".")
-    inner = {layer: card.get(part, {}) if part else card for layer, card in diagnostics.items()}
-    return {
-        layer: card[key] for layer, card in inner.items() if isinstance(card.get(key), int | float)
+def _spectrum_plot(step_id: str, layers: Mapping[int, LayerDiagnostics]) -> Iterator[Plot]:
+    """Yield the singular values of the solves: of the one solve with its null, or of three."""
+    spectra = {
+        layer: diagnostics.singular_values
+        for layer, diagnostics in layers.items()
+        if diagnostics.singular_values
     }
-
-
-def _spectra(step: str, diagnostics: Mapping[int, Mapping[str, Any]]) -> Iterator[Plot]:
-    there = {layer: card for layer, card in diagnostics.items() if card.get("singular_values")}
-    if not there:
+    if not spectra:
         return
-    some = sorted({min(there), sorted(there)[len(there) // 2], max(there)})
-    lines = {f"boundary {layer}": there[layer]["singular_values"] for layer in some}
-    if (
-        len({card["stage"] for card in there.values() if "stage" in card}) == 1
-    ):  # one solve for the whole stream
-        lines = {
-            "fitted": there[some[0]]["singular_values"],
-            NULL: there[some[0]].get("singular_values_shuffled", []),
-        }
-
-    def draw(axes: Axes) -> None:
-        first = max(next(iter(lines.values()))[0], 1e-300)
-        for k, (name, values) in enumerate(lines.items()):
-            axes.loglog(
-                range(1, len(values) + 1),
-                [max(v / first, 1e-16) for v in values],
-                color=COLOURS[1 + k],
-                label=name,
-            )
-        axes.set_xlabel("number of the singular value")
-        axes.set_ylabel("share of the largest")
-        legend(axes, len(lines))
-
-    yield Plot(
-        f"{step}: spectrum",
-        svg(f"{step}: spectrum", draw),
-        "Of the cross moments of student and teacher rows; where it falls to the null, nothing is shared.",
+    boundaries = sorted(spectra)
+    shown = sorted({boundaries[0], boundaries[len(boundaries) // 2], boundaries[-1]})
+    lines: dict[str, Sequence[float]] = {f"boundary {layer}": spectra[layer] for layer in shown}
+    stages = {layers[layer].stage for layer in spectra} - {None}
+    if len(stages) == 1:
+        # One map for the whole stream: all boundaries show the same solve.
+        null = layers[boundaries[0]].singular_values_shuffled or ()
+        lines = {"fitted": spectra[boundaries[0]], NULL_LABEL: null}
+    title = f"{step_id}: spectrum"
+    caption = (
+        "Of the cross moments of student and teacher rows; "
+        "where it falls to the null, nothing is shared."
     )
+    yield Plot(title, svg_of_axes(title, partial(_draw_spectra, lines=lines)), caption)
 
 
-def _attention(told: ReportData, root: Path) -> Iterator[Plot]:
-    """Yield attention maps before and after a permutation of heads, where the step kept them: of layers whose heads moved, or one."""
-    for step, diagnostics in told.diagnostics.items():
-        kept = {
-            layer: card
-            for layer, card in diagnostics.items()
-            if "attention" in card and chosen(card)
-        }
-        for layer, card in (
-            {i: card for i, card in kept.items() if moved(card)} or dict([*kept.items()][:1])
-        ).items():
-            title = f"{step}: attention in layer {layer}"
-            made = svg_of(title, partial(draw, path=root / card["attention"], card=card), 4.6)
-            yield Plot(
-                title,
-                made,
-                f"One text: the teacher, and the student's heads in the same places before and after. {moved(card)} moved.",
+def _draw_spectra(axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
+    largest = max(next(iter(lines.values()))[0], 1e-300)
+    for number, (name, values) in enumerate(lines.items()):
+        axes.loglog(
+            range(1, len(values) + 1),
+            [max(value / largest, 1e-16) for value in values],
+            color=series_colour(number),
+            label=name,
+        )
+    axes.set_xlabel("number of the singular value")
+    axes.set_ylabel("share of the largest")
+    draw_legend(axes, len(lines))
+
+
+def _attention_plots(report: ReportData, runs_folder: Path) -> Iterator[Plot]:
+    """Yield attention maps before and after a permutation of heads, where the step kept them.
+
+    Of the layers whose heads moved; where none did, of one layer.
+    """
+    for step_id, layers in report.diagnostics.items():
+        kept: list[tuple[int, str, AssignmentDiagnostics]] = []
+        for layer, diagnostics in layers.items():
+            heads = diagnostics.heads
+            if diagnostics.attention is not None and heads is not None and shown_pairs(heads):
+                kept.append((layer, diagnostics.attention, heads))
+        moved = [entry for entry in kept if entry[2].moved]
+        for layer, path, heads in moved or kept[:1]:
+            title = f"{step_id}: attention in layer {layer}"
+            draw = partial(draw_attention, path=runs_folder / path, heads=heads)
+            caption = (
+                "One text: the teacher, and the student's heads in the same places before and "
+                f"after. {heads.moved} moved."
             )
+            yield Plot(title, svg_of_figure(title, draw, 4.6), caption)
 
 
-def _languages(told: ReportData) -> Iterator[Plot]:
+def _language_plot(report: ReportData) -> Iterator[Plot]:
     """Yield the change of the KL in each language."""
-    base = told.languages.get(told.base, {})
-    gains = {
-        variant: {k: row[k].value - base[k].value for k in row if k in base}
-        for variant, row in told.languages.items() if variant != told.base
-    }  # fmt: skip
-    gains = {
-        variant: row for variant, row in gains.items() if any(abs(x) > 1e-2 for x in row.values())
-    }
-    if not gains or len(base) < 2:
+    baseline = report.kl_by_language.get(report.baseline, {})
+    changes: dict[str, dict[str, float]] = {}
+    for variant, row in report.kl_by_language.items():
+        change = {name: row[name].value - baseline[name].value for name in row if name in baseline}
+        if any(abs(value) > MIN_LANGUAGE_CHANGE for value in change.values()):
+            changes[variant] = change
+    if not changes or len(baseline) < 2:
         return
+    languages = sorted(baseline)
 
     def draw(axes: Axes) -> None:
-        names = sorted(base)
-        for k, (variant, row) in enumerate(gains.items()):
-            at = [
-                number + 0.5 * ((k + 0.5) / len(gains) - 0.5) for number in range(len(names))
-            ]  # beside each other, not on each other
-            values = [row.get(name, float("nan")) for name in names]
-            axes.plot(values, at, MARKS[k % 8], color=COLOURS[1 + k % 7], label=variant)
+        for number, (variant, change) in enumerate(changes.items()):
+            # Points of one language lie next to each other, not on each other.
+            shift = 0.5 * ((number + 0.5) / len(changes) - 0.5)
+            axes.plot(
+                [change.get(name, float("nan")) for name in languages],
+                [place + shift for place in range(len(languages))],
+                series_marker(number),
+                color=series_colour(number),
+                label=variant,
+            )
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(languages)), languages)
         axes.invert_yaxis()
-        axes.set_xlabel(f"change of held-out KL against {told.base}, nats per token")
+        axes.set_xlabel(f"change of held-out KL against {report.baseline}, nats per token")
         axes.set_ylabel("language")
-        legend(axes, len(gains))
+        draw_legend(axes, len(changes))
 
-    yield Plot(
-        "Change by language",
-        svg("Change by language", draw, 1.5 + 0.24 * len(base)),
-        "Left of the line: nearer to the teacher.",
-    )
+    title = "Change by language"
+    svg = svg_of_axes(title, draw, 1.5 + 0.24 * len(baseline))
+    yield Plot(title, svg, "Left of the line: nearer to the teacher.")

@@ -1,52 +1,62 @@
-"""Controls: a bank whose teacher says nothing about the texts that steps are fitted on, to be held beside the real one."""
+"""Negative controls: activations whose teacher rows carry no information on the fitted texts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-if TYPE_CHECKING:
-    from rotdistill_core.forward.activations import ActivationStore
-    from rotdistill_core.store.output import StepOutput
+import torch
+from torch import Tensor
+
+from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.forward.activations import ActivationStore, write_shard
+from rotdistill_core.store.output import StepOutput
+
+Control = Literal["shuffled", "reversed", "self"]
 
 
-def controlled(
-    kind: str, activations: ActivationStore, out: StepOutput, about: dict[str, Any]
+def replace_teacher_rows(
+    control: Control, activations: ActivationStore, out: StepOutput, model: str
 ) -> ActivationStore:
-    """Return the bank with other teacher rows for fit and validation texts; held-out and guard texts keep theirs.
+    """Return the activations with other teacher rows for fit and validation texts.
 
-    `shuffled`: the same rows in another order, one order for all boundaries, the shared prompt left where it is. `reversed`: the rows of
-    the boundary that is as far from the other end. `self`: the rows of the student as it was captured, at every boundary that it has.
+    Held-out texts, texts outside the domain and the shared prompt keep their rows.
+
+    Args:
+        control: `shuffled`: the same rows in another order, one order for all boundaries.
+            `reversed`: the rows of the boundary that is as far from the other end.
+            `self`: the rows of the student as captured, at each boundary that it still has.
+        activations: the capture.
+        out: takes the new shards.
+        model: the teacher's reference, for the sidecars.
     """
-    import torch
-
-    from rotdistill_core.forward.activations import write_shard
-
-    full, mine = activations.layouts["teacher"], activations.layouts["student"]
-    fitted = full.split("fit", "validation").nonzero().flatten()
-    fitted = fitted[fitted >= full.prefix]
-    order = fitted[torch.randperm(len(fitted), generator=torch.Generator().manual_seed(0))]
+    layout = activations.layouts[Side.TEACHER]
+    fitted = _fitted_rows(layout.split(Split.FIT, Split.VALIDATION), layout.prefix)
+    sidecar = {"model": model, "side": control}
     shards = []
-    for boundary, shard in enumerate(activations.shards["teacher"]):
-        T = activations.rows("teacher", boundary)
-        if kind == "shuffled":
-            T = T.index_copy(0, fitted, T[order])
-        elif kind == "reversed":
-            T = T.index_copy(
-                0,
-                fitted,
-                activations.rows("teacher", len(activations.shards["teacher"]) - 1 - boundary)[
-                    fitted
-                ],
-            )
-        elif boundary in activations.depths:
-            T = T.index_copy(
-                0,
-                mine.row_indices_in(full),
-                activations.rows("student", activations.depths.index(boundary)).to(T),
-            )
-        else:  # a boundary that the student does not have
+    for boundary, shard in enumerate(activations.shards[Side.TEACHER]):
+        if control == "self" and boundary not in activations.depths:
             shards.append(shard)
             continue
-        shards.append(write_shard(out, kind, boundary, T, T.dtype, {**about, "side": kind}))
-    return replace(activations, shards={**activations.shards, "teacher": tuple(shards)})
+        T = activations.rows(Side.TEACHER, boundary)
+        if control == "shuffled":
+            T = T.index_copy(0, fitted, T[_shuffled(fitted)])
+        elif control == "reversed":
+            last = len(activations.shards[Side.TEACHER]) - 1
+            T = T.index_copy(0, fitted, activations.rows(Side.TEACHER, last - boundary)[fitted])
+        else:
+            S = activations.rows(Side.STUDENT, activations.depths.index(boundary))
+            T = T.index_copy(0, activations.layouts[Side.STUDENT].row_indices_in(layout), S.to(T))
+        shards.append(write_shard(out, control, boundary, T, T.dtype, sidecar))
+    return replace(activations, shards={**activations.shards, Side.TEACHER: tuple(shards)})
+
+
+def _fitted_rows(mask: Tensor, prefix: int) -> Tensor:
+    """Return the indices of the masked rows, without those of the shared prompt `[n]`."""
+    rows = mask.nonzero().flatten()
+    return rows[rows >= prefix]
+
+
+def _shuffled(rows: Tensor) -> Tensor:
+    """Return rows in a random order that is the same on each call."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]

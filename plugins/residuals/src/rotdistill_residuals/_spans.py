@@ -1,27 +1,91 @@
-"""Pairing the tokens of two tokenizers by the bytes that they stand for."""
+"""Pairing of the tokens of two tokenizers by the bytes that they stand for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from rotdistill_core.data.packed import PackedTexts, Samples, Text
+from rotdistill_core.data.questions import Question
+from rotdistill_core.data.tokenization import decode_answer
 from rotdistill_core.errors import RecipeError, SetupError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rotdistill_core.data.packed import PackedTexts, Samples, Text
-
-
 UNPAIRED = (0, 1)
-"""Row 0 belongs to the chat template in every layout; no content is ever there."""
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(b): b for b in PRINTED} | {
-    chr(256 + k): b for k, b in enumerate(b for b in range(256) if b not in PRINTED)
-}
-"""The byte behind each character of a byte-level vocabulary. (Radford et al., GPT-2, 2019.)"""
+"""The span of a row without a pair. Row 0 belongs to the chat template in every layout, so no
+content is paired with it."""
+
+TABLE_COLUMNS = ("id", "bytes", "tokens", "teacher_tokens", "paired_tokens", "covered")
+
+PRINTED_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+"""Bytes that a byte-level vocabulary writes as the character of the same number."""
+
+
+class ByteSpan(NamedTuple):
+    """Bytes `[start, end)` of the contents of a text, joined."""
+
+    start: int
+    end: int
+
+    def overlaps(self, other: ByteSpan) -> bool:
+        """Return whether the two have a byte in common."""
+        return self.start < other.end and other.start < self.end
+
+
+class PairedRows(NamedTuple):
+    """Rows of the student's layout and of the teacher's that stand for the same bytes."""
+
+    spans: Tensor
+    """For each row of the student, the rows `[start, end)` of the teacher `[rows, 2]`; `UNPAIRED`
+    where no row of the teacher shares a byte."""
+    table: list[str]
+    """Lines of a table of the texts (`TABLE_COLUMNS`), tab-separated, with a header."""
+
+
+def pair_rows(samples: Samples, student_tokenizer: Any, teacher_tokenizer: Any) -> PairedRows:
+    """Pair rows by the bytes of system prompt, question and answer.
+
+    Tokens that the chat templates put around these are not paired: each model has its own.
+
+    Raises:
+        SetupError: see `token_bytes`.
+        RecipeError: a tokenizer does not reproduce the bytes of a text.
+    """
+    student_bytes = token_bytes(student_tokenizer)
+    teacher_bytes = token_bytes(teacher_tokenizer)
+    student, teacher = samples.layout, samples.teacher
+    spans = torch.tensor([UNPAIRED]).repeat(student.rows, 1)
+    table = ["\t".join(TABLE_COLUMNS)]
+    texts = zip(student.texts, teacher.texts, samples.questions, strict=True)
+    for k, (student_text, teacher_text, question) in enumerate(texts):
+        contents = _contents(samples.style, question, teacher_tokenizer, teacher_text)
+        student_spans = content_spans(
+            student_text, student_bytes, contents, student_tokenizer.name_or_path
+        )
+        teacher_spans = content_spans(
+            teacher_text, teacher_bytes, contents, teacher_tokenizer.name_or_path
+        )
+        paired_count = 0
+        for token, span in student_spans.items():
+            overlapping = [j for j, other in teacher_spans.items() if span.overlaps(other)]
+            if overlapping:
+                first, last = _rows_of_one_text(teacher, k, overlapping)
+                spans[_row(student, k, token)] = torch.tensor([first, last + 1])
+                paired_count += 1
+        cells = (
+            student_text.id,
+            sum(map(len, contents)),
+            len(student_text.tokens),
+            len(teacher_text.tokens),
+            paired_count,
+            min(_covered(student_spans), _covered(teacher_spans)),
+        )
+        table.append("\t".join(map(str, cells)))
+    return PairedRows(spans, table)
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
@@ -31,115 +95,121 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         SetupError: the tokenizer's vocabulary is neither byte-level nor falls back to bytes.
     """
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    names: list[str] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    names: list[str | None] = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if "ByteLevel" in decoder:
-        found = [
-            bytes(BYTE_OF.get(c, 0) for c in name or "") for name in names
-        ]  # added tokens are put right below
+        byte_of = _byte_level_alphabet()
+        pieces = [bytes(byte_of.get(c, 0) for c in name or "") for name in names]
     elif "ByteFallback" in decoder:
-        hexes = [name.startswith("<0x") and len(name) == 6 for name in names]
-        found = [
-            bytes([int(n[3:5], 16)]) if h else n.replace("\u2581", " ").encode()
-            for n, h in zip(names, hexes, strict=True)
-        ]
+        pieces = [_bytes_with_fallback(name or "") for name in names]
     else:
         raise SetupError(
-            f"{tokenizer.name_or_path}: its tokens are not bytes (decoder {decoder[:60]}); it cannot be paired with another."
+            f"{tokenizer.name_or_path}: its tokens are not bytes (decoder {decoder[:60]}); "
+            "it cannot be paired with another."
         )
-    for k, token in tokenizer.added_tokens_decoder.items():
-        found[k] = token.content.encode()
-    return found
+    # Added tokens stand for themselves in every vocabulary.
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        pieces[token_id] = token.content.encode()
+    return pieces
 
 
-def pair_rows(samples: Samples, tokenizers: Sequence[Any]) -> tuple[Tensor, list[str]]:
-    """Pair the rows of the student's layout with the teacher's, by the bytes of system prompt, question and answer.
-
-    What the chat templates put around these is each model's own, and is not paired.
+def content_spans(
+    text: Text, bytes_of: Sequence[bytes], contents: Sequence[bytes], tokenizer_name: str
+) -> dict[int, ByteSpan]:
+    """Return which bytes of the contents each token stands for.
 
     Args:
-        samples: read by two tokenizers.
-        tokenizers: of student and teacher.
+        text: the tokenised conversation.
+        bytes_of: the bytes of every token id.
+        contents: system prompt, question and answer, in the order of the conversation.
+        tokenizer_name: for the error.
 
     Returns:
-        For each row of the student the teacher's rows [start, end) whose bytes overlap its own `[rows, 2]`, `UNPAIRED` where there
-        are none; and a table of the texts.
+        Index of a token -> its bytes, counted through all contents joined. Tokens of the chat
+        template are left out.
 
     Raises:
-        RecipeError: a text whose bytes one of the tokenizers does not give back.
+        RecipeError: a content is not in the bytes of the tokens.
     """
-    import torch
+    pieces = [bytes_of[token] for token in text.tokens]
+    whole = b"".join(pieces)
+    ends = [0, *accumulate(map(len, pieces))]
+    spans: dict[int, ByteSpan] = {}
+    position = 0  # in the bytes of the tokens, after the contents before
+    offset = 0  # in the joined contents
+    for content in contents:
+        start = whole.find(content, position)
+        if start < 0:
+            start = _start_of_cut(content, whole, max(position, ends[text.answer]))
+        if start < 0:
+            shown = content[:40].decode(errors="replace")
+            raise RecipeError(
+                f"text {text.id}: the tokens of {tokenizer_name} do not give its bytes back: "
+                f"{shown!r} is not there."
+            )
+        stop = min(start + len(content), len(whole))
+        shift = offset - start
+        for j, (token_start, token_end) in enumerate(pairwise(ends)):
+            if token_start < stop and start < token_end:
+                spans[j] = ByteSpan(max(token_start, start) + shift, min(token_end, stop) + shift)
+        position = stop
+        offset += len(content)
+    return spans
 
-    from rotdistill_core.data.tokenization import decode_answer
 
-    known = [token_bytes(tokenizer) for tokenizer in tokenizers]
-    student, teacher = samples.layout, samples.teacher
-    pairs, lines = (
-        torch.tensor([UNPAIRED]).repeat(student.rows, 1),
-        ["id\tbytes\ttokens\tteacher_tokens\tpaired_tokens\tcovered"],
-    )
-    for k, (text, other, asked) in enumerate(
-        zip(student.texts, teacher.texts, samples.questions, strict=True)
-    ):
-        answer = (
-            asked.answer
-            if asked.answer is not None
-            else decode_answer(tokenizers[1], other.tokens[other.answer :])
-        )
-        said = [part.encode() for part in (samples.style, asked.question, answer)]
-        mine, theirs = (
-            _placed(t, b, said, z) for t, b, z in zip((text, other), known, tokenizers, strict=True)
-        )
-        paired = 0
-        for token, (start, end) in mine.items():
-            over = [j for j, (a, b) in theirs.items() if a < end and start < b]
-            if over:
-                rows = [
-                    _row(teacher, k, j)
-                    for j in over
-                    if j >= teacher.prefix or over[-1] < teacher.prefix
-                ]
-                pairs[_row(student, k, token)] = torch.tensor([rows[0], rows[-1] + 1])
-                paired += 1
-        size, seen = (
-            sum(map(len, said)),
-            min(max(end for _, end in side.values()) for side in (mine, theirs)),
-        )
-        lines.append(
-            f"{text.id}\t{size}\t{len(text.tokens)}\t{len(other.tokens)}\t{paired}\t{seen}"
-        )
-    return pairs, lines
+def _contents(
+    style: str, question: Question, teacher_tokenizer: Any, teacher_text: Text
+) -> list[bytes]:
+    """Return the bytes of system prompt, question and answer of a text."""
+    answer = question.answer
+    if answer is None:
+        answer = decode_answer(teacher_tokenizer, teacher_text.tokens[teacher_text.answer :])
+    return [part.encode() for part in (style, question.question, answer)]
+
+
+def _start_of_cut(content: bytes, whole: bytes, first: int) -> int:
+    """Return where a content begins that the end of a cut text breaks off, or -1."""
+    for position in range(first, len(whole)):
+        if content.startswith(whole[position:]):
+            return position
+    return -1
+
+
+def _covered(spans: Mapping[int, ByteSpan]) -> int:
+    """Return how many bytes of the contents are there before the text is cut."""
+    return max(span.end for span in spans.values())
+
+
+def _rows_of_one_text(layout: PackedTexts, text: int, tokens: Sequence[int]) -> tuple[int, int]:
+    """Return the first and the last row of consecutive tokens of a text.
+
+    Prefix and text are apart in the layout. Tokens on both sides of the border are represented by
+    those of the text alone.
+    """
+    crosses = tokens[0] < layout.prefix <= tokens[-1]
+    kept = [token for token in tokens if token >= layout.prefix] if crosses else tokens
+    return _row(layout, text, kept[0]), _row(layout, text, kept[-1])
 
 
 def _row(layout: PackedTexts, text: int, token: int) -> int:
+    """Return the row of a token of a text."""
     return token if token < layout.prefix else layout.starts[text] + token - layout.prefix
 
 
-def _placed(
-    text: Text, known: Sequence[bytes], said: Sequence[bytes], tokenizer: Any
-) -> dict[int, tuple[int, int]]:
-    """Return token -> the bytes `[start, end)` of the contents, one behind the other, that it stands for."""
-    pieces = [known[token] for token in text.tokens]
-    whole, ends = b"".join(pieces), [0, *accumulate(map(len, pieces))]
-    recipe_step, at, offset = {}, 0, 0
-    for part in said:
-        found = whole.find(part, at)
-        if found < 0:  # a text cut short ends in the middle of its answer
-            found = next(
-                (
-                    p
-                    for p in range(max(at, ends[text.answer]), len(whole))
-                    if part.startswith(whole[p:])
-                ),
-                -1,
-            )
-        if found < 0:
-            shown = part[:40].decode(errors="replace")
-            raise RecipeError(
-                f"text {text.id}: the tokens of {tokenizer.name_or_path} do not give its bytes back: {shown!r} is not there."
-            )
-        stop = min(found + len(part), len(whole))
-        for j, (a, b) in enumerate(pairwise(ends)):
-            if a < stop and found < b:
-                recipe_step[j] = (max(a, found) - found + offset, min(b, stop) - found + offset)
-        at, offset = stop, offset + len(part)
-    return recipe_step
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte of each character of a byte-level vocabulary.
+
+    Bytes without a printed character are written as the characters from 256 on. (Radford et al.,
+    GPT-2, 2019.)
+    """
+    alphabet = {chr(byte): byte for byte in PRINTED_BYTES}
+    others = [byte for byte in range(256) if byte not in PRINTED_BYTES]
+    for k, byte in enumerate(others):
+        alphabet[chr(256 + k)] = byte
+    return alphabet
+
+
+def _bytes_with_fallback(name: str) -> bytes:
+    """Return the bytes of a token of a vocabulary with byte fallback: `<0x0A>`, or a text."""
+    if name.startswith("<0x") and len(name) == 6:
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\u2581", " ").encode()

@@ -1,1 +1,2 @@
-"""Verbs of authors: rotdistill new, the beginning of a step, an adapter or a recipe; plugins and schema, what is installed."""
+"""Verbs of authors: rotdistill new, the beginning of a step, an adapter or a recipe; plugins and
+schema, what is installed."""

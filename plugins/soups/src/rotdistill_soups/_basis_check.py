@@ -1,153 +1,96 @@
-"""Whether two checkpoints of one shape speak of the same coordinates, measured on their weights, and how one is brought to the other."""
+"""Whether two checkpoints of one shape are in one basis, measured on their weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import torch
-from rotdistill_weight_matching.step import WeightMatching, vocabulary_moments
 from torch import Tensor
 
-from rotdistill_core.checkpoint.lazy import open_tensors
-from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import RecipeError
-from rotdistill_core.forward.layerwise import Progress
-from rotdistill_core.linalg.maps import Maps, Rotation
 from rotdistill_core.linalg.solvers import polar
-from rotdistill_core.store.output import StepOutput
 
-ROWS = 32
+COMPARED_ROWS = 32
 """Rows of each parameter that are compared, evenly spread."""
-APART = 0.7
-"""Distance `‖A - B‖ / sqrt(‖A‖ ‖B‖)` beyond which two parameters are not in one basis; 0 for equal ones, 1.41 for unrelated ones."""
+OTHER_BASIS = 0.7
+"""Relative distance beyond which two parameters are not in one basis."""
+BLOCK_ROWS = 8192
+"""Rows of an embedding that are in float64 at once."""
 
 
-def mismatch(one: Weights, two: Weights) -> dict[str, float]:
-    """Return how far two checkpoints are from each other in every kind of matrix, in the worst layer; norm gains count as their readers'.
+def basis_distances(one: Weights, two: Weights) -> dict[str, float]:
+    """Return how far two checkpoints are apart in every kind of matrix, in the worst layer.
 
-    In another basis of the stream all of them are far, where heads or neurons moved only theirs.
+    See `relative_distance`. A matrix counts with the norm gain before it. In another basis of the
+    stream all kinds are far apart; where heads or neurons moved, only theirs are.
     """
     worst: dict[str, float] = {}
     for name, param in one.adapter.expand(one.config).items():
         if len(param.axes) == 2 and name in one.entries and name in two.entries:
-            some = _some(one.entries[name].shape[0], ROWS)
-            A, B = (_read(view, name, param.gain, some) for view in (one, two))
+            rows = _spread_rows(one.entries[name].shape[0], COMPARED_ROWS)
+            A, B = (_read_with_gain(view, name, param.gain, rows) for view in (one, two))
             role = name.split(".")[-2]
-            worst[role] = max(worst.get(role, 0.0), _distance(A, B))
+            worst[role] = max(worst.get(role, 0.0), relative_distance(A, B))
     return worst
 
 
-def _read(view: Weights, name: str, gain: str | None, some: Tensor) -> Tensor:
-    W = view[name][some].float()
-    return W * view.gain(gain).float() if gain else W
-
-
-def _distance(A: Tensor, B: Tensor) -> float:
+def relative_distance(A: Tensor, B: Tensor) -> float:
+    """Return `‖A - B‖ / sqrt(‖A‖ ‖B‖)`: 0 for equal matrices, 1.41 for unrelated ones."""
     return float((A - B).norm() / (A.norm() * B.norm()).sqrt().clamp_min(1e-30))
 
 
-def far(apart: dict[str, float]) -> bool:
-    """Say whether a mismatch is that of two bases. A value that is not a number is none."""
-    return any(value > APART for value in apart.values())
+def is_other_basis(distances: Mapping[str, float]) -> bool:
+    """Return whether distances are those of two bases. NaN does not count as far."""
+    return any(value > OTHER_BASIS for value in distances.values())
 
 
-def refusal(name: str, apart: dict[str, float], view: Weights, base: Weights) -> str:
-    """Return why an ingredient cannot be merged as it is, with what was measured."""
-    shown = ", ".join(f"{role} {value:.2f}" for role, value in apart.items())
-    some = _some(base.entries[base.adapter.embedding].shape[0], 32 * ROWS)
-    A, B = (w[base.adapter.embedding][some].double() for w in (view, base))
-    R, _ = polar(vocabulary_moments(view, base), "soups: basis")
-    before, after = _distance(A, B), _distance(A @ R, B)
-    if after > APART:
-        why = f"No rotation of the stream brings the embeddings nearer than {after:.2f}: it was trained apart from the student."
+def listed(distances: Mapping[str, float]) -> str:
+    """Return distances as text for a message."""
+    return ", ".join(f"{role} {value:.2f}" for role, value in distances.items())
+
+
+def refusal(name: str, distances: Mapping[str, float], view: Weights, base: Weights) -> str:
+    """Return why an ingredient cannot be merged as it is, with the measured distances."""
+    rows = _spread_rows(base.entries[base.adapter.embedding].shape[0], 32 * COMPARED_ROWS)
+    A, B = (w[base.adapter.embedding][rows].double() for w in (view, base))
+    R = _embedding_rotation(view, base)
+    before, after = relative_distance(A, B), relative_distance(A @ R, B)
+    remedy = 'it is kin in another basis, and same_basis = "align" brings it to the student\'s.'
+    if after > OTHER_BASIS:
+        why = (
+            f"No rotation of the stream brings the embeddings nearer than {after:.2f}: it was "
+            "trained apart from the student."
+        )
+    elif before > OTHER_BASIS:
+        why = (
+            f"One rotation of the stream brings the embeddings from {before:.2f} to {after:.2f}: "
+            f"{remedy}"
+        )
     else:
-        turned = (
-            f"One rotation of the stream brings the embeddings from {before:.2f} to {after:.2f}"
-        )
-        turned = (
-            turned
-            if before > APART
-            else "Its stream is the student's, but heads or neurons are not"
-        )
-        why = f'{turned}: it is kin in another basis, and same_basis = "align" brings it to the student\'s.'
-    told = (
-        f"Relative distances of its weights, in the worst layer: {shown} (0 equal, 1.41 unrelated)."
-    )
-    return f"soups: {name} is not in the student's basis. {told} {why}"
-
-
-def _some(size: int, most: int) -> Tensor:
-    """Return up to `most` row numbers, evenly spread."""
-    return torch.arange(0, size, max(1, -(-size // most)))
-
-
-@dataclass(frozen=True)
-class Seen(Model):
-    """The student as earlier steps left it, in the place of a model that others are aligned to."""
-
-    view: Weights | None = None
-
-    @property
-    def weights(self) -> Weights:
-        """The view."""
-        assert self.view is not None
-        return self.view
-
-
-def aligned(
-    name: str,
-    model: Model,
-    view: Weights,
-    student: Model,
-    base: Weights,
-    out: StepOutput,
-    progress: Progress,
-) -> Weights:
-    """Return the ingredient in the student's basis: rotation, heads, neurons and gauges from weights alone, folded exactly.
-
-    Raises:
-        RecipeError: they are as far apart afterwards.
-    """
-    target = Seen(student.ref, student.folder, base.config, base.adapter, base)
-    pair = Pair(target, replace(model, config=view.config))
-    maps = WeightMatching().align(view, Maps(), pair, out, progress)
-    tied = maps.tied()
-    assert tied is not None
-    inner = {space: found for space, found in maps.items() if not space.startswith("residual.")}
-    made = view.fold({"residual": tied, **inner})
-    apart = mismatch(made, fused(base))
-    if far(apart):
-        shown = ", ".join(f"{role} {value:.2f}" for role, value in apart.items())
-        raise RecipeError(
-            f"soups: {name} could not be aligned: relative distances of its weights are still {shown} (0: equal, 1.41: unrelated). "
-            "It was trained apart from the student, or too far from it; leave it out."
-        )
-    return made
-
-
-def is_fused(view: Weights) -> bool:
-    """Say whether the norm gains were absorbed by their readers already."""
-    gains = [view.gain(name) for name in view.adapter.gains(view.config)[0]]
-    return all(float((g - g[0]).abs().max()) <= 1e-6 * float(g[0].abs()) for g in gains)
-
-
-def fused(view: Weights) -> Weights:
-    """Return the view with its norm gains absorbed and its head untied; logits do not change."""
+        why = f"Its stream is the student's, but heads or neurons are not: {remedy}"
     return (
-        view
-        if is_fused(view)
-        else view.fold({"residual": Rotation(torch.eye(view.width, dtype=torch.float64))})
+        f"soups: {name} is not in the student's basis. Relative distances of its weights, in the "
+        f"worst layer: {listed(distances)} (0 equal, 1.41 unrelated). {why}"
     )
 
 
-def on_disk(view: Weights, name: str, out: StepOutput, dtype: torch.dtype) -> Weights:
-    """Return the view with what would be computed at every read committed to a file instead."""
-    from rotdistill_core.store.files import tensor_blocks
+def _embedding_rotation(view: Weights, base: Weights) -> Tensor:
+    """Return the rotation `R [d, d]` that brings `E_view R` nearest to the student's embedding.
 
-    made = {n: (e.shape, dtype, e.read) for n, e in view.entries.items() if e.stored is None}
-    if not made:
-        return view
-    file = f"weights/{out.step}/{name}.safetensors"
-    path = out.find(file) or out.write(file, tensor_blocks(made))
-    return replace(view.edit(open_tensors(path)), undo=view.undo)
+    It is the polar factor of `E_viewᵀ E_base`. (Schönemann, Psychometrika 31, 1966.)
+    """
+    A, B = view[base.adapter.embedding], base[base.adapter.embedding]
+    M = torch.zeros(base.width, base.width, dtype=torch.float64)
+    for k in range(0, len(A), BLOCK_ROWS):
+        M += A[k : k + BLOCK_ROWS].double().T @ B[k : k + BLOCK_ROWS].double()
+    return polar(M, "soups: basis")[0]
+
+
+def _read_with_gain(view: Weights, name: str, gain: str | None, rows: Tensor) -> Tensor:
+    W = view[name][rows].float()
+    return W * view.gain(gain).float() if gain else W
+
+
+def _spread_rows(size: int, limit: int) -> Tensor:
+    """Return up to `limit` row numbers, evenly spread."""
+    return torch.arange(0, size, max(1, -(-size // limit)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,69 +13,98 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import Progress, meta_model
 from rotdistill_core.store.files import tensor_blocks
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._merge import Mixer, weighted
 
 
-def fisher(view: Weights, layout: PackedTexts, most: int, sampled: bool, seed: int, device: torch.device, dtype: torch.dtype,
-           out: StepOutput, name: str, progress: Progress) -> Mapping[str, LazyTensor]:  # fmt: skip
-    """Return `F_j = mean over answer tokens of (∂ log p(y) / ∂θ_j)²` of every parameter, kept in bfloat16.
+@dataclass(frozen=True, kw_only=True)
+class FisherSettings:
+    """How the information is estimated."""
 
-    With y drawn from the model's own prediction at every token this is the Fisher information: the gradient of one text is a sum of
-    independent terms of mean zero, so its square is an unbiased estimate of the sum of theirs, and one backward pass per text will do.
-    With the text's own tokens as y it is the empirical Fisher, which is another quantity. (Kunstner, Balles and Hennig, Limitations of
-    the Empirical Fisher Approximation, arXiv:1905.12558.) It belongs to the basis that the view is in, and cannot be carried to another.
+    max_texts: int
+    """Fit texts, evenly spread."""
+    sampled: bool
+    """Draw the labels from the model's predictions, instead of taking the texts' own tokens."""
+    seed: int
+    """Of the draws."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+def fisher_information(
+    view: Weights,
+    layout: PackedTexts,
+    settings: FisherSettings,
+    out: StepOutput,
+    name: str,
+    progress: Progress,
+) -> Mapping[str, LazyTensor]:
+    """Return `F_j = mean over answer tokens of (∂ log p(y) / ∂θ_j)²` of every parameter.
+
+    It is committed as `name`, in bfloat16, and found again there. With y drawn from the model's
+    prediction at every token it is the Fisher information. The gradient of one text is a sum of
+    independent terms of mean zero, so its square is an unbiased estimate of the sum of their
+    squares, and one backward pass per text is enough. With the text's own tokens as y it is the
+    empirical Fisher, another quantity. (Kunstner, Balles and Hennig, Limitations of the Empirical
+    Fisher Approximation, arXiv:1905.12558.)
+
+    The diagonal belongs to the basis that the view is in, and cannot be carried to another.
     """
-    file = f"weights/{out.step}/{name}.safetensors"
+    file = RunLayout.weights(out.step, f"{name}.safetensors")
     path = out.find(file)
     if path is None:
-        texts = [text for text in layout.texts if text.split == "fit"]
-        texts = texts[:: max(1, len(texts) // most)][:most]
-        model: Any = meta_model(view, dtype)
-        model.load_state_dict(
-            {n: view[n].to(device, dtype) for n in view.entries}, strict=False, assign=True
-        )
-        model.tie_weights()
-        maker = torch.Generator().manual_seed(seed)
-        squares: dict[str, Tensor] = {}
-        for done, text in enumerate(texts, 1):
-            torch.autograd.backward(_likelihood(model, text, maker if sampled else None))
-            for n, parameter in model.named_parameters():
-                squares[n] = squares.get(n, 0.0) + parameter.grad.square()
-            model.zero_grad()
-            progress(done, len(texts), f"{name.replace('_', ' ')} on texts")
+        texts = _fit_texts(layout, settings.max_texts)
+        squares = _summed_squares(view, texts, settings, progress, name.replace("_", " "))
         tokens = sum(len(text.tokens) - text.answer for text in texts)
-        made = {
-            n: (tuple(F.shape), torch.bfloat16, lambda F=F: F / tokens) for n, F in squares.items()
+        means = {
+            n: (tuple(F.shape), torch.bfloat16, partial(torch.div, F, tokens))
+            for n, F in squares.items()
         }
-        path = out.write(file, tensor_blocks(made))
+        path = out.write(file, tensor_blocks(means))
     return open_tensors(path)
 
 
-def informed(found: Sequence[Mapping[str, LazyTensor]]) -> Callable[[str], Mixer]:
-    """Return how each parameter is mixed by the Fisher informations of the ingredients; the student's own counts nothing."""
-
-    def mixer(name: str) -> Mixer:
-        files = [F[name].read() for F in found]
-        return weighted(
-            [
-                lambda a, b: torch.zeros_like(files[0][a:b]),
-                *(lambda a, b, F=F: F[a:b] for F in files),
-            ]
-        )
-
-    return mixer
+def _fit_texts(layout: PackedTexts, limit: int) -> list[Text]:
+    texts = [text for text in layout.texts if text.split == Split.FIT]
+    return texts[:: max(1, len(texts) // limit)][:limit]
 
 
-def _likelihood(model: Any, text: Text, maker: torch.Generator | None) -> Tensor:
-    """Return the log probability of a text's answer: drawn token by token from the model's predictions, or its own."""
+def _summed_squares(
+    view: Weights,
+    texts: list[Text],
+    settings: FisherSettings,
+    progress: Progress,
+    label: str,
+) -> dict[str, Tensor]:
+    """Return the sum over texts of the squared gradient of every parameter."""
+    model: Any = meta_model(view, settings.dtype)
+    tensors = {n: view[n].to(settings.device, settings.dtype) for n in view.entries}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(settings.seed) if settings.sampled else None
+    squares: dict[str, Tensor] = {}
+    for done, text in enumerate(texts, 1):
+        torch.autograd.backward(_log_likelihood(model, text, generator))
+        for n, parameter in model.named_parameters():
+            squares[n] = squares.get(n, 0.0) + parameter.grad.square()
+        model.zero_grad()
+        progress(done, len(texts), f"{label} on texts")
+    return squares
+
+
+def _log_likelihood(model: Any, text: Text, generator: torch.Generator | None) -> Tensor:
+    """Return the log probability of a text's answer.
+
+    With a generator each token is drawn from the model's prediction, else it is the text's own.
+    """
     ids = torch.tensor([text.tokens])
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, text.answer - 1 : -1]
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     labels = ids[0, text.answer :]
-    if maker is not None:
-        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=maker)[:, 0]
+    if generator is not None:
+        labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)[:, 0]
     total: Tensor = logs.gather(-1, labels.to(logs.device)[:, None]).sum()
     return total

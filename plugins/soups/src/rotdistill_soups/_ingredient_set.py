@@ -1,151 +1,177 @@
-"""All ingredients of a soup in one form: the student's tokens, its tie, its norms and its basis, or a refusal with what was measured."""
+"""The ingredients of a soup in one form: the student's tokens, tie, norms and basis."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 
-from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._basis_check import aligned, far, fused, is_fused, mismatch, on_disk, refusal
-from rotdistill_soups._ingredients import STUDENT, matched, opened, translated, with_lora
-from rotdistill_soups._lora import Lora, read_lora, through, undo_of
-from rotdistill_soups._merge import Ingredient
+from rotdistill_soups._align import (
+    align_to_student,
+    commit_view,
+    edited_model,
+    fold_norms,
+    norms_are_folded,
+)
+from rotdistill_soups._basis_check import basis_distances, is_other_basis, refusal
+from rotdistill_soups._ingredients import OpenIngredients
+from rotdistill_soups._lora import Lora, read_lora, recorded_fold, transform_lora
+from rotdistill_soups._merge import STUDENT
+from rotdistill_soups._mixture import Ingredient
+from rotdistill_soups._vocabulary import as_ingredient, match_tokens
+
+SameBasis = Literal["require", "align", "ignore"]
 
 
+@dataclass(frozen=True)
 class IngredientSet:
-    """The student and its ingredients, as far as they have been brought together."""
+    """The ingredients of a soup, and the student in the form that they have."""
 
-    def __init__(
-        self,
-        references: Sequence[str],
-        weights: Weights,
-        pair: Pair,
-        out: StepOutput,
-        progress: Progress,
-    ) -> None:
-        self.references, self.weights, self.student, self.out, self.progress = (
-            references,
-            weights,
-            pair.student,
-            out,
-            progress,
+    base: Weights
+    ingredients: list[Ingredient]
+    """In the recipe's order."""
+
+
+def bring_together(
+    opened: OpenIngredients,
+    same_basis: SameBasis,
+    replay_folds: Sequence[str] | None,
+    out: StepOutput,
+    progress: Progress,
+) -> IngredientSet:
+    """Return all ingredients in the student's form.
+
+    Args:
+        opened: the ingredients.
+        same_basis: what happens to a checkpoint in another basis.
+        replay_folds: see `replayed_loras`.
+        out: the step's output; what had to be computed is committed there.
+        progress: reports alignments.
+
+    Raises:
+        RecipeError: an ingredient is in another basis, and may not or cannot be aligned.
+    """
+    base = opened.base
+    models = _models_in_basis(opened, base, same_basis, out, progress)
+    aligned = any(ingredient.aligned for ingredient in models.values())
+    ingredients = {name: found.ingredient for name, found in models.items()}
+    base, ingredients = _with_norms_alike(base, ingredients, aligned, opened.student, out)
+    for name, lora in replayed_loras(opened, base, replay_folds, out).items():
+        ingredients[name] = with_lora(lora, base, name)
+    student = Ingredient(STUDENT, base, {})
+    return IngredientSet(base, [ingredients.get(name, student) for name in opened.references])
+
+
+@dataclass(frozen=True)
+class _ModelInBasis:
+    ingredient: Ingredient
+    aligned: bool
+
+
+def _models_in_basis(
+    opened: OpenIngredients,
+    base: Weights,
+    same_basis: SameBasis,
+    out: StepOutput,
+    progress: Progress,
+) -> dict[str, _ModelInBasis]:
+    """Return the checkpoints among the ingredients, in the student's basis if that is asked."""
+    found: dict[str, _ModelInBasis] = {}
+    student_rows = base.entries[base.adapter.embedding].shape[0]
+    for k, (name, model) in enumerate(opened.models.items()):
+        view = model.weights if base.tied else model.weights.untie()
+        token_rows = match_tokens(model, opened.student, student_rows, name)
+        ingredient = as_ingredient(view, base, token_rows, name)
+        distances = basis_distances(ingredient.view, base)
+        out.notes.setdefault("distance from the student", {})[name] = distances
+        align = is_other_basis(distances) and same_basis == "align"
+        if is_other_basis(distances) and same_basis == "require":
+            raise RecipeError(refusal(name, distances, ingredient.view, base))
+        if align:
+            target = edited_model(opened.student, base)
+            view = align_to_student(name, model, ingredient.view, target, out, progress)
+            view = commit_view(view, f"aligned_{k}", out, _stored_dtype(opened.student))
+            ingredient = replace(ingredient, view=view, special={})
+            out.notes.setdefault("aligned", []).append(name)
+        found[name] = _ModelInBasis(ingredient, align)
+    return found
+
+
+def _with_norms_alike(
+    base: Weights,
+    ingredients: Mapping[str, Ingredient],
+    aligned: bool,
+    student: Model,
+    out: StepOutput,
+) -> tuple[Weights, dict[str, Ingredient]]:
+    """Return student and ingredients with their norms folded, if some of them have that already.
+
+    An aligned ingredient has them folded.
+    """
+    views = [base, *(ingredient.view for ingredient in ingredients.values())]
+    if not aligned and len({norms_are_folded(view) for view in views}) == 1:
+        return base, dict(ingredients)
+    dtype = _stored_dtype(student)
+    base = commit_view(fold_norms(base), "fused", out, dtype)
+    alike: dict[str, Ingredient] = {}
+    for k, (name, ingredient) in enumerate(ingredients.items()):
+        alike[name] = ingredient
+        if not norms_are_folded(ingredient.view):
+            view = commit_view(fold_norms(ingredient.view), f"fused_{k}", out, dtype)
+            alike[name] = replace(ingredient, view=view, special={})
+    return base, alike
+
+
+def _stored_dtype(student: Model) -> torch.dtype:
+    """Return the dtype of committed views: that in which the student computes, float32 at least."""
+    return torch.promote_types(student.dtype, torch.float32)
+
+
+def replayed_loras(
+    opened: OpenIngredients, base: Weights, replay_folds: Sequence[str] | None, out: StepOutput
+) -> dict[str, Lora]:
+    """Return the adapters in the student's basis.
+
+    Args:
+        opened: the ingredients.
+        base: the student, in the form that the ingredients have.
+        replay_folds: ids of the exact folds since the adapters were trained; they are applied to
+            the adapters in this order. None where the recipe does not name any.
+        out: the step's output, whose ledger has the folds.
+
+    Raises:
+        RecipeError: the student's basis has changed, and the recipe does not say whether before or
+            after the adapters were trained.
+    """
+    if opened.adapters and replay_folds is None and opened.weights.lineage.basis is not None:
+        first = next(iter(opened.adapters))
+        raise RecipeError(
+            f"soups: the student was folded into another basis, and {first} is a LoRA, which fits "
+            "one basis only. Name the folds that it is to be carried through, "
+            'replay_folds = ["fold"], or none if it was trained after them, replay_folds = [].'
         )
-        self.dtype = torch.promote_types(pair.student.dtype, torch.float32)
-        self.models: dict[str, Model] = {}
-        self.adapters: dict[str, Path] = {}
-        for reference in references:
-            found = None if reference == STUDENT else opened(reference, weights, out)
-            if isinstance(found, Path):
-                self.adapters[reference] = found
-            elif found is not None:
-                self.models[reference] = found
-        untied = [m for m in self.models.values() if not m.weights.tied]
-        self.base = (
-            weights.untie()
-            if untied or any(_for_head(path, weights) for path in self.adapters.values())
-            else weights
-        )
-
-    def models_in(self, same_basis: Literal["require", "align", "ignore"]) -> list[Ingredient]:
-        """Return the checkpoints among the ingredients, in the student's basis; `base` follows where its norms or its tie have to.
-
-        Raises:
-            RecipeError: one is in another basis, and may not be aligned.
-        """
-        size, made, moved = (
-            self.base.entries[self.base.adapter.embedding].shape[0],
-            list[Ingredient](),
-            False,
-        )
-        for k, (reference, model) in enumerate(self.models.items()):
-            view = model.weights if self.base.tied else model.weights.untie()
-            part = translated(
-                view, self.base, matched(model, self.student, size, reference), reference
-            )
-            apart = mismatch(part.view, self.base)
-            self.out.notes.setdefault("distance from the student", {})[reference] = apart
-            if far(apart) and same_basis == "align":
-                view = aligned(
-                    reference, model, part.view, self.student, self.base, self.out, self.progress
-                )
-                part, moved = (
-                    replace(
-                        part, view=on_disk(view, f"aligned_{k}", self.out, self.dtype), special={}
-                    ),
-                    True,
-                )
-                self.out.notes.setdefault("aligned", []).append(reference)
-            elif far(apart) and same_basis == "require":
-                raise RecipeError(refusal(reference, apart, part.view, self.base))
-            made.append(part)
-        if (
-            moved
-            or len({is_fused(view) for view in (self.base, *(part.view for part in made))}) > 1
-        ):
-            self.base = on_disk(fused(self.base), "fused", self.out, self.dtype)
-            for k, part in enumerate(made):
-                if not is_fused(part.view):
-                    view = on_disk(fused(part.view), f"fused_{k}", self.out, self.dtype)
-                    made[k] = replace(part, view=view, special={})
-        return made
-
-    def loras(self, steps: Sequence[str] | None) -> dict[str, Lora]:
-        """Return the adapters, carried through the exact steps that the student has been through since they were trained.
-
-        Raises:
-            RecipeError: the student's basis has changed and the recipe does not say whether before or after their training.
-        """
-        first = next(iter(self.adapters), None)
-        if first and steps is None and self.weights.lineage.basis is not None:
-            raise RecipeError(
-                f"soups: the student was folded into another basis, and {first} is a LoRA, which fits one basis only. "
-                'Name the folds that it is to be carried through, through = ["fold"], or none if it was trained behind them, through = [].'
-            )
-        plain, table = (
-            self.weights if self.base.tied else self.weights.untie(),
-            self.base.adapter.expand(self.base.config),
-        )
-        ways = [undo_of(step, self.out, self.weights) for step in steps or ()]
-        ways += [self.base.undo] if self.base.undo else []
-        found = {}
-        for reference, folder in self.adapters.items():
-            lora = read_lora(folder, plain)
-            for undo in ways:
-                lora = through(lora, undo, table)
-            found[reference] = lora
-        return found
-
-    def all(
-        self, same_basis: Literal["require", "align", "ignore"], steps: Sequence[str] | None
-    ) -> list[Ingredient]:
-        """Return all ingredients in the recipe's order; `base` is the student that they belong to."""
-        models = {part.name: part for part in self.models_in(same_basis)}
-        made = {
-            **models,
-            **{name: with_lora(lora, self.base, name) for name, lora in self.loras(steps).items()},
-        }
-        return [
-            made.get(reference) or Ingredient(STUDENT, self.base, {})
-            for reference in self.references
-        ]
+    trained_on = opened.weights if base.tied else opened.weights.untie()
+    table = base.adapter.expand(base.config)
+    folds = [recorded_fold(step, out, opened.weights) for step in replay_folds or ()]
+    if base.undo:
+        folds.append(base.undo)
+    loras: dict[str, Lora] = {}
+    for name, folder in opened.adapters.items():
+        lora = read_lora(folder, trained_on)
+        for fold in folds:
+            lora = transform_lora(lora, fold, table)
+        loras[name] = lora
+    return loras
 
 
-def _for_head(folder: Path, weights: Weights) -> bool:
-    """Say whether an adapter changes the head, which then has to be a tensor of its own: else the embedding would change with it."""
-    path, module = (
-        folder / "adapter_model.safetensors",
-        weights.adapter.head.removesuffix(".weight"),
-    )
-    if not path.is_file():
-        return False
-    with safe_open(path, "np") as file:
-        return any(f".{module}.lora_" in f".{key}" for key in file.keys())  # noqa: SIM118
+def with_lora(lora: Lora, base: Weights, name: str) -> Ingredient:
+    """Return the student with an adapter as an ingredient."""
+    special = {parameter: lora.rows_on(base, parameter) for parameter in lora.factors}
+    return Ingredient(name, lora.applied_to(base), special)

@@ -1,168 +1,145 @@
-"""What a recipe names as ingredients, opened: checked to be of the student's kind, and seen with its names, shapes and tokens."""
+"""Ingredients as a recipe names them: located, hashed, and checked to be of the student's kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from safetensors import safe_open
 
-from rotdistill_core.checkpoint.lazy import LazyTensor
-from rotdistill_core.checkpoint.models import Model, load_tokenizer, tokenizer_files
+from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import locate_model, open_model
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._lora import ADAPTER, Lora
-from rotdistill_soups._merge import Ingredient, Rows
-
-STUDENT = "student"
+from rotdistill_soups._lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rotdistill_soups._merge import STUDENT
 
 
-def found(reference: str) -> Path:
-    """Return the folder of an ingredient: a folder, a hub id (with `@revision`), `run:NAME/VARIANT`, any model reference."""
-    return locate_model(_ref(reference), lambda _: None)
+def content_digest(reference: str) -> str:
+    """Return the sha256 of what a reference names now: a changed ingredient is merged anew."""
+    if reference == STUDENT:
+        return STUDENT
+    folder = locate_model(_model_ref(reference))
+    if is_adapter(folder):
+        return " ".join(sha256_of(path) for path in sorted(folder.glob("adapter_*")))
+    return open_model(_model_ref(reference)).sha256
 
 
-def _ref(reference: str) -> ModelRef:
+def _model_ref(reference: str) -> ModelRef:
+    """Return the reference of a folder, a hub id with or without `@revision`, or another kind."""
     name, _, revision = reference.partition("@")
-    whole = Path(reference).expanduser().is_dir() or not revision
-    return ModelRef(model=reference if whole else name, revision=None if whole else revision)
+    if not revision or Path(reference).expanduser().is_dir():
+        return ModelRef(model=reference)
+    return ModelRef(model=name, revision=revision)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds a LoRA and no model."""
-    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+    """Return whether a folder holds a LoRA and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def content(reference: str) -> str:
-    """Return the sha256 of what a reference names now: a soup is made anew when an ingredient has changed."""
-    if reference == STUDENT:
-        return STUDENT
-    folder = found(reference)
-    if is_adapter(folder):
-        return " ".join(sha256_of(path) for path in sorted(folder.glob("adapter_*")))
-    return open_model(_ref(reference)).sha256
+@dataclass(frozen=True)
+class OpenIngredients:
+    """The ingredients of a recipe, each checked from its headers against the student."""
+
+    references: Sequence[str]
+    """As the recipe names them, `student` among them."""
+    student: Model
+    weights: Weights
+    """The student as the earlier steps left it."""
+    models: Mapping[str, Model]
+    """Reference -> whole model."""
+    adapters: Mapping[str, Path]
+    """Reference -> folder of a LoRA."""
+
+    @property
+    def base(self) -> Weights:
+        """The student, with a head of its own where an ingredient has one."""
+        untied_model = any(not model.weights.tied for model in self.models.values())
+        head_adapter = any(_edits_head(path, self.weights) for path in self.adapters.values())
+        return self.weights.untie() if untied_model or head_adapter else self.weights
 
 
-def opened(reference: str, weights: Weights, out: StepOutput) -> Model | Path:
-    """Return the model that a reference names, checked from its headers against the student; or the folder of an adapter.
+def open_ingredients(
+    references: Sequence[str], weights: Weights, pair: Pair, out: StepOutput
+) -> OpenIngredients:
+    """Open what a recipe names.
 
     Raises:
-        RecipeError: another architecture or other shapes, or the folder that this run writes.
-        SetupError: it is not there, is torn, or lacks tensors.
+        RecipeError: an ingredient of another architecture or shape, or from this run's own folder.
+        SetupError: an ingredient is missing, torn, or lacks tensors.
     """
-    folder, run = found(reference), out.ledger.folder
+    models: dict[str, Model] = {}
+    adapters: dict[str, Path] = {}
+    for reference in references:
+        if reference == STUDENT:
+            continue
+        folder = locate_model(_model_ref(reference))
+        _require_other_run(reference, folder, out.ledger.folder)
+        if is_adapter(folder):
+            adapters[reference] = folder
+        else:
+            model = open_model(_model_ref(reference))
+            _require_student_shape(reference, model, weights)
+            models[reference] = model
+    return OpenIngredients(references, pair.student, weights, models, adapters)
+
+
+def _require_other_run(reference: str, folder: Path, run: Path) -> None:
     if folder.resolve().is_relative_to(run.resolve()):
         raise RecipeError(
-            f"soups: {reference} is {folder}, inside the folder that this run writes ({run}), so what is merged would change with it; "
-            f'name a checkpoint of another run, or the student as the steps before left it with "{STUDENT}".'
+            f"soups: {reference} is {folder}, inside the folder that this run writes ({run}), so "
+            "what is merged would change with it; name a checkpoint of another run, or the student "
+            f'as the steps before left it with "{STUDENT}".'
         )
-    if is_adapter(folder):
-        return folder
-    model = open_model(_ref(reference))
-    mine, its = weights.config["model_type"], model.config["model_type"]
-    if mine != its:
+
+
+def _require_student_shape(reference: str, model: Model, weights: Weights) -> None:
+    student_type, model_type = weights.config["model_type"], model.config["model_type"]
+    if student_type != model_type:
         raise RecipeError(
-            f"soups: {reference} is a {its} model and the student {mine}; only models of one architecture can be merged."
+            f"soups: {reference} is a {model_type} model and the student {student_type}; only "
+            "models of one architecture can be merged."
         )
-    one, two = (_shape(view) for view in (weights, model.weights))
-    differ = [what for what in {**one, **two} if one.get(what) != two.get(what)]
-    if differ:
+    wanted, found = _shape(weights), _shape(model.weights)
+    for size in {**wanted, **found}:
+        if wanted.get(size) != found.get(size):
+            raise RecipeError(
+                f"soups: {reference} has another shape than the student: {size} is "
+                f"{found.get(size)}, and {wanted.get(size)} in the student. Only checkpoints of "
+                "one shape can be merged, cut the same way if they were cut."
+            )
+    # Heads may be tied or not; all other tensors have to be in both.
+    unmatched = set(weights.entries) ^ set(model.weights.entries)
+    unmatched -= {weights.adapter.head}
+    if unmatched:
+        first = min(unmatched)
+        owner = "the student" if first in weights.entries else reference
         raise RecipeError(
-            f"soups: {reference} has another shape than the student: {differ[0]} is {two.get(differ[0])}, and {one.get(differ[0])} in the "
-            "student. Only checkpoints of one shape can be merged, cut the same way if they were cut."
+            f"soups: {reference}: {first} and {len(unmatched) - 1} more tensors are in {owner} "
+            "only; both must have the same."
         )
-    head = weights.adapter.head
-    lack = sorted((set(weights.entries) ^ set(model.weights.entries)) - {head})
-    if lack:
-        has = "the student" if lack[0] in weights.entries else reference
-        raise RecipeError(
-            f"soups: {reference}: {lack[0]} and {len(lack) - 1} more tensors are in {has} only; both must have the same."
-        )
-    return model
 
 
 def _shape(view: Weights) -> dict[str, Any]:
+    """Return every size of a model but its vocabulary, by name."""
     sizes = {space: n for space, n in view.adapter.sizes(view.config).items() if space != "vocab"}
     return {"layers": view.depth, "heads": tuple(view.adapter.heads(view.config)), **sizes}
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """The rows of an ingredient's vocabulary in the order of the student's."""
+def _edits_head(folder: Path, weights: Weights) -> bool:
+    """Return whether an adapter changes the head.
 
-    ids: Tensor
-    """For each of the student's rows, the ingredient's, or -1 [vocab]."""
-
-    def rows(self, theirs: Tensor, mine: Tensor) -> Rows:
-        """Return the ingredient's rows for the student's tokens; the student's own where it has none."""
-
-        def read(a: int, b: int) -> Tensor:
-            ids = self.ids[a:b]
-            X = theirs[ids.clamp_min(0)]
-            return torch.where((ids < 0).reshape(-1, *[1] * (X.ndim - 1)), mine[a:b].to(X), X)
-
-        return read
-
-
-def matched(model: Model, student: Model, size: int, reference: str) -> Tokens | None:
-    """Return the student's tokens in an ingredient, by string; None where all rows mean the same.
-
-    Raises:
-        SetupError: it has another number of rows and no tokenizer, or shares hardly any token.
+    A tied head then has to become a tensor of its own, or the embedding would change with it.
     """
-    theirs = model.weights.entries[model.adapter.embedding].shape[0]
-    if not tokenizer_files(model.folder):
-        if theirs != size:
-            raise SetupError(
-                f"soups: {reference} has {theirs} rows for tokens, the student {size}, and no tokenizer to match them by."
-            )
-        return None
-    mine, its = student.tokenizer.get_vocab(), load_tokenizer(model.folder).get_vocab()
-    if theirs == size and mine == its:
-        return None
-    ids = torch.full((size,), -1)
-    for token, row in mine.items():
-        ids[row] = its.get(token, -1) if row < size else -1
-    ids[ids >= theirs] = -1
-    shared = int((ids >= 0).sum())
-    if shared < len(mine) / 2:
-        raise SetupError(
-            f"soups: {reference} shares {shared} of the student's {len(mine)} tokens: it has another tokenizer."
-        )
-    return Tokens(ids)
-
-
-def translated(view: Weights, base: Weights, tokens: Tokens | None, name: str) -> Ingredient:
-    """Return an ingredient whose vocabulary is the student's; `view` and `base` agree on tie and norms."""
-    if tokens is None:
-        return Ingredient(name, view, {})
-    table = base.adapter.expand(base.config)
-    special: dict[str, Rows] = {}
-    new: dict[str, LazyTensor] = {}
-    for key, entry in view.entries.items():
-        if table[key].axes[0] == "vocab":
-            special[key] = rows = _lazily(entry, base.entries[key], tokens)
-            shape = (len(tokens.ids), *entry.shape[1:])
-            new[key] = LazyTensor(shape, entry.dtype, lambda rows=rows, n=shape[0]: rows(0, n))  # type: ignore[misc]
-    same = replace(view.edit(new), config={**view.config, "vocab_size": base.config["vocab_size"]})
-    return Ingredient(name, same, special, tokens.ids < 0)
-
-
-def _lazily(theirs: LazyTensor, mine: LazyTensor, tokens: Tokens) -> Rows:
-    return lambda a, b: tokens.rows(theirs.read(), mine.read())(a, b)
-
-
-def with_lora(lora: Lora, base: Weights, name: str) -> Ingredient:
-    """Return the student with an adapter as an ingredient."""
-    special: Mapping[str, Callable[[int, int], Tensor]] = {
-        n: lambda a, b, n=n: lora.rows(n, base[n][a:b], a, b)  # type: ignore[misc]
-        for n in lora.factors
-    }
-    return Ingredient(name, lora.on(base), special)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return False
+    module = weights.adapter.head.removesuffix(".weight")
+    with safe_open(path, "np") as file:
+        return any(f".{module}.lora_" in f".{key}" for key in file.keys())  # noqa: SIM118

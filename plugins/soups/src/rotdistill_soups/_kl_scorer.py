@@ -1,4 +1,4 @@
-"""How far a view of the student is from the teacher on the answers of a split, walked layer by layer."""
+"""KL from the teacher of a view of the student, on the answers of a split."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabul
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.store.output import StepOutput
 
-JUDGED_ROWS = 2048
+SCORED_ROWS = 2048
 
 
 class KLScorer:
-    """Scores by KL from the teacher, text by text."""
+    """Scores a view of the student by its KL from the teacher, text by text."""
 
     def __init__(
         self, pair: Pair, samples: Samples, split: str, out: StepOutput, progress: Progress
     ) -> None:
-        self.pair, self.tokens = pair, shared_vocabulary(pair)
-        own = {question.id for question in samples.questions if question.answer is None}
-        whole = samples.layout.select(split)
-        texts = (
-            tuple(text for text in whole.texts if text.id in own) or whole.texts
-        )  # those that `judged` would look at
-        self.layout = layout = PackedTexts(texts, whole.prefix)
-        self.rows, self.targets, self.text = scored_rows(layout, samples, split, JUDGED_ROWS)
-        self.states = teacher_final_states(pair.teacher, layout, out, progress)[self.rows]
+        self.pair = pair
+        self.tokens = shared_vocabulary(pair)
+        self.layout = _scored_texts(samples, split)
+        self.rows, self.targets, self.text = scored_rows(self.layout, samples, split, SCORED_ROWS)
+        states = teacher_final_states(pair.teacher, self.layout, out, progress)
+        self.states = states[self.rows]
 
     def __call__(self, view: Weights) -> TextScores:
         """Return the KL of a view."""
-        walk = LayerwiseForward(
-            view, self.layout, self.pair.student.device, self.pair.student.dtype
-        )
-        for _ in walk:
-            walk.run()
-        seen = compare_logits(
+        student = self.pair.student
+        forward = LayerwiseForward(view, self.layout, student.device, student.dtype)
+        for _ in forward:
+            forward.run()
+        comparison = compare_logits(
             self.pair.teacher.weights,
             self.states,
             view,
-            walk.states[self.rows],
+            forward.states[self.rows],
             self.targets,
             self.tokens,
         )
-        return scores_by_text(seen.kl, self.text)
+        return scores_by_text(comparison.kl, self.text)
+
+
+def _scored_texts(samples: Samples, split: str) -> PackedTexts:
+    """Return the texts of a split that `scored_rows` would look at.
+
+    Those are the questions that the teacher answered itself, or all where there are none.
+    """
+    answered_by_teacher = {q.id for q in samples.questions if q.answer is None}
+    whole = samples.layout.select(split)
+    texts = tuple(text for text in whole.texts if text.id in answered_by_teacher)
+    return PackedTexts(texts or whole.texts, whole.prefix)

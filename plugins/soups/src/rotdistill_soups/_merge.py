@@ -1,229 +1,281 @@
-"""One parameter of a soup at a time, in blocks of rows: float32 sums of what lies memory-mapped on disk, and one rounding at the end.
+"""The merge methods: each is coefficients of the parts, and a kernel that combines them.
 
-Whatever the number of ingredients, memory holds the parameter that is made and a few blocks.
+With x the student, x_i the ingredients and w_i their weights:
+
+- `uniform`, `greedy`: `Σ w_i x_i / Σ w_i`. (Wortsman et al., Model Soups, arXiv:2203.05482.)
+- `fisher`: `Σ w_i F_i x_i / Σ w_i F_i`. (Matena and Raffel, arXiv:2111.09832.)
+- `task-arithmetic`: `x + λ Σ w_i (x_i - x)`. (Ilharco et al., arXiv:2212.04089.)
+- `ties`: trimmed differences of one elected sign, averaged. (Yadav et al., arXiv:2306.01708.)
+- `slerp`: along the arc between two. (Shoemake, Animating Rotation with Quaternion Curves, 1985.)
+- `lora`: one part, the student plus the sum of all adapters, as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import SetupError
+from rotdistill_soups._mixture import (
+    Ingredient,
+    Kernel,
+    Mixture,
+    Rows,
+    along_rows,
+    blocks,
+    rows_of,
+    upcast,
+)
 
-BLOCK = 1 << 19
-"""Entries of a block: sums stay in the processor's cache."""
-FLOOR = 1e-30
-"""Added to every Fisher information."""
+STUDENT = "student"
+"""What a recipe calls the student as the earlier steps left it."""
+FISHER_FLOOR = 1e-30
+"""Added to every Fisher information, so that a parameter without any gets the plain mean."""
 PARALLEL = 0.9995
-"""Cosine beyond which slerp is taken along the straight line (mergekit's default)."""
-
-Rows = Callable[[int, int], Tensor]
-"""Rows [a, b) of a parameter."""
+"""Cosine beyond which slerp goes along the straight line (mergekit's default)."""
 
 
-@dataclass(frozen=True)
-class Ingredient:
-    """What goes into a soup: a view with the student's names and shapes."""
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How a merge is made."""
 
-    name: str
-    """As the recipe names it."""
-    view: Weights
-    special: Mapping[str, Rows]
-    """Parameter -> its rows, where they are not those of a stored tensor."""
-    absent: Tensor | None = None
-    """Rows of the student's vocabulary that the ingredient has no token for [vocab]; there its view has the student's."""
-
-    def open(self, name: str) -> Rows:
-        """Return the rows of one parameter."""
-        if name in self.special:
-            return self.special[name]
-        tensor = self.view[name]
-        return lambda a, b: tensor[a:b]
+    method: str = "uniform"
+    """A key of `METHODS`."""
+    weights: Callable[[str], Sequence[float]]
+    """Parameter -> the weight of each ingredient."""
+    scaling: float = 1.0
+    """λ, the factor of differences from the student."""
+    density: float = 0.2
+    """Share of each difference that TIES keeps."""
+    fisher: Sequence[Mapping[str, LazyTensor]] = ()
+    """For each ingredient: parameter -> its diagonal Fisher information."""
 
 
-Mixer = Callable[[Sequence[Rows], int, int, Tensor], Tensor]
-"""From the opened parts, the student first, a range of rows and the parts' coefficients `[n + 1, rows or 1]`: those rows of the soup."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """How one parameter is made."""
+class Parameter(NamedTuple):
+    """One parameter of a merge."""
 
     name: str
-    parts: Sequence[Ingredient]
-    """The student, and what is merged."""
-    coefficients: Tensor
-    """Of each of the parts [n + 1]."""
-    means: bool
-    """Coefficients are shares of a mean: what an ingredient without a token does not take, the others do. Else the student does."""
-    mix: Mixer
+    student: Ingredient
+    ingredients: Sequence[Ingredient]
+    options: MergeOptions
 
-    def entry(self, shape: tuple[int, ...], dtype: torch.dtype, vocabulary: bool) -> LazyTensor:
-        """Return the parameter as an entry that is computed when read; `vocabulary`: its rows are tokens."""
-
-        def read() -> Tensor:
-            made = torch.empty(shape, dtype=dtype)
-            opened = [part.open(self.name) for part in self.parts]
-            for a, b in blocks(shape):
-                block = self.mix(opened, a, b, self._shares(a, b, vocabulary))
-                if not torch.isfinite(block.sum()):
-                    self._blame(opened, a, b)
-                made[a:b] = block
-            return made
-
-        return LazyTensor(shape, dtype, read)
-
-    def _shares(self, a: int, b: int, vocabulary: bool) -> Tensor:
-        """Return the coefficients of rows [a, b), `[n + 1, b - a]`, or `[n + 1, 1]` where all have them."""
-        gone = [
-            None if part.absent is None or not vocabulary else part.absent[a:b]
-            for part in self.parts
-        ]
-        if not any(g is not None and bool(g.any()) for g in gone):
-            return self.coefficients[:, None]
-        shares = self.coefficients[:, None].repeat(1, b - a)
-        for k, g in enumerate(gone):
-            if g is not None:
-                shares[k, g] = 0.0
-        total, left = self.coefficients.sum(), shares.sum(0)
-        if self.means:
-            shares *= torch.where(left != 0, total / torch.where(left != 0, left, 1.0), 0.0)
-            shares[0, left == 0] = total
-        else:
-            shares[0] += total - left
-        return shares
-
-    def _blame(self, opened: Sequence[Rows], a: int, b: int) -> None:
-        for part, rows in zip(self.parts, opened, strict=True):
-            bad = int((~torch.isfinite(rows(a, b))).sum())
-            if bad:
-                raise SetupError(
-                    f"soups: {part.name}: {self.name} has {bad} values that are NaN or Inf in rows {a} to {b - 1}, and would spoil the "
-                    "soup. Nothing was merged; leave the ingredient out, or save it again from a run that did not diverge."
-                )
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each ingredient."""
+        return list(self.options.weights(self.name))
 
 
-def blocks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return ranges of rows of about `BLOCK` entries."""
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    return [(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
+class Method(NamedTuple):
+    """A merge method."""
+
+    coefficients: Callable[[Parameter], list[float]]
+    """Returns one for the student and one for each ingredient."""
+    kernel: Callable[[Parameter], Kernel]
+    is_mean: bool
+    """See `Mixture.is_mean`."""
 
 
-def wide(X: Tensor) -> Tensor:
-    """Return a block in the dtype of sums: float32, or float64 where it is that already."""
-    return X.to(torch.promote_types(X.dtype, torch.float32))
+def merge(
+    base: Weights,
+    ingredients: Sequence[Ingredient],
+    options: MergeOptions,
+    names: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Weights:
+    """Return the student with parameters that are merged when they are read.
+
+    Args:
+        base: the student, in the form that the ingredients have.
+        ingredients: what is merged.
+        options: the method, and the weights of the ingredients.
+        names: the parameters that are merged; all without it.
+        dtype: what sums are rounded to, block by block; without it float32, or float64 where the
+            student is that.
+    """
+    method = METHODS[options.method]
+    student = Ingredient(STUDENT, base, {})
+    table = base.adapter.expand(base.config)
+    dtype = dtype or torch.promote_types(base.dtype, torch.float32)
+    merged: dict[str, LazyTensor] = {}
+    for name in base.entries if names is None else names:
+        parameter = Parameter(name, student, ingredients, options)
+        mixture = Mixture(
+            name=name,
+            parts=[student, *ingredients],
+            coefficients=torch.tensor(method.coefficients(parameter), dtype=torch.float64),
+            is_mean=method.is_mean,
+            kernel=method.kernel(parameter),
+        )
+        vocabulary = table[name].axes[0] == "vocab"
+        merged[name] = mixture.lazily(base.entries[name].shape, dtype, vocabulary)
+    return base.edit(merged)
 
 
-def along_rows(coefficient: Tensor, X: Tensor) -> Tensor:
-    """Return coefficients `[rows or 1]` so that they multiply the rows of X."""
-    return coefficient.to(X).reshape(-1, *[1] * (X.ndim - 1))
+# Coefficients: the student's, then one for each ingredient.
 
 
-def line(opened: Sequence[Rows], a: int, b: int, shares: Tensor) -> Tensor:
-    """Return `Σ c_i x_i`: means, task arithmetic, slerp. What has no share is not read."""
+def weights_as_given(parameter: Parameter) -> list[float]:
+    """Return the weights as they are, and nothing for the student."""
+    return [0.0, *parameter.weights]
+
+
+def shares_of_a_mean(parameter: Parameter) -> list[float]:
+    """Return `w_i / Σ w`, and nothing for the student."""
+    weights = parameter.weights
+    total = sum(weights)
+    return [0.0, *(w / total for w in weights)]
+
+
+def task_coefficients(parameter: Parameter) -> list[float]:
+    """Return `λ w_i`, and `1 - λ Σ w` for the student: `x + λ Σ w_i (x_i - x)`."""
+    scaled = [parameter.options.scaling * w for w in parameter.weights]
+    return [1.0 - sum(scaled), *scaled]
+
+
+def slerp_coefficients(parameter: Parameter) -> list[float]:
+    """Return `sin((1 - t) φ) / sin φ` and `sin(t φ) / sin φ`, t the share of the second.
+
+    φ is the angle between the two ingredients' parameters, seen as vectors. Nearly parallel ones
+    are mixed along the straight line.
+    """
+    one, two = (part.open(parameter.name) for part in parameter.ingredients)
+    t = shares_of_a_mean(parameter)[2]
+    dot = a2 = b2 = 0.0
+    for a, b in blocks(parameter.ingredients[0].view.entries[parameter.name].shape):
+        x, y = (upcast(rows(a, b)).flatten() for rows in (one, two))
+        dot += float(x @ y)
+        a2 += float(x @ x)
+        b2 += float(y @ y)
+    cosine = max(-1.0, min(1.0, dot / max(math.sqrt(a2 * b2), 1e-30)))
+    if abs(cosine) > PARALLEL:
+        return [0.0, 1.0 - t, t]
+    angle = math.acos(cosine)
+    sine = math.sin(angle)
+    return [0.0, math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine]
+
+
+# Kernels: rows [a, b) of the merged parameter.
+
+
+def linear_kernel(_: Parameter) -> Kernel:
+    """Return the kernel `Σ c_i x_i`."""
+    return linear_combination
+
+
+def linear_combination(opened: Sequence[Rows], a: int, b: int, coefficients: Tensor) -> Tensor:
+    """Return `Σ c_i x_i` of rows [a, b). A part whose coefficients are all 0 is not read."""
     total: Tensor | None = None
-    for rows, share in zip(opened, shares, strict=True):
-        if not bool(share.any()):
+    for rows, coefficient in zip(opened, coefficients, strict=True):
+        if not bool(coefficient.any()):
             continue
         X = rows(a, b)
         if total is None:
-            total = wide(X) * along_rows(share, wide(X[:0]))
-        elif len(share) == 1:
-            total = total.add_(X, alpha=float(share))
+            total = upcast(X) * along_rows(coefficient, upcast(X[:0]))
+        elif len(coefficient) == 1:
+            total = total.add_(X, alpha=float(coefficient))
         else:
-            total = total.addcmul_(wide(X), along_rows(share, total))
-    return wide(opened[0](a, b)) if total is None else total
+            total = total.addcmul_(upcast(X), along_rows(coefficient, total))
+    return upcast(opened[0](a, b)) if total is None else total
 
 
-def weighted(precision: Sequence[Rows]) -> Mixer:
-    """Return the mixer `Σ c_i F_i x_i / Σ c_i F_i` for diagonal Fisher informations F_i, the student's first.
+def fisher_kernel(parameter: Parameter) -> Kernel:
+    """Return the kernel `Σ c_i F_i x_i / Σ c_i F_i`; the student's information counts as 0."""
+    files = [fisher[parameter.name].read() for fisher in parameter.options.fisher]
+    none_of_the_student = rows_of(torch.zeros(()).expand_as(files[0]))
+    return fisher_mean([none_of_the_student, *(rows_of(F) for F in files)])
 
-    (Matena and Raffel, Merging Models with Fisher-Weighted Averaging, arXiv:2111.09832.) Where nobody's information says anything
-    it is the plain mean.
+
+def fisher_mean(information: Sequence[Rows]) -> Kernel:
+    """Return the kernel `Σ c_i F_i x_i / Σ c_i F_i` for diagonal informations F_i by part.
+
+    Where no part has any information it is the plain mean.
     """
 
-    def mix(opened: Sequence[Rows], a: int, b: int, shares: Tensor) -> Tensor:
-        some = [
-            (rows, F, share)
-            for rows, F, share in zip(opened, precision, shares, strict=True)
-            if bool(share.any())
-        ]
-        blocks = [wide(rows(a, b)) for rows, _, _ in some]
-        weights = [
-            along_rows(share, X) * (F(a, b).to(X) + FLOOR)
-            for X, (_, F, share) in zip(blocks, some, strict=True)
-        ]
-        return torch.stack([W * X for W, X in zip(weights, blocks, strict=True)]).sum(
-            0
-        ) / torch.stack(weights).sum(0)
+    def kernel(opened: Sequence[Rows], a: int, b: int, coefficients: Tensor) -> Tensor:
+        weights: list[Tensor] = []
+        weighted: list[Tensor] = []
+        for rows, fisher, coefficient in zip(opened, information, coefficients, strict=True):
+            if bool(coefficient.any()):
+                X = upcast(rows(a, b))
+                W = along_rows(coefficient, X) * (fisher(a, b).to(X) + FISHER_FLOOR)
+                weights.append(W)
+                weighted.append(W * X)
+        return torch.stack(weighted).sum(0) / torch.stack(weights).sum(0)
 
-    return mix
+    return kernel
 
 
-def slerp(name: str, one: Ingredient, two: Ingredient, t: float) -> tuple[float, float]:
-    """Return the coefficients of spherical interpolation between two parameters, seen as vectors.
-
-    (Shoemake, Animating Rotation with Quaternion Curves, 1985.) Nearly parallel ones are mixed along the straight line.
-    """
-    A, B = one.open(name), two.open(name)
-    dot = a2 = b2 = 0.0
-    for a, b in blocks(one.view.entries[name].shape):
-        x, y = (wide(rows(a, b)).flatten() for rows in (A, B))
-        dot, a2, b2 = dot + float(x @ y), a2 + float(x @ x), b2 + float(y @ y)
-    cosine = max(-1.0, min(1.0, dot / max(math.sqrt(a2 * b2), 1e-30)))
-    if abs(cosine) > PARALLEL:
-        return 1.0 - t, t
-    angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+def ties_kernel(parameter: Parameter) -> Kernel:
+    """Return the kernel of TIES, trimmed parameter by parameter."""
+    density = parameter.options.density
+    thresholds = [
+        trim_threshold(parameter.name, parameter.student, part, density)
+        for part in parameter.ingredients
+    ]
+    return ties_election(thresholds, parameter.options.scaling)
 
 
-def trimmed(name: str, base: Ingredient, part: Ingredient, density: float) -> float:
-    """Return the magnitude from which on a share `density` of `part - base` is kept, exactly, in two passes and no sorting.
+def trim_threshold(name: str, base: Ingredient, part: Ingredient, density: float) -> float:
+    """Return the magnitude from which on a share `density` of `part - base` is kept, exactly.
 
-    Floats of one sign are ordered as their bits are: a histogram of the upper 16 bits finds the bin, one of the lower 16 the value.
+    It takes two passes and no sorting. Floats of one sign are ordered as their bits are, so a
+    histogram of the upper 16 bits finds the bin, and one of the lower 16 bits the value.
     """
     shape = base.view.entries[name].shape
-    wanted = max(1, int(density * math.prod(shape)))
     S, X = base.open(name), part.open(name)
-    found = 0
-    for low in (16, 0):
+    wanted = max(1, int(density * math.prod(shape)))
+    pattern = 0
+    for shift in (16, 0):
         counts = torch.zeros(1 << 16, dtype=torch.long)
         for a, b in blocks(shape):
             bits = (X(a, b).float() - S(a, b).float()).abs_().flatten().view(torch.int32)
-            if low == 0:
-                bits = bits[bits >> 16 == found >> 16]
-            counts += torch.bincount((bits >> low) & 0xFFFF, minlength=1 << 16)
-        above = counts.flip(0).cumsum(0).flip(0)  # how many are in this bin or above it
-        there = int((above >= wanted).nonzero().max())
-        wanted -= int(above[there] - counts[there])
-        found |= there << low
-    return float(torch.tensor(found, dtype=torch.int32).view(torch.float32))
+            if shift == 0:
+                bits = bits[bits >> 16 == pattern >> 16]
+            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16)
+        in_or_above = counts.flip(0).cumsum(0).flip(0)
+        bin_ = int((in_or_above >= wanted).nonzero().max())
+        wanted -= int(in_or_above[bin_] - counts[bin_])
+        pattern |= bin_ << shift
+    return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))
 
 
-def elected(thresholds: Sequence[float], strength: float) -> Mixer:
-    """Return the mixer of TIES: trim each difference from the student, elect a sign per entry, and average those that agree.
+def ties_election(thresholds: Sequence[float], scaling: float) -> Kernel:
+    """Return the kernel of TIES for the trim threshold of each ingredient.
 
-    (Yadav et al., TIES-Merging, arXiv:2306.01708; trimmed parameter by parameter.)
+    Each difference from the student is trimmed. Every entry elects the sign of the weighted sum,
+    and the differences of that sign are averaged.
     """
 
-    def mix(opened: Sequence[Rows], a: int, b: int, shares: Tensor) -> Tensor:
-        start = wide(opened[0](a, b))
-        deltas = []
-        for rows, share, least in zip(opened[1:], shares[1:], thresholds, strict=True):
-            delta = wide(rows(a, b)) - start
-            deltas.append((along_rows(share, delta), delta.masked_fill_(delta.abs() < least, 0.0)))
+    def kernel(opened: Sequence[Rows], a: int, b: int, coefficients: Tensor) -> Tensor:
+        start = upcast(opened[0](a, b))
+        deltas: list[tuple[Tensor, Tensor]] = []
+        for rows, coefficient, least in zip(opened[1:], coefficients[1:], thresholds, strict=True):
+            delta = upcast(rows(a, b)) - start
+            trimmed = delta.masked_fill_(delta.abs() < least, 0.0)
+            deltas.append((along_rows(coefficient, delta), trimmed))
         sign = torch.stack([c * delta for c, delta in deltas]).sum(0) >= 0
-        above, below = torch.zeros_like(start), torch.zeros_like(start)
+        total, weight = torch.zeros_like(start), torch.zeros_like(start)
         for c, delta in deltas:
             agree = ((c * delta > 0) & sign) | ((c * delta < 0) & ~sign)
-            above.addcmul_(delta * agree, c)
-            below.addcmul_(agree.to(start), c)
-        return start + strength * above / torch.where(below != 0, below, 1.0)
+            total.addcmul_(delta * agree, c)
+            weight.addcmul_(agree.to(start), c)
+        return start + scaling * total / torch.where(weight != 0, weight, 1.0)
 
-    return mix
+    return kernel
+
+
+METHODS: Mapping[str, Method] = {
+    "uniform": Method(shares_of_a_mean, linear_kernel, is_mean=True),
+    "greedy": Method(shares_of_a_mean, linear_kernel, is_mean=True),
+    "fisher": Method(shares_of_a_mean, fisher_kernel, is_mean=True),
+    "task-arithmetic": Method(task_coefficients, linear_kernel, is_mean=False),
+    "ties": Method(weights_as_given, ties_kernel, is_mean=False),
+    "slerp": Method(slerp_coefficients, linear_kernel, is_mean=False),
+    "lora": Method(weights_as_given, linear_kernel, is_mean=False),
+}

@@ -1,9 +1,9 @@
-"""Checkpoints of earlier runs as models: `run:NAME/VARIANT`, and `run:NAME/path/inside` for an adapter that a step left."""
+"""Checkpoints of earlier runs as models: `run:NAME/VARIANT`, or `run:NAME/path/inside`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -15,46 +15,61 @@ from rotdistill_core.store.ledger import Ledger
 
 @hookimpl
 def locate(reference: str, log: Callable[[str], None]) -> Path:
-    """See `Specs.locate`. NAME is that of a recipe, where `runs` holds one run of it, or of the run's folder."""
+    """See `HookSpecs.locate`.
+
+    NAME is the name of a recipe, where `runs` holds one run of it, or of the run's folder. A path
+    inside leads to an adapter that a step left.
+    """
     name, _, inside = reference.removeprefix("run:").partition("/")
-    folders = sorted(
-        p
-        for p in RUNS_FOLDER.glob("*")
-        if re.fullmatch(re.escape(name) + "(-[0-9a-f]{8})?", p.name) and p.is_dir()
-    )
-    saved = {folder: checkpoints(folder) for folder in folders}
-    found = {f: f / inside if "/" in inside else saved[f].get(inside) for f in folders}
-    there = {folder: path for folder, path in found.items() if path and path.is_dir()}
-    if len(there) == 1:
-        path = next(iter(there.values()))
-        log(f"{reference} is {path}")
-        return path
-    if there:
-        newest = sorted(there, key=lambda folder: there[folder].stat().st_mtime, reverse=True)
-        dated = [
-            (
-                f"run:{f.name}/{inside}",
-                datetime.fromtimestamp(there[f].stat().st_mtime).astimezone(),
-            )
-            for f in newest
-        ]
-        listed = ", ".join(f"{one} (of {when:%Y-%m-%d %H:%M})" for one, when in dated)
-        differ = f"`rotdistill diff {newest[1].name} {newest[0].name}` shows how they differ"
+    checkpoints = {run: saved_checkpoints(run) for run in _runs_called(name)}
+    matches: dict[Path, Path] = {}
+    for run, by_variant in checkpoints.items():
+        folder = run / inside if "/" in inside else by_variant.get(inside)
+        if folder and folder.is_dir():
+            matches[run] = folder
+    if not matches:
         raise SetupError(
-            f"{reference}: {len(there)} runs have it, the newest first: {listed}. Write one of these in its place; {differ}."
+            f"{reference}: {_missing(inside, checkpoints)}. Run its recipe first; a reference is "
+            "written run:NAME/VARIANT."
         )
-    variants = ", ".join(sorted({variant for each in saved.values() for variant in each}))
-    why = (
-        f"that run has no {inside or 'variant'}; its variants: {variants}"
-        if folders
-        else f"{RUNS_FOLDER.resolve()} holds no run of that name"
-    )
-    raise SetupError(
-        f"{reference}: {why}. Run its recipe first; a reference is written run:NAME/VARIANT."
-    )
+    if len(matches) > 1:
+        raise SetupError(_ambiguous(reference, inside, matches))
+    [folder] = matches.values()
+    log(f"{reference} is {folder}")
+    return folder
 
 
-def checkpoints(folder: Path) -> dict[str, Path]:
+def saved_checkpoints(run: Path) -> dict[str, Path]:
     """Return the newest checkpoint of each variant that a run's ledger commits."""
-    saved = Ledger(folder).checkpoints
-    return {record.variant: folder.parent / record.folder for record in saved}
+    return {record.variant: run.parent / record.folder for record in Ledger(run).checkpoints}
+
+
+def _runs_called(name: str) -> list[Path]:
+    """Return the folders of the runs of a recipe, or the one run of that full name."""
+    pattern = re.compile(re.escape(name) + "(-[0-9a-f]{8})?")
+    return sorted(p for p in RUNS_FOLDER.glob("*") if pattern.fullmatch(p.name) and p.is_dir())
+
+
+def _missing(inside: str, checkpoints: Mapping[Path, Mapping[str, Path]]) -> str:
+    """Return why no run has what is asked for."""
+    if not checkpoints:
+        return f"{RUNS_FOLDER.resolve()} holds no run of that name"
+    variants = sorted({variant for by_variant in checkpoints.values() for variant in by_variant})
+    return f"that run has no {inside or 'variant'}; its variants: {', '.join(variants)}"
+
+
+def _ambiguous(reference: str, inside: str, matches: Mapping[Path, Path]) -> str:
+    """Return the message for several runs that have what is asked for."""
+    modified = {run: folder.stat().st_mtime for run, folder in matches.items()}
+    newest = sorted(matches, key=lambda run: modified[run], reverse=True)
+    listed = ", ".join(
+        f"run:{run.name}/{inside} (of {_local_time(modified[run])})" for run in newest
+    )
+    return (
+        f"{reference}: {len(matches)} runs have it, the newest first: {listed}. Write one of these "
+        f"in its place; `rotdistill diff {newest[1].name} {newest[0].name}` shows how they differ."
+    )
+
+
+def _local_time(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M}"

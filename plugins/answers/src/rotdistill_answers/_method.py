@@ -1,0 +1,217 @@
+"""Answers of a variant, scored next to the teacher's: language, length, chrF, facts and errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from py3langid.langid import MODEL_FILE
+from py3langid.langid import LanguageIdentifier as LangidModel
+from sacrebleu.metrics.chrf import CHRF
+
+from rotdistill_answers._facts import stated_claims
+from rotdistill_answers._normalize import normalize
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.data.packed import Samples, Text
+from rotdistill_core.data.questions import Question
+from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.rows import MetricRow, Variant
+from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import Answer
+
+if TYPE_CHECKING:
+    from rotdistill_answers.step import Answers
+
+LANGUAGES = ("ar", "de", "el", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "ru", "zh")
+"""Languages that are identified besides those of the questions. A model may drift into a language
+in which nobody asked."""
+UNKNOWN = "und"
+"""Code of a text in no language, such as an empty one or signs alone."""
+
+
+class AnswerScore(NamedTuple):
+    """What one answer contains."""
+
+    answer: str
+    language: str
+    """ISO 639-1 code, or `UNKNOWN`."""
+    facts: tuple[str, ...]
+    """Expected facts that the answer states."""
+    errors: tuple[str, ...]
+    """Known errors that the answer asserts."""
+
+
+class Figure(NamedTuple):
+    """A metric of one answer."""
+
+    value: float
+    n: int = 1
+    """Weight in the mean over answers."""
+
+
+class LanguageIdentifier:
+    """Identifies the language of a text, with the model in the wheel of py3langid."""
+
+    def __init__(self, languages: Iterable[str]) -> None:
+        self._model: Any = LangidModel.from_model_file(
+            MODEL_FILE, norm_probs=True, min_confidence=0.5
+        )
+        self.languages = frozenset({*LANGUAGES, *languages} & set(self._model.labels))
+        """Codes of the languages that it identifies; the model does not know every language."""
+        self._model.set_languages(sorted(self.languages))
+
+    def language_of(self, text: str) -> str:
+        """Return the code of a text's language, or `UNKNOWN`."""
+        return str(self._model.classify(text)[0])
+
+
+def evaluate(
+    step: Answers,
+    variant: Variant,
+    pair: Pair,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> list[MetricRow]:
+    """Let a variant answer the held-out questions and score both models' answers.
+
+    Returns:
+        A row for each metric, the mean over all answers, and then a row for each metric and answer.
+    """
+    texts = [text for text in samples.layout.texts if text.split == Split.HELDOUT]
+    questions = {question.id: question for question in samples.questions}
+    generated = _generate(step, variant, pair, texts, progress)
+    identifier = LanguageIdentifier(text.language for text in texts)
+    tokenizer = pair.student.tokenizer
+    rows: dict[str, list[MetricRow]] = {}
+    for text in texts:
+        question = questions[text.id]
+        teacher_answer = decode_answer(tokenizer, text.tokens[text.answer :])
+        student_answer = decode_answer(tokenizer, generated[text.id])
+        teacher = score_answer(teacher_answer, question, identifier)
+        student = score_answer(student_answer, question, identifier)
+        out.report.answers[text.id] = Answer(
+            language=text.language,
+            question=question.question,
+            teacher=teacher.answer,
+            student=student.answer,
+            teacher_facts=teacher.facts,
+            student_facts=student.facts,
+            teacher_errors=teacher.errors,
+            student_errors=student.errors,
+        )
+        asked_language = text.language if text.language in identifier.languages else None
+        figures = {
+            **similarity(student, teacher, asked_language),
+            **claim_figures(teacher, question, suffix="_teacher"),
+            **claim_figures(student, question),
+        }
+        for metric, figure in figures.items():
+            row = MetricRow(
+                variant=variant.name,
+                metric=metric,
+                value=figure.value,
+                split=Split.HELDOUT,
+                language=text.language,
+                n=figure.n,
+                text=text.id,
+            )
+            rows.setdefault(metric, []).append(row)
+    unidentified = sorted({text.language for text in texts} - identifier.languages)
+    if unidentified:
+        out.notes["languages that cannot be identified"] = unidentified
+    means = [_mean(of_metric) for of_metric in rows.values()]
+    return means + [row for of_metric in rows.values() for row in of_metric]
+
+
+def score_answer(answer: str, question: Question, identifier: LanguageIdentifier) -> AnswerScore:
+    """Return what an answer to a question contains, whoever wrote it.
+
+    Denials are read in the answer's own language, which need not be the question's.
+    """
+    language = identifier.language_of(answer)
+    reading_language = question.language if language == UNKNOWN else language
+    text = normalize(answer, reading_language)
+    return AnswerScore(
+        answer=answer,
+        language=language,
+        facts=stated_claims(text, question.facts, reading_language),
+        errors=stated_claims(text, question.falsehoods, reading_language),
+    )
+
+
+def similarity(
+    student: AnswerScore, teacher: AnswerScore, asked_language: str | None
+) -> dict[str, Figure]:
+    """Return how similar an answer is to the teacher's: chrF, length and language.
+
+    Args:
+        student: the answer.
+        teacher: the teacher's answer to the same question.
+        asked_language: the question's language; None if it cannot be identified.
+
+    Returns:
+        Metric -> figure. There is no `answer_language` without `asked_language`, and no
+        `answer_language_teacher` if the teacher's answer is in no language.
+    """
+    # An empty answer counts as one character, so that the logarithm is finite.
+    ratio = max(len(student.answer), 1) / max(len(teacher.answer), 1)
+    figures = {
+        "answer_chrf": Figure(CHRF().sentence_score(student.answer, [teacher.answer]).score),
+        "answer_length": Figure(ratio),
+        "answer_length_gap": Figure(abs(math.log(ratio))),
+    }
+    if asked_language is not None:
+        figures["answer_language"] = Figure(float(student.language == asked_language))
+    if teacher.language != UNKNOWN:
+        figures["answer_language_teacher"] = Figure(float(student.language == teacher.language))
+    return figures
+
+
+def claim_figures(score: AnswerScore, question: Question, suffix: str = "") -> dict[str, Figure]:
+    """Return the figures of facts and errors; a question without claims has none.
+
+    Args:
+        score: the scored answer.
+        question: its question.
+        suffix: ends the names of the metrics.
+    """
+    figures = {}
+    if question.facts:
+        share = len(score.facts) / len(question.facts)
+        figures[f"factual_completeness{suffix}"] = Figure(share, n=len(question.facts))
+    if question.falsehoods:
+        figures[f"hallucination_rate{suffix}"] = Figure(float(bool(score.errors)))
+    return figures
+
+
+def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of an answer's tokens, without a last character that is incomplete."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text.strip().rstrip("\ufffd")
+
+
+def _generate(
+    step: Answers, variant: Variant, pair: Pair, texts: Sequence[Text], progress: Progress
+) -> Mapping[str, Sequence[int]]:
+    """Return the tokens of the variant's answer to each question."""
+    prompts = {text.id: text.tokens[: text.answer] for text in texts}
+    longest_of_teacher = max(len(text.tokens) - text.answer for text in texts)
+    return greedy_answers(
+        variant.folder,
+        prompts,
+        step.max_tokens or longest_of_teacher,
+        pair.student.device,
+        pair.student.dtype,
+        progress,
+    )
+
+
+def _mean(rows: Sequence[MetricRow]) -> MetricRow:
+    """Return the row of the mean of rows, weighted by their `n`."""
+    n = sum(row.n or 1 for row in rows)
+    value = sum(row.value * (row.n or 1) for row in rows) / n
+    return rows[0]._replace(value=value, language=None, n=n, text=None)

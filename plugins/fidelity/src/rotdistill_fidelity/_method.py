@@ -1,0 +1,252 @@
+"""Metrics of a variant against the teacher: hidden states, predictions, out-of-domain texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.evaluation.divergence import BLOCK_ROWS, compare_logits, shared_vocabulary
+from rotdistill_core.evaluation.rows import MetricRow, Variant
+from rotdistill_core.forward.activations import massive_activation_mask
+from rotdistill_core.forward.head import log_probs
+from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.linalg.solvers import polar
+
+if TYPE_CHECKING:
+    from rotdistill_core.checkpoint.models import Pair
+    from rotdistill_core.checkpoint.weights import Lineage, Weights
+    from rotdistill_core.data.packed import Samples, Text
+    from rotdistill_core.forward.activations import ActivationStore
+    from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_fidelity.step import Fidelity
+
+
+def score_variant(
+    step: Fidelity,
+    variant: Variant,
+    pair: Pair,
+    activations: ActivationStore,
+    samples: Samples,
+    progress: Progress,
+) -> list[MetricRow]:
+    """Return all metrics of a variant: overall, by text, by language and by layer."""
+    weights = variant.weights
+    layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
+    answers, _, _ = layout.prediction_rows(Split.HELDOUT)
+    # With two tokenizers, some rows have no rows of the teacher that they are paired with.
+    answers = answers[activations.paired(layout)[answers]]
+    forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
+    by_layer: list[MetricRow] = []
+    for layer in forward:
+        forward.run()
+        by_layer += hidden_state_rows(variant, pair, activations, forward, answers)
+        progress(layer + 1, weights.depth, f"{len(layout.texts)} held-out texts")
+    rows = prediction_rows(variant, pair, activations, forward, by_layer)
+    rows += out_of_domain_rows(variant, pair, activations, forward)
+    rows.append(MetricRow(variant.name, "parameters", float(weights.parameters)))
+    rows.append(MetricRow(variant.name, "seconds", variant.seconds))
+    return rows + by_layer if step.per_layer else rows
+
+
+# Hidden states.
+
+
+def hidden_state_rows(
+    variant: Variant,
+    pair: Pair,
+    activations: ActivationStore,
+    forward: LayerwiseForward,
+    rows: Tensor,
+) -> list[MetricRow]:
+    """Return the hidden-state metrics of rows [n] at the boundary that a forward pass reached."""
+    lineage, boundary = variant.weights.lineage, forward.boundary
+    depth = lineage.depths[boundary]
+    X = in_teacher_frame(forward.states[rows].double(), depth, lineage, pair, activations)
+    T = activations.teacher(forward.layout, depth)[rows].double()
+    return [
+        MetricRow(variant.name, metric, value, Split.HELDOUT, layer=boundary, n=len(rows))
+        for metric, value in hidden_metrics(X, T).items()
+    ]
+
+
+def hidden_metrics(X: Tensor, T: Tensor) -> dict[str, float]:
+    """Compare states `X [n, d]` with the teacher's `T [n, d]`, in one frame."""
+    cosine = (X * T).sum(-1).div(X.norm(dim=-1) * T.norm(dim=-1)).mean()
+    difference = (X - T).pow(2).mean().sqrt() / T.pow(2).mean().sqrt()
+    # 0: every channel is as large as the teacher's.
+    channels, teacher_channels = _channel_rms(X), _channel_rms(T)
+    gap = (channels / teacher_channels).log().abs().mean()
+    return {
+        "hidden_cosine": float(cosine),
+        "residual_rms_diff": float(difference),
+        "channel_rms_gap": float(gap),
+    }
+
+
+def _channel_rms(X: Tensor) -> Tensor:
+    """Return the RMS [d] of each channel of rows `[n, d]`."""
+    return X.pow(2).mean(0).sqrt().clamp_min(1e-30)
+
+
+def in_teacher_frame(
+    X: Tensor, depth: int, lineage: Lineage, pair: Pair, activations: ActivationStore
+) -> Tensor:
+    """Carry states `[n, d_s]` of a variant into the teacher's frame `[n, d_t]`.
+
+    Args:
+        X: the variant's states.
+        depth: their boundary in the original student.
+        lineage: the variant's change of basis, which is undone.
+        pair: teacher and student. If they start in one basis, no rotation is needed.
+        activations: the unedited student's states, from which the rotation is fitted.
+    """
+    if lineage.basis is not None:
+        X = X @ lineage.basis.T.to(X)
+    if pair.same:
+        return X
+    # Orthogonal Procrustes with scale, without attention sinks: they would dominate SᵀT.
+    layout = activations.layouts[Side.STUDENT]
+    S = activations.rows(Side.STUDENT, activations.depths.index(depth)).double()
+    T = activations.teacher(layout, depth).double()
+    use = (
+        layout.split(Split.FIT)
+        & ~massive_activation_mask(S)
+        & ~massive_activation_mask(T)
+        & activations.paired(layout)
+    )
+    R, spectrum = polar(S[use].T @ T[use], f"fidelity: boundary {depth}")
+    scale = float(spectrum.sum() / S[use].pow(2).sum())
+    return X @ R * scale
+
+
+# Predictions.
+
+
+def prediction_rows(
+    variant: Variant,
+    pair: Pair,
+    activations: ActivationStore,
+    forward: LayerwiseForward,
+    by_layer: list[MetricRow],
+) -> list[MetricRow]:
+    """Return the metrics over held-out answers, with the means of the hidden-state metrics.
+
+    Args:
+        variant: the variant.
+        pair: teacher and student. With two tokenizers no KL or agreement is defined.
+        activations: holds the teacher's final states.
+        forward: the variant's finished forward pass.
+        by_layer: hidden-state metrics of all layers.
+    """
+    name, weights, layout = variant.name, variant.weights, forward.layout
+    rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
+    S = forward.states[rows]
+    found: list[MetricRow] = []
+    if pair.one_tokenizer:
+        T = activations.teacher(layout, pair.student.depth)[rows]
+        vocabulary = shared_vocabulary(pair)
+        compared = compare_logits(pair.teacher.weights, T, weights, S, targets, vocabulary)
+        nll = compared.nll
+        found += by_text(name, "kl", compared.kl, texts)
+        found += by_text(name, "top1", compared.top1, texts)
+        found += by_language(name, "kl", compared.kl, texts)
+    else:
+        # Probabilities of different tokens cannot be compared. The likelihood of the teacher's
+        # answers still can be reported.
+        nll = answer_nll(weights, S, targets)
+    overall = layer_means(by_layer)
+    overall["perplexity"] = float(nll.mean().exp())
+    found += [
+        MetricRow(name, metric, value, Split.HELDOUT, n=len(rows))
+        for metric, value in overall.items()
+    ]
+    return found
+
+
+def out_of_domain_rows(
+    variant: Variant, pair: Pair, activations: ActivationStore, forward: LayerwiseForward
+) -> list[MetricRow]:
+    """Return the metrics on the guard's reported half; none without a guard."""
+    layout = forward.layout
+    rows, targets, texts = layout.prediction_rows(Split.GUARD)
+    if not len(rows):
+        return []
+    T = activations.teacher(layout, pair.student.depth)[rows]
+    S = forward.states[rows]
+    vocabulary = shared_vocabulary(pair)
+    compared = compare_logits(pair.teacher.weights, T, variant.weights, S, targets, vocabulary)
+    perplexity = float(compared.nll.mean().exp())
+    return [
+        *by_text(variant.name, "guard_kl", compared.kl, texts),
+        MetricRow(variant.name, "guard_perplexity", perplexity, Split.GUARD, n=len(rows)),
+    ]
+
+
+def answer_nll(weights: Weights, S: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p [n] of target tokens [n], nats, given states before the final norm `[n, d]`."""
+    head = weights.head().to(S)
+    parts = []
+    for k in range(0, len(S), BLOCK_ROWS):
+        block = slice(k, k + BLOCK_ROWS)
+        q = log_probs(weights, S[block], head)
+        parts.append(-q.gather(-1, targets[block][:, None])[:, 0])
+    return torch.cat(parts).double()
+
+
+# Means over layers, texts and languages.
+
+
+def layer_means(rows: list[MetricRow]) -> dict[str, float]:
+    """Return the mean over layers of each metric."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row.metric, []).append(row.value)
+    return {metric: sum(some) / len(some) for metric, some in values.items()}
+
+
+def by_text(variant: str, metric: str, values: Tensor, texts: list[Text]) -> list[MetricRow]:
+    """Return the mean of per-token values [n] over all tokens, then over those of each text.
+
+    `texts[k]` is the text of value k; all are of one split.
+    """
+    split = texts[0].split
+    rows = [MetricRow(variant, metric, float(values.mean()), split, n=len(values))]
+    for text_id, places in _places([text.id for text in texts]).items():
+        row = MetricRow(
+            variant,
+            metric,
+            float(values[places].mean()),
+            split,
+            language=texts[places[0]].language,
+            n=len(places),
+            text=text_id,
+        )
+        rows.append(row)
+    return rows
+
+
+def by_language(variant: str, metric: str, values: Tensor, texts: list[Text]) -> list[MetricRow]:
+    """Return the mean of per-token values [n] over the tokens of each language."""
+    places = _places([text.language for text in texts])
+    return [
+        MetricRow(
+            variant,
+            metric,
+            float(values[places[language]].mean()),
+            texts[0].split,
+            language=language,
+            n=len(places[language]),
+        )
+        for language in sorted(places)
+    ]
+
+
+def _places(names: list[str]) -> dict[str, list[int]]:
+    """Return name -> its indices, names in the order of their first index."""
+    places: dict[str, list[int]] = {}
+    for k, name in enumerate(names):
+        places.setdefault(name, []).append(k)
+    return places

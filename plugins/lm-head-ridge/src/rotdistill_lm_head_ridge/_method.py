@@ -1,0 +1,437 @@
+"""Ridge regression of the head onto the teacher's logits, without any logits.
+
+The teacher's logits are `h_t W_tᵀ`. So with states after the final norm `X_s [T, d_s]` and
+`X_t [T, d_t]`, their second moments are all that the fit needs:
+
+    C_ss = X_sᵀ X_s,   C_st = X_sᵀ X_t
+    argmin_W  Σ ‖x_s Wᵀ - x_t W_tᵀ‖² + λ ‖W - W_s‖²
+        = (W_t C_stᵀ + λ W_s)(C_ss + λI)⁻¹ = W_t Aᵀ + W_s Bᵀ   [V, d_s]
+    A = (C_ss + λI)⁻¹ C_st [d_s, d_t],   B = λ (C_ss + λI)⁻¹ [d_s, d_s]
+
+Only A and B are solved for, whatever the size of the vocabulary (Hoerl and Kennard,
+Technometrics 12, 1970).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import RecipeError, SingularError
+from rotdistill_core.evaluation.acceptance import (
+    MAX_SCORED_ROWS,
+    largest_allowed_share,
+    scored_rows,
+    scores_by_text,
+    significantly_lower,
+)
+from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
+from rotdistill_core.forward.head import final_norm
+from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.solvers import ridge
+from rotdistill_lm_head_ridge._final_states import final_states
+from rotdistill_lm_head_ridge._logit_map import (
+    RowFunction,
+    fit_logit_map,
+    reduced_targets,
+    top_tokens,
+)
+from rotdistill_lm_head_ridge.step import BLOCK_ROWS
+
+if TYPE_CHECKING:
+    from rotdistill_core.checkpoint.models import Pair
+    from rotdistill_core.checkpoint.weights import Weights
+    from rotdistill_core.data.packed import PackedTexts, Samples
+    from rotdistill_core.forward.activations import ActivationStore
+    from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.store.output import StepOutput
+    from rotdistill_lm_head_ridge.step import LmHeadRidge
+
+
+MAP_SHARES = (1.0, 0.5, 0.25)
+"""Shares of the map that are tried until one is within the guard. The core's `BACKOFF` goes one
+step further down; the figures of this step are with these three."""
+MIN_GAIN = 1e-6
+"""A head is better if its KL is lower by this many nats; less is rounding."""
+
+
+class RidgeSolution(NamedTuple):
+    """The two matrices of a ridge head, `W = W_t Aᵀ + W_s Bᵀ`."""
+
+    A: Tensor
+    """`(C_ss + λI)⁻¹ C_st [d_s, d_t]`."""
+    B: Tensor
+    """`λ (C_ss + λI)⁻¹ [d_s, d_s]`."""
+
+
+class Candidate(NamedTuple):
+    """A head to choose from: the student's own plus a share of its difference to a ridge head."""
+
+    ridge: float
+    """λ as a multiple of the mean diagonal of `C_ss`; 0 for the student's own head."""
+    blend: float
+    """Share of the ridge head."""
+
+
+OWN_HEAD = Candidate(0.0, 0.0)
+
+
+class ScoredHead(NamedTuple):
+    """A head and its mean KL on the validation rows."""
+
+    head: Tensor
+    """`[V, d_s]`."""
+    kl: float
+    """Nats per row."""
+
+
+class TeacherHead(NamedTuple):
+    """The teacher's final states and its head: together, its logits."""
+
+    states: Tensor
+    """States after the final norm, on the student's rows `[rows, d_t]`."""
+    head: Tensor
+    """`[V, d_t]`, without padding tokens."""
+
+
+class OutOfDomain(NamedTuple):
+    """The limit that a guard sets."""
+
+    rows: Tensor
+    """Rows of the guard's texts [n]."""
+    max_kl: float
+    """Largest mean KL on these rows that a head may have, nats."""
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    """States on which heads are fitted and compared, and the distribution that they should have."""
+
+    layout: PackedTexts
+    X: Tensor
+    """The student's states after the final norm `[rows, d_s]`."""
+    head: Tensor
+    """The student's own head `[V, d_s]`, without padding tokens."""
+    target_log_probs: RowFunction
+    """Rows [n] -> log-probabilities `[n, V]`: the teacher's, or those of the next tokens."""
+    validation: Tensor
+    """Rows by whose KL heads are chosen [n]."""
+    validation_text: Tensor
+    """The number of each validation row's text [n]."""
+
+    def kl(self, rows: Tensor, head: Tensor) -> Tensor:
+        """Return the KL of rows [n] under a head.
+
+        `compare_logits` of the core starts from states before the norm, caps logits where the
+        model does, and takes other blocks: its last digits differ.
+        """
+        parts = []
+        for k in range(0, len(rows), BLOCK_ROWS):
+            block = rows[k : k + BLOCK_ROWS]
+            q = self.student_logits(head, block).log_softmax(-1)
+            parts.append(kl_divergence(self.target_log_probs(block), q))
+        return torch.cat(parts)
+
+    def student_logits(self, head: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of rows `[n, V]` under a head."""
+        return self.X[rows] @ head.T
+
+    def validation_kl(self, head: Tensor) -> float:
+        """Return the mean KL of a head on the validation rows, nats."""
+        return float(self.kl(self.validation, head).mean())
+
+
+def fit_head(
+    step: LmHeadRidge,
+    weights: Weights,
+    activations: ActivationStore,
+    pair: Pair,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights:
+    """Return the weights with the fitted head, or as they are if none is better beyond chance.
+
+    Raises:
+        RecipeError: a guard without texts outside the domain.
+        SetupError: teacher and student have different tokenizers.
+    """
+    vocabulary = shared_vocabulary(pair)
+    layout = _texts_of(step, samples)
+    states = final_states(weights, activations, pair.student, layout, progress)
+    X = final_norm(weights, states)
+    H_s = weights.head()[:vocabulary].to(X)
+    teacher = None
+    target_log_probs = partial(next_token_log_probs, layout, vocabulary)
+    if step.objective != "next-token":
+        teacher = _teacher_head(activations, pair, layout, vocabulary, X)
+        target_log_probs = partial(teacher_log_probs, teacher)
+    scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
+    problem = HeadProblem(layout, X, H_s, target_log_probs, scored.rows, scored.text)
+    before = best = ScoredHead(H_s, problem.validation_kl(H_s))
+    limit = ood_limit(problem, step.guard)
+
+    if teacher is not None:
+        best = choose_ridge_head(step, problem, teacher, before, limit, out)
+    ticks = weights.depth + 1
+    progress(ticks, ticks, f"ridge: KL {before.kl:.4f} to {best.kl:.4f}")
+    if step.objective != "ridge":
+        fit = map_rows(layout, samples.teacher_answered(), step.max_rows)
+        best = map_head(step, problem, best, fit, limit, out, progress)
+
+    out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
+    if best.head is H_s or not _significantly_better(problem, best.head):
+        candidate = "candidate that the guard allows" if step.guard else "candidate"
+        out.report.refused = (
+            f"no {candidate} lowers the validation KL beyond chance; the head is left as it was"
+        )
+        return weights
+    # Rows of padding tokens keep their values.
+    whole = weights.head().to(X.dtype).clone()
+    whole[:vocabulary] = best.head
+    return weights.untie().edit({weights.adapter.head: whole})
+
+
+def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
+    """Return the fit texts, then the validation texts, and those of the guard if the step has one.
+
+    Raises:
+        RecipeError: a guard without texts outside the domain.
+    """
+    fit = samples.layout.select(Split.FIT, most=step.max_texts)
+    splits = (Split.VALIDATION, Split.GUARD_VALIDATION) if step.guard else (Split.VALIDATION,)
+    layout = replace(fit, texts=fit.texts + samples.layout.select(*splits).texts)
+    if step.guard and not len(layout.prediction_rows(Split.GUARD_VALIDATION)[0]):
+        raise RecipeError(
+            "lm-head-ridge: guard needs texts outside the domain; name them as samples.guard."
+        )
+    return layout
+
+
+def _teacher_head(
+    activations: ActivationStore, pair: Pair, layout: PackedTexts, vocabulary: int, like: Tensor
+) -> TeacherHead:
+    """Return the teacher's states on the rows of a layout, and its head, in the dtype of `like`."""
+    states = activations.teacher(layout, pair.student.depth).to(like)
+    return TeacherHead(
+        states=final_norm(pair.teacher.weights, states),
+        head=pair.teacher.weights.head()[:vocabulary].to(like),
+    )
+
+
+def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
+    """Return the rows of the guard and the largest KL that a head may have on them."""
+    if guard is None:
+        return None
+    rows = problem.layout.prediction_rows(Split.GUARD_VALIDATION)[0]
+    return OutOfDomain(rows, guard * float(problem.kl(rows, problem.head).mean()))
+
+
+def _significantly_better(problem: HeadProblem, head: Tensor) -> bool:
+    """Return whether a head lowers the validation KL of the student's own beyond chance."""
+    before, after = (
+        scores_by_text(problem.kl(problem.validation, H), problem.validation_text)
+        for H in (problem.head, head)
+    )
+    return significantly_lower(before, after)
+
+
+def choose_ridge_head(
+    step: LmHeadRidge,
+    problem: HeadProblem,
+    teacher: TeacherHead,
+    before: ScoredHead,
+    limit: OutOfDomain | None,
+    out: StepOutput,
+) -> ScoredHead:
+    """Return the head of the best ridge and blend on validation rows, or the student's own.
+
+    Args:
+        step: candidates for ridge and blend.
+        problem: the student's states.
+        teacher: the teacher's states and head.
+        before: the student's own head.
+        limit: what the guard allows.
+        out: its notes list the candidates and the choice.
+    """
+    X, H_s = problem.X, problem.head
+    T, H_t = teacher
+    fit = problem.layout.split(Split.FIT)
+    solutions = ridge_solutions(X[fit], T[fit], step.ridge)
+    rows = problem.validation
+    scores = {OWN_HEAD: before.kl}
+    scores |= candidate_kl(X[rows], T[rows], H_t, H_s, solutions, step.blend)
+    forbidden: set[Candidate] = set()
+    if limit is not None:
+        ood_kl = candidate_kl(X[limit.rows], T[limit.rows], H_t, H_s, solutions, step.blend)
+        forbidden = {candidate for candidate, kl in ood_kl.items() if kl > limit.max_kl}
+    best = min((c for c in scores if c not in forbidden), key=scores.__getitem__)
+    if scores[best] > before.kl - MIN_GAIN:
+        best = OWN_HEAD
+    out.notes["validation KL by (ridge, blend)"] = {
+        f"{candidate.ridge:g}, {candidate.blend:g}": kl for candidate, kl in scores.items()
+    }
+    out.notes["chosen (ridge, blend)"] = list(best)
+    if best == OWN_HEAD:
+        return before
+    A, B = solutions[best.ridge]
+    head = H_s + best.blend * (H_t @ A.T.to(X) + H_s @ B.T.to(X) - H_s)
+    return ScoredHead(head, scores[best])
+
+
+def ridge_solutions(
+    X: Tensor, T: Tensor, strengths: tuple[float, ...]
+) -> dict[float, RidgeSolution]:
+    """Solve the regression of `T [n, d_t]` on `X [n, d_s]` for each λ.
+
+    A λ at which the normal equations are singular has no solution: there are fewer rows than
+    unknowns, and λ is within rounding of 0.
+    """
+    moments = Moments(X.shape[1], T.shape[1])
+    moments.add(X, T)
+    eye = torch.eye(X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
+    solutions: dict[float, RidgeSolution] = {}
+    for strength in strengths:
+        with suppress(SingularError):
+            A = ridge(moments.xx, moments.xy, strength, "lm-head-ridge")
+            B = ridge(moments.xx, strength * eye, strength, "lm-head-ridge")
+            solutions[strength] = RidgeSolution(A, B)
+    return solutions
+
+
+def candidate_kl(
+    X: Tensor,
+    T: Tensor,
+    H_t: Tensor,
+    H_s: Tensor,
+    solutions: dict[float, RidgeSolution],
+    blends: tuple[float, ...],
+) -> dict[Candidate, float]:
+    """Return the mean KL of every ridge and blend on paired rows, without forming their heads.
+
+    Args:
+        X: the student's rows after the final norm `[n, d_s]`.
+        T: the teacher's rows after the final norm `[n, d_t]`.
+        H_t: the teacher's head `[V, d_t]`.
+        H_s: the student's head `[V, d_s]`.
+        solutions: A and B for each ridge.
+        blends: shares of the ridge head.
+    """
+    total = {Candidate(strength, share): 0.0 for strength in solutions for share in blends}
+    for k in range(0, len(X), BLOCK_ROWS):
+        x, t = X[k : k + BLOCK_ROWS], T[k : k + BLOCK_ROWS]
+        p = (t @ H_t.T).log_softmax(-1)
+        own = x @ H_s.T
+        for strength, (A, B) in solutions.items():
+            fitted = (x @ A.to(x)) @ H_t.T + (x @ B.to(x)) @ H_s.T
+            for share in blends:
+                q = (own + share * (fitted - own)).log_softmax(-1)
+                # One sum over rows and tokens. `kl_divergence(p, q).sum()` sums each row first,
+                # which differs in the last digits, and with them the choice could.
+                total[Candidate(strength, share)] += float((p.exp() * (p - q)).sum())
+    return {candidate: value / len(X) for candidate, value in total.items()}
+
+
+def map_head(
+    step: LmHeadRidge,
+    problem: HeadProblem,
+    start: ScoredHead,
+    fit: Tensor,
+    limit: OutOfDomain | None,
+    out: StepOutput,
+    progress: Progress,
+) -> ScoredHead:
+    """Return the head after the best map, `head (I + M)ᵀ`, or `start` if none is better.
+
+    Args:
+        step: sizes and penalty of the fit.
+        problem: the student's states and the target distribution.
+        start: the head that the map is fitted before.
+        fit: rows to fit the map on [n].
+        limit: what the guard allows.
+        out: its notes describe the fit.
+        progress: called for each step of the fit.
+    """
+    X, head, validation = problem.X, start.head, problem.validation
+    logits = partial(problem.student_logits, head)
+    targets = problem.target_log_probs
+    tokens = top_tokens(targets, logits, torch.cat([fit, validation]), step.max_tokens)
+    fit_targets = reduced_targets(targets, logits, fit, tokens)
+    validation_targets = reduced_targets(targets, logits, validation, tokens)
+    H = head[tokens]
+
+    def validation_kl(M: Tensor) -> float:
+        rows = X[validation]
+        return float(validation_targets.kl((rows + rows @ M) @ H.T).mean())
+
+    def report(iteration: int, kl: float) -> None:
+        progress(iteration, step.max_iter, f"map: KL {kl:.4f}")
+
+    M = fit_logit_map(
+        X=X[fit],
+        H=H,
+        targets=fit_targets,
+        validation_kl=validation_kl,
+        penalty=step.logit_penalty,
+        max_iter=step.max_iter,
+        report=report,
+    )
+    change = head @ M.T
+    share = allowed_share(problem, head, change, limit)
+    mapped = head + share * change if share else head
+    kl = problem.validation_kl(mapped)
+    out.notes["map"] = {
+        "rows": len(fit),
+        "tokens": len(tokens),
+        "strength": share,
+        "validation KL before": start.kl,
+        "validation KL after": kl,
+    }
+    return ScoredHead(mapped, kl) if kl < start.kl - MIN_GAIN else start
+
+
+def allowed_share(
+    problem: HeadProblem, head: Tensor, change: Tensor, limit: OutOfDomain | None
+) -> float:
+    """Return the largest share of a change of the head `[V, d_s]` that the guard allows."""
+    if limit is None:
+        return MAP_SHARES[0]
+
+    def ood_kl(share: float) -> float:
+        return float(problem.kl(limit.rows, head + share * change).mean())
+
+    return largest_allowed_share(MAP_SHARES, ood_kl, limit.max_kl)
+
+
+def map_rows(layout: PackedTexts, preferred: frozenset[str], limit: int) -> Tensor:
+    """Return at most `limit` rows that predict answers of fit texts, evenly spread.
+
+    Rows of the texts `preferred` come first; the others take the room that is left.
+    """
+    rows, _, texts = layout.prediction_rows(Split.FIT)
+    first = torch.tensor([text.id in preferred for text in texts], dtype=torch.bool)
+    chosen: list[Tensor] = []
+    room = limit
+    for group in (rows[first], rows[~first]):
+        if room > 0 and len(group):
+            stride = -(-len(group) // room)
+            chosen.append(group[::stride])
+            room -= len(chosen[-1])
+    return torch.cat(chosen)
+
+
+def teacher_log_probs(teacher: TeacherHead, rows: Tensor) -> Tensor:
+    """Return the teacher's log-probabilities of rows [n], `[n, V]`."""
+    return (teacher.states[rows] @ teacher.head.T).log_softmax(-1)
+
+
+def next_token_log_probs(layout: PackedTexts, vocabulary: int, rows: Tensor) -> Tensor:
+    """Return log-probabilities of rows `[n, V]` that put all probability on the next token."""
+    targets = layout.tokens[rows + 1]
+    return torch.full((len(rows), vocabulary), -1e30).scatter(1, targets[:, None], 0.0)

@@ -1,0 +1,71 @@
+"""A LoRA on the student: `W + s B A` on chosen linear layers (Hu et al., arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from rotdistill_core.forward.layerwise import meta_model
+
+if TYPE_CHECKING:
+    from rotdistill_core.checkpoint.models import Model
+    from rotdistill_core.checkpoint.weights import Weights
+    from rotdistill_core.store.output import StepOutput
+
+
+def with_lora(weights: Weights, model: Model, train: Literal["lora", "head"], rank: int) -> Any:
+    """Return a view of the student's weights as a peft model that trains only its LoRA.
+
+    Args:
+        weights: the view.
+        model: the student, for device, dtype and name.
+        train: `"lora"` for all linear layers of attention and MLP, `"head"` for the head.
+        rank: rank of `B A`; its scale s is 2.
+    """
+    whole: Any = meta_model(weights, model.dtype)
+    tensors = {name: weights[name].to(model.device, model.dtype) for name in weights.entries}
+    whole.load_state_dict(tensors, strict=False, assign=True)
+    whole.tie_weights()
+    # peft writes the name into the adapter's config.
+    whole.name_or_path = model.ref.model
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_target_modules(weights, train))
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(whole, config)
+
+
+def _target_modules(weights: Weights, train: Literal["lora", "head"]) -> list[str]:
+    """Return the last names of the modules that get a LoRA, such as `q_proj`."""
+    adapter = weights.adapter
+    names = [adapter.head]
+    if train == "lora":
+        names = [
+            name
+            for name, param in adapter.params.items()
+            if len(param.axes) == 2 and name.startswith(adapter.layers) and name.endswith(".weight")
+        ]
+    return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+
+
+def lora_products(student: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield (parameter of the plain model, `s B A [out, in]` in float64) of every LoRA layer."""
+    for name, module in student.get_base_model().named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            product = module.scaling["default"] * (B.double() @ A.double())
+            yield f"{name}.weight", product.detach().cpu()
+
+
+def save_adapter(student: Any, out: StepOutput) -> None:
+    """Commit the LoRA in peft's format, under `weights/<step>/adapter/`."""
+    with tempfile.TemporaryDirectory() as folder:
+        student.save_pretrained(folder, save_embedding_layers=False)
+        for path in sorted(Path(folder).glob("adapter_*")):
+            out.write(f"weights/{out.step}/adapter/{path.name}", [path.read_bytes()])

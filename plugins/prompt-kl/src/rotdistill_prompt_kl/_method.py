@@ -1,0 +1,269 @@
+"""LoRA distillation on the teacher's own continuations.
+
+Minimises the mean `KL(softmax(h_t W_tᵀ) ‖ student)` over the tokens that the teacher wrote, in
+the low-rank matrices of a LoRA `W + s B A`. The products are then added to the weights, which is
+exact. Related: generalised knowledge distillation on generated text (Agarwal et al.,
+arXiv:2306.13649), there on the student's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.evaluation.acceptance import accept_if_better
+from rotdistill_core.evaluation.divergence import shared_vocabulary
+from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
+from rotdistill_prompt_kl._targets import DistillationTargets
+
+if TYPE_CHECKING:
+    from rotdistill_core.checkpoint.models import Pair
+    from rotdistill_core.checkpoint.weights import Weights
+    from rotdistill_core.data.packed import Samples
+    from rotdistill_core.data.questions import Question
+    from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.store.output import StepOutput
+    from rotdistill_prompt_kl.step import PromptKl
+
+
+def distil(
+    step: PromptKl,
+    weights: Weights,
+    pair: Pair,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights:
+    """Return the weights with the trained LoRA folded in, or as they are if that is no gain.
+
+    Raises:
+        RecipeError: the samples lack what the options ask for, or the student is fused.
+        SetupError: teacher and student have different tokenizers.
+    """
+    layout = training_texts(step, pair, samples, out, progress)
+    vocabulary = shared_vocabulary(pair)
+    targets = DistillationTargets(pair, layout, vocabulary, out, progress, step.bfloat16)
+    out.notes["texts"] = len([text for text in layout.texts if not text.plain])
+    # The guard's forward passes need memory: the model that trained is gone when this returns.
+    trained = trained_weights(step, weights, pair, targets, out, progress)
+    if trained is None:
+        out.report.refused = (
+            "training did not lower the validation KL; the weights are left as they were"
+        )
+        return weights
+    score = partial(targets.scores, samples)
+    return accept_if_better(weights, trained, score, step.guard, out)
+
+
+# Texts.
+
+
+def training_texts(
+    step: PromptKl, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
+) -> PackedTexts:
+    """Return the teacher's continuations and answers, and the guard's texts if there is a guard.
+
+    Raises:
+        RecipeError: the samples lack places, answers or guard texts that the options need, or
+            the student has fused projections.
+    """
+    if pair.student.adapter.fused:
+        raise RecipeError(
+            f"prompt-kl: a {pair.student.config['model_type']} model has fused projections, "
+            "on which no LoRA is trained here."
+        )
+    answers: list[Text] = []
+    if "questions" in step.prompts_from:
+        answers = _teacher_answers(samples)
+        if not answers:
+            raise RecipeError(
+                'prompt-kl: prompts_from = ["questions"] trains on the teacher\'s answers; '
+                "let it write some: samples.own_answers = 64."
+            )
+    outside: list[Text] = []
+    if step.guard:
+        outside = list(samples.layout.select(Split.GUARD_VALIDATION).texts)
+        if not outside:
+            raise RecipeError(
+                "prompt-kl: guard needs texts outside the domain; name them as samples.guard."
+            )
+    continuations: list[Text] = []
+    if "places" in step.prompts_from:
+        continuations = place_continuations(step, pair, samples, out, progress)
+    prompts = [text.tokens[: text.answer] for text in (*continuations, *answers)]
+    return PackedTexts((*continuations, *answers, *outside), shared_prefix_length(prompts))
+
+
+def _teacher_answers(samples: Samples) -> list[Text]:
+    """Return the teacher's own answers to questions that are not held out."""
+    ids = samples.teacher_answered()
+    return [text for text in samples.layout.texts if text.id in ids and text.split != Split.HELDOUT]
+
+
+def place_continuations(
+    step: PromptKl, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
+) -> list[Text]:
+    """Return the teacher's greedy continuations of the system prompt and place names.
+
+    The teacher writes them once; every run under the same folder finds them again.
+
+    Raises:
+        RecipeError: no text has a place.
+    """
+    teacher = pair.teacher
+    chosen = _place_questions(samples)[: step.max_prompts]
+    if not chosen:
+        raise RecipeError(
+            'prompt-kl: prompts_from = ["places"] continues place names, and no text has one; '
+            'train on answers instead: prompts_from = ["questions"].'
+        )
+    prompts = {
+        question.id: prompt_tokens(pair.student.tokenizer, samples.style, question.place)
+        for question in chosen
+    }
+    shared = out.shared(
+        "continuations",
+        teacher.sha256,
+        json.dumps(prompts),
+        str(step.max_new_tokens),
+        str(teacher.dtype),
+        teacher.device.type,
+    )
+    path = shared.find("answers/continuations.json")
+    if path is None:
+        written = greedy_answers(
+            teacher.folder, prompts, step.max_new_tokens, teacher.device, teacher.dtype, progress
+        )
+        path = shared.json("answers/continuations.json", written)
+    continuations: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Text(
+            id=f"{question.id}.place",
+            language=question.language,
+            split=question.split,
+            tokens=(*prompts[question.id], *continuations[question.id]),
+            answer=len(prompts[question.id]),
+        )
+        for question in chosen
+        if continuations[question.id]
+    ]
+
+
+def _place_questions(samples: Samples) -> list[Question]:
+    """Return the questions about a place, without the copies that the teacher answers (`.own`)."""
+    questions = [q for q in samples.questions if q.place and not q.id.endswith(".own")]
+    return list({question.id: question for question in questions}.values())
+
+
+# Training.
+
+
+def trained_weights(
+    step: PromptKl,
+    weights: Weights,
+    pair: Pair,
+    targets: DistillationTargets,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights | None:
+    """Train a LoRA and return the weights with the best one folded in; None without any gain.
+
+    The LoRA is written in peft's format, the validation KL to the notes.
+    """
+    view = weights.untie() if step.train == "head" else weights
+    with torch.random.fork_rng():
+        torch.manual_seed(step.seed)
+        student = with_lora(view, pair.student, step.train, step.rank)
+        curve = [targets.kl(student, view, Split.VALIDATION)]
+        evaluations = train(step, student, view, targets, progress)
+        best_state = _early_stopping(student, evaluations, curve, step.patience)
+    out.notes["validation KL by evaluation"] = curve
+    if not best_state:
+        return None
+    student.load_state_dict(best_state, strict=False)
+    save_adapter(student, out)
+    return view.edit(
+        {
+            name: (view[name].double() + product).to(pair.student.dtype)
+            for name, product in lora_products(student)
+        }
+    )
+
+
+def _early_stopping(
+    student: Any, evaluations: Iterator[float], curve: list[float], patience: int
+) -> dict[str, Tensor]:
+    """Return the LoRA with the least validation KL, by parameter; empty if none is a gain.
+
+    Args:
+        student: the peft model.
+        evaluations: trains, and yields the validation KL.
+        curve: starts with the KL before training; evaluations are appended.
+        patience: evaluations in a row without gain after which training stops.
+    """
+    best, worse = curve[0], 0
+    best_state: dict[str, Tensor] = {}
+    for kl in evaluations:
+        curve.append(kl)
+        if kl < best:
+            best, worse = kl, 0
+            best_state = {
+                name: parameter.detach().clone()
+                for name, parameter in student.named_parameters()
+                if parameter.requires_grad
+            }
+        else:
+            worse += 1
+        if worse == patience:
+            break
+    return best_state
+
+
+def train(
+    step: PromptKl, student: Any, view: Weights, targets: DistillationTargets, progress: Progress
+) -> Iterator[float]:
+    """Train the LoRA, and yield the validation KL twice an epoch.
+
+    AdamW without weight decay, gradients clipped to norm 1. The learning rate rises over the
+    first twentieth of the steps, and decays linearly to 0.
+    """
+    k, n = step.shard
+    texts = [i for i, text in enumerate(targets.layout.texts) if text.split == Split.FIT]
+    texts = texts[k - 1 :: n]
+    total = step.max_epochs * -(-len(texts) // step.batch_size)
+    halves = 2 * step.max_epochs
+    evaluated = {round(total * half / halves) for half in range(1, halves + 1)}
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=step.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_up_and_decay, total))
+    done = 0
+    for _ in range(step.max_epochs):
+        order = torch.randperm(len(texts)).tolist()
+        for start in range(0, len(order), step.batch_size):
+            batch = [texts[i] for i in order[start : start + step.batch_size]]
+            loss = targets.losses(student, view, batch).mean()
+            torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            done += 1
+            progress(done, total, f"KL {loss.item():.3f}")
+            if done in evaluated:
+                yield targets.kl(student, view, Split.VALIDATION)
+
+
+def _warm_up_and_decay(total: int, done: int) -> float:
+    """Return the learning rate after `done` of `total` steps, relative to its peak."""
+    warm_up = max(1, total // 20)
+    return min(1.0, (done + 1) / warm_up) * (1 - done / (total + 1))

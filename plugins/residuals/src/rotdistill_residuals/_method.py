@@ -1,0 +1,271 @@
+"""The capture: models run layer by layer over the texts, and each boundary becomes one shard."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.checkpoint.lazy import open_tensors
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.forward.activations import ActivationStore, write_shard
+from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.output import StepOutput
+from rotdistill_residuals._control import replace_teacher_rows
+from rotdistill_residuals._layer_map import match_layers
+from rotdistill_residuals._spans import UNPAIRED, pair_rows
+
+if TYPE_CHECKING:
+    from rotdistill_residuals.step import Residuals
+
+SPANS_SHARD = "shards/spans.safetensors"
+PAIRING_TABLE = "alignment.tsv"
+LAYER_MAP = "layer_map.json"
+
+
+def capture(
+    step: Residuals,
+    pair: Pair,
+    weights: Weights,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> ActivationStore:
+    """Capture all models of the pair, and apply the step's control and layer map.
+
+    Args:
+        step: the options.
+        pair: the models; the teacher and the anchor run as they are.
+        weights: the student as the steps before left it.
+        samples: the texts.
+        out: takes shards, tables and notes.
+        progress: called once for each layer.
+
+    Raises:
+        RecipeError: the options do not go with these models or texts.
+        RotdistillError: a state is NaN or Inf.
+    """
+    _check_options(step, pair, weights)
+    student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, most=step.student_texts)
+    streams = [
+        _teacher_stream(step, pair, samples.teacher, out),
+        Stream(Side.STUDENT, pair.student, weights, student_texts, out, _dtype(step, pair.student)),
+    ]
+    if pair.anchor:
+        streams.append(_anchor_stream(step, pair.anchor, student_texts, out))
+
+    shards: dict[str, tuple[str, ...]] = {}
+    layouts: dict[str, PackedTexts] = {}
+    total = sum(stream.depth for stream in streams)
+    done = 0
+    for stream in streams:
+        shards[stream.side] = stream.capture(_continued(progress, done, total))
+        layouts[stream.side] = stream.layout
+        done += stream.depth
+    if samples.theirs:
+        shards[Side.SPANS] = (_write_spans(pair, samples, out),)
+        layouts[Side.SPANS] = samples.layout
+
+    activations = ActivationStore(
+        root=out.store.root,
+        shards=shards,
+        layouts=layouts,
+        depths=weights.lineage.depths,
+        teacher_boundaries=tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1)),
+    )
+    if step.control != "none":
+        activations = replace_teacher_rows(
+            step.control, activations, out, model=pair.teacher.ref.model
+        )
+    if step.layer_map == "match":
+        activations = _with_matched_layers(activations, out, progress)
+    return activations
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of one model on its texts, committed boundary by boundary."""
+
+    side: Side
+    model: Model
+    weights: Weights
+    """The model's weights, edited or not."""
+    layout: PackedTexts
+    out: StepOutput
+    dtype: torch.dtype
+    """Dtype of the shards."""
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.weights.depth
+
+    def capture(self, progress: Progress) -> tuple[str, ...]:
+        """Compute and commit what is not committed yet.
+
+        Returns:
+            The shard of each boundary, relative to the folder of runs.
+
+        Raises:
+            RotdistillError: a state is NaN or Inf.
+        """
+        committed = [self._find(boundary) for boundary in range(self.depth + 1)]
+        if all(committed):
+            return tuple(self._relative(path) for path in committed if path)
+        forward = LayerwiseForward(self.weights, self.layout, self.model.device, self.model.dtype)
+        self._resume(forward, committed)
+        shards = [self._relative(path) for path in committed[: forward.boundary] if path]
+        sidecar = {
+            "model": self.model.ref.model,
+            "side": self.side,
+            "layout": self.layout.digest(),
+            "layers": self.depth,
+        }
+
+        def commit(boundary: int, states: Tensor) -> str:
+            self._check_finite(boundary, states)
+            path = committed[boundary]
+            if path:
+                return self._relative(path)
+            return write_shard(self.out, self.side, boundary, states, self.dtype, sidecar)
+
+        # One thread hashes and writes a boundary while the next layer is computed.
+        with ThreadPoolExecutor(1) as writer:
+            pending = writer.submit(commit, forward.boundary, forward.states.clone())
+            for layer in forward:
+                forward.run()
+                shards.append(pending.result())
+                pending = writer.submit(commit, layer + 1, forward.states.clone())
+                progress(layer + 1, self.depth, f"{self.side}: {self.layout.rows} rows")
+            shards.append(pending.result())
+        return tuple(shards)
+
+    def _find(self, boundary: int) -> Path | None:
+        """Return the shard of a boundary if a killed capture committed it and its sidecar."""
+        name = RunLayout.shard(self.side, boundary)
+        path = self.out.find(f"{name}.safetensors")
+        if path and self.out.find(f"{name}.json"):
+            return path
+        return None
+
+    def _resume(self, forward: LayerwiseForward, committed: list[Path | None]) -> None:
+        """Move the forward pass to the last boundary before which no shard is missing.
+
+        Only shards of the dtype of the forward pass hold the states as they were computed.
+        """
+        first_missing = committed.index(None)
+        path = committed[first_missing - 1] if first_missing else None
+        if path and self.dtype == self.model.dtype:
+            forward.states = open_tensors(path)["rows"].read().clone()
+            forward.boundary = first_missing - 1
+
+    def _check_finite(self, boundary: int, states: Tensor) -> None:
+        # A finite sum proves that all states are finite. Only without it are rows searched.
+        if torch.isfinite(states.sum()):
+            return
+        bad_rows = (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()
+        if bad_rows:
+            where = f"layer {boundary - 1}" if boundary else "the embeddings"
+            raise RotdistillError(
+                f"{self.model.ref.model}: {where}: {len(bad_rows)} rows are NaN or Inf, "
+                f"the first is row {bad_rows[0]}."
+            )
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.out.store.root).as_posix()
+
+
+def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
+    # A student that `chop` made narrower has a basis too, that of the narrow stream.
+    if weights.lineage.basis is not None and weights.width == pair.student.width:
+        raise RecipeError(
+            "residuals: the student is in another basis already; put the capture before basis-fold."
+        )
+    if pair.same and step.layer_map == "match":
+        raise RecipeError(
+            "residuals: this student is the teacher, cut: its layer map is known; "
+            'leave out layer_map = "match".'
+        )
+    if step.control == "self" and (not pair.same or step.student_texts):
+        raise RecipeError(
+            'residuals: control = "self" needs a student cut from its teacher, '
+            "captured on all texts."
+        )
+
+
+def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepOutput) -> Stream:
+    """Return the teacher's stream; its shards are keyed by content and shared by all runs."""
+    teacher = pair.teacher
+    shared = out.shared(
+        "teacher residuals",
+        teacher.sha256,
+        layout.digest(),
+        str(teacher.dtype),
+        teacher.device.type,
+        step.dtype,
+    )
+    return Stream(Side.TEACHER, teacher, teacher.weights, layout, shared, _dtype(step, teacher))
+
+
+def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: StepOutput) -> Stream:
+    """Return the anchor's stream on the student's texts; its shards are shared by all runs."""
+    shared = out.shared(
+        "anchor residuals", anchor.sha256, layout.digest(), str(anchor.dtype), step.dtype
+    )
+    return Stream(Side.ANCHOR, anchor, anchor.weights, layout, shared, _dtype(step, anchor))
+
+
+def _dtype(step: Residuals, model: Model) -> torch.dtype:
+    """Return the dtype of a model's shards."""
+    if step.dtype == "compute":
+        return model.dtype
+    dtype: torch.dtype = getattr(torch, step.dtype)
+    return dtype
+
+
+def _continued(progress: Progress, done: int, total: int) -> Progress:
+    """Return a progress that counts on after `done` layers of earlier models."""
+
+    def count_on(layers: int, _: int, text: str) -> None:
+        progress(done + layers, total, text)
+
+    return count_on
+
+
+def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
+    """Commit the row pairs of two tokenizers and a table of the texts; return the shard."""
+    pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
+    out.write(PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
+    paired_count = int((pairs.spans[:, 0] > UNPAIRED[0]).sum())
+    out.notes["paired rows"] = f"{paired_count} of {len(pairs.spans)}"
+    shard = out.tensors(SPANS_SHARD, {"rows": pairs.spans})
+    return shard.relative_to(out.store.root).as_posix()
+
+
+def _with_matched_layers(
+    activations: ActivationStore, out: StepOutput, progress: Progress
+) -> ActivationStore:
+    """Return the activations with the layer map that explains most; commit the table of R²."""
+    layer_map = match_layers(activations, progress)
+    out.json(
+        LAYER_MAP,
+        {
+            "student boundary -> teacher boundary": layer_map.by_original_depth,
+            "R²": layer_map.r2.tolist(),
+        },
+    )
+    out.notes |= {
+        "layer map": layer_map.matched,
+        "mean R² of match": layer_map.mean_r2_match,
+        "mean R² of stretch": layer_map.mean_r2_stretch,
+    }
+    return replace(activations, teacher_boundaries=layer_map.teacher_boundaries)

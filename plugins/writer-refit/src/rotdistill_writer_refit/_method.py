@@ -1,0 +1,227 @@
+"""Refit what writes into the student's stream so that the stream follows the teacher's.
+
+A writer `W [d, f]` carries activations `A [T, f]` into the stream. Let `X [T, d]` be the stream
+after the layer, `S [T, d]` the target (the teacher's state at the matched depth, in the student's
+basis) and `w [T]` the row weights:
+
+    W ← W + a Δᵀ,   Δ = (Aᵀ w A + λI)⁻¹ Aᵀ w (S - X)   [f, d]
+
+Layers are solved in order, each on the activations of the student as refitted so far. Step a and
+ridge λ are chosen on validation rows, and a = 0 is always possible. With the MLP's output in place
+of A this is the map of Shopkhoev et al., ReplaceMe, arXiv:2505.02819.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.checkpoint.lazy import open_tensors
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
+from rotdistill_core.evaluation.divergence import shared_vocabulary
+from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.forward.row_weights import clip_sinks, over_mean_square, row_weights
+from rotdistill_core.forward.writer_moments import writer_moments
+from rotdistill_core.linalg.maps import Maps
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.output import StepOutput
+from rotdistill_writer_refit._regression import best_ridge
+from rotdistill_writer_refit._scoring import score_split
+from rotdistill_writer_refit._targets import TeacherTargets
+
+if TYPE_CHECKING:
+    from rotdistill_writer_refit.step import WriterRefit
+
+
+class LayerProblem(NamedTuple):
+    """The regression of the open layer."""
+
+    targets: Tensor
+    """The teacher's states `[rows, d]`."""
+    row_weights: Tensor
+    """Weight of each row [rows]."""
+    fit: Tensor
+    """Mask of the rows that are fitted [rows]; all others are validation rows."""
+
+
+class WriterFit(NamedTuple):
+    """New values of one writer, and how they were chosen."""
+
+    tensors: dict[str, Tensor]
+    """Parameter -> its new value."""
+    diagnostics: dict[str, float]
+    """Ridge, step, and validation error relative to that of doing nothing."""
+
+
+def solve(
+    step: WriterRefit,
+    weights: Weights,
+    maps: Maps,
+    activations: ActivationStore,
+    pair: Pair,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights:
+    """Return the refitted student, or `weights` where the refit does not lower validation KL.
+
+    Every solved writer is committed at once, so an interrupted step resumes after the last one.
+
+    Raises:
+        RecipeError: the options do not fit the model or the texts, or no aligner ran.
+        SetupError: teacher and student have different tokenizers.
+    """
+    check_options(step, weights, samples)
+    shared_vocabulary(pair)  # raises before the work
+    targets = TeacherTargets(weights, maps, activations, pair)
+    layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
+    cuts = layers_before_cuts(weights)
+    if pair.same and cuts and targets.reached_by_student(samples, cuts[0]):
+        # The layers before the first cut reproduce the teacher: start with its states there.
+        forward.boundary = cuts[0]
+        forward.states = targets.at(layout, cuts[0]).to(forward.dtype)
+
+    edited: dict[str, Tensor] = {}
+    diagnostics: dict[str, dict[str, float]] = {}
+    for i in forward:
+        if step.layers == "cut" and i not in cuts:
+            forward.run()
+            continue
+        problem = layer_problem(step, targets.at(layout, i + 1), layout, samples)
+        for site in step.writers:
+            fit = solve_or_restore(step, forward, problem, site, out)
+            edited |= fit.tensors
+            diagnostics[f"{i} {site}"] = fit.diagnostics
+            for name, tensor in fit.tensors.items():
+                forward.replace(name, tensor)
+        forward.run()
+        progress(i + 1, weights.depth, f"refitted {' and '.join(step.writers)}")
+    out.notes["layers"] = diagnostics
+    refitted = weights.edit(edited)
+
+    def score(view: Weights, split: str) -> TextScores:
+        finished = forward if view is refitted and split == Split.VALIDATION else None
+        return score_split(split, view, activations, pair, samples, finished)
+
+    return accept_if_better(weights, refitted, score, step.guard, out)
+
+
+def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None:
+    """Raise RecipeError if the options do not fit the model or the texts."""
+    if step.features == "output" and step.writers != ("neurons",):
+        raise RecipeError(
+            'writer-refit: features = "output" is a map of the MLP\'s output; '
+            'writers must be ["neurons"].'
+        )
+    if not set(step.writers) <= set(weights.adapter.writers):
+        raise RecipeError(
+            f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
+            "writers and stream."
+        )
+    if step.guard and not samples.layout.select(Split.GUARD_VALIDATION).texts:
+        raise RecipeError(
+            "writer-refit: guard needs texts outside the domain; name them as samples.guard."
+        )
+
+
+def layers_before_cuts(weights: Weights) -> list[int]:
+    """Return the layers after which layers of the original student are missing."""
+    depths = weights.lineage.depths
+    return [i for i in range(weights.depth) if depths[i + 1] != depths[i] + 1]
+
+
+def layer_problem(
+    step: WriterRefit, targets: Tensor, layout: PackedTexts, samples: Samples
+) -> LayerProblem:
+    """Return the regression towards `targets` `[rows, d]` with its row weights."""
+    if step.row_weighting == "rms":
+        targets = clip_sinks(targets)
+        answered = {question.id for question in samples.questions if question.answer is None}
+        counts = row_weights(
+            targets,
+            layout,
+            prompt=step.prompt_weight,
+            sink=step.sink_weight,
+            teacher_answer=step.teacher_answer_weight,
+            teacher_answered=answered,
+        )
+        counts = over_mean_square(counts, targets)
+    else:
+        counts = torch.ones(len(targets), dtype=torch.float64)
+        if step.row_weighting == "plain":
+            # The prompt's rows are stored once; here they count once for each fitted text.
+            counts[: layout.prefix] = sum(text.split == Split.FIT for text in layout.texts)
+    return LayerProblem(targets, counts.float(), layout.split(Split.FIT))
+
+
+def solve_or_restore(
+    step: WriterRefit,
+    forward: LayerwiseForward,
+    problem: LayerProblem,
+    site: str,
+    out: StepOutput,
+) -> WriterFit:
+    """Return the new writer at a site of the open layer; read it if it is committed already."""
+    name = RunLayout.weights(out.step, f"layer_{forward.boundary:05d}_{site}")
+    tensors = out.find(f"{name}.safetensors")
+    diagnostics = out.find(f"{name}.json")
+    if tensors and diagnostics:
+        stored = {key: entry.read() for key, entry in open_tensors(tensors).items()}
+        return WriterFit(stored, json.loads(diagnostics.read_text(encoding="utf-8")))
+    fit = solve_writer(step, forward, problem, site)
+    out.tensors(f"{name}.safetensors", fit.tensors)
+    out.json(f"{name}.json", fit.diagnostics)
+    return fit
+
+
+def solve_writer(
+    step: WriterRefit, forward: LayerwiseForward, problem: LayerProblem, site: str
+) -> WriterFit:
+    """Solve the writer `[d, f]` at a site of the open layer."""
+    weights = forward.weights
+    name = weights.adapter.writers[site].replace("{i}", str(forward.boundary))
+    d, f = weights.entries[name].shape
+    on_output = step.features == "output"
+    fit, validation = writer_moments(
+        forward,
+        site="mlp" if on_output else site,
+        width=d if on_output else f,
+        targets=problem.targets,
+        weights=problem.row_weights,
+        row_sets=(problem.fit, ~problem.fit),
+        alpha=step.alpha,
+    )
+    best = best_ridge(fit, validation, step.ridge, f"writer-refit: {name}")
+    error = best.validation_error / validation.yy if validation.yy else 0.0
+    edit = map_output if on_output else add_to_writer
+    tensors = {
+        key: tensor.to(forward.dtype) for key, tensor in edit(weights, name, best.delta).items()
+    }
+    return WriterFit(
+        tensors, {"ridge": best.strength, "step": best.step, "validation error": error}
+    )
+
+
+def add_to_writer(weights: Weights, name: str, delta: Tensor) -> dict[str, Tensor]:
+    """Return `W + Δᵀ` for a writer `W [d, f]` and `Δ [f, d]`, in float64."""
+    return {name: weights[name].to("cpu").double() + delta.T}
+
+
+def map_output(weights: Weights, name: str, delta: Tensor) -> dict[str, Tensor]:
+    """Return `(I + Δᵀ) W`, and the same of its bias, for a map `I + Δ` `[d, d]` of the output."""
+    names = [name]
+    bias = f"{name.removesuffix('weight')}bias"
+    if bias in weights.entries:
+        names.append(bias)
+    tensors = {key: weights[key].to("cpu").double() for key in names}
+    return {key: tensor + delta.T @ tensor for key, tensor in tensors.items()}

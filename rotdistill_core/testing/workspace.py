@@ -1,0 +1,85 @@
+"""A folder with pico models, texts and recipes: all that a test of whole runs needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.recipe.load import Overrides, load_recipe
+from rotdistill_core.testing.pico import pico_folder, pico_texts
+from rotdistill_core.testing.runs import SilentObserver, command_line
+
+
+@dataclass(frozen=True)
+class PicoWorkspace:
+    """One folder: `texts/`, models, recipes, and `runs/` once something has run."""
+
+    folder: Path
+
+    @property
+    def runs(self) -> Path:
+        """The folder of runs."""
+        return self.folder / "runs"
+
+    def texts(self, blurbs: int = 20, questions: int = 3) -> Mapping[str, Path]:
+        """Write texts for pico tokenizers into `texts/`, anew where they are there, and return the
+        files."""
+        return pico_texts(self.folder / "texts", blurbs, questions)
+
+    def model(self, name: str = "model", model_type: str = "llama", **config: Any) -> Path:
+        """Write a pico model and return its folder. `seed` and config keys make another one."""
+        return pico_folder(self.folder / name, model_type, **config)
+
+    def recipe(
+        self,
+        steps: str,
+        *,
+        name: str = "trial",
+        teacher: str | Path = "model",
+        student: str | Path = "model",
+        answer_tokens: int = 4,
+        tables: str = "",
+    ) -> Path:
+        """Write a recipe and return its path.
+
+        Args:
+            steps: TOML from the first `[[step]]` on, with `[variants]` at its end.
+            name: name of the recipe and of its file.
+            teacher, student: folders of models, relative to the workspace.
+            answer_tokens: tokens that the teacher writes to each held-out question.
+            tables: further top-level keys and tables, after `[samples]`.
+        """
+        head = {
+            "name": name,
+            "teacher.model": str(self.folder / teacher),
+            "student.model": str(self.folder / student),
+            "samples.index": "texts/index.tsv",
+            "samples.style": "texts/style.md",
+            "samples.heldout": "texts/heldout.tsv",
+            "samples.answer_tokens": answer_tokens,
+        }
+        lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
+        path = self.folder / f"{name}.toml"
+        path.write_text("\n".join([*lines, tables, steps]), encoding="utf-8")
+        return path
+
+    def run(
+        self, recipe: Path, sets: Overrides = (), *, observer: Any = None, fresh: bool = False
+    ) -> RunResult:
+        """Carry out a recipe of this workspace.
+
+        Raises:
+            RotdistillError: as the run itself does.
+        """
+        loaded = load_recipe(recipe, sets)
+        watching = observer or SilentObserver()
+        return Executor(loaded, self.runs, watching, lambda *_: None, fresh).go()
+
+    def command(self, *words: str) -> tuple[int, str, str]:
+        """Call the command line; return exit code, stdout and stderr."""
+        return command_line(*words)

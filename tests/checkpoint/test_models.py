@@ -1,0 +1,56 @@
+"""Two references are one model when their files and configs are; fingerprints are cheap."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.checkpoint.models import Model, Pair, load_tokenizer
+from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.errors import SetupError
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.testing import pico_model
+
+
+def copy_of(model: Model, folder: Path) -> Path:
+    shutil.copytree(model.folder, folder)
+    return folder
+
+
+def test_a_copy_is_the_same_model(llama: Model, tmp_path: Path) -> None:
+    copy = open_model(ModelRef(model=str(copy_of(llama, tmp_path / "copy"))))
+    assert (copy.sha256, copy.fingerprint) == (llama.sha256, llama.fingerprint)
+    assert Pair(llama, copy).same
+    assert Pair(llama, copy).one_tokenizer
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_another_byte_is_another_model(llama: Model, tmp_path: Path, file: str) -> None:
+    folder = copy_of(llama, tmp_path / "copy")
+    content = bytearray((folder / file).read_bytes())
+    content[-2] ^= 1
+    (folder / file).write_bytes(content)
+    copy = open_model(ModelRef(model=str(folder)))
+    assert copy.sha256 != llama.sha256
+    assert copy.fingerprint != llama.fingerprint
+    assert not Pair(llama, copy).same
+
+
+def test_teacher_depth_is_the_same_relative_depth(tmp_path: Path) -> None:
+    teacher = pico_model(tmp_path / "teacher", num_hidden_layers=6)
+    pair = Pair(teacher, pico_model(tmp_path / "student", num_hidden_layers=2))
+    assert [pair.teacher_depth(boundary) for boundary in range(3)] == [0, 3, 6]
+
+
+def test_an_anchor_takes_the_teachers_place_in_alignment(llama: Model, tmp_path: Path) -> None:
+    anchor = pico_model(tmp_path / "anchor", seed=2)
+    teacher = pico_model(tmp_path / "teacher", seed=3)
+    assert Pair(teacher, llama, anchor).for_alignment == Pair(anchor, llama)
+    assert Pair(teacher, llama).for_alignment == Pair(teacher, llama)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=f"{tmp_path}: its tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,325 @@
+"""The shipped tables, and how tables are read, checked and split."""
+
+from __future__ import annotations
+
+import csv
+import json
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.data.questions import (
+    GUARD_COLUMNS,
+    HELDOUT_COLUMNS,
+    INDEX_COLUMNS,
+    Claim,
+    Question,
+    assign_splits,
+    facts_digest,
+    read_questions,
+    shuffled,
+)
+from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.recipe.document import SamplesRef
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+SCRIPTS = (
+    "LATIN",
+    "CYRILLIC",
+    "GREEK",
+    "ARABIC",
+    "DEVANAGARI",
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "HANGUL",
+)
+REF = SamplesRef(index="index.tsv", heldout="heldout.tsv", style="style.md", validation=0.25)
+
+
+def read_tsv(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        head, *rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return tuple(head), [dict(zip(head, row, strict=True)) for row in rows]
+
+
+BLURBS = read_tsv(SAMPLES / "index.tsv")
+HELDOUT = read_tsv(SAMPLES / "heldout.tsv")
+
+
+def script_of(text: str) -> str:
+    names = [unicodedata.name(c, "").split(" ")[0].split("-")[0] for c in text if c.isalpha()]
+    return Counter(name for name in names if name in SCRIPTS).most_common(1)[0][0]
+
+
+def test_the_shipped_blurbs_are_many_and_in_many_languages() -> None:
+    head, rows = BLURBS
+    assert head == INDEX_COLUMNS
+    assert len(rows) == len({row["id"] for row in rows}) == 200
+    assert all(cell == cell.strip() != "" for row in rows for cell in row.values())
+    languages = Counter(row["language"] for row in rows)
+    assert len(languages) >= 10
+    assert languages["en"] >= 80
+    assert len({row["place"] for row in rows}) >= 100
+    assert len({script_of(row["blurb"]) for row in rows}) >= 5
+
+
+@pytest.mark.parametrize("row", BLURBS[1], ids=lambda row: row["id"])
+def test_a_shipped_blurb_has_the_length_of_a_blurb(row: dict[str, str]) -> None:
+    if row["language"] in ("zh", "ja"):
+        assert 80 <= len(row["blurb"]) <= 200
+    else:
+        assert 40 <= len(row["blurb"].split()) <= 90
+
+
+def test_the_shipped_held_out_questions_are_twenty_in_six_languages() -> None:
+    head, rows = HELDOUT
+    assert head == HELDOUT_COLUMNS
+    assert len(rows) == len({row["id"] for row in rows}) == 20
+    assert len({row["language"] for row in rows}) >= 6
+    assert not {row["id"] for row in rows} & {row["id"] for row in BLURBS[1]}
+
+
+@pytest.mark.parametrize("row", HELDOUT[1], ids=lambda row: row["id"])
+def test_shipped_facts_and_falsehoods_have_phrases(row: dict[str, str]) -> None:
+    facts, falsehoods = json.loads(row["facts"]), json.loads(row["falsehoods"])
+    assert 3 <= len(facts) <= 6
+    assert 2 <= len(falsehoods) <= 4
+    for claim in (*facts, *falsehoods):
+        assert claim.keys() == {"what", "any"}
+        assert claim["what"].strip()
+        assert claim["any"]
+        assert all(isinstance(phrase, str) and phrase.strip() for phrase in claim["any"])
+
+
+@pytest.mark.parametrize("row", HELDOUT[1], ids=lambda row: row["id"])
+def test_no_shipped_held_out_place_is_in_the_blurbs(row: dict[str, str]) -> None:
+    place = row["place"].casefold()
+    for blurb in BLURBS[1]:
+        assert blurb["place"].casefold() != place
+        assert place not in f"{blurb['question']} {blurb['blurb']}".casefold()
+
+
+def test_the_shipped_texts_are_read() -> None:
+    questions, style = read_questions(SamplesRef(), SAMPLES.parent / "recipes")
+    assert Counter(q.split for q in questions) == {"fit": 160, "validation": 40, "heldout": 20}
+    assert all((q.answer is None) == (q.split == Split.HELDOUT) for q in questions)
+    assert style.startswith("You are a")
+
+
+def test_the_shipped_guard_is_about_other_subjects() -> None:
+    ref = SamplesRef(guard="../samples/general/index.tsv")
+    questions, _ = read_questions(ref, SAMPLES.parent / "recipes")
+    guard = [q for q in questions if q.split.outside_domain]
+    assert Counter(q.split for q in guard) == {"guard": 20, "guard-validation": 20}
+    assert len({q.language for q in guard}) >= 12
+    places = {row["place"].casefold() for row in (*BLURBS[1], *HELDOUT[1])}
+    for q in guard:
+        assert not [place for place in places if place in str(q.answer).casefold()]
+
+
+def blurb(name: str) -> list[str]:
+    return [name, "en", f"Place {name}", "Nowhere", f"What is {name}?", f"It is {name}."]
+
+
+def blurbs(count: int) -> list[list[str]]:
+    return [blurb(f"b{k}") for k in range(count)]
+
+
+def write_table(path: Path, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    lines = ["\t".join(cells) + "\n" for cells in (columns, *rows)]
+    path.write_text("".join(lines), encoding="utf-8", newline="")
+
+
+def write_tables(
+    folder: Path, index: list[list[str]], heldout: list[list[str]] | None = None
+) -> Path:
+    question = ["h1", "en", "Elsewhere", "Nowhere", "Where?", "[]", "[]"]
+    write_table(folder / "index.tsv", INDEX_COLUMNS, index)
+    write_table(folder / "heldout.tsv", HELDOUT_COLUMNS, [question] if heldout is None else heldout)
+    (folder / "style.md").write_text(" Be brief.\n", encoding="utf-8")
+    return folder
+
+
+def splits_of(folder: Path, ref: SamplesRef = REF) -> dict[str, Split]:
+    return {q.id: q.split for q in read_questions(ref, folder)[0]}
+
+
+def problems_of(folder: Path, ref: SamplesRef = REF) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as caught:
+        read_questions(ref, folder)
+    return caught.value.problems
+
+
+def test_shuffling_follows_ids_alone() -> None:
+    rows = [{"id": f"b{k}", "question": "?"} for k in range(12)]
+    order = [row["id"] for row in shuffled(rows)]
+    assert sorted(order) != order
+    assert [row["id"] for row in shuffled(rows[::-1])] == order
+    assert [row["id"] for row in shuffled({**row, "question": "!"} for row in rows)] == order
+
+
+def test_the_first_share_of_texts_is_for_validation() -> None:
+    rows = [{"id": f"b{k}", "question": f"{k}?", "blurb": "Yes."} for k in range(10)]
+    validation = {f"b{k}": Split.VALIDATION for k in range(3)}
+    fit = {f"b{k}": Split.FIT for k in range(3, 10)}
+    assert assign_splits(rows, 0.3) == validation | fit
+
+
+def test_copies_of_a_text_get_the_split_of_their_first() -> None:
+    rows = [
+        {"id": f"b{k}", "question": question, "blurb": "Yes."}
+        for k, question in enumerate("abcabd")
+    ]
+    splits = assign_splits(rows, 0.25)
+    assert splits.keys() == {row["id"] for row in rows}
+    assert {name for name, split in splits.items() if split == Split.VALIDATION} == {"b0", "b3"}
+
+
+def test_the_split_follows_ids_and_not_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = blurbs(12)
+    first = splits_of(write_tables(tmp_path, rows))
+    assert Counter(first.values()) == {"fit": 9, "validation": 3, "heldout": 1}
+    assert splits_of(write_tables(tmp_path, rows[::-1])) == first
+    changed = [[*row[:5], "Another text."] for row in rows]
+    assert splits_of(write_tables(tmp_path, changed)) == first
+
+
+def test_a_limit_takes_the_same_blurbs_in_any_order(tmp_path: Path) -> None:
+    rows = blurbs(12)
+    limited = REF.model_copy(update={"limit": 4})
+    first = splits_of(write_tables(tmp_path, rows), limited)
+    assert len(first) == 5
+    assert splits_of(write_tables(tmp_path, rows[::-1]), limited) == first
+
+
+def test_copies_of_a_text_are_in_one_split_and_a_question_is_asked_once(tmp_path: Path) -> None:
+    rows = [
+        [f"{name}-{k}", *blurb(name)[1:]] for k in range(20) for name in ("b1", "b2", "b3", "b4")
+    ]
+    rows += [["other", *blurb("b1")[1:5], "Another answer."]]
+    ref = REF.model_copy(update={"own_answers": 8, "validation": 0.5})
+    questions, _ = read_questions(ref, write_tables(tmp_path, rows))
+    texts = {
+        split: {(q.question, q.answer) for q in questions if q.split == split and q.answer}
+        for split in (Split.FIT, Split.VALIDATION)
+    }
+    assert not texts[Split.FIT] & texts[Split.VALIDATION]
+    assert texts[Split.FIT]
+    assert texts[Split.VALIDATION]
+    own = [q for q in questions if q.id.endswith(".own")]
+    assert all(q.answer is None for q in own)
+    assert sorted(q.question for q in own) == [f"What is b{k}?" for k in (1, 2, 3, 4)]
+    fitted = {q.question for q in questions if q.split == Split.FIT}
+    assert all(q.split == Split.FIT for q in own if q.question in fitted)
+
+
+@pytest.mark.parametrize(("own_answers", "own"), [(0, []), (8, [f"b{k}.own" for k in range(4)])])
+def test_the_teacher_answers_held_out_questions_and_own_copies_of_blurbs(
+    tmp_path: Path, own_answers: int, own: list[str]
+) -> None:
+    folder = write_tables(tmp_path, blurbs(4))
+    write_table(folder / "guard.tsv", GUARD_COLUMNS, [["g0", "en", "code", "x"]])
+    ref = REF.model_copy(update={"guard": "guard.tsv", "own_answers": own_answers})
+    questions, _ = read_questions(ref, folder)
+    assert [q.id for q in questions if q.answer is None] == [*own, "h1"]
+
+
+def test_the_guard_is_read_as_it_is_and_halved(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, blurbs(6))
+    rows = [[f"g{k}", "en", "code", f"a\\nb{k}"] for k in range(4)]
+    write_table(folder / "guard.tsv", GUARD_COLUMNS, rows)
+    questions, _ = read_questions(REF.model_copy(update={"guard": "guard.tsv"}), folder)
+    guard = [q for q in questions if q.split.outside_domain]
+    assert Counter(q.split for q in guard) == {"guard": 2, "guard-validation": 2}
+    assert {q.answer for q in guard} == {f"a\nb{k}" for k in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["b9", "en", "", "x", "y", "z"], "line 4: needs 6 non-empty cells, has 5"),
+        (["b9", "en", " ", "x", "y", "z"], "line 4: needs 6 non-empty cells, has 5"),
+        (["b9", "en", "w", "x", "y"], "line 4: needs 6 non-empty cells, has 5"),
+        (["b9", "en", "w", "x", "y", "z", "more"], "line 4: needs 6 non-empty cells, has 7"),
+        (blurb("b1"), "line 4: the id b1 is already used"),
+        (["b9", "en", "w", "x", "y", "z" * 200_000], ""),
+    ],
+    ids=["empty cell", "blank cell", "short", "long", "duplicate", "huge cell"],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: list[str], message: str) -> None:
+    index = [blurb("b0"), blurb("b1"), row, blurb("b2"), blurb("b3")]
+    (problem,) = problems_of(write_tables(tmp_path, index))
+    assert problem.startswith(f"{tmp_path / 'index.tsv'}: {message}")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "id\tlanguage\n", "id,language,place,country,question,blurb\n"]
+)
+def test_wrong_columns_are_named_by_file_and_line(tmp_path: Path, text: str) -> None:
+    (write_tables(tmp_path, blurbs(1)) / "index.tsv").write_text(text)
+    assert problems_of(tmp_path)[0].startswith(
+        f"{tmp_path / 'index.tsv'}: line 1: the columns must be id, language"
+    )
+
+
+def test_every_missing_file_is_named(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path)
+    names = ("index.tsv", "heldout.tsv", "style.md")
+    assert all(name in problem for name, problem in zip(names, problems, strict=True))
+
+
+def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
+    heldout = [["h1", "en", "place B0", "x", "y?", "[]", "[]"]]
+    (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
+    assert "heldout.tsv: h1: place B0 is also in the blurbs" in problem
+
+
+def test_an_id_in_both_tables_is_refused(tmp_path: Path) -> None:
+    heldout = [["b0", "en", "Elsewhere", "x", "y?", "[]", "[]"]]
+    (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
+    assert "heldout.tsv: the id b0 is also in the blurbs" in problem
+
+
+def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, blurbs(6))
+    write_table(folder / "guard.tsv", GUARD_COLUMNS, [["b0", "en", "code", "x"]])
+    (problem,) = problems_of(folder, REF.model_copy(update={"guard": "guard.tsv"}))
+    assert problem == f"{folder / 'guard.tsv'}: the id b0 is also in another file."
+
+
+def test_too_few_texts_are_refused(tmp_path: Path) -> None:
+    assert "too few different texts" in problems_of(write_tables(tmp_path, blurbs(1)))[0]
+    (problem,) = problems_of(write_tables(tmp_path, blurbs(4), []))
+    assert problem.startswith(
+        f"{tmp_path / 'heldout.tsv'}: too few different texts: heldout has none"
+    )
+
+
+@pytest.mark.parametrize(
+    "cell", ["none", "[1]", '[{"what": "x"}]', '[{"what": "x", "any": "y"}]', "{"]
+)
+def test_a_cell_that_holds_no_claims_is_named(tmp_path: Path, cell: str) -> None:
+    heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
+    (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
+    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: h1: falsehoods: ")
+    assert "must be a JSON list of objects with `what` and `any`" in problem
+
+
+def test_claims_are_read_with_their_question(tmp_path: Path) -> None:
+    heldout = [["h1", "en", "Elsewhere", "x", "y?", '[{"what": "a", "any": ["b", "c"]}]', "[]"]]
+    questions, _ = read_questions(REF, write_tables(tmp_path, blurbs(4), heldout))
+    (question,) = [q for q in questions if q.split == Split.HELDOUT]
+    assert question.facts == (Claim("a", ("b", "c")),)
+    assert question.falsehoods == ()
+
+
+def test_the_digest_of_facts_depends_on_facts_and_falsehoods_alone() -> None:
+    claim = Claim("a", ("b",))
+    question = Question("h", "en", Split.HELDOUT, "?", None, facts=(claim,))
+    other = Question("i", "de", Split.HELDOUT, "!", None, facts=(claim,))
+    wrong = Question("h", "en", Split.HELDOUT, "?", None, facts=(Claim("a", ("c",)),))
+    assert facts_digest([question]) == facts_digest([other]) != facts_digest([wrong])

@@ -1,0 +1,153 @@
+"""Texts become tokens: chat templates, the shared prefix, cuts, and two tokenizers."""
+
+from __future__ import annotations
+
+import pytest
+
+from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.questions import Question
+from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import (
+    decode_answer,
+    prompt_tokens,
+    tokenize_for_both,
+    tokenize_texts,
+)
+from rotdistill_core.errors import SetupError
+from rotdistill_core.testing import pico_tokenizer
+
+
+class Letters:
+    """A tokenizer of single characters with a chat template."""
+
+    chat_template = "yes"
+    name_or_path = "letters"
+    eos_token_id = 0
+    all_special_ids = (0,)
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+    def apply_chat_template(
+        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool
+    ) -> dict[str, list[int]]:
+        text = "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat)
+        return self(text + "<a>" * add_generation_prompt)
+
+
+class ThinkingLetters(Letters):
+    """Its generation prompt is not how the whole chat begins."""
+
+    def apply_chat_template(
+        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **options: bool
+    ) -> dict[str, list[int]]:
+        encoded = super().apply_chat_template(chat, add_generation_prompt, **options)
+        return {"input_ids": encoded["input_ids"] + [ord("?")] * add_generation_prompt}
+
+
+STYLE = "Be brief."
+ANSWERS = {"q": [7, 8]}
+ASKED = [
+    Question("p", "en", Split.FIT, "Who?", "Me."),
+    Question("q", "en", Split.HELDOUT, "When?", None),
+]
+GUARD = [
+    Question("g0", "en", Split.GUARD, "", "a\nb0"),
+    Question("g1", "en", Split.GUARD_VALIDATION, "", "a\nb1"),
+]
+
+
+def written(tokens: tuple[int, ...] | list[int]) -> str:
+    return "".join(map(chr, tokens))
+
+
+def tokenized(
+    questions: list[Question] = ASKED, max_tokens: int = 500, tokenizer: Letters | None = None
+) -> PackedTexts:
+    return tokenize_texts(tokenizer or Letters(), questions, ANSWERS, STYLE, max_tokens).layout
+
+
+def test_the_shared_prompt_becomes_the_prefix() -> None:
+    layout = tokenized()
+    shared = "<s>Be brief.\n<u>Wh"
+    assert layout.prefix == len(shared)
+    assert written(layout.tokens[: layout.prefix].tolist()) == shared
+    first, second = layout.texts
+    assert written(first.tokens[first.answer :]) == "Me.\n"
+    assert second.tokens[second.answer :] == (7, 8)
+
+
+def test_a_single_text_keeps_the_row_that_predicts_its_answer() -> None:
+    layout = tokenized(ASKED[:1])
+    rows, targets, _ = layout.prediction_rows("fit")
+    assert chr(layout.tokens[rows[0]]) == ">"
+    assert written(targets.tolist()) == "Me.\n"
+    assert int(rows[0]) >= layout.prefix
+
+
+def test_an_answer_is_tokenised_alone_if_the_prompt_does_not_begin_the_chat() -> None:
+    (text,) = tokenized(ASKED[:1], tokenizer=ThinkingLetters()).texts
+    assert written(text.tokens[: text.answer]).endswith("<a>?")
+    assert written(text.tokens[text.answer :]) == "Me.\0"
+
+
+def test_a_text_is_cut_but_keeps_a_token_of_its_answer() -> None:
+    whole = tokenized(ASKED[:1]).texts[0]
+    cut = tokenized(ASKED[:1], max_tokens=whole.answer + 1).texts[0]
+    assert cut.tokens == whole.tokens[: whole.answer + 1]
+    with pytest.raises(SetupError, match="text p: its prompt alone has"):
+        tokenized(ASKED[:1], max_tokens=whole.answer)
+
+
+def test_held_out_answers_are_never_cut() -> None:
+    questions = [
+        Question("a", "en", Split.FIT, "w1", "w2 " * 40),
+        Question("h", "en", Split.HELDOUT, "w3", None),
+    ]
+    samples = tokenize_texts(pico_tokenizer(64), questions, {"h": [7] * 40}, "w4", 20)
+    lengths = {text.id: len(text.tokens) for text in samples.layout.texts}
+    assert lengths["a"] == 20
+    assert lengths["h"] > 40
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    tokenizer = Letters()
+    tokenizer.chat_template = ""
+    with pytest.raises(SetupError, match="letters: the tokenizer has no chat template"):
+        tokenized(tokenizer=tokenizer)
+
+
+def test_texts_outside_the_domain_have_no_chat_and_are_not_cut() -> None:
+    layout = tokenized([*ASKED, *GUARD], max_tokens=30)
+    assert layout.prefix == len("<s>Be brief.\n<u>Wh")
+    assert [written(text.tokens) for text in layout.texts if text.plain] == ["a\nb0", "a\nb1"]
+
+
+def test_two_tokenizers_read_conversations_alone() -> None:
+    samples = tokenize_for_both(Letters(), Letters(), [*ASKED, *GUARD], ANSWERS, STYLE, 500)
+    assert [text.id for text in samples.layout.texts] == ["p", "q"]
+    assert [text.id for text in samples.teacher.texts] == ["p", "q"]
+
+
+def test_the_student_reads_the_teachers_answer_in_its_own_tokens() -> None:
+    answers = {"q": [ord("1"), ord("8"), 0, ord("x")]}
+    samples = tokenize_for_both(pico_tokenizer(64), Letters(), ASKED, answers, "w4", 500)
+    student, teacher = samples.layout.texts[1], samples.teacher.texts[1]
+    assert list(teacher.tokens[teacher.answer :]) == answers["q"]
+    assert len(student.tokens) - student.answer == 2  # an unknown word, and the end of the turn
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"), [([104, 105, 0, 104], "hi"), ([32, 104, 0xFFFD, 105], "h"), ([], "")]
+)
+def test_a_decoded_answer_ends_at_special_tokens_and_broken_characters(
+    tokens: list[int], text: str
+) -> None:
+    assert decode_answer(Letters(), tokens) == text
+
+
+def test_prompt_tokens_end_where_the_answer_begins() -> None:
+    assert written(prompt_tokens(Letters(), STYLE, "Who?")) == "<s>Be brief.\n<u>Who?\n<a>"
