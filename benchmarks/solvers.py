@@ -20,7 +20,7 @@ import psutil
 import scipy.linalg
 import scipy.optimize
 import torch
-from bench import pairs
+from bench import compare_times
 
 from rotdistill_core.alignment.assignment import assign
 from rotdistill_core.linalg.solvers import polar
@@ -65,7 +65,7 @@ def compare_procrustes(size: int, rounds: int) -> dict[str, float]:
     objective = float((ours() * M).sum())
     reference = float((scipys() * M).sum())
     difference = abs(objective - reference) / reference
-    return {**pairs(ours, scipys, rounds), "objective, relative difference": difference}
+    return {**compare_times(ours, scipys, rounds), "objective, relative difference": difference}
 
 
 def compare_assignment(n: int, rounds: int) -> dict[str, float]:
@@ -86,7 +86,7 @@ def compare_assignment(n: int, rounds: int) -> dict[str, float]:
 
     same = float(np.mean(ours().numpy() == np.argsort(scipys()[1])))
     return {
-        **pairs(ours, scipys, rounds),
+        **compare_times(ours, scipys, rounds),
         "same assignment": same,
         "memory / 8 n²": peak_memory(ours) / (8 * n * n),
     }

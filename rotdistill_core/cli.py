@@ -28,7 +28,7 @@ from rotdistill_core.evaluation.rows import rows_as_json
 from rotdistill_core.execution.outcome import RunFailed, RunResult
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
-from rotdistill_core.planning.plan import Plan, build_plan, format_bytes, time_class
+from rotdistill_core.planning.plan import build_plan
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -156,26 +156,8 @@ def _check_machine(loaded: ResolvedRecipe, fresh: bool) -> None:
     except ModelNotAvailable as error:
         console.print(f"plan: {escape(str(error))}", soft_wrap=True)
         return
-    console.print(_summary(planned), soft_wrap=True)
-    if planned.shortfalls:
-        raise SetupError(
-            f"{loaded.path}: does not fit here: {'; '.join(planned.shortfalls)}. "
-            "Nothing was loaded."
-        )
-
-
-def _summary(planned: Plan) -> str:
-    """Return what is reused, and what the rest needs, in one line."""
-    peak, machine = planned.peak, planned.machine
-    reused = len(planned.lines) - len(planned.todo)
-    memory = "nothing to make"
-    if planned.todo:
-        needed = format_bytes(peak["ram_bytes"])
-        memory = f"memory about {needed}, {format_bytes(machine.ram)} are free"
-    disk = f"disk {format_bytes(peak['disk_bytes'])}, {format_bytes(machine.disk)} are free"
-    time = time_class(sum(line.seconds for line in planned.todo))
-    there = f"{reused} of {len(planned.lines)} results are there"
-    return f"plan: {there}; {memory}; {disk}; takes {time}"
+    console.print(planned.summary, soft_wrap=True)
+    planned.require_resources(loaded.path)
 
 
 def _show(outcome: RunResult, as_json: bool) -> None:

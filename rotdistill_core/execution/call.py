@@ -7,7 +7,6 @@ that it names. A step that declares itself exact proves that logits stay as they
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,12 @@ import pluggy
 
 from rotdistill_core.checkpoint.weights import Undo, Weights
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.errors import CheckFailed, PluginError, RecipeError
+from rotdistill_core.errors import CheckFailed, PluginError
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.certificate import certify, enforce_certificate
 from rotdistill_core.linalg.maps import Maps
+from rotdistill_core.planning.requirements import hook_arguments, require_captured_states
 from rotdistill_core.plugin.registry import plugin_manager
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.layout import RunLayout
@@ -65,13 +65,8 @@ def call_step(recipe_step: RecipeStep, available: Mapping[str, object]) -> Any:
         PluginError: the hook returns something else than its specification says.
     """
     hook = getattr(recipe_step.step, recipe_step.stage)
-    names = inspect.signature(hook).parameters
-    if "activations" in names and available["activations"] is None:
-        raise RecipeError(
-            f'step "{recipe_step.id}": needs captured states; '
-            'put a capture step (use = "residuals") before it.'
-        )
-    result = hook(**{name: available[name] for name in names})
+    require_captured_states(recipe_step, captured=available.get("activations") is not None)
+    result = hook(**{name: available[name] for name in hook_arguments(recipe_step)})
     expected = RESULT_TYPES[recipe_step.stage]
     if not isinstance(result, expected):
         raise PluginError(

@@ -1,1 +1,1 @@
-"""What a run would need before it starts: model sizes, text counts, cost of each step, reuse."""
+"""Estimates before a run: sizes of models and texts, costs of steps, results to reuse."""

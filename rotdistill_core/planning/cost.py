@@ -1,9 +1,12 @@
-"""What a step needs: memory, disk, operations, reads and traffic, from sizes alone.
+"""The cost of a step: memory, disk, operations, reads and traffic, estimated from sizes alone.
 
-A step states its own needs (`cost`) and what it leaves behind (`context_after`); `plan` adds up. The
-functions below are the parts that several steps share. Memory is that of the tensors which a step
-holds at once at its worst; libraries and tokenizers are counted once (`baseline_memory`). Pages of
-mapped weight files are not counted: the operating system takes them back when memory is short.
+A step may state its own cost (`cost`) and how it changes the student (`context_after`). A step that
+states neither counts as a plain step of its stage. `plan` adds up and knows no step by name. The
+functions below are the parts that several steps share.
+
+Memory is the peak of the tensors that a step holds at once. Libraries and tokenizers count once
+for the whole run (`baseline_memory`). Pages of memory-mapped weight files do not count, because the
+operating system can evict them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.shape import DTYPE_BYTES, ModelShape
 from rotdistill_core.planning.text_counts import TextCounts
 from rotdistill_core.plugin.step import stage_of
@@ -24,32 +28,43 @@ BATCH_TOKENS = 1536
 """Tokens that go through a layer at once: the budget of `LayerwiseForward`."""
 ANSWERS_AT_ONCE = 64
 """Answers that `greedy_answers` generates at once."""
+GENERATION_FACTOR = 4
+"""Time of a generated token, divided by the time of a token in a forward pass."""
 LOGIT_ROWS = 256
 """Rows whose logits are compared at once."""
+LOGIT_BLOCKS = 7
+"""Copies of one block of logits that a comparison holds: both models' logits, log-probabilities
+and temporaries. Set on the measured runs of `benchmarks/plan_accuracy.py`."""
+MOMENT_ROWS = 4096
+"""Rows that are converted to float64 at once while moments are summed."""
+SVD_OPERATIONS = 30.0
+"""Operations of a singular value decomposition of an n x n matrix, divided by n^3."""
+ASSIGNMENT_OPERATIONS = 1e-1
+"""Operations of a linear assignment of n neurons, divided by n^3."""
 FLOAT64_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step needs."""
+    """Resources that a step needs."""
 
     host_bytes: float = 0.0
-    """Memory of the host."""
+    """Peak memory on the host."""
     device_bytes: float = 0.0
-    """Memory where models compute. Without a GPU it is the host's too."""
+    """Peak memory on the device that computes. Without a GPU it comes on top of `host_bytes`."""
     disk_bytes: float = 0.0
-    """Files that the step writes for itself."""
+    """Size of the files that only this step writes."""
     operations: float = 0.0
     """Floating-point operations."""
     read_bytes: float = 0.0
     """Bytes read from weight files and shards."""
     traffic_bytes: float = 0.0
-    """Bytes copied between host and device."""
+    """Bytes copied between host and device. A plan without a GPU counts none."""
     shared_files: Mapping[Hashable, float] = field(default_factory=dict)
-    """Files keyed by their content, with their bytes: a plan counts those of one key once."""
+    """Key of a file's content -> its bytes. A plan counts files with one key once."""
 
     def __add__(self, other: Cost) -> Cost:
-        """Return what both need, one after the other: memory at its worst, all else in sum."""
+        """Return the cost of both steps, one after the other: peak of memory, sum of the rest."""
         return Cost(
             host_bytes=max(self.host_bytes, other.host_bytes),
             device_bytes=max(self.device_bytes, other.device_bytes),
@@ -63,7 +78,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class CostContext:
-    """The two models at some point of a chain of steps, and the texts."""
+    """The two models at one point of a chain of steps, and the texts."""
 
     teacher: ModelShape
     student: ModelShape
@@ -76,37 +91,49 @@ class CostContext:
     """Whether the student starts as the teacher itself."""
 
     def with_edited_weights(self) -> CostContext:
-        """Return the context after an edit, whose weights are kept in the dtype that the student computes in."""
+        """Return the context after an edit of weights, which are kept in the compute dtype."""
         stored = next(name for name, size in DTYPE_BYTES.items() if size == self.student_bytes)
         return replace(self, student=replace(self.student, stored=stored))
 
     def with_student(self, keep: float = 1.0, **config: Any) -> CostContext:
-        """Return the context after a step that changes the student's config or keeps a share of its layers' parameters."""
+        """Return the context after a step that changes the student's shape.
+
+        Args:
+            keep: share of the parameters inside layers that the step leaves.
+            config: keys of the student's config with their new values.
+        """
         return replace(self, student=self.student.changed(keep, **config))
 
 
+def states_cost(step: object) -> bool:
+    """Return whether a step states its own cost."""
+    return hasattr(step, "cost")
+
+
 def step_cost(step: object, context: CostContext) -> Cost:
-    """Return what a step needs: its own statement, or that of a plain step of its stage."""
-    own = getattr(step, "cost", None)
-    return own(context) if own else default_cost(stage_of(type(step)), context)
+    """Return the cost of a step: as the step states it, or that of a plain step of its stage."""
+    if not states_cost(step):
+        return default_cost(stage_of(type(step)), context)
+    cost: Cost = step.cost(context)  # type: ignore[attr-defined]
+    return cost
 
 
 def context_after(step: object, context: CostContext) -> CostContext:
-    """Return the context after a step: its own statement, or that of a plain edit.
+    """Return the context after a step: as the step states it, or that after a plain edit.
 
     Raises:
-        RecipeError: the step cannot do to this student what its options ask for.
+        RecipeError: the step's options do not fit this student, for example a cut that is too deep.
     """
-    own = getattr(step, "context_after", None)
-    if own:
-        changed: CostContext = own(context)
+    stated = getattr(step, "context_after", None)
+    if stated:
+        changed: CostContext = stated(context)
         return changed
-    edits = stage_of(type(step)) in ("fold", "style")
-    return context.with_edited_weights() if edits else context
+    edits_weights = stage_of(type(step)) in ("fold", "style")
+    return context.with_edited_weights() if edits_weights else context
 
 
 def default_cost(stage: str, context: CostContext) -> Cost:
-    """Return what a plain step of a stage needs."""
+    """Return the cost of a plain step of a stage."""
     by_stage = {
         "capture": capture_cost,
         "align": alignment_cost,
@@ -119,36 +146,53 @@ def default_cost(stage: str, context: CostContext) -> Cost:
 
 
 def baseline_memory(context: CostContext) -> float:
-    """Return the memory that is there in every step, bytes."""
+    """Return the memory of libraries and tokenizers, bytes. Every step needs it."""
     return LIBRARY_BYTES + BYTES_PER_TOKEN * (context.teacher.vocab + context.student.vocab)
 
 
 def converted_bytes(shape: ModelShape, number: int) -> int:
-    """Return the bytes that a parameter takes when it is read as numbers of `number` bytes: 0 where it is mapped as it is."""
+    """Return the bytes of a parameter in memory when it is read as numbers of `number` bytes.
+
+    A parameter that is stored in this dtype is memory-mapped and takes 0 bytes.
+    """
     return 0 if DTYPE_BYTES[shape.stored] == number else number
 
 
 def logits_memory(context: CostContext, rows: float) -> float:
-    """Return the memory in which predictions are compared: both heads, and one block of rows of logits."""
+    """Return the memory of a comparison of logits: both heads, and blocks of logits of some rows.
+
+    Args:
+        context: the models.
+        rows: how many rows are compared; at most `LOGIT_ROWS` of them at once.
+    """
     student, teacher = context.student, context.teacher
     per_token = student.width * converted_bytes(student, context.student_bytes)
     per_token += teacher.width * converted_bytes(teacher, context.student_bytes)
-    block = 7 * min(LOGIT_ROWS, rows) * student.vocab * context.student_bytes
+    block = LOGIT_BLOCKS * min(LOGIT_ROWS, rows) * student.vocab * context.student_bytes
     return student.vocab * per_token + block
 
 
 def answer_rows(context: CostContext, split: str) -> float:
-    """Return how many rows of a split predict answers: its share of what the teacher writes, or half of its rows."""
+    """Return how many rows of a split predict tokens of answers.
+
+    Of held-out texts these are the tokens that the teacher may write, of others half of all rows.
+    """
     texts = context.texts
-    if split == "heldout":
+    if split == Split.HELDOUT:
         return texts.texts.get(split, 0) * texts.answer_tokens / max(texts.questions_asked, 1)
     return texts.rows.get(split, 0) / 2
 
 
 def forward_cost(shape: ModelShape, rows: int, number: int) -> Cost:
-    """Return what it takes to send rows through a model layer by layer.
+    """Return the cost of a layer-by-layer forward pass.
 
-    Held are two layers and the one being read, the states of all rows, and the activations of one batch.
+    In memory are two layers and half of the one that is read next, the residual stream of all rows,
+    and the activations of one batch. The stream goes to the device and back for every layer.
+
+    Args:
+        shape: the model.
+        rows: token rows that go through it.
+        number: bytes of a number.
     """
     batch_rows = min(rows, BATCH_TOKENS)
     batch = batch_rows * (3 * shape.neurons + 2 * shape.query_width + 4 * shape.width)
@@ -166,30 +210,31 @@ def forward_cost(shape: ModelShape, rows: int, number: int) -> Cost:
 def generation_cost(
     shape: ModelShape, texts: TextCounts, questions: int, tokens: int, number: int
 ) -> Cost:
-    """Return what it takes to let a whole model answer: its weights, keys and values of a batch, and logits.
+    """Return the cost of generation by a whole model: weights, key/value cache of a batch, logits.
 
     Args:
         shape: the model.
         texts: the texts of the run.
-        questions: how many are asked.
-        tokens: how many tokens all answers may have together.
+        questions: number of questions.
+        tokens: tokens of all answers together.
         number: bytes of a number.
     """
     batch = min(questions, ANSWERS_AT_ONCE)
+    # Rows of one conversation: the system prompt, a mean text, and a mean answer.
     mean_text = (texts.total - texts.prefix) / max(sum(texts.texts.values()), 1)
-    longest = texts.prefix + mean_text + tokens / max(questions, 1)
-    cache = batch * longest * shape.depth * 2 * shape.kv_width * number
+    rows = texts.prefix + mean_text + tokens / max(questions, 1)
+    cache = batch * rows * shape.depth * 2 * shape.kv_width * number
     weights = shape.parameters() * number
     return Cost(
         device_bytes=weights + cache + batch * shape.vocab * 4,
-        operations=2 * shape.parameters() * tokens * 4,
+        operations=2 * shape.parameters() * tokens * GENERATION_FACTOR,
         read_bytes=shape.bytes,
         traffic_bytes=weights,
     )
 
 
 def teacher_answers_cost(context: CostContext) -> Cost:
-    """Return what the teacher's own answers need, ahead of all steps."""
+    """Return the cost of the teacher's own answers, which it writes before the first step."""
     texts = context.texts
     if not texts.questions_asked:
         return Cost()
@@ -203,7 +248,7 @@ def teacher_answers_cost(context: CostContext) -> Cost:
 
 
 def checkpoint_cost(context: CostContext, number: int) -> Cost:
-    """Return what a saved variant needs, its numbers of `number` bytes each."""
+    """Return the cost of saving a variant in numbers of `number` bytes, tensor by tensor."""
     student = context.student
     largest = student.vocab * student.width
     return Cost(
@@ -214,35 +259,49 @@ def checkpoint_cost(context: CostContext, number: int) -> Cost:
 
 
 def capture_cost(context: CostContext, student_rows: int | None = None) -> Cost:
-    """Return what it takes to capture both models: the teacher on all texts, the student on its rows."""
-    rows = context.texts.rows_of("fit", "validation") if student_rows is None else student_rows
+    """Return the cost of capturing both models.
+
+    Args:
+        context: the models and texts. The teacher runs on all texts.
+        student_rows: rows of the student; None for all fit and validation rows.
+    """
+    if student_rows is None:
+        student_rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
     teacher = forward_cost(context.teacher, context.texts.total, context.teacher_bytes)
-    student = forward_cost(context.student, rows, context.student_bytes)
+    student = forward_cost(context.student, student_rows, context.student_bytes)
     both = teacher + student
+    # The states of a boundary are held twice while they are written.
     return replace(both, host_bytes=2 * both.host_bytes)
 
 
 def alignment_cost(context: CostContext) -> Cost:
-    """Return what an aligner of the residual stream needs: both streams of a boundary, chunks in float64, moments."""
-    student, teacher, rows = context.student, context.teacher, context.texts.rows_of("fit")
+    """Return the cost of an aligner of the residual stream.
+
+    In memory are both streams of one boundary, a chunk of rows in float64, and the moments.
+    """
+    student, teacher = context.student, context.teacher
+    rows = context.texts.rows_of(Split.FIT)
     streams = rows * (student.width + teacher.width) * context.student_bytes
-    chunks = min(rows, 4096) * (student.width + 2 * teacher.width) * FLOAT64_BYTES
+    chunks = min(rows, MOMENT_ROWS) * (student.width + 2 * teacher.width) * FLOAT64_BYTES
     matrices = 6 * teacher.width**2 + 4 * student.width * teacher.width
     products = 2.0 * rows * student.width * teacher.width * (student.depth + 1)
     return Cost(
         host_bytes=streams + chunks + matrices * FLOAT64_BYTES,
         disk_bytes=student.width * teacher.width * FLOAT64_BYTES,
-        operations=products + 30.0 * teacher.width**3,
+        operations=products + SVD_OPERATIONS * teacher.width**3,
         read_bytes=2 * streams * (student.depth + 1),
     )
 
 
 def assignment_cost(context: CostContext) -> Cost:
-    """Return what an assignment of heads and neurons needs: two layers, and the similarities of their neurons."""
+    """Return the cost of an assignment of heads and neurons.
+
+    In memory are one layer of each model twice, in float64, and the similarities of their neurons.
+    """
     student, teacher = context.student, context.teacher
     layers = 2 * (student.layer_parameters + teacher.layer_parameters) * FLOAT64_BYTES
     similarities = 3 * student.neurons * teacher.neurons
-    assignment = 1e-1 * min(student.neurons, teacher.neurons) ** 3
+    assignment = ASSIGNMENT_OPERATIONS * min(student.neurons, teacher.neurons) ** 3
     kept = student.depth * (student.neurons + student.query_width + student.kv_width)
     return Cost(
         host_bytes=layers + similarities * FLOAT64_BYTES,
@@ -253,7 +312,7 @@ def assignment_cost(context: CostContext) -> Cost:
 
 
 def edit_cost(context: CostContext) -> Cost:
-    """Return what an edit of all weights needs."""
+    """Return the cost of a plain edit of all weights."""
     numbers = context.student.parameters()
     return Cost(
         host_bytes=numbers * context.student_bytes,
@@ -264,16 +323,16 @@ def edit_cost(context: CostContext) -> Cost:
 
 
 def evaluation_cost(context: CostContext) -> Cost:
-    """Return what it takes to compare a variant with the teacher on held-out and out-of-domain texts."""
+    """Return the cost of comparing a variant with the teacher on held-out and guard texts."""
     student, teacher, texts = context.student, context.teacher, context.texts
-    rows = texts.rows_of("heldout", "guard")
+    rows = texts.rows_of(Split.HELDOUT, Split.GUARD)
     walk = forward_cost(student, rows, context.student_bytes)
-    logits = logits_memory(
-        context, max(answer_rows(context, "heldout"), texts.rows.get("guard", 0))
-    )
+    compared = max(answer_rows(context, Split.HELDOUT), texts.rows.get(Split.GUARD, 0))
+    logits = logits_memory(context, compared)
     frames = 0.0
-    if not context.same:  # a rotation per layer from the fit rows stands between the two bases
-        frames = texts.rows_of("fit") * (student.width + teacher.width) * FLOAT64_BYTES
+    # Two models of different bases are compared through a rotation per layer, from the fit rows.
+    if not context.same:
+        frames = texts.rows_of(Split.FIT) * (student.width + teacher.width) * FLOAT64_BYTES
     heads = 2.0 * rows * student.vocab * (student.width + teacher.width)
     return replace(
         walk,

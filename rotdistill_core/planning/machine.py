@@ -1,44 +1,62 @@
-"""TODO: rotdistill_core.planning.machine."""
+"""The memory, disk and speed of the machine that a run would use."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-SPEED = {"cpu": 6e10, "gpu": 5e13}
-"""Operations in a second, of one core or one GPU: rough, and good enough for a class of time."""
+OPERATIONS_PER_SECOND = {"cpu": 6e10, "gpu": 5e13}
+"""Of one core, or of one GPU. Rough: a plan states classes of time, not times."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to be had, in bytes."""
+    """Free resources of a machine, in bytes."""
 
     ram: int
+    """Memory that is free."""
     gpu: int
-    """0 where there is none."""
+    """Memory of the first GPU; 0 without a GPU."""
     disk: int
+    """Free space on the disk of the runs."""
     cores: int
 
     @property
     def speed(self) -> float:
-        """Operations in a second."""
-        return SPEED["gpu"] if self.gpu else SPEED["cpu"] * self.cores
+        """Floating-point operations in a second."""
+        if self.gpu:
+            return OPERATIONS_PER_SECOND["gpu"]
+        return OPERATIONS_PER_SECOND["cpu"] * self.cores
 
 
 def this_machine(root: Path) -> Machine:
-    """Return what this machine has to give now."""
-    there = next(folder for folder in (root.resolve(), *root.resolve().parents) if folder.exists())
-    gpu = 0
-    if shutil.which("nvidia-smi"):
-        import subprocess
+    """Return the resources that are free on this machine now.
 
-        asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-        lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-        gpu = int(lines[0]) << 20 if lines and lines[0].isdigit() else 0
+    Args:
+        root: the folder of runs; its disk is the one that counts. It need not exist yet.
+    """
+    folders = (root.resolve(), *root.resolve().parents)
+    existing = next(folder for folder in folders if folder.exists())
     return Machine(
-        psutil.virtual_memory().available, gpu, shutil.disk_usage(there).free, os.cpu_count() or 1
+        ram=psutil.virtual_memory().available,
+        gpu=_gpu_memory(),
+        disk=shutil.disk_usage(existing).free,
+        cores=os.cpu_count() or 1,
     )
+
+
+def _gpu_memory() -> int:
+    """Return the memory of the first GPU in bytes, without torch; 0 without a GPU."""
+    if not shutil.which("nvidia-smi"):
+        return 0
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    mebibytes = answer.split()
+    if not mebibytes or not mebibytes[0].isdigit():
+        return 0
+    return int(mebibytes[0]) << 20

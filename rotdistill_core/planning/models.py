@@ -1,4 +1,8 @@
-"""The sizes of a model, from its config and its table alone: from its folder, or from a config that is shipped beside the texts."""
+"""The shape of a model before it is opened, without asking the network.
+
+The figures come from the model's folder. A Hugging Face model that is not in the local cache is
+read from a config that is shipped with the texts.
+"""
 
 from __future__ import annotations
 
@@ -18,70 +22,79 @@ from rotdistill_core.recipe.document import ModelRef
 
 
 class ModelNotAvailable(SetupError):
-    """A model that is neither here nor described (exit code 3)."""
+    """A model that has neither local files nor a shipped config (exit code 3)."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before it is opened."""
+    """The shape of a model, and where it was read."""
 
     shape: ModelShape
     folder: Path | None
-    """Where it lies; None where only its config is known."""
+    """Folder of its files; None if only its config is known."""
     model: Model | None
+    """The opened model; None if only its config is known."""
     source: Path
-    """Where the figures are from."""
+    """Folder or file that the figures come from."""
 
 
 def model_info(ref: ModelRef, texts: Path, log: Callable[[str], None]) -> ModelInfo:
-    """Return what is known of a model, without asking the network.
+    """Return the shape of a model, without asking the network.
 
     Args:
-        ref: the recipe's.
-        texts: the folder of the texts; a hub id that is not in the cache is looked up there, in `configs/owner/name.json`.
-        say: tells the user one line.
+        ref: the recipe's reference.
+        texts: the folder of the texts. A Hugging Face id that is not in the local cache is looked
+            up there, in `configs/owner/name.json`.
+        log: receives one line for the user.
 
     Raises:
-        NotHere: it is neither here nor described.
+        ModelNotAvailable: there are neither files nor a config.
         RotdistillError: see `open_model`.
     """
-    name = ref.model
-    hub = (
-        name.count("/") == 1
-        and ":" not in name
-        and not name.startswith((".", "/", "~"))
-        and not name.endswith(".gguf")
-    )
-    if not hub or Path(ref.model).is_dir():
-        return _info_of(open_model(ref, log))
-    if folder := _cached(ref):
-        return _info_of(open_model(ref.model_copy(update={"model": str(folder)}), log))
+    if not _is_hub_id(ref.model) or Path(ref.model).is_dir():
+        return _opened(open_model(ref, log))
+    cached = _cached_folder(ref)
+    if cached:
+        return _opened(open_model(ref.model_copy(update={"model": str(cached)}), log))
     path = Path(os.path.normpath(texts / "configs" / f"{ref.model}.json"))
     if not path.is_file():
-        raise ModelNotAvailable(f"{ref.model}: there is no such folder here, nor such a model in the hub's cache, nor {path} to say how large it is. "
-                      "If it is a hub id, `rotdistill run` downloads it.")  # fmt: skip
+        raise ModelNotAvailable(
+            f"{ref.model}: there is no such folder here, nor such a model in the hub's cache, "
+            f"nor {path} to say how large it is. "
+            "If it is a hub id, `rotdistill run` downloads it."
+        )
+    return _described(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a reference has the form `owner/name` of a Hugging Face id."""
+    is_path = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return name.count("/") == 1 and ":" not in name and not is_path
+
+
+def _cached_folder(ref: ModelRef) -> Path | None:
+    """Return the folder of a Hugging Face model in the local cache; None if it is incomplete."""
+    # Loading it takes longer than the rest of a plan for local models.
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+
+    config = try_to_load_from_cache(ref.model, "config.json", revision=ref.revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _opened(model: Model) -> ModelInfo:
+    stored = folder_headers(model.folder)[model.adapter.embedding].dtype
+    shape = ModelShape(model.adapter, model.config, stored)
+    return ModelInfo(shape=shape, folder=model.folder, model=model, source=model.folder)
+
+
+def _described(path: Path) -> ModelInfo:
+    """Return what a shipped config states."""
     config = json.loads(path.read_text(encoding="utf-8"))
     adapter = adapter_for(config["model_type"])
     config = adapter.completed(config)
-    return ModelInfo(
-        ModelShape(adapter, config, str(config.get("dtype") or config["torch_dtype"])),
-        None,
-        None,
-        path,
-    )
-
-
-def _cached(ref: ModelRef) -> Path | None:
-    """Return the folder of a hub model in the local cache, where it is whole."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(ref.model, "config.json", revision=ref.revision)
-    folder = Path(found).parent if isinstance(found, str) else None
-    return folder if folder and any(folder.glob("*.safetensors")) else None
-
-
-def _info_of(model: Model) -> ModelInfo:
-    stored = folder_headers(model.folder)[model.adapter.embedding].dtype
-    return ModelInfo(
-        ModelShape(model.adapter, model.config, stored), model.folder, model, model.folder
-    )
+    stored = str(config.get("dtype") or config["torch_dtype"])
+    shape = ModelShape(adapter, config, stored)
+    return ModelInfo(shape=shape, folder=None, model=None, source=path)

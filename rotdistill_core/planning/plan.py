@@ -1,285 +1,410 @@
-"""What a run would do here: every result in order, what it needs, whether it is there, and what does not suffice."""
+"""The plan of a run on this machine: every result in order, its cost, and whether it exists."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from rotdistill_core.checkpoint.models import Pair
-from rotdistill_core.data.questions import facts_digest, read_questions
-from rotdistill_core.errors import RecipeError
-from rotdistill_core.execution.keys import run_inputs
+from rotdistill_core.data.questions import Question, facts_digest, read_questions
+from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.execution.keys import keyed_steps, run_inputs
 from rotdistill_core.planning.cost import (
     Cost,
     CostContext,
     baseline_memory,
     checkpoint_cost,
     context_after,
+    states_cost,
     step_cost,
     teacher_answers_cost,
 )
 from rotdistill_core.planning.machine import Machine
 from rotdistill_core.planning.models import ModelInfo, model_info
+from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
     UNKNOWN,
     ReuseIndex,
     StepStatus,
-    has_checkpoint,
+    last_edit,
     step_statuses,
 )
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.planning.text_counts import TextCounts, count_texts, token_counter
-from rotdistill_core.plugin.step import options_of
+from rotdistill_core.recipe.document import ModelRef, Recipe, StudentRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.ledger import ArtifactStore
 
-CLASSES = {60: "seconds", 3600: "minutes", 86400: "hours", float("inf"): "days"}
+ESTIMATED_FROM_STAGE = "estimated from its stage"
+"""Note of a line whose step does not state its own cost."""
+TIME_CLASSES = {60: "seconds", 3600: "minutes", 86400: "hours", float("inf"): "days"}
+"""Upper limit in seconds -> name of the class."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanLine:
-    """One thing that a run does."""
+    """One result of a run: of a step, the teacher's answers, or a checkpoint.
+
+    The sizes and the time are those of making it, and 0 if it is reused. Field names are the keys
+    that `rotdistill plan --json` prints.
+    """
 
     id: str
-    use: str
-    stage: str
-    plugin: str
-    needs: list[str]
-    """What has to be made before it: captured states, maps."""
-    variants: list[str]
+    use: str = ""
+    """Name of the step's method; empty if the result is not of a step."""
+    stage: str = ""
+    plugin: str = ""
+    """Distribution of the step, and its version."""
+    needs: list[str] = field(default_factory=list)
+    """Results of earlier steps that it takes: captured states, maps."""
+    variants: list[str] = field(default_factory=list)
     reused: bool
     why: str
-    """Where its result lies, or why it has to be made."""
+    """The run that has the result, or the reason why it has to be made."""
+    note: str = ""
+    """How the cost was estimated, if the step does not state it."""
+    ram_bytes: int = 0
+    """Peak memory on the host; without a GPU that of the models too."""
+    gpu_bytes: int = 0
+    disk_bytes: int = 0
+    read_bytes: int = 0
+    traffic_bytes: int = 0
+    """Bytes copied between host and GPU; 0 without a GPU."""
+    seconds: float = 0.0
+    """As measured before with the same options, or estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Peak memory of all results that have to be made, and the sum of everything else."""
+
     ram_bytes: int
     gpu_bytes: int
     disk_bytes: int
+    read_bytes: int
+    traffic_bytes: int
     seconds: float
-    """As measured before, or estimated."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The plan of a run."""
 
     folder: Path
     lines: list[PlanLine]
     models: dict[str, ModelInfo]
+    """Role (teacher, student, anchor) -> its figures."""
     texts: TextCounts
     machine: Machine
-    around: int
-    """Memory that is there in every step, bytes."""
-    shortfalls: list[str] = field(default_factory=list)
+    baseline_memory: int
+    """Memory that every step needs on top of its own, bytes."""
 
     @property
     def todo(self) -> list[PlanLine]:
-        """What has to be made."""
+        """The results that have to be made."""
         return [line for line in self.lines if not line.reused]
 
     @property
-    def peak(self) -> dict[str, int]:
-        """Memory at its worst and disk in all, of what has to be made."""
-        ram = max((line.ram_bytes for line in self.todo), default=0) + self.around
-        gpu = max((line.gpu_bytes for line in self.todo), default=0)
-        return {
-            "ram_bytes": ram,
-            "gpu_bytes": gpu,
-            "disk_bytes": sum(line.disk_bytes for line in self.todo),
-        }
+    def totals(self) -> Totals:
+        """Resources that the results to be made need together."""
+        todo = self.todo
+        return Totals(
+            ram_bytes=max((line.ram_bytes for line in todo), default=0) + self.baseline_memory,
+            gpu_bytes=max((line.gpu_bytes for line in todo), default=0),
+            disk_bytes=sum(line.disk_bytes for line in todo),
+            read_bytes=sum(line.read_bytes for line in todo),
+            traffic_bytes=sum(line.traffic_bytes for line in todo),
+            seconds=sum(line.seconds for line in todo),
+        )
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """A sentence for each resource that this machine has too little of."""
+        todo, totals, machine = self.todo, self.totals, self.machine
+        if not todo:
+            return []
+        shortfalls = []
+        if totals.ram_bytes > machine.ram:
+            worst = max(todo, key=attrgetter("ram_bytes"))
+            shortfalls.append(
+                f'"{worst.id}" needs about {format_bytes(totals.ram_bytes)} of memory; '
+                f"{format_bytes(machine.ram)} are free"
+            )
+        if totals.gpu_bytes > machine.gpu:
+            worst = max(todo, key=attrgetter("gpu_bytes"))
+            shortfalls.append(
+                f'"{worst.id}" needs about {format_bytes(totals.gpu_bytes)} of GPU memory; '
+                f"{format_bytes(machine.gpu)} are free"
+            )
+        if totals.disk_bytes > machine.disk:
+            worst = max(todo, key=attrgetter("disk_bytes"))
+            shortfalls.append(
+                f"the run writes about {format_bytes(totals.disk_bytes)}, most of it for "
+                f'"{worst.id}"; {format_bytes(machine.disk)} are free on the disk'
+            )
+        return shortfalls
+
+    @property
+    def summary(self) -> str:
+        """The reused results, and the needs of the others, in one line."""
+        todo, totals, machine = self.todo, self.totals, self.machine
+        memory = "nothing to make"
+        if todo:
+            needed = format_bytes(totals.ram_bytes)
+            memory = f"memory about {needed}, {format_bytes(machine.ram)} are free"
+        reused, results = len(self.lines) - len(todo), len(self.lines)
+        return (
+            f"plan: {reused} of {results} results are there; {memory}; "
+            f"disk {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free; "
+            f"takes {time_class(totals.seconds)}"
+        )
+
+    def require_resources(self, recipe: Path) -> None:
+        """Check that the machine is large enough.
+
+        Args:
+            recipe: path of the recipe, for the message.
+
+        Raises:
+            SetupError: it is too small.
+        """
+        if self.shortfalls:
+            shortfalls = "; ".join(self.shortfalls)
+            raise SetupError(f"{recipe}: does not fit here: {shortfalls}. Nothing was loaded.")
 
 
 def build_plan(
     loaded: ResolvedRecipe,
     root: Path,
-    here: Machine,
+    machine: Machine,
     fresh: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return what `run` would do here.
+    """Return the plan of a recipe.
+
+    Args:
+        loaded: the recipe.
+        root: the folder of runs.
+        machine: the resources that the run may use.
+        fresh: reuse nothing.
+        log: receives lines for the user.
 
     Raises:
-        RotdistillError: the recipe's models or texts are not there or do not fit.
+        RotdistillError: models or texts of the recipe are missing, or its steps do not fit them.
     """
-    r, base = loaded.recipe, loaded.path.parent
-    texts = (base / r.samples.index).parent
-    questions, style = read_questions(r.samples, base)
-    models = {
-        role: model_info(ref, texts, log)
-        for role in ("teacher", "student", "anchor")
-        if (ref := getattr(r, role))
-    }
-    t, s = models["teacher"], models["student"]
-    rows = count_texts(questions, style, r.samples, token_counter(s.folder, s.shape.vocab))
-    on_gpu = [
-        ref.device.startswith("cuda") or (ref.device == "auto" and bool(here.gpu))
-        for ref in (r.teacher, r.student)
-    ]
-    numbers = [DTYPE_BYTES[ref.dtype if ref.dtype != "auto" else m.shape.stored if gpu else "float32"]
-               for ref, m, gpu in zip((r.teacher, r.student), (t, s), on_gpu, strict=True)]  # fmt: skip
-    start = CostContext(
-        teacher=t.shape,
-        student=s.shape,
-        texts=rows,
-        teacher_bytes=numbers[0],
-        student_bytes=numbers[1],
-        same=r.teacher.model == r.student.model,
-    )
-    told = None
-    if all(m.model for m in models.values()):
-        told = run_inputs(r, Pair(*(m.model for m in models.values() if m.model)), questions, style)
-    dtype = s.shape.stored if r.student.save_dtype == "auto" else r.student.save_dtype
+    recipe = loaded.recipe
+    texts_folder = (loaded.path.parent / recipe.samples.index).parent
+    questions, style = read_questions(recipe.samples, loaded.path.parent)
+    models = _models(recipe, texts_folder, log)
+    start = _start_context(recipe, models, questions, style, machine)
     folder = loaded.folder(root)
-    past = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
-    found = list(step_statuses(loaded, past, told, dtype, facts_digest(questions), fresh))
-    lines = list(_lines(r.variants, found, past, start, here, on_gpu[1], folder.name, dtype))
-    made = Plan(folder, lines, models, rows, here, round(baseline_memory(start)))
-    return replace(made, shortfalls=list(_shortfalls(made)))
-
-
-def _lines(
-    variants: Iterable[str],
-    found: list[StepStatus],
-    past: ReuseIndex,
-    start: CostContext,
-    here: Machine,
-    gpu: bool,
-    run: str,
-    dtype: str,
-) -> Iterator[PlanLine]:
-    def line(
-        name: str,
-        use: str,
-        need: Cost,
-        reused: bool,
-        why: str,
-        about: dict[str, Any],
-        seconds: float | None = None,
-    ) -> PlanLine:
-        ram, device = need.host_bytes, need.device_bytes
-        if not gpu:
-            ram, device = ram + device, 0
-        took = need.operations / here.speed if seconds is None else seconds
-        sizes = (
-            (0, 0, 0, 0.0)
-            if reused
-            else (round(ram), round(device), round(need.disk_bytes), round(took, 1))
-        )
-        named = dict(zip(("ram_bytes", "gpu_bytes", "disk_bytes", "seconds"), sizes, strict=True))
-        rest: dict[str, Any] = {
-            "stage": "",
-            "plugin": "",
-            "needs": [],
-            "variants": [],
-            **about,
-            **named,
-        }
-        return PlanLine(id=name, use=use, reused=reused, why=why, **rest)
-
-    if start.texts.questions_asked:
-        had = past.start != UNKNOWN
-        why = (
-            "the same models and texts were run before"
-            if had
-            else "not made before from these models and texts"
-        )
-        yield line("teacher's answers", "", teacher_answers_cost(start), had, why, {})
-    captures = dict.fromkeys(
-        fate.recipe_step.id for fate in found if fate.recipe_step.stage == "capture"
+    index = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
+    inputs = _inputs(recipe, models, questions, style)
+    start_key = index.start_key(inputs)
+    save_dtype = _save_dtype(recipe.student, models["student"])
+    keyed = keyed_steps(loaded, start_key, save_dtype, facts_digest(questions))
+    builder = _LineBuilder(
+        recipe=loaded,
+        run=folder.name,
+        start=start,
+        machine=machine,
+        on_gpu=_on_gpu(recipe.student, machine),
+        index=index,
+        start_key=start_key,
+        save_dtype=save_dtype,
+        statuses=step_statuses(keyed, index, index.changed_inputs(inputs), fresh),
     )
-    ends = dict.fromkeys(variants, start)
-    counted: set[Hashable] = set()  # files that an earlier step shares
-    for fate in found:
-        at = reduce(_after, fate.behind, start)
-        recipe_step, origin = fate.recipe_step, fate.recipe_step.origin
-        about = {
-            "stage": recipe_step.stage,
-            "plugin": f"{origin.distribution} {origin.version}",
-            "variants": fate.variants,
-            "needs": _takes(fate, captures),
-        }
-        seconds = (
-            fate.last.seconds
-            if fate.last and fate.last.options == options_of(recipe_step.step)
-            else None
+    return Plan(
+        folder=folder,
+        lines=[*builder.answer_lines(), *builder.step_lines(), *builder.checkpoint_lines()],
+        models=models,
+        texts=start.texts,
+        machine=machine,
+        baseline_memory=round(baseline_memory(start)),
+    )
+
+
+def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> dict[str, ModelInfo]:
+    refs = {"teacher": recipe.teacher, "student": recipe.student, "anchor": recipe.anchor}
+    return {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
+
+
+def _start_context(
+    recipe: Recipe,
+    models: Mapping[str, ModelInfo],
+    questions: Sequence[Question],
+    style: str,
+    machine: Machine,
+) -> CostContext:
+    """Return the models and texts as they are before the first step."""
+    teacher, student = models["teacher"], models["student"]
+    count = token_counter(student.folder, student.shape.vocab)
+    return CostContext(
+        teacher=teacher.shape,
+        student=student.shape,
+        texts=count_texts(questions, style, recipe.samples, count),
+        teacher_bytes=_compute_bytes(recipe.teacher, teacher, machine),
+        student_bytes=_compute_bytes(recipe.student, student, machine),
+        same=recipe.teacher.model == recipe.student.model,
+    )
+
+
+def _on_gpu(ref: ModelRef, machine: Machine) -> bool:
+    """Return whether a model computes on a GPU of this machine."""
+    return ref.device.startswith("cuda") or (ref.device == "auto" and bool(machine.gpu))
+
+
+def _compute_bytes(ref: ModelRef, info: ModelInfo, machine: Machine) -> int:
+    """Return the bytes of a number while the model computes; see `Model.dtype`."""
+    if ref.dtype != "auto":
+        return DTYPE_BYTES[ref.dtype]
+    return DTYPE_BYTES[info.shape.stored if _on_gpu(ref, machine) else "float32"]
+
+
+def _save_dtype(ref: StudentRef, info: ModelInfo) -> str:
+    """Return the name of the dtype of checkpoints."""
+    return info.shape.stored if ref.save_dtype == "auto" else ref.save_dtype
+
+
+def _inputs(
+    recipe: Recipe, models: Mapping[str, ModelInfo], questions: Sequence[Question], style: str
+) -> dict[str, str] | None:
+    """Return the hashes of the run's inputs; None if the files of a model are not here."""
+    opened = {role: info.model for role, info in models.items() if info.model}
+    if len(opened) < len(models):
+        return None
+    pair = Pair(opened["teacher"], opened["student"], opened.get("anchor"))
+    return run_inputs(recipe, pair, questions, style)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LineBuilder:
+    """Everything that the lines of a plan are made from."""
+
+    recipe: ResolvedRecipe
+    run: str
+    """Name of the run."""
+    start: CostContext
+    """The models and texts before the first step."""
+    machine: Machine
+    on_gpu: bool
+    """Whether the student computes on a GPU."""
+    index: ReuseIndex
+    start_key: str
+    save_dtype: str
+    statuses: list[StepStatus]
+
+    def answer_lines(self) -> Iterator[PlanLine]:
+        """Yield the line of the teacher's own answers, if it has any to write."""
+        if not self.start.texts.questions_asked:
+            return
+        exists = self.start_key != UNKNOWN
+        line = PlanLine(
+            id="teacher's answers",
+            reused=exists,
+            why=(
+                "the same models and texts were run before"
+                if exists
+                else "not made before from these models and texts"
+            ),
         )
-        ends |= dict.fromkeys(
-            fate.variants, at if recipe_step.stage == "evaluate" else _after(at, recipe_step)
-        )
-        need = step_cost(recipe_step.step, at)
-        shared = sum(size for key, size in need.shared_files.items() if key not in counted)
-        counted |= need.shared_files.keys()
-        need = replace(need, disk_bytes=need.disk_bytes + shared)
-        yield line(
-            recipe_step.id,
-            recipe_step.step.use,
-            need,
-            fate.record is not None,
-            fate.why,
-            about,
-            seconds,
-        )
-    for variant, at in ends.items():
-        there = has_checkpoint(past, run, variant, found, dtype)
-        why = "in the run's folder" if there else "not saved before behind these steps"
-        yield line(
-            "checkpoints",
-            "",
-            checkpoint_cost(at, DTYPE_BYTES[dtype]),
-            there,
-            why,
-            {"variants": [variant]},
+        yield self._with_cost(line, teacher_answers_cost(self.start))
+
+    def step_lines(self) -> Iterator[PlanLine]:
+        """Yield a line for each result of a step.
+
+        Raises:
+            RecipeError: a step takes captured states, and no step before it captures any; or its
+                options do not fit the student.
+        """
+        captures = [step.id for step in self.recipe.steps if step.stage == "capture"]
+        counted: set[Hashable] = set()
+        for status in self.statuses:
+            recipe_step, step = status.recipe_step, status.recipe_step.step
+            require_captured_states(
+                recipe_step,
+                captured=any(earlier.stage == "capture" for earlier in status.earlier),
+                variants=status.variants,
+                captures=captures,
+            )
+            cost = step_cost(step, self._context_after(status.earlier))
+            line = PlanLine(
+                id=recipe_step.id,
+                use=step.use,
+                stage=recipe_step.stage,
+                plugin=f"{recipe_step.origin.distribution} {recipe_step.origin.version}",
+                needs=required_results(recipe_step),
+                variants=status.variants,
+                reused=status.existing is not None,
+                why=status.existing.run if status.existing else status.reason,
+                note="" if states_cost(step) else ESTIMATED_FROM_STAGE,
+            )
+            yield self._with_cost(line, _own_files(cost, counted), status.measured_seconds)
+
+    def checkpoint_lines(self) -> Iterator[PlanLine]:
+        """Yield a line for the checkpoint of each variant.
+
+        Raises:
+            RecipeError: the options of a step do not fit the student.
+        """
+        variants = [variant for status in self.statuses for variant in status.variants]
+        for variant in dict.fromkeys([*self.recipe.recipe.variants, *variants]):
+            edit = last_edit(self.statuses, variant)
+            steps = (*edit.earlier, edit.recipe_step) if edit else ()
+            state_key = edit.key if edit else self.start_key
+            exists = self.index.has_checkpoint(self.run, variant, state_key, self.save_dtype)
+            line = PlanLine(
+                id="checkpoints",
+                variants=[variant],
+                reused=exists,
+                why="in the run's folder" if exists else "these steps have no checkpoint yet",
+            )
+            cost = checkpoint_cost(self._context_after(steps), DTYPE_BYTES[self.save_dtype])
+            yield self._with_cost(line, cost)
+
+    def _context_after(self, steps: Sequence[RecipeStep]) -> CostContext:
+        return reduce(_context_after, steps, self.start)
+
+    def _with_cost(
+        self, line: PlanLine, cost: Cost, measured_seconds: float | None = None
+    ) -> PlanLine:
+        """Return the line with the cost of its result; unchanged if the result is reused."""
+        if line.reused:
+            return line
+        seconds = measured_seconds
+        if seconds is None:
+            seconds = cost.operations / self.machine.speed
+        ram, gpu, traffic = cost.host_bytes, cost.device_bytes, cost.traffic_bytes
+        if not self.on_gpu:  # the host is the device
+            ram, gpu, traffic = ram + gpu, 0, 0
+        return replace(
+            line,
+            ram_bytes=round(ram),
+            gpu_bytes=round(gpu),
+            disk_bytes=round(cost.disk_bytes),
+            read_bytes=round(cost.read_bytes),
+            traffic_bytes=round(traffic),
+            seconds=round(seconds, 1),
         )
 
 
-def _after(context: CostContext, recipe_step: RecipeStep) -> CostContext:
-    """Return the context after a step; what it refuses is said with its id."""
+def _context_after(context: CostContext, recipe_step: RecipeStep) -> CostContext:
+    """Return the context after a step; an error names the step."""
     try:
         return context_after(recipe_step.step, context)
     except RecipeError as error:
-        raise RecipeError(
-            *(f'step "{recipe_step.id}": {problem}' for problem in error.problems)
-        ) from error
+        problems = [f'step "{recipe_step.id}": {problem}' for problem in error.problems]
+        raise RecipeError(*problems) from error
 
 
-def _takes(fate: StepStatus, captures: Iterable[str]) -> list[str]:
-    """Return what a step stands on, by the arguments of its hook; `captures` are the recipe's capture steps.
-
-    Raises:
-        RecipeError: it wants captured states, and nothing before it captures any.
-    """
-    recipe_step = fate.recipe_step
-    names = inspect.signature(getattr(recipe_step.step, recipe_step.stage)).parameters
-    if "activations" in names and not any(before.stage == "capture" for before in fate.behind):
-        there, here = (
-            " and ".join(f'"{name}"' for name in names) for names in (captures, fate.variants)
-        )
-        todo = 'put a capture step (use = "residuals") before it'
-        if there:
-            todo = f"nothing before it in {here} captures any. There is {there}: let it come before, and name it in {here} or in no variant"
-        raise RecipeError(f'step "{recipe_step.id}": needs captured states; {todo}.')
-    return [
-        what
-        for name, what in (("activations", "captured states"), ("maps", "maps"))
-        if name in names
-    ]
-
-
-def _shortfalls(planned: Plan) -> Iterator[str]:
-    """Say what does not suffice, and for what."""
-    here, need = planned.machine, planned.peak
-    for what, size, free in (
-        ("memory", "ram_bytes", here.ram),
-        ("GPU memory", "gpu_bytes", here.gpu),
-    ):
-        worst = max(planned.todo, key=lambda line: getattr(line, size), default=None)
-        if worst and need[size] > free:
-            yield f'"{worst.id}" needs about {format_bytes(need[size])} of {what}; {format_bytes(free)} are free'
-    if need["disk_bytes"] > here.disk:
-        worst = max(planned.todo, key=lambda line: line.disk_bytes)
-        yield f'the run writes about {format_bytes(need["disk_bytes"])}, most of it for "{worst.id}"; {format_bytes(here.disk)} are free on the disk'
+def _own_files(cost: Cost, counted: set[Hashable]) -> Cost:
+    """Add shared files to the step's disk, except those in `counted`; add the new ones there."""
+    new = {key: size for key, size in cost.shared_files.items() if key not in counted}
+    counted.update(new)
+    return replace(cost, disk_bytes=cost.disk_bytes + sum(new.values()))
 
 
 def format_bytes(size: float) -> str:
@@ -289,4 +414,4 @@ def format_bytes(size: float) -> str:
 
 def time_class(seconds: float) -> str:
     """Return whether something takes seconds, minutes, hours or days."""
-    return next(name for most, name in CLASSES.items() if seconds < most)
+    return next(name for limit, name in TIME_CLASSES.items() if seconds < limit)

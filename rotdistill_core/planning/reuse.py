@@ -1,165 +1,203 @@
-"""Which results are there already, told by the keys that `run` will look for, and why the others are not.
+"""Which results exist already, found by the keys that `run` will look for.
 
-A run writes into its ledger what it starts from (`inputs`: hashes that need no tokenizer and hardly a byte of the weights) beside the
-key of that. Where the same inputs are found again every key behind them follows without opening a model.
+A run records its inputs in its ledger, together with their key. The inputs are hashes that need no
+tokenizer and read little of the weights. When a plan finds the same inputs again, the key of every
+step follows without opening a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from rotdistill_core.execution.keys import checkpoint_key, evaluation_key
+from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.plugin.step import options_of
-from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.recipe.resolved import RecipeStep
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.store.records import CheckpointRecord, StartRecord, StepRecord
+from rotdistill_core.store.records import StepRecord
 
 UNKNOWN = "?"
-"""Stands for the key of inputs that no run has had; what is behind it has keys of its own, which nothing was made under."""
+"""Key of inputs that no run has had. No result has a key that is derived from it."""
 
 
-@dataclass
+class ExistingResult(NamedTuple):
+    """A step's result in the folder of runs."""
+
+    run: str
+    """Name of the run whose ledger has it."""
+    record: StepRecord
+
+
+@dataclass(frozen=True)
 class StepStatus:
-    """One result of a run: a step behind others, for all variants that share it."""
+    """One result of a run: of a step after certain others, for all variants that share it."""
 
     recipe_step: RecipeStep
-    behind: tuple[RecipeStep, ...]
-    """The steps that change weights or maps before it."""
+    earlier: tuple[RecipeStep, ...]
+    """The steps before it that change weights, maps or captured states."""
     key: str
-    variants: list[str]
-    record: StepRecord | None
-    """What was made under this key, or None."""
-    why: str
-    """Where it is, or why it has to be made."""
-    last: StepRecord | None
-    """The newest result of a step of this name, whatever its key."""
+    existing: ExistingResult | None
+    """The result with this key, if there is one."""
+    reason: str
+    """Why it has to be made; empty if it exists."""
+    newest: StepRecord | None
+    """The newest result of a step of this id, whatever its key."""
+    variants: list[str] = field(default_factory=list)
+
+    @property
+    def measured_seconds(self) -> float | None:
+        """Time that the step took with the same options; None if it has not run with them."""
+        if self.newest and self.newest.options == options_of(self.recipe_step.step):
+            return self.newest.seconds
+        return None
 
 
 class ReuseIndex:
-    """Everything that the ledgers say was made, as far as its files are there with their length."""
+    """All results in the ledgers whose files exist with their length."""
 
-    def __init__(self, ledgers: Iterable[Ledger], own: str) -> None:
-        self.ledgers = sorted(
-            ledgers, key=lambda ledger: ledger.folder.name == own
-        )  # the run's own last, so that it is looked at first
-        self.start = UNKNOWN
-        self.made = {
-            r.key: (ledger.folder.name, r)
-            for ledger in self.ledgers
-            for r in ledger.steps
-            if _there(ledger, r)
-        }
-        self.saved = {
-            r.key: ledger.folder.name
-            for ledger in self.ledgers
-            for r in ledger.checkpoints
-            if _there(ledger, r)
-        }
+    def __init__(self, ledgers: Iterable[Ledger], run: str) -> None:
+        """Index ledgers; the results of `run` come before equal ones of other runs."""
+        oldest_first = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
+        starts = [start for ledger in oldest_first for start in ledger.starts]
+        self._starts = starts[::-1]
+        self._newest: dict[tuple[str, str], StepRecord] = {}
+        self._results: dict[str, ExistingResult] = {}
+        self._checkpoints: dict[str, str] = {}
+        for ledger in oldest_first:
+            name, root = ledger.folder.name, ledger.folder.parent
+            for step in ledger.steps:
+                self._newest[step.id, step.variant] = step
+                if _all_exist(step.files, root):
+                    self._results[step.key] = ExistingResult(name, step)
+            for checkpoint in ledger.checkpoints:
+                if _all_exist(checkpoint.files, root):
+                    self._checkpoints[checkpoint.key] = name
 
-    def base(self, inputs: Mapping[str, str]) -> str:
-        """Return the key of what a run starts from, or UNKNOWN."""
-        self.start = next((r.key for r in self._starts() if r.inputs == inputs), UNKNOWN)
-        return self.start
+    def start_key(self, inputs: Mapping[str, str] | None) -> str:
+        """Return the key of the inputs of a run; `UNKNOWN` if no run has had them, or for None."""
+        return next((start.key for start in self._starts if start.inputs == inputs), UNKNOWN)
 
-    def changed(self, inputs: Mapping[str, str]) -> str:
-        """Return in what the inputs differ from those that were most alike; nothing where there were none."""
-        starts = [r.inputs for r in self._starts()]
-        if not starts:
-            return ""
-        nearest = max(starts, key=lambda old: sum(old.get(k) == v for k, v in inputs.items()))
-        return ", ".join(k for k in inputs if nearest.get(k) != inputs[k])
+    def changed_inputs(self, inputs: Mapping[str, str] | None) -> list[str]:
+        """Return the names of the inputs that differ from the most similar ones of any run.
 
-    def last(self, step: str, variant: str) -> StepRecord | None:
-        """Return the newest result of a step by its id; `variant` is empty but for evaluators."""
-        newest_first = [r for ledger in self.ledgers[::-1] for r in ledger.steps[::-1]]
-        return next((r for r in newest_first if (r.id, r.variant) == (step, variant)), None)
+        The list is empty if no run has recorded inputs, or for None.
+        """
+        known = [start.inputs for start in self._starts]
+        if inputs is None or not known:
+            return []
+        nearest = max(known, key=lambda old: _equal_values(old, inputs))
+        return [name for name in inputs if nearest.get(name) != inputs[name]]
 
-    def _starts(self) -> list[StartRecord]:
-        return [r for ledger in self.ledgers[::-1] for r in ledger.starts[::-1]]
+    def find(self, key: str) -> ExistingResult | None:
+        """Return the result of a step with a key."""
+        return self._results.get(key)
+
+    def newest(self, step: str, variant: str = "") -> StepRecord | None:
+        """Return the newest result of a step by its id, of an evaluator for one variant."""
+        return self._newest.get((step, variant))
+
+    def has_checkpoint(self, run: str, variant: str, state_key: str, dtype: str) -> bool:
+        """Return whether a variant's checkpoint is in the folder of `run`.
+
+        Args:
+            run: name of the run. A checkpoint in another run's folder does not count.
+            variant: name of the variant.
+            state_key: key of its last step before evaluation, or of the start if it has none.
+            dtype: name of the dtype of the checkpoint.
+        """
+        return self._checkpoints.get(checkpoint_key(variant, state_key, dtype)) == run
 
 
-def _there(ledger: Ledger, record: StepRecord | CheckpointRecord) -> bool:
-    root = ledger.folder.parent
-    return all(
-        (path := root / f.path).is_file() and path.stat().st_size == f.bytes for f in record.files
-    )
+def _equal_values(one: Mapping[str, str], two: Mapping[str, str]) -> int:
+    return sum(one.get(name) == value for name, value in two.items())
+
+
+def _all_exist(files: Iterable[CommittedFile], root: Path) -> bool:
+    """Return whether all files exist with their length; their content is not read."""
+    for file in files:
+        path = root / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            return False
+    return True
 
 
 def step_statuses(
-    loaded: ResolvedRecipe,
-    past: ReuseIndex,
-    inputs: Mapping[str, str] | None,
-    dtype: str,
-    claims: str,
-    fresh: bool = False,
-) -> Iterator[StepStatus]:
-    """Yield every result of a run in the order in which it needs them.
+    keyed: Iterable[KeyedStep], index: ReuseIndex, changed_inputs: Sequence[str], fresh: bool
+) -> list[StepStatus]:
+    """Return every result of a run, each once, in the order in which the run needs them.
 
     Args:
-        loaded: the recipe.
-        past: what was made.
-        inputs: what the run starts from; None where the models are not here.
-        dtype: of the checkpoints.
-        claims: the hash of what answers are scored against.
-        fresh: nothing is to be reused.
+        keyed: all steps of all variants with their keys.
+        index: the existing results.
+        changed_inputs: names of the inputs that differ from those of earlier runs.
+        fresh: reuse nothing.
     """
-    known = UNKNOWN if inputs is None else past.base(inputs)
-    start = past.changed(inputs) if inputs is not None and known == UNKNOWN else ""
-    seen: dict[str, StepStatus] = {}
-    for variant, chain in loaded.chains(dtype in ("bfloat16", "float16")).items():
-        before, missing, behind = known, f"{start} changed" if start else "", list[RecipeStep]()
-        for recipe_step in chain:
-            judged = recipe_step.stage == "evaluate"
-            key = recipe_step.key(
-                evaluation_key(variant, before, dtype, claims) if judged else before
-            )
-            if key not in seen:
-                run, record = ("", None) if fresh else past.made.get(key, ("", None))
-                last = past.last(recipe_step.id, variant if judged else "")
-                why = (
-                    run
-                    if record
-                    else ("asked for with --fresh" if fresh else _why(recipe_step, last, missing))
-                )
-                seen[key] = StepStatus(recipe_step, tuple(behind), key, [], record, why, last)
-            seen[key].variants.append(variant)
-            if not judged:
-                before = key
-                behind.append(recipe_step)
-                missing = missing if seen[key].record else missing or f"behind {recipe_step.id}"
-    yield from seen.values()
+    start = f"{', '.join(changed_inputs)} changed" if changed_inputs else ""
+    # The first thing that has changed for a variant is the reason for all that comes after it.
+    causes: dict[str, str] = {}
+    statuses: dict[str, StepStatus] = {}
+    for entry in keyed:
+        cause = causes.get(entry.variant, start)
+        status = statuses.get(entry.key)
+        if status is None:
+            status = statuses[entry.key] = _status(entry, index, cause, fresh)
+        status.variants.append(entry.variant)
+        if not status.existing and entry.recipe_step.stage != "evaluate":
+            causes[entry.variant] = cause or f"depends on {entry.recipe_step.id}"
+    return list(statuses.values())
 
 
-def has_checkpoint(
-    past: ReuseIndex, run: str, variant: str, found: Iterable[StepStatus], dtype: str
-) -> bool:
-    """Return whether the checkpoint of a variant lies in the run's own folder."""
-    key = next(
-        (
-            f.key
-            for f in reversed([*found])
-            if variant in f.variants and f.recipe_step.stage != "evaluate"
-        ),
-        past.start,
+def _status(entry: KeyedStep, index: ReuseIndex, cause: str, fresh: bool) -> StepStatus:
+    recipe_step = entry.recipe_step
+    is_evaluator = recipe_step.stage == "evaluate"
+    newest = index.newest(recipe_step.id, entry.variant if is_evaluator else "")
+    existing = None if fresh else index.find(entry.key)
+    reason = ""
+    if fresh:
+        reason = "asked for with --fresh"
+    elif not existing:
+        reason = _reason(recipe_step, newest, cause)
+    return StepStatus(
+        recipe_step=recipe_step,
+        earlier=entry.earlier,
+        key=entry.key,
+        existing=existing,
+        reason=reason,
+        newest=newest,
     )
-    return past.saved.get(checkpoint_key(variant, key, dtype)) == run
 
 
-def _why(recipe_step: RecipeStep, last: StepRecord | None, missing: str) -> str:
-    """Say why a step has to be made: itself first, then what is before it."""
-    if last is None:
+def _reason(recipe_step: RecipeStep, newest: StepRecord | None, cause: str) -> str:
+    """Return why a step has to be made: a change of the step itself, else `cause`.
+
+    Args:
+        recipe_step: the step.
+        newest: its newest result.
+        cause: the first change before it in its variant; may be empty.
+    """
+    if newest is None:
         return "not made before"
-    old, new = last.options, options_of(recipe_step.step)
-    differ = [
-        f"{key} {old.get(key)} → {new.get(key)}"
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key)
+    old, new = newest.options, options_of(recipe_step.step)
+    changes = [
+        f"{option} {old.get(option)} → {new.get(option)}"
+        for option in dict.fromkeys([*old, *new])
+        if old.get(option) != new.get(option)
     ]
-    if differ:
-        return "changed: " + ", ".join(differ)
-    if last.plugin != (plugin := f"{recipe_step.origin.distribution} {recipe_step.origin.version}"):
-        return f"changed: {last.plugin} → {plugin}"
-    if last.before and recipe_step.key(last.before) != last.key:
-        return f"changed: the code of {recipe_step.origin.distribution}"
-    return missing or "its files are gone, or made from something else"
+    if changes:
+        return f"changed: {', '.join(changes)}"
+    origin = recipe_step.origin
+    plugin = f"{origin.distribution} {origin.version}"
+    if newest.plugin != plugin:
+        return f"changed: {newest.plugin} → {plugin}"
+    if newest.before and recipe_step.key(newest.before) != newest.key:
+        return f"changed: the code of {origin.distribution}"
+    return cause or "its files are gone, or made from something else"
+
+
+def last_edit(statuses: Sequence[StepStatus], variant: str) -> StepStatus | None:
+    """Return the last step of a variant before its evaluators; None if it has none."""
+    edits = [status for status in statuses if status.recipe_step.stage != "evaluate"]
+    return next((status for status in reversed(edits) if variant in status.variants), None)

@@ -1,16 +1,17 @@
-"""Sizes of a model, from its config and its table alone."""
+"""Sizes of a model, from its config and its adapter's table alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rotdistill_core.architecture.table import Adapter
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number."""
+"""Dtype name -> bytes of a number."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ModelShape:
     adapter: Adapter
     config: Mapping[str, Any]
     stored: str
-    """Dtype of its files."""
+    """Name of the dtype of its weight files."""
     keep: float = 1.0
-    """Share of the parameters inside layers that a cut leaves."""
+    """Share of the parameters inside layers that earlier cuts leave."""
 
     @property
     def depth(self) -> int:
@@ -41,31 +42,42 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Coordinates of all query heads of a layer."""
+        """Coordinates of all query heads of a layer together."""
         return self.adapter.sizes(self.config)["q.0"]
 
     @property
     def kv_width(self) -> int:
-        """Coordinates of all keys of a layer; its values have as many."""
+        """Coordinates of all key heads of a layer together; its value heads have as many."""
         return self.adapter.sizes(self.config)["kv.0"]
 
     @property
     def vocab(self) -> int:
-        """Rows of embedding and head."""
+        """Rows of the embedding and of the head."""
         return self.adapter.sizes(self.config)["vocab"]
 
     def parameters(self, inside: bool | None = None) -> int:
-        """Return the number of parameters: all, those inside layers, or those outside. A tied head counts once, absent biases not."""
-        sizes, total = self.adapter.sizes(self.config), 0.0
+        """Return the number of parameters. A tied head counts once, an optional bias not at all.
+
+        Args:
+            inside: True counts parameters inside layers, False those outside, None all.
+        """
+        return self._parameters[inside]
+
+    @cached_property
+    def _parameters(self) -> dict[bool | None, int]:
+        """Number of parameters inside layers, outside, and of all; see `parameters`."""
+        sizes = self.adapter.sizes(self.config)
+        tied = bool(self.config.get("tie_word_embeddings"))
+        totals: dict[bool | None, float] = {True: 0.0, False: 0.0, None: 0.0}
         for name, param in self.adapter.expand(self.config).items():
-            layer = name.startswith(f"{self.adapter.layers}.")
-            if (
-                not param.optional
-                and not (param.tied and self.config.get("tie_word_embeddings"))
-                and inside in (None, layer)
-            ):
-                total += math.prod(sizes[axis] for axis in param.axes) * (self.keep if layer else 1)
-        return round(total)
+            if param.optional or (param.tied and tied):
+                continue
+            inside = name.startswith(f"{self.adapter.layers}.")
+            share = self.keep if inside else 1
+            count = math.prod(sizes[axis] for axis in param.axes) * share
+            totals[inside] += count
+            totals[None] += count
+        return {part: round(total) for part, total in totals.items()}
 
     @property
     def layer_parameters(self) -> float:
@@ -74,9 +86,14 @@ class ModelShape:
 
     @property
     def bytes(self) -> int:
-        """Size of its files."""
+        """Size of its weight files."""
         return self.parameters() * DTYPE_BYTES[self.stored]
 
     def changed(self, keep: float = 1.0, **config: Any) -> ModelShape:
-        """Return the shape behind a step that cuts, widens or unties."""
+        """Return the shape after a step that cuts, widens or unties the model.
+
+        Args:
+            keep: share of the parameters inside layers that the step leaves.
+            config: keys of the config with their new values.
+        """
         return replace(self, config={**self.config, **config}, keep=self.keep * keep)

@@ -1,4 +1,8 @@
-"""How many rows the texts will be, told by the tokenizer's file where it is there, else by their bytes. transformers is not loaded."""
+"""The number of token rows that the texts make, before they are tokenised.
+
+The tokenizer's file counts them if the model's folder has one; else their bytes give an estimate.
+transformers is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +11,119 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotdistill_core.data.splits import Split
+
 if TYPE_CHECKING:
     from rotdistill_core.data.questions import Question
     from rotdistill_core.recipe.document import SamplesRef
 
 
-TEMPLATE = 8
+TEMPLATE_TOKENS = 8
 """Tokens that a chat template puts around one message."""
-BYTES = {100_000: 3.5, 0: 2.5}
-"""Size of a vocabulary from which on -> bytes of UTF-8 in a token, over the fourteen languages of the shipped texts."""
+BYTES_PER_TOKEN = {100_000: 3.5, 0: 2.5}
+"""Smallest vocabulary -> bytes of UTF-8 in a token, over the fourteen shipped languages."""
 
-Count = Callable[[str], int]
+TokenCounter = Callable[[str], int]
 
 
 @dataclass(frozen=True)
 class TextCounts:
-    """Rows by split. The prompt that all share is counted once; what the teacher has yet to write at its longest."""
+    """Token rows and texts by split. An answer that the teacher has yet to write counts in full."""
 
     prefix: int
+    """Rows of the system prompt, which all texts share and which counts once."""
     rows: dict[str, int]
+    """Split -> rows of its texts, without the shared prompt."""
     texts: dict[str, int]
+    """Split -> number of texts."""
     questions_asked: int
     """Questions that the teacher answers itself."""
     answer_tokens: int
-    """Tokens that it may write in answer to them."""
+    """Tokens that it may write in all these answers together."""
 
     def rows_of(self, *splits: str, limit: int | None = None) -> int:
-        """Return how many rows the texts of some splits are, or the first `most` of them, with the shared prompt."""
-        rows, texts = (
-            sum(kept.get(split, 0) for split in splits) for kept in (self.rows, self.texts)
-        )
-        return self.prefix + (
-            rows if limit is None or limit >= texts else round(rows * limit / max(texts, 1))
-        )
+        """Return the rows of some splits, with the shared prompt.
+
+        Args:
+            splits: names of splits.
+            limit: count only this many of their texts, at their mean length.
+        """
+        rows = sum(self.rows.get(split, 0) for split in splits)
+        texts = sum(self.texts.get(split, 0) for split in splits)
+        if limit is None or limit >= texts:
+            return self.prefix + rows
+        return self.prefix + round(rows * limit / max(texts, 1))
 
     @property
     def total(self) -> int:
-        """All rows."""
+        """Rows of all splits, with the shared prompt."""
         return self.rows_of(*self.rows)
 
 
-def token_counter(folder: Path | None, vocabulary: int) -> Count:
-    """Return what counts the tokens of a text: the tokenizer of a model's folder, or a guess by its bytes."""
+def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
+    """Return a function that counts the tokens of a text.
+
+    Args:
+        folder: the model's folder; without a `tokenizer.json` there, bytes are counted.
+        vocabulary: number of tokens, which decides how many bytes a token has.
+    """
     if folder and (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
+        # A plan without local models needs no tokenizer.
+        from tokenizers import Tokenizer  # noqa: PLC0415
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
-    each = next(size for least, size in BYTES.items() if vocabulary >= least)
-    return lambda text: round(len(text.encode()) / each)
+    size = next(size for least, size in BYTES_PER_TOKEN.items() if vocabulary >= least)
+    return lambda text: round(len(text.encode()) / size)
 
 
 def count_texts(
-    questions: Iterable[Question], style: str, settings: SamplesRef, tokens: Count
+    questions: Iterable[Question], style: str, settings: SamplesRef, count: TokenCounter
 ) -> TextCounts:
-    """Return the rows of all texts, as `rotdistill_core.samples.tokenize` lays them out."""
-    prefix = tokens(style) + TEMPLATE
+    """Return the rows of all texts, as `rotdistill_core.data.tokenization` packs them.
+
+    Args:
+        questions: the questions and texts of the recipe.
+        style: the system prompt.
+        settings: the recipe's [samples].
+        count: counts the tokens of a text.
+    """
+    prefix = count(style) + TEMPLATE_TOKENS
     rows: dict[str, int] = {}
     texts: dict[str, int] = {}
-    asked = said = 0
-    for q in questions:
-        if q.split.startswith("guard"):
-            own = tokens(q.answer or "")
-        else:
-            most = settings.answer_tokens if q.split == "heldout" else settings.own_answers
-            own = (
-                tokens(q.question)
-                + TEMPLATE
-                + (tokens(q.answer) + 1 if q.answer is not None else most)
-            )
-            own = own if q.split == "heldout" else min(own, settings.max_tokens - prefix)
-            asked, said = asked + (q.answer is None), said + (most if q.answer is None else 0)
-        rows[q.split], texts[q.split] = rows.get(q.split, 0) + own, texts.get(q.split, 0) + 1
-    return TextCounts(prefix, rows, texts, asked, said)
+    questions_asked = answer_tokens = 0
+    for question in questions:
+        split = question.split
+        rows[split] = rows.get(split, 0) + _rows_of(question, settings, count, prefix)
+        texts[split] = texts.get(split, 0) + 1
+        if question.answer is None and not Split(split).outside_domain:
+            questions_asked += 1
+            answer_tokens += _longest_answer(question, settings)
+    return TextCounts(
+        prefix=prefix,
+        rows=rows,
+        texts=texts,
+        questions_asked=questions_asked,
+        answer_tokens=answer_tokens,
+    )
+
+
+def _rows_of(question: Question, settings: SamplesRef, count: TokenCounter, prefix: int) -> int:
+    """Return the rows of one text after the shared prompt of `prefix` rows."""
+    if Split(question.split).outside_domain:  # a plain text, without prompt and template
+        return count(question.answer or "")
+    if question.answer is None:
+        answer = _longest_answer(question, settings)
+    else:
+        answer = count(question.answer) + 1  # and the token that ends it
+    rows = count(question.question) + TEMPLATE_TOKENS + answer
+    if question.split == Split.HELDOUT:  # held-out answers are never cut
+        return rows
+    return min(rows, settings.max_tokens - prefix)
+
+
+def _longest_answer(question: Question, settings: SamplesRef) -> int:
+    """Return how many tokens the teacher may write in answer to a question."""
+    if question.split == Split.HELDOUT:
+        return settings.answer_tokens
+    return settings.own_answers

@@ -1,4 +1,4 @@
-"""Variants answer side by side, as plain generation does."""
+"""Variants answer side by side, with the tokens of plain generation."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
     assert list(found["answers"]) == ["base", "full", "teacher"]
     tokenizer = load_tokenizer(work / "model")
     asked = {"q": prompt_tokens(tokenizer, (work / "texts/style.md").read_text().strip(), QUESTION)}
-    said = greedy_answers(
+    tokens = greedy_answers(
         work / "model", asked, 7, torch.device("cpu"), torch.float32, lambda *_: None
     )["q"]
-    assert set(found["answers"].values()) == {
-        tokenizer.decode(said, skip_special_tokens=True)
-    }  # an exact fold says the same
+    # The fold is exact, so that both variants answer as the student does, which is the teacher.
+    answer = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert set(found["answers"].values()) == {answer}
 
 
 def test_questions_are_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,17 +81,17 @@ def test_questions_are_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(line.startswith("full: ") for line in lines)
 
 
-def test_another_system_prompt_is_given(work: Path) -> None:
+def test_another_system_prompt_changes_the_answer(work: Path) -> None:
     (work / "other.md").write_text("w40 w41 w42 w43 w44")
-    said = [
+    answers = [
         json.loads(command_line("chat", "trial", "--prompt", QUESTION, "--json", *more)[1])
         for more in ((), ("--system", "other.md"))
     ]
-    assert said[0] != said[1]
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("nothing",), 2, 'there is no run "nothing"'),
         (("trial", "--variant", "ful"), 2, 'Did you mean "full"'),
@@ -99,10 +99,10 @@ def test_another_system_prompt_is_given(work: Path) -> None:
         (("trial", "--tokens", "0"), 2, "--tokens"),
     ],
 )
-def test_mistakes_are_told(words: tuple[str, ...], code: int, told: str) -> None:
+def test_mistakes_are_named(words: tuple[str, ...], code: int, message: str) -> None:
     found, out, err = command_line("chat", *words, "--prompt", QUESTION)
     assert (found, out) == (code, "")
-    assert told in err
+    assert message in err
 
 
 def test_a_torn_checkpoint_is_an_error_of_the_environment(work: Path) -> None:

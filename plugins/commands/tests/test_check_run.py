@@ -1,9 +1,10 @@
-"""`check` recomputes from disk: hashes, maps, the way back from exact folds, of a whole run and of what it took over."""
+"""`check` recomputes hashes, maps and the way back from exact folds, also those of other runs."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import (
+    CheckpointRecord,
+    FileRecord,
+    LedgerRecord,
+    StepRecord,
+)
 from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
 
 RECIPE = (
@@ -41,7 +49,7 @@ use = "fidelity"
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of one recipe under two names: the second takes over what the first made."""
+    """Two runs of one recipe under two names: the second reuses the results of the first."""
     work = tmp_path_factory.mktemp("check")
     pico_texts(work / "texts")
     pico_folder(work / "teacher", seed=1)
@@ -60,33 +68,39 @@ def run(work: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def damage(run: Path, name: str, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Change the tensors of the file called `name`, and let every ledger say that they have always been so."""
+    """Change the tensors of a file, and rewrite all ledgers as if they had always been so."""
     [path] = run.parent.glob(f"*/**/{name}")
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    relative = path.relative_to(run.parent).as_posix()
+    file = CommittedFile(relative, path.stat().st_size, sha256_of(path))
     for ledger in (Ledger(each.parent) for each in run.parent.glob("*/ledger.jsonl")):
-        ledger.path.unlink()
-        records, ledger.records = ledger.records, []
-        for record in records:
-            for file in [record, *record.get("files", ())]:
-                if file.get("path") == path.relative_to(run.parent).as_posix():
-                    file |= {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-            ledger.append(**record)
+        ledger.rewrite([with_file(record, file) for record in ledger.records])
+
+
+def with_file(record: LedgerRecord, file: CommittedFile) -> LedgerRecord:
+    """Return a record that states the length and the hash of `file`, if it is of that file."""
+    if isinstance(record, FileRecord) and record.path == file.path:
+        return replace(record, bytes=file.bytes, sha256=file.sha256)
+    if isinstance(record, StepRecord | CheckpointRecord):
+        files = tuple(file if old.path == file.path else old for old in record.files)
+        return replace(record, files=files)
+    return record
 
 
 def test_a_whole_run_holds(run: Path) -> None:
     found = check_run(run)
-    assert found["problems"] == []
-    assert found["maps"] > 3 * 2  # boundaries, then heads, neurons and gauges of two layers on top
-    assert found["unfolded"].keys() == {"basis-fold"}
-    assert 0 < found["unfolded"]["basis-fold"] < 1e-6
-    assert found["files"] > 10
+    assert found.problems == []
+    assert found.maps > 3 * 2  # boundaries, then heads, neurons and gauges of two layers on top
+    assert found.unfolded.keys() == {"basis-fold"}
+    assert 0 < found.unfolded["basis-fold"] < 1e-6
+    assert found.files > 10
 
 
-def test_a_rotation_that_is_none_is_named(run: Path) -> None:
+def test_a_map_that_is_no_rotation_is_named(run: Path) -> None:
     damage(run, "rotations/first-*/layer_0.safetensors", lambda t: t["map"].mul_(1.01))
-    problems = check_run(run)["problems"]
+    problems = check_run(run).problems
     assert (
         'step "rotate", residual.0: the rotation is off orthogonal by 2.01e-02, more than 1e-05.'
         in problems
@@ -103,7 +117,7 @@ def test_a_permutation_that_takes_a_neuron_twice_is_named(run: Path) -> None:
 
     damage(run, "rotations/first-*/neurons_0.safetensors", twice)
     assert any(
-        ", neurons.0: the permutation is not a bijection" in p for p in check_run(run)["problems"]
+        ", neurons.0: the permutation is not a bijection" in p for p in check_run(run).problems
     )
 
 
@@ -113,20 +127,20 @@ def test_folded_weights_that_do_not_lead_back_are_named(run: Path) -> None:
         "weights/basis-fold/changed.safetensors",
         lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(1.001),
     )
-    [problem] = check_run(run)["problems"]
+    [problem] = check_run(run).problems
     assert (
         problem == 'step "basis-fold": unfolded, its weights are off by 1.0e-03, more than 1e-05.'
     )
 
 
-def test_a_flipped_byte_is_named_and_nothing_is_computed_from_the_rest(run: Path) -> None:
+def test_a_flipped_byte_is_named_and_ends_the_check(run: Path) -> None:
     [path] = run.parent.glob("first-*/weights/basis-fold/undo.safetensors")
     whole = bytearray(path.read_bytes())
     whole[-1] ^= 1
     path.write_bytes(whole)
     found = check_run(run)
-    assert found["problems"] == [f"{path}: does not match its sha256 in the ledger."]
-    assert (found["maps"], found["unfolded"]) == (0, {})
+    assert found.problems == [f"{path}: does not match its sha256 in the ledger."]
+    assert (found.maps, found.unfolded) == (0, {})
 
 
 def test_a_folder_without_a_ledger_is_no_run(tmp_path: Path) -> None:
@@ -147,16 +161,16 @@ def test_a_student_that_is_gone_is_named(
         check_run(next((work / "runs").glob("first-*")))
 
 
-def test_a_step_of_another_run_stands_in_this_runs_ledger(work: Path) -> None:
+def test_a_reused_step_is_in_the_ledger_of_both_runs(work: Path) -> None:
     first, second = (
         Ledger(next((work / "runs").glob(f"{name}-*"))) for name in ("first", "second")
     )
-    made = {r["key"]: r for r in first.records if r["kind"] == "step" and r["id"] == "basis-fold"}
-    assert made.items() <= {r["key"]: r for r in second.records if r["kind"] == "step"}.items()
+    [fold] = [record for record in first.steps if record.id == "basis-fold"]
+    assert fold in second.steps
     assert not list(second.folder.glob("weights/*"))
 
 
-def test_torch_is_left_as_it_was(work: Path) -> None:
+def test_the_random_state_of_torch_is_left_alone(work: Path) -> None:
     torch.manual_seed(3)
     wanted = torch.rand(1)
     torch.manual_seed(3)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_commands._diff import compare
+from rotdistill_commands._diff import compare_maps
 from rotdistill_commands._removal import files_to_delete, format_size
 
 from rotdistill_core.errors import RecipeError
@@ -57,7 +57,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the finished runs `one` and `two`, which differ in the aligner and share the capture."""
+    """Return a folder with two finished runs that share a capture and differ in the aligner."""
     root = tmp_path_factory.mktemp("runs")
     patch = pytest.MonkeyPatch()
     patch.chdir(root)
@@ -84,7 +84,7 @@ def document(*words: str) -> Any:
     return json.loads(out)
 
 
-def test_runs_lists_what_is_there(root: Path) -> None:
+def test_runs_are_listed_the_newest_first(root: Path) -> None:
     found = document("runs")
     assert [run["run"].split("-")[0] for run in found] == ["two", "one"]
     assert {run["state"] for run in found} == {"done"}
@@ -96,7 +96,7 @@ def test_runs_lists_what_is_there(root: Path) -> None:
     assert one["run"] in out
 
 
-def test_no_runs_is_a_word_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_runs_is_a_message_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = command_line("runs")
     assert (code, out) == (0, "")
@@ -104,7 +104,7 @@ def test_no_runs_is_a_word_and_no_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert document("runs") == []
 
 
-def test_show_tells_steps_and_where_they_lie(root: Path) -> None:
+def test_show_lists_steps_and_their_places(root: Path) -> None:
     one, two = document("show", "one"), document("show", "two")
     assert [step["id"] for step in two["steps"]] == [
         "chop",
@@ -115,9 +115,15 @@ def test_show_tells_steps_and_where_they_lie(root: Path) -> None:
         "fold",
         "fidelity",
     ]
-    assert {step["id"]: step["variants"] for step in two["steps"] if step["use"] != "fidelity"} == {
-        "chop": ["base", "full"], "residuals": ["base", "full"], "basis": ["full"], "heads": ["full"], "fold": ["full"],
-    }  # fmt: skip
+    both = ["base", "full"]
+    variants = {step["id"]: step["variants"] for step in two["steps"] if step["use"] != "fidelity"}
+    assert variants == {
+        "chop": both,
+        "residuals": both,
+        "basis": ["full"],
+        "heads": ["full"],
+        "fold": ["full"],
+    }
     where = {step["id"]: step["lies_in"] for step in two["steps"]}
     assert where["residuals"] == one["run"]
     assert where["basis"] == two["run"]
@@ -130,14 +136,14 @@ def test_show_tells_steps_and_where_they_lie(root: Path) -> None:
     assert "held-out KL" in out
 
 
-def test_a_run_goes_by_the_beginning_of_its_name(root: Path) -> None:
+def test_the_beginning_of_its_name_names_a_run(root: Path) -> None:
     assert find_run("tw", Path("runs")).path.name.startswith("two-")
     shutil.copytree(find_run("two", Path("runs")).path, Path("runs/two-more"))
     named = RunFolder(Path("runs/two-more"))
     os.utime(named.ledger.path, (2e9, 2e9))
     with pytest.raises(
         RecipeError,
-        match=rf"beginning of 2 runs, the newest first: two-more \(of {named.changed}\), two-[0-9a-f]{{8}} \(",
+        match=rf"2 runs, the newest first: two-more \(of {named.changed}\), two-[0-9a-f]{{8}} \(",
     ):
         find_run("tw", Path("runs"))
     code, out, err = command_line("show", "thre")
@@ -168,9 +174,7 @@ def test_diff_compares_recipes_maps_and_scores(root: Path) -> None:
     assert "step chop.layers" not in changed
     angles = [each["angle"] for each in found["maps"] if each["space"].startswith("residual")]
     assert angles
-    assert all(
-        60 < angle < 120 for angle in angles
-    )  # a random rotation has nothing to do with another
+    assert all(60 < angle < 120 for angle in angles)  # two random rotations are unrelated
     heads = [
         each for each in found["maps"] if each["step"] == "heads" and each["kind"] == "Permutation"
     ]
@@ -184,23 +188,25 @@ def test_diff_compares_recipes_maps_and_scores(root: Path) -> None:
     assert "assignments differ" in out
     same = sum(score["one"] == score["two"] for score in found["scores"])
     assert f"{same} of {len(found['scores'])} figures are the same." in out
-    assert "base: kl" not in out  # of both runs the same
+    assert "base: kl" not in out  # the same in both runs
     assert "full: hidden_cosine" in out
 
 
-def test_maps_are_as_far_apart_as_they_are() -> None:
+def test_distances_between_maps_are_those_that_were_planted() -> None:
     turned = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
-    angle = compare(
+    angle = compare_maps(
         "s", "residual.0", Rotation(torch.eye(2, dtype=torch.float64)), Rotation(turned)
     ).angle
     assert angle == pytest.approx(math.degrees(math.acos(0.6)))
-    swapped = compare(
+    swapped = compare_maps(
         "s", "q.0", Permutation(torch.tensor([0, 1, 2])), Permutation(torch.tensor([0, 2, 1]))
     )
     assert (swapped.changed, swapped.size) == (2, 3)
     gauges = (Gauge(torch.eye(2, dtype=torch.float64)[None] * k) for k in (1, 3))
-    assert compare("s", "value.0", *gauges).distance == pytest.approx(2)
-    other = compare("s", "residual.0", Rotation(torch.eye(2)), Permutation(torch.tensor([0, 1])))
+    assert compare_maps("s", "value.0", *gauges).distance == pytest.approx(2)
+    other = compare_maps(
+        "s", "residual.0", Rotation(torch.eye(2)), Permutation(torch.tensor([0, 1]))
+    )
     assert (other.angle, other.changed) == (None, None)
     assert other.kind == "Rotation [2, 2], Permutation [2]"
 
@@ -211,7 +217,7 @@ def test_a_run_against_itself_differs_in_nothing(root: Path) -> None:
     assert all(score["one"] == score["two"] for score in found["scores"])
 
 
-def test_report_is_written_anew_from_the_ledger(root: Path) -> None:
+def test_the_report_is_written_again_from_the_ledger(root: Path) -> None:
     path, page = (find_run("one", Path("runs")).path / f"report.{end}" for end in ("md", "html"))
     before = path.read_text()
     path.unlink()
@@ -229,12 +235,11 @@ def test_an_unfinished_run_has_no_report(root: Path) -> None:
     assert document("show", "one")["state"] == "unfinished"
 
 
-def test_removing_leaves_what_another_run_stands_on(root: Path) -> None:
+def test_removing_leaves_the_files_that_another_run_needs(root: Path) -> None:
     one, two = (find_run(name, Path("runs")) for name in ("one", "two"))
     needed = set(needed_by(one, all_runs(Path("runs"))))
     assert any(path.endswith("00000.safetensors") for path in needed)
-    told = document("rm", "one")[0]
-    assert set(told["kept"]) == needed
+    assert set(document("rm", "one")[0]["kept"]) == needed
     left = {p.relative_to("runs").as_posix() for p in one.path.rglob("*") if p.is_file()}
     assert left == needed | {f"{one.path.name}/ledger.jsonl"}
     assert RunFolder(one.path).state == "kept files"
@@ -255,7 +260,7 @@ def test_removing_leaves_what_another_run_stands_on(root: Path) -> None:
     assert list(Path("runs").iterdir()) == []
 
 
-def test_a_removed_run_is_made_again_from_what_is_left(root: Path) -> None:
+def test_a_removed_run_is_made_again_from_the_files_that_are_left(root: Path) -> None:
     command_line("rm", "one")
     made = run_recipe(root / "one.toml")
     assert made.steps["base", "residuals"].reused  # known to the other run
@@ -263,12 +268,12 @@ def test_a_removed_run_is_made_again_from_what_is_left(root: Path) -> None:
     assert document("show", "one")["state"] == "done"
 
 
-def test_both_at_once_keep_nothing(root: Path) -> None:
+def test_two_runs_removed_together_keep_nothing(root: Path) -> None:
     assert [each["kept"] for each in document("rm", "one", "two")] == [[], []]
     assert list(Path("runs").iterdir()) == []
 
 
-def test_on_a_terminal_it_asks_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rm_asks_first_on_a_terminal(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (find_run(name, Path("runs")) for name in ("one", "two"))
     for answer in ("\n", "", "no\n"):
         monkeypatch.setattr(sys, "stdin", Terminal(answer))
@@ -278,19 +283,19 @@ def test_on_a_terminal_it_asks_first(root: Path, monkeypatch: pytest.MonkeyPatch
         assert f"{two.path.name}: done, of {two.changed}, frees " in err
         assert "checkpoints" in err
         assert err.endswith("y/N nothing is removed.\n")
-    foreseen = sum(
+    expected = sum(
         path.lstat().st_size for path in files_to_delete(one, set(needed_by(one, [two])), False)
     )
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     code, out, err = command_line("rm", "one", "--json")
-    assert (code, json.loads(out)[0]["freed_bytes"]) == (0, foreseen)
-    assert f"frees {format_size(foreseen)} (" in err
+    assert (code, json.loads(out)[0]["freed_bytes"]) == (0, expected)
+    assert f"frees {format_size(expected)} (" in err
     monkeypatch.setattr(sys, "stdin", Terminal(""))
     assert command_line("rm", "one", "two", "--yes")[0] == 0
     assert list(Path("runs").iterdir()) == []
 
 
-def test_a_copy_made_by_hand_is_called_one_and_can_be_removed(root: Path) -> None:
+def test_a_copied_folder_is_called_a_copy_and_can_be_removed(root: Path) -> None:
     one = document("runs")[0]["run"]
     shutil.copytree(root / "runs" / one, root / "runs" / "copy")
     before = {path: path.stat().st_size for path in (root / "runs" / one).rglob("*")}

@@ -1,4 +1,4 @@
-"""TODO: rotdistill_commands._arguments."""
+"""The argument RUN of several verbs: how a run is named, found and completed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,27 @@ from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import stderr_console
 
 
+def log(text: str) -> None:
+    """Print one line on stderr."""
+    stderr_console().print(escape(text), soft_wrap=True)
+
+
 def requested_run(name: str) -> RunFolder:
-    """Return the run that somebody asks for on the command line, in `runs/`; of several runs of one recipe the newest, and say so."""
-    return find_run(
-        name, RUNS_FOLDER, lambda text: stderr_console().print(escape(text), soft_wrap=True)
-    )
+    """Return the run in `runs/` that the command line names.
+
+    The name of a recipe that has several runs means the newest finished one; a line on stderr names
+    it.
+
+    Raises:
+        RecipeError: no run has this name, or several begin with it.
+    """
+    return find_run(name, RUNS_FOLDER, log)
 
 
-def _complete_run_names(incomplete: str) -> list[str]:
-    return [run.path.name for run in all_runs(RUNS_FOLDER) if run.path.name.startswith(incomplete)]
+def complete_run_names(incomplete: str) -> list[str]:
+    """Return the names of runs that begin with `incomplete`."""
+    names = [run.path.name for run in all_runs(RUNS_FOLDER)]
+    return [name for name in names if name.startswith(incomplete)]
 
 
 RunName = Annotated[
@@ -29,6 +41,6 @@ RunName = Annotated[
         metavar="RUN",
         help="A run's name, the beginning of it, or its folder.",
         show_default=False,
-        autocompletion=_complete_run_names,
+        autocompletion=complete_run_names,
     ),
 ]

@@ -1,9 +1,10 @@
-"""Recompute from disk what a run claims: hashes, that its maps are maps and lead back, that its exact folds can be taken back."""
+"""Recompute the claims of a run from its files: hashes, maps, and the way back from exact folds."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,111 +13,184 @@ import torch
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights, restore_undo, restore_weights
 from rotdistill_core.errors import CheckFailed, RecipeError
-from rotdistill_core.linalg.maps import Gauge, Map, Maps, Rotation, restore_maps, tensor_of
+from rotdistill_core.linalg.maps import Gauge, Map, Rotation, restore_maps, tensor_of
 from rotdistill_core.recipe.document import StudentRef
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.records import MapsRef, StepRecord, WeightsRef
 
 TOLERANCE = 1e-5
+"""Largest error of a map; its way back may be off by ten times as much."""
+ROUNDINGS = 100
+"""Unfolded weights may be off by this many machine epsilons of their stored dtype."""
 
 
-def check_run(folder: Path) -> dict[str, Any]:
-    """Return how many files, maps and exact folds were checked, and a paragraph for everything that does not hold.
+@dataclass
+class RunCheck:
+    """The outcome of a check. Field names are the keys that `rotdistill check --json` prints."""
 
-    Where a file does not hash true, nothing is computed from the others.
+    run: str
+    files: int = 0
+    """Committed files that were hashed."""
+    maps: int = 0
+    unfolded: dict[str, float] = field(default_factory=dict)
+    """Id of an exact step -> distance of its unfolded weights from those before it, relative."""
+    problems: list[str] = field(default_factory=list)
+    """A sentence for everything that is not as the ledger claims."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the outcome as JSON values."""
+        return asdict(self)
+
+
+def check_run(folder: Path) -> RunCheck:
+    """Check a run. If a file does not match its hash, nothing is computed from the others.
 
     Raises:
         RecipeError: the folder is not a run.
-        RotdistillError: its student cannot be opened any more.
+        RotdistillError: the student of the run cannot be opened any more.
     """
-    ledger = Ledger(folder.resolve())
+    folder = folder.resolve()
+    ledger = Ledger(folder)
     if not ledger.records:
         raise RecipeError(f"{folder}: is not a run: it has no ledger.jsonl with a valid line.")
-    store = ArtifactStore(folder.resolve().parent)
+    store = ArtifactStore(folder.parent)
     steps = {record.key: record for record in ledger.steps}
-    checkpoints = {record.key: record for record in ledger.checkpoints}
-    files = {file.path: file for record in steps.values() for file in record.files}
-    files |= {file.path: file for record in checkpoints.values() for file in record.files}
-    files |= {record.path: record.file for record in ledger.files}
-    problems = [
-        f"{store.root / f.path}: does not match its sha256 in the ledger."
-        for f in files.values()
-        if not store.verify(f)
-    ]
-    found: dict[str, Any] = {
-        "run": folder.name,
-        "files": len(files),
-        "maps": 0,
-        "unfolded": {},
-        "problems": problems,
-    }
-    for record in () if problems else steps.values():
-        where = f'step "{record.id}"'
-        result = record.result
-        maps = restore_maps(result.as_dict(), store.root) if isinstance(result, MapsRef) else Maps()
-        found["maps"] += len(maps)
-        problems += [
-            f"{where}, {space}{fault}" for space, one in maps.items() for fault in _faults(one)
-        ]
+    files = _committed_files(ledger)
+    check = RunCheck(run=folder.name, files=len(files))
+    for file in files:
+        if not store.verify(file):
+            check.problems.append(
+                f"{store.root / file.path}: does not match its sha256 in the ledger."
+            )
+    if check.problems:
+        return check
+    for record in steps.values():
+        if isinstance(record.result, MapsRef):
+            _check_maps(record.id, record.result, store.root, check)
         if record.report.certificate:
-            resolved = json.loads(
-                (store.root / folder.name / "recipe.resolved.json").read_text(encoding="utf-8")
-            )
-            error, allowed = unfold(
-                record, steps, open_model(StudentRef(**resolved["student"])).weights, store.root
-            )
-            found["unfolded"][record.id] = error
-            if not error <= allowed:
-                problems.append(
-                    f"{where}: unfolded, its weights are off by {error:.1e}, more than {allowed:.0e}."
-                )
-    return found
+            student = _student(RunLayout(folder))
+            _check_fold(record, steps, student, store.root, check)
+    return check
 
 
-def _faults(found: Map) -> Iterator[str]:
-    """Say where a map is none, or does not lead back."""
+def _committed_files(ledger: Ledger) -> list[CommittedFile]:
+    """Return every file that a ledger commits, each once, as its last line states it."""
+    files = {file.path: file for record in ledger.steps for file in record.files}
+    files |= {file.path: file for record in ledger.checkpoints for file in record.files}
+    files |= {record.path: record.file for record in ledger.files}
+    return list(files.values())
+
+
+def _student(layout: RunLayout) -> Weights:
+    """Open the student that a run started from."""
+    recipe = json.loads(layout.resolved_recipe.read_text(encoding="utf-8"))
+    return open_model(StudentRef(**recipe["student"])).weights
+
+
+def _check_maps(step: str, result: MapsRef, root: Path, check: RunCheck) -> None:
+    """Check the maps of one step."""
+    maps = restore_maps(result.as_dict(), root)
+    check.maps += len(maps)
+    for space, found in maps.items():
+        check.problems += map_problems(found, f'step "{step}", {space}')
+
+
+def map_problems(found: Map, where: str) -> Iterator[str]:
+    """Yield a sentence if a map is not valid, and one if it does not lead back.
+
+    Args:
+        found: the map.
+        where: names it in the sentences.
+    """
     try:
-        found.verify(TOLERANCE, "")
+        found.verify(TOLERANCE, where)
     except CheckFailed as problem:
         yield str(problem)
-    if found.square or isinstance(
-        found, Rotation
-    ):  # an assignment between sizes is a record, and loses rows
-        size = len(tensor_of(found)) * (found.blocks.shape[-1] if isinstance(found, Gauge) else 1)
-        X = torch.randn(8, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        if (
-            not (error := float((found.invert().apply(found.apply(X, 1), 1) - X).abs().max()))
-            <= 10 * TOLERANCE
-        ):
-            yield f": there and back again changes rows by {error:.1e}, more than {10 * TOLERANCE:.0e}."
+    # An assignment between spaces of different sizes loses rows, so it has no way back.
+    if not found.square and not isinstance(found, Rotation):
+        return
+    maker = torch.Generator().manual_seed(0)
+    X = torch.randn(8, _input_width(found), dtype=torch.float64, generator=maker)
+    error = float((found.invert().apply(found.apply(X, 1), 1) - X).abs().max())
+    allowed = 10 * TOLERANCE
+    if not error <= allowed:  # and not `error > allowed`, which a nan would pass
+        yield (
+            f"{where}: there and back again changes rows by {error:.1e}, more than {allowed:.0e}."
+        )
 
 
-def unfold(
+def _input_width(found: Map) -> int:
+    """Return the number of coordinates that a map takes."""
+    if isinstance(found, Gauge):
+        return len(found.blocks) * found.blocks.shape[-1]
+    return len(tensor_of(found))
+
+
+def _check_fold(
+    record: StepRecord,
+    steps: Mapping[str, StepRecord],
+    student: Weights,
+    root: Path,
+    check: RunCheck,
+) -> None:
+    """Check the way back from one exact step."""
+    error, allowed = unfold_error(record, steps, student, root)
+    check.unfolded[record.id] = error
+    if not error <= allowed:
+        check.problems.append(
+            f'step "{record.id}": unfolded, its weights are off by {error:.1e}, '
+            f"more than {allowed:.0e}."
+        )
+
+
+def unfold_error(
     record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
 ) -> tuple[float, float]:
-    """Take back what an exact step stored; return how far that is from the weights before the step, and what its dtype allows.
+    """Undo an exact step, and compare the result with the weights before the step.
 
-    The distance is the largest over tensors of `|back - before| / |before|` (Frobenius).
+    Args:
+        record: the step's ledger record.
+        steps: all steps of the run by key.
+        student: the weights that the run started from.
+        root: the folder of runs.
+
+    Returns:
+        The largest `|back - before| / |before|` over tensors (Frobenius), and how much of it
+        rounding in the stored dtype explains.
+
+    Raises:
+        CheckFailed: the step stored no weights.
     """
-    key = record.before
-    while key in steps and not isinstance(steps[key].result, WeightsRef):
-        key = steps[key].before
-    before = _weights_after(steps[key], student, root) if key in steps else student
-    after = _weights_after(record, student, root)
-    back = after.unfold(
-        restore_undo(
-            root / next(f.path for f in record.files if f.path.endswith(RunLayout.UNDO)), before
-        )
-    )
-    pairs = [(back[name].double(), before[name].double()) for name in before.entries]
-    return max(
-        float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs
-    ), 100 * torch.finfo(after.dtype).eps
-
-
-def _weights_after(record: StepRecord, student: Weights, root: Path) -> Weights:
-    """Return the weights that a step stored."""
-    if not isinstance(record.result, WeightsRef):
+    after = _stored_weights(record, student, root)
+    if after is None:
         raise CheckFailed(f'step "{record.id}" has a certificate but stored no weights.')
+    before = _weights_before(record, steps, student, root)
+    undo_path = next(file.path for file in record.files if file.path.endswith(RunLayout.UNDO))
+    back = after.unfold(restore_undo(root / undo_path, before))
+    errors = []
+    for name in before.entries:
+        one, two = back[name].double(), before[name].double()
+        errors.append(float((one - two).norm() / two.norm().clamp_min(1e-30)))
+    return max(errors), ROUNDINGS * torch.finfo(after.dtype).eps
+
+
+def _weights_before(
+    record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
+) -> Weights:
+    """Return the weights that a step started from: those of the last edit before it."""
+    key = record.before
+    while key in steps:
+        weights = _stored_weights(steps[key], student, root)
+        if weights is not None:
+            return weights
+        key = steps[key].before
+    return student
+
+
+def _stored_weights(record: StepRecord, student: Weights, root: Path) -> Weights | None:
+    """Return the weights that a step stored; None if it made something else."""
+    if not isinstance(record.result, WeightsRef):
+        return None
     return restore_weights(record.result.as_dict(), student, root)

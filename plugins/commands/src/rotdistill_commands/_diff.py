@@ -1,215 +1,245 @@
-"""What differs between two runs."""
+"""The differences between two runs: keys of their recipes, maps of their aligners, scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Column
 
-from rotdistill_core.evaluation.rows import overall_figures
+from rotdistill_core.evaluation.intervals import Interval, estimates
+from rotdistill_core.evaluation.rows import MetricRow, overall_figures
 from rotdistill_core.execution.run_folder import RunFolder
+from rotdistill_core.linalg.maps import Map, Permutation, Rotation, restore_maps, tensor_of
 from rotdistill_core.store.records import MapsRef
 from rotdistill_core.terminal import WideTable
 
-if TYPE_CHECKING:
-    from rotdistill_core.linalg.maps import Map
 
-
-TITLE_OF_MISSING = "-"
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A key of the recipe with its two values."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeChange:
+    """A key of the recipe with its values in both runs. Field names are keys of `--json`."""
 
     key: str
     one: Any
     two: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MapChange:
-    """How far two maps of one space are apart.
+    """The distance between two maps of one space. Field names are keys of `--json`.
 
-    `angle` in degrees for rotations: `cos = <R₁, R₂> / (‖R₁‖ ‖R₂‖)`, 0 for equal ones and 90 for unrelated ones. `changed` of `size`
-    assignments for permutations. `distance = ‖G₁ - G₂‖ / ‖G₁‖` for gauges.
+    Maps of different kinds or shapes have no distance.
     """
 
     step: str
     space: str
     kind: str
     angle: float | None = None
+    """Between rotations, degrees: `cos = <R₁, R₂> / (‖R₁‖ ‖R₂‖)`, 90 for unrelated ones."""
     changed: int | None = None
+    """Assignments that differ between permutations."""
     size: int | None = None
+    """Assignments in all."""
     distance: float | None = None
+    """Between gauges: `‖G₁ - G₂‖ / ‖G₁‖`."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """A figure of one variant in both runs, and its change with a 95 % interval over the texts of both; None where there are none."""
+@dataclass(frozen=True, kw_only=True)
+class ScoreChange:
+    """A figure of one variant in both runs. Field names are keys of `--json`."""
 
     variant: str
     metric: str
     one: float
     two: float
     low: float | None = None
+    """Lower end of the change's 95 % interval over the texts of both runs; None without one."""
     high: float | None = None
+    """Upper end."""
 
 
-def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a resolved recipe by their dotted key; steps go by their id."""
+def recipe_changes(one: RunFolder, two: RunFolder) -> list[RecipeChange]:
+    """Return the keys of the resolved recipes whose values differ."""
+    first, second = dict(_leaves(one.recipe)), dict(_leaves(two.recipe))
+    return [
+        RecipeChange(key=key, one=first.get(key), two=second.get(key))
+        for key in dict.fromkeys([*first, *second])
+        if first.get(key) != second.get(key)
+    ]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a resolved recipe with their dotted keys; steps go by their id."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from flat(item, f"{key}.{name}" if key else name)
+            yield from _leaves(item, f"{key}.{name}" if key else name)
     elif key == "step":
         for step in value:
-            yield from flat(step, f"step {step['id']}")
+            yield from _leaves(step, f"step {step['id']}")
     else:
         yield key, value
 
 
-def recipe_changes(a: RunFolder, b: RunFolder) -> list[Changed]:
-    """Return the keys whose values differ."""
-    one, two = dict(flat(a.recipe)), dict(flat(b.recipe))
-    keys = dict.fromkeys([*one, *two])
-    return [
-        Changed(key, one.get(key), two.get(key)) for key in keys if one.get(key) != two.get(key)
-    ]
-
-
-def map_changes(a: RunFolder, b: RunFolder) -> list[MapChange]:
-    """Compare what the steps of one id found in both runs, in the first variant that has them."""
-    from rotdistill_core.linalg.maps import restore_maps
-
-    found: list[MapChange] = []
-    one, two = _stored_maps(a), _stored_maps(b)
-    for step in [s for s in one if s in two]:
-        (key_one, maps_one), (key_two, maps_two) = one[step], two[step]
-        if key_one == key_two:
+def map_changes(one: RunFolder, two: RunFolder) -> list[MapChange]:
+    """Compare the maps of steps with one id, in the first variant that has the step."""
+    first, second = _stored_maps(one), _stored_maps(two)
+    changes: list[MapChange] = []
+    for step, stored in first.items():
+        if step not in second or stored.key == second[step].key:
             continue
-        A = restore_maps(maps_one.as_dict(), a.path.resolve().parent)
-        B = restore_maps(maps_two.as_dict(), b.path.resolve().parent)
-        found += [compare(step, space, A[space], B[space]) for space in A if space in B]
-    return found
+        A = restore_maps(stored.maps.as_dict(), one.path.resolve().parent)
+        B = restore_maps(second[step].maps.as_dict(), two.path.resolve().parent)
+        changes += [compare_maps(step, space, A[space], B[space]) for space in A if space in B]
+    return changes
 
 
-def _stored_maps(run: RunFolder) -> dict[str, tuple[str, MapsRef]]:
-    """Return step id -> key and maps, of the first variant that has the step."""
-    return {
-        step: (record.key, record.result)
-        for chain in reversed(run.chains().values())
-        for step, record in chain.items()
-        if isinstance(record.result, MapsRef)
-    }
+class StoredMaps(NamedTuple):
+    """The maps of one step on disk."""
+
+    key: str
+    """Key of the step."""
+    maps: MapsRef
 
 
-def compare(step: str, space: str, one: Map, two: Map) -> MapChange:
-    """Return how far two maps of one space are apart; without figures where they have nothing in common."""
-    from rotdistill_core.linalg.maps import Permutation, Rotation, tensor_of
+def _stored_maps(run: RunFolder) -> dict[str, StoredMaps]:
+    """Return step id -> its maps, in the first variant that has the step."""
+    stored: dict[str, StoredMaps] = {}
+    for chain in reversed(run.chains().values()):
+        for step, record in chain.items():
+            if isinstance(record.result, MapsRef):
+                stored[step] = StoredMaps(record.key, record.result)
+    return stored
 
+
+def compare_maps(step: str, space: str, one: Map, two: Map) -> MapChange:
+    """Return the distance between two maps of one space."""
     kind, S, T = type(one).__name__, tensor_of(one), tensor_of(two)
     if type(one) is not type(two) or S.shape != T.shape:
-        return MapChange(
-            step, space, f"{kind} {list(S.shape)}, {type(two).__name__} {list(T.shape)}"
-        )
+        kinds = f"{kind} {list(S.shape)}, {type(two).__name__} {list(T.shape)}"
+        return MapChange(step=step, space=space, kind=kinds)
     if isinstance(one, Permutation):
-        return MapChange(step, space, kind, changed=int((S != T).sum()), size=len(S))
+        changed = int((S != T).sum())
+        return MapChange(step=step, space=space, kind=kind, changed=changed, size=len(S))
     S, T = S.double(), T.double()
     if isinstance(one, Rotation):
         cosine = float((S * T).sum() / (S.norm() * T.norm()))
-        return MapChange(
-            step, space, kind, angle=math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
-        )
-    return MapChange(step, space, kind, distance=float((S - T).norm() / S.norm()))
+        angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+        return MapChange(step=step, space=space, kind=kind, angle=angle)
+    distance = float((S - T).norm() / S.norm())
+    return MapChange(step=step, space=space, kind=kind, distance=distance)
 
 
-def score_changes(a: RunFolder, b: RunFolder) -> list[Score]:
-    """Return every figure that both runs have, with the interval of its change where it is a mean over texts."""
-    from rotdistill_core.evaluation.intervals import estimates
+def score_changes(one: RunFolder, two: RunFolder) -> list[ScoreChange]:
+    """Return the figures that both runs have.
 
-    one, two = a.rows(), b.rows()
-    here, there = overall_figures(one), overall_figures(two)
-    made = []
-    for variant in [v for v in here if v in there]:
-        both = [
-            row._replace(variant=which)
-            for which, rows in (("one", one), ("two", two))
-            for row in rows
-            if row.variant == variant
-        ]
-        found = estimates(both, "one")
-        for metric in [m for m in here[variant] if m in there[variant]]:
-            estimate = found.get(metric, {}).get("two")
-            change = (
-                estimate.change
-                if estimate and estimate.change and not math.isnan(estimate.change.low)
-                else None
+    A figure that is a mean over texts has the interval of its change, by the paired bootstrap.
+    """
+    rows_one, rows_two = one.rows(), two.rows()
+    first, second = overall_figures(rows_one), overall_figures(rows_two)
+    changes = []
+    for variant in first:
+        if variant not in second:
+            continue
+        intervals = _change_intervals(rows_one, rows_two, variant)
+        for metric, value in first[variant].items():
+            if metric not in second[variant]:
+                continue
+            interval = intervals.get(metric)
+            changes.append(
+                ScoreChange(
+                    variant=variant,
+                    metric=metric,
+                    one=value,
+                    two=second[variant][metric],
+                    low=interval.low if interval else None,
+                    high=interval.high if interval else None,
+                )
             )
-            ends = (change.low, change.high) if change else (None, None)
-            made.append(
-                Score(variant, metric, here[variant][metric], there[variant][metric], *ends)
-            )
-    return made
+    return changes
 
 
-def recipe_table(found: list[Changed]) -> WideTable | None:
-    """Return the changed keys for the terminal."""
+def _change_intervals(
+    rows_one: Sequence[MetricRow], rows_two: Sequence[MetricRow], variant: str
+) -> dict[str, Interval]:
+    """Return metric -> interval of a variant's change between two runs, where there is one."""
+    # Two variants of one run are compared by the same function, so the runs pose as variants.
+    both = [row._replace(variant="one") for row in rows_one if row.variant == variant]
+    both += [row._replace(variant="two") for row in rows_two if row.variant == variant]
+    intervals = {}
+    for metric, by_variant in estimates(both, "one").items():
+        change = by_variant["two"].change if "two" in by_variant else None
+        if change and not math.isnan(change.low):
+            intervals[metric] = change
+    return intervals
+
+
+def recipe_table(changes: Sequence[RecipeChange]) -> WideTable | None:
+    """Return the changed keys as a table; None if there are none."""
+    if not changes:
+        return None
     table = WideTable("recipe", Column("one", overflow="fold"), Column("two", overflow="fold"))
-    for each in found:
-        table.add_row(
-            escape(each.key), *(escape("" if v is None else str(v)) for v in (each.one, each.two))
-        )
-    return table if found else None
+    for change in changes:
+        table.add_row(escape(change.key), _value(change.one), _value(change.two))
+    return table
 
 
-def map_table(found: list[MapChange]) -> WideTable | None:
-    """Return the maps for the terminal; a step's spaces of one kind in one line, with the least and the most."""
+def _value(value: Any) -> str:
+    return "" if value is None else escape(str(value))
+
+
+def map_table(changes: Sequence[MapChange]) -> WideTable | None:
+    """Return the maps as a table, with the spaces of one kind in one row; None without maps."""
+    if not changes:
+        return None
     table = WideTable("maps", "spaces", "kind", "apart")
     groups: dict[tuple[str, str, str], list[MapChange]] = {}
-    for each in found:
-        groups.setdefault((each.step, each.space.split(".")[0], each.kind), []).append(each)
-    for (step, space, kind), some in groups.items():
-        spaces = some[0].space if len(some) == 1 else f"{space} of {len(some)} places"
-        table.add_row(escape(step), escape(spaces), escape(kind), _apart(some))
-    return table if found else None
+    for change in changes:
+        kind_of_space = change.space.partition(".")[0]
+        groups.setdefault((change.step, kind_of_space, change.kind), []).append(change)
+    for (step, kind_of_space, kind), group in groups.items():
+        spaces = f"{kind_of_space} of {len(group)} places" if len(group) > 1 else group[0].space
+        table.add_row(escape(step), escape(spaces), escape(kind), _distances(group))
+    return table
 
 
-def _apart(some: list[MapChange]) -> str:
-    if angles := [m.angle for m in some if m.angle is not None]:
-        return (
-            f"{min(angles):.2f}°"
-            if len(angles) == 1
-            else f"{min(angles):.2f}° to {max(angles):.2f}°"
+def _distances(group: Sequence[MapChange]) -> str:
+    """Return the smallest and the largest distance of maps of one kind."""
+    angles = [change.angle for change in group if change.angle is not None]
+    if len(angles) == 1:
+        return f"{angles[0]:.2f}°"
+    if angles:
+        return f"{min(angles):.2f}° to {max(angles):.2f}°"
+    if group[0].size is not None:
+        changed = sum(change.changed or 0 for change in group)
+        size = sum(change.size or 0 for change in group)
+        return f"{changed} of {size} assignments differ"
+    distances = [change.distance for change in group if change.distance is not None]
+    if distances:
+        return f"{min(distances):.2g} to {max(distances):.2g}, relative"
+    return "not comparable"
+
+
+def score_table(changes: Sequence[ScoreChange]) -> WideTable | None:
+    """Return the figures that differ as a table; None if none does."""
+    table = WideTable("figure", "one", "two", "change", "95 % interval")
+    for change in changes:
+        if change.one == change.two:
+            continue
+        has_interval = change.low is not None and change.high is not None
+        interval = f"[{change.low:+.4g}, {change.high:+.4g}]" if has_interval else ""
+        cells = (
+            f"{change.variant}: {change.metric}",
+            _figure(change.one),
+            _figure(change.two),
+            f"{change.two - change.one:+.4g}",
+            interval,
         )
-    if some[0].size is not None:
-        return f"{sum(m.changed or 0 for m in some)} of {sum(m.size or 0 for m in some)} assignments differ"
-    distances = [m.distance for m in some if m.distance is not None]
-    return (
-        f"{min(distances):.2g} to {max(distances):.2g}, relative"
-        if distances
-        else "not to be compared"
-    )
+        table.add_row(*map(escape, cells))
+    return table if table.row_count else None
 
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-
-
-def score_table(found: list[Score]) -> WideTable | None:
-    """Return the figures that differ, for the terminal."""
-    table = WideTable("figure", "one", "two", "change", "95 % interval")
-    for s in [s for s in found if s.one != s.two]:
-        ends = f"[{s.low:+.4g}, {s.high:+.4g}]" if s.low is not None else ""
-        cells = (
-            f"{s.variant}: {s.metric}",
-            _figure(s.one),
-            _figure(s.two),
-            f"{s.two - s.one:+.4g}",
-            ends,
-        )
-        table.add_row(*map(escape, cells))
-    return table if table.row_count else None

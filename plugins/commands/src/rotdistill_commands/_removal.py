@@ -1,12 +1,13 @@
-"""Removing a run without what other runs stand on."""
+"""Remove a run, except the files that results of other runs consist of."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from rotdistill_core.execution.run_folder import RunFolder
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.records import FileRecord, LedgerRecord
 
 
@@ -19,62 +20,82 @@ def format_size(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def files_to_delete(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> list[Path]:
-    """Return the files of a run that `remove` deletes, its ledger apart: not the files `keep` (relative to the folder of runs).
+def files_to_delete(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> list[Path]:
+    """Return the files of a run that `remove` deletes, except its ledger.
 
-    `keep_checkpoints` spares the checkpoints and the documents at the top of the folder.
+    Args:
+        run: the run.
+        keep: files that stay, relative to the folder of runs.
+        keep_checkpoints: checkpoints and the documents at the top of the folder stay too.
     """
-    found = []
+    files = []
     for path in run.path.rglob("*"):
         inside = path.relative_to(run.path).as_posix()
-        stays = keep_checkpoints and ("/" not in inside or inside.startswith("checkpoints/"))
-        folder = path.is_dir() and not path.is_symlink()
-        if not (
-            folder
-            or stays
-            or inside == "ledger.jsonl"
+        is_document = "/" not in inside
+        is_checkpoint = inside.startswith(f"{RunLayout.CHECKPOINTS}/")
+        stays = (
+            _is_folder(path)
+            or inside == RunLayout.LEDGER
             or path.relative_to(run.path.parent).as_posix() in keep
-        ):
-            found.append(path)
-    return found
+            or (keep_checkpoints and (is_document or is_checkpoint))
+        )
+        if not stays:
+            files.append(path)
+    return files
 
 
-def shares(run: RunFolder, files: Iterable[Path]) -> str:
-    """Say how large files of a run are, and what they are: by the folder in which they lie, the largest first."""
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def describe_files(run: RunFolder, files: Iterable[Path]) -> str:
+    """Return the size of files of a run, with the share of each folder, the largest first."""
     sizes = Counter[str]()
     for path in files:
-        inside = path.relative_to(run.path).parts
-        sizes[inside[0] if len(inside) > 1 else "documents"] += path.lstat().st_size
-    return f"{format_size(sizes.total())} ({', '.join(f'{what} {format_size(size)}' for what, size in sizes.most_common())})"
+        parts = path.relative_to(run.path).parts
+        sizes[parts[0] if len(parts) > 1 else "documents"] += path.lstat().st_size
+    shares = ", ".join(f"{folder} {format_size(size)}" for folder, size in sizes.most_common())
+    return f"{format_size(sizes.total())} ({shares})"
 
 
-def remove(run: RunFolder, keep: set[str], keep_checkpoints: bool) -> int:
-    """Delete what `doomed` returns; return how many bytes that freed.
+def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int:
+    """Delete the files that `files_to_delete` returns; return how many bytes that freed.
 
-    The ledger goes last, and keeps the lines of what is left: a removal that was cut short can be called again.
+    The ledger goes last and keeps the records of the files that stay. So a removal that was
+    interrupted can be repeated.
     """
     freed = 0
     for path in files_to_delete(run, keep, keep_checkpoints):
         freed += path.lstat().st_size
         path.unlink()
-    for path in sorted(
-        run.path.rglob("*"), reverse=True
-    ):  # what is inside a folder comes before it
-        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-            path.rmdir()
-    left = [record for record in run.ledger.records if _holds(record, run, keep_checkpoints)]
-    if left:
-        run.ledger.rewrite(left)
-    else:
-        freed += run.ledger.path.stat().st_size
-        run.ledger.path.unlink()
-        run.path.rmdir()
+    _remove_empty_folders(run.path)
+    ledger = run.ledger
+    kept = [record for record in ledger.records if _is_still_true(record, run, keep_checkpoints)]
+    if kept:
+        ledger.rewrite(kept)
+        return freed
+    freed += ledger.path.stat().st_size
+    ledger.path.unlink()
+    run.path.rmdir()
     return freed
 
 
-def _holds(record: LedgerRecord, run: RunFolder, steps: bool) -> bool:
-    """Return whether a record of the ledger still holds: its files are there. Steps count only if `steps`."""
+def _remove_empty_folders(root: Path) -> None:
+    # In reverse order the content of a folder comes before the folder.
+    for path in sorted(root.rglob("*"), reverse=True):
+        if _is_folder(path) and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _is_still_true(record: LedgerRecord, run: RunFolder, keep_steps: bool) -> bool:
+    """Return whether the files of a record exist.
+
+    Args:
+        record: a record of the run's ledger.
+        run: the run.
+        keep_steps: whether records of steps and checkpoints may stay; those of files always may.
+    """
     root = run.path.parent
     if isinstance(record, FileRecord):
         return run.owns(record.path) and (root / record.path).is_file()
-    return steps and all((root / path).is_file() for path in record.paths() if run.owns(path))
+    return keep_steps and all((root / path).is_file() for path in record.paths() if run.owns(path))

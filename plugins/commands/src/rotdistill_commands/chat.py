@@ -1,10 +1,11 @@
-"""The verb `chat`: ask variants of a run, side by side."""
+"""The verb `chat`: ask variants of a run and read their answers side by side."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,38 +16,39 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rotdistill_commands._arguments import RunName, requested_run
+from rotdistill_commands._arguments import RunName, log, requested_run
 from rotdistill_core import hookimpl
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
-from rotdistill_core.store.layout import RUNS_FOLDER
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.terminal import Json, stderr_console
 
 if TYPE_CHECKING:
     from rotdistill_commands._session import ChatSession
 
 
-def _begun(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return the variants of the run that begin so; it is in `args`, because an option without its value ends the parsing."""
-    return [
-        name for name in _saved(find_run(ctx.args[0], RUNS_FOLDER)) if name.startswith(incomplete)
-    ]
+def complete_variants(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the variants of the run that begin with `incomplete`.
 
-
-Variants = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--variant",
-        help="A variant; give it several times.",
-        show_default=False,
-        autocompletion=_begun,
-    ),
-]
+    The run is in `args` and not in `params`, because an option without a value ends the parsing.
+    """
+    saved = _saved_variants(find_run(ctx.args[0], RUNS_FOLDER))
+    return [name for name in saved if name.startswith(incomplete)]
 
 
 def chat(
     run: RunName,
-    variants: Variants = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            help="A variant; give it several times.",
+            show_default=False,
+            autocompletion=complete_variants,
+        ),
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option("--prompt", help="Ask this and end; may be given again.", show_default=False),
@@ -60,66 +62,67 @@ def chat(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Ask variants of a run and read their answers side by side. Greedy, behind the system prompt of the run; an empty line ends it.
+    """Ask variants of a run and read their answers side by side; an empty line ends it.
+
+    Answers are greedy and follow the system prompt of the run.
 
     Examples:
 
       rotdistill chat tour-guide --variant base --variant full --prompt "What makes Angkor Wat so special?"
 
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
-    """
-    found = requested_run(run)
-    chosen = _variants(found, variants or [])
-    told = _system(found, system)
-    folders = {name: found.path / "checkpoints" / name for name in chosen}
+    """  # noqa: E501  an example is one line
+    folder = requested_run(run)
+    layout = folder.layout
+    folders = {variant: layout.checkpoints / variant for variant in _chosen(folder, variants or [])}
+    prompt = _system_prompt(layout, system)
     if teacher:
-        from rotdistill_core.checkpoint.open import open_model
-        from rotdistill_core.recipe.document import ModelRef
+        folders["teacher"] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
+    from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
 
-        folders["teacher"] = open_model(
-            ModelRef(**found.recipe["teacher"]), lambda text: stderr_console().print(escape(text))
-        ).folder
-    from rotdistill_commands._session import load_session
-
-    speakers = [load_session(name, folder, tokens, device) for name, folder in folders.items()]
-    answers = [_answered(speakers, told, prompt, as_json) for prompt in (prompts or _typed())]
+    sessions = [load_session(name, path, tokens, device) for name, path in folders.items()]
+    dialogue = []
+    for question in prompts or _typed_questions():
+        answers = _answers(sessions, prompt, question, show=not as_json)
+        dialogue.append({"prompt": question, "answers": answers})
     if as_json:
-        print(json.dumps(answers, ensure_ascii=False))
+        print(json.dumps(dialogue, ensure_ascii=False))
 
 
-def _saved(run: RunFolder) -> list[str]:
+def _saved_variants(run: RunFolder) -> list[str]:
     """Return the variants that have a checkpoint, those of the recipe first and in its order."""
-    there = [
-        path.name
-        for path in (run.path / "checkpoints").glob("*")
-        if (path / "config.json").is_file()
-    ]
-    named = [name for name in run.recipe.get("variants", {}) if name in there]
-    return named + sorted({*there} - {*named})
+    folders = run.layout.checkpoints.glob("*")
+    saved = {folder.name for folder in folders if (folder / "config.json").is_file()}
+    named = [name for name in run.recipe.get("variants", {}) if name in saved]
+    return named + sorted(saved - {*named})
 
 
-def _variants(run: RunFolder, wanted: list[str]) -> list[str]:
-    """Return the variants to ask: those named, else `base` and `full` or the first and the last that are saved.
+def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
+    """Return the variants to ask: those wanted, else `base` and `full` or the first and the last.
 
     Raises:
-        RecipeError: one is not saved, or none is.
+        RecipeError: a wanted variant has no checkpoint, or no variant has one.
     """
-    saved = _saved(run)
+    saved = _saved_variants(run)
     if not saved:
         raise RecipeError(f"{run.path}: has no checkpoint yet; carry out its recipe first.")
     for name in wanted:
         if name not in saved:
             raise RecipeError(f'{run.path}: has no variant "{name}".{suggest(name, saved)}')
-    ends = ["base" if "base" in saved else saved[0], "full" if "full" in saved else saved[-1]]
-    return list(dict.fromkeys(wanted or ends))
+    first = "base" if "base" in saved else saved[0]
+    last = "full" if "full" in saved else saved[-1]
+    return list(dict.fromkeys(wanted or [first, last]))
 
 
-def _system(run: RunFolder, given: Path | None) -> str:
-    path = given or run.path / "system.md"
+def _system_prompt(layout: RunLayout, given: Path | None) -> str:
+    """Return the system prompt in the file `given`, else the one that the run was made with.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    path = given or layout.system_prompt
     if given is None and not path.is_file():
-        stderr_console().print(
-            f"{escape(str(run.path))}: keeps no system prompt; none is given. Name one with --system."
-        )
+        log(f"{layout.folder}: keeps no system prompt, so none is used. --system FILE sets one.")
         return ""
     try:
         return path.read_text(encoding="utf-8").strip()
@@ -127,8 +130,8 @@ def _system(run: RunFolder, given: Path | None) -> str:
         raise RecipeError(f"{path}: the system prompt cannot be read: {error}.") from error
 
 
-def _typed() -> Iterator[str]:
-    """Yield what is typed, or piped in, line by line; an empty line or the end of it ends."""
+def _typed_questions() -> Iterator[str]:
+    """Yield the lines of stdin until an empty one, or until its end."""
     while True:
         if sys.stdin.isatty():
             stderr_console().print("> ", end="")
@@ -138,42 +141,46 @@ def _typed() -> Iterator[str]:
         yield line
 
 
-def _answered(
-    speakers: Iterable[ChatSession], system: str, prompt: str, quiet: bool
-) -> dict[str, object]:
-    """Ask everyone, show the answers as they come where there is a terminal, and return them."""
-    said = {speaker.name: "" for speaker in speakers}
+def _answers(
+    sessions: Sequence[ChatSession], system: str, question: str, show: bool
+) -> dict[str, str]:
+    """Ask every variant and return variant -> answer.
+
+    With `show`, answers appear as they come on a terminal, and at the end elsewhere.
+    """
     console = Console(highlight=False)
-    live = (
-        Live(_beside(said), console=console, refresh_per_second=8)
-        if console.is_terminal and not quiet
-        else None
-    )
-    if live:
-        live.start()
-    try:
-        streams = {speaker.name: speaker.ask(system, prompt) for speaker in speakers}
-        while streams:  # one piece of each in turn
-            for name in list(streams):
-                piece = next(streams[name], None)
-                if piece is None:
-                    del streams[name]
-                    continue
-                said[name] += piece
-                if live:
-                    live.update(_beside(said))
-    finally:
-        if live:
-            live.stop()
-    if not (live or quiet):
-        for name, text in said.items():
+    answers = {session.name: "" for session in sessions}
+    is_live = show and console.is_terminal
+    live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
+    with live or nullcontext():
+        for name, piece in _pieces(sessions, system, question):
+            answers[name] += piece
+            if live:
+                live.update(_columns(answers))
+    if show and not live:
+        for name, text in answers.items():
             print(f"{name}: {' '.join(text.split())}")
-    return {"prompt": prompt, "answers": {name: text.strip() for name, text in said.items()}}
+    return {name: text.strip() for name, text in answers.items()}
 
 
-def _beside(said: dict[str, str]) -> Table:
-    table = Table(*map(escape, said), expand=True)
-    table.add_row(*map(Text, said.values()))
+def _pieces(
+    sessions: Sequence[ChatSession], system: str, question: str
+) -> Iterator[tuple[str, str]]:
+    """Yield (variant, piece of its answer), one piece of each variant in turn."""
+    streams = {session.name: session.ask(system, question) for session in sessions}
+    while streams:
+        for name in list(streams):
+            piece = next(streams[name], None)
+            if piece is None:
+                del streams[name]
+            else:
+                yield name, piece
+
+
+def _columns(answers: Mapping[str, str]) -> Table:
+    """Return the answers side by side."""
+    table = Table(*map(escape, answers), expand=True)
+    table.add_row(*map(Text, answers.values()))
     return table
 
 

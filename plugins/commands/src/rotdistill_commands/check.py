@@ -1,4 +1,4 @@
-"""The verb `check`: whether a recipe is valid, and whether a run is what it claims to be."""
+"""The verb `check`: whether a recipe is valid, or whether a run is what its ledger claims."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from rotdistill_commands._arguments import requested_run
+from rotdistill_commands._arguments import log, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.terminal import Json, stderr_console
+from rotdistill_core.terminal import Json
 
 
 def check(
@@ -27,7 +26,7 @@ def check(
     ],
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it, or recompute from disk what a run claims: hashes, maps, ways back.
+    """Check a recipe without running it, or recompute the claims of a run from its files.
 
     Examples:
 
@@ -35,20 +34,40 @@ def check(
 
       rotdistill check tour-guide
     """
-    if path.is_dir() or not (path.is_file() or path.suffix):
-        from rotdistill_commands._check_run import check_run
+    is_recipe = path.is_file() or (path.suffix and not path.is_dir())
+    if is_recipe:
+        _check_recipe(path, as_json)
+    else:
+        _check_run(path if path.is_dir() else requested_run(str(path)).path, as_json)
 
-        found = check_run(path if path.is_dir() else requested_run(str(path)).path)
-        print(json.dumps(found)) if as_json else stderr_console().print(
-            f"{found['files']} files, {found['maps']} maps, {len(found['unfolded'])} folds taken back, {len(found['problems'])} problems"
-        )
-        if found["problems"]:
-            raise CheckFailed("\n".join(found["problems"]))
-        return
+
+def _check_recipe(path: Path, as_json: bool) -> None:
     loaded = load_recipe(path)
-    print(json.dumps(loaded.resolved())) if as_json else stderr_console().print(
-        f"{escape(str(path))}: fine, {len(loaded.steps)} steps, variants {', '.join(loaded.recipe.variants)}"
-    )
+    if as_json:
+        print(json.dumps(loaded.resolved()))
+        return
+    variants = ", ".join(loaded.recipe.variants)
+    log(f"{path}: fine, {len(loaded.steps)} steps, variants {variants}")
+
+
+def _check_run(folder: Path, as_json: bool) -> None:
+    """Check a run's folder.
+
+    Raises:
+        CheckFailed: something in it is not as the ledger claims.
+    """
+    from rotdistill_commands._check_run import check_run  # noqa: PLC0415  loads torch
+
+    outcome = check_run(folder)
+    if as_json:
+        print(json.dumps(outcome.as_dict()))
+    else:
+        log(
+            f"{outcome.files} files, {outcome.maps} maps, {len(outcome.unfolded)} folds undone, "
+            f"{len(outcome.problems)} problems"
+        )
+    if outcome.problems:
+        raise CheckFailed("\n".join(outcome.problems))
 
 
 @hookimpl

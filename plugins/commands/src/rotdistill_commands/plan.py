@@ -1,30 +1,27 @@
-"""The verb `plan`: what a run would do, what each step needs, and what is there already, from configs and headers alone."""
+"""The verb `plan`: what a run would make or reuse, and what each step needs.
+
+Everything comes from configs, file headers and ledgers; no weight is loaded.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Column
 
+from rotdistill_commands._arguments import log
 from rotdistill_core import hookimpl
-from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
-from rotdistill_core.terminal import (
-    Json,
-    RecipePath,
-    Sets,
-    WideTable,
-    stderr_console,
-    stdout_console,
-)
+from rotdistill_core.terminal import Json, RecipePath, Sets, WideTable, stdout_console
 
 
 def plan(
@@ -38,7 +35,9 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what `run` would do: what is there already and why not, memory, disk and time. Ends with 3 where this machine does not suffice.
+    """Estimate memory, disk and time of a run, and list the results that it reuses.
+
+    Exits with code 3 if this machine is too small.
 
     Examples:
 
@@ -48,117 +47,111 @@ def plan(
     """
     loaded = load_recipe(path, sets or [])
     try:
-        planned = build_plan(
-            loaded,
-            RUNS_FOLDER,
-            this_machine(RUNS_FOLDER),
-            fresh,
-            lambda text: stderr_console().print(escape(text)),
-        )
+        planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
     except ModelNotAvailable as error:
+        # `run` can go on without a plan, because it downloads the model.
         if not short:
             raise
-        stderr_console().print(f"plan: {escape(str(error))}", soft_wrap=True)
+        log(f"plan: {error}")
         return
-    seconds, reused = (
-        sum(line.seconds for line in planned.todo),
-        len(planned.lines) - len(planned.todo),
-    )
     if as_json:
-        print(json.dumps(_document(planned, seconds), ensure_ascii=False))
+        print(json.dumps(_document(planned), ensure_ascii=False))
     elif short:
-        need, here = planned.peak, planned.machine
-        memory = (
-            f"memory about {format_bytes(need['ram_bytes'])}, {format_bytes(here.ram)} are free"
-            if planned.todo
-            else "nothing to make"
-        )
-        stderr_console().print(f"plan: {reused} of {len(planned.lines)} results are there; {memory}; disk {format_bytes(need['disk_bytes'])}, "
-                      f"{format_bytes(here.disk)} are free; takes {time_class(seconds)}", soft_wrap=True)  # fmt: skip
+        log(planned.summary)
     else:
         console = stdout_console()
         console.print(_table(planned))
-        for text in _notes(planned, seconds):
-            console.print(escape(text), soft_wrap=True)
-    if planned.shortfalls:
-        raise SetupError(
-            f"{path}: does not fit here: {'; '.join(planned.shortfalls)}. Nothing was loaded."
-        )
+        for line in _notes(planned):
+            console.print(escape(line), soft_wrap=True)
+    planned.require_resources(path)
 
 
-def _document(planned: Plan, seconds: float) -> dict[str, Any]:
+def _document(planned: Plan) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    totals, texts = planned.totals, planned.texts
     models = {
-        role: {"parameters": m.shape.parameters(), "bytes": m.shape.bytes, "source": str(m.source)}
-        for role, m in planned.models.items()
-    }
-    texts = {
-        "rows": planned.texts.rows,
-        "texts": planned.texts.texts,
-        "shared prompt": planned.texts.prefix,
-    }
-    about = {
-        "run_dir": str(planned.folder),
-        "steps": [vars(line) for line in planned.lines],
-        "models": models,
-        "texts": texts,
-    }
-    here = vars(planned.machine)
-    return (
-        about
-        | planned.peak
-        | {
-            "seconds": seconds,
-            "time": time_class(seconds),
-            "machine": here,
-            "shortfalls": planned.shortfalls,
+        role: {
+            "parameters": info.shape.parameters(),
+            "bytes": info.shape.bytes,
+            "source": str(info.source),
         }
-    )
+        for role, info in planned.models.items()
+    }
+    return {
+        "run_dir": str(planned.folder),
+        "steps": [asdict(line) for line in planned.lines],
+        "models": models,
+        "texts": {"rows": texts.rows, "texts": texts.texts, "shared prompt": texts.prefix},
+        **asdict(totals),
+        "time": time_class(totals.seconds),
+        "machine": asdict(planned.machine),
+        "shortfalls": planned.shortfalls,
+    }
 
 
-def _notes(planned: Plan, seconds: float) -> Iterator[str]:
+def _notes(planned: Plan) -> Iterator[str]:
     """Yield the lines below the table."""
-    for role, m in planned.models.items():
-        yield f"{role}: {m.shape.parameters() / 1e9:.2f} billion parameters, {format_bytes(m.shape.bytes)}, according to {m.source}"
-    yield (
-        f"texts: {planned.texts.total} tokens in "
-        + ", ".join(f"{n} {split}" for split, n in planned.texts.texts.items())
-        + " texts"
+    for role, info in planned.models.items():
+        billions = info.shape.parameters() / 1e9
+        size = format_bytes(info.shape.bytes)
+        yield f"{role}: {billions:.2f} billion parameters, {size}, according to {info.source}"
+    counts = ", ".join(f"{count} {split}" for split, count in planned.texts.texts.items())
+    yield f"texts: {planned.texts.total} tokens in {counts} texts"
+    totals, machine = planned.totals, planned.machine
+    needs = [
+        f"peak memory about {format_bytes(totals.ram_bytes)}, {format_bytes(machine.ram)} are free"
+    ]
+    if machine.gpu:
+        needs.append(
+            f"GPU about {format_bytes(totals.gpu_bytes)}, {format_bytes(machine.gpu)} are there"
+        )
+    needs.append(
+        f"disk about {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free"
     )
-    need, here = planned.peak, planned.machine
-    gpu = (
-        f"; GPU about {format_bytes(need['gpu_bytes'])}, {format_bytes(here.gpu)} are there"
-        if here.gpu
-        else ""
-    )
-    yield (f"peak memory about {format_bytes(need['ram_bytes'])}, {format_bytes(here.ram)} are free{gpu}; "
-           f"disk about {format_bytes(need['disk_bytes'])}, {format_bytes(here.disk)} are free; takes {time_class(seconds)}")  # fmt: skip
+    yield "; ".join([*needs, f"takes {time_class(totals.seconds)}"])
 
 
 def _table(planned: Plan) -> WideTable:
-    """Return the plan as a table for the terminal; results of one step with one fate share a line."""
-    gpu = planned.machine.gpu
-    who, fate = (Column(title, overflow="fold") for title in ("variants", "result"))
+    """Return the plan as a table. Results of one step with one fate share a row."""
+    has_gpu = bool(planned.machine.gpu)
     table = WideTable(
-        "step", who, "memory", *(["GPU"] if gpu else []), "disk", fate, title=str(planned.folder)
+        "step",
+        Column("variants", overflow="fold"),
+        "memory",
+        *(["GPU"] if has_gpu else []),
+        "disk",
+        Column("result", overflow="fold"),
+        title=str(planned.folder),
     )
     groups: dict[tuple[str, bool, str], list[PlanLine]] = {}
     for line in planned.lines:
         groups.setdefault((line.id, line.reused, line.why), []).append(line)
-    for (name, reused, why), some in groups.items():
-        sizes = [
-            max(line.ram_bytes for line in some),
-            *([max(line.gpu_bytes for line in some)] if gpu else []),
-        ]
-        cells = [
-            format_bytes(size) if size else ""
-            for size in (*sizes, sum(line.disk_bytes for line in some))
-        ]
-        names = ", ".join(dict.fromkeys(v for line in some for v in line.variants))
-        took = time_class(sum(line.seconds for line in some))
-        result = f"[dim]reused: {escape(why)}[/]" if reused else f"to do, {took}: {escape(why)}"
-        step = name if some[0].use in ("", name) else f"{name} ({some[0].use})"
-        table.add_row(escape(step), escape(names), *cells, result)
+    for lines in groups.values():
+        table.add_row(*_cells(lines, has_gpu))
     return table
+
+
+def _cells(lines: list[PlanLine], has_gpu: bool) -> list[str]:
+    """Return the row of results of one step with one fate."""
+    first = lines[0]
+    step = first.id if first.use in ("", first.id) else f"{first.id} ({first.use})"
+    variants = dict.fromkeys(variant for line in lines for variant in line.variants)
+    sizes = [max(line.ram_bytes for line in lines)]
+    if has_gpu:
+        sizes.append(max(line.gpu_bytes for line in lines))
+    sizes.append(sum(line.disk_bytes for line in lines))
+    if first.reused:
+        result = f"[dim]reused: {escape(first.why)}[/]"
+    else:
+        time = time_class(sum(line.seconds for line in lines))
+        note = f"; {first.note}" if first.note else ""
+        result = f"to do, {time}: {escape(first.why)}{note}"
+    return [
+        escape(step),
+        escape(", ".join(variants)),
+        *(format_bytes(size) if size else "" for size in sizes),
+        result,
+    ]
 
 
 @hookimpl

@@ -1,0 +1,84 @@
+"""Write the report of a finished run again, from its ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rotdistill_core.checkpoint.open import open_pair
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.evaluation.gates import broken_gates
+from rotdistill_core.evaluation.rows import MetricRow
+from rotdistill_core.execution.outcome import RunResult, StepResult
+from rotdistill_core.execution.run_folder import RunFolder
+from rotdistill_core.plugin.registry import OBSERVERS, load_plugin, plugin_manager
+from rotdistill_core.recipe.document import Check
+from rotdistill_core.recipe.load import resolve_recipe
+from rotdistill_core.store.ledger import ArtifactStore
+from rotdistill_core.store.output import StepOutput
+
+
+def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
+    """Give the run's results to the `report` observer again; return the path of the page.
+
+    Args:
+        run: a finished run.
+        log: receives lines for the user.
+
+    Raises:
+        RecipeError: the run is not finished.
+        SetupError: one of its models cannot be opened any more.
+    """
+    if run.state != "done":
+        raise RecipeError(
+            f"{run.path}: is {run.state}; there is a report when its recipe has run to the end."
+        )
+    layout = run.layout
+    text = layout.recipe.read_text(encoding="utf-8")
+    loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
+    recipe = loaded.recipe
+    rows = run.rows()
+    outcome = RunResult(
+        folder=run.path,
+        rows=rows,
+        steps=_step_results(run),
+        checkpoints={variant: layout.checkpoints / variant for variant in run.chains()},
+        told=[],
+        pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
+        failed=_failures(rows, recipe.check),
+    )
+    manager = plugin_manager()
+    manager.register(load_plugin(OBSERVERS, "report")[0])
+    out = StepOutput(ArtifactStore(run.path.resolve().parent), run.ledger, "report")
+    manager.hook.run_ended(loaded=loaded, outcome=outcome, out=out, log=log)
+    return layout.report
+
+
+def _step_results(run: RunFolder) -> dict[tuple[str, str], StepResult]:
+    """Return (variant, step id) -> result for all steps that the run has a record of."""
+    results = {}
+    for variant, chain in run.chains().items():
+        for step, record in chain.items():
+            results[variant, step] = StepResult(
+                key=record.key,
+                reused=any(not run.owns(file.path) for file in record.files),
+                seconds=record.seconds,
+                notes=record.notes,
+                report=record.report,
+            )
+    return results
+
+
+def _failures(rows: list[MetricRow], check: Check) -> dict[str, list[str]]:
+    """Return variant -> the checks that it breaks.
+
+    A variant that failed while it was made has no scores to recompute the failure from.
+    """
+    scored = [row for row in rows if row.metric != "failed"]
+    failures = broken_gates(scored, check)
+    for row in rows:
+        if row.metric == "failed" and row.variant not in failures:
+            failures[row.variant] = [
+                "it broke a check when it was made; its recipe, run again, says which."
+            ]
+    return failures

@@ -1,0 +1,105 @@
+"""Keys are those that a run records, in the order in which it makes its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.data.questions import facts_digest, read_questions
+from rotdistill_core.execution.keys import checkpoint_key, evaluation_key, keyed_steps
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.hashing import digest
+from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+
+RECIPE = (
+    pico_head()
+    + """
+student.save_dtype = "bfloat16"
+[[step]]
+use = "residuals"
+[[step]]
+use = "fidelity"
+[[step]]
+id = "basis"
+use = "procrustes"
+[[step]]
+id = "fold"
+use = "basis-fold"
+[variants]
+base = []
+full = ["basis", "fold"]
+"""
+)
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> ResolvedRecipe:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    return load_recipe(path)
+
+
+def test_steps_come_in_the_order_of_execution(loaded: ResolvedRecipe) -> None:
+    walk = [(step.variant, step.recipe_step.id) for step in keyed_steps(loaded, "s", "float32", "")]
+    assert walk == [
+        ("base", "residuals"),
+        ("base", "fidelity"),
+        ("full", "residuals"),
+        ("full", "basis"),
+        ("full", "fold"),
+        ("full", "fidelity"),
+    ]
+
+
+def test_narrow_checkpoints_add_a_variant(loaded: ResolvedRecipe) -> None:
+    narrow = {step.variant for step in keyed_steps(loaded, "s", "bfloat16", "")}
+    assert narrow == {"base", "full", "round-trip"}
+
+
+def test_a_key_depends_on_the_steps_before_it(loaded: ResolvedRecipe) -> None:
+    steps = {
+        (step.variant, step.recipe_step.id): step
+        for step in keyed_steps(loaded, "start", "float32", "facts")
+    }
+    capture, basis, fold = (steps["full", name] for name in ("residuals", "basis", "fold"))
+    assert steps["base", "residuals"].key == capture.key  # variants share it
+    assert (capture.before, basis.before, fold.before) == ("start", capture.key, basis.key)
+    assert capture.key == capture.recipe_step.key("start")
+    assert [step.id for step in fold.earlier] == ["residuals", "basis"]
+
+
+def test_an_evaluator_depends_on_the_finished_variant_and_on_facts(loaded: ResolvedRecipe) -> None:
+    steps = list(keyed_steps(loaded, "start", "float32", "facts"))
+    score, fold = steps[-1], steps[-2]
+    assert score.recipe_step.stage == "evaluate"
+    assert score.before == digest(fold.key, "full", "torch.float32", "facts")
+    assert score.before == evaluation_key("full", fold.key, "float32", "facts")
+    assert [step.id for step in score.earlier] == ["residuals", "basis", "fold"]
+
+
+@pytest.mark.slow
+def test_keys_are_those_in_the_ledger_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: ResolvedRecipe
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pico_folder(tmp_path / "model")
+    pico_texts(tmp_path / "texts")
+    outcome = run_recipe(loaded.path)
+    ledger = Ledger(outcome.folder)
+    [start] = ledger.starts
+    before = {record.key: record.before for record in ledger.steps}
+    questions, _ = read_questions(loaded.recipe.samples, tmp_path)
+    last = {}
+    for step in keyed_steps(loaded, start.key, "bfloat16", facts_digest(questions)):
+        assert outcome.steps[step.variant, step.recipe_step.id].key == step.key
+        assert before[step.key] == step.before
+        if step.recipe_step.stage != "evaluate":
+            last[step.variant] = step.key
+    assert set(last) == {"base", "full", "round-trip"}
+    saved = {record.variant: record.key for record in ledger.checkpoints}
+    assert saved == {
+        variant: checkpoint_key(variant, last[variant], "bfloat16") for variant in last
+    }

@@ -1,0 +1,277 @@
+"""A plan lists what a run then does: results, their sizes, and what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.planning import text_counts
+from rotdistill_core.planning.cost import Cost
+from rotdistill_core.planning.machine import Machine, this_machine
+from rotdistill_core.planning.plan import (
+    ESTIMATED_FROM_STAGE,
+    Plan,
+    PlanLine,
+    build_plan,
+    format_bytes,
+    time_class,
+)
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.testing import run_recipe
+
+CPU = Machine(ram=10**12, gpu=0, disk=10**12, cores=2)
+GPU = replace(CPU, gpu=10**12)
+THIRD_PARTY = '''
+from typing import Literal
+
+from rotdistill_core import Cost, CostContext, Weights, hookimpl, step
+
+
+@step
+class Priced:
+    """A step that states its cost."""
+
+    use: Literal["priced"] = "priced"
+
+    def cost(self, context: CostContext) -> Cost:
+        return Cost(
+            host_bytes=1000 * context.student.depth,
+            device_bytes=200,
+            disk_bytes=30,
+            operations=6e11,
+            read_bytes=4,
+            traffic_bytes=5,
+        )
+
+    def context_after(self, context: CostContext) -> CostContext:
+        return context.with_student(num_hidden_layers=1)
+
+    @hookimpl
+    def fold(self, weights: Weights) -> Weights:
+        return weights
+
+
+@step
+class Plain:
+    """A step that states nothing."""
+
+    use: Literal["plain"] = "plain"
+
+    @hookimpl
+    def fold(self, weights: Weights) -> Weights:
+        return weights
+
+
+@hookimpl
+def steps() -> list[type]:
+    return [Priced, Plain]
+'''
+
+
+@pytest.fixture
+def exact_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pico template puts a word before a message and one after it, and asks with a third."""
+    monkeypatch.setattr(text_counts, "TEMPLATE_TOKENS", 3)
+
+
+@pytest.fixture
+def third_party(before_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install a distribution of one file with two steps, and a recipe that uses both."""
+    site = before_run / "site"
+    info = site / "third_party-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "third_party.py").write_text(THIRD_PARTY)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[rotdistill]\npriced = third_party\nplain = third_party\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    head = (before_run / "recipe.toml").read_text().partition("[[step]]")[0]
+    path = before_run / "recipe.toml"
+    path.write_text(f'{head}[[step]]\nuse = "priced"\n[[step]]\nuse = "plain"\n')
+    return path
+
+
+def plan_of(machine: Machine | None = None, path: str = "recipe.toml") -> Plan:
+    machine = machine or this_machine(Path("runs"))
+    return build_plan(load_recipe(Path(path)), Path("runs"), machine)
+
+
+def capture_bytes(planned: Plan) -> dict[str, int]:
+    """Return the disk that each capture takes, by its id."""
+    return {line.id: line.disk_bytes for line in planned.lines if line.use == "residuals"}
+
+
+def test_a_third_party_step_is_planned_with_the_cost_that_it_states(third_party: Path) -> None:
+    [line] = [line for line in plan_of(CPU).lines if line.id == "priced"]
+    assert line.note == ""
+    assert line.plugin == "third-party 0.1.0"
+    assert (line.ram_bytes, line.gpu_bytes, line.traffic_bytes) == (3200, 0, 0)
+    assert (line.disk_bytes, line.read_bytes) == (30, 4)
+    assert line.seconds == 5.0  # at 6e10 operations in a second of each of two cores
+
+
+def test_a_gpu_takes_the_device_memory_and_the_traffic(third_party: Path) -> None:
+    [line] = [line for line in plan_of(GPU).lines if line.id == "priced"]
+    assert (line.ram_bytes, line.gpu_bytes, line.traffic_bytes) == (3000, 200, 5)
+
+
+def test_a_third_party_step_without_a_cost_is_estimated_from_its_stage(third_party: Path) -> None:
+    planned = plan_of(CPU)
+    [line] = [line for line in planned.lines if line.id == "plain"]
+    assert line.note == ESTIMATED_FROM_STAGE
+    whole = planned.models["student"].shape
+    left = whole.changed(num_hidden_layers=1)  # after the step before it
+    assert line.ram_bytes == line.disk_bytes == left.parameters() * 4
+    assert line.read_bytes == left.bytes
+    assert left.parameters() < whole.parameters()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact_template")
+def test_states_that_two_captures_share_are_planned_once(before_run: Path) -> None:
+    path = before_run / "recipe.toml"
+    control = '[[step]]\nid = "shuffled"\nuse = "residuals"\ncontrol = "shuffled"\n'
+    basis = '[[step]]\nid = "basis"'
+    text = path.read_text().replace(basis, control + basis)
+    text = text.replace("base = []", 'base = ["residuals"]\nshuffled = ["shuffled"]')
+    path.write_text(text.replace('full = ["', 'full = ["residuals", "'))
+    planned = capture_bytes(plan_of())
+    shards = run_recipe(path).folder.glob("shards*/**/*.safetensors")
+    sizes = {shard: shard.stat().st_size for shard in shards}
+    teacher = sum(size for shard, size in sizes.items() if "teacher" in shard.parts)
+    # The control writes rows of its own, as many as the teacher's.
+    assert planned["residuals"] == pytest.approx(planned["shuffled"], abs=0.1 * teacher)
+    assert sum(planned.values()) == pytest.approx(sum(sizes.values()), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact_template")
+def test_one_capture_after_two_chains_is_planned_twice(before_run: Path) -> None:
+    path = before_run / "recipe.toml"
+    path.write_text(path.read_text().replace('full = ["', 'full = ["chop", "'))
+    lines = [line for line in plan_of().lines if line.use == "residuals"]
+    shards = run_recipe(path).folder.glob("shards*/**/*.safetensors")
+    assert len(lines) == 2
+    written = sum(shard.stat().st_size for shard in shards)
+    assert sum(line.disk_bytes for line in lines) == pytest.approx(written, rel=0.1)
+
+
+def test_a_variant_without_a_step_is_saved_too(before_run: Path) -> None:
+    path = before_run / "recipe.toml"
+    every_step = 'full = ["chop", "residuals", "fidelity", "'
+    path.write_text(path.read_text().replace('full = ["', every_step))
+    saved = [line for line in plan_of().lines if line.id == "checkpoints"]
+    assert {"base", "full"} <= {variant for line in saved for variant in line.variants}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact_template")
+def test_a_plan_lists_what_the_run_then_makes(before_run: Path) -> None:
+    first = plan_of()
+    assert {line.why for line in first.todo} <= {
+        "not made before",
+        "not made before from these models and texts",
+        "these steps have no checkpoint yet",
+    }
+    outcome = run_recipe(before_run / "recipe.toml")
+    shards = [path for path in outcome.folder.rglob("*.safetensors") if "shards" in path.parts]
+    written = sum(path.stat().st_size for path in shards)
+    assert capture_bytes(first)["residuals"] == pytest.approx(written, rel=0.1)
+    again = plan_of()
+    assert again.todo == []
+    assert {"teacher's answers", "chop", "fidelity"} <= {line.id for line in again.lines}
+    # Checkpoints in bfloat16 get one more variant.
+    assert any(line.variants == ["round-trip"] for line in again.lines)
+
+
+def test_a_reused_result_costs_nothing(after_run: Path) -> None:
+    planned = plan_of()
+    assert planned.lines
+    for line in planned.lines:
+        sizes = (line.ram_bytes, line.gpu_bytes, line.disk_bytes, line.read_bytes, line.seconds)
+        assert (line.reused, sizes) == (True, (0, 0, 0, 0, 0.0))
+    assert planned.totals.ram_bytes == planned.baseline_memory
+    assert planned.totals.disk_bytes == 0
+
+
+def test_a_refused_cut_names_its_step(before_run: Path) -> None:
+    loaded = load_recipe(Path("recipe.toml"), ["chop.layers=9"])
+    with pytest.raises(RecipeError, match=r'^step "chop": layers = 9, but the student has 3'):
+        build_plan(loaded, Path("runs"), CPU)
+
+
+def test_a_variant_without_a_capture_is_refused(before_run: Path) -> None:
+    path = before_run / "recipe.toml"
+    path.write_text(path.read_text().replace('full = ["basis"', 'full = ["residuals", "basis"'))
+    with pytest.raises(RecipeError, match=r'"fidelity": needs captured states, .* in "base"\.'):
+        plan_of()
+
+
+def small_plan(machine: Machine, *lines: PlanLine) -> Plan:
+    return Plan(
+        folder=Path("runs/trial"),
+        lines=list(lines),
+        models={},
+        texts=text_counts.TextCounts(0, {}, {}, 0, 0),
+        machine=machine,
+        baseline_memory=100,
+    )
+
+
+def test_totals_are_peaks_of_memory_and_sums_of_the_rest() -> None:
+    one = PlanLine(id="one", reused=False, why="", ram_bytes=5, disk_bytes=3, seconds=1.0)
+    two = PlanLine(id="two", reused=False, why="", ram_bytes=2, disk_bytes=4, traffic_bytes=7)
+    old = PlanLine(id="old", reused=True, why="run")
+    totals = small_plan(CPU, one, two, old).totals
+    assert (totals.ram_bytes, totals.gpu_bytes) == (105, 0)
+    assert (totals.disk_bytes, totals.traffic_bytes, totals.seconds) == (7, 7, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("machine", "resource"),
+    [
+        (replace(GPU, ram=10), "needs about 0 MB of memory; 0 MB are free"),
+        (replace(GPU, gpu=10), "needs about 0 MB of GPU memory; 0 MB are free"),
+        (replace(GPU, disk=10), "0 MB are free on the disk"),
+    ],
+)
+def test_a_shortfall_names_the_largest_result(machine: Machine, resource: str) -> None:
+    small = PlanLine(id="small", reused=False, why="", ram_bytes=1, gpu_bytes=1, disk_bytes=1)
+    large = PlanLine(id="large", reused=False, why="", ram_bytes=20, gpu_bytes=20, disk_bytes=20)
+    [shortfall] = small_plan(machine, small, large).shortfalls
+    assert resource in shortfall
+    assert '"large"' in shortfall
+
+
+def test_a_plan_with_nothing_to_make_fits_everywhere() -> None:
+    machine = Machine(ram=0, gpu=0, disk=0, cores=1)
+    assert small_plan(machine, PlanLine(id="old", reused=True, why="run")).shortfalls == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "name"),
+    [(0, "seconds"), (59, "seconds"), (60, "minutes"), (3600, "hours"), (1e6, "days")],
+)
+def test_times_have_classes(seconds: float, name: str) -> None:
+    assert time_class(seconds) == name
+
+
+def test_bytes_are_written_for_people() -> None:
+    assert format_bytes(2.34e9) == "2.3 GB"
+    assert format_bytes(12e6) == "12 MB"
+
+
+def test_a_free_machine_is_read_without_the_folder_of_runs(tmp_path: Path) -> None:
+    machine = this_machine(tmp_path / "not" / "there")
+    assert machine.ram > 0
+    assert machine.disk > 0
+    assert machine.cores > 0
+    assert replace(machine, gpu=1).speed > replace(machine, gpu=0, cores=1).speed
+
+
+def test_shared_files_count_in_the_first_line_that_has_them() -> None:
+    assert Cost(shared_files={"a": 1}) + Cost(shared_files={"a": 1}) == Cost(shared_files={"a": 1})

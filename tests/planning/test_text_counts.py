@@ -1,0 +1,77 @@
+"""Rows of texts are counted before they are tokenised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.data.questions import Question
+from rotdistill_core.planning.text_counts import (
+    TEMPLATE_TOKENS,
+    TextCounts,
+    count_texts,
+    token_counter,
+)
+from rotdistill_core.recipe.document import SamplesRef
+from rotdistill_core.testing import pico_tokenizer
+
+SETTINGS = SamplesRef(max_tokens=40, answer_tokens=30, own_answers=10)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def question(split: str, answer: str | None, text: str = "one two three") -> Question:
+    return Question("id", "en", split, text, answer)  # type: ignore[arg-type]
+
+
+def counts(*questions: Question) -> TextCounts:
+    return count_texts(questions, "a b", SETTINGS, words)
+
+
+def test_the_shared_prompt_counts_once() -> None:
+    found = counts(question("fit", "x y"), question("fit", "x y"))
+    one = 3 + TEMPLATE_TOKENS + 2 + 1  # question, template, answer, and the token that ends it
+    assert found.prefix == 2 + TEMPLATE_TOKENS
+    assert found.rows == {"fit": 2 * one}
+    assert found.total == found.prefix + 2 * one
+
+
+def test_an_answer_that_the_teacher_writes_counts_in_full() -> None:
+    found = counts(question("heldout", None), question("fit", None))
+    assert (found.questions_asked, found.answer_tokens) == (2, 30 + 10)
+    assert found.rows["heldout"] == 3 + TEMPLATE_TOKENS + 30
+    assert found.rows["fit"] == 3 + TEMPLATE_TOKENS + 10
+
+
+def test_long_texts_are_cut_and_heldout_ones_are_not() -> None:
+    long = "x " * 200
+    found = counts(question("fit", long), question("heldout", long))
+    assert found.prefix + found.rows["fit"] == 40
+    assert found.rows["heldout"] > 200
+
+
+def test_texts_outside_the_domain_are_plain() -> None:
+    found = counts(question("guard", "x y z", text=""), question("guard-validation", "x", text=""))
+    assert found.rows == {"guard": 3, "guard-validation": 1}
+    assert found.questions_asked == 0
+
+
+def test_a_limit_counts_texts_at_their_mean_length() -> None:
+    found = TextCounts(10, {"fit": 100, "validation": 20}, {"fit": 8, "validation": 2}, 0, 0)
+    assert found.rows_of("fit") == 110
+    assert found.rows_of("fit", "validation", limit=5) == 10 + 60
+    assert found.rows_of("fit", "validation", limit=50) == 130
+    assert found.rows_of("heldout") == 10
+
+
+def test_the_tokenizer_of_the_folder_counts(tmp_path: Path) -> None:
+    pico_tokenizer(64).save_pretrained(tmp_path)
+    assert token_counter(tmp_path, 64)("w1 w2 w3") == 3
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 14), (150_000, 10)])
+def test_bytes_count_without_a_tokenizer(vocabulary: int, tokens: int) -> None:
+    assert token_counter(None, vocabulary)("x" * 35) == tokens
