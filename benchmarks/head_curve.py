@@ -66,7 +66,9 @@ class HeadCurve:
         for _ in forward:
             forward.run()
         self.student_states = forward.states
-        self.teacher_states = activations.teacher(self.layout, student.depth).to(forward.states)
+        self.teacher_states = activations.teacher_states(self.layout, student.depth).to(
+            forward.states
+        )
         self.X = final_norm(student.weights, self.student_states)
         self.T = final_norm(pair.teacher.weights, self.teacher_states)
         self.vocabulary = shared_vocabulary(pair)

@@ -106,7 +106,7 @@ class KlFromOriginal:
     """KL of a model from the original on answer tokens of some validation texts."""
 
     def __init__(self, original: Weights, layout: PackedTexts) -> None:
-        self.layout = layout.select(Split.VALIDATION, most=8)
+        self.layout = layout.select(Split.VALIDATION, limit=8)
         self.rows = self.layout.prediction_rows(Split.VALIDATION)[0]
         self.original = self.log_probs(original)
 
@@ -237,7 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         scrambled, planted = scramble(model.weights, 3)
-        few_texts = samples.layout.select(Split.VALIDATION, most=2)
+        few_texts = samples.layout.select(Split.VALIDATION, limit=2)
         change = logits(model.weights, few_texts) - logits(scrambled, few_texts)
         result["largest change of a logit, float64"] = float(change.abs().max())
         save_folder(scrambled, model.folder, root / "scrambled")

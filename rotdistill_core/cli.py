@@ -167,7 +167,7 @@ def _show(outcome: RunResult, as_json: bool) -> None:
         print(json.dumps(document, ensure_ascii=False))
         return
     console = stdout_console()
-    for summary in (results_table(outcome.rows), *outcome.told):
+    for summary in (results_table(outcome.rows), *outcome.summaries):
         console.print(summary)
     layout = RunLayout(outcome.folder)
     for path in (layout.checkpoints, layout.report):

@@ -126,7 +126,7 @@ def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:
 def test_a_resolved_recipe_keeps_its_observers(work: Path) -> None:
     loaded = load_recipe(work / "recipe.toml", ["observers=[]"])
     result = run(loaded, set={"seed": 1}, runs=work / "silent")
-    assert result.told == []
+    assert result.summaries == []
     assert not (result.folder / "report.html").exists()
 
 

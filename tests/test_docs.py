@@ -1,4 +1,4 @@
-"""Documents name what is there: hooks, options with their defaults, recipes, counts. Examples run."""
+"""Documents name what is there: hooks, options, recipes, counts. Examples run."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ def test_the_samples_are_counted_right() -> None:
 
 
 def documents() -> Iterator[Path]:
-    """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of anything installed."""
+    """Yield the Markdown files of the repository: not those of hidden folders or runs, nor of
+    anything installed."""
     for folder, inside, files in os.walk(ROOT):
         inside[:] = [
             d
@@ -242,7 +243,8 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Yield (document, line) for every call of `rotdistill` in a document: in a block of code, or between backticks."""
+    """Yield (document, line) for every call of `rotdistill` in a document: in a block of code, or
+    between backticks."""
     for path in sorted(documents()):
         lines = [
             line
@@ -318,7 +320,8 @@ def test_the_example_step_works(tmp_path: Path, example: Build) -> None:
     assert (stage_of(cls), origin.distribution) == ("align", project["project"]["name"])
     path = tmp_path / "recipe.toml"
     path.write_text(
-        f'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n[[step]]\nuse = "{name}"\ncentre = true\n'
+        'name = "t"\n[teacher]\nmodel = "a"\n[student]\nmodel = "b"\n'
+        f'[[step]]\nuse = "{name}"\ncentre = true\n'
     )
     assert load_recipe(path).steps[0].step.centre
     example("test_principal_axes.py").test_a_planted_rotation_is_found(tmp_path)

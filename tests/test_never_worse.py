@@ -1,4 +1,5 @@
-"""Whatever λ, texts and options are drawn, no transfer step leaves a student worse on held-out texts, or a weight that is not finite."""
+"""Whatever λ, texts and options are drawn, no transfer step leaves a student worse on held-out
+texts, or a weight that is not finite."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def drawn(draw: random.Random) -> Samples:
-    """Return 5 to 80 texts, as they are or copies of a few; the held-out ones are always the same ten."""
+    """Return 5 to 80 texts, as they are or copies of a few; the held-out ones are always the same
+    ten."""
     held = [t for t in pico_samples(texts=50).layout.texts if t.split == "heldout"]
     texts = [
         t
@@ -43,7 +45,8 @@ def drawn(draw: random.Random) -> Samples:
 
 
 def misled(activations: ActivationStore, out: StepOutput) -> ActivationStore:
-    """Return the bank with the teacher's rows of fit texts turned round: what is fitted to them is harmful, and only judging tells."""
+    """Return the bank with the teacher's rows of fit texts turned round: what is fitted to them is
+    harmful, and only judging tells."""
     fit = activations.layouts["teacher"].split("fit")[:, None]
     shards = []
     for boundary in range(len(activations.shards["teacher"])):
@@ -74,8 +77,12 @@ def test_no_draw_leaves_the_student_worse(teacher: Model, tmp_path: Path, seed: 
         alpha=draw.choice([0.25, 1.0]),
         sink_weight=draw.choice([1.0, 1000.0]),
     )
-    head = LmHeadRidge(ridge=(10 ** draw.uniform(-6, 6),), blend=(draw.choice([0.5, 1.0]),), objective=draw.choice(["ridge", "kl"]),
-                       logit_penalty=10 ** draw.uniform(-3, 3))  # fmt: skip
+    head = LmHeadRidge(
+        ridge=(10 ** draw.uniform(-6, 6),),
+        blend=(draw.choice([0.5, 1.0]),),
+        objective=draw.choice(["ridge", "kl"]),
+        logit_penalty=10 ** draw.uniform(-3, 3),
+    )
     refitted = refit.fold(
         start,
         Maps(),

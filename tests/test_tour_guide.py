@@ -1,4 +1,5 @@
-"""The main job end to end on the real small model, on half of README's texts so that it can be checked often."""
+"""The main job end to end on the real small model, on half of README's texts so that it can be
+checked often."""
 
 from __future__ import annotations
 
@@ -29,12 +30,19 @@ import sys, json
 sys.modules["rotdistill_core"] = None  # any import of it fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
-tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
 chat = [{"role": "user", "content": "Hello"}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
 made = model.generate(**ids, max_new_tokens=5, do_sample=False)
-tied = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-print(json.dumps({"tokens": made.shape[1] - ids["input_ids"].shape[1], "tied": tied, "layers": model.config.num_hidden_layers}))
+embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+print(json.dumps({
+    "tokens": made.shape[1] - ids["input_ids"].shape[1],
+    "tied": embedding.weight.data_ptr() == head.weight.data_ptr(),
+    "layers": model.config.num_hidden_layers,
+}))
 """
 
 

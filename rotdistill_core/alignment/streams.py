@@ -252,7 +252,7 @@ def paired_streams(
     for boundary in boundaries:
         depth = activations.depths[boundary]
         S = activations.rows(Side.STUDENT, boundary)
-        T = activations.teacher(layout, depth)
+        T = activations.teacher_states(layout, depth)
         teacher_boundary = activations.teacher_boundaries[depth]
         _require_finite_stream(S, f"{use}: student {pair.student.ref.model}", boundary)
         _require_finite_stream(T, f"{use}: teacher {pair.teacher.ref.model}", teacher_boundary)
@@ -260,7 +260,7 @@ def paired_streams(
             layout.split(split)
             & ~massive_activation_mask(S)
             & ~massive_activation_mask(T)
-            & activations.paired(layout)
+            & activations.paired_mask(layout)
         )
         mask[0] = False
         if not mask.any():

@@ -99,12 +99,12 @@ class PackedTexts:
                 texts.append(text)
         return torch.tensor(rows, dtype=torch.long), torch.tensor(targets, dtype=torch.long), texts
 
-    def select(self, *splits: str, most: int | None = None) -> PackedTexts:
-        """Return the packing of the texts in these splits, or of the first `most` of them.
+    def select(self, *splits: str, limit: int | None = None) -> PackedTexts:
+        """Return the packing of the texts in these splits, or of the first `limit` of them.
 
         It keeps the prefix unless all of its texts are plain.
         """
-        texts = tuple(text for text in self.texts if text.split in splits)[:most]
+        texts = tuple(text for text in self.texts if text.split in splits)[:limit]
         all_plain = bool(texts) and all(text.plain for text in texts)
         return PackedTexts(texts, 0 if all_plain else self.prefix)
 

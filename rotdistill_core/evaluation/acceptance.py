@@ -70,9 +70,9 @@ class ScoredRows(NamedTuple):
 
 
 def scored_rows(
-    layout: PackedTexts, samples: Samples, split: str, most: int | None = None
+    layout: PackedTexts, samples: Samples, split: str, limit: int | None = None
 ) -> ScoredRows:
-    """Return rows that predict answers in the texts of a split: all, or `most` evenly spread.
+    """Return rows that predict answers in the texts of a split: all, or `limit` evenly spread.
 
     Variants are reported on answers that the teacher wrote. So where the teacher answered some
     questions of the split, only the rows of those answers are scored.
@@ -84,7 +84,7 @@ def scored_rows(
     use = torch.tensor([t.id in teacher_answered for t in texts], dtype=torch.bool)
     if not bool(use.any()):
         use = ~use
-    stride = max(1, -(-int(use.sum()) // most)) if most else 1
+    stride = max(1, -(-int(use.sum()) // limit)) if limit else 1
     spread = slice(None, None, stride)
     return ScoredRows(rows[use][spread], targets[use][spread], text[use][spread])
 

@@ -133,7 +133,7 @@ class Executor:
             rows=[],
             steps=self.steps,
             checkpoints={},
-            told=[],
+            summaries=[],
             pair=self.pair,
         )
         dtype = self._save_dtype
@@ -316,6 +316,6 @@ class Executor:
         rows = rows_as_json(outcome.rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         out.write(RunLayout.RESULTS, [line.encode() for line in lines])
-        outcome.told = self.observers.run_ended(self.loaded, outcome, out)
+        outcome.summaries = self.observers.run_ended(self.loaded, outcome, out)
         if outcome.failed:
             raise RunFailed(outcome)

@@ -84,11 +84,9 @@ class Observers:
         """Report that the checkpoint of a variant is complete in `folder`."""
         self._notify("variant_saved", variant=variant, folder=folder)
 
-    def run_ended(
-        self, loaded: ResolvedRecipe, outcome: RunResult, out: StepOutput
-    ) -> list[object]:
+    def run_ended(self, recipe: ResolvedRecipe, result: RunResult, out: StepOutput) -> list[object]:
         """Report that all variants are made and scored; return what observers want shown."""
-        return self._notify("run_ended", loaded=loaded, outcome=outcome, out=out)
+        return self._notify("run_ended", recipe=recipe, result=result, out=out)
 
     def _notify(self, hook: str, **facts: object) -> list[object]:
         """Call a hook of every observer. Log in one line what an observer raises."""

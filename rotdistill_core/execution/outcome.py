@@ -55,7 +55,7 @@ class RunResult:
     """(variant, step id) -> the finished step."""
     checkpoints: dict[str, Path]
     """Variant -> its Hugging Face folder."""
-    told: list[object]
+    summaries: list[object]
     """What observers return at the end; the terminal shows it below the results."""
     pair: Pair | None = None
     failed: dict[str, list[str]] = field(default_factory=dict)

@@ -50,7 +50,7 @@ class ActivationStore:
         """Return the width of one side's stream when it was captured, from a shard's header."""
         return open_tensors(self.root / self.shards[side][0])["rows"].shape[1]
 
-    def teacher(self, layout: PackedTexts, depth: int) -> Tensor:
+    def teacher_states(self, layout: PackedTexts, depth: int) -> Tensor:
         """Return the teacher's raw stream at the depth matched with a boundary of the student.
 
         Args:
@@ -75,7 +75,7 @@ class ActivationStore:
         rows = torch.cat([torch.arange(first, last) for first, last in spans])
         return torch.segment_reduce(T[rows], "mean", lengths=end - start, axis=0)
 
-    def paired(self, layout: PackedTexts) -> Tensor:
+    def paired_mask(self, layout: PackedTexts) -> Tensor:
         """Return the mask [rows] of rows with teacher rows: all rows if both share a tokenizer."""
         if Side.SPANS not in self.shards:
             return torch.ones(layout.rows, dtype=torch.bool)

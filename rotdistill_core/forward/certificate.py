@@ -62,7 +62,7 @@ def certify(
         device: where to compute.
         texts: how many texts.
     """
-    prompts = layout.select(Split.VALIDATION, most=texts)
+    prompts = layout.select(Split.VALIDATION, limit=texts)
     double = _compare(before, after, prompts, device, torch.float64)
     single = _compare(before, after, prompts, device, torch.float32)
     return Certificate(

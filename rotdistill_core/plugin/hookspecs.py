@@ -208,8 +208,8 @@ class HookSpecs:
     @hookspec
     def run_ended(
         self,
-        loaded: ResolvedRecipe,
-        outcome: RunResult,
+        recipe: ResolvedRecipe,
+        result: RunResult,
         out: StepOutput,
         log: Callable[[str], None],
     ) -> object:

@@ -61,7 +61,7 @@ class SamplesRef(Document):
     answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     """Longest held-out answer that the teacher generates, in tokens."""
     own_answers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Longest of the teacher's own answers to the questions, in tokens. Fit on them too; 0: do not."""
+    """Also fit on the teacher's answers to the questions, up to so many tokens each; 0: do not."""
     limit: PositiveInt | None = None
     """Use only this many texts, the first in order of a hash of their id (for trials)."""
 

@@ -122,7 +122,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 
 def the_hook_is_as_specified(cls: type, _options: Options, _folder: Path) -> None:
-    """Compare the arguments of the one stage hook, and their annotations, with its specification."""
+    """Compare arguments and annotations of the one stage hook with its specification."""
     hook = inspect.signature(getattr(cls, stage_of(cls)))
     specified = inspect.signature(getattr(HookSpecs, stage_of(cls)))
     wrong = [

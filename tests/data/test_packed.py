@@ -71,7 +71,7 @@ def test_selected_rows_are_found_in_the_full_packing(chosen: tuple[str, ...]) ->
 
 
 def test_a_selection_can_be_limited() -> None:
-    assert [text.id for text in FULL.select("fit", "heldout", most=3).texts] == ["a", "b", "c"]
+    assert [text.id for text in FULL.select("fit", "heldout", limit=3).texts] == ["a", "b", "c"]
 
 
 def test_the_digest_depends_on_the_texts_and_not_on_how_they_were_selected() -> None:

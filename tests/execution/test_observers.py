@@ -53,9 +53,9 @@ class Wrapped:
         self.events: list[str] = []
 
     @hookimpl
-    def run_ended(self, outcome: Any) -> str:
+    def run_ended(self, result: Any) -> str:
         self.events.append("inside")
-        return f"{outcome} ended"
+        return f"{result} ended"
 
     @hookimpl(wrapper=True, specname="run_ended")
     def around(self) -> Generator[None, list[str], list[str]]:

@@ -49,10 +49,10 @@ def test_teacher_rows_follow_the_texts_asked_for(
     model: Model, activations: ActivationStore
 ) -> None:
     layout = SAMPLES.layout.select(Split.VALIDATION)
-    rows = activations.teacher(layout, 4)
+    rows = activations.teacher_states(layout, 4)
     expected = final_states(model.weights, layout, torch.float32)
     torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
-    assert activations.paired(layout).all()
+    assert activations.paired_mask(layout).all()
     assert activations.width(Side.TEACHER) == 32
 
 
@@ -79,8 +79,8 @@ def test_rows_of_two_tokenizers_are_means_over_spans(out: StepOutput) -> None:
     layouts = {Side.TEACHER: teacher, Side.SPANS: student}
     store = ActivationStore(out.store.root, shards, layouts, (0,), (0,))
     expected = torch.stack([T[0], T[1:3].mean(0), T[3:5].mean(0)])
-    torch.testing.assert_close(store.teacher(student, 0), expected)
-    assert store.paired(student).tolist() == [False, True, True]
+    torch.testing.assert_close(store.teacher_states(student, 0), expected)
+    assert store.paired_mask(student).tolist() == [False, True, True]
 
 
 def test_anchor_replaces_the_teacher_for_aligners(activations: ActivationStore) -> None:

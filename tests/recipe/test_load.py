@@ -83,8 +83,11 @@ def options(loaded: ResolvedRecipe, step_id: str) -> dict[str, Any]:
 def test_a_valid_recipe_loads_with_defaults(good: Path) -> None:
     loaded = load_recipe(good)
     assert [(p.id, p.stage) for p in loaded.steps] == [
-        ("chop", "fold"), ("residuals", "capture"), ("basis", "align"), ("fold", "fold"),
-    ]  # fmt: skip
+        ("chop", "fold"),
+        ("residuals", "capture"),
+        ("basis", "align"),
+        ("fold", "fold"),
+    ]
     assert (loaded.recipe.name, loaded.recipe.seed, loaded.recipe.student.save_dtype) == (
         "trial",
         3,

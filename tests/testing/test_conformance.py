@@ -61,81 +61,121 @@ def without(name: str, table: Adapter = LLAMA) -> Adapter:
 Check = Callable[[Adapter, Path], None]
 CASES: dict[str, tuple[Check, Adapter, str]] = {
     "a tensor of another space": (
-        every_tensor_is_claimed_once, broken(Q, axes=("kv.{i}", "residual")),
-        r'layers.0.self_attn.q_proj.weight: axis 0 is declared "kv.0" \(24\), it has 48 like \[\'q.0\', \'q.1\'\]',
+        every_tensor_is_claimed_once,
+        broken(Q, axes=("kv.{i}", "residual")),
+        r'layers.0.self_attn.q_proj.weight: axis 0 is declared "kv.0" \(24\), '
+        r"it has 48 like \['q.0', 'q.1'\]",
     ),
     "axes the wrong way round": (
-        every_tensor_is_claimed_once, broken(DOWN, axes=("neurons.{i}", "residual")),
+        every_tensor_is_claimed_once,
+        broken(DOWN, axes=("neurons.{i}", "residual")),
         r'layers.1.mlp.down_proj.weight: axis 1 is declared "residual" \(32\), it has 56',
     ),
-    "an axis too many": (every_tensor_is_claimed_once, broken(BEFORE, axes=("residual",) * 2), "has 1 axes, declared are"),
-    "a tensor left out": (every_tensor_is_claimed_once, without(UP), "layers.0.mlp.up_proj.weight is claimed 0 times"),
+    "an axis too many": (
+        every_tensor_is_claimed_once,
+        broken(BEFORE, axes=("residual",) * 2),
+        "has 1 axes, declared are",
+    ),
+    "a tensor left out": (
+        every_tensor_is_claimed_once,
+        without(UP),
+        "layers.0.mlp.up_proj.weight is claimed 0 times",
+    ),
     "a tensor too many": (
-        every_tensor_is_claimed_once, replace(LLAMA, params={**LLAMA.params, "x.{i}": Param(("residual",))}),
+        every_tensor_is_claimed_once,
+        replace(LLAMA, params={**LLAMA.params, "x.{i}": Param(("residual",))}),
         "x.1 is declared, the checkpoint does not have it",
     ),
-    "a gain that is none": (every_tensor_is_claimed_once, broken(Q, gain=UP), "q_proj.weight absorbs .*up_proj.weight, which"),
+    "a gain that is none": (
+        every_tensor_is_claimed_once,
+        broken(Q, gain=UP),
+        "q_proj.weight absorbs .*up_proj.weight, which",
+    ),
     "a default of its own": (
-        defaults_are_those_of_the_config_class, replace(LLAMA, defaults=lambda _: {"rms_norm_eps": 1e-5}),
+        defaults_are_those_of_the_config_class,
+        replace(LLAMA, defaults=lambda _: {"rms_norm_eps": 1e-5}),
         'defaults: "rms_norm_eps" is 1e-05, transformers takes 1e-06',
     ),
     "gains 1 + w that are not": (
-        the_layerwise_forward_computes_what_transformers_computes, replace(LLAMA, gain_offset=1.0),
+        the_layerwise_forward_computes_what_transformers_computes,
+        replace(LLAMA, gain_offset=1.0),
         "gain_offset is 1.0, the norms of this model behave as with 0.0",
     ),
     "another epsilon": (
-        the_layerwise_forward_computes_what_transformers_computes, replace(LLAMA, eps_key="initializer_range"), "logits differ by .* eps_key",
+        the_layerwise_forward_computes_what_transformers_computes,
+        replace(LLAMA, eps_key="initializer_range"),
+        "logits differ by .* eps_key",
     ),
     "a reader that names no gain": (
-        every_gain_is_absorbed_by_its_readers, broken(UP, gain=None),
-        "layers.0.mlp.up_proj.weight: axis 1 reads behind model.layers.0.post_attention_layernorm.weight and does not name it",
+        every_gain_is_absorbed_by_its_readers,
+        broken(UP, gain=None),
+        "layers.0.mlp.up_proj.weight: axis 1 reads behind "
+        "model.layers.0.post_attention_layernorm.weight and does not name it",
     ),
     "a reader that names the gain of another norm": (
-        every_gain_is_absorbed_by_its_readers, broken(UP, gain=BEFORE),
-        "layers.1.mlp.up_proj.weight: axis 1 names model.layers.1.input_layernorm.weight as its gain and does not read behind it",
+        every_gain_is_absorbed_by_its_readers,
+        broken(UP, gain=BEFORE),
+        "layers.1.mlp.up_proj.weight: axis 1 names model.layers.1.input_layernorm.weight "
+        "as its gain and does not read behind it",
     ),
     "a gain that no reader names": (
-        every_gain_is_absorbed_by_its_readers, broken("lm_head.weight", gain=None),
+        every_gain_is_absorbed_by_its_readers,
+        broken("lm_head.weight", gain=None),
         "lm_head.weight: axis 1 reads behind model.norm.weight and does not name it as its gain",
     ),
     "neurons of another layer": (
-        permutations_are_exact, broken(DOWN, axes=("residual", "neurons.0")),
-        'layers.1.mlp.down_proj.weight: axis 1 is declared "neurons.0"; of neurons.0 it is none of them',
+        permutations_are_exact,
+        broken(DOWN, axes=("residual", "neurons.0")),
+        'layers.1.mlp.down_proj.weight: axis 1 is declared "neurons.0"; '
+        "of neurons.0 it is none of them",
     ),
     "heads of another layer": (
-        permutations_are_exact, broken(Q, axes=("q.1", "residual")),
+        permutations_are_exact,
+        broken(Q, axes=("q.1", "residual")),
         'layers.0.self_attn.q_proj.weight: axis 0 is declared "q.1"; of kv.0, q.0 it is q.0',
     ),
     "a gauge that is none": (
-        gauges_are_exact, broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"), '"up.0" is declared a gauge and changes',
+        gauges_are_exact,
+        broken("model.layers.{i}.mlp.gate_proj.weight", gauge="up.{i}"),
+        '"up.0" is declared a gauge and changes',
     ),
     "a consumer that is no producer": (
-        gauges_are_exact, broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"), '"value.1" is declared a gauge',
+        gauges_are_exact,
+        broken("model.layers.{i}.self_attn.o_proj.weight", gauge="value.{i}"),
+        '"value.1" is declared a gauge',
     ),
     "heads that do not make up their space": (
-        every_tensor_is_claimed_once, replace(LLAMA, heads=lambda _: HeadLayout(4, 4, 12)),
+        every_tensor_is_claimed_once,
+        replace(LLAMA, heads=lambda _: HeadLayout(4, 4, 12)),
         r"heads: 4 and 4 of 12 do not make up q.0 \(48\) and kv.0 \(24\)",
     ),
     "another number of heads": (
-        permutations_are_exact, replace(LLAMA, heads=lambda _: HeadLayout(2, 1, 24)),
-        "permuting heads of layer 0 changes logits .* `heads`, .* is wrong, of model.layers.0.self_attn.q_proj.weight, ",
+        permutations_are_exact,
+        replace(LLAMA, heads=lambda _: HeadLayout(2, 1, 24)),
+        "permuting heads of layer 0 changes logits .* `heads`, .* is wrong, "
+        "of model.layers.0.self_attn.q_proj.weight, ",
     ),
     "a tie that is not declared": (
-        every_tensor_is_claimed_once, broken("lm_head.weight", tied=None), "lm_head.weight is declared, the checkpoint does not",
+        every_tensor_is_claimed_once,
+        broken("lm_head.weight", tied=None),
+        "lm_head.weight is declared, the checkpoint does not",
     ),
     "a site that is not there": (
-        sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
+        sites_are_found,
+        replace(LLAMA, sites={**LLAMA.sites, "mid": Site("mlp_norm", "input")}),
         'site "mid": a layer has no module "mlp_norm"',
     ),
     "a site at the wrong place": (
-        sites_are_found, replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
+        sites_are_found,
+        replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
         'sites "mid" and "mlp" do not add up to the stream behind layer 0',
     ),
     "a writer of another site": (
-        sites_are_found, replace(LLAMA, writers={**LLAMA.writers, "neurons": LLAMA.writers["heads"]}),
+        sites_are_found,
+        replace(LLAMA, writers={**LLAMA.writers, "neurons": LLAMA.writers["heads"]}),
         'site "neurons" is 56 wide, its writer model.layers.0.self_attn.o_proj.weight reads 48',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("check", "table", "message"), CASES.values(), ids=list(CASES))
@@ -165,19 +205,51 @@ def reordered(order: str) -> Adapter:
 @pytest.mark.parametrize(
     ("model_type", "check", "table", "message"),
     [
-        ("phi3", permutations_are_exact, reordered("kqv"), "order in `fused` is wrong, of .*0.self_attn.q_proj.weight, "),
-        ("phi3", gauges_are_exact, reordered("qvk"), '"value.0" is declared .*, on model.layers.0.self_attn.v_proj.weight, '),
-        ("phi3", every_tensor_is_claimed_once, replace(FUSED, fused={}), "layers.0.self_attn.qkv_proj.weight is claimed 0 times"),
-        ("olmo2", every_tensor_is_claimed_once, broken(f"{ATTENTION}q_norm.weight", OLMO, axes=("head_dim.{i}",)),
-         r'layers.0.self_attn.q_norm.weight: axis 0 is declared "head_dim.0" \(12\), it has 48'),
-        ("olmo2", every_gain_is_absorbed_by_its_readers, broken(Q, OLMO, gain="model.layers.{i}.post_attention_layernorm.weight"),
-         r"post_attention_layernorm.weight is not absorbed by the readers that name it: \['model.layers.0.self_attn.q_proj.weight'\]"),
-        ("olmo2", gauges_are_exact, broken(f"{ATTENTION}k_proj.weight", OLMO, gauge="key.{i}"),
-         '"key.0" .* on model.layers.0.self_attn.k_proj.weight'),
-        ("qwen2", every_tensor_is_claimed_once, without(f"{ATTENTION}k_proj.bias", adapter_for("qwen2")),
-         "layers.0.self_attn.k_proj.bias is claimed 0 times"),
+        (
+            "phi3",
+            permutations_are_exact,
+            reordered("kqv"),
+            "order in `fused` is wrong, of .*0.self_attn.q_proj.weight, ",
+        ),
+        (
+            "phi3",
+            gauges_are_exact,
+            reordered("qvk"),
+            '"value.0" is declared .*, on model.layers.0.self_attn.v_proj.weight, ',
+        ),
+        (
+            "phi3",
+            every_tensor_is_claimed_once,
+            replace(FUSED, fused={}),
+            "layers.0.self_attn.qkv_proj.weight is claimed 0 times",
+        ),
+        (
+            "olmo2",
+            every_tensor_is_claimed_once,
+            broken(f"{ATTENTION}q_norm.weight", OLMO, axes=("head_dim.{i}",)),
+            r'layers.0.self_attn.q_norm.weight: axis 0 is declared "head_dim.0" \(12\), it has 48',
+        ),
+        (
+            "olmo2",
+            every_gain_is_absorbed_by_its_readers,
+            broken(Q, OLMO, gain="model.layers.{i}.post_attention_layernorm.weight"),
+            r"post_attention_layernorm.weight is not absorbed by the readers that name it: "
+            r"\['model.layers.0.self_attn.q_proj.weight'\]",
+        ),
+        (
+            "olmo2",
+            gauges_are_exact,
+            broken(f"{ATTENTION}k_proj.weight", OLMO, gauge="key.{i}"),
+            '"key.0" .* on model.layers.0.self_attn.k_proj.weight',
+        ),
+        (
+            "qwen2",
+            every_tensor_is_claimed_once,
+            without(f"{ATTENTION}k_proj.bias", adapter_for("qwen2")),
+            "layers.0.self_attn.k_proj.bias is claimed 0 times",
+        ),
     ],
-)  # fmt: skip
+)
 def test_broken_tables_of_other_architectures(
     tmp_path: Path, model_type: str, check: Check, table: Adapter, message: str
 ) -> None:
@@ -209,9 +281,11 @@ def test_every_step_here_is_as_specified(
         importlib.util, "find_spec", lambda *_: True
     )  # a step may ask for a package that is not installed with it
     needed: dict[str, dict[str, Any]] = {
-        "chop": {"layers": 1}, "soups": {"ingredients": ["student"]}, "interpolation-barrier": {"between": ["variant", "elsewhere"]},
+        "chop": {"layers": 1},
+        "soups": {"ingredients": ["student"]},
+        "interpolation-barrier": {"between": ["variant", "elsewhere"]},
         "lm-eval": {"folder": "tasks", "tasks": ["one"]},
-    }  # fmt: skip
+    }
     options = needed.get(name, {})
     for check in STEP_CHECKS[:2]:
         check(step_class(name)[0], options, tmp_path)

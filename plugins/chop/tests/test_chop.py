@@ -110,7 +110,7 @@ def test_transformers_loads_the_cut_model_and_computes_the_same(
     model = pico_model(tmp_path / "model", model_type, num_hidden_layers=3)
     cut = chop(model, **options)
     save_folder(cut, model.folder, tmp_path / "cut", torch.float64)
-    layout = samples.layout.select(Split.HELDOUT, most=3)
+    layout = samples.layout.select(Split.HELDOUT, limit=3)
     _, expected = plain_transformers(cut.adapter, tmp_path / "cut", layout)
     torch.testing.assert_close(logits(cut, layout), expected, rtol=0, atol=1e-5)
 

@@ -129,7 +129,7 @@ def test_the_teacher_frame_undoes_a_planted_rotation(tmp_path: Path, samples: Sa
     activations = captured(pair, samples, tmp_path / "runs")
     layout = activations.layouts["student"]
     X = activations.rows("student", 2).double()
-    T = activations.teacher(layout, 2).double()
+    T = activations.teacher_states(layout, 2).double()
     framed = in_teacher_frame(X, 2, student.weights.lineage, pair, activations)
     assert float((X - T).norm()) > 0.5 * float(T.norm())
     torch.testing.assert_close(framed, T, rtol=0, atol=1e-3 * float(T.abs().max()))

@@ -43,10 +43,10 @@ def computed() -> Iterator[list[PackedTexts]]:
         yield layouts
 
 
-def captured(pair: Pair, root: Path, most: int | None = None) -> ActivationStore:
+def captured(pair: Pair, root: Path, limit: int | None = None) -> ActivationStore:
     """Return activations of fit and validation texts, or the first of them."""
     samples = pico_samples(guard=4)
-    layout = samples.layout.select(Split.FIT, Split.VALIDATION, most=most)
+    layout = samples.layout.select(Split.FIT, Split.VALIDATION, limit=limit)
     return captured_activations(
         pair, pair.student.weights, replace(samples, layout=layout), pico_output(root)
     )
@@ -63,11 +63,11 @@ def states(weights: Weights, activations: ActivationStore, pair: Pair) -> Tensor
     return final_states(weights, activations, pair.student, LAYOUT, lambda *_: None)
 
 
-@pytest.mark.parametrize("most", [None, 12])
+@pytest.mark.parametrize("limit", [None, 12])
 def test_captured_texts_are_not_computed_again(
-    pair: Pair, computed: list[PackedTexts], tmp_path: Path, most: int | None
+    pair: Pair, computed: list[PackedTexts], tmp_path: Path, limit: int | None
 ) -> None:
-    activations = captured(pair, tmp_path / "runs", most)
+    activations = captured(pair, tmp_path / "runs", limit)
     computed.clear()
     found = states(pair.student.weights, activations, pair)
     torch.testing.assert_close(found, truth(pair.student.weights))

@@ -214,7 +214,7 @@ def test_fewer_rows_than_dimensions_still_give_an_orthogonal_map(
     tmp_path: Path, model: Model, tie: Tie, width: int
 ) -> None:
     layout = pico_samples(texts=5, prefix=0).layout
-    texts = layout.select("fit", most=1).texts + layout.select("validation").texts
+    texts = layout.select("fit", limit=1).texts + layout.select("validation").texts
     few = PackedTexts(texts, 0)
     assert int(few.split("fit").sum()) < 32
     teacher = pico_model(tmp_path / "teacher", seed=9, hidden_size=width, num_hidden_layers=3)

@@ -190,7 +190,7 @@ def test_intervals_are_those_of_the_results(outcome: RunResult, markdown: str) -
 
 def test_the_terminal_shows_intervals_and_one_question(outcome: RunResult) -> None:
     console = Console(width=200, file=io.StringIO(), record=True)
-    for summary in outcome.told:
+    for summary in outcome.summaries:
         console.print(summary)
     text = console.export_text()
     assert with_interval(estimates(outcome.rows, "base")["kl"]["cut"].own, "kl") in text

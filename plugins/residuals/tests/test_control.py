@@ -89,9 +89,9 @@ def test_a_student_may_be_its_own_teacher_on_fitted_texts(tmp_path: Path) -> Non
     after_prompt = slice(scored.prefix, None)
     for boundary, depth in enumerate(real.depths):
         X = real.rows(Side.STUDENT, boundary)[student_rows]
-        assert torch.equal(controlled.teacher(fitted, depth), X)
-        T = real.teacher(scored, depth)
-        assert torch.equal(controlled.teacher(scored, depth)[after_prompt], T[after_prompt])
+        assert torch.equal(controlled.teacher_states(fitted, depth), X)
+        T = real.teacher_states(scored, depth)
+        assert torch.equal(controlled.teacher_states(scored, depth)[after_prompt], T[after_prompt])
 
 
 def test_boundaries_that_the_student_lacks_keep_the_teachers_shard(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class LayerSelector:
 
     def _keep_by_angle(self, cut: int) -> list[int]:
         depth = self.weights.depth
-        layout = self.samples.layout.select(Split.FIT, most=self.step.max_angle_texts)
+        layout = self.samples.layout.select(Split.FIT, limit=self.step.max_angle_texts)
         forward = LayerwiseForward(self.weights, layout, self.device, self.dtype)
         angles = run_angles(forward, cut, self.progress)
         self.notes["angle over the cut, by first layer"] = angles

@@ -43,14 +43,14 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         rows=rows,
         steps=_step_results(run),
         checkpoints={variant: layout.checkpoints / variant for variant in run.chains()},
-        told=[],
+        summaries=[],
         pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
         failed=_failures(rows, recipe.check),
     )
     manager = plugin_manager()
     manager.register(load_plugin(OBSERVERS, "report")[0])
     out = StepOutput(ArtifactStore(run.path.resolve().parent), run.ledger, "report")
-    manager.hook.run_ended(loaded=loaded, outcome=outcome, out=out, log=log)
+    manager.hook.run_ended(recipe=loaded, result=outcome, out=out, log=log)
     return layout.report
 
 

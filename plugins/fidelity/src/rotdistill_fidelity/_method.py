@@ -37,7 +37,7 @@ def score_variant(
     layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
     answers, _, _ = layout.prediction_rows(Split.HELDOUT)
     # With two tokenizers, some rows have no rows of the teacher that they are paired with.
-    answers = answers[activations.paired(layout)[answers]]
+    answers = answers[activations.paired_mask(layout)[answers]]
     forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
     by_layer: list[MetricRow] = []
     for layer in forward:
@@ -65,7 +65,7 @@ def hidden_state_rows(
     lineage, boundary = variant.weights.lineage, forward.boundary
     depth = lineage.depths[boundary]
     X = in_teacher_frame(forward.states[rows].double(), depth, lineage, pair, activations)
-    T = activations.teacher(forward.layout, depth)[rows].double()
+    T = activations.teacher_states(forward.layout, depth)[rows].double()
     return [
         MetricRow(variant.name, metric, value, Split.HELDOUT, layer=boundary, n=len(rows))
         for metric, value in hidden_metrics(X, T).items()
@@ -110,12 +110,12 @@ def in_teacher_frame(
     # Orthogonal Procrustes with scale, without attention sinks: they would dominate SᵀT.
     layout = activations.layouts[Side.STUDENT]
     S = activations.rows(Side.STUDENT, activations.depths.index(depth)).double()
-    T = activations.teacher(layout, depth).double()
+    T = activations.teacher_states(layout, depth).double()
     use = (
         layout.split(Split.FIT)
         & ~massive_activation_mask(S)
         & ~massive_activation_mask(T)
-        & activations.paired(layout)
+        & activations.paired_mask(layout)
     )
     R, spectrum = polar(S[use].T @ T[use], f"fidelity: boundary {depth}")
     scale = float(spectrum.sum() / S[use].pow(2).sum())
@@ -146,7 +146,7 @@ def prediction_rows(
     S = forward.states[rows]
     found: list[MetricRow] = []
     if pair.one_tokenizer:
-        T = activations.teacher(layout, pair.student.depth)[rows]
+        T = activations.teacher_states(layout, pair.student.depth)[rows]
         vocabulary = shared_vocabulary(pair)
         compared = compare_logits(pair.teacher.weights, T, weights, S, targets, vocabulary)
         nll = compared.nll
@@ -174,7 +174,7 @@ def out_of_domain_rows(
     rows, targets, texts = layout.prediction_rows(Split.GUARD)
     if not len(rows):
         return []
-    T = activations.teacher(layout, pair.student.depth)[rows]
+    T = activations.teacher_states(layout, pair.student.depth)[rows]
     S = forward.states[rows]
     vocabulary = shared_vocabulary(pair)
     compared = compare_logits(pair.teacher.weights, T, variant.weights, S, targets, vocabulary)

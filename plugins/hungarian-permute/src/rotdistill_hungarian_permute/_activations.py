@@ -48,7 +48,7 @@ class ActivationComparison:
         within_stage: int,
     ) -> None:
         shared_vocabulary(pair)  # attention maps are compared token by token
-        layout = samples.layout.select(Split.FIT, most=max_texts)
+        layout = samples.layout.select(Split.FIT, limit=max_texts)
         self.sample_maps: dict[tuple[Side, int], Tensor] = {}
         """Side and layer -> attention map of one text."""
         self._student = _LayerWindow(

@@ -43,7 +43,7 @@ def final_states(
     missing = replace(layout, texts=tuple(t for t in layout.texts if t.id not in captured_ids))
     rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
     same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
-    probe = captured.select(Split.VALIDATION, most=PROBE_TEXTS)
+    probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
     if (
         not probe.texts
         or activations.depths != weights.lineage.depths

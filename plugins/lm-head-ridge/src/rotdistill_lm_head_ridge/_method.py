@@ -204,7 +204,7 @@ def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
     Raises:
         RecipeError: a guard without texts outside the domain.
     """
-    fit = samples.layout.select(Split.FIT, most=step.max_texts)
+    fit = samples.layout.select(Split.FIT, limit=step.max_texts)
     splits = (Split.VALIDATION, Split.GUARD_VALIDATION) if step.guard else (Split.VALIDATION,)
     layout = replace(fit, texts=fit.texts + samples.layout.select(*splits).texts)
     if step.guard and not len(layout.prediction_rows(Split.GUARD_VALIDATION)[0]):
@@ -218,7 +218,7 @@ def _teacher_head(
     activations: ActivationStore, pair: Pair, layout: PackedTexts, vocabulary: int, like: Tensor
 ) -> TeacherHead:
     """Return the teacher's states on the rows of a layout, and its head, in the dtype of `like`."""
-    states = activations.teacher(layout, pair.student.depth).to(like)
+    states = activations.teacher_states(layout, pair.student.depth).to(like)
     return TeacherHead(
         states=final_norm(pair.teacher.weights, states),
         head=pair.teacher.weights.head()[:vocabulary].to(like),

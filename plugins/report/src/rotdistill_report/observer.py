@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 @hookimpl
-def run_ended(loaded: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> object:
+def run_ended(recipe: ResolvedRecipe, result: RunResult, out: StepOutput) -> object:
     """See `HookSpecs.run_ended`."""
     # Observers are loaded with the recipe; jinja2 and matplotlib only when there is a report.
     from rotdistill_report._write import write_report  # noqa: PLC0415
 
-    return write_report(loaded, outcome, out)
+    return write_report(recipe, result, out)

@@ -159,7 +159,7 @@ def mean_r2(r2: Tensor, columns: list[int]) -> float:
 
 def _regression_rows(activations: ActivationStore, layout: PackedTexts) -> tuple[Tensor, Tensor]:
     """Return the fit rows and the validation rows of the regressions, evenly thinned."""
-    kept = activations.paired(layout)
+    kept = activations.paired_mask(layout)
     kept[0] = False  # the first token is an attention sink
     for b in range(len(activations.shards[Side.STUDENT])):
         kept &= ~massive_activation_mask(activations.rows(Side.STUDENT, b))

@@ -55,7 +55,7 @@ def capture(
         RotdistillError: a state is NaN or Inf.
     """
     _check_options(step, pair, weights)
-    student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, most=step.student_texts)
+    student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     streams = [
         _teacher_stream(step, pair, samples.teacher, out),
         Stream(Side.STUDENT, pair.student, weights, student_texts, out, _dtype(step, pair.student)),

@@ -40,7 +40,7 @@ def score_split(
         for _ in forward:
             forward.run()
     scored = scored_rows(forward.layout, samples, split, MAX_ROWS)
-    T = activations.teacher(forward.layout, student.depth)[scored.rows]
+    T = activations.teacher_states(forward.layout, student.depth)[scored.rows]
     S = forward.states[scored.rows]
     tokens = shared_vocabulary(pair)
     comparison = compare_logits(teacher.weights, T, weights, S, scored.targets, tokens)

@@ -38,7 +38,7 @@ class TeacherTargets:
         """
         lineage = self.weights.lineage
         depth = lineage.depths[boundary]
-        T = self.activations.teacher(layout, depth).double()
+        T = self.activations.teacher_states(layout, depth).double()
         if not self.pair.same:
             T = self._carried_back(T, layout, depth)
         if lineage.basis is not None:
@@ -82,7 +82,7 @@ class TeacherTargets:
         student = self.pair.student
         forward = LayerwiseForward(
             self.weights,
-            samples.layout.select(Split.VALIDATION, most=2),
+            samples.layout.select(Split.VALIDATION, limit=2),
             student.device,
             student.dtype,
         )
