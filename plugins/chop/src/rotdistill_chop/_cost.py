@@ -14,7 +14,7 @@ from rotdistill_core.planning.cost import (
     converted_bytes,
     forward_cost,
 )
-from rotdistill_core.planning.shape import DTYPE_BYTES
+from rotdistill_core.planning.shape import DTYPE_BYTES, ModelShape
 
 if TYPE_CHECKING:
     from rotdistill_chop.step import Chop
@@ -35,8 +35,8 @@ class Searches(NamedTuple):
 
     max_cut: int
     """Most layers that are cut."""
-    count: int
-    """Number of searches."""
+    number: int
+    """How often layers are searched for."""
 
 
 def chop_cost(step: Chop, context: CostContext) -> Cost:
@@ -70,13 +70,13 @@ def searches(step: Chop, depth: int) -> Searches:
 def search_cost(step: Chop, context: CostContext) -> Cost:
     """Return the cost of choosing layers by angle, in one pass, or by KL."""
     student, texts, number = context.student, context.texts, context.student_bytes
-    max_cut, count = searches(step, student.depth)
-    if not count:
+    max_cut, number_of_searches = searches(step, student.depth)
+    if not number_of_searches:
         return Cost()
     if step.criterion == "angle":
         rows = texts.rows_of(Split.FIT, limit=step.max_angle_texts)
         forward = forward_cost(student, rows, number)
-        return replace(forward, host_bytes=2 * forward.host_bytes).repeated(count)
+        return replace(forward, host_bytes=2 * forward.host_bytes).repeated(number_of_searches)
 
     # A dynamic programme: up to `max_cut` streams go to the end from every boundary.
     rows = min(texts.rows_of(Split.VALIDATION), step.max_kl_rows)
@@ -118,7 +118,7 @@ def trials_cost(step: Chop, context: CostContext) -> Cost:
     largest = max(inputs)
     moments = (3 * largest**2 + 3 * largest * width) * FLOAT64_BYTES
     kl = 2.0 * scored * student.vocab * width
-    one_cut = _cut_operations(context, rows, student.neurons, student.query_width)
+    one_cut = _cut_operations(student, rows, student.neurons, student.query_width)
     cost = forward.repeated(passes)
     return replace(
         cost,
@@ -128,8 +128,13 @@ def trials_cost(step: Chop, context: CostContext) -> Cost:
 
 
 def cut_cost(step: Chop, context: CostContext) -> Cost:
-    """Return the cost of cutting stream, heads and neurons, and refitting what is left."""
-    student, texts, number = context.student, context.texts, context.student_bytes
+    """Return the cost of cutting stream, heads and neurons, and refitting what is left.
+
+    Only layers that stay are refitted.
+    """
+    texts, number = context.texts, context.student_bytes
+    depth = min(step.requested_sizes().get("layers", context.student.depth), context.student.depth)
+    student = context.student.changed(**{context.student.adapter.depth_key: depth})
     rows = min(texts.rows_of(Split.FIT), step.max_fit_rows)
     forward = forward_cost(student, rows, number)
     neurons = student.neurons if step.neurons or step.keep_fraction else 0
@@ -138,7 +143,7 @@ def cut_cost(step: Chop, context: CostContext) -> Cost:
     passes = 2 * bool(step.width) + bool(neurons or queries)
     cost = forward.repeated(passes)
     memory = forward.host_bytes
-    operations = cost.operations + _cut_operations(context, rows, neurons, queries)
+    operations = cost.operations + _cut_operations(student, rows, neurons, queries)
     if neurons or queries:
         memory += 8 * max(neurons, queries) ** 2 * FLOAT64_BYTES
     if step.width:
@@ -153,17 +158,15 @@ def cut_cost(step: Chop, context: CostContext) -> Cost:
     return replace(
         cost,
         host_bytes=memory + rows * student.width * number + solved,
-        disk_bytes=student.changed(tie_word_embeddings=False).parameters() * number
-        if step.width
-        else student.parameters() * number,
+        disk_bytes=step.shape_after(context.student).parameters() * number,
         operations=operations,
     )
 
 
-def _cut_operations(context: CostContext, rows: int, neurons: int, queries: int) -> float:
+def _cut_operations(student: ModelShape, rows: int, neurons: int, queries: int) -> float:
     """Return the operations of moments and of the rounds in which blocks of all layers go.
 
     Cholesky, inverse and the updates of a shrinking inverse take about 5 n^3 together.
     """
     per_layer = sum(2.0 * rows * n**2 + 5.0 * n**3 for n in (neurons, queries))
-    return context.student.depth * per_layer
+    return student.depth * per_layer

@@ -16,7 +16,8 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning.cost import Cost, CostContext
 
 if TYPE_CHECKING:
-    from rotdistill_core import Pair, Progress, Samples, StepOutput, Weights
+    from rotdistill_core import Adapter, Pair, Progress, Samples, StepOutput, Weights
+    from rotdistill_core.planning.shape import ModelShape
 
 LayerIndices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -102,29 +103,31 @@ class Chop:
         Raises:
             RecipeError: an option asks for more than the student has.
         """
-        adapter, config = context.student.adapter, context.student.config
-        config_keys = {
-            "layers": adapter.depth_key,
-            "neurons": adapter.neurons_key,
-            "kv_heads": adapter.groups_key,
-            "width": adapter.width_key,
-        }
-        changes: dict[str, int | bool] = {}
+        config = context.student.config
+        keys = _config_keys(context.student.adapter)
         for option, size in self.requested_sizes().items():
-            key = config_keys[option]
+            key = keys[option]
             if size > config.get(key, size):
                 raise RecipeError(f"{option} = {size}, but the student has {config[key]}.")
-            changes[key] = size
+        cuts = context.cuts + self.places_cut(context.student.depth)
+        if self.edits_weights():
+            context = context.with_edited_weights()
+        return replace(context, student=self.shape_after(context.student), cuts=cuts)
+
+    def shape_after(self, student: ModelShape) -> ModelShape:
+        """Return the shape of the cut student; sizes are taken as they are asked for."""
+        adapter, config = student.adapter, student.config
+        keys = _config_keys(adapter)
+        changes: dict[str, int | bool] = {}
+        for option, size in self.requested_sizes().items():
+            changes[keys[option]] = size
         if self.kv_heads:
             heads = adapter.heads(config)
             changes[adapter.query_key] = self.kv_heads * (heads.query // heads.groups)
             changes["head_dim"] = heads.width
         if self.width:
             changes["tie_word_embeddings"] = False
-        cuts = context.cuts + self.places_cut(context.student.depth)
-        if self.edits_weights():
-            context = context.with_edited_weights()
-        return replace(context.with_student(self.keep_fraction or 1.0, **changes), cuts=cuts)
+        return student.changed(self.keep_fraction or 1.0, **changes)
 
     def places_cut(self, depth: int) -> int:
         """Return at how many places layers go, at most: one by angle, any of them by KL."""
@@ -146,6 +149,16 @@ class Chop:
         from rotdistill_chop._method import solve
 
         return solve(self, weights, pair, samples, out, progress)
+
+
+def _config_keys(adapter: Adapter) -> dict[str, str]:
+    """Return for each size option the key of a config that has this size."""
+    return {
+        "layers": adapter.depth_key,
+        "neurons": adapter.neurons_key,
+        "kv_heads": adapter.groups_key,
+        "width": adapter.width_key,
+    }
 
 
 @hookimpl

@@ -14,8 +14,7 @@ from rotdistill_core.evaluation.acceptance import (
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.store.output import StepOutput
-
-SCORED_ROWS = 2048
+from rotdistill_soups._cost import SCORED_ROWS
 
 
 class KLScorer:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, evaluation_cost
+from rotdistill_core.planning.cost import Cost, CostContext
+from rotdistill_soups._cost import barrier_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -45,8 +46,8 @@ class InterpolationBarrier:
         return [end if end == VARIANT else content_digest(end) for end in self.between]
 
     def cost(self, context: CostContext) -> Cost:
-        """The variant on held-out texts, and both heads."""
-        return evaluation_cost(context)
+        """A pass for each end and each point between two of them, on the texts of the split."""
+        return barrier_cost(context, self.split, ends=len(self.between), points=self.points)
 
     @hookimpl
     def evaluate(

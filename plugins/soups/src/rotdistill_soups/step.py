@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, edit_cost
+from rotdistill_core.planning.cost import Cost, CostContext
+from rotdistill_soups._cost import soup_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -112,8 +113,15 @@ class Soups:
         return [content_digest(reference) for reference in self.ingredients]
 
     def cost(self, context: CostContext) -> Cost:
-        """Every parameter once, out of core."""
-        return edit_cost(context)
+        """Every parameter of all parts, out of core, and the passes that score merged models."""
+        return soup_cost(self, context)
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """Weights are edited; aligning an ingredient folds the norms, which unties the head."""
+        edited = context.with_edited_weights()
+        if self.same_basis == "align":
+            return edited.with_student(tie_word_embeddings=False)
+        return edited
 
     @hookimpl
     def fold(
