@@ -137,9 +137,9 @@ class Chop:
         max_cut = depth - self.layers if self.layers else 0
         if self.keep_fraction is not None:
             max_cut = depth - fewest_layers(self.keep_fraction, depth)
-        if self.criterion == "angle":
-            return min(max_cut, 1)
-        return min(max_cut, depth - max_cut)
+        # A kept layer is before and after each place; keep_fraction may cut fewer than it may.
+        most_places = depth - max_cut - 1 if self.layers else (depth - 1) // 2
+        return min(max_cut, 1 if self.criterion == "angle" else max(most_places, 1))
 
     @hookimpl
     def fold(
