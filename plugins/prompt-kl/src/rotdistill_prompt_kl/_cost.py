@@ -57,16 +57,20 @@ def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
     answers = answered if "questions" in step.prompts_from else 0
     place_rows = PLACE_TOKENS + step.max_new_tokens
     own_rows = places * place_rows + answers * mean
-    lengths = [place_rows] * bool(places) + [mean] * bool(answers)
-    answer_lengths = [step.max_new_tokens] * bool(places) + [mean] * bool(answers)
+    # An answer is shorter than its text, whose mean length stands for both.
+    longest = mean if answers else 0.0
+    longest_answer = longest
+    if places:
+        longest = max(longest, place_rows)
+        longest_answer = max(longest_answer, step.max_new_tokens)
     return TrainingTexts(
         places=places,
         answers=answers,
         fit_share=fit / max(in_both, 1),
         tokens=own_rows + (places + answers) * texts.prefix,
         rows=texts.prefix + round(own_rows),
-        longest=texts.prefix + max(lengths, default=0.0),
-        longest_answer=max(answer_lengths, default=0.0),
+        longest=texts.prefix + longest,
+        longest_answer=longest_answer,
     )
 
 
