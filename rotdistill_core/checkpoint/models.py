@@ -49,6 +49,8 @@ class Model:
     folder: Path
     config: Mapping[str, Any]
     adapter: Adapter
+    table_code: str = ""
+    """Hash of the code that the adapter's table comes from."""
 
     @cached_property
     def sha256(self) -> str:

@@ -199,7 +199,7 @@ def _gain_problems(weights: Weights, layout: PackedTexts, gain: str, before: Ten
     ]
     if orphans and change([*readers, *orphans]) <= EXACT:
         return [
-            f"{name}: axis 1 reads behind {gain} and does not name it as its gain"
+            f"{name}: axis 1 reads after {gain} and does not name it as its gain"
             for name in orphans
         ]
     if not readers:  # a norm on what a branch writes has no readers, and needs none
@@ -208,9 +208,9 @@ def _gain_problems(weights: Weights, layout: PackedTexts, gain: str, before: Ten
     if not blamed:
         return [f"{gain} is not absorbed by the readers that name it: {readers}"]
     return [
-        f"{name}: axis 1 names {gain} as its gain and does not read behind it"
+        f"{name}: axis 1 names {gain} as its gain and does not read after it"
         if name in readers
-        else f"{name}: axis 1 reads behind {gain} and does not name it as its gain"
+        else f"{name}: axis 1 reads after {gain} and does not name it as its gain"
         for name in blamed
     ]
 
@@ -254,7 +254,7 @@ def _fold_problems(
 
 
 def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path) -> None:
-    """Fold a random rotation: logits stay, or the table has norms behind writers and the fold says
+    """Fold a random rotation: logits stay, or the table has norms after writers and the fold says
     so."""
     weights, layout = _opened(adapter, folder)
     rotation = Rotation(random_rotation(weights.width, 1))
@@ -265,7 +265,7 @@ def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path)
         except RecipeError as error:
             assert stuck[0] in str(error), error
             return
-        raise AssertionError(f"{stuck[0]} has no reader behind it, yet the rotation was folded")
+        raise AssertionError(f"{stuck[0]} has no reader, yet the rotation was folded")
     identity = Rotation(torch.eye(weights.width, dtype=torch.float64))
     fused = logits(weights.fold({"residual": identity}), layout)
     _report(
@@ -372,7 +372,7 @@ def _site_problems(
     if {"mid", "mlp"} <= observed.keys():
         total = observed["mid"] + observed["mlp"]
         if not max_difference(total, end) <= EXACT:
-            yield f'sites "mid" and "mlp" do not add up to the stream behind layer {layer}'
+            yield f'sites "mid" and "mlp" do not add up to the stream after layer {layer}'
     branches: dict[str, Tensor] = {}
     if "mid" in observed:
         branches = {"attention": observed["mid"] - start, "the MLP": end - observed["mid"]}

@@ -109,19 +109,19 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
     "a reader that names no gain": (
         every_gain_is_absorbed_by_its_readers,
         broken(UP, gain=None),
-        "layers.0.mlp.up_proj.weight: axis 1 reads behind "
+        "layers.0.mlp.up_proj.weight: axis 1 reads after "
         "model.layers.0.post_attention_layernorm.weight and does not name it",
     ),
     "a reader that names the gain of another norm": (
         every_gain_is_absorbed_by_its_readers,
         broken(UP, gain=BEFORE),
         "layers.1.mlp.up_proj.weight: axis 1 names model.layers.1.input_layernorm.weight "
-        "as its gain and does not read behind it",
+        "as its gain and does not read after it",
     ),
     "a gain that no reader names": (
         every_gain_is_absorbed_by_its_readers,
         broken("lm_head.weight", gain=None),
-        "lm_head.weight: axis 1 reads behind model.norm.weight and does not name it as its gain",
+        "lm_head.weight: axis 1 reads after model.norm.weight and does not name it as its gain",
     ),
     "neurons of another layer": (
         permutations_are_exact,
@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
     "a site at the wrong place": (
         sites_are_found,
         replace(LLAMA, sites={**LLAMA.sites, "mid": Site("input_layernorm", "input")}),
-        'sites "mid" and "mlp" do not add up to the stream behind layer 0',
+        'sites "mid" and "mlp" do not add up to the stream after layer 0',
     ),
     "a writer of another site": (
         sites_are_found,

@@ -112,7 +112,7 @@ def refit_readers(
         truncated = torch.nn.functional.pad(Z, (0, D - width))
         moments = Moments(width, D)
         moments.add(Z, normalise(Y, D, eps) - truncated, point.weights)
-        correction = ridge(moments.xx, moments.xy, RIDGE, f"chop: readers behind {point.gain}")
+        correction = ridge(moments.xx, moments.xy, RIDGE, f"chop: readers of {point.gain}")
         M = torch.eye(width, D, dtype=torch.float64) + correction
         for name, param in table.items():
             if param.gain == point.gain and len(param.axes) == 2:
