@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast, dataclass_transform, runtime_checkable
 
 from pydantic import (
@@ -120,6 +121,13 @@ def validator_of(cls: type[StepType]) -> TypeAdapter[StepType]:
     Raises:
         PluginError: the type of an option cannot be resolved.
     """
+    hashable: Any = cls
+    validator: TypeAdapter[StepType] = _validator(hashable)
+    return validator
+
+
+@cache  # a plan asks for each class dozens of times
+def _validator(cls: Any) -> TypeAdapter[Any]:
     try:
         adapter = TypeAdapter(cls)
         adapter.rebuild()  # pydantic defers types that it cannot resolve; here that must fail
