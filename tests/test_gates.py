@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,36 +14,26 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.evaluation import divergence
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures, row_from_json
+from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head("gated", "{work}/model", "{work}/model")
-    + """
+STEPS = """
 samples.guard = "texts/guard.tsv"
-[check]
-{check}
-[[step]]
-use = "residuals"
-[[step]]
-use = "procrustes"
-[[step]]
-use = "basis-fold"
-[[step]]
-use = "chop"
-layers = 1
-[[step]]
-use = "fidelity"
-[variants]
-{variants}
+step = [
+    { use = "residuals" },
+    { use = "procrustes" },
+    { use = "basis-fold" },
+    { use = "chop", layers = 1 },
+    { use = "fidelity" },
+]
 """
-)
 VARIANTS: Mapping[str, Sequence[str]] = {
     "base": [],
     "rotated": ["procrustes", "basis-fold"],
     "cut": ["chop"],
 }
-NEVER_EXACT = "logits_float64 = 1e-30"
+NEVER_EXACT = "check.logits_float64 = 1e-30"
 """A tolerance that no certificate meets."""
 
 
@@ -60,20 +49,17 @@ class Outputs(NamedTuple):
     """Variant -> model card."""
 
 
-def write_recipe(
-    work: Path, check: str = "", variants: Mapping[str, Sequence[str]] = VARIANTS
-) -> Path:
-    pico_texts(work / "texts")
-    pico_folder(work / "model")
-    path = work / "gated.toml"
-    lines = [f"{name} = {json.dumps(steps)}" for name, steps in variants.items()]
-    text = RECIPE.format(work=work, check=check, variants="\n".join(lines))
-    path.write_text(text, encoding="utf-8")
-    return path
+def run(
+    workspace: PicoWorkspace, check: str = "", variants: Mapping[str, Sequence[str]] = VARIANTS
+) -> RunResult:
+    """Run the recipe with a check, such as `check.facts=0.9`, and these variants."""
+    table = [f"variants.{name} = {json.dumps(steps)}" for name, steps in variants.items()]
+    recipe = workspace.recipe(STEPS, name="gated", tables="\n".join([*table, check]))
+    return workspace.run(recipe)
 
 
-def read_outputs(work: Path) -> Outputs:
-    (folder,) = (work / "runs").iterdir()
+def read_outputs(workspace: PicoWorkspace) -> Outputs:
+    (folder,) = workspace.runs.iterdir()
 
     def text(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
@@ -91,13 +77,13 @@ def read_outputs(work: Path) -> Outputs:
 
 @pytest.mark.slow
 def test_a_variant_beyond_a_gate_is_marked_everywhere_and_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_workspace: PicoWorkspace,
 ) -> None:
     message = r'variant "cut" failed: kl is .* check\.kl_ratio = 1.5 of base'
     with pytest.raises(CheckFailed, match=message) as caught:
-        run_recipe(write_recipe(tmp_path, "kl_ratio = 1.5"))
+        run(pico_workspace, "check.kl_ratio = 1.5")
     assert caught.value.exit_code == 4
-    outputs = read_outputs(tmp_path)
+    outputs = read_outputs(pico_workspace)
     assert outputs.figures["cut"]["failed"] == 1
     assert "failed" not in outputs.figures["base"]
     assert "| cut (failed) |" in outputs.markdown
@@ -108,18 +94,19 @@ def test_a_variant_beyond_a_gate_is_marked_everywhere_and_kept(
     assert "**This variant failed:** kl is" in outputs.cards["cut"]
     assert "failed" not in outputs.cards["base"].partition("## Recipe")[0]
     # The command line shows the results and then fails.
-    monkeypatch.chdir(tmp_path)
-    code, out, err = command_line("run", "gated.toml", "--json")
+    code, out, err = pico_workspace.command("run", "gated.toml", "--json")
     assert code == 4
     assert 'variant "cut" failed' in err
     assert {row["variant"] for row in json.loads(out)["results"]} >= {"base", "cut"}
 
 
-def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(tmp_path: Path) -> None:
+def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(
+    pico_workspace: PicoWorkspace,
+) -> None:
     message = r'variant "rotated" failed: step "basis-fold": .*logits_float64 is '
     with pytest.raises(CheckFailed, match=message):
-        run_recipe(write_recipe(tmp_path, NEVER_EXACT))
-    outputs = read_outputs(tmp_path)
+        run(pico_workspace, NEVER_EXACT)
+    outputs = read_outputs(pico_workspace)
     assert "kl" in outputs.figures["base"]
     assert "kl" in outputs.figures["cut"]
     assert outputs.figures["rotated"] == {"failed": 1}
@@ -129,17 +116,17 @@ def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(tmp_pat
     assert set(outputs.cards) == {"base", "cut"}
 
 
-def test_a_run_whose_variants_all_fail_has_a_report(tmp_path: Path) -> None:
+def test_a_run_whose_variants_all_fail_has_a_report(pico_workspace: PicoWorkspace) -> None:
     with pytest.raises(CheckFailed, match='variant "only" failed') as caught:
-        run_recipe(write_recipe(tmp_path, NEVER_EXACT, variants={"only": []}))
-    outputs = read_outputs(tmp_path)
+        run(pico_workspace, NEVER_EXACT, variants={"only": []})
+    outputs = read_outputs(pico_workspace)
     assert outputs.figures == {"only": {"failed": 1}}
-    assert str(next((tmp_path / "runs").iterdir())) in str(caught.value)
+    assert str(next(pico_workspace.runs.iterdir())) in str(caught.value)
     assert outputs.report["verdict"].startswith("Failed: `only` breaks a check: step")
 
 
 def test_one_token_that_is_not_a_number_is_not_averaged_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_probs = divergence.log_probs
 
@@ -151,8 +138,8 @@ def test_one_token_that_is_not_a_number_is_not_averaged_away(
 
     monkeypatch.setattr(divergence, "log_probs", spoil_the_cut_student)
     with pytest.raises(CheckFailed, match='variant "cut" failed: kl is not a number'):
-        run_recipe(write_recipe(tmp_path))
-    outputs = read_outputs(tmp_path)
+        run(pico_workspace)
+    outputs = read_outputs(pico_workspace)
     assert math.isnan(outputs.figures["cut"]["kl"])
     assert outputs.figures["base"]["kl"] < 1e-9
     shown = outputs.report["figures"]["cut"]["kl"]
@@ -161,22 +148,26 @@ def test_one_token_that_is_not_a_number_is_not_averaged_away(
 
 
 @pytest.mark.slow
-def test_rows_depend_neither_on_repetition_nor_on_the_order_of_variants(tmp_path: Path) -> None:
-    def rows(work: Path, variants: Mapping[str, Sequence[str]]) -> set[MetricRow]:
-        found = run_recipe(write_recipe(work, variants=variants)).rows
+def test_rows_depend_neither_on_repetition_nor_on_the_order_of_variants(
+    make_workspace: Callable[..., PicoWorkspace],
+) -> None:
+    def rows(workspace: PicoWorkspace, variants: Mapping[str, Sequence[str]]) -> set[MetricRow]:
+        found = run(workspace, variants=variants).rows
         return {row for row in found if row.metric != "seconds"}
 
-    first = rows(tmp_path / "one", VARIANTS)
-    assert rows(tmp_path / "one", VARIANTS) == first
-    assert rows(tmp_path / "two", dict(reversed(VARIANTS.items()))) == first
+    one = make_workspace()
+    two = make_workspace()
+    first = rows(one, VARIANTS)
+    assert rows(one, VARIANTS) == first
+    assert rows(two, dict(reversed(VARIANTS.items()))) == first
 
 
-def test_a_lost_checkpoint_is_made_again(tmp_path: Path) -> None:
-    outcome = run_recipe(write_recipe(tmp_path))
+def test_a_lost_checkpoint_is_made_again(pico_workspace: PicoWorkspace) -> None:
+    outcome = run(pico_workspace)
     lost = outcome.checkpoints["cut"] / "model.safetensors"
     before = lost.read_bytes()
     lost.unlink()
-    again = run_recipe(write_recipe(tmp_path))
+    again = run(pico_workspace)
     assert again.checkpoints == outcome.checkpoints
     assert lost.read_bytes() == before
     assert again.rows == outcome.rows
