@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
 
 
 @pytest.mark.parametrize(("check", "table", "message"), CASES.values(), ids=list(CASES))
-def test_a_broken_table_is_told_by_tensor_and_axis(
+def test_a_broken_table_is_reported_by_tensor_and_axis(
     tmp_path: Path, check: Check, table: Adapter, message: str
 ) -> None:
     with pytest.raises(AssertionError, match=message):
@@ -365,7 +365,7 @@ class Astray:
         (a_planted_rotation_is_found, Spin, "", "off the planted rotation by"),
     ],
 )
-def test_a_broken_step_is_told(
+def test_a_broken_step_fails_its_check(
     tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str
 ) -> None:
     with pytest.raises(AssertionError, match=told):

@@ -59,16 +59,6 @@ def test_procrustes_conforms(check: Callable[[Path], None], tmp_path: Path) -> N
     check(tmp_path)
 
 
-@pytest.fixture
-def samples() -> Samples:
-    return pico_samples()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    return pico_model(tmp_path / "model", num_hidden_layers=3)
-
-
 def quiet(*_: object) -> None:
     """Ignore progress."""
 

@@ -63,7 +63,7 @@ def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
+def test_a_new_plugin_passes_its_own_tests(begun: Path) -> None:
     # Of the two cases that each is written with the first, and the long checks of three of them.
     subjects = "my_align or my_fold or mistral or specified or survive or cost"
     first = ["-k", f"not strength and not tie_word_embeddings and ({subjects})"]
@@ -73,7 +73,7 @@ def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
     assert "passed" in made.stdout
 
 
-def test_what_is_written_keeps_to_the_style_of_the_project(begun: Path) -> None:
+def test_a_new_plugin_keeps_to_the_style_of_the_project(begun: Path) -> None:
     files = [str(path) for path in begun.glob("m*/**/*.py")]
     for words in (["check", "--ignore", "INP001,I001,S101,PLC0415"], ["format", "--check"]):
         made = call(begun, "-m", "ruff", *words, "--config", str(ROOT / "pyproject.toml"), *files)
@@ -128,7 +128,7 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
         (("recipe", "taken"), 2, "taken.toml: is there already"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_written(
+def test_mistakes_are_reported_and_nothing_is_written(
     tmp_path: Path, words: tuple[str, ...], code: int, told: str
 ) -> None:
     (tmp_path / "taken.toml").write_text("x = 1")
