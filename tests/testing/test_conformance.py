@@ -349,7 +349,7 @@ class Astray:
 
 
 @pytest.mark.parametrize(
-    ("check", "cls", "fault", "told"),
+    ("check", "cls", "fault", "message"),
     [
         (the_hook_is_as_specified, Astray, None, r"dict\[str, int\]"),
         (options_survive_toml_and_json, Spin, "", r"no text under \['bare'\]"),
@@ -366,7 +366,7 @@ class Astray:
     ],
 )
 def test_a_broken_step_fails_its_check(
-    tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str
+    tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, message: str
 ) -> None:
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         check(cls, {} if fault is None else {"fault": fault}, tmp_path)

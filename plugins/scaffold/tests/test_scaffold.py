@@ -56,7 +56,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Call a module of the project's environment beside which the new plugins are installed."""
+    """Call a module of the environment in which the new plugins are installed."""
     beside = {**os.environ, "PYTHONPATH": str(root / "site"), "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, *words], cwd=root, env=beside, capture_output=True, text=True, check=False
@@ -116,7 +116,7 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("step", "My Step"), 2, "a name is lower-case letters"),
         (("step", "../step"), 2, "a name is lower-case letters"),
@@ -129,10 +129,10 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_reported_and_nothing_is_written(
-    tmp_path: Path, words: tuple[str, ...], code: int, told: str
+    tmp_path: Path, words: tuple[str, ...], code: int, message: str
 ) -> None:
     (tmp_path / "taken.toml").write_text("x = 1")
     found, out, err = command_line("new", *words, "--in", str(tmp_path))
     assert (found, out) == (code, "")
-    assert told in err
+    assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["taken.toml"]
