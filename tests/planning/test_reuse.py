@@ -11,8 +11,9 @@ from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.planning.reuse import UNKNOWN, ReuseIndex, step_statuses
-from rotdistill_core.plugin.origin import Origin, source_digest
+from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.registry import step_class
+from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe import resolved
 from rotdistill_core.recipe.load import load_recipe
