@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,22 @@ import pytest
 
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.evaluation.rows import MetricRow
 from rotdistill_core.execution.executor import Executor
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import ActivationsRef, RowsRef, WeightsRef
+from rotdistill_core.testing import PicoWorkspace
 
 Open = Callable[..., Executor]
+STEPS = """
+step = [
+    { use = "residuals" },
+    { use = "procrustes" },
+    { use = "basis-fold" },
+    { use = "chop", layers = 1 },
+    { use = "fidelity" },
+]
+"""
 
 
 def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
@@ -124,3 +135,36 @@ def test_an_interrupted_run_prints_the_line_that_resumes_it(
     assert child.returncode == code, printed
     assert "Go on with:" in printed
     assert printed.rstrip().endswith("one.toml")
+
+
+@pytest.mark.slow
+def test_rows_depend_neither_on_repetition_nor_on_the_order_of_variants(
+    make_workspace: Callable[..., PicoWorkspace],
+) -> None:
+    variants = {
+        "base": "variants.base = []",
+        "rotated": 'variants.rotated = ["procrustes", "basis-fold"]',
+        "cut": 'variants.cut = ["chop"]',
+    }
+
+    def rows(workspace: PicoWorkspace, order: Sequence[str]) -> set[MetricRow]:
+        table = "\n".join(variants[name] for name in order)
+        run = workspace.run(workspace.recipe(STEPS, tables=table))
+        return {row for row in run.rows if row.metric != "seconds"}
+
+    one = make_workspace()
+    two = make_workspace()
+    first = rows(one, ["base", "rotated", "cut"])
+    assert rows(one, ["base", "rotated", "cut"]) == first
+    assert rows(two, ["cut", "rotated", "base"]) == first
+
+
+def test_a_lost_checkpoint_is_made_again(executor: Open) -> None:
+    outcome = executor("one").go()
+    lost = outcome.checkpoints["full"] / "model.safetensors"
+    before = lost.read_bytes()
+    lost.unlink()
+    again = executor("one").go()
+    assert again.checkpoints == outcome.checkpoints
+    assert lost.read_bytes() == before
+    assert again.rows == outcome.rows
