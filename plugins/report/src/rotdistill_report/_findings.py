@@ -97,16 +97,15 @@ def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Iss
         for step in recipe.steps
         if any(caveat.kind is CaveatKind.RANDOM_MAP for caveat in caveats_of(step.step))
     }
-    for title, layers in report.diagnostics.items():
-        step_id = title.partition(" ")[0]
+    for title, measured in report.diagnostics.items():
         compared = 0
         at_chance = 0
-        for diagnostics in layers.values():
+        for diagnostics in measured.layers.values():
             fitted, chance = diagnostics.cosine_after, diagnostics.cosine_shuffled
             if fitted is not None and chance is not None:
                 compared += 1
                 at_chance += not fitted > chance
-        if compared and 2 * at_chance >= compared and step_id not in random_on_purpose:
+        if compared and 2 * at_chance >= compared and measured.step not in random_on_purpose:
             text = f"at {at_chance} of {compared} boundaries its map is no better than one fitted "
             yield Issue(IssueKind.CHANCE, title, text + "to shuffled rows.")
 
@@ -126,8 +125,8 @@ def collect_issues(
             yield _refusal(step)
     if _saved_in_full_precision(recipe, outcome):
         yield from _inexact_variants(report, recipe)
-    for title, layers in report.diagnostics.items():
-        for text in worse_alignments(layers):
+    for title, measured in report.diagnostics.items():
+        for text in worse_alignments(measured.layers):
             yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
     yield from _worse_figures(report)
 
