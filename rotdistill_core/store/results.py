@@ -72,6 +72,8 @@ class StepReport:
     refused: str = ""
     """Why the step left the weights as they were; empty if its edit was applied."""
     certificate: Certificate | None = None
+    members: tuple[str, ...] = ()
+    """Names of the models that a merge chose, of those that it was offered."""
     curves: list[Curve] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
     """Question id -> both answers."""
