@@ -41,7 +41,13 @@ from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.records import RowsRef, StartRecord, StepRecord, StepResultRef
+from rotdistill_core.store.records import (
+    RowsRef,
+    StartRecord,
+    StepRecord,
+    StepResultRef,
+    WeightsRef,
+)
 
 Work = Callable[[StepOutput], StepResultRef]
 """The work of one step: it commits files through the output, and refers to the result."""
@@ -276,7 +282,8 @@ class Executor:
                 found.verify(run.recipe.check.orthogonality, where)
         reference = store_result(result, out, run.pair.student.dtype)
         if isinstance(result, Weights) and is_exact(recipe_step.step):
-            prove_exact(run, recipe_step, state.weights, result, samples, out)
+            undo = prove_exact(run, recipe_step, state.weights, result, samples, out)
+            return replace(cast("WeightsRef", reference), undo=undo)
         return reference
 
     def _score(

@@ -112,6 +112,10 @@ class StepOutput:
         self.used[path] = file
         return self.store.root / path
 
+    def relative(self, path: Path) -> str:
+        """Return the path of a file relative to the folder of all runs, as ledgers name it."""
+        return path.relative_to(self.store.root).as_posix()
+
     def json(self, name: str, value: object) -> Path:
         """Commit a JSON document."""
         return self.write(name, json_blocks(value))
