@@ -268,7 +268,7 @@ def refuse(error: Exception) -> Callable[..., None]:
             3,
             "cannot be written: Read-only file system",
         ),
-        (samples, "tokenize_texts", MemoryError(), 3, "the memory does not suffice"),
+        (samples, "tokenize_texts", MemoryError(), 3, "memory is not enough"),
         (
             samples,
             "tokenize_texts",

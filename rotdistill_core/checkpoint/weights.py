@@ -20,8 +20,6 @@ from rotdistill_core.linalg.maps import Map
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 
-UNDO = RunLayout.UNDO
-
 
 @dataclass(frozen=True)
 class Lineage:

@@ -19,6 +19,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.plugin.source_code import core_digest
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -45,7 +46,13 @@ def teacher_final_states(
     They are computed once. Every run under the same folder finds them again by models and texts.
     """
     shared = out.shared(
-        "final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type
+        "final states",
+        teacher.sha256,
+        teacher.table_code,
+        layout.digest(),
+        str(teacher.dtype),
+        teacher.device.type,
+        code=core_digest("evaluation.acceptance"),
     )
     path = shared.find("shards/final.safetensors")
     if path is None:

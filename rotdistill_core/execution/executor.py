@@ -23,8 +23,7 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import facts_digest, read_questions
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.evaluation.gates import broken_gates
-from rotdistill_core.evaluation.metrics import FAILED
-from rotdistill_core.evaluation.rows import MetricRow, Variant, rows_as_json
+from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
 from rotdistill_core.execution.call import call_step, check_hook, prove_exact
 from rotdistill_core.execution.context import RunContext
@@ -38,10 +37,17 @@ from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.plugin.step import is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.records import RowsRef, StartRecord, StepRecord, StepResultRef
+from rotdistill_core.store.records import (
+    RowsRef,
+    StartRecord,
+    StepRecord,
+    StepResultRef,
+    WeightsRef,
+)
 
 Work = Callable[[StepOutput], StepResultRef]
 """The work of one step: it commits files through the output, and refers to the result."""
@@ -167,7 +173,10 @@ class Executor:
         out = self.context.output(self.loaded.digest())
         if out.find(RunLayout.RECIPE) is None:
             out.write(RunLayout.RECIPE, [self.loaded.text.encode()])
-            out.json(RunLayout.RESOLVED_RECIPE, self.loaded.resolved())
+            document = json_blocks(
+                self.loaded.document(), sort_keys=False
+            )  # variants keep their order
+            out.write(RunLayout.RESOLVED_RECIPE, document)
 
     def _start(self, samples: Samples) -> VariantState:
         """Record what the run starts from; return the state before the first step."""
@@ -273,7 +282,8 @@ class Executor:
                 found.verify(run.recipe.check.orthogonality, where)
         reference = store_result(result, out, run.pair.student.dtype)
         if isinstance(result, Weights) and is_exact(recipe_step.step):
-            prove_exact(run, recipe_step, state.weights, result, samples, out)
+            undo = prove_exact(run, recipe_step, state.weights, result, samples, out)
+            return replace(cast("WeightsRef", reference), undo=undo)
         return reference
 
     def _score(
@@ -311,7 +321,7 @@ class Executor:
         """
         outcome.failed |= broken_gates(outcome.rows, self.loaded.recipe.check, self.loaded.baseline)
         for variant, faults in outcome.failed.items():
-            outcome.rows.append(MetricRow(variant, FAILED, float(len(faults))))
+            outcome.rows.append(failure_row(variant, faults))
         out = self.context.output("report")
         rows = rows_as_json(outcome.rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

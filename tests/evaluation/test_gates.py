@@ -122,19 +122,19 @@ def test_gates_compare_variants_with_the_baseline(
     option: str, limit: float, metric: str, values: dict[str, float], failing: set[str]
 ) -> None:
     rows = [MetricRow(name, metric, value) for name, value in values.items()]
-    assert set(broken_gates(rows, Check(**{option: limit}))) == failing
+    assert set(broken_gates(rows, Check(**{option: limit}), "base")) == failing
 
 
 def test_the_baseline_can_be_named() -> None:
     rows = [MetricRow(name, "kl", value) for name, value in {"one": 9.0, "two": 1.0}.items()]
-    assert broken_gates(rows, Check(kl_ratio=2.0)) == {}
+    assert broken_gates(rows, Check(kl_ratio=2.0), "base") == {}
     (failure,) = broken_gates(rows, Check(kl_ratio=2.0), baseline="two")["one"]
     assert "check.kl_ratio = 2 of two's 1" in failure
 
 
 def test_a_gate_whose_metric_was_not_measured_fails_every_variant() -> None:
     rows = [MetricRow(name, "kl", 1.0) for name in ("base", "a")]
-    failures = broken_gates(rows, Check(guard=1.0))
+    failures = broken_gates(rows, Check(guard=1.0), "base")
     assert set(failures) == {"base", "a"}
     assert "guard_kl was not measured" in failures["a"][0]
 
@@ -144,12 +144,12 @@ def test_a_variant_without_the_metric_passes_where_others_have_it() -> None:
         MetricRow("base", "factual_completeness", 0.5),
         MetricRow("silent", "kl", 1.0),
     ]
-    assert broken_gates(rows, Check(facts=1.0)) == {}
+    assert broken_gates(rows, Check(facts=1.0), "base") == {}
 
 
 def test_a_figure_that_is_not_finite_fails_its_variant_without_any_gate() -> None:
     rows = [MetricRow("base", "kl", 1.0), MetricRow("a", "kl", math.inf)]
-    assert broken_gates(rows, Check()) == {"a": ["kl is not a number."]}
+    assert broken_gates(rows, Check(), "base") == {"a": ["kl is not a number."]}
 
 
 @pytest.mark.slow

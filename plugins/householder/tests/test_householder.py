@@ -103,7 +103,7 @@ def test_planted_reflections_are_taken_back_two_at_most(setting: Setting, plante
     figures, done = maps.diagnostics[1], reflections(maps, 1)
     assert done["reflections"] == min(planted, 2)
     assert done["lowest_eigenvalue_before"] < done["lowest_eigenvalue_shuffled"] < 0
-    assert figures.cosine_after > figures.extra["cosine_unreflected"] + 0.05
+    assert figures.cosine_after > figures.cosine_unreflected + 0.05
     assert figures.cosine_after > figures.cosine_shuffled + 0.05
     assert done["cosine_after"] > done["cosine_before"]
     assert (figures.k, len(maps.diagnostics)) == (32, 3)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.batching import LOGIT_ROWS
 from rotdistill_core.data.splits import Split
-from rotdistill_core.planning.cost import FLOAT64_BYTES, LOGIT_ROWS, Cost, CostContext
+from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair

@@ -98,7 +98,7 @@ def _saved_variants(run: RunFolder) -> list[str]:
 
 
 def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
-    """Return the variants to ask: those wanted, else `base` and `full` or the first and the last.
+    """Return the variants to ask: those wanted, else baseline and headline of the recipe.
 
     Raises:
         RecipeError: a wanted variant has no checkpoint, or no variant has one.
@@ -109,9 +109,9 @@ def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in saved:
             raise RecipeError(f'{run.path}: has no variant "{name}".{suggest(name, saved)}')
-    first = "base" if "base" in saved else saved[0]
-    last = "full" if "full" in saved else saved[-1]
-    return list(dict.fromkeys(wanted or [first, last]))
+    marked = [run.recipe.get(key) for key in ("baseline", "headline")]
+    default = [name for name in marked if name in saved] or [saved[0], saved[-1]]
+    return list(dict.fromkeys(wanted or default))
 
 
 def _system_prompt(layout: RunLayout, given: Path | None) -> str:

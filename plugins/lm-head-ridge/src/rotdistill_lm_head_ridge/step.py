@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import Cost, CostContext, converted_bytes, forward_cost
+from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
     from rotdistill_core import ActivationStore, Pair, Progress, Samples, StepOutput, Weights
@@ -86,6 +87,10 @@ class LmHeadRidge:
     def context_after(self, context: CostContext) -> CostContext:
         """Return the context after the step: the head is a tensor of its own."""
         return context.with_edited_weights().with_student(tie_word_embeddings=False)
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the regression is not regularised, where its ridge is as good as none."""
+        return ridge_caveats(self.ridge)
 
     @hookimpl
     def style(

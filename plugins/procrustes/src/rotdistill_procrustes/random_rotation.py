@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext
+from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -36,6 +37,10 @@ class RandomRotation:
             disk_bytes=context.student.width * width * FLOAT64_BYTES,
             operations=4.0 * width**3,
         )
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the map is random on purpose."""
+        return [Caveat(CaveatKind.RANDOM_MAP, "the map is random on purpose.")]
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair) -> Maps:

@@ -23,6 +23,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets
 
@@ -138,6 +139,7 @@ def place_continuations(
         str(step.max_new_tokens),
         str(teacher.dtype),
         teacher.device.type,
+        code=core_digest("forward.generate"),
     )
     path = shared.find("answers/continuations.json")
     if path is None:

@@ -18,6 +18,7 @@ from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.forward.activations import ActivationStore, write_shard
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_residuals._control import replace_teacher_rows
@@ -208,10 +209,12 @@ def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepO
     shared = out.shared(
         "teacher residuals",
         teacher.sha256,
+        teacher.table_code,
         layout.digest(),
         str(teacher.dtype),
         teacher.device.type,
         step.dtype,
+        code=package_digest("rotdistill_residuals"),
     )
     return Stream(Side.TEACHER, teacher, teacher.weights, layout, shared, _dtype(step, teacher))
 
@@ -219,7 +222,14 @@ def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepO
 def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: StepOutput) -> Stream:
     """Return the anchor's stream on the student's texts; its shards are shared by all runs."""
     shared = out.shared(
-        "anchor residuals", anchor.sha256, layout.digest(), str(anchor.dtype), step.dtype
+        "anchor residuals",
+        anchor.sha256,
+        anchor.table_code,
+        layout.digest(),
+        str(anchor.dtype),
+        anchor.device.type,
+        step.dtype,
+        code=package_digest("rotdistill_residuals"),
     )
     return Stream(Side.ANCHOR, anchor, anchor.weights, layout, shared, _dtype(step, anchor))
 

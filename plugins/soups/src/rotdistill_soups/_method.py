@@ -118,10 +118,12 @@ def _merge_greedily(run: MergeRun) -> Weights:
         if kl < best:
             members, best = [*members, k], kl
         run.progress(count + len(with_one_more) + 1, 2 * count, f"with {name}: {kl:.4f}")
+    chosen = tuple(ingredients[k].name for k in members)
+    run.out.report.members = chosen
     run.out.notes |= {
         "validation KL alone": {part.name: alone[k] for k, part in enumerate(ingredients)},
         "validation KL with one more": with_one_more,
-        "members": [ingredients[k].name for k in members],
+        "members": list(chosen),
     }
     return mean_of(members)
 

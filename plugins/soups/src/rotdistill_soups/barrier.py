@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import Cost, CostContext, evaluation_cost
+from rotdistill_core.store.results import CURVE_OF_VARIANT
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -15,10 +16,6 @@ if TYPE_CHECKING:
     from rotdistill_core.evaluation.rows import MetricRow, Variant
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
-
-
-VARIANT = "variant"
-"""What a recipe calls the variant that is scored."""
 
 
 @step
@@ -42,7 +39,7 @@ class InterpolationBarrier:
         """Return the content of the ends, on which the result depends too."""
         from rotdistill_soups._ingredients import content_digest
 
-        return [end if end == VARIANT else content_digest(end) for end in self.between]
+        return [end if end == CURVE_OF_VARIANT else content_digest(end) for end in self.between]
 
     def cost(self, context: CostContext) -> Cost:
         """The variant on held-out texts, and both heads."""

@@ -17,6 +17,7 @@ from rotdistill_core.planning.cost import (
     forward_cost,
     logits_memory,
 )
+from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
     from rotdistill_core import (
@@ -93,6 +94,10 @@ class WriterRefit:
             disk_bytes=2 * writer_bytes,
             operations=forward.operations * (1 + len(widths)) + student.depth * solves,
         )
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the regression is not regularised, where its ridge is as good as none."""
+        return ridge_caveats(self.ridge)
 
     @hookimpl
     def fold(
