@@ -216,8 +216,8 @@ class Executor:
     def _find_or_make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Return the record of a step: found by its key, or made now."""
         recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
-        done_here = key in {done.key for done in self.steps.values()}
-        record = None if self.fresh and not done_here else self.store.find_step(key)
+        made_here = key in {done.key for done in self.steps.values() if not done.reused}
+        record = None if self.fresh and not made_here else self.store.find_step(key)
         reused = record is not None
         with self.observers.step(recipe_step, variant):
             if record is None:
@@ -226,7 +226,7 @@ class Executor:
             self.ledger.append(record)
         self.steps[variant, recipe_step.id] = StepResult(
             key=key,
-            reused=reused and not done_here,
+            reused=reused and not made_here,
             seconds=record.seconds,
             notes=record.notes,
             report=record.report,

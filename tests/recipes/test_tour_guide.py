@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 Job = tuple[Path, dict[str, dict[str, float]], float]
 """Folder of the run, figures by variant and metric, seconds."""
