@@ -11,9 +11,10 @@ operating system can evict them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, BATCH_TOKENS, LOGIT_ROWS
 from rotdistill_core.data.splits import Split
@@ -37,6 +38,9 @@ SVD_OPERATIONS = 30.0
 ASSIGNMENT_OPERATIONS = 1e-1
 """Operations of a linear assignment of n neurons, divided by n^3."""
 FLOAT64_BYTES = 8
+FLOAT32_BYTES = 4
+GUARD_SCORES = 5
+"""Most times that an edit is scored on the guard's texts: before it, and at four strengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,15 @@ class Cost:
             shared_files={**self.shared_files, **other.shared_files},
         )
 
+    def repeated(self, count: float) -> Cost:
+        """Return the cost of doing this `count` times: memory and files stay, the rest grows."""
+        return replace(
+            self,
+            operations=count * self.operations,
+            read_bytes=count * self.read_bytes,
+            traffic_bytes=count * self.traffic_bytes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostContext:
@@ -84,6 +97,20 @@ class CostContext:
     """Bytes of a number while the student computes."""
     same: bool
     """Whether the student starts as the teacher itself."""
+    anchor: ModelShape | None = None
+    """The model that aligners and exact folds see in the teacher's place."""
+    stages: int = 0
+    """Number of different rotations of the stream that the aligners before this step found."""
+    cuts: int = 0
+    """At how many places layers of the original student are missing, at most."""
+
+    @property
+    def for_alignment(self) -> CostContext:
+        """The context that aligners and exact folds see: an anchor takes the teacher's place."""
+        if self.anchor is None:
+            return self
+        # An anchor has the student's shape, and is taken to compute in the student's dtype.
+        return replace(self, teacher=self.anchor, teacher_bytes=self.student_bytes)
 
     def with_edited_weights(self) -> CostContext:
         """Return the context after an edit of weights, which are kept in the compute dtype."""
@@ -123,8 +150,10 @@ def context_after(step: object, context: CostContext) -> CostContext:
     if stated:
         changed: CostContext = stated(context)
         return changed
-    edits_weights = stage_of(type(step)) in ("fold", "style")
-    return context.with_edited_weights() if edits_weights else context
+    stage = stage_of(type(step))
+    if stage == "align":
+        return replace(context, stages=max(context.stages, 1))
+    return context.with_edited_weights() if stage in ("fold", "style") else context
 
 
 def default_cost(stage: str, context: CostContext) -> Cost:
@@ -253,57 +282,159 @@ def checkpoint_cost(context: CostContext, number: int) -> Cost:
     )
 
 
-def capture_cost(context: CostContext, student_rows: int | None = None) -> Cost:
-    """Return the cost of capturing both models.
+def teacher_states_cost(context: CostContext, rows: int, key: Hashable) -> Cost:
+    """Return the cost of the teacher's final states, which all runs under one folder share.
 
     Args:
-        context: the models and texts. The teacher runs on all texts.
+        context: the models.
+        rows: token rows that go through the teacher.
+        key: tells these texts from others.
+    """
+    number = context.teacher_bytes
+    states = float(rows * context.teacher.width * number)
+    return replace(
+        forward_cost(context.teacher, rows, number),
+        shared_files={("final states", key): states},
+    )
+
+
+def scoring_cost(context: CostContext, rows: int, scored: float) -> Cost:
+    """Return the cost of one score: a pass of the student, and the KL to the teacher's states.
+
+    Args:
+        context: the models.
+        rows: token rows that go through the student.
+        scored: rows whose logits are compared.
+    """
+    student, teacher = context.student, context.teacher
+    walk = forward_cost(student, rows, context.student_bytes)
+    teacher_states = rows * teacher.width * context.teacher_bytes
+    heads = student.vocab * (
+        student.width * DTYPE_BYTES[student.stored] + teacher.width * DTYPE_BYTES[teacher.stored]
+    )
+    return replace(
+        walk,
+        host_bytes=walk.host_bytes + teacher_states + logits_memory(context, scored),
+        operations=walk.operations + 2.0 * scored * student.vocab * (student.width + teacher.width),
+        read_bytes=walk.read_bytes + heads,
+    )
+
+
+def acceptance_cost(context: CostContext, guard: bool, limit: float = math.inf) -> Cost:
+    """Return the cost of accepting an edit: scores before and after it, and those on the guard.
+
+    Args:
+        context: the models and texts.
+        guard: whether the KL on the guard's validation half is limited.
+        limit: most rows of a split that are scored.
+    """
+    texts = context.texts
+    scored = min(answer_rows(context, Split.VALIDATION), limit)
+    cost = scoring_cost(context, texts.rows_of(Split.VALIDATION), scored).repeated(2)
+    if guard:
+        rows = texts.rows.get(Split.GUARD_VALIDATION, 0)
+        cost += scoring_cost(context, rows, min(rows, limit)).repeated(GUARD_SCORES)
+    return cost
+
+
+def training_activations(shape: ModelShape, tokens: float, number: int) -> float:
+    """Return the bytes that a backward pass through all layers keeps for some tokens.
+
+    Inputs and outputs of a layer's products are kept, without those of the head.
+    """
+    return tokens * shape.depth * (14 * shape.width + 6 * shape.neurons) * number
+
+
+def capture_cost(context: CostContext, student_rows: int | None = None) -> Cost:
+    """Return the cost of capturing all models, with the shards that they write.
+
+    Args:
+        context: the models and texts. The teacher runs on all texts, an anchor on the student's.
         student_rows: rows of the student; None for all fit and validation rows.
     """
     if student_rows is None:
         student_rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
-    teacher = forward_cost(context.teacher, context.texts.total, context.teacher_bytes)
-    student = forward_cost(context.student, student_rows, context.student_bytes)
-    both = teacher + student
+    total, number = context.texts.total, context.student_bytes
+    cost = forward_cost(context.teacher, total, context.teacher_bytes)
+    cost += forward_cost(context.student, student_rows, number)
+    shards = shard_bytes(context.teacher, total, context.teacher_bytes)
+    shards += shard_bytes(context.student, student_rows, number)
+    if context.anchor:
+        cost += forward_cost(context.anchor, student_rows, number)
+        shards += shard_bytes(context.anchor, student_rows, number)
     # The states of a boundary are held twice while they are written.
-    return replace(both, host_bytes=2 * both.host_bytes)
+    return replace(cost, host_bytes=2 * cost.host_bytes, disk_bytes=shards)
 
 
-def alignment_cost(context: CostContext) -> Cost:
+def shard_bytes(shape: ModelShape, rows: int, number: int) -> int:
+    """Return the size of a model's captured stream: the rows of every layer boundary."""
+    return (shape.depth + 1) * rows * shape.width * number
+
+
+def stage_count(context: CostContext, tie: int | Literal["all"]) -> int:
+    """Return how many stages an aligner solves: `tie` layer boundaries share a rotation."""
+    return 1 if tie == "all" else -(-(context.student.depth + 1) // tie)
+
+
+def alignment_cost(context: CostContext, stages: int = 1) -> Cost:
     """Return the cost of an aligner of the residual stream.
 
-    In memory are both streams of one boundary, a chunk of rows in float64, and the moments.
+    In memory are both streams of one boundary, a chunk of rows in float64, the moments, and the
+    rotations. Each stage is solved twice, for its rows and for shuffled ones.
+
+    Args:
+        context: the models and texts.
+        stages: number of rotations.
     """
+    context = context.for_alignment
     student, teacher = context.student, context.teacher
     rows = context.texts.rows_of(Split.FIT)
     streams = rows * (student.width + teacher.width) * context.student_bytes
     chunks = min(rows, MOMENT_ROWS) * (student.width + 2 * teacher.width) * FLOAT64_BYTES
     matrices = 6 * teacher.width**2 + 4 * student.width * teacher.width
-    products = 2.0 * rows * student.width * teacher.width * (student.depth + 1)
+    products = 4.0 * rows * student.width * teacher.width * (student.depth + 1)
+    rotations = stages * student.width * teacher.width * FLOAT64_BYTES
     return Cost(
-        host_bytes=streams + chunks + matrices * FLOAT64_BYTES,
-        disk_bytes=student.width * teacher.width * FLOAT64_BYTES,
-        operations=products + SVD_OPERATIONS * teacher.width**3,
+        host_bytes=streams + chunks + matrices * FLOAT64_BYTES + rotations,
+        disk_bytes=rotations,
+        operations=products + 2 * stages * SVD_OPERATIONS * teacher.width**3,
         read_bytes=2 * streams * (student.depth + 1),
     )
 
 
-def assignment_cost(context: CostContext) -> Cost:
-    """Return the cost of an assignment of heads and neurons.
+def assignment_cost(context: CostContext, pairs: int | None = None) -> Cost:
+    """Return the cost of an assignment of heads and neurons by weights.
 
     In memory are one layer of each model twice, in float64, and the similarities of their neurons.
+
+    Args:
+        context: the models.
+        pairs: pairs of layers that are compared; None for one of each of the student's layers.
     """
+    context = context.for_alignment
     student, teacher = context.student, context.teacher
+    pairs = student.depth if pairs is None else pairs
     layers = 2 * (student.layer_parameters + teacher.layer_parameters) * FLOAT64_BYTES
     similarities = 3 * student.neurons * teacher.neurons
-    assignment = ASSIGNMENT_OPERATIONS * min(student.neurons, teacher.neurons) ** 3
-    kept = student.depth * (student.neurons + student.query_width + student.kv_width)
+    # The student's layer is taken into the teacher's basis first.
+    rotation = 2.0 * student.layer_parameters * teacher.width
+    circuits = 8.0 * student.query_width * teacher.query_width * teacher.width
+    products = 2.0 * similarities * teacher.width
+    solve = ASSIGNMENT_OPERATIONS * min(student.neurons, teacher.neurons) ** 3
+    read = student.layer_parameters * DTYPE_BYTES[student.stored]
+    read += teacher.layer_parameters * DTYPE_BYTES[teacher.stored]
     return Cost(
         host_bytes=layers + similarities * FLOAT64_BYTES,
-        disk_bytes=kept * FLOAT64_BYTES,
-        operations=student.depth * (2.0 * similarities * student.width + assignment),
-        read_bytes=student.bytes + teacher.bytes,
+        disk_bytes=permutation_bytes(student),
+        operations=pairs * (rotation + circuits + products + solve),
+        read_bytes=pairs * read,
     )
+
+
+def permutation_bytes(student: ModelShape) -> int:
+    """Return the size of the permutations of a student's heads and neurons."""
+    kept = student.depth * (student.neurons + student.query_width + student.kv_width)
+    return kept * FLOAT64_BYTES
 
 
 def edit_cost(context: CostContext) -> Cost:

@@ -249,6 +249,7 @@ def _start_context(
         teacher_bytes=_compute_bytes(recipe.teacher, teacher, machine),
         student_bytes=_compute_bytes(recipe.student, student, machine),
         same=recipe.teacher.model == recipe.student.model,
+        anchor=models["anchor"].shape if "anchor" in models else None,
     )
 
 

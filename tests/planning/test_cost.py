@@ -32,7 +32,7 @@ from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
 from rotdistill_core.plugin.step import STAGES, validator_of
 
 REQUIRED_OPTIONS: dict[str, dict[str, Any]] = {
-    "chop": {"layers": 1},
+    "chop": {"neurons": 16},
     "interpolation-barrier": {"between": ["variant", "student"]},
     "lm-eval": {"folder": "tasks", "tasks": ["piqa"]},
     "soups": {"ingredients": ["run:one/full"]},

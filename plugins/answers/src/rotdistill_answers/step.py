@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
-from rotdistill_core.planning.cost import Cost, CostContext, generation_cost
+from rotdistill_core.planning.cost import Cost, CostContext, answer_rows, generation_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -41,7 +41,9 @@ class Answers:
         """The whole student answers the held-out questions."""
         texts = context.texts
         questions = texts.texts.get(Split.HELDOUT, 0)
-        tokens = round(texts.answer_tokens * questions / max(texts.questions_asked, 1))
+        tokens = round(answer_rows(context, Split.HELDOUT))
+        if self.max_tokens is not None:
+            tokens = self.max_tokens * questions
         return generation_cost(context.student, texts, questions, tokens, context.student_bytes)
 
     @hookimpl

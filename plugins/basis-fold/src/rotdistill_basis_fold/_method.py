@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from rotdistill_basis_fold._cost import FRAME_ROWS
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.splits import Side, Split
@@ -29,8 +30,6 @@ from rotdistill_core.store.output import StepOutput
 if TYPE_CHECKING:
     from rotdistill_basis_fold.step import BasisFold
 
-FRAME_ROWS = 4096
-"""Rows of each boundary that the teacher's principal frame is computed from."""
 ORTHOGONALITY = 1e-8
 """Largest deviation from `R Rᵀ = I` that is folded."""
 

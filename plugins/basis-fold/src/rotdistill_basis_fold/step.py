@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from rotdistill_basis_fold._cost import fold_cost
 from rotdistill_core import hookimpl, step
-from rotdistill_core.data.batching import LOGIT_ROWS
-from rotdistill_core.data.splits import Split
-from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext
+from rotdistill_core.planning.cost import Cost, CostContext
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -44,29 +43,27 @@ class BasisFold:
         return self.mode != "block"
 
     def cost(self, context: CostContext) -> Cost:
-        """Every weight once in float64, and the certificate: two validation texts, both models."""
-        student, texts = context.student, context.texts
-        head = student.vocab * student.width * FLOAT64_BYTES
-        rows = min(LOGIT_ROWS, texts.rows_of(Split.VALIDATION, limit=2))
-        logits = 8 * rows * student.vocab * FLOAT64_BYTES
-        certificate = 16.0 * student.parameters(inside=True) * texts.prefix
-        untied = student.changed(tie_word_embeddings=False).parameters()
-        return Cost(
-            host_bytes=3.5 * head + logits,
-            device_bytes=2.5 * student.layer_parameters * FLOAT64_BYTES,
-            disk_bytes=untied * context.student_bytes + student.width**2 * FLOAT64_BYTES,
-            operations=4.0 * student.parameters() * student.width + certificate,
-            read_bytes=student.bytes,
-        )
+        """Every weight once in float64, the certificate if it is exact, and a canonical frame."""
+        return fold_cost(self, context.for_alignment, self.context_after(context).student)
+
+    def rotates_stream(self, context: CostContext) -> bool:
+        """Whether the stream itself is rotated; maps of heads and neurons alone leave it."""
+        return self.exact and context.stages > 0
 
     def context_after(self, context: CostContext) -> CostContext:
-        """The head absorbs the final gain, so it is no longer tied; `widen` changes the width."""
+        """Before a rotation the head absorbs the final gain, so it is no longer tied.
+
+        `widen` changes the width. Permutations, gauges and `block` leave the head alone.
+        """
+        edited = context.with_edited_weights()
+        if not self.rotates_stream(context):
+            return edited
         changes: dict[str, int | bool] = {"tie_word_embeddings": False}
         if self.mode == "widen":
             adapter = context.student.adapter
-            changes[adapter.width_key] = context.teacher.width
+            changes[adapter.width_key] = context.for_alignment.teacher.width
             changes["head_dim"] = adapter.heads(context.student.config).width
-        return context.with_edited_weights().with_student(**changes)
+        return edited.with_student(**changes)
 
     @hookimpl
     def fold(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rotdistill_chop._cost import FIT_ROWS, MAX_TRIALS, fewest_layers
 from rotdistill_chop._cut import cut_to_size
 from rotdistill_chop._rows import mean_kl, regression_weights, select_texts
 from rotdistill_chop._size import Size
@@ -23,8 +24,6 @@ from rotdistill_core.linalg.solvers import ridge
 
 RIDGE = 0.3
 """λ of the small refit, as a multiple of the mean diagonal of its moments."""
-FIT_ROWS = 2048
-"""Largest number of rows of the small refit."""
 MULTIPLE = 8
 """Neurons and stream stay multiples of this: kernels are slow at other widths."""
 TOLERANCE = 1.002
@@ -32,8 +31,6 @@ TOLERANCE = 1.002
 
 Without it the parameters of a final norm would cost every layer some neurons.
 """
-MAX_TRIALS = 7
-"""Largest number of splits: five of depth, two of width."""
 
 
 class Budget:
@@ -72,7 +69,7 @@ def depth_splits(weights: Weights, keep_fraction: float) -> list[Size]:
     """Return up to five splits between depth and neurons, from depth alone to neurons alone."""
     budget = Budget(weights, keep_fraction)
     whole = budget.whole
-    fewest = min(whole.layers, max(2, math.ceil(keep_fraction * whole.layers - 0.05)))
+    fewest = fewest_layers(keep_fraction, whole.layers)
     span = whole.layers - fewest
     depths = sorted({round(whole.layers - span * k / 4) for k in range(5)})
     return budget.fill_all([whole._replace(layers=layers) for layers in depths])

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
+from rotdistill_chop._cost import chop_cost, fewest_layers
 from rotdistill_core import hookimpl, step
-from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext, forward_cost
+from rotdistill_core.planning.cost import Cost, CostContext
 
 if TYPE_CHECKING:
     from rotdistill_core import Pair, Progress, Samples, StepOutput, Weights
@@ -89,20 +89,12 @@ class Chop:
         return {name: size for name, size in sizes.items() if size is not None}
 
     def cost(self, context: CostContext) -> Cost:
-        """Passes through the student: one to choose layers, more to cut and refit its width."""
-        student, texts, number = context.student, context.texts, context.student_bytes
-        rows = min(texts.rows_of(Split.FIT, limit=self.max_angle_texts), self.max_fit_rows)
-        forward = forward_cost(student, rows, number)
-        if not (self.keep_fraction or self.neurons or self.kv_heads or self.width):
-            return replace(forward, host_bytes=2 * forward.host_bytes)
-        fit_rows = min(texts.rows_of(Split.FIT), self.max_fit_rows)
-        refit = fit_rows * student.width * number * 3 + 8 * student.neurons**2 * FLOAT64_BYTES
-        return replace(
-            forward,
-            host_bytes=2 * forward.host_bytes + refit,
-            disk_bytes=student.parameters() * number,
-            operations=forward.operations * 20,
-        )
+        """The search for layers, the trials of `keep_fraction`, and the cut with its refits."""
+        return chop_cost(self, context)
+
+    def edits_weights(self) -> bool:
+        """Whether weights change; a cut of layers alone keeps the others as they are."""
+        return bool(self.keep_fraction or self.neurons or self.kv_heads or self.width)
 
     def context_after(self, context: CostContext) -> CostContext:
         """The student with fewer layers, neurons, key/value heads or channels.
@@ -129,7 +121,22 @@ class Chop:
             changes["head_dim"] = heads.width
         if self.width:
             changes["tie_word_embeddings"] = False
-        return context.with_student(self.keep_fraction or 1.0, **changes)
+        cuts = context.cuts + self.places_cut(context.student.depth)
+        if self.edits_weights():
+            context = context.with_edited_weights()
+        return replace(context.with_student(self.keep_fraction or 1.0, **changes), cuts=cuts)
+
+    def places_cut(self, depth: int) -> int:
+        """Return at how many places layers go, at most: one by angle, any of them by KL."""
+        if isinstance(self.layers, list):
+            after = [*self.layers[1:], depth]
+            return sum(b != a + 1 for a, b in zip(self.layers, after, strict=True))
+        max_cut = depth - self.layers if self.layers else 0
+        if self.keep_fraction is not None:
+            max_cut = depth - fewest_layers(self.keep_fraction, depth)
+        if self.criterion == "angle":
+            return min(max_cut, 1)
+        return min(max_cut, depth - max_cut)
 
     @hookimpl
     def fold(

@@ -33,8 +33,8 @@ class Householder:
     """Stop at this mean cosine of validation rows."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Moments of paired rows, and one decomposition for each stage."""
-        return alignment_cost(context)
+        """Moments of paired rows, and two solves for each stage of the aligner before."""
+        return alignment_cost(context, max(context.stages, 1))
 
     @hookimpl
     def refine(

@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import Cost, CostContext, assignment_cost
+from rotdistill_hungarian_permute._cost import activation_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -38,8 +39,20 @@ class HungarianPermute:
     """Maximum number of fit texts from which the activations are taken."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Two layers at a time, and the similarities of their heads and neurons."""
-        return assignment_cost(context)
+        """Each student layer of a stage with each teacher layer of it, by weights or on texts."""
+        context = context.for_alignment
+        if self.criterion == "weights":
+            return assignment_cost(context, self._pairs(context))
+        return activation_cost(context, self.max_texts, self.within_stage, self._pairs(context))
+
+    def _pairs(self, context: CostContext) -> int:
+        """Return how many pairs of layers are compared; the last stage may be shorter."""
+        whole_stages, rest = divmod(context.student.depth, self.within_stage)
+        return whole_stages * self.within_stage**2 + rest**2
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """It finds no rotation of the stream."""
+        return context
 
     @hookimpl
     def align(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, alignment_cost
+from rotdistill_core.planning.cost import Cost, CostContext, alignment_cost, stage_count
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -36,8 +37,12 @@ class Cca:
     largest one that shuffled rows reach."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Moments of paired rows, and one decomposition for each stage."""
-        return alignment_cost(context)
+        """Moments of paired rows, and two solves for each stage."""
+        return alignment_cost(context, stage_count(context, self.tie))
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """Each stage has a rotation of its own."""
+        return replace(context, stages=stage_count(context, self.tie))
 
     @hookimpl
     def align(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext
+from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext, stage_count
 from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 
 if TYPE_CHECKING:
@@ -30,17 +31,22 @@ class RandomRotation:
     """Seed of the random numbers."""
 
     def cost(self, context: CostContext) -> Cost:
-        """One decomposition of a square matrix of the teacher's width."""
-        width = context.teacher.width
+        """One QR decomposition of Gaussian noise for each rotation."""
+        width = context.for_alignment.teacher.width
+        rotations = stage_count(context, self.tie) * context.student.width * width * FLOAT64_BYTES
         return Cost(
-            host_bytes=4 * width**2 * FLOAT64_BYTES,
-            disk_bytes=context.student.width * width * FLOAT64_BYTES,
-            operations=4.0 * width**3,
+            host_bytes=4 * width**2 * FLOAT64_BYTES + rotations,
+            disk_bytes=rotations,
+            operations=4.0 * width**3 * stage_count(context, self.tie),
         )
 
     def caveats(self) -> list[Caveat]:
         """Return that the map is random on purpose."""
         return [Caveat(CaveatKind.RANDOM_MAP, "the map is random on purpose.")]
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """One rotation for all layers, or one for each."""
+        return replace(context, stages=stage_count(context, self.tie))
 
     @hookimpl
     def align(self, weights: Weights, maps: Maps, pair: Pair) -> Maps:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, forward_cost
+from rotdistill_core.planning.cost import Cost, CostContext
+from rotdistill_prompt_kl._cost import prompt_kl_cost
 
 if TYPE_CHECKING:
     from rotdistill_core import Pair, Progress, Samples, StepOutput, Weights
@@ -66,36 +67,15 @@ class PromptKl:
             raise ValueError(f"shard: there is no shard {k} of {n}")
 
     def cost(self, context: CostContext) -> Cost:
-        """The whole student, activations of a batch, and the teacher's final states."""
-        student, teacher, texts = context.student, context.teacher, context.texts
-        number = context.student_bytes
-        rows = texts.rows_of("fit", "validation")
-        count = max(texts.texts.get("fit", 0) + texts.texts.get("validation", 0), 1)
-        length = (rows - texts.prefix) / count + texts.prefix
+        """The teacher writes and is run, the whole student trains, and the result is scored."""
+        return prompt_kl_cost(self, context)
 
-        # Kept for the backward pass: inputs and outputs of a layer's products, and the logits.
-        per_layer = 14 * student.width + 6 * student.neurons
-        per_token = student.depth * per_layer + 4 * student.vocab
-        activations = self.batch_size * length * number * per_token
-        # Half of the texts are the teacher's own answers to questions.
-        prompts = {"places": min(self.max_prompts, count / 2), "questions": count / 2}
-        continuations = sum(prompts[source] for source in self.prompts_from)
-        trained = continuations * length * self.max_epochs
-        speed = 4 if self.bfloat16 else 1
-
-        edited = student.parameters(inside=True) * number
-        heads = student.vocab * (student.width + teacher.width) * number
-        states = rows * teacher.width * number
-        teacher_forward = forward_cost(teacher, rows, context.teacher_bytes)
-        whole = student.parameters() * number
-        return Cost(
-            host_bytes=states + edited + heads,
-            device_bytes=whole + activations,
-            disk_bytes=states + edited,
-            operations=6.0 * student.parameters() * trained / speed + teacher_forward.operations,
-            read_bytes=student.bytes + teacher_forward.read_bytes,
-            traffic_bytes=whole + teacher_forward.traffic_bytes,
-        )
+    def context_after(self, context: CostContext) -> CostContext:
+        """Weights are edited; a head that trains is a tensor of its own."""
+        edited = context.with_edited_weights()
+        if self.train == "head":
+            return edited.with_student(tie_word_embeddings=False)
+        return edited
 
     @hookimpl
     def style(

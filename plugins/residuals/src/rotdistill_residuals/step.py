@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
-from rotdistill_core.planning.cost import Cost, CostContext, capture_cost
+from rotdistill_core.planning.cost import Cost, CostContext, capture_cost, shard_bytes
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 
@@ -56,18 +57,23 @@ class Residuals:
     `recipes/controls.toml`)."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Both models on their texts; all runs under one folder share the teacher's shards."""
+        """All models on their texts; runs under one folder share the shards of the teacher and of
+        an anchor."""
         student, teacher, texts = context.student, context.teacher, context.texts
         rows = texts.rows_of(Split.FIT, Split.VALIDATION, limit=self.student_texts)
         student_number = DTYPE_BYTES.get(self.dtype, context.student_bytes)
         teacher_number = DTYPE_BYTES.get(self.dtype, context.teacher_bytes)
-        teacher_shards = (teacher.depth + 1) * texts.total * teacher.width * teacher_number
-        student_shards = (student.depth + 1) * rows * student.width * student_number
+        teacher_shards = shard_bytes(teacher, texts.total, teacher_number)
+        student_shards = shard_bytes(student, rows, student_number)
         control_shards = teacher_shards if self.control != "none" else 0
+        shared: dict[Hashable, float] = {("teacher states", self.dtype): teacher_shards}
+        if context.anchor:
+            anchor_states = ("anchor states", self.dtype, self.student_texts)
+            shared[anchor_states] = shard_bytes(context.anchor, rows, student_number)
         return replace(
             capture_cost(context, student_rows=rows),
             disk_bytes=student_shards + control_shards,
-            shared_files={("teacher states", self.dtype): teacher_shards},
+            shared_files=shared,
         )
 
     def caveats(self) -> list[Caveat]:

@@ -30,6 +30,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps, Rotation
 from rotdistill_core.linalg.solvers import polar
+from rotdistill_weight_matching._cost import VOCABULARY_ROWS
 from rotdistill_weight_matching._gauges import apply_gauge, shared_gauges, solve_gauge
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 SETTLED = 1e-6
 """Largest entry of `turn - I` below which the rotation counts as settled."""
-VOCABULARY_ROWS = 8192
-"""Rows of embedding and head in float64 at a time; a whole vocabulary takes gigabytes."""
 SPACE_OF_ROLE = {
     "q": QUERY,
     "o": QUERY,

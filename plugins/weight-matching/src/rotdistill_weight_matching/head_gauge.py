@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, assignment_cost
+from rotdistill_core.planning.cost import Cost, CostContext
+from rotdistill_weight_matching._cost import gauge_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -34,8 +35,17 @@ class HeadGauge:
     """Which matrices the gauge between v and o may be: orthogonal ones, or any invertible one."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Two layers at a time, and the similarities of their heads and neurons."""
-        return assignment_cost(context)
+        """Two layers at a time in one basis; each gauge is solved twice, once for the null."""
+        context = context.for_alignment
+        student = context.student
+        once = gauge_cost(context, self.gauges)
+        # The student's layer is taken into the teacher's basis first.
+        rotation = 2.0 * student.depth * student.layer_parameters * context.teacher.width
+        return replace(once, operations=2 * once.operations + rotation)
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """It finds no rotation of the stream."""
+        return context
 
     @hookimpl
     def align(

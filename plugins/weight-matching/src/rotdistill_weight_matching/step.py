@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import PositiveInt
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, assignment_cost
+from rotdistill_core.planning.cost import (
+    FLOAT64_BYTES,
+    SVD_OPERATIONS,
+    Cost,
+    CostContext,
+    assignment_cost,
+)
+from rotdistill_core.planning.shape import DTYPE_BYTES
+from rotdistill_weight_matching._cost import VOCABULARY_ROWS, gauge_cost
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -33,8 +42,34 @@ class WeightMatching:
     """Which matrices the gauge between v and o may be: orthogonal ones, or any invertible one."""
 
     def cost(self, context: CostContext) -> Cost:
-        """Two layers at a time, and the similarities of their heads and neurons."""
-        return assignment_cost(context)
+        """Rounds of assignments and one rotation, after the moments of embedding and head.
+
+        Moments of every layer stay in memory until the rotation of the round is solved.
+        """
+        context = context.for_alignment
+        student, teacher = context.student, context.teacher
+        width, depth = student.width, student.depth
+        layers = assignment_cost(context)
+        gauges = gauge_cost(context)
+        square = width**2 * FLOAT64_BYTES
+        vocabulary = 2 * student.vocab * width
+        block = 2 * min(student.vocab, VOCABULARY_ROWS) * width * FLOAT64_BYTES
+        # Moments of a layer, and the polar factor of their sum.
+        products = 2.0 * depth * student.layer_parameters * width
+        solve = SVD_OPERATIONS * width**3
+        return Cost(
+            host_bytes=max(layers.host_bytes, gauges.host_bytes, block) + (depth + 6) * square,
+            disk_bytes=layers.disk_bytes + gauges.disk_bytes + square,
+            operations=2.0 * vocabulary * width
+            + solve
+            + self.max_rounds * (layers.operations + gauges.operations + products + solve),
+            read_bytes=vocabulary * (DTYPE_BYTES[student.stored] + DTYPE_BYTES[teacher.stored])
+            + self.max_rounds * layers.read_bytes,
+        )
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """One rotation for the whole stream."""
+        return replace(context, stages=1)
 
     @hookimpl
     def align(

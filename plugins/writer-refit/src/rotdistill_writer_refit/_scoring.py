@@ -9,9 +9,7 @@ from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, score
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward
-
-MAX_ROWS = 1024
-"""Number of rows, evenly spread over a split, that are scored at most."""
+from rotdistill_writer_refit.step import SCORED_ROWS
 
 
 def score_split(
@@ -39,7 +37,7 @@ def score_split(
         forward = LayerwiseForward(weights, layout, student.device, student.dtype)
         for _ in forward:
             forward.run()
-    scored = scored_rows(forward.layout, samples, split, MAX_ROWS)
+    scored = scored_rows(forward.layout, samples, split, SCORED_ROWS)
     T = activations.teacher_states(forward.layout, student.depth)[scored.rows]
     S = forward.states[scored.rows]
     tokens = shared_vocabulary(pair)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -13,9 +12,8 @@ from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
     CostContext,
-    answer_rows,
+    acceptance_cost,
     forward_cost,
-    logits_memory,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     )
 
 Positive = Annotated[float, Field(gt=0)]
+SCORED_ROWS = 1024
+"""Number of rows, evenly spread over a split, that are scored at most."""
 
 
 @step
@@ -76,23 +76,39 @@ class WriterRefit:
     exact: ClassVar[bool] = False
 
     def cost(self, context: CostContext) -> Cost:
-        """One pass through the student per writer, and its normal equations layer by layer."""
+        """Passes of each refitted layer, its normal equations, and the scores of the result.
+
+        A layer takes a pass to go on, and one more for each of its writers that is refitted.
+        """
         student, number = context.student, context.student_bytes
+        width = student.width
         rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
         forward = forward_cost(student, rows, number)
         site_widths = {"neurons": student.neurons, "heads": student.query_width}
         widths = [site_widths[writer] for writer in self.writers]
-        largest = max(widths)
-        writer_bytes = student.depth * sum(widths) * student.width * number
-        targets = rows * student.width * (FLOAT64_BYTES + 2 * number)
-        moments = (7 * largest**2 + 6 * largest * student.width) * FLOAT64_BYTES
-        solves = sum(2.0 * rows * n * (n + student.width) + 5 * n**3 for n in widths)
-        scoring = logits_memory(context, answer_rows(context, Split.VALIDATION))
-        return replace(
-            forward,
-            host_bytes=forward.host_bytes + max(targets + moments, scoring) + writer_bytes,
+        refitted = student.depth if self.layers == "all" else min(context.cuts, student.depth)
+        writer_bytes = refitted * sum(widths) * width * number
+
+        # Unknowns of a regression: the writer's inputs, or the channels of the MLP's output.
+        inputs = [width] if self.features == "output" else widths
+        largest = max(inputs)
+        targets = rows * width * (FLOAT64_BYTES + 2 * number)
+        moments = (7 * largest**2 + 6 * largest * width) * FLOAT64_BYTES
+        products = sum(2.0 * rows * n * (n + width) for n in inputs)
+        # A candidate: Cholesky, its two triangular solves, and its step and error on other rows.
+        candidate = sum(n**3 / 3 + 6.0 * n**2 * width for n in inputs)
+        solves = products + len(self.ridge) * candidate
+
+        scores = acceptance_cost(context, self.guard is not None, SCORED_ROWS)
+        regression = forward.host_bytes + targets + moments if refitted else forward.host_bytes
+        passes = 1 + len(self.writers) * refitted / student.depth
+        return Cost(
+            host_bytes=max(regression, scores.host_bytes) + writer_bytes,
+            device_bytes=max(forward.device_bytes, scores.device_bytes),
             disk_bytes=2 * writer_bytes,
-            operations=forward.operations * (1 + len(widths)) + student.depth * solves,
+            operations=forward.operations * passes + refitted * solves + scores.operations,
+            read_bytes=forward.read_bytes + scores.read_bytes,
+            traffic_bytes=forward.traffic_bytes * passes + scores.traffic_bytes,
         )
 
     def caveats(self) -> list[Caveat]:

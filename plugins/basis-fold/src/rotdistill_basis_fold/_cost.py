@@ -1,0 +1,95 @@
+"""The cost of a fold: its edit, its certificate, and the teacher's principal frame."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rotdistill_core.data.batching import LOGIT_ROWS
+from rotdistill_core.data.splits import Split
+from rotdistill_core.planning.cost import (
+    FLOAT64_BYTES,
+    SVD_OPERATIONS,
+    Cost,
+    CostContext,
+)
+from rotdistill_core.planning.shape import ModelShape
+
+if TYPE_CHECKING:
+    from rotdistill_basis_fold.step import BasisFold
+
+FRAME_ROWS = 4096
+"""Rows of each boundary that the teacher's principal frame is computed from."""
+EXACT_READS = 5
+"""How often a certificate reads each folded weight: to store it, for two passes, and to unfold it
+and fold it before that."""
+
+
+def fold_cost(step: BasisFold, context: CostContext, after: ModelShape) -> Cost:
+    """Return the cost of a fold.
+
+    Args:
+        step: the options.
+        context: the models, as an exact fold sees them.
+        after: the student after the fold.
+    """
+    student = context.student
+    rotated = step.rotates_stream(context)
+    reads = EXACT_READS if step.exact else 1
+    # A weight that is read is computed: inside layers only, where the stream stays.
+    turned = after.parameters() if rotated else after.parameters(inside=True)
+    rotation = after.width * student.width * FLOAT64_BYTES if rotated else 0
+    # `block` computes all its weights at once; an exact fold computes each when it is read.
+    held = 0 if step.exact else student.parameters(inside=True) * FLOAT64_BYTES
+    cost = Cost(
+        host_bytes=held,
+        device_bytes=2.5 * after.layer_parameters * FLOAT64_BYTES,
+        disk_bytes=_stored_parameters(step, after) * context.student_bytes + rotation,
+        operations=2.0 * reads * turned * student.width,
+        read_bytes=reads * student.bytes,
+    )
+    if step.exact:
+        cost += certificate_cost(context, after)
+    if rotated and step.mode == "canonical":
+        cost += frame_cost(context)
+    return cost
+
+
+def _stored_parameters(step: BasisFold, after: ModelShape) -> int:
+    """Return how many parameters are stored anew; `block` edits those inside layers alone."""
+    return after.parameters(inside=None if step.exact else True)
+
+
+def certificate_cost(context: CostContext, after: ModelShape) -> Cost:
+    """Return the cost of comparing both models on two validation texts, twice.
+
+    In memory are both heads in float64, and blocks of logits. A pass in float64 takes as long as
+    two in float32.
+    """
+    student, texts = context.student, context.texts
+    rows = texts.rows_of(Split.VALIDATION, limit=2)
+    heads = 1.75 * student.vocab * (student.width + after.width) * FLOAT64_BYTES
+    logits = 8 * min(LOGIT_ROWS, rows) * student.vocab * FLOAT64_BYTES
+    numbers = student.parameters(inside=True) + after.parameters(inside=True)
+    numbers += student.vocab * (student.width + after.width)
+    return Cost(
+        host_bytes=heads + logits,
+        operations=2.0 * 3 * numbers * rows,
+        read_bytes=3 * student.bytes,
+    )
+
+
+def frame_cost(context: CostContext) -> Cost:
+    """Return the cost of the principal frame: moments of the teacher's captured stream."""
+    student, teacher, texts = context.student, context.teacher, context.texts
+    # Every n-th row is taken, so up to twice as many.
+    rows = min(texts.rows_of(Split.FIT), 2 * FRAME_ROWS)
+    boundaries = teacher.depth + 1
+    captured = rows * teacher.width
+    square = teacher.width**2
+    return Cost(
+        host_bytes=(3 * captured + 4 * square + 3 * student.width * teacher.width) * FLOAT64_BYTES,
+        operations=2.0 * boundaries * rows * square
+        + 2.0 * student.width**2 * teacher.width
+        + 2 * SVD_OPERATIONS * teacher.width**3,
+        read_bytes=boundaries * captured * context.teacher_bytes,
+    )

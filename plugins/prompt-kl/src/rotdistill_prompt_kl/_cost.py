@@ -1,0 +1,155 @@
+"""The cost of `prompt-kl`: its texts, the teacher's part, the training and the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from rotdistill_core.data.splits import Split
+from rotdistill_core.planning.cost import (
+    LOGIT_BLOCKS,
+    Cost,
+    CostContext,
+    acceptance_cost,
+    converted_bytes,
+    generation_cost,
+    teacher_states_cost,
+    training_activations,
+)
+from rotdistill_core.planning.shape import ModelShape
+
+if TYPE_CHECKING:
+    from rotdistill_prompt_kl.step import PromptKl
+
+PLACE_TOKENS = 12
+"""Tokens of a place name with the chat template around it."""
+LORA_STATE = 5
+"""Copies of a LoRA: itself, its gradient, two moments of AdamW, and the best one so far."""
+
+
+class TrainingTexts(NamedTuple):
+    """The texts that a step trains and validates on."""
+
+    places: float
+    """Continuations of place names."""
+    answers: float
+    """The teacher's answers to questions that are not held out."""
+    fit_share: float
+    """Share of the texts that are trained on; the others are validation texts."""
+    tokens: float
+    """Tokens of all texts, each with its own copy of the shared prompt."""
+    rows: int
+    """Rows of all texts, the shared prompt counted once."""
+    longest: float
+    """Tokens of the longer kind of text."""
+    longest_answer: float
+    """Tokens of the longer kind of answer, at most."""
+
+
+def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
+    """Return the texts; questions that the teacher does not answer count as those with a place."""
+    texts = context.texts
+    fit, validation = (texts.texts.get(s, 0) for s in (Split.FIT, Split.VALIDATION))
+    in_both = fit + validation
+    answered = min(max(texts.questions_asked - texts.texts.get(Split.HELDOUT, 0), 0), in_both)
+    mean = (texts.rows_of(Split.FIT, Split.VALIDATION) - texts.prefix) / max(in_both, 1)
+    places = min(step.max_prompts, in_both - answered) if "places" in step.prompts_from else 0
+    answers = answered if "questions" in step.prompts_from else 0
+    place_rows = PLACE_TOKENS + step.max_new_tokens
+    own_rows = places * place_rows + answers * mean
+    lengths = [place_rows] * bool(places) + [mean] * bool(answers)
+    answer_lengths = [step.max_new_tokens] * bool(places) + [mean] * bool(answers)
+    return TrainingTexts(
+        places=places,
+        answers=answers,
+        fit_share=fit / max(in_both, 1),
+        tokens=own_rows + (places + answers) * texts.prefix,
+        rows=texts.prefix + round(own_rows),
+        longest=texts.prefix + max(lengths, default=0.0),
+        longest_answer=max(answer_lengths, default=0.0),
+    )
+
+
+def prompt_kl_cost(step: PromptKl, context: CostContext) -> Cost:
+    """Return the cost of all parts, one after the other."""
+    texts = training_texts(step, context)
+    cost = _teacher_cost(step, context, texts) + _training_cost(step, context, texts)
+    return cost + _scoring_cost(step, context)
+
+
+def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
+    """Return the cost of the whole teacher that continues places, and of its pass over texts."""
+    rows = texts.rows
+    if step.guard:
+        rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
+    key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
+    cost = teacher_states_cost(context, rows, key)
+    if texts.places:
+        cost += generation_cost(
+            context.teacher,
+            context.texts,
+            round(texts.places),
+            round(texts.places * step.max_new_tokens),
+            context.teacher_bytes,
+        )
+    return cost
+
+
+def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
+    """Return the cost of training: the whole student, what a backward pass keeps, and the edit.
+
+    A LoRA on the head needs no backward pass through the layers, so nothing of them is kept.
+    """
+    teacher, number = context.teacher, context.student_bytes
+    student = context.student
+    if step.train == "head":
+        student = student.changed(tie_word_embeddings=False)
+    inside, head = student.parameters(inside=True), student.vocab * student.width
+    lora = lora_parameters(student, step.train, step.rank)
+    tokens = step.batch_size * texts.longest
+    logits = step.batch_size * texts.longest_answer * student.vocab * LOGIT_BLOCKS * number
+
+    if step.train == "lora":
+        kept = training_activations(student, tokens, number)
+        backward, edited = inside + head, inside
+    else:
+        kept = training_activations(student, tokens, number) / student.depth
+        backward, edited = head, head
+    trained = texts.fit_share * texts.tokens / step.shard[1] * step.max_epochs
+    # The validation texts are scored before training and twice an epoch.
+    validated = (1 - texts.fit_share) * texts.tokens * (1 + 2 * step.max_epochs)
+    forward = 2.0 * (inside + head)
+    speed = 4 if step.bfloat16 else 1
+    # The teacher's head is multiplied too, on the answers.
+    teacher_logits = 2.0 * teacher.vocab * teacher.width * (trained + validated)
+    # No gradient of the weights themselves is taken: the backward pass is as long as the forward.
+    operations = forward * (trained + validated) + 2.0 * backward * trained
+
+    states = texts.rows * teacher.width * context.teacher_bytes
+    teacher_head = teacher.vocab * teacher.width * converted_bytes(teacher, context.teacher_bytes)
+    whole = student.parameters() * number
+    return Cost(
+        host_bytes=states + teacher_head + edited * number,
+        device_bytes=whole + kept + logits + LORA_STATE * lora * number,
+        disk_bytes=(edited + lora) * number,
+        operations=operations / speed + teacher_logits,
+        read_bytes=context.student.bytes,
+        traffic_bytes=whole,
+    )
+
+
+def lora_parameters(shape: ModelShape, train: str, rank: int) -> float:
+    """Return the parameters of a LoRA on the head, or on all linear layers."""
+    if train == "head":
+        return rank * (shape.vocab + shape.width)
+    attention = 2 * (shape.width + shape.query_width) + 2 * (shape.width + shape.kv_width)
+    return rank * shape.depth * (attention + 3 * (shape.width + shape.neurons))
+
+
+def _scoring_cost(step: PromptKl, context: CostContext) -> Cost:
+    """Return the cost of accepting the edit, which is in memory meanwhile."""
+    student, number = context.student, context.student_bytes
+    head = student.vocab * student.width
+    edited = head if step.train == "head" else student.parameters(inside=True)
+    scores = acceptance_cost(context, step.guard is not None)
+    return replace(scores, host_bytes=scores.host_bytes + edited * number)
