@@ -35,7 +35,7 @@ class Searches(NamedTuple):
 
     max_cut: int
     """Most layers that are cut."""
-    count: int
+    searches: int
     """Number of searches."""
 
 
