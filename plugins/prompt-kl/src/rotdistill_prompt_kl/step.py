@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import Cost, CostContext, forward_cost
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class PromptKl:
         """The whole student, activations of a batch, and the teacher's final states."""
         student, teacher, texts = context.student, context.teacher, context.texts
         number = context.student_bytes
-        rows = texts.rows_of("fit", "validation")
-        count = max(texts.texts.get("fit", 0) + texts.texts.get("validation", 0), 1)
+        rows = texts.rows_of(Split.FIT, Split.VALIDATION)
+        count = max(texts.texts.get(Split.FIT, 0) + texts.texts.get(Split.VALIDATION, 0), 1)
         length = (rows - texts.prefix) / count + texts.prefix
 
         # Kept for the backward pass: inputs and outputs of a layer's products, and the logits.
