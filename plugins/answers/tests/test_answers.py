@@ -16,6 +16,7 @@ from rotdistill_answers._method import (
     LanguageIdentifier,
     claim_figures,
     decode_answer,
+    of_teacher,
     score_answer,
     similarity,
 )
@@ -114,7 +115,7 @@ def test_an_answer_in_no_language_is_read_as_the_question() -> None:
 
 def test_claims_become_figures_with_their_number_as_weight() -> None:
     stated = AnswerScore("", "en", facts=("a temple",), errors=("a church",))
-    assert claim_figures(stated, QUESTION, suffix="_teacher") == {
+    assert of_teacher(claim_figures(stated, QUESTION)) == {
         "factual_completeness_teacher": Figure(0.5, n=2),
         "hallucination_rate_teacher": Figure(1.0, n=1),
     }

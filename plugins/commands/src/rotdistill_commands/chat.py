@@ -92,7 +92,7 @@ def chat(
 def _saved_variants(run: RunFolder) -> list[str]:
     """Return the variants that have a checkpoint, those of the recipe first and in its order."""
     folders = run.layout.checkpoints.glob("*")
-    saved = {folder.name for folder in folders if (folder / "config.json").is_file()}
+    saved = {folder.name for folder in folders if (folder / RunLayout.CONFIG).is_file()}
     named = [name for name in run.recipe.get("variants", {}) if name in saved]
     return named + sorted(saved - {*named})
 

@@ -38,7 +38,7 @@ def activation_cost(context: CostContext, max_texts: int, within_stage: int, pai
     student_heads, teacher_heads = _query_heads(student), _query_heads(teacher)
     kept_student = min(2 * within_stage, student.depth)
     kept_teacher = min(within_stage * (1 + teacher.depth // student.depth), teacher.depth)
-    kept = kept_student * (student_heads * entries + rows * student.neurons)
+    kept: float = kept_student * (student_heads * entries + rows * student.neurons)
     kept += kept_teacher * (teacher_heads * entries + rows * teacher.neurons)
     # Centred copies of both sides, and maps of unit length, while a pair is compared.
     copies = 2 * rows * (student.neurons + teacher.neurons)

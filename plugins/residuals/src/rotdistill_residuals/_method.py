@@ -28,10 +28,6 @@ from rotdistill_residuals._spans import UNPAIRED, pair_rows
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
 
-SPANS_SHARD = "shards/spans.safetensors"
-PAIRING_TABLE = "alignment.tsv"
-LAYER_MAP = "layer_map.json"
-
 
 def capture(
     step: Residuals,
@@ -121,10 +117,10 @@ class Stream:
         """
         committed = [self._find(boundary) for boundary in range(self.depth + 1)]
         if all(committed):
-            return tuple(self._relative(path) for path in committed if path)
+            return tuple(self.out.relative(path) for path in committed if path)
         forward = LayerwiseForward(self.weights, self.layout, self.model.device, self.model.dtype)
         self._resume(forward, committed)
-        shards = [self._relative(path) for path in committed[: forward.boundary] if path]
+        shards = [self.out.relative(path) for path in committed[: forward.boundary] if path]
         sidecar = {
             "model": self.model.ref.model,
             "side": self.side,
@@ -136,7 +132,7 @@ class Stream:
             self._check_finite(boundary, states)
             path = committed[boundary]
             if path:
-                return self._relative(path)
+                return self.out.relative(path)
             return write_shard(self.out, self.side, boundary, states, self.dtype, sidecar)
 
         # One thread hashes and writes a boundary while the next layer is computed.
@@ -180,9 +176,6 @@ class Stream:
                 f"{self.model.ref.model}: {where}: {len(bad_rows)} rows are NaN or Inf, "
                 f"the first is row {bad_rows[0]}."
             )
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.out.store.root).as_posix()
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
@@ -254,11 +247,11 @@ def _continued(progress: Progress, done: int, total: int) -> Progress:
 def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
     """Commit the row pairs of two tokenizers and a table of the texts; return the shard."""
     pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
-    out.write(PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
+    out.write(RunLayout.PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
     paired_count = int((pairs.spans[:, 0] > UNPAIRED[0]).sum())
     out.notes["paired rows"] = f"{paired_count} of {len(pairs.spans)}"
-    shard = out.tensors(SPANS_SHARD, {"rows": pairs.spans})
-    return shard.relative_to(out.store.root).as_posix()
+    shard = out.tensors(RunLayout.ROW_PAIRS, {"rows": pairs.spans})
+    return out.relative(shard)
 
 
 def _with_matched_layers(
@@ -267,7 +260,7 @@ def _with_matched_layers(
     """Return the activations with the layer map that explains most; commit the table of R²."""
     layer_map = match_layers(activations, progress)
     out.json(
-        LAYER_MAP,
+        RunLayout.LAYER_MAP,
         {
             "student boundary -> teacher boundary": layer_map.by_original_depth,
             "R²": layer_map.r2.tolist(),

@@ -253,8 +253,8 @@ def write_lora(lora: Lora, out: StepOutput, base: str) -> None:
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    out.tensors(RunLayout.weights(out.step, f"adapter/{ADAPTER_WEIGHTS}"), tensors)
-    out.json(RunLayout.weights(out.step, f"adapter/{ADAPTER_CONFIG}"), config)
+    out.tensors(RunLayout.adapter(out.step, ADAPTER_WEIGHTS), tensors)
+    out.json(RunLayout.adapter(out.step, ADAPTER_CONFIG), config)
 
 
 def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
