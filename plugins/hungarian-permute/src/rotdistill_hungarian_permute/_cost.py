@@ -41,7 +41,7 @@ def activation_cost(context: CostContext, max_texts: int, within_stage: int, pai
     kept: float = kept_student * (student_heads * entries + rows * student.neurons)
     kept += kept_teacher * (teacher_heads * entries + rows * teacher.neurons)
     # Centred copies of both sides, and maps of unit length, while a pair is compared.
-    copies = 2 * rows * (student.neurons + teacher.neurons)
+    copies: float = 2 * rows * (student.neurons + teacher.neurons)
     copies += entries * (student_heads + teacher_heads)
     similarities = student.neurons * teacher.neurons
 
