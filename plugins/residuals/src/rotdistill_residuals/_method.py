@@ -55,7 +55,14 @@ def capture(
     student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     streams = [
         _teacher_stream(step, pair, samples.teacher, out),
-        Stream(Side.STUDENT, pair.student, weights, student_texts, out, _dtype(step, pair.student)),
+        Stream(
+            side=Side.STUDENT,
+            model=pair.student,
+            weights=weights,
+            layout=student_texts,
+            out=out,
+            dtype=_dtype(step, pair.student),
+        ),
     ]
     if pair.anchor:
         streams.append(_anchor_stream(step, pair.anchor, student_texts, out))
@@ -88,7 +95,7 @@ def capture(
     return activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """The residual stream of one model on its texts, committed boundary by boundary."""
 
@@ -209,7 +216,14 @@ def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepO
         step.dtype,
         code=package_digest("rotdistill_residuals"),
     )
-    return Stream(Side.TEACHER, teacher, teacher.weights, layout, shared, _dtype(step, teacher))
+    return Stream(
+        side=Side.TEACHER,
+        model=teacher,
+        weights=teacher.weights,
+        layout=layout,
+        out=shared,
+        dtype=_dtype(step, teacher),
+    )
 
 
 def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: StepOutput) -> Stream:
@@ -224,7 +238,14 @@ def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: Ste
         step.dtype,
         code=package_digest("rotdistill_residuals"),
     )
-    return Stream(Side.ANCHOR, anchor, anchor.weights, layout, shared, _dtype(step, anchor))
+    return Stream(
+        side=Side.ANCHOR,
+        model=anchor,
+        weights=anchor.weights,
+        layout=layout,
+        out=shared,
+        dtype=_dtype(step, anchor),
+    )
 
 
 def _dtype(step: Residuals, model: Model) -> torch.dtype:

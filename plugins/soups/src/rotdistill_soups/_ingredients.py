@@ -45,7 +45,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / RunLayout.CONFIG).is_file()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenIngredients:
     """The ingredients of a recipe, each checked from its headers against the student."""
 
@@ -89,7 +89,13 @@ def open_ingredients(
             model = open_model(_model_ref(reference))
             _require_student_shape(reference, model, weights)
             models[reference] = model
-    return OpenIngredients(references, pair.student, weights, models, adapters)
+    return OpenIngredients(
+        references=references,
+        student=pair.student,
+        weights=weights,
+        models=models,
+        adapters=adapters,
+    )
 
 
 def _require_other_run(reference: str, folder: Path, run: Path) -> None:
