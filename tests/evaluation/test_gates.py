@@ -177,6 +177,7 @@ def test_a_variant_beyond_a_gate_is_marked_everywhere_and_kept(
     assert {row["variant"] for row in json.loads(out)["results"]} >= {"base", "cut"}
 
 
+@pytest.mark.slow
 def test_a_certificate_that_does_not_hold_fails_its_variant_and_no_other(
     pico_workspace: PicoWorkspace,
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_run_whose_variants_all_fail_has_a_report(pico_workspace: PicoWorkspac
     assert outputs.report["verdict"].startswith("Failed: `only` breaks a check: step")
 
 
+@pytest.mark.slow
 def test_one_token_that_is_not_a_number_is_not_averaged_away(
     pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def run(
     return workspace.run(workspace.recipe(steps, teacher="teacher", student="scrambled"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weights", "activations"])
 def test_a_scrambled_student_is_brought_to_its_anchor(workspace: PicoWorkspace, kind: str) -> None:
     outcome = run(workspace, kind)

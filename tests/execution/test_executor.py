@@ -32,6 +32,7 @@ step = [
 """
 
 
+@pytest.mark.slow
 def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
     executor: Open, recorder: Any
 ) -> None:
@@ -50,6 +51,7 @@ def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
         assert "# two:" in (second / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reused_and_fresh_makes_each_step_once(
     executor: Open, recorder: Any
 ) -> None:
@@ -85,6 +87,7 @@ def test_the_ledger_types_every_result(executor: Open) -> None:
     assert all((root / path).is_file() for record in ledger.records for path in record.paths())
 
 
+@pytest.mark.slow
 def test_a_refit_goes_on_after_a_kill(
     executor: Open, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +125,7 @@ def test_a_system_prompt_that_is_not_utf8_is_named(work: Path, executor: Open) -
         executor("r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_prints_the_line_that_resumes_it(
     work: Path, write_recipe: Callable[..., Path], number: int, code: int
