@@ -85,7 +85,14 @@ def capture(model: Model, samples: Samples, folder: Path) -> None:
     """Capture every boundary of one model into shards."""
     now = time.monotonic_ns()  # a name of its own, so that nothing is reused
     out = StepOutput(ArtifactStore(folder), Ledger(folder / f"run-{now}"), f"bench {now}", "bench")
-    stream = Stream(Side.TEACHER, model, model.weights, samples.layout, out, model.dtype)
+    stream = Stream(
+        side=Side.TEACHER,
+        model=model,
+        weights=model.weights,
+        layout=samples.layout,
+        out=out,
+        dtype=model.dtype,
+    )
     stream.capture(lambda *_: None)
 
 

@@ -17,6 +17,7 @@ import torch
 from rotdistill_residuals.step import Residuals
 from torch import Tensor
 
+from rotdistill_core.data.questions import OWN_ANSWER
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import MAX_SCORED_ROWS, scored_rows
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
@@ -34,8 +35,6 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0, 100.0)
 FEW_STRENGTHS = (0.1, 0.3, 1.0)
 """Values of λ for fewer texts."""
 BLENDS = (0.25, 0.5, 1.0)
-TEACHER_ANSWERED = ".own"
-"""Ends the id of a text whose question is a blurb's and whose answer is the teacher's."""
 
 
 class PrintedLog:
@@ -97,7 +96,7 @@ class HeadCurve:
         parts += [
             torch.arange(starts[k], starts[k + 1])
             for k, text in enumerate(self.layout.texts)
-            if text.split == Split.FIT and text.id.removesuffix(TEACHER_ANSWERED) in blurbs
+            if text.split == Split.FIT and text.id.removesuffix(OWN_ANSWER) in blurbs
         ]
         rows = torch.cat(parts)
         moments = Moments(self.X.shape[1], self.T.shape[1])
@@ -134,7 +133,7 @@ def main() -> None:
     """Print the curves."""
     run, counts = asked(__doc__, "--texts", [25, 50, 100, 200])
     curve = HeadCurve(run)
-    blurbs = [text for text in curve.layout.texts if not text.id.endswith(TEACHER_ANSWERED)]
+    blurbs = [text for text in curve.layout.texts if not text.id.endswith(OWN_ANSWER)]
     fit = [text.id for text in blurbs if text.split == Split.FIT]
     in_recipe = {text.id for text in blurbs if text.split != Split.HELDOUT}
     fit_share = len(fit) / len(in_recipe)

@@ -43,6 +43,7 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.maps import Rotation
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import StepReport
 from rotdistill_core.testing import pico_output, random_rotation, save_folder, scramble
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,16 +82,16 @@ class Bench:
 
     def soup(self, method: str, names: tuple[str, ...], **options: Any) -> Weights:
         """Return a soup, whatever its validation KL."""
-        return self.soup_with_notes(method, names, **options)[0]
+        return self.soup_with_report(method, names, **options)[0]
 
-    def soup_with_notes(
+    def soup_with_report(
         self, method: str, names: tuple[str, ...], **options: Any
-    ) -> tuple[Weights, dict[str, Any]]:
-        """Return a soup, whatever its validation KL, and the notes of its step."""
+    ) -> tuple[Weights, StepReport]:
+        """Return a soup, whatever its validation KL, and what its step reports."""
         out = self.output(f"{method} {len(names)} {options}")
         step = Soups(ingredients=names, require_improvement=False, **{"method": method, **options})
         merged = step.fold(self.pair.student.weights, self.pair, self.samples, out, ignore_progress)
-        return merged, out.notes
+        return merged, out.report
 
 
 def read_texts(model: Model, limit: int) -> Samples:
@@ -150,7 +151,7 @@ def compare_soups(bench: Bench, fisher_texts: int) -> dict[str, Any]:
     for k, name in enumerate(bench.fine_tunes):
         views[f"fine-tune {k}"] = open_model(ModelRef(model=name)).weights
     views["uniform"] = bench.soup("uniform", bench.fine_tunes)
-    views["greedy"], notes = bench.soup_with_notes("greedy", bench.fine_tunes)
+    views["greedy"], report = bench.soup_with_report("greedy", bench.fine_tunes)
     views["fisher"] = bench.soup("fisher", bench.fine_tunes, fisher_texts=fisher_texts)
     views["lora"] = bench.soup("lora", bench.adapters)
     views["lora, A and B averaged"] = average_factors(bench)
@@ -162,7 +163,7 @@ def compare_soups(bench: Bench, fisher_texts: int) -> dict[str, Any]:
     off = max(float((dense[n].double() - exact[n].double()).abs().max()) for n in dense.entries)
     return {
         "held-out KL": scores,
-        "members of greedy": len(notes["members"]),
+        "members of greedy": len(report.members),
         "lora from the dense sum, largest": off,
     }
 

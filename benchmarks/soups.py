@@ -36,6 +36,7 @@ from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.files import Blocks, write_file
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.testing import pico_output
 
 NOISE = 1e-2
@@ -368,7 +369,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         python = environment(Path(temporary) / "env")
         folders = [work / f"model-{k}" for k in range(COUNT)]
-        if not all((folder / "config.json").is_file() for folder in folders):
+        if not all((folder / RunLayout.CONFIG).is_file() for folder in folders):
             log("making the checkpoints")
             folders = make_checkpoints(options.model, work)
         results = []

@@ -257,9 +257,7 @@ def _fault_of_the_machine(error: Exception) -> str:
     )
     if out_of_memory:
         reason = str(error) or "none is left"
-        return (
-            f"the memory does not suffice: {reason}. `rotdistill plan` says what each step needs."
-        )
+        return f"memory is not enough: {reason}. `rotdistill plan` states what each step needs."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}."
     return ""

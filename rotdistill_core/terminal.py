@@ -20,7 +20,6 @@ from rotdistill_core.evaluation.rows import MetricRow, overall_figures
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.store.layout import RUNS_FOLDER as RUNS_FOLDER
 
 WIDTH_OF_FILES = 160
 """Columns of a table that is written to a file or a pipe."""

@@ -15,45 +15,31 @@ import rotdistill_core
 from rotdistill_core import MetricRow, RunFailed, hookimpl, load_recipe, plan, run
 from rotdistill_core.errors import CheckFailed, RecipeError, SetupError
 from rotdistill_core.planning.machine import Machine
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head()
-    + """
-[[step]]
-use = "chop"
-layers = 2
-[[step]]
-use = "residuals"
-[[step]]
-id = "refit"
-use = "writer-refit"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["refit"]
+STEPS = """
+variants = { base = [], full = ["refit"] }
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(make_workspace: Callable[..., PicoWorkspace]) -> Path:
     """Return a folder with a recipe that has been run."""
-    root = tmp_path_factory.mktemp("api")
-    pico_folder(root / "model", num_hidden_layers=3)
-    pico_texts(root / "texts")
-    (root / "recipe.toml").write_text(RECIPE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        run("recipe.toml")
-    return root
+    workspace = make_workspace(num_hidden_layers=3)
+    workspace.run(workspace.recipe(STEPS))
+    return workspace.folder
 
 
 @pytest.fixture
-def work(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(made)
-    return made
+def work(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
 
 
 class Watch:
@@ -78,7 +64,7 @@ class Watch:
 def test_a_run_returns_typed_results_and_prints_nothing(
     work: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    result = run("recipe.toml")
+    result = run("trial.toml")
     assert capfd.readouterr() == ("", "")
     assert all(isinstance(row, MetricRow) for row in result.rows)
     assert {row.variant for row in result.rows} == {"base", "full"}
@@ -91,7 +77,7 @@ def test_a_run_returns_typed_results_and_prints_nothing(
 
 def test_an_observer_gets_lines_progress_and_events(work: Path) -> None:
     watch = Watch()
-    run(work / "recipe.toml", runs=work / "other", fresh=True, observer=watch)
+    run(work / "trial.toml", runs=work / "other", fresh=True, observer=watch)
     assert watch.steps[:3] == ["base chop", "base residuals", "base fidelity"]
     assert any("answers" in line for line in watch.lines)
     assert watch.notes
@@ -99,7 +85,7 @@ def test_an_observer_gets_lines_progress_and_events(work: Path) -> None:
 
 def test_a_failed_variant_carries_the_result(work: Path) -> None:
     with pytest.raises(RunFailed, match='variant "full" failed: kl is ') as caught:
-        run("recipe.toml", set={"check.kl_ratio": 1e-9})
+        run("trial.toml", set={"check.kl_ratio": 1e-9})
     assert isinstance(caught.value, CheckFailed)
     assert caught.value.exit_code == 4
     outcome = caught.value.outcome
@@ -110,37 +96,37 @@ def test_a_failed_variant_carries_the_result(work: Path) -> None:
 @pytest.mark.parametrize("load", [str, Path, load_recipe])
 def test_overrides_are_python_values(work: Path, load: Callable[[Path], Any]) -> None:
     values = {"chop.layers": 1, "refit.ridge": (0.5, 2.0), "seed": 3, "variants.full": []}
-    planned = plan(load(work / "recipe.toml"), set=values)
+    planned = plan(load(work / "trial.toml"), set=values)
     words = ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3", "variants.full=[]"]
-    expected = load_recipe(work / "recipe.toml", words)
+    expected = load_recipe(work / "trial.toml", words)
     assert planned.folder.name == expected.folder(Path("runs")).name
 
 
 def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:
     with pytest.raises(RecipeError, match=r"layers: .*it is 'eleven'"):
-        plan("recipe.toml", set={"chop.layers": "eleven"})
+        plan("trial.toml", set={"chop.layers": "eleven"})
     with pytest.raises(RecipeError, match=r'set chup\.layers: .* Did you mean "chop"'):
-        plan(load_recipe("recipe.toml"), set={"chup.layers": 1})
+        plan(load_recipe("trial.toml"), set={"chup.layers": 1})
 
 
 def test_a_resolved_recipe_keeps_its_observers(work: Path) -> None:
-    loaded = load_recipe(work / "recipe.toml", ["observers=[]"])
+    loaded = load_recipe(work / "trial.toml", ["observers=[]"])
     result = run(loaded, set={"seed": 1}, runs=work / "silent")
     assert result.summaries == []
     assert not (result.folder / "report.html").exists()
 
 
 def test_a_plan_lists_what_is_reused(work: Path) -> None:
-    planned = plan("recipe.toml")
+    planned = plan("trial.toml")
     assert planned.todo == []
     assert {line.id for line in planned.lines} >= {"chop", "residuals", "refit", "fidelity"}
-    small = plan("recipe.toml", fresh=True, machine=Machine(ram=1, gpu=0, disk=1, cores=1))
+    small = plan("trial.toml", fresh=True, machine=Machine(ram=1, gpu=0, disk=1, cores=1))
     assert len(small.todo) > 3
     assert len(small.shortfalls) == 2
 
 
 def test_rows_become_a_table(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("recipe.toml")
+    result = run("trial.toml")
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(SetupError, match="pip install pandas"):
         result.to_pandas()
@@ -164,7 +150,7 @@ def test_importing_and_planning_load_no_torch(work: Path) -> None:
         "import sys, rotdistill_core\n"
         "assert 'torch' not in sys.modules\n"
         "from rotdistill_core import load_recipe, plan, run\n"
-        "assert plan('recipe.toml', set={'chop.layers': 1}).todo\n"
+        "assert plan('trial.toml', set={'chop.layers': 1}).todo\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run(

@@ -17,35 +17,17 @@ from typer.main import get_command
 from rotdistill_core.cli import app
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.terminal import WideTable
-from rotdistill_core.testing import command_line, pico_folder, pico_texts
+from rotdistill_core.testing import PicoWorkspace, command_line
 
-RECIPE = """
-name = "{name}"
-[teacher]
-model = "model"
-[student]
-model = "model"
-[samples]
-index = "../texts/index.tsv"
-style = "../texts/style.md"
-heldout = "../texts/heldout.tsv"
-answer_tokens = 4
-[[step]]
-use = "chop"
-layers = 23
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "{aligner}"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "fold"]
+STEPS = """
+variants = { base = [], full = ["basis", "fold"] }
+step = [
+    { use = "chop", layers = 23 },
+    { use = "residuals" },
+    { id = "basis", use = "ALIGNER" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
 CORE_VERBS = {
     info.name or info.callback.__name__: info.callback
@@ -136,13 +118,12 @@ def test_a_table_loses_nothing_on_a_narrow_terminal(width: int) -> None:
 @pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pico_folder(tmp_path / "model", num_hidden_layers=25, hidden_size=16, intermediate_size=24)
-    pico_texts(tmp_path / "texts", blurbs=8, questions=2)
-    (tmp_path / "recipes").mkdir()
+    PicoWorkspace(tmp_path).model(num_hidden_layers=25, hidden_size=16, intermediate_size=24)
+    recipes = PicoWorkspace(tmp_path / "recipes")
+    recipes.texts(blurbs=8, questions=2)
     for name, aligner in (("tour-guide", "procrustes"), ("swap-aligner", "random-rotation")):
-        (tmp_path / f"recipes/{name.replace('-', '_')}.toml").write_text(
-            RECIPE.format(name=name, aligner=aligner)
-        )
+        recipe = recipes.recipe(STEPS.replace("ALIGNER", aligner), name=name)
+        recipe.rename(recipe.with_stem(name.replace("-", "_")))
     assert command_line("run", "recipes/swap_aligner.toml")[0] == 0
     ordered = ["run", *(verb for verb in VERBS if verb not in ("run", "rm")), "rm"]
     for line in [line for verb in ordered for line in examples(verb)]:

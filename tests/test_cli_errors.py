@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,46 +27,27 @@ from rotdistill_core.plugin.registry import (
     adapter_for,
 )
 from rotdistill_core.store import files
-from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import PicoWorkspace, command_line
 
-RECIPE = (
-    pico_head()
-    + """
-[[step]]
-use = "chop"
-layers = 1
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "fold"]
+RECIPE = """
+variants = { base = [], full = ["basis", "fold"] }
+step = [
+    { use = "chop", layers = 1 },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
 MAIN = [sys.executable, "-m", "rotdistill_core"]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("abuse")
-    pico_folder(root / "model")
-    pico_texts(root / "texts")
-    (root / "recipe.toml").write_text(RECIPE)
-    return root
-
-
 @pytest.fixture
-def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+def work(pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the current folder, with a recipe, its texts and its model."""
+    pico_workspace.recipe(RECIPE)
+    monkeypatch.chdir(pico_workspace.folder)
+    return pico_workspace.folder
 
 
 def printed(code: int, *words: str) -> str:
@@ -86,8 +66,10 @@ def edit(old: str, new: str) -> Spoil:
     """Return a function that replaces a part of the recipe."""
 
     def replace(work: Path) -> None:
-        assert old in RECIPE
-        (work / "recipe.toml").write_text(RECIPE.replace(old, new, 1))
+        path = work / "trial.toml"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
 
     return replace
 
@@ -127,8 +109,8 @@ def cut(work: Path) -> None:
 
 
 def replace_by_a_folder(work: Path) -> None:
-    (work / "recipe.toml").unlink()
-    (work / "recipe.toml").mkdir()
+    (work / "trial.toml").unlink()
+    (work / "trial.toml").mkdir()
 
 
 def pickle(work: Path) -> None:
@@ -136,17 +118,17 @@ def pickle(work: Path) -> None:
 
 
 CASES: dict[str, tuple[Spoil, int, str]] = {
-    "no recipe": (remove("recipe.toml"), 2, "cannot be read: No such file"),
+    "no recipe": (remove("trial.toml"), 2, "cannot be read: No such file"),
     "a folder": (
         replace_by_a_folder,
         2,
         "Is a directory",
     ),
-    "not text": (put("recipe.toml", b"\xff\xfe\x00"), 2, "is not UTF-8 text"),
-    "not TOML": (put("recipe.toml", "name = = 3"), 2, "is not valid TOML"),
-    "empty": (put("recipe.toml", ""), 2, "at least one [[step]]"),
-    "too long": (put("recipe.toml", "#" * 1_000_001), 2, "a recipe is a short document"),
-    "nested too deeply": (put("recipe.toml", "a = " + "[" * 5000), 2, "is not valid TOML"),
+    "not text": (put("trial.toml", b"\xff\xfe\x00"), 2, "is not UTF-8 text"),
+    "not TOML": (put("trial.toml", "name = = 3"), 2, "is not valid TOML"),
+    "empty": (put("trial.toml", ""), 2, "at least one [[step]]"),
+    "too long": (put("trial.toml", "#" * 1_000_001), 2, "a recipe is a short document"),
+    "nested too deeply": (put("trial.toml", "a = " + "[" * 5000), 2, "is not valid TOML"),
     "an unknown key": (
         edit("layers = 1", "layer = 1"),
         2,
@@ -213,13 +195,13 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
         'step "chop": layers = 9, but the student has 2',
     ),
     "a fold without an aligner": (
-        edit('base = []\nfull = ["basis", ', 'base = ["basis"]\nfull = ['),
+        edit('base = [], full = ["basis", ', 'base = ["basis"], full = ['),
         2,
         "needs an aligner before it",
     ),
-    "no capture": (edit('[[step]]\nuse = "residuals"\n', ""), 2, "put a capture step"),
+    "no capture": (edit('{ use = "residuals" },', ""), 2, "put a capture step"),
     "a gate that fails": (
-        edit("[variants]", "[check]\nlogits_float32 = 1e-30\n[variants]"),
+        edit("variants =", "check.logits_float32 = 1e-30\nvariants ="),
         4,
         "the certificate fails",
     ),
@@ -232,28 +214,28 @@ def test_a_run_that_cannot_start_says_why(
     work: Path, spoil: Spoil, code: int, message: str
 ) -> None:
     spoil(work)
-    assert message in printed(code, "run", "recipe.toml")
+    assert message in printed(code, "run", "trial.toml")
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         ((), 2, "Usage: rotdistill"),
-        (("runn", "recipe.toml"), 2, 'there is no verb "runn". Did you mean "run"?'),
+        (("runn", "trial.toml"), 2, 'there is no verb "runn". Did you mean "run"?'),
         (("frobnicate",), 2, "There is: run, "),
         (("run",), 2, "Missing argument 'RECIPE'. `rotdistill run --help` shows how."),
         (
             ("run", "gone.toml"),
             2,
-            'gone.toml: cannot be read: No such file or directory. Did you mean "recipe.toml"?',
+            'gone.toml: cannot be read: No such file or directory. Did you mean "trial.toml"?',
         ),
-        (("run", "recipe.toml", "--frech"), 2, "--frech"),
-        (("run", "recipe.toml", "--set", "chop"), 2, "write it as key.path=value"),
-        (("run", "recipe.toml", "--set", "chup.layers=1"), 2, 'Did you mean "chop"?'),
+        (("run", "trial.toml", "--frech"), 2, "--frech"),
+        (("run", "trial.toml", "--set", "chop"), 2, "write it as key.path=value"),
+        (("run", "trial.toml", "--set", "chup.layers=1"), 2, 'Did you mean "chop"?'),
         (("show", "nothing"), 2, 'there is no run "nothing"'),
         (("check", "texts"), 2, "is not a run"),
         (("check", "nothing"), 2, 'there is no run "nothing"'),
-        (("check", "recipe.toml"), 0, "fine"),
+        (("check", "trial.toml"), 0, "fine"),
     ],
 )
 def test_a_wrong_command_line_says_why(
@@ -286,7 +268,7 @@ def refuse(error: Exception) -> Callable[..., None]:
             3,
             "cannot be written: Read-only file system",
         ),
-        (samples, "tokenize_texts", MemoryError(), 3, "the memory does not suffice"),
+        (samples, "tokenize_texts", MemoryError(), 3, "memory is not enough"),
         (
             samples,
             "tokenize_texts",
@@ -313,14 +295,14 @@ def refuse(error: Exception) -> Callable[..., None]:
             "tokenize_texts",
             Interrupted(signal.SIGINT),
             130,
-            "Go on with:\nrotdistill run recipe.toml --set seed=3",
+            "Go on with:\nrotdistill run trial.toml --set seed=3",
         ),
         (
             samples,
             "tokenize_texts",
             Interrupted(signal.SIGTERM),
             143,
-            "Go on with:\nrotdistill run recipe.toml --set seed=3",
+            "Go on with:\nrotdistill run trial.toml --set seed=3",
         ),
     ],
     ids=[
@@ -344,7 +326,7 @@ def test_a_fault_of_the_machine_has_its_exit_code(
     message: str,
 ) -> None:
     monkeypatch.setattr(where, name, refuse(error))
-    assert message in printed(code, "run", "recipe.toml", "--set", "seed=3")
+    assert message in printed(code, "run", "trial.toml", "--set", "seed=3")
 
 
 SMALL = {
@@ -358,12 +340,12 @@ def test_a_machine_that_is_too_small_ends_a_run_before_it_begins(
     work: Path, monkeypatch: pytest.MonkeyPatch, machine: Machine, reason: str
 ) -> None:
     monkeypatch.setattr("rotdistill_core.cli.this_machine", lambda _: machine)
-    text = printed(3, "run", "recipe.toml")
+    text = printed(3, "run", "trial.toml")
     assert "results are there" in text
-    assert "recipe.toml: does not fit here: " in text
+    assert "trial.toml: does not fit here: " in text
     assert reason in text
     assert not (work / "runs").exists()
-    assert "saved" in printed(0, "run", "recipe.toml", "--no-plan")
+    assert "saved" in printed(0, "run", "trial.toml", "--no-plan")
 
 
 def test_a_broken_plugin_is_named_in_every_verb(
@@ -383,9 +365,9 @@ def test_a_broken_plugin_is_named_in_every_verb(
     ) == len(groups)
     assert "acme 1.0" in printed(2, "fail")
     edit('"procrustes"', '"fail"')(work)
-    assert "acme 1.0" in printed(2, "run", "recipe.toml")
+    assert "acme 1.0" in printed(2, "run", "trial.toml")
     edit('name = "trial"', 'name = "trial"\nobservers = ["fail"]')(work)
-    assert "acme 1.0" in printed(2, "run", "recipe.toml")
+    assert "acme 1.0" in printed(2, "run", "trial.toml")
     with pytest.raises(PluginError, match="acme"):
         adapter_for("fail")
     assert "step.fail" not in printed(0, "schema")
@@ -393,7 +375,7 @@ def test_a_broken_plugin_is_named_in_every_verb(
 
 def test_v_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "tokenize_texts", refuse(ZeroDivisionError("by zero")))
-    for words in (("-v", "run", "recipe.toml"), ("run", "recipe.toml", "-v")):
+    for words in (("-v", "run", "trial.toml"), ("run", "trial.toml", "-v")):
         code, _, err = command_line(*words)
         assert code == 1
         assert "Traceback" in err
@@ -404,8 +386,8 @@ def test_a_narrow_terminal_is_enough(work: Path, monkeypatch: pytest.MonkeyPatch
     for words in (
         ("--help",),
         ("run", "--help"),
-        ("plan", "recipe.toml"),
-        ("run", "recipe.toml"),
+        ("plan", "trial.toml"),
+        ("run", "trial.toml"),
         ("runs",),
         ("show", "trial"),
     ):
@@ -415,7 +397,7 @@ def test_a_narrow_terminal_is_enough(work: Path, monkeypatch: pytest.MonkeyPatch
 def test_messages_and_results_keep_apart_and_plain(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, err = command_line("run", "recipe.toml", "--json")
+    code, out, err = command_line("run", "trial.toml", "--json")
     assert (code, "saved" in err) == (0, True)
     assert json.loads(out)["results"]
     assert "\x1b" not in out + err  # no colours, no bars where there is no terminal
@@ -438,7 +420,7 @@ def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
 
 def test_a_signal_ends_a_run_with_the_line_that_resumes_it(work: Path) -> None:
     running = subprocess.Popen(
-        [*MAIN, "run", "recipe.toml"],
+        [*MAIN, "run", "trial.toml"],
         cwd=work,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -450,5 +432,5 @@ def test_a_signal_ends_a_run_with_the_line_that_resumes_it(work: Path) -> None:
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
-    assert err.splitlines()[-1] == "rotdistill run recipe.toml"
+    assert err.splitlines()[-1] == "rotdistill run trial.toml"
     assert "Traceback" not in err

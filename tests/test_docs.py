@@ -332,12 +332,12 @@ def test_the_example_observer_works(tmp_path: Path, example: Build) -> None:
     assert f'`slow-steps = "{module}"`' in guide()
     example(f"{module}.py")
     install(tmp_path, "rotdistill-slow-steps", OBSERVERS, "slow-steps", module)
-    pm, said = plugin_manager(), list[str]()
+    pm, lines = plugin_manager(), list[str]()
     pm.register(load_plugin(OBSERVERS, "slow-steps")[0])
     for seconds, reused in ((90.0, False), (90.0, True), (9.0, False)):
-        told = {"step_id": "refit", "variant": "full", "seconds": seconds, "reused": reused}
-        pm.hook.after_step(**told, stage="fold", folder=tmp_path, log=said.append)
-    assert said == ["full: refit took 1.5 minutes"]
+        arguments = {"step_id": "refit", "variant": "full", "seconds": seconds, "reused": reused}
+        pm.hook.after_step(**arguments, stage="fold", folder=tmp_path, log=lines.append)
+    assert lines == ["full: refit took 1.5 minutes"]
 
 
 def test_the_example_verb_works(

@@ -1,5 +1,7 @@
-"""Whatever λ, texts and options are drawn, no transfer step leaves a student worse on held-out
-texts, or a weight that is not finite."""
+"""No transfer step makes a student worse on held-out texts, for any λ, texts and options.
+
+All weights stay finite.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def drawn(draw: random.Random) -> Samples:
-    """Return 5 to 80 texts, as they are or copies of a few; the held-out ones are always the same
-    ten."""
+    """Return 5 to 80 texts, some of them copies, and always the same ten held-out texts."""
     held = [t for t in pico_samples(texts=50).layout.texts if t.split == "heldout"]
     texts = [
         t
@@ -45,8 +46,10 @@ def drawn(draw: random.Random) -> Samples:
 
 
 def misled(activations: ActivationStore, out: StepOutput) -> ActivationStore:
-    """Return the bank with the teacher's rows of fit texts turned round: what is fitted to them is
-    harmful, and only judging tells."""
+    """Return activations with the teacher's rows of fit texts negated.
+
+    A fit to them does harm, which only the acceptance test shows.
+    """
     fit = activations.layouts["teacher"].split("fit")[:, None]
     shards = []
     for boundary in range(len(activations.shards["teacher"])):

@@ -120,19 +120,13 @@ def test_the_snippet_of_the_readme_runs_outside_the_repository(
     workspace.model(num_hidden_layers=25)
     recipe = workspace.recipe(
         """
-[[step]]
-use = "chop"
-layers = 3
-[[step]]
-use = "residuals"
-[[step]]
-id = "refit"
-use = "writer-refit"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["refit"]
+variants = { base = [], full = ["refit"] }
+step = [
+    { use = "chop", layers = 3 },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
 """
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

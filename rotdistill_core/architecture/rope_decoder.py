@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.architecture.table import Adapter, Config, HeadLayout, Param, Site
 
 LAYER = "model.layers.{i}."
@@ -63,7 +64,7 @@ def rope_decoder(
     gauges = {
         key: gauge for key, gauge in GAUGES.items() if not (head_norms and gauge.startswith("key"))
     }
-    params = {EMBEDDING: Param(("vocab", "residual"))}
+    params = {EMBEDDING: Param((VOCAB, "residual"))}
     for key, projection in projections.items():
         params[f"{projection.module}.weight"] = Param(
             projection.axes, projection.gain, gauge=gauges.get(key, "")
@@ -77,7 +78,7 @@ def rope_decoder(
         params[name] = Param(("residual",), is_gain=True)
     for norm in head_norms:
         params[f"{ATTENTION}{norm}.weight"] = Param(("head_dim.{i}",), is_gain=True)
-    params["lm_head.weight"] = Param(("vocab", "residual"), FINAL_NORM, tied=EMBEDDING)
+    params["lm_head.weight"] = Param((VOCAB, "residual"), FINAL_NORM, tied=EMBEDDING)
     # After a norm the stream is no linear function of neurons and heads: nothing can be refitted.
     writers = {
         "neurons": f"{projections['down'].module}.weight",
@@ -128,7 +129,7 @@ def _sizes(config: Config) -> Mapping[str, int]:
     heads = rope_heads(config)
     return {
         "residual": int(config["hidden_size"]),
-        "vocab": int(config["vocab_size"]),
+        VOCAB: int(config["vocab_size"]),
         "neurons.{i}": int(config["intermediate_size"]),
         "q.{i}": heads.query * heads.width,
         "kv.{i}": heads.groups * heads.width,

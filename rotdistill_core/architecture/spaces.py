@@ -15,6 +15,7 @@ from __future__ import annotations
 RESIDUAL = "residual"
 """The residual stream."""
 VOCAB = "vocab"
+"""Tokens: rows of embedding and head."""
 QUERY = "q"
 KEY_VALUE = "kv"
 NEURONS = "neurons"

@@ -35,7 +35,7 @@ NEAR_ZERO_GAIN = 3e-3
 """Share of the largest gain below which dividing by a gain would magnify rounding beyond 1e-12."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Undo:
     """What takes a fold back."""
 
@@ -64,7 +64,13 @@ class Undo:
             kind, _, name = key.partition(".")
             parts[kind][name] = tensor
         maps = {space: map_of(tensor) for space, tensor in parts["map"].items()}
-        return cls(maps, parts["gain"], config, offset, parts["columns"])
+        return cls(
+            maps=maps,
+            gains=parts["gain"],
+            config=config,
+            offset=offset,
+            columns=parts["columns"],
+        )
 
     def factor(self, gain: str) -> Tensor:
         """Return the factor `[d]` by which a norm multiplied before the fold, float64."""
@@ -198,7 +204,7 @@ def _undo(
 ) -> Undo:
     """Return what takes the fold back: the maps, and everything that absorbing gains would lose."""
     absorbed = {name: tensors[name].read().double() for name in gains}
-    undo = Undo(maps, absorbed, config, adapter.gain_offset, {})
+    undo = Undo(maps=maps, gains=absorbed, config=config, offset=adapter.gain_offset, columns={})
     columns: dict[str, Tensor] = {}
     for name, param in adapter.expand(config).items():
         if name in tensors and param.gain and param.gain in absorbed:

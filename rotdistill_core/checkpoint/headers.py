@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
+from rotdistill_core.store.layout import RunLayout
 
 SHARD_INDEX = "model.safetensors.index.json"
 REMOTE_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -123,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         SetupError: missing, not a JSON object, or asking for remote code.
     """
-    path = folder / "config.json"
+    path = folder / RunLayout.CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -15,7 +15,6 @@ from rotdistill_core.checkpoint.headers import shard_files
 from rotdistill_core.errors import SetupError
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
-from rotdistill_core.store.layout import RunLayout
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
 
 
-MANIFEST = RunLayout.MANIFEST
 FINGERPRINT_BYTES = 1 << 16
 """Bytes that a fingerprint takes from each of about five places of a file."""
 TOKENIZER_FILES = (
@@ -49,6 +47,8 @@ class Model:
     folder: Path
     config: Mapping[str, Any]
     adapter: Adapter
+    table_code: str = ""
+    """Hash of the code that the adapter's table comes from."""
 
     @cached_property
     def sha256(self) -> str:

@@ -15,7 +15,14 @@ from typing import Any
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.checkpoint.models import Log, Model, Pair
 from rotdistill_core.errors import PluginError, RotdistillError, SetupError
-from rotdistill_core.plugin.registry import SOURCES, adapter_for, installed_plugins, locate_source
+from rotdistill_core.plugin.registry import (
+    SOURCES,
+    adapter_for,
+    adapter_origin,
+    installed_plugins,
+    locate_source,
+)
+from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.recipe.document import ModelRef
 
 HUB_ID = "owner/name"
@@ -31,11 +38,18 @@ def open_model(ref: ModelRef, log: Log = lambda _: None) -> Model:
     """
     folder = locate_model(ref, log)
     config = read_config(folder)
-    adapter = adapter_for(str(config.get("model_type", "")))
+    model_type = str(config.get("model_type", ""))
+    adapter = adapter_for(model_type)
     config = adapter.completed(config)
     shapes = {name: header.shape for name, header in folder_headers(folder).items()}
     adapter.check(config, shapes, str(folder))
-    return Model(ref, folder, config, adapter)
+    return Model(
+        ref=ref,
+        folder=folder,
+        config=config,
+        adapter=adapter,
+        table_code=source_digest(adapter_origin(model_type)),
+    )
 
 
 def open_pair(

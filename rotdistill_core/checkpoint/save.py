@@ -41,7 +41,7 @@ def write_checkpoint(
         write(SHARD_INDEX, json_blocks(index))
     saved_config = {key: value for key, value in config.items() if key != "torch_dtype"}
     saved_config["dtype"] = str(dtype).removeprefix("torch.")
-    write("config.json", json_blocks(saved_config))
+    write(RunLayout.CONFIG, json_blocks(saved_config))
 
 
 def _shards(
@@ -57,12 +57,9 @@ def _shards(
             room = SHARD_BYTES
         shards[-1][name] = tensor
         room -= size
-    if len(shards) == 1:
-        return {"model.safetensors": shards[0]}
     count = len(shards)
     return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": shard
-        for number, shard in enumerate(shards, 1)
+        RunLayout.model_shard(number, count): shard for number, shard in enumerate(shards, start=1)
     }
 
 
@@ -80,7 +77,7 @@ def commit_changes(
         runs; the empty name stands for the student's own files.
     """
     changed = {n: (t.shape, dtype, t.read) for n, t in tensors.items() if t.stored is None}
-    name = RunLayout.weights(out.step, "changed.safetensors")
+    name = RunLayout.weights(out.step, RunLayout.CHANGED_TENSORS)
     path = out.find(name) or out.write(name, tensor_blocks(changed))
     where = {n: [relative_path(path, out.store.root), n] for n in changed}
     for n, tensor in tensors.items():

@@ -20,8 +20,6 @@ from rotdistill_core.linalg.maps import Map
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 
-UNDO = RunLayout.UNDO
-
 
 @dataclass(frozen=True)
 class Lineage:
@@ -170,7 +168,7 @@ class Weights:
         where = commit_changes(self.entries, out, dtype)
         basis_file = None
         if self.lineage.basis is not None:
-            name = RunLayout.weights(out.step, "basis.safetensors")
+            name = RunLayout.weights(out.step, RunLayout.BASIS)
             path = out.find(name) or out.tensors(name, {"Q": self.lineage.basis})
             basis_file = relative_path(path, out.store.root)
         return {

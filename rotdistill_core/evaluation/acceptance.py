@@ -19,6 +19,8 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.plugin.source_code import core_digest
+from rotdistill_core.store.layout import RunLayout
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -45,16 +47,22 @@ def teacher_final_states(
     They are computed once. Every run under the same folder finds them again by models and texts.
     """
     shared = out.shared(
-        "final states", teacher.sha256, layout.digest(), str(teacher.dtype), teacher.device.type
+        "final states",
+        teacher.sha256,
+        teacher.table_code,
+        layout.digest(),
+        str(teacher.dtype),
+        teacher.device.type,
+        code=core_digest("evaluation.acceptance"),
     )
-    path = shared.find("shards/final.safetensors")
+    path = shared.find(RunLayout.FINAL_STATES)
     if path is None:
         forward = LayerwiseForward(teacher.weights, layout, teacher.device, teacher.dtype)
         size = f"{len(layout.texts)} texts, {layout.rows} rows"
         for layer in forward:
             forward.run()
             progress(layer + 1, teacher.depth, f"teacher on {size}")
-        path = shared.tensors("shards/final.safetensors", {"rows": forward.states.cpu()})
+        path = shared.tensors(RunLayout.FINAL_STATES, {"rows": forward.states.cpu()})
     return open_tensors(path)["rows"].read()
 
 

@@ -47,9 +47,7 @@ def gates_of(check: Check) -> dict[str, Gate]:
     return gates
 
 
-def broken_gates(
-    rows: Sequence[MetricRow], check: Check, baseline: str = "base"
-) -> dict[str, list[str]]:
+def broken_gates(rows: Sequence[MetricRow], check: Check, baseline: str) -> dict[str, list[str]]:
     """Return variant -> the checks that it breaks, in words.
 
     A figure that is not finite breaks a check by itself. Where `baseline` lacks a gate's metric,

@@ -83,8 +83,11 @@ def prove_exact(
     after: Weights,
     samples: Samples,
     out: StepOutput,
-) -> None:
+) -> str:
     """Measure the certificate of an exact step, record it, and store how to undo the step.
+
+    Returns:
+        The file that undoes the step, relative to the folder of runs.
 
     Raises:
         CheckFailed: logits change, or `unfold` does not give the old weights back.
@@ -98,8 +101,9 @@ def prove_exact(
     unfolded = after.unfold(after.undo)
     certificate = certify(before, after, unfolded, samples.layout, run.pair.student.device)
     out.report.certificate = certificate
-    out.tensors(RunLayout.weights(recipe_step.id, RunLayout.UNDO), after.undo.tensors())
+    undo = out.tensors(RunLayout.weights(recipe_step.id, RunLayout.UNDO), after.undo.tensors())
     enforce_certificate(certificate, run.recipe.check, where)
+    return out.relative(undo)
 
 
 def _origin(recipe_step: RecipeStep) -> str:

@@ -23,8 +23,7 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import facts_digest, read_questions
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.evaluation.gates import broken_gates
-from rotdistill_core.evaluation.metrics import FAILED
-from rotdistill_core.evaluation.rows import MetricRow, Variant, rows_as_json
+from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
 from rotdistill_core.execution.call import call_step, check_hook, prove_exact
 from rotdistill_core.execution.context import RunContext
@@ -38,10 +37,17 @@ from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.plugin.step import is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.records import RowsRef, StartRecord, StepRecord, StepResultRef
+from rotdistill_core.store.records import (
+    RowsRef,
+    StartRecord,
+    StepRecord,
+    StepResultRef,
+    WeightsRef,
+)
 
 Work = Callable[[StepOutput], StepResultRef]
 """The work of one step: it commits files through the output, and refers to the result."""
@@ -167,7 +173,10 @@ class Executor:
         out = self.context.output(self.loaded.digest())
         if out.find(RunLayout.RECIPE) is None:
             out.write(RunLayout.RECIPE, [self.loaded.text.encode()])
-            out.json(RunLayout.RESOLVED_RECIPE, self.loaded.resolved())
+            document = json_blocks(
+                self.loaded.document(), sort_keys=False
+            )  # variants keep their order
+            out.write(RunLayout.RESOLVED_RECIPE, document)
 
     def _start(self, samples: Samples) -> VariantState:
         """Record what the run starts from; return the state before the first step."""
@@ -207,8 +216,8 @@ class Executor:
     def _find_or_make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Return the record of a step: found by its key, or made now."""
         recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
-        done_here = key in {done.key for done in self.steps.values()}
-        record = None if self.fresh and not done_here else self.store.find_step(key)
+        made_here = key in {done.key for done in self.steps.values() if not done.reused}
+        record = None if self.fresh and not made_here else self.store.find_step(key)
         reused = record is not None
         with self.observers.step(recipe_step, variant):
             if record is None:
@@ -217,7 +226,7 @@ class Executor:
             self.ledger.append(record)
         self.steps[variant, recipe_step.id] = StepResult(
             key=key,
-            reused=reused and not done_here,
+            reused=reused and not made_here,
             seconds=record.seconds,
             notes=record.notes,
             report=record.report,
@@ -273,7 +282,8 @@ class Executor:
                 found.verify(run.recipe.check.orthogonality, where)
         reference = store_result(result, out, run.pair.student.dtype)
         if isinstance(result, Weights) and is_exact(recipe_step.step):
-            prove_exact(run, recipe_step, state.weights, result, samples, out)
+            undo = prove_exact(run, recipe_step, state.weights, result, samples, out)
+            return replace(cast("WeightsRef", reference), undo=undo)
         return reference
 
     def _score(
@@ -311,7 +321,7 @@ class Executor:
         """
         outcome.failed |= broken_gates(outcome.rows, self.loaded.recipe.check, self.loaded.baseline)
         for variant, faults in outcome.failed.items():
-            outcome.rows.append(MetricRow(variant, FAILED, float(len(faults))))
+            outcome.rows.append(failure_row(variant, faults))
         out = self.context.output("report")
         rows = rows_as_json(outcome.rows)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.questions import Question
 from rotdistill_core.planning.shape import DTYPE_BYTES
-from rotdistill_core.plugin.registry import adapter_origin
-from rotdistill_core.plugin.source_code import core_digest, source_digest
+from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.hashing import digest
@@ -109,11 +108,12 @@ def run_inputs(
 
 
 def shared_code(pair: Pair) -> str:
-    """Return the hash of code that all results depend on: tables of the models, and the core's own
-    steps."""
+    """Return the hash of code that all results depend on: the models' tables, the core's own steps.
+
+    A table counts with everything that its adapter imports.
+    """
     models = [model for model in (pair.teacher, pair.student, pair.anchor) if model]
-    types = {str(model.config["model_type"]) for model in models}
-    tables = [source_digest(adapter_origin(model_type)) for model_type in sorted(types)]
+    tables = sorted({model.table_code for model in models})
     return digest(core_digest(*EVERY_RESULT), *tables)
 
 
@@ -130,7 +130,6 @@ def teacher_answers_key(pair: Pair, prompts: dict[str, list[int]], max_tokens: i
     return digest(
         "answers",
         teacher.sha256,
-        core_digest("forward.generate"),
         prompts,
         max_tokens,
         str(teacher.dtype),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rotdistill_core.errors import RecipeError, suggest
-from rotdistill_core.evaluation.rows import MetricRow
+from rotdistill_core.evaluation.rows import MetricRow, row_from_json
 from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import StepRecord
@@ -81,7 +81,7 @@ class RunFolder:
         if not path.is_file():
             return []
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [MetricRow(**json.loads(line)) for line in lines]
+        return [row_from_json(json.loads(line)) for line in lines]
 
     def chains(self) -> dict[str, dict[str, StepRecord]]:
         """Return variant -> step id -> newest record, as far as each variant came."""

@@ -13,6 +13,7 @@ from rotdistill_core.data.tokenization import prompt_tokens, tokenize_for_both, 
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.keys import teacher_answers_key
 from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
 
@@ -58,7 +59,7 @@ def _teacher_answers(
     if not prompts:
         return {}
     key = teacher_answers_key(run.pair, prompts, max_tokens)
-    out = run.output(key).shared(key)
+    out = run.output(key).shared(key, code=core_digest("forward.generate"))
     path = out.find(RunLayout.teacher_answers(name))
     if path is None:
         started = time.monotonic()

@@ -154,7 +154,7 @@ def write_shard(
     """
     name = RunLayout.shard(side, boundary)
     path = out.tensors(f"{name}.safetensors", {"rows": rows.to("cpu", dtype)})
-    shard = path.relative_to(out.store.root).as_posix()
+    shard = out.relative(path)
     sidecar = {
         **details,
         "site": "residual",

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.batching import LOGIT_ROWS
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed
 from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
-from rotdistill_core.planning.cost import LOGIT_ROWS
 from rotdistill_core.recipe.document import Check
 from rotdistill_core.store.results import Certificate
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.data.batching import ANSWERS_AT_ONCE
 from rotdistill_core.data.tokenization import shared_prefix_length
 from rotdistill_core.forward.layerwise import Progress
-from rotdistill_core.planning.cost import ANSWERS_AT_ONCE
 
 
 @torch.no_grad()

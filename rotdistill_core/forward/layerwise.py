@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.planning.cost import BATCH_TOKENS
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words on the work."""

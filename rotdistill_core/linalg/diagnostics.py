@@ -90,6 +90,9 @@ class LayerDiagnostics:
     """File of attention maps before and after, relative to the folder of runs."""
     gauges: Mapping[str, GaugeDiagnostics] | None = None
     """Gauge (`value`, `key`, `up`) -> its figures."""
+    cosine_unreflected: float | None = None
+    """After the rotation as it came to a step that reflects it."""
+    centred_unreflected: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Figures of one aligner alone, as JSON values; no program reads them."""
 

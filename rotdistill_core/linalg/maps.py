@@ -308,10 +308,9 @@ def store_maps(maps: Maps, out: StepOutput) -> dict[str, Any]:
     for space, space_map in maps.items():
         tensor = tensor_of(space_map)
         if id(tensor) not in path_of_tensor:
-            name = _file_name(space)
-            file = RunLayout.rotation(out.run_id, f"{name}.safetensors")
+            file = RunLayout.rotation(out.run_id, _file_name(space))
             path = out.tensors(file, {"map": tensor})
-            path_of_tensor[id(tensor)] = path.relative_to(out.store.root).as_posix()
+            path_of_tensor[id(tensor)] = out.relative(path)
         other_fields = {f.name: getattr(space_map, f.name) for f in fields(space_map)[1:]}
         spaces[space] = {
             "file": path_of_tensor[id(tensor)],
@@ -320,9 +319,9 @@ def store_maps(maps: Maps, out: StepOutput) -> dict[str, Any]:
         }
     documents: dict[str, str] = {}
     for layer, figures in maps.diagnostics.items():
-        file = RunLayout.rotation(out.run_id, f"layer_{layer}.json")
+        file = RunLayout.diagnostics(out.run_id, layer)
         path = out.json(file, {**figures.as_dict(), "map": spaces.get(residual(layer))})
-        documents[str(layer)] = path.relative_to(out.store.root).as_posix()
+        documents[str(layer)] = out.relative(path)
     return {"spaces": spaces, "cards": documents}
 
 

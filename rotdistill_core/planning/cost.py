@@ -16,6 +16,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rotdistill_core.data.batching import ANSWERS_AT_ONCE, BATCH_TOKENS, LOGIT_ROWS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.shape import DTYPE_BYTES, ModelShape
 from rotdistill_core.planning.text_counts import TextCounts
@@ -25,14 +26,8 @@ LIBRARY_BYTES = 0.3e9
 """Memory of torch, transformers and scipy once they are loaded."""
 BYTES_PER_TOKEN = 600
 """Memory of a tokenizer for each token of its vocabulary."""
-BATCH_TOKENS = 1536
-"""Tokens that go through a layer at once: the budget of `LayerwiseForward`."""
-ANSWERS_AT_ONCE = 64
-"""Answers that `greedy_answers` generates at once."""
 GENERATION_FACTOR = 4
 """Time of a generated token, divided by the time of a token in a forward pass."""
-LOGIT_ROWS = 256
-"""Rows whose logits are compared at once."""
 LOGIT_BLOCKS = 7
 """Copies of one block of logits that a comparison holds: both models' logits, log-probabilities
 and temporaries. Set on the measured runs of `benchmarks/plan_accuracy.py`."""

@@ -19,6 +19,7 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.shape import ModelShape
 from rotdistill_core.plugin.registry import adapter_for
 from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.layout import RunLayout
 
 
 class ModelNotAvailable(SetupError):
@@ -77,7 +78,7 @@ def _cached_folder(ref: ModelRef) -> Path | None:
     # Loading it takes longer than the rest of a plan for local models.
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
-    config = try_to_load_from_cache(ref.model, "config.json", revision=ref.revision)
+    config = try_to_load_from_cache(ref.model, RunLayout.CONFIG, revision=ref.revision)
     if not isinstance(config, str):
         return None
     folder = Path(config).parent

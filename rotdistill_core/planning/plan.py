@@ -336,7 +336,7 @@ class _LineBuilder:
                 id=recipe_step.id,
                 use=step.use,
                 stage=recipe_step.stage,
-                plugin=f"{recipe_step.origin.distribution} {recipe_step.origin.version}",
+                plugin=recipe_step.origin.release,
                 needs=required_results(recipe_step),
                 variants=status.variants,
                 reused=status.existing is not None,

@@ -189,9 +189,8 @@ def _reason(recipe_step: RecipeStep, newest: StepRecord | None, cause: str) -> s
     if changes:
         return f"changed: {', '.join(changes)}"
     origin = recipe_step.origin
-    plugin = f"{origin.distribution} {origin.version}"
-    if newest.plugin != plugin:
-        return f"changed: {newest.plugin} → {plugin}"
+    if newest.plugin != origin.release:
+        return f"changed: {newest.plugin} → {origin.release}"
     if newest.before and recipe_step.key(newest.before) != newest.key:
         return f"changed: the code of {origin.distribution}"
     return cause or "its files are gone, or made from something else"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.architecture.table import Adapter
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,7 +54,7 @@ class ModelShape:
     @property
     def vocab(self) -> int:
         """Rows of the embedding and of the head."""
-        return self.adapter.sizes(self.config)["vocab"]
+        return self.adapter.sizes(self.config)[VOCAB]
 
     def parameters(self, inside: bool | None = None) -> int:
         """Return the number of parameters. A tied head counts once, an optional bias not at all.

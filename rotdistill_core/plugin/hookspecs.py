@@ -123,13 +123,10 @@ class HookSpecs:
         The step class states `exact: ClassVar[bool]`.
 
         - True: logits do not change. Return the result of `weights.fold(...)`. The executor
-          measures
-          a certificate: logits in float64 and float32, and the way back. A variant whose
-              certificate
-          fails is marked as failed, and the run ends with exit code 4.
+          measures a certificate: logits in float64 and float32, and the way back. A variant whose
+          certificate fails is marked as failed, and the run ends with exit code 4.
         - False: the step changes behaviour. Choose options on validation texts, and let "do
-          nothing"
-          be a candidate; when it wins, set `out.report.refused` to the reason.
+          nothing" be a candidate; when it wins, set `out.report.refused` to the reason.
 
         `weights` is a lazy view: return an edited view, never write into its tensors.
         """
@@ -145,8 +142,10 @@ class HookSpecs:
         out: StepOutput,
         progress: Progress,
     ) -> Weights:
-        """Return weights with a final edit of head or behaviour. Same contract as an inexact
-        `fold`."""
+        """Return weights with a final edit of head or behaviour.
+
+        Same contract as an inexact `fold`.
+        """
 
     @hookspec
     def evaluate(

@@ -47,9 +47,22 @@ def source_digest(origin: Origin) -> str:
 
 
 def core_digest(*modules: str) -> str:
-    """Return the sha256 of modules of the core, named relative to it, and of all modules of the
-    core that they import."""
+    """Return the sha256 of modules of the core and of all modules of it that they import.
+
+    Names are relative to the core, such as `forward.layerwise`.
+    """
     return _digest_of(_core_modules(f"{CORE_PACKAGE}.{module}" for module in modules))
+
+
+def package_digest(package: str) -> str:
+    """Return the sha256 of an imported package and of all modules of the core that it imports.
+
+    For files that steps share under a key of their own; see `StepOutput.shared`.
+    """
+    module = importlib.util.find_spec(package)
+    folders = list(module.submodule_search_locations or ()) if module else []
+    own = {path for folder in folders for path in Path(folder).rglob("*.py")}
+    return _digest_of({*own, *_core_modules(_imported_by(own))})
 
 
 def _digest_of(paths: Iterable[Path]) -> str:

@@ -1,9 +1,10 @@
 """A step is its options: a frozen dataclass whose fields are what a recipe may set.
 
-Besides its one stage hook a step class may have these members (see `Step`):
+Besides its field `use` and its one stage hook a step class may have these members:
 
 - `exact`: whether its edit leaves logits unchanged, of `fold` steps;
 - `inputs()`: hashes of files or models that its options name; they become part of its key;
+- `caveats()`: why its result is not to be trusted with these options (`HasCaveats`);
 - `cost(context)`: memory, disk and operations that it needs (`rotdistill_core.planning.cost`);
 - `context_after(context)`: the shape of the student after it, where that changes.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast, dataclass_transform, runtime_checkable
 
 from pydantic import (
@@ -23,6 +25,7 @@ from pydantic import (
 )
 
 from rotdistill_core.errors import PluginError
+from rotdistill_core.plugin.caveats import Caveat
 
 STAGES = ("capture", "align", "refine", "fold", "style", "evaluate")
 """The stage hooks, of which a step class implements exactly one."""
@@ -32,20 +35,23 @@ EDITING_STAGES = ("fold", "style")
 StepType = TypeVar("StepType")
 
 
-class Step(Protocol):
-    """What every step has: its options are its other fields."""
-
-    @property
-    def use(self) -> str:
-        """The name by which recipes select the step."""
-
-
 @runtime_checkable
 class HasInputs(Protocol):
     """A step whose result depends on files or models that its options name."""
 
     def inputs(self) -> Sequence[str]:
         """Return a hash of each of them."""
+
+
+@runtime_checkable
+class HasCaveats(Protocol):
+    """A step that some options turn into a control, or into a fit of noise.
+
+    The report shows its caveats first, in place of a verdict.
+    """
+
+    def caveats(self) -> Sequence[Caveat]:
+        """Return why the result with these options is not to be trusted; empty for most."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -100,6 +106,11 @@ def inputs_of(step: object) -> list[str]:
     return list(step.inputs()) if isinstance(step, HasInputs) else []
 
 
+def caveats_of(step: object) -> list[Caveat]:
+    """Return why the result of a step is not to be trusted; empty for most."""
+    return list(step.caveats()) if isinstance(step, HasCaveats) else []
+
+
 def use_of(cls: type) -> str:
     """Return the name by which recipes select a step class: the default of its field `use`.
 
@@ -120,6 +131,13 @@ def validator_of(cls: type[StepType]) -> TypeAdapter[StepType]:
     Raises:
         PluginError: the type of an option cannot be resolved.
     """
+    hashable: Any = cls
+    validator: TypeAdapter[StepType] = _validator(hashable)
+    return validator
+
+
+@cache  # a plan asks for each class dozens of times
+def _validator(cls: Any) -> TypeAdapter[Any]:
     try:
         adapter = TypeAdapter(cls)
         adapter.rebuild()  # pydantic defers types that it cannot resolve; here that must fail

@@ -65,6 +65,13 @@ class ResolvedRecipe:
         steps = [{"id": step.id, **options_of(step.step)} for step in self.steps]
         return {**self.recipe.model_dump(mode="json"), "step": steps}
 
+    def document(self) -> dict[str, Any]:
+        """Return what a run keeps of its recipe: resolved, with its baseline and its headline.
+
+        The two change no result, so the digest leaves them out.
+        """
+        return {"baseline": self.baseline, "headline": self.headline, **self.resolved()}
+
     def digest(self) -> str:
         """Return the sha256 of the resolved recipe."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()

@@ -109,9 +109,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def json_blocks(value: object) -> Blocks:
+def json_blocks(value: object, sort_keys: bool = True) -> Blocks:
     """Return a value as readable JSON."""
-    return [(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()]
+    return [(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()]
 
 
 def tensor_blocks(

@@ -32,6 +32,21 @@ class RunLayout:
     CONFIG = "config.json"
     """In a checkpoint's folder."""
     UNDO = "undo.safetensors"
+    """Among a step's weights: what takes an exact fold back."""
+    CHANGED_TENSORS = "changed.safetensors"
+    """Among a step's weights: the parameters that the step changed."""
+    BASIS = "basis.safetensors"
+    """Among a step's weights: the rotation from the student's original basis."""
+    FINAL_STATES = "shards/final.safetensors"
+    """The teacher's states after the last layer."""
+    ROW_PAIRS = "shards/spans.safetensors"
+    """Which rows of two tokenizers belong together."""
+    PAIRING_TABLE = "alignment.tsv"
+    """How many rows of each text were paired."""
+    LAYER_MAP = "layer_map.json"
+    """Which layers were matched, with their R²."""
+    CONTINUATIONS = "answers/continuations.json"
+    """What the teacher wrote after short prompts."""
 
     @property
     def recipe(self) -> Path:
@@ -84,14 +99,41 @@ class RunLayout:
         return f"shards/{side}/residual/{boundary:05d}"
 
     @staticmethod
+    def attention_maps(layer: int) -> str:
+        """Return the name of a layer's attention maps in one text."""
+        return f"attention/layer_{layer}.safetensors"
+
+    @staticmethod
     def weights(step: str, name: str) -> str:
         """Return the name of a file of weights that a step made."""
         return f"weights/{step}/{name}"
 
+    @classmethod
+    def adapter(cls, step: str, name: str) -> str:
+        """Return the name of a file of the LoRA that a step made, in peft's format."""
+        return cls.weights(step, f"adapter/{name}")
+
+    @classmethod
+    def writer(cls, step: str, layer: int, site: str) -> str:
+        """Return the name, without its ending, of a writer that a step solved."""
+        return cls.weights(step, f"layer_{layer:05d}_{site}")
+
     @staticmethod
     def rotation(run: str, name: str) -> str:
-        """Return the name of a file that holds a map or its diagnostics."""
-        return f"rotations/{run}/{name}"
+        """Return the name of a file that holds a map."""
+        return f"rotations/{run}/{name}.safetensors"
+
+    @staticmethod
+    def diagnostics(run: str, boundary: int) -> str:
+        """Return the name of the document of what was measured at a layer boundary."""
+        return f"rotations/{run}/layer_{boundary}.json"
+
+    @staticmethod
+    def model_shard(number: int, count: int) -> str:
+        """Return the name that Hugging Face gives to a checkpoint's shard; numbers start at 1."""
+        if count == 1:
+            return "model.safetensors"
+        return f"model-{number:05d}-of-{count:05d}.safetensors"
 
     @classmethod
     def checkpoint(cls, variant: str, name: str) -> str:

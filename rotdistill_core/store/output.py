@@ -65,13 +65,18 @@ class StepOutput:
         """Name of the run that is written to."""
         return self.ledger.folder.name
 
-    def shared(self, *parts: str) -> StepOutput:
-        """Return an output whose key is the hash of `parts`, not of the steps before.
+    def shared(self, *parts: str, code: str) -> StepOutput:
+        """Return an output whose key is the hash of its content's origin, not of the steps before.
 
         Every run in the same folder finds the files under that key. They count as files of this
         step too.
+
+        Args:
+            parts: what the files are, and what they depend on: models, texts, dtype, device.
+            code: hash of the code that makes them, so that an edit makes them anew; see
+                `rotdistill_core.plugin.source_code`.
         """
-        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        key = hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()
         shared = StepOutput(self.store, self.ledger, key, self.step, self.store.ledgers())
         shared.used = self.used
         return shared
@@ -106,6 +111,10 @@ class StepOutput:
         self._committed[name] = file
         self.used[path] = file
         return self.store.root / path
+
+    def relative(self, path: Path) -> str:
+        """Return the path of a file relative to the folder of all runs, as ledgers name it."""
+        return path.relative_to(self.store.root).as_posix()
 
     def json(self, name: str, value: object) -> Path:
         """Commit a JSON document."""

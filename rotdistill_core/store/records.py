@@ -77,6 +77,8 @@ class WeightsRef(_Reference):
     """The file of the rotation from the original basis, if the basis has changed."""
     tensors: Mapping[str, tuple[str, str]]
     """Parameter -> file and name in the file; an empty file stands for the opened student."""
+    undo: str | None = None
+    """The file of what takes the edit back (`Undo.tensors`); None unless the step is exact."""
 
     def paths(self) -> Iterator[str]:
         """Yield the files that the result consists of."""
@@ -85,6 +87,8 @@ class WeightsRef(_Reference):
                 yield file
         if self.basis:
             yield self.basis
+        if self.undo:
+            yield self.undo
 
 
 @dataclass(frozen=True, kw_only=True)

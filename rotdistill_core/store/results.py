@@ -12,6 +12,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+CURVE_OF_VARIANT = "variant"
+"""As the end of a `Curve`: the variant itself that the evaluator scores."""
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -34,6 +37,7 @@ class Curve:
     """A loss along a path: between two checkpoints, or over the steps of a training run."""
 
     start: str
+    """Reference of the model at one end, or `CURVE_OF_VARIANT`."""
     end: str
     positions: tuple[float, ...]
     """Where on the path each loss was measured; 0 is `start`, 1 is `end`."""
@@ -68,6 +72,8 @@ class StepReport:
     refused: str = ""
     """Why the step left the weights as they were; empty if its edit was applied."""
     certificate: Certificate | None = None
+    members: tuple[str, ...] = ()
+    """Names of the models that a merge chose, of those that it was offered."""
     curves: list[Curve] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
     """Question id -> both answers."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.checkpoint.weights import Weights, open_folder
@@ -36,7 +37,7 @@ PLAIN = 1e-5
 
 def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
     config = adapter.completed(read_config(folder))
-    vocabulary = int(adapter.sizes(config)["vocab"])
+    vocabulary = int(adapter.sizes(config)[VOCAB])
     return open_folder(folder, config, adapter), pico_samples(vocabulary, texts=4).layout
 
 

@@ -16,6 +16,7 @@ from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.store.files import Blocks, write_file
+from rotdistill_core.store.layout import RunLayout
 
 
 def max_difference(one: Tensor, two: Tensor) -> float:
@@ -90,5 +91,5 @@ def save_folder(
 
 def reopen(folder: Path, like: Weights) -> Weights:
     """Open a saved folder as a view with the adapter of another view."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / RunLayout.CONFIG).read_text(encoding="utf-8"))
     return open_folder(folder, config, like.adapter)

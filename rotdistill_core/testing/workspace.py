@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rotdistill_core.execution.executor import Executor
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.load import Overrides, load_recipe
-from rotdistill_core.testing.pico import pico_folder, pico_texts
+from rotdistill_core.testing.pico import pico_folder, pico_head, pico_texts
 from rotdistill_core.testing.runs import SilentObserver, command_line
 
 
@@ -48,38 +48,32 @@ class PicoWorkspace:
         """Write a recipe and return its path.
 
         Args:
-            steps: TOML from the first `[[step]]` on, with `[variants]` at its end.
+            steps: TOML of the steps and, if wanted, of the variants: `[[step]]` tables with
+                `[variants]` at the end, or one `step = [...]` list.
             name: name of the recipe and of its file.
             teacher, student: folders of models, relative to the workspace.
             answer_tokens: tokens that the teacher writes to each held-out question.
-            tables: further top-level keys and tables, after `[samples]`.
+            tables: further keys and tables, before the steps.
         """
-        head = {
-            "name": name,
-            "teacher.model": str(self.folder / teacher),
-            "student.model": str(self.folder / student),
-            "samples.index": "texts/index.tsv",
-            "samples.style": "texts/style.md",
-            "samples.heldout": "texts/heldout.tsv",
-            "samples.answer_tokens": answer_tokens,
-        }
-        lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
+        head = pico_head(name, teacher, student, answer_tokens)
         path = self.folder / f"{name}.toml"
-        path.write_text("\n".join([*lines, tables, steps]), encoding="utf-8")
+        path.write_text("\n".join([head, tables, steps]), encoding="utf-8")
         return path
 
     def run(
         self, recipe: Path, sets: Overrides = (), *, observer: Any = None, fresh: bool = False
     ) -> RunResult:
-        """Carry out a recipe of this workspace.
+        """Carry out a recipe of this workspace, in its folder.
 
         Raises:
             RotdistillError: as the run itself does.
         """
         loaded = load_recipe(recipe, sets)
         watching = observer or SilentObserver()
-        return Executor(loaded, self.runs, watching, lambda *_: None, fresh).go()
+        with chdir(self.folder):
+            return Executor(loaded, self.runs, watching, lambda *_: None, fresh).go()
 
     def command(self, *words: str) -> tuple[int, str, str]:
-        """Call the command line; return exit code, stdout and stderr."""
-        return command_line(*words)
+        """Call the command line in this folder; return exit code, stdout and stderr."""
+        with chdir(self.folder):
+            return command_line(*words)

@@ -10,26 +10,17 @@ import pytest
 from rotdistill_core import hookimpl
 from rotdistill_core.execution.executor import Executor
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head("{name}", "{model}", "{model}")
-    + """
-[[step]]
-use = "chop"
-layers = 2
-[[step]]
-use = "residuals"
-[[step]]
-id = "refit"
-use = "writer-refit"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["refit"]
+STEPS = """
+variants = { base = [], full = ["refit"] }
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 class Recorder:
@@ -59,29 +50,25 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(pico_workspace: PicoWorkspace) -> Path:
     """Return a folder with texts and a model of three layers."""
-    pico_texts(tmp_path / "texts")
-    pico_folder(tmp_path / "model", num_hidden_layers=3)
-    return tmp_path
+    pico_workspace.model(num_hidden_layers=3)
+    return pico_workspace.folder
 
 
 @pytest.fixture
-def write_recipe(work: Path) -> Callable[..., Path]:
-    """Return a function that writes the recipe under a name; `without` is left out of it."""
+def write_recipe(work: Path) -> Callable[[str], Path]:
+    """Return a function that writes the recipe under a name."""
 
-    def write(name: str, without: str = "") -> Path:
-        text = RECIPE.format(name=name, model=work / "model")
-        assert without in text
-        path = work / f"{name}.toml"
-        path.write_text(text.replace(without, ""), encoding="utf-8")
-        return path
+    def write(name: str) -> Path:
+        model = work / "model"
+        return PicoWorkspace(work).recipe(STEPS, name=name, teacher=model, student=model)
 
     return write
 
 
 @pytest.fixture
-def executor(work: Path, write_recipe: Callable[..., Path]) -> Callable[..., Executor]:
+def executor(work: Path, write_recipe: Callable[[str], Path]) -> Callable[..., Executor]:
     """Return a function that opens a recipe: `executor(name, *sets, observer=...)`."""
 
     def open_recipe(

@@ -28,40 +28,24 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store import files
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import ArtifactStore
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import PicoWorkspace
 
 torch.set_num_threads(1)
 
 KILLS_PER_STAGE = 3
-RECIPE = (
-    pico_head("crash", "{model}", "{model}")
-    + """
-[[step]]
-use = "chop"
-layers = 3
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-id = "refit"
-use = "writer-refit"
-[[step]]
-id = "head"
-use = "lm-head-ridge"
-[[step]]
-use = "fidelity"
-[check]
-logits_float32 = 1e-2
-[variants]
-base = []
-full = ["basis", "fold", "refit", "head"]
+STEPS = """
+variants = { base = [], full = ["basis", "fold", "refit", "head"] }
+check.logits_float32 = 1e-2
+step = [
+    { use = "chop", layers = 3 },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { id = "refit", use = "writer-refit" },
+    { id = "head", use = "lm-head-ridge" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 class Observer:
@@ -140,9 +124,10 @@ def killer(number: int) -> Callable[[str], None]:
 
 def main() -> None:
     work = Path(sys.argv[1])
-    model = pico_folder(work / "model", num_hidden_layers=5)
-    pico_texts(work / "texts")
-    (work / "crash.toml").write_text(RECIPE.format(model=model), encoding="utf-8")
+    workspace = PicoWorkspace(work)
+    workspace.texts()
+    model = workspace.model(num_hidden_layers=5)
+    workspace.recipe(STEPS, name="crash", teacher=model, student=model)
     log = work / "syncs"
     code = forked(partial(carry_out, work, work / "golden", partial(note, log)))
     golden, steps = hashes(work / "golden"), solved(work / "golden")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,25 @@ import pytest
 
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.evaluation.rows import MetricRow
 from rotdistill_core.execution.executor import Executor
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import ActivationsRef, RowsRef, WeightsRef
+from rotdistill_core.testing import PicoWorkspace
 
 Open = Callable[..., Executor]
+STEPS = """
+step = [
+    { use = "residuals" },
+    { use = "procrustes" },
+    { use = "basis-fold" },
+    { use = "chop", layers = 1 },
+    { use = "fidelity" },
+]
+"""
 
 
+@pytest.mark.slow
 def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
     executor: Open, recorder: Any
 ) -> None:
@@ -39,6 +51,7 @@ def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
         assert "# two:" in (second / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_reused_and_fresh_makes_each_step_once(
     executor: Open, recorder: Any
 ) -> None:
@@ -74,6 +87,7 @@ def test_the_ledger_types_every_result(executor: Open) -> None:
     assert all((root / path).is_file() for record in ledger.records for path in record.paths())
 
 
+@pytest.mark.slow
 def test_a_refit_goes_on_after_a_kill(
     executor: Open, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +125,7 @@ def test_a_system_prompt_that_is_not_utf8_is_named(work: Path, executor: Open) -
         executor("r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_prints_the_line_that_resumes_it(
     work: Path, write_recipe: Callable[..., Path], number: int, code: int
@@ -124,3 +139,36 @@ def test_an_interrupted_run_prints_the_line_that_resumes_it(
     assert child.returncode == code, printed
     assert "Go on with:" in printed
     assert printed.rstrip().endswith("one.toml")
+
+
+@pytest.mark.slow
+def test_rows_depend_neither_on_repetition_nor_on_the_order_of_variants(
+    make_workspace: Callable[..., PicoWorkspace],
+) -> None:
+    variants = {
+        "base": "variants.base = []",
+        "rotated": 'variants.rotated = ["procrustes", "basis-fold"]',
+        "cut": 'variants.cut = ["chop"]',
+    }
+
+    def rows(workspace: PicoWorkspace, order: Sequence[str]) -> set[MetricRow]:
+        table = "\n".join(variants[name] for name in order)
+        run = workspace.run(workspace.recipe(STEPS, tables=table))
+        return {row for row in run.rows if row.metric != "seconds"}
+
+    one = make_workspace()
+    two = make_workspace()
+    first = rows(one, ["base", "rotated", "cut"])
+    assert rows(one, ["base", "rotated", "cut"]) == first
+    assert rows(two, ["cut", "rotated", "base"]) == first
+
+
+def test_a_lost_checkpoint_is_made_again(executor: Open) -> None:
+    outcome = executor("one").go()
+    lost = outcome.checkpoints["full"] / "model.safetensors"
+    before = lost.read_bytes()
+    lost.unlink()
+    again = executor("one").go()
+    assert again.checkpoints == outcome.checkpoints
+    assert lost.read_bytes() == before
+    assert again.rows == outcome.rows

@@ -12,34 +12,23 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head()
-    + """
+STEPS = """
+variants = { base = [], full = ["basis", "fold"] }
 student.save_dtype = "bfloat16"
-[[step]]
-use = "residuals"
-[[step]]
-use = "fidelity"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[variants]
-base = []
-full = ["basis", "fold"]
+step = [
+    { use = "residuals" },
+    { use = "fidelity" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+]
 """
-)
 
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> ResolvedRecipe:
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE)
-    return load_recipe(path)
+    return load_recipe(PicoWorkspace(tmp_path).recipe(STEPS))
 
 
 def test_steps_come_in_the_order_of_execution(loaded: ResolvedRecipe) -> None:
@@ -82,16 +71,13 @@ def test_an_evaluator_depends_on_the_finished_variant_and_on_facts(loaded: Resol
 
 @pytest.mark.slow
 def test_keys_are_those_in_the_ledger_of_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: ResolvedRecipe
+    pico_workspace: PicoWorkspace, loaded: ResolvedRecipe
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    pico_folder(tmp_path / "model")
-    pico_texts(tmp_path / "texts")
-    outcome = run_recipe(loaded.path)
+    outcome = pico_workspace.run(loaded.path)
     ledger = Ledger(outcome.folder)
     [start] = ledger.starts
     before = {record.key: record.before for record in ledger.steps}
-    questions, _ = read_questions(loaded.recipe.samples, tmp_path)
+    questions, _ = read_questions(loaded.recipe.samples, pico_workspace.folder)
     last = {}
     for step in keyed_steps(loaded, start.key, "bfloat16", facts_digest(questions)):
         assert outcome.steps[step.variant, step.recipe_step.id].key == step.key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,19 @@ from rotdistill_core.planning.cost import CostContext
 from rotdistill_core.planning.shape import ModelShape
 from rotdistill_core.planning.text_counts import TextCounts
 from rotdistill_core.plugin.registry import adapter_for
-from rotdistill_core.testing import PICO, pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PICO, PicoWorkspace
 
-RECIPE = (
-    pico_head()
-    + """
+STEPS = """
+variants = { base = [], full = ["basis", "fold"] }
 student.save_dtype = "bfloat16"
-[[step]]
-use = "chop"
-layers = 2
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "fold"]
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 @pytest.fixture
@@ -59,16 +49,11 @@ def pico_context() -> CostContext:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder in which `RECIPE` has run once."""
-    root = tmp_path_factory.mktemp("plan")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        pico_folder(root / "model", num_hidden_layers=3)
-        pico_texts(root / "texts")
-        (root / "recipe.toml").write_text(RECIPE)
-        run_recipe(root / "recipe.toml")
-    return root
+def finished_run(make_workspace: Callable[..., PicoWorkspace]) -> Path:
+    """Return a folder in which the recipe has run once."""
+    workspace = make_workspace(num_hidden_layers=3)
+    workspace.run(workspace.recipe(STEPS))
+    return workspace.folder
 
 
 @pytest.fixture

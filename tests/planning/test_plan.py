@@ -20,7 +20,7 @@ from rotdistill_core.planning.plan import (
     time_class,
 )
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.testing import run_recipe
+from rotdistill_core.testing import PicoWorkspace, run_recipe
 
 CPU = Machine(ram=10**12, gpu=0, disk=10**12, cores=2)
 GPU = replace(CPU, gpu=10**12)
@@ -89,13 +89,11 @@ def third_party(before_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "[rotdistill]\npriced = third_party\nplain = third_party\n"
     )
     monkeypatch.syspath_prepend(str(site))
-    head = (before_run / "recipe.toml").read_text().partition("[[step]]")[0]
-    path = before_run / "recipe.toml"
-    path.write_text(f'{head}[[step]]\nuse = "priced"\n[[step]]\nuse = "plain"\n')
-    return path
+    steps = 'step = [{ use = "priced" }, { use = "plain" }]'
+    return PicoWorkspace(before_run).recipe(steps)
 
 
-def plan_of(machine: Machine | None = None, path: str = "recipe.toml") -> Plan:
+def plan_of(machine: Machine | None = None, path: str = "trial.toml") -> Plan:
     machine = machine or this_machine(Path("runs"))
     return build_plan(load_recipe(Path(path)), Path("runs"), machine)
 
@@ -133,11 +131,11 @@ def test_a_third_party_step_without_a_cost_is_estimated_from_its_stage(third_par
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact_template")
 def test_states_that_two_captures_share_are_planned_once(before_run: Path) -> None:
-    path = before_run / "recipe.toml"
-    control = '[[step]]\nid = "shuffled"\nuse = "residuals"\ncontrol = "shuffled"\n'
-    basis = '[[step]]\nid = "basis"'
+    path = before_run / "trial.toml"
+    control = '{ id = "shuffled", use = "residuals", control = "shuffled" },'
+    basis = '{ id = "basis"'
     text = path.read_text().replace(basis, control + basis)
-    text = text.replace("base = []", 'base = ["residuals"]\nshuffled = ["shuffled"]')
+    text = text.replace("base = []", 'base = ["residuals"], shuffled = ["shuffled"]')
     path.write_text(text.replace('full = ["', 'full = ["residuals", "'))
     planned = capture_bytes(plan_of())
     shards = run_recipe(path).folder.glob("shards*/**/*.safetensors")
@@ -151,7 +149,7 @@ def test_states_that_two_captures_share_are_planned_once(before_run: Path) -> No
 @pytest.mark.slow
 @pytest.mark.usefixtures("exact_template")
 def test_one_capture_after_two_chains_is_planned_twice(before_run: Path) -> None:
-    path = before_run / "recipe.toml"
+    path = before_run / "trial.toml"
     path.write_text(path.read_text().replace('full = ["', 'full = ["chop", "'))
     lines = [line for line in plan_of().lines if line.use == "residuals"]
     shards = run_recipe(path).folder.glob("shards*/**/*.safetensors")
@@ -161,7 +159,7 @@ def test_one_capture_after_two_chains_is_planned_twice(before_run: Path) -> None
 
 
 def test_a_variant_without_a_step_is_saved_too(before_run: Path) -> None:
-    path = before_run / "recipe.toml"
+    path = before_run / "trial.toml"
     every_step = 'full = ["chop", "residuals", "fidelity", "'
     path.write_text(path.read_text().replace('full = ["', every_step))
     saved = [line for line in plan_of().lines if line.id == "checkpoints"]
@@ -177,7 +175,7 @@ def test_a_plan_lists_what_the_run_then_makes(before_run: Path) -> None:
         "not made before from these models and texts",
         "these steps have no checkpoint yet",
     }
-    outcome = run_recipe(before_run / "recipe.toml")
+    outcome = run_recipe(before_run / "trial.toml")
     shards = [path for path in outcome.folder.rglob("*.safetensors") if "shards" in path.parts]
     written = sum(path.stat().st_size for path in shards)
     assert capture_bytes(first)["residuals"] == pytest.approx(written, rel=0.1)
@@ -199,13 +197,13 @@ def test_a_reused_result_costs_nothing(after_run: Path) -> None:
 
 
 def test_a_refused_cut_names_its_step(before_run: Path) -> None:
-    loaded = load_recipe(Path("recipe.toml"), ["chop.layers=9"])
+    loaded = load_recipe(Path("trial.toml"), ["chop.layers=9"])
     with pytest.raises(RecipeError, match=r'^step "chop": layers = 9, but the student has 3'):
         build_plan(loaded, Path("runs"), CPU)
 
 
 def test_a_variant_without_a_capture_is_refused(before_run: Path) -> None:
-    path = before_run / "recipe.toml"
+    path = before_run / "trial.toml"
     path.write_text(path.read_text().replace('full = ["basis"', 'full = ["residuals", "basis"'))
     with pytest.raises(RecipeError, match=r'"fidelity": needs captured states, .* in "base"\.'):
         plan_of()

@@ -30,7 +30,7 @@ def test_a_step_that_is_given_what_it_takes_passes() -> None:
     require_captured_states(recipe_step("residuals"), captured=False)
 
 
-def test_a_recipe_without_a_capture_is_told_to_add_one() -> None:
+def test_a_recipe_without_a_capture_is_asked_to_add_one() -> None:
     with pytest.raises(RecipeError, match=r'^step "my fidelity": needs captured states; put a'):
         require_captured_states(recipe_step("fidelity"), captured=False)
 

@@ -11,8 +11,9 @@ from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.planning.reuse import UNKNOWN, ReuseIndex, step_statuses
-from rotdistill_core.plugin.origin import Origin, source_digest
+from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.registry import step_class
+from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe import resolved
 from rotdistill_core.recipe.load import load_recipe
@@ -24,7 +25,7 @@ from rotdistill_core.store.results import StepReport
 from rotdistill_core.testing import run_recipe
 
 
-def plan_of(*sets: str, path: str = "recipe.toml", fresh: bool = False) -> Plan:
+def plan_of(*sets: str, path: str = "trial.toml", fresh: bool = False) -> Plan:
     machine = this_machine(Path("runs"))
     return build_plan(load_recipe(Path(path), sets), Path("runs"), machine, fresh)
 
@@ -91,7 +92,7 @@ def test_changed_code_is_the_reason_of_its_steps(
 
 @pytest.mark.slow
 def test_a_result_that_a_plan_calls_reused_is_reused(after_run: Path) -> None:
-    text = (after_run / "recipe.toml").read_text()
+    text = (after_run / "trial.toml").read_text()
     text = text.replace('name = "trial"', 'name = "other"')
     (after_run / "other.toml").write_text(text.replace('"procrustes"', '"random-rotation"'))
     planned = plan_of(path="other.toml")
@@ -103,12 +104,11 @@ def test_a_result_that_a_plan_calls_reused_is_reused(after_run: Path) -> None:
 
 @pytest.mark.slow
 def test_an_evaluator_before_an_edit_scores_the_finished_variant(before_run: Path) -> None:
-    recipe = before_run / "recipe.toml"
-    head, *steps = recipe.read_text().split("[[step]]\n")
-    scoring, _, variants = steps.pop().partition("[variants]")
-    chop, residuals, *edits = steps
-    parts = [head, chop, residuals, scoring, *edits]
-    recipe.write_text("[[step]]\n".join(parts) + f"[variants]{variants}")
+    recipe = before_run / "trial.toml"
+    evaluator = '{ use = "fidelity" },'
+    capture = '{ use = "residuals" },'
+    text = recipe.read_text().replace(evaluator, "")
+    recipe.write_text(text.replace(capture, capture + evaluator))
     run_recipe(recipe)
     assert plan_of().todo == []
 

@@ -116,7 +116,9 @@ def test_an_installed_step_is_found_with_its_origin(install: Install) -> None:
     )
 
 
-def test_its_options_are_what_a_recipe_may_set(install: Install, tmp_path: Path) -> None:
+def test_options_of_an_installed_step_are_keys_of_a_recipe(
+    install: Install, tmp_path: Path
+) -> None:
     install("acme-spin", "spin", GOOD)
     loaded = load_recipe(write_recipe(tmp_path, '[[step]]\nuse = "spin"\nturns = 3\n'))
     assert loaded.steps[1].step.turns == 3

@@ -133,7 +133,7 @@ def test_a_mistake_is_named_with_its_key(tmp_path: Path, tables: str, wanted: st
     assert any(wanted in problem for problem in problems), problems
 
 
-def test_unknown_observers_are_problems_beside_the_others(tmp_path: Path) -> None:
+def test_unknown_observers_are_reported_with_the_other_problems(tmp_path: Path) -> None:
     problems = problems_of(
         write(tmp_path / "bad.toml", 'observers = ["rotation-santy", 3]\n' + FIVE_MISTAKES)
     )
@@ -209,7 +209,7 @@ def test_set_mistakes_are_problems(good: Path, item: str, wanted: str) -> None:
     assert wanted in problems[0]
 
 
-def test_set_beside_a_step_that_is_no_list_is_a_problem(tmp_path: Path) -> None:
+def test_an_override_next_to_a_step_that_is_no_list_is_a_problem(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.toml", HEAD + '[step]\nuse = "residuals"\n')
     assert "at least one [[step]] table is needed" in problems_of(path, "seed=3")[0]
 

@@ -106,6 +106,7 @@ RECORDS: dict[str, LedgerRecord] = {
             depths=(0, 1),
             basis="run/basis",
             tensors={"embed": ("", "embed"), "head": ("other/w", "head")},
+            undo="run/undo",
         ),
     ),
     "rows": replace(SOLVED, variant="full", result=RowsRef(rows=(("full", "kl", 0.5, None),))),
@@ -137,7 +138,11 @@ def test_a_record_knows_the_files_that_it_needs() -> None:
     assert paths["checkpoint"] == own
     assert paths["activations"] == own | {"run/s0", "other/s1"}
     assert paths["maps"] == own | {"run/m", "run/layer_0.json"}
-    assert paths["weights"] == own | {"run/basis", "other/w"}  # '' is the opened student
+    assert paths["weights"] == own | {
+        "run/basis",
+        "other/w",
+        "run/undo",
+    }  # '' is the opened student
     assert paths["rows"] == own
 
 

@@ -64,11 +64,16 @@ def test_a_damaged_file_is_good_again_once_rewritten(tmp_path: Path) -> None:
 
 
 def test_runs_share_files_keyed_by_content(tmp_path: Path) -> None:
-    path = open_output(tmp_path, "first", "k1").shared("teacher", "abc").json("shards/t.json", 1)
+    path = (
+        open_output(tmp_path, "first", "k1")
+        .shared("teacher", "abc", code="1")
+        .json("shards/t.json", 1)
+    )
     second = open_output(tmp_path, "second", "k2")
     assert second.find("shards/t.json") is None
-    assert second.shared("teacher", "other").find("shards/t.json") is None
-    assert second.shared("teacher", "abc").find("shards/t.json") == path
+    assert second.shared("teacher", "other", code="1").find("shards/t.json") is None
+    assert second.shared("teacher", "abc", code="2").find("shards/t.json") is None
+    assert second.shared("teacher", "abc", code="1").find("shards/t.json") == path
     assert list(second.used) == ["first/shards/t.json"]
 
 

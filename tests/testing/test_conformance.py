@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Check, Adapter, str]] = {
 
 
 @pytest.mark.parametrize(("check", "table", "message"), CASES.values(), ids=list(CASES))
-def test_a_broken_table_is_told_by_tensor_and_axis(
+def test_a_broken_table_is_reported_by_tensor_and_axis(
     tmp_path: Path, check: Check, table: Adapter, message: str
 ) -> None:
     with pytest.raises(AssertionError, match=message):
@@ -349,7 +349,7 @@ class Astray:
 
 
 @pytest.mark.parametrize(
-    ("check", "cls", "fault", "told"),
+    ("check", "cls", "fault", "message"),
     [
         (the_hook_is_as_specified, Astray, None, r"dict\[str, int\]"),
         (options_survive_toml_and_json, Spin, "", r"no text under \['bare'\]"),
@@ -365,8 +365,8 @@ class Astray:
         (a_planted_rotation_is_found, Spin, "", "off the planted rotation by"),
     ],
 )
-def test_a_broken_step_is_told(
-    tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, told: str
+def test_a_broken_step_fails_its_check(
+    tmp_path: Path, check: Callable[..., None], cls: type, fault: str | None, message: str
 ) -> None:
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         check(cls, {} if fault is None else {"fault": fault}, tmp_path)

@@ -16,6 +16,7 @@ from rotdistill_answers._method import (
     LanguageIdentifier,
     claim_figures,
     decode_answer,
+    of_teacher,
     score_answer,
     similarity,
 )
@@ -30,12 +31,9 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.results import Answer
 from rotdistill_core.testing import (
     STEP_CHECKS,
+    PicoWorkspace,
     parametrize_with_checks,
-    pico_folder,
-    pico_head,
-    pico_texts,
     pico_tokenizer,
-    run_recipe,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -50,22 +48,15 @@ QUESTION = Question(
     facts=(Claim("a temple", ("temple",)), Claim("in Cambodia", ("Cambodia", "Cambodge"))),
     falsehoods=(Claim("a church", ("church", "eglise")),),
 )
-RECIPE = (
-    pico_head("answers", "{work}/model", "{work}/model", tokens=6)
-    + """
+STEPS = """
+variants = { whole = [], cut = ["chop"] }
 observers = []
 student.save_dtype = "float32"
-[[step]]
-use = "chop"
-layers = [0, 2]
-[[step]]
-use = "answers"
-{options}
-[variants]
-whole = []
-cut = ["chop"]
+step = [
+    { use = "chop", layers = [0, 2] },
+    { use = "answers" },
+]
 """
-)
 
 
 # Pico texts have no questions, so the checks that run the step do not hold.
@@ -74,12 +65,15 @@ def test_answers_conforms(check: Callable[[Path], None], tmp_path: Path) -> None
     check(tmp_path)
 
 
-def run(work: Path, options: str = "") -> RunResult:
-    pico_texts(work / "texts")
-    pico_folder(work / "model", num_hidden_layers=3)
-    path = work / "answers.toml"
-    path.write_text(RECIPE.format(work=work, options=options), encoding="utf-8")
-    return run_recipe(path)
+@pytest.fixture
+def workspace(pico_workspace: PicoWorkspace) -> PicoWorkspace:
+    """Return a workspace with a model of three layers."""
+    pico_workspace.model(num_hidden_layers=3)
+    return pico_workspace
+
+
+def run(workspace: PicoWorkspace, *sets: str) -> RunResult:
+    return workspace.run(workspace.recipe(STEPS, answer_tokens=6), sets)
 
 
 def answers_of(result: RunResult, variant: str) -> dict[str, Answer]:
@@ -121,7 +115,7 @@ def test_an_answer_in_no_language_is_read_as_the_question() -> None:
 
 def test_claims_become_figures_with_their_number_as_weight() -> None:
     stated = AnswerScore("", "en", facts=("a temple",), errors=("a church",))
-    assert claim_figures(stated, QUESTION, suffix="_teacher") == {
+    assert of_teacher(claim_figures(stated, QUESTION)) == {
         "factual_completeness_teacher": Figure(0.5, n=2),
         "hallucination_rate_teacher": Figure(1.0, n=1),
     }
@@ -199,8 +193,8 @@ def test_decoded_answers_have_no_special_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_the_uncut_student_answers_as_its_teacher(tmp_path: Path) -> None:
-    result = run(tmp_path)
+def test_the_uncut_student_answers_as_its_teacher(workspace: PicoWorkspace) -> None:
+    result = run(workspace)
     means = {(row.variant, row.metric): row for row in result.rows if row.text is None}
     assert means["whole", "answer_chrf"].value == pytest.approx(100)
     assert means["whole", "answer_length_gap"].value == 0
@@ -215,23 +209,24 @@ def test_the_uncut_student_answers_as_its_teacher(tmp_path: Path) -> None:
     assert cut.teacher == whole.student != cut.student
 
 
-def test_answers_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(tmp_path)
+def test_answers_are_generated_once(
+    workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(workspace)
     monkeypatch.setattr("rotdistill_answers._method.greedy_answers", None)
-    again = run(tmp_path)
+    again = run(workspace)
     assert again.rows == first.rows
     assert answers_of(again, "cut") == answers_of(first, "cut") != {}
     assert all(step.reused for step in again.steps.values())
 
 
-def test_answers_can_be_shorter_than_the_teachers(tmp_path: Path) -> None:
-    answers = answers_of(run(tmp_path, "max_tokens = 2"), "whole").values()
+def test_answers_can_be_shorter_than_the_teachers(workspace: PicoWorkspace) -> None:
+    answers = answers_of(run(workspace, "answers.max_tokens=2"), "whole").values()
     assert all(len(answer.student.split()) <= 2 for answer in answers)
     assert any(len(answer.teacher.split()) > 2 for answer in answers)
 
 
 def test_an_answer_of_no_tokens_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "answers.toml"
-    path.write_text(RECIPE.format(work=tmp_path, options="max_tokens = 0"), encoding="utf-8")
+    recipe = PicoWorkspace(tmp_path).recipe(STEPS)
     with pytest.raises(RecipeError, match="max_tokens"):
-        load_recipe(path)
+        load_recipe(recipe, ["answers.max_tokens=0"])

@@ -35,7 +35,7 @@ def split(
     """Return the best split and the KL of all splits."""
     assert step.keep_fraction is not None
     pair = Pair(model, model)
-    trial = Trial(weights, samples, step.max_kl_rows, CPU, torch.float32)
+    trial = Trial(weights, samples, max_kl_rows=step.max_kl_rows, device=CPU, dtype=torch.float32)
     selector = LayerSelector(step, weights, pair, samples, out, silent)
     notes: dict[str, float] = {}
     best = best_split(weights, step.keep_fraction, trial, selector.keep, notes, silent)
@@ -98,7 +98,7 @@ def test_share_below_every_split_is_refused(deep: Model, samples: Samples, out: 
 
 
 def test_small_refit_brings_a_cut_student_nearer(deep: Model, samples: Samples) -> None:
-    trial = Trial(deep.weights, samples, ALL_ROWS, CPU, torch.float32)
+    trial = Trial(deep.weights, samples, max_kl_rows=ALL_ROWS, device=CPU, dtype=torch.float32)
     cut = deep.weights.cut([0, 1, 4, 5])
     p = logits(deep.weights, trial.layout)[trial.rows].log_softmax(-1)
     q = logits(cut, trial.layout)[trial.rows].log_softmax(-1)

@@ -13,72 +13,51 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
+    PicoWorkspace,
     final_states,
-    pico_folder,
-    pico_head,
     pico_samples,
-    pico_texts,
     reopen,
-    run_recipe,
 )
 
-RECIPE = (
-    pico_head("cut", "{teacher}", "{student}")
-    + """
+STEPS = """
+variants.base = []
+variants.rotated = ["basis", "fold"]
+variants.refit = ["basis", "refit", "head"]
+variants.full = ["basis", "fold", "refit", "head"]
 observers = []
 student.save_dtype = "float32"
 samples.guard = "texts/guard.tsv"
 samples.own_answers = 4
-[check]
-logits_float32 = 1e-2
-[[step]]
-use = "chop"
-{chop}
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-mode = "canonical"
-[[step]]
-id = "refit"
-use = "writer-refit"
-writers = ["heads", "neurons"]
-[[step]]
-id = "head"
-use = "lm-head-ridge"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-rotated = ["basis", "fold"]
-refit = ["basis", "refit", "head"]
-full = ["basis", "fold", "refit", "head"]
+check.logits_float32 = 1e-2
+step = [
+    { use = "chop", CUT },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold", mode = "canonical" },
+    { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
+    { id = "head", use = "lm-head-ridge" },
+    { use = "fidelity" },
+]
 """
-)
 CUTS = (
     "layers = 4",
-    'layers = 4\ncriterion = "kl"',
+    'layers = 4, criterion = "kl"',
     "neurons = 36",
     "kv_heads = 1",
     "width = 24",
-    "layers = 4\nneurons = 40\nwidth = 28",
+    "layers = 4, neurons = 40, width = 28",
     "keep_fraction = 0.7",
 )
 
 
 def run_cut(work: Path, cut: str, student: str) -> tuple[RunResult, dict[tuple[str, str], float]]:
     """Run the recipe; return the result, and the value of each (variant, metric) over all texts."""
-    pico_folder(work / "teacher", num_hidden_layers=5)
-    pico_folder(work / "other", num_hidden_layers=5, seed=1)
-    pico_texts(work / "texts", blurbs=30)
-    recipe = RECIPE.format(teacher=work / "teacher", student=work / student, chop=cut)
-    path = work / "recipe.toml"
-    path.write_text(recipe, encoding="utf-8")
-    outcome = run_recipe(path)
+    workspace = PicoWorkspace(work)
+    workspace.model("teacher", num_hidden_layers=5)
+    workspace.model("other", num_hidden_layers=5, seed=1)
+    workspace.texts(blurbs=30)
+    steps = STEPS.replace("CUT", cut)
+    outcome = workspace.run(workspace.recipe(steps, teacher="teacher", student=student))
     values = {
         (row.variant, row.metric): row.value
         for row in outcome.rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,45 +14,32 @@ import torch
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.data.tokenization import prompt_tokens
 from rotdistill_core.forward.generate import greedy_answers
-from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace, command_line
 
-RECIPE = (
-    pico_head()
-    + """
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "fold"]
+STEPS = """
+variants = { base = [], full = ["basis", "fold"] }
+step = [
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
 QUESTION = "w3 w5 w8"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("chat")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        pico_folder(root / "model")
-        pico_texts(root / "texts")
-        (root / "recipe.toml").write_text(RECIPE)
-        run_recipe(root / "recipe.toml")
-    return root
+def finished(make_workspace: Callable[..., PicoWorkspace]) -> Path:
+    """Return a folder in which the recipe has run."""
+    workspace = make_workspace()
+    workspace.run(workspace.recipe(STEPS))
+    return workspace.folder
 
 
 @pytest.fixture(autouse=True)
-def work(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(made)
-    return made
+def work(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
 
 
 def test_answers_are_those_of_plain_generation(work: Path) -> None:

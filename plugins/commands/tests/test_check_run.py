@@ -24,40 +24,30 @@ from rotdistill_core.store.records import (
     LedgerRecord,
     StepRecord,
 )
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head("{name}", "{work}/teacher", "{work}/student")
-    + """
-[[step]]
-use = "residuals"
-[[step]]
-id = "rotate"
-use = "procrustes"
-[[step]]
-id = "permute"
-use = "hungarian-permute"
-[[step]]
-use = "head-gauge"
-[[step]]
-use = "basis-fold"
-[[step]]
-use = "fidelity"
+STEPS = """
+step = [
+    { use = "residuals" },
+    { id = "rotate", use = "procrustes" },
+    { id = "permute", use = "hungarian-permute" },
+    { use = "head-gauge" },
+    { use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs of one recipe under two names: the second reuses the results of the first."""
-    work = tmp_path_factory.mktemp("check")
-    pico_texts(work / "texts")
-    pico_folder(work / "teacher", seed=1)
-    pico_folder(work / "student")
+    workspace = PicoWorkspace(tmp_path_factory.mktemp("check"))
+    workspace.texts()
+    teacher = workspace.model("teacher", seed=1)
+    student = workspace.model("student")
     for name in ("first", "second"):
-        (work / f"{name}.toml").write_text(RECIPE.format(work=work, name=name), encoding="utf-8")
-        run_recipe(work / f"{name}.toml")
-    return work
+        workspace.run(workspace.recipe(STEPS, name=name, teacher=teacher, student=student))
+    return workspace.folder
 
 
 @pytest.fixture(params=["first", "second"])

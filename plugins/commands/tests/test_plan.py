@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,50 +14,43 @@ from typing import Any
 import psutil
 import pytest
 
-from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts
+from rotdistill_core.testing import PicoWorkspace, command_line
 
 ROOT = Path(__file__).parents[3]
 TEACHER, STUDENT = 32_763_876_352, 3_085_938_688
 """Published parameters of Qwen2.5 32B and 3B."""
-RECIPE = (
-    pico_head()
-    + """
+Edit = Callable[[str, str], None]
+STEPS = """
+variants = { base = [], full = ["basis", "fold"] }
 student.save_dtype = "bfloat16"
-[[step]]
-use = "chop"
-layers = 2
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "fold"]
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a pico model."""
-    return pico_folder(tmp_path_factory.mktemp("model") / "model", num_hidden_layers=3)
 
 
 @pytest.fixture
-def recipe(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a recipe in the current folder that has not run."""
-    monkeypatch.chdir(tmp_path)
-    pico_texts(tmp_path / "texts")
-    (tmp_path / "model").symlink_to(model)
-    path = Path("recipe.toml")
-    path.write_text(RECIPE)
-    return path
+    monkeypatch.chdir(pico_workspace.folder)
+    pico_workspace.model(num_hidden_layers=3)
+    return pico_workspace.recipe(STEPS)
+
+
+@pytest.fixture
+def edit(recipe: Path) -> Edit:
+    """Return a function that replaces a part of the recipe."""
+
+    def replace(old: str, new: str) -> None:
+        text = recipe.read_text()
+        assert old in text
+        recipe.write_text(text.replace(old, new))
+
+    return replace
 
 
 @pytest.fixture
@@ -147,7 +141,7 @@ def test_reads_and_traffic_are_part_of_the_document(plan_of_32b: dict[str, Any])
 
 
 def test_the_document_keeps_its_keys(recipe: Path) -> None:
-    code, out, err = command_line("plan", "recipe.toml", "--json")
+    code, out, err = command_line("plan", "trial.toml", "--json")
     assert (code, err) == (0, "")
     document: dict[str, Any] = json.loads(out)
     assert document.keys() == {
@@ -190,7 +184,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
 
 
 def test_the_table_has_a_row_for_each_step(recipe: Path) -> None:
-    code, out, err = command_line("plan", "recipe.toml")
+    code, out, err = command_line("plan", "trial.toml")
     assert (code, err) == (0, "")
     for step in ("teacher's answers", "chop", "basis (procrustes)", "checkpoints"):
         assert step in out
@@ -199,7 +193,7 @@ def test_the_table_has_a_row_for_each_step(recipe: Path) -> None:
 
 
 def test_a_step_without_a_cost_says_that_it_is_estimated(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"
     info = site / "uncosted_step-0.1.0.dist-info"
@@ -220,15 +214,15 @@ def test_a_step_without_a_cost_says_that_it_is_estimated(
         "    return [Plain]\n"
     )
     monkeypatch.syspath_prepend(str(site))
-    recipe.write_text(f'{pico_head()}[[step]]\nuse = "plain"\n')
-    out = command_line("plan", "recipe.toml")[1]
+    edit('use = "procrustes"', 'use = "plain"')
+    out = command_line("plan", "trial.toml")[1]
     assert "estimated from its stage" in out
 
 
 @pytest.mark.slow
 def test_run_begins_with_the_plan_in_one_line(recipe: Path) -> None:
-    assert command_line("run", "recipe.toml")[0] == 0
-    code, _, err = command_line("run", "recipe.toml")
+    assert command_line("run", "trial.toml")[0] == 0
+    code, _, err = command_line("run", "trial.toml")
     assert code == 0
     assert "plan: 11 of 11 results are there; nothing to make" in err
 
@@ -237,7 +231,7 @@ def test_run_begins_with_the_plan_in_one_line(recipe: Path) -> None:
 def test_a_cut_that_leaves_too_much_is_refused_before_the_teacher_answers(
     recipe: Path, cut: str
 ) -> None:
-    code, _, err = command_line("run", "recipe.toml", "--set", f"chop.{cut}")
+    code, _, err = command_line("run", "trial.toml", "--set", f"chop.{cut}")
     assert code == 2
     assert f'step "chop": {cut.replace("=", " = ")}, but the student has ' in err
     assert not Path("runs").exists()
@@ -246,7 +240,7 @@ def test_a_cut_that_leaves_too_much_is_refused_before_the_teacher_answers(
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_a_shortfall_exits_with_3_before_anything_loads(recipe: Path, verb: str) -> None:
-    code, out, err = command_line(verb, "recipe.toml")
+    code, out, err = command_line(verb, "trial.toml")
     assert code == 3
     assert "does not fit here" in err
     assert "of memory; 0 MB are free" in err
@@ -257,27 +251,29 @@ def test_a_shortfall_exits_with_3_before_anything_loads(recipe: Path, verb: str)
 @pytest.mark.slow
 @pytest.mark.usefixtures("little_memory")
 def test_run_can_begin_without_a_plan(recipe: Path) -> None:
-    assert command_line("run", "recipe.toml", "--no-plan")[0] == 0
+    assert command_line("run", "trial.toml", "--no-plan")[0] == 0
 
 
-def test_a_model_that_is_neither_here_nor_described_is_an_error_of_plan_alone(recipe: Path) -> None:
-    recipe.write_text(RECIPE.replace('model = "model"', 'model = "nobody/nothing"'))
-    code, out, err = command_line("plan", "recipe.toml")
+def test_a_model_that_is_neither_here_nor_described_is_an_error_of_plan_alone(
+    edit: Edit,
+) -> None:
+    edit('model = "model"', 'model = "nobody/nothing"')
+    code, out, err = command_line("plan", "trial.toml")
     assert (code, out) == (3, "")
     assert "nor texts/configs/nobody/nothing.json to say how large it is" in err
-    assert command_line("plan", "recipe.toml", "--short")[0] == 0
+    assert command_line("plan", "trial.toml", "--short")[0] == 0
 
 
-def test_a_step_without_its_capture_is_refused_before_anything_runs(recipe: Path) -> None:
-    recipe.write_text(RECIPE.replace('[[step]]\nuse = "residuals"\n', ""))
-    code, out, err = command_line("plan", "recipe.toml")
+def test_a_step_without_its_capture_is_refused_before_anything_runs(edit: Edit) -> None:
+    edit('{ use = "residuals" },', "")
+    code, out, err = command_line("plan", "trial.toml")
     assert (code, out) == (2, "")
     assert 'step "fidelity": needs captured states; put a capture step (use' in err
 
 
-def test_a_variant_without_the_capture_of_another_is_refused_in_one_line(recipe: Path) -> None:
-    recipe.write_text(RECIPE.replace('full = ["basis"', 'full = ["residuals", "basis"'))
-    code, out, err = command_line("plan", "recipe.toml")
+def test_a_variant_without_the_capture_of_another_is_refused_in_one_line(edit: Edit) -> None:
+    edit('full = ["basis"', 'full = ["residuals", "basis"')
+    code, out, err = command_line("plan", "trial.toml")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert 'step "fidelity": needs captured states, but no capture step runs before it in "' in err

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,19 @@ from rotdistill_commands._removal import files_to_delete, format_size
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run, needed_by
 from rotdistill_core.linalg.maps import Gauge, Permutation, Rotation
-from rotdistill_core.testing import command_line, pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace, command_line, run_recipe
 
-RECIPE = (
-    pico_head("{name}")
-    + """
-[[step]]
-use = "chop"
-layers = 2
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "{aligner}"
-[[step]]
-id = "heads"
-use = "hungarian-permute"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["basis", "heads", "fold"]
+STEPS = """
+variants = { base = [], full = ["basis", "heads", "fold"] }
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "basis", use = "ALIGNER" },
+    { id = "heads", use = "hungarian-permute" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 class Terminal(io.StringIO):
@@ -56,26 +43,20 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(make_workspace: Callable[..., PicoWorkspace]) -> Path:
     """Return a folder with two finished runs that share a capture and differ in the aligner."""
-    root = tmp_path_factory.mktemp("runs")
-    patch = pytest.MonkeyPatch()
-    patch.chdir(root)
-    pico_folder(root / "model", num_hidden_layers=3)
-    pico_texts(root / "texts")
+    workspace = make_workspace(num_hidden_layers=3)
     for name, aligner in (("one", "procrustes"), ("two", "random-rotation")):
-        (root / f"{name}.toml").write_text(RECIPE.format(name=name, aligner=aligner))
-        run_recipe(root / f"{name}.toml")
-    patch.undo()
-    return root
+        workspace.run(workspace.recipe(STEPS.replace("ALIGNER", aligner), name=name))
+    return workspace.folder
 
 
 @pytest.fixture
-def root(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy to work in."""
-    shutil.copytree(made, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    yield tmp_path / "here"
+    copy = shutil.copytree(finished, tmp_path / "here")
+    monkeypatch.chdir(copy)
+    return copy
 
 
 def document(*words: str) -> Any:

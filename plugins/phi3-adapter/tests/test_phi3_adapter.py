@@ -10,13 +10,7 @@ from rotdistill_phi3_adapter.table import PHI3
 
 from rotdistill_core.checkpoint.headers import folder_headers
 from rotdistill_core.evaluation.rows import overall_figures
-from rotdistill_core.testing import (
-    parametrize_with_checks,
-    pico_folder,
-    pico_head,
-    pico_texts,
-    run_recipe,
-)
+from rotdistill_core.testing import PicoWorkspace, parametrize_with_checks
 
 
 @parametrize_with_checks(PHI3, {"intermediate_size": 56})
@@ -29,49 +23,29 @@ def test_a_partial_rotary_factor_leaves_no_key_gauge() -> None:
     assert gauges == {"", "value.{i}", "up.{i}"}
 
 
-RECIPE = (
-    pico_head()
-    + """
-[[step]]
-use = "chop"
-layers = 2
-neurons = 40
-[[step]]
-use = "residuals"
-[[step]]
-id = "basis"
-use = "procrustes"
-[[step]]
-id = "heads"
-use = "hungarian-permute"
-[[step]]
-id = "gauge"
-use = "head-gauge"
-[[step]]
-id = "fold"
-use = "basis-fold"
-[[step]]
-id = "refit"
-use = "writer-refit"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-exact = ["basis", "heads", "gauge", "fold"]
-full = ["basis", "fold", "refit"]
+STEPS = """
+variants.base = []
+variants.exact = ["basis", "heads", "gauge", "fold"]
+variants.full = ["basis", "fold", "refit"]
+step = [
+    { use = "chop", layers = 2, neurons = 40 },
+    { use = "residuals" },
+    { id = "basis", use = "procrustes" },
+    { id = "heads", use = "hungarian-permute" },
+    { id = "gauge", use = "head-gauge" },
+    { id = "fold", use = "basis-fold" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
 """
-)
 
 
 @pytest.mark.slow
-def test_a_fused_checkpoint_goes_through_a_whole_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    pico_folder(tmp_path / "model", "phi3", num_hidden_layers=3, intermediate_size=56)
-    pico_texts(tmp_path / "texts")
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    result = run_recipe(tmp_path / "recipe.toml")
+def test_a_fused_checkpoint_goes_through_a_whole_run(tmp_path: Path) -> None:
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    workspace.model("model", "phi3", num_hidden_layers=3, intermediate_size=56)
+    result = workspace.run(workspace.recipe(STEPS))
     figures = overall_figures(result.rows)
     assert figures["exact"]["kl"] == pytest.approx(figures["base"]["kl"], abs=1e-4)
     names = set(folder_headers(result.checkpoints["exact"]))

@@ -1,14 +1,28 @@
-"""Generated rows with known faults, and their sums."""
+"""A pico model and its texts; generated rows with known faults, and their sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from rotdistill_core.alignment.streams import RowChunk, StreamSums, sum_streams
-from rotdistill_core.testing import random_rotation
+from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.data.packed import Samples
+from rotdistill_core.testing import pico_model, pico_samples, random_rotation
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return pico_samples()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """Return a model of 3 layers."""
+    return pico_model(tmp_path / "model", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="session")

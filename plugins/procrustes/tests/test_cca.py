@@ -34,7 +34,6 @@ from rotdistill_core.testing import (
     parametrize_with_checks,
     pico_model,
     pico_output,
-    pico_samples,
     random_rotation,
     rotated_twin,
 )
@@ -68,16 +67,6 @@ SEEDS = st.integers(0, 10**6)
 )
 def test_cca_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)
-
-
-@pytest.fixture
-def samples() -> Samples:
-    return pico_samples()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    return pico_model(tmp_path / "model", num_hidden_layers=3)
 
 
 def quiet(*_: object) -> None:
@@ -181,7 +170,7 @@ def test_shared_pairs_are_those_of_the_generalised_eigenproblem(
     torch.testing.assert_close(overlap, ones, rtol=0, atol=1e-8)
 
 
-def test_with_nothing_shared_the_map_is_that_of_procrustes(
+def test_streams_that_share_nothing_get_the_map_of_procrustes(
     planted_rows: Rows, sums_of: Sums
 ) -> None:
     S = planted_rows("shifted", 200, 8, 0)

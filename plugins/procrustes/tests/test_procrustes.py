@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytest
 import scipy.linalg
@@ -57,16 +57,6 @@ modes = pytest.mark.parametrize("mode", MODES)
 )
 def test_procrustes_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)
-
-
-@pytest.fixture
-def samples() -> Samples:
-    return pico_samples()
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    return pico_model(tmp_path / "model", num_hidden_layers=3)
 
 
 def quiet(*_: object) -> None:
@@ -174,18 +164,30 @@ def test_a_wider_teacher_gives_orthonormal_rows_and_a_projector(
         assert figures.cosine_before is None
 
 
-def test_a_student_inside_a_wider_stream_is_located(
-    tmp_path: Path, model: Model, samples: Samples
-) -> None:
+class WiderStream(NamedTuple):
+    """A student whose stream is a part of its teacher's."""
+
+    pair: Pair
+    activations: ActivationStore
+    inside: torch.Tensor
+    """The student's 32 directions among the teacher's 48."""
+
+
+@pytest.fixture
+def wider(tmp_path: Path, model: Model, samples: Samples) -> WiderStream:
     teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3)
-    pair, out = Pair(teacher, model), pico_output(tmp_path / "runs")
+    pair = Pair(teacher, model)
+    out = pico_output(tmp_path / "runs")
     activations = captured_activations(pair, model.weights, samples, out)
     inside = random_rotation(48, 2)[:32]
     states = [rows.double() @ inside for rows in all_rows(activations, "student")]
-    wider = with_rows(activations, out, teacher=states)
-    maps = Procrustes().align(wider, Maps(), pair, quiet)
+    return WiderStream(pair, with_rows(activations, out, teacher=states), inside)
+
+
+def test_a_student_inside_a_wider_stream_is_located(wider: WiderStream) -> None:
+    maps = Procrustes().align(wider.activations, Maps(), wider.pair, quiet)
     for R in matrices(maps, 4):
-        assert_close(R, inside, atol=1e-6)
+        assert_close(R, wider.inside, atol=1e-6)
     for figures in maps.diagnostics.values():
         assert figures.cosine_after == pytest.approx(1, abs=1e-9)
 
@@ -305,16 +307,11 @@ def test_a_planted_rotation_is_recovered_whitened_or_not(
 
 @modes
 def test_a_student_inside_a_wider_stream_is_located_whitened_or_not(
-    tmp_path: Path, model: Model, samples: Samples, mode: str
+    wider: WiderStream, mode: str
 ) -> None:
-    teacher = pico_model(tmp_path / "wide", seed=9, hidden_size=48, num_hidden_layers=3)
-    pair, out = Pair(teacher, model), pico_output(tmp_path / "runs")
-    activations = captured_activations(pair, model.weights, samples, out)
-    inside = random_rotation(48, 2)[:32]
-    states = [rows.double() @ inside for rows in all_rows(activations, "student")]
-    wider = with_rows(activations, out, teacher=states)
-    for R in matrices(MODES[mode].align(wider, Maps(), pair, quiet), 4):
-        assert_close(R, inside, atol=1e-6)
+    maps = MODES[mode].align(wider.activations, Maps(), wider.pair, quiet)
+    for R in matrices(maps, 4):
+        assert_close(R, wider.inside, atol=1e-6)
 
 
 def mean_cosine(A: torch.Tensor, B: torch.Tensor) -> float:

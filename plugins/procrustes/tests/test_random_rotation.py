@@ -27,7 +27,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
 
 
 @pytest.mark.parametrize("tie", ["all", 1])
-def test_its_maps_are_rotations(pair: Pair, tie: object) -> None:
+def test_random_maps_are_rotations(pair: Pair, tie: object) -> None:
     maps = RandomRotation(tie=tie).align(pair.student.weights, Maps(), pair)
     assert sorted(maps) == ["residual.0", "residual.1", "residual.2"]
     assert (maps.tied() is not None) is (tie == "all")

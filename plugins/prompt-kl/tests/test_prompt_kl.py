@@ -280,9 +280,7 @@ def test_the_trained_model_is_freed_before_the_guard_is_scored(
         ({"guard": 1.02}, "samples.guard"),
     ],
 )
-def test_what_the_samples_lack_is_named(
-    tmp_path: Path, options: dict[str, Any], remedy: str
-) -> None:
+def test_missing_samples_are_named(tmp_path: Path, options: dict[str, Any], remedy: str) -> None:
     with pytest.raises(RecipeError, match=remedy):
         distilled(pair_of(tmp_path), tmp_path, **OPTIONS, **options)
 

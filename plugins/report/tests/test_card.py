@@ -8,33 +8,35 @@ from pathlib import Path
 import pytest
 from rotdistill_report._card import licence_of, strictest
 
-from rotdistill_core.testing import pico_folder, pico_head, pico_model, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace, pico_model
 
-RECIPE = (
-    pico_head("carded", "{work}/teacher", "{work}/student")
-    + """
-[[step]]
-use = "residuals"
-[[step]]
-use = "procrustes"
-[[step]]
-use = "basis-fold"
-[[step]]
-use = "lm-head-ridge"
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-turned = ["procrustes", "basis-fold"]
-full = ["procrustes", "basis-fold", "lm-head-ridge"]
+STEPS = """
+variants.base = []
+variants.turned = ["procrustes", "basis-fold"]
+variants.full = ["procrustes", "basis-fold", "lm-head-ridge"]
+step = [
+    { use = "residuals" },
+    { use = "procrustes" },
+    { use = "basis-fold" },
+    { use = "lm-head-ridge" },
+    { use = "fidelity" },
+]
 """
-)
 
 
-def write_recipe(work: Path) -> Path:
-    path = work / "carded.toml"
-    path.write_text(RECIPE.format(work=work), encoding="utf-8")
-    return path
+@pytest.fixture
+def workspace(tmp_path: Path) -> PicoWorkspace:
+    """Return a workspace with a teacher and a student."""
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    workspace.model("teacher")
+    workspace.model("student", seed=1)
+    return workspace
+
+
+@pytest.fixture
+def recipe(workspace: PicoWorkspace) -> Path:
+    return workspace.recipe(STEPS, teacher="teacher", student="student")
 
 
 @pytest.mark.parametrize(
@@ -76,15 +78,14 @@ def test_a_licence_is_read_from_the_front_matter(
     assert licence_of(model) == licence
 
 
-def test_a_card_names_sources_results_and_how_to_undo_each_step(tmp_path: Path) -> None:
-    pico_texts(tmp_path / "texts")
+def test_a_card_names_sources_results_and_how_to_undo_each_step(
+    workspace: PicoWorkspace, recipe: Path
+) -> None:
     licences = {"teacher": "cc-by-nc-4.0", "student": "apache-2.0"}
-    for seed, (role, licence) in enumerate(licences.items()):
-        folder = pico_folder(tmp_path / role, seed=seed)
+    for role, licence in licences.items():
         card = f"---\nlicense: {licence}\n---\n"
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    path = write_recipe(tmp_path)
-    outcome = run_recipe(path)
+        (workspace.folder / role / "README.md").write_text(card, encoding="utf-8")
+    outcome = workspace.run(recipe)
     cards = {
         name: (folder / "README.md").read_text(encoding="utf-8")
         for name, folder in outcome.checkpoints.items()
@@ -96,33 +97,31 @@ def test_a_card_names_sources_results_and_how_to_undo_each_step(tmp_path: Path) 
         assert "license: cc-by-nc-4.0\n" in front_matter
         assert "base_model_relation: finetune\n" in front_matter
         assert '- "en"\n' in front_matter
-        assert f'- "{tmp_path / "student"}"\n' in front_matter
-        assert f'- "{tmp_path / "teacher"}"\n' in front_matter
+        assert '- "student"\n' in front_matter
+        assert '- "teacher"\n' in front_matter
         assert outcome.pair.student.sha256 in body
         assert outcome.pair.teacher.sha256 in body
         kl = report["figures"][name]["kl"]
         assert f"| {kl['text']} | {kl['change']} |" in body
-        assert path.read_text(encoding="utf-8").rstrip() in body
+        assert recipe.read_text(encoding="utf-8").rstrip() in body
     assert "Nothing was changed." in cards["base"]
     assert "basis-fold: exact, logits do not change." in cards["turned"]
     assert "cannot be undone" not in cards["turned"]
     assert "lm-head-ridge: changed what the model computes" in cards["full"]
 
 
-def test_a_rewritten_card_leaves_the_checkpoint_valid(tmp_path: Path) -> None:
-    pico_texts(tmp_path / "texts")
-    pico_folder(tmp_path / "teacher")
-    pico_folder(tmp_path / "student")
-    path = write_recipe(tmp_path)
-    folder = run_recipe(path).checkpoints["full"]
+def test_a_rewritten_card_leaves_the_checkpoint_valid(
+    workspace: PicoWorkspace, recipe: Path
+) -> None:
+    folder = workspace.run(recipe).checkpoints["full"]
     card, weights = folder / "README.md", folder / "model.safetensors"
     written = {file: file.stat().st_mtime_ns for file in (card, weights)}
     # Nothing has changed, so nothing is written.
-    assert run_recipe(path).checkpoints["full"] == folder
+    assert workspace.run(recipe).checkpoints["full"] == folder
     assert card.stat().st_mtime_ns == written[card]
     # A lost card is written again, and the checkpoint is reused.
     card.unlink()
-    assert run_recipe(path).checkpoints["full"] == folder
+    assert workspace.run(recipe).checkpoints["full"] == folder
     assert card.is_file()
     assert weights.stat().st_mtime_ns == written[weights]
     assert "README.md" not in json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))

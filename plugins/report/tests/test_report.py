@@ -29,11 +29,9 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.results import Answer
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head("reported", "{work}/model", "{work}/model")
-    + """
+STEPS = """
 # <script> of the recipe
 {observers}
 [[step]]
@@ -47,7 +45,6 @@ use = "fidelity"
 [variants]
 {variants}
 """
-)
 ANSWERS = '[[step]]\nuse = "answers"'
 VARIANTS = 'base = []\ncut = ["chop"]\nfull = ["chop"]'
 
@@ -55,12 +52,11 @@ VARIANTS = 'base = []\ncut = ["chop"]\nfull = ["chop"]'
 def run(
     work: Path, observers: str = "", answers: str = ANSWERS, variants: str = VARIANTS
 ) -> RunResult:
-    pico_texts(work / "texts")
-    pico_folder(work / "model")
-    path = work / "reported.toml"
-    text = RECIPE.format(work=work, observers=observers, answers=answers, variants=variants)
-    path.write_text(text, encoding="utf-8")
-    return run_recipe(path)
+    workspace = PicoWorkspace(work)
+    workspace.texts()
+    model = workspace.model()
+    steps = STEPS.format(observers=observers, answers=answers, variants=variants)
+    return workspace.run(workspace.recipe(steps, name="reported", teacher=model, student=model))
 
 
 @pytest.fixture(scope="module")

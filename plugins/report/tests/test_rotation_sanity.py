@@ -21,28 +21,19 @@ from safetensors.torch import load_file, save_file
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.testing import SilentObserver, pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace, SilentObserver
 
 pytestmark = pytest.mark.slow
 
-RECIPE = (
-    pico_head("sane", "{work}/teacher", "{work}/student")
-    + """
+STEPS = """
+variants = { layers = ["layers"], one = ["one"] }
 observers = ["report", "rotation-sanity"]
-[[step]]
-use = "residuals"
-[[step]]
-id = "layers"
-use = "procrustes"
-tie = 1
-[[step]]
-id = "one"
-use = "procrustes"
-[variants]
-layers = ["layers"]
-one = ["one"]
+step = [
+    { use = "residuals" },
+    { id = "layers", use = "procrustes", tie = 1 },
+    { id = "one", use = "procrustes" },
+]
 """
-)
 RESULT = "result"
 """Key of a step's result in its ledger record."""
 NOTEBOOK = "rotation_sanity.ipynb"
@@ -56,25 +47,29 @@ class Finished(NamedTuple):
     log: list[str]
 
 
-def run_in(work: Path) -> Finished:
+def run_in(workspace: PicoWorkspace) -> Finished:
     screen = SilentObserver()
-    return Finished(run_recipe(work / "sane.toml", screen).folder, screen.lines)
+    recipe = workspace.recipe(
+        STEPS,
+        teacher=workspace.folder / "teacher",
+        student=workspace.folder / "student",
+    )
+    return Finished(workspace.run(recipe, observer=screen).folder, screen.lines)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    work = tmp_path_factory.mktemp("sanity")
-    pico_texts(work / "texts")
-    pico_folder(work / "teacher", hidden_size=48)
-    pico_folder(work / "student")
-    (work / "sane.toml").write_text(RECIPE.format(work=work), encoding="utf-8")
-    return work
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> PicoWorkspace:
+    workspace = PicoWorkspace(tmp_path_factory.mktemp("sanity"))
+    workspace.texts()
+    workspace.model("teacher", hidden_size=48)
+    workspace.model("student")
+    return workspace
 
 
 @pytest.fixture(scope="module")
-def finished(work: Path) -> Finished:
+def finished(workspace: PicoWorkspace) -> Finished:
     """Return a pico run with two aligners, a narrower student and the observer."""
-    return run_in(work)
+    return run_in(workspace)
 
 
 @pytest.fixture
@@ -158,9 +153,9 @@ def test_the_notebook_is_executed_after_every_solve(finished: Finished) -> None:
     assert outputs[0].data["text/markdown"].startswith("**Everything holds**")
 
 
-def test_a_reused_solve_executes_nothing(finished: Finished, work: Path) -> None:
+def test_a_reused_solve_executes_nothing(finished: Finished, workspace: PicoWorkspace) -> None:
     before = (finished.folder / NOTEBOOK).stat().st_mtime_ns
-    again = run_in(work)
+    again = run_in(workspace)
     assert again.folder == finished.folder
     assert again.log == []
     assert (finished.folder / NOTEBOOK).stat().st_mtime_ns == before

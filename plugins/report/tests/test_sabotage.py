@@ -9,38 +9,29 @@ from typing import Any
 
 import pytest
 
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
-RECIPE = (
-    pico_head("sabotaged", "{work}/model", "{work}/model", tokens=8)
-    + """
+STEPS = """
+variants = { base = [], full = ["refit"] }
 samples.own_answers = 8
-[[step]]
-use = "chop"
-layers = [0, 1, 3]
-[[step]]
-use = "residuals"
-{capture}
-[[step]]
-id = "refit"
-use = "writer-refit"
-{refit}
-[[step]]
-use = "fidelity"
-[variants]
-base = []
-full = ["refit"]
+step = [
+    { use = "chop", layers = [0, 1, 3] },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
 """
-)
 
 
-def run_report(work: Path, capture: str = "", refit: str = "") -> dict[str, Any]:
-    """Run the recipe and return report.json, whose verdict begins the other two reports."""
-    pico_texts(work / "texts", 40, 8)
-    pico_folder(work / "model", num_hidden_layers=4)
-    path = work / "sabotaged.toml"
-    path.write_text(RECIPE.format(work=work, capture=capture, refit=refit), encoding="utf-8")
-    folder = run_recipe(path).folder
+def run_report(work: Path, *sets: str) -> dict[str, Any]:
+    """Run the recipe with these overrides and return report.json.
+
+    Its verdict begins the other two reports.
+    """
+    workspace = PicoWorkspace(work)
+    workspace.texts(40, 8)
+    workspace.model(num_hidden_layers=4)
+    folder = workspace.run(workspace.recipe(STEPS, answer_tokens=8), sets).folder
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     page = (folder / "report.html").read_text(encoding="utf-8")
     text = html.unescape(page.replace("<code>", "").replace("</code>", ""))
@@ -51,18 +42,18 @@ def run_report(work: Path, capture: str = "", refit: str = "") -> dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("capture", "refit", "kind", "subject"),
+    ("override", "kind", "subject"),
     [
-        ('control = "shuffled"', "", "control", "residuals"),
-        ('control = "reversed"', "", "control", "residuals"),
-        ("", "ridge = [1e-9]", "no ridge", "refit"),
+        ("residuals.control=shuffled", "control", "residuals"),
+        ("residuals.control=reversed", "control", "residuals"),
+        ("refit.ridge=[1e-9]", "no ridge", "refit"),
     ],
     ids=["shuffled teacher", "reversed layer map", "no ridge"],
 )
 def test_a_sabotaged_run_is_not_trusted(
-    tmp_path: Path, capture: str, refit: str, kind: str, subject: str
+    tmp_path: Path, override: str, kind: str, subject: str
 ) -> None:
-    report = run_report(tmp_path, capture, refit)
+    report = run_report(tmp_path, override)
     first = report["issues"][0]
     assert (first["kind"], first["subject"]) == (kind, subject)
     assert report["verdict"] == f"Not to be trusted: `{subject}`: {first['text']}"

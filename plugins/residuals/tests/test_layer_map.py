@@ -48,7 +48,7 @@ def test_the_map_has_the_largest_sum_of_all_monotone_maps(
     assert float(r2[range(rows), best].sum()) == pytest.approx(largest, abs=1e-12)
 
 
-def test_of_equal_maps_the_one_furthest_left_is_taken() -> None:
+def test_the_leftmost_of_equal_maps_is_taken() -> None:
     assert best_monotone_map(torch.zeros(4, 3, dtype=torch.float64)) == [0, 0, 0, 2]
 
 

@@ -19,7 +19,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.outcome import RunResult
-from rotdistill_core.testing import pico_folder, pico_head, pico_texts, run_recipe
+from rotdistill_core.testing import PicoWorkspace
 
 CORPUS = [
     "the tower was built in 1889",
@@ -200,9 +200,7 @@ def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=inner))
 
 
-RECIPE = (
-    pico_head("two", "{root}/teacher", "{root}/student", tokens=8)
-    + """
+STEPS = """
 [[step]]
 use = "residuals"
 layer_map = "match"
@@ -213,21 +211,20 @@ use = "basis-fold"
 mode = "canonical"
 [[step]]
 use = "fidelity"
-{more}
 """
-)
 
 
 def run_with_two_tokenizers(root: Path, more: str = "") -> RunResult:
-    pico_texts(root / "texts")
+    workspace = PicoWorkspace(root)
+    workspace.texts()
     for name, tokenizer, shape in (
         ("teacher", LARGE, {"hidden_size": 48, "num_hidden_layers": 3}),
         ("student", SMALL, {}),
     ):
-        folder = pico_folder(root / name, vocab_size=len(tokenizer), **shape)
+        folder = workspace.model(name, vocab_size=len(tokenizer), **shape)
         tokenizer.save_pretrained(folder)
-    (root / "two.toml").write_text(RECIPE.format(root=root, more=more), encoding="utf-8")
-    return run_recipe(root / "two.toml")
+    recipe = workspace.recipe(STEPS + more, teacher="teacher", student="student", answer_tokens=8)
+    return workspace.run(recipe)
 
 
 @pytest.mark.slow

@@ -56,14 +56,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Call a module of the project's environment beside which the new plugins are installed."""
+    """Call a module of the environment in which the new plugins are installed."""
     beside = {**os.environ, "PYTHONPATH": str(root / "site"), "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, *words], cwd=root, env=beside, capture_output=True, text=True, check=False
     )
 
 
-def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
+def test_a_new_plugin_passes_its_own_tests(begun: Path) -> None:
     # Of the two cases that each is written with the first, and the long checks of three of them.
     subjects = "my_align or my_fold or mistral or specified or survive or cost"
     first = ["-k", f"not strength and not tie_word_embeddings and ({subjects})"]
@@ -73,7 +73,7 @@ def test_what_is_written_passes_its_own_tests(begun: Path) -> None:
     assert "passed" in made.stdout
 
 
-def test_what_is_written_keeps_to_the_style_of_the_project(begun: Path) -> None:
+def test_a_new_plugin_keeps_to_the_style_of_the_project(begun: Path) -> None:
     files = [str(path) for path in begun.glob("m*/**/*.py")]
     for words in (["check", "--ignore", "INP001,I001,S101,PLC0415"], ["format", "--check"]):
         made = call(begun, "-m", "ruff", *words, "--config", str(ROOT / "pyproject.toml"), *files)
@@ -116,7 +116,7 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("step", "My Step"), 2, "a name is lower-case letters"),
         (("step", "../step"), 2, "a name is lower-case letters"),
@@ -128,11 +128,11 @@ def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
         (("recipe", "taken"), 2, "taken.toml: is there already"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_written(
-    tmp_path: Path, words: tuple[str, ...], code: int, told: str
+def test_mistakes_are_reported_and_nothing_is_written(
+    tmp_path: Path, words: tuple[str, ...], code: int, message: str
 ) -> None:
     (tmp_path / "taken.toml").write_text("x = 1")
     found, out, err = command_line("new", *words, "--in", str(tmp_path))
     assert (found, out) == (code, "")
-    assert told in err
+    assert message in err
     assert [path.name for path in tmp_path.iterdir()] == ["taken.toml"]

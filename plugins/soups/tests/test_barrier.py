@@ -80,7 +80,7 @@ def test_a_line_begins_and_ends_with_the_losses_of_its_ends(
         assert loss == pytest.approx(score(weights).mean, rel=1e-6)
 
 
-def test_there_is_a_barrier_to_another_basis(tmp_path: Path, teacher: Model) -> None:
+def test_another_basis_has_a_barrier(tmp_path: Path, teacher: Model) -> None:
     rotated_twin(teacher, tmp_path / "twin")
     measured = measure(teacher, tmp_path, "variant", str(tmp_path / "twin"), points=5)
     [curve], [row] = measured.curves, measured.rows

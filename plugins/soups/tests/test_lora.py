@@ -18,12 +18,10 @@ from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.testing import (
+    PicoWorkspace,
     logits,
-    pico_folder,
-    pico_head,
     pico_model,
     pico_samples,
-    pico_texts,
     reopen,
     run_recipe,
     save_folder,
@@ -190,9 +188,7 @@ def test_an_adapter_goes_through_a_fold_and_back(tmp_path: Path, model_type: str
     assert max(float((unfolded[n] - wanted[n]).abs().max()) for n in wanted.entries) < 1e-6
 
 
-RECIPE = (
-    pico_head("merged", "{root}/teacher", "{root}/student")
-    + """
+STEPS = """
 student.save_dtype = "float32"
 [[step]]
 use = "residuals"
@@ -204,24 +200,23 @@ use = "basis-fold"
 [[step]]
 use = "soups"
 method = "lora"
-ingredients = ["{root}/lora"]
+ingredients = ["{folder}/lora"]
 require_improvement = false
 {more}
 """
-)
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, student: Model) -> Callable[[str], Path]:
     """Return a function that writes a recipe which folds the student and then adds a LoRA."""
-    pico_texts(tmp_path / "texts")
-    pico_folder(tmp_path / "teacher", seed=4)
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    teacher = workspace.model("teacher", seed=4)
     write_adapter(tmp_path / "lora", student.weights, 1)
 
     def write(more: str) -> Path:
-        path = tmp_path / "recipe.toml"
-        path.write_text(RECIPE.format(root=tmp_path, more=more))
-        return path
+        steps = STEPS.format(folder=tmp_path, more=more)
+        return workspace.recipe(steps, teacher=teacher, student=student.folder)
 
     return write
 

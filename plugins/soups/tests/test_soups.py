@@ -63,7 +63,7 @@ def test_greedy_leaves_out_an_ingredient_that_does_not_help(
         same_basis="ignore",
         require_improvement=True,
     )
-    assert set(merged.notes["members"]) == set(good)
+    assert set(merged.out.report.members) == set(good)
     out = pico_output(tmp_path / "runs")
     score = KLScorer(Pair(teacher, student), pico_samples(), "validation", out, lambda *_: None)
     alone = min(merged.notes["validation KL alone"].values())

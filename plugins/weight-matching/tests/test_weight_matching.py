@@ -22,17 +22,15 @@ from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
     STEP_CHECKS,
+    PicoWorkspace,
     a_planted_rotation_is_found,
     logits,
     parametrize_with_checks,
-    pico_head,
     pico_model,
     pico_output,
     pico_samples,
-    pico_texts,
     random_rotation,
     reopen,
-    run_recipe,
     save_folder,
     scramble,
 )
@@ -203,11 +201,11 @@ def test_a_student_in_another_basis_is_refused(tmp_path: Path) -> None:
         restored(turned, Pair(model, model), tmp_path / "runs")
 
 
-RECIPE = """
+STEPS = """
 student.save_dtype = "float32"
 [[step]]
 use = "residuals"
-{align}
+{aligners}
 [[step]]
 use = "basis-fold"
 """
@@ -224,13 +222,12 @@ def test_a_whole_run_brings_a_scrambled_checkpoint_back_and_certifies_it(
 ) -> None:
     model = pico_model(tmp_path / "model", attention_bias=True, tie_word_embeddings=False)
     save_folder(scramble(model.weights, 3)[0], model.folder, tmp_path / "scrambled")
-    pico_texts(tmp_path / "texts")
-    head = pico_head(name, tmp_path / "model", tmp_path / "scrambled")
-    align = "\n".join(f'[[step]]\nuse = "{use}"' for use in ALIGNERS[name])
-    path = tmp_path / "recipe.toml"
-    path.write_text(head + RECIPE.format(align=align), encoding="utf-8")
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    aligners = "\n".join(f'[[step]]\nuse = "{use}"' for use in ALIGNERS[name])
+    recipe = workspace.recipe(STEPS.format(aligners=aligners), student="scrambled")
     for again in (False, True):
-        outcome = run_recipe(path)
+        outcome = workspace.run(recipe)
         done = outcome.steps["full", "basis-fold"]
         assert done.reused is again
         certificate = done.report.certificate

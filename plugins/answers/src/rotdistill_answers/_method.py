@@ -16,6 +16,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.packed import Samples, Text
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.generate import greedy_answers
 from rotdistill_core.forward.layerwise import Progress
@@ -106,7 +107,7 @@ def evaluate(
         asked_language = text.language if text.language in identifier.languages else None
         figures = {
             **similarity(student, teacher, asked_language),
-            **claim_figures(teacher, question, suffix="_teacher"),
+            **of_teacher(claim_figures(teacher, question)),
             **claim_figures(student, question),
         }
         for metric, figure in figures.items():
@@ -171,20 +172,19 @@ def similarity(
     return figures
 
 
-def claim_figures(score: AnswerScore, question: Question, suffix: str = "") -> dict[str, Figure]:
-    """Return the figures of facts and errors; a question without claims has none.
+def of_teacher(figures: Mapping[str, Figure]) -> dict[str, Figure]:
+    """Return figures of the teacher's own answer, under the names of such metrics."""
+    return {teacher_metric(name): figure for name, figure in figures.items()}
 
-    Args:
-        score: the scored answer.
-        question: its question.
-        suffix: ends the names of the metrics.
-    """
+
+def claim_figures(score: AnswerScore, question: Question) -> dict[str, Figure]:
+    """Return the figures of facts and errors in an answer; without claims there are none."""
     figures = {}
     if question.facts:
         share = len(score.facts) / len(question.facts)
-        figures[f"factual_completeness{suffix}"] = Figure(share, n=len(question.facts))
+        figures["factual_completeness"] = Figure(share, n=len(question.facts))
     if question.falsehoods:
-        figures[f"hallucination_rate{suffix}"] = Figure(float(bool(score.errors)))
+        figures["hallucination_rate"] = Figure(float(bool(score.errors)))
     return figures
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rotdistill_core.data.batching import LOGIT_ROWS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
-    LOGIT_ROWS,
     SVD_OPERATIONS,
     Cost,
     CostContext,

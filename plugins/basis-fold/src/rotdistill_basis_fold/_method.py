@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_basis_fold._cost import FRAME_ROWS
+from rotdistill_core.architecture.spaces import is_residual
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.splits import Side, Split
@@ -58,7 +59,7 @@ def fold_maps(
         stream = Rotation(_stream_basis(step, R, activations, pair, out))
         stream.verify(ORTHOGONALITY, "basis-fold")
         return weights.fold({"residual": stream, **inner})
-    untied_stream = any(_is_residual(space) for space in maps)
+    untied_stream = any(is_residual(space) for space in maps)
     if untied_stream or not inner:
         raise RecipeError(
             "basis-fold: needs an aligner before it that found one rotation for all layers "
@@ -72,13 +73,7 @@ def _maps_inside_layers(maps: Maps) -> dict[str, Map]:
 
     An assignment between spaces of different sizes serves blending alone.
     """
-    return {
-        space: found for space, found in maps.items() if found.square and not _is_residual(space)
-    }
-
-
-def _is_residual(space: str) -> bool:
-    return space.startswith("residual.")
+    return {space: found for space, found in maps.inside_layers().items() if found.square}
 
 
 def _stream_basis(

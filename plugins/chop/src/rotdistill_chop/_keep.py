@@ -116,6 +116,7 @@ class Trial:
         self,
         weights: Weights,
         samples: Samples,
+        *,
         max_kl_rows: int,
         device: torch.device,
         dtype: torch.dtype,

@@ -51,7 +51,7 @@ def solve(
         size = requested_size(step, whole, len(layers))
     else:
         scores: dict[str, Any] = out.notes.setdefault("KL by split", {})
-        trial = Trial(whole, samples, step.max_kl_rows, device, dtype)
+        trial = Trial(whole, samples, max_kl_rows=step.max_kl_rows, device=device, dtype=dtype)
         best = best_split(whole, step.keep_fraction, trial, selector.keep, scores, progress)
         size, layers = best.size, best.layers
 

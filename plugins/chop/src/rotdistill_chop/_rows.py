@@ -7,6 +7,7 @@ import hashlib
 from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
+from rotdistill_core.evaluation.divergence import kl_divergence
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.row_weights import clip_sinks, over_mean_square, row_weights
 
@@ -22,7 +23,7 @@ def select_texts(samples: Samples, split: str, max_rows: int) -> PackedTexts:
     Texts that the teacher answered come first. Otherwise the order is that of a hash of their id,
     so that a few of them are of all languages.
     """
-    answered = {question.id for question in samples.questions if question.answer is None}
+    answered = samples.teacher_answered()
     layout = samples.layout.select(split)
 
     def rank(text: Text) -> tuple[bool, bytes]:
@@ -42,7 +43,7 @@ def select_texts(samples: Samples, split: str, max_rows: int) -> PackedTexts:
 
 def mean_kl(p: Tensor, q: Tensor) -> float:
     """Return the mean over rows of `KL(p ‖ q)`, nats, for log-probabilities `[n, V]`."""
-    return float((p.exp() * (p - q)).sum(-1).double().mean())
+    return float(kl_divergence(p, q).double().mean())
 
 
 def token_weights(states: Tensor, layout: PackedTexts) -> Tensor:

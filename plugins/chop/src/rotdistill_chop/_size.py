@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.checkpoint.weights import Weights
 
 
@@ -96,7 +97,7 @@ class Size(NamedTuple):
             if name not in weights.entries and not (name == adapter.head and unties):
                 continue
             count = math.prod(sizes[axis] for axis in param.axes)
-            if "vocab" in param.axes:
+            if VOCAB in param.axes:
                 vocabulary += count
             else:
                 inner += count

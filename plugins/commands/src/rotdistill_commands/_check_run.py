@@ -161,19 +161,28 @@ def unfold_error(
         rounding in the stored dtype explains.
 
     Raises:
-        CheckFailed: the step stored no weights.
+        CheckFailed: the step stored no weights, or not how to undo it.
     """
     after = _stored_weights(record, student, root)
     if after is None:
         raise CheckFailed(f'step "{record.id}" has a certificate but stored no weights.')
     before = _weights_before(record, steps, student, root)
-    undo_path = next(file.path for file in record.files if file.path.endswith(RunLayout.UNDO))
-    back = after.unfold(restore_undo(root / undo_path, before))
+    back = after.unfold(restore_undo(root / _undo_file(record), before))
     errors = []
     for name in before.entries:
         one, two = back[name].double(), before[name].double()
         errors.append(float((one - two).norm() / two.norm().clamp_min(1e-30)))
     return max(errors), ROUNDINGS * torch.finfo(after.dtype).eps
+
+
+def _undo_file(record: StepRecord) -> str:
+    """Return the file that undoes an exact step, relative to the folder of runs."""
+    undo = record.result.undo if isinstance(record.result, WeightsRef) else None
+    if undo is None:
+        raise CheckFailed(
+            f'step "{record.id}" has a certificate, but the ledger names no file that undoes it.'
+        )
+    return undo
 
 
 def _weights_before(

@@ -8,7 +8,8 @@ from pathlib import Path
 from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.gates import broken_gates
-from rotdistill_core.evaluation.rows import MetricRow
+from rotdistill_core.evaluation.metrics import FAILED
+from rotdistill_core.evaluation.rows import MetricRow, failed_variants
 from rotdistill_core.execution.outcome import RunResult, StepResult
 from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.plugin.registry import OBSERVERS, load_plugin, plugin_manager
@@ -45,7 +46,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         checkpoints={variant: layout.checkpoints / variant for variant in run.chains()},
         summaries=[],
         pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
-        failed=_failures(rows, recipe.check),
+        failed=_failures(rows, recipe.check, loaded.baseline),
     )
     manager = plugin_manager()
     manager.register(load_plugin(OBSERVERS, "report")[0])
@@ -69,16 +70,16 @@ def _step_results(run: RunFolder) -> dict[tuple[str, str], StepResult]:
     return results
 
 
-def _failures(rows: list[MetricRow], check: Check) -> dict[str, list[str]]:
+def _failures(rows: list[MetricRow], check: Check, baseline: str) -> dict[str, list[str]]:
     """Return variant -> the checks that it breaks.
 
     A variant that failed while it was made has no scores to recompute the failure from.
     """
-    scored = [row for row in rows if row.metric != "failed"]
-    failures = broken_gates(scored, check)
-    for row in rows:
-        if row.metric == "failed" and row.variant not in failures:
-            failures[row.variant] = [
+    scored = [row for row in rows if row.metric != FAILED]
+    failures = broken_gates(scored, check, baseline)
+    for variant in failed_variants(rows):
+        if variant not in failures:
+            failures[variant] = [
                 "it broke a check when it was made; its recipe, run again, says which."
             ]
     return failures

@@ -17,6 +17,7 @@ from rotdistill_core.checkpoint.headers import folder_headers
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.data.tokenization import conversation
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.layout import RunLayout
 
 
 @dataclass
@@ -97,7 +98,7 @@ def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatS
         SetupError: there is no checkpoint, it is torn, or it cannot be loaded.
     """
     disable_progress_bar()
-    if not (folder / "config.json").is_file():
+    if not (folder / RunLayout.CONFIG).is_file():
         raise SetupError(f"{folder}: there is no checkpoint of {name}.")
     folder_headers(folder)  # raises if a file is torn, and names it
     if device == "auto":

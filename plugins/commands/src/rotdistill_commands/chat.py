@@ -92,13 +92,13 @@ def chat(
 def _saved_variants(run: RunFolder) -> list[str]:
     """Return the variants that have a checkpoint, those of the recipe first and in its order."""
     folders = run.layout.checkpoints.glob("*")
-    saved = {folder.name for folder in folders if (folder / "config.json").is_file()}
+    saved = {folder.name for folder in folders if (folder / RunLayout.CONFIG).is_file()}
     named = [name for name in run.recipe.get("variants", {}) if name in saved]
     return named + sorted(saved - {*named})
 
 
 def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
-    """Return the variants to ask: those wanted, else `base` and `full` or the first and the last.
+    """Return the variants to ask: those wanted, else baseline and headline of the recipe.
 
     Raises:
         RecipeError: a wanted variant has no checkpoint, or no variant has one.
@@ -109,9 +109,9 @@ def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in saved:
             raise RecipeError(f'{run.path}: has no variant "{name}".{suggest(name, saved)}')
-    first = "base" if "base" in saved else saved[0]
-    last = "full" if "full" in saved else saved[-1]
-    return list(dict.fromkeys(wanted or [first, last]))
+    marked = [run.recipe.get(key) for key in ("baseline", "headline")]
+    default = [name for name in marked if name in saved] or [saved[0], saved[-1]]
+    return list(dict.fromkeys(wanted or default))
 
 
 def _system_prompt(layout: RunLayout, given: Path | None) -> str:

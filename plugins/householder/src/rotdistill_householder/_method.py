@@ -221,12 +221,12 @@ def diagnose_stage(
         X = rms_normalise(streams.S[streams.taken])
         Y = rms_normalise(streams.T[streams.taken])
         unreflected = mean_cosines(X @ stage.R, Y)
-        extra = {
-            "cosine_unreflected": unreflected.raw,
-            "centred_unreflected": unreflected.centred,
-        }
         figures = diagnose(streams, fitted=R, shuffled=shuffled, random=random, mean=mean)
-        diagnostics[streams.boundary] = replace(figures, extra=extra)
+        diagnostics[streams.boundary] = replace(
+            figures,
+            cosine_unreflected=unreflected.raw,
+            centred_unreflected=unreflected.centred,
+        )
     return diagnostics
 
 

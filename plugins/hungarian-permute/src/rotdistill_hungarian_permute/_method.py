@@ -29,6 +29,7 @@ from rotdistill_core.architecture.spaces import RESIDUAL
 from rotdistill_core.data.splits import Side
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_hungarian_permute._activations import ActivationComparison
 
 if TYPE_CHECKING:
@@ -129,9 +130,8 @@ def store_attention(
             "student": activations.sample_maps[Side.STUDENT, layer],
             "teacher": activations.sample_maps[Side.TEACHER, reference],
         }
-        path = out.tensors(f"attention/layer_{layer}.safetensors", both)
-        file = path.relative_to(out.store.root).as_posix()
-        updated[layer] = replace(diagnostics[layer], attention=file)
+        path = out.tensors(RunLayout.attention_maps(layer), both)
+        updated[layer] = replace(diagnostics[layer], attention=out.relative(path))
     return updated
 
 

@@ -109,7 +109,7 @@ class OutOfDomain(NamedTuple):
     """Largest mean KL on these rows that a head may have, nats."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadProblem:
     """States on which heads are fitted and compared, and the distribution that they should have."""
 
@@ -173,7 +173,14 @@ def fit_head(
         teacher = _teacher_head(activations, pair, layout, vocabulary, X)
         target_log_probs = partial(teacher_log_probs, teacher)
     scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
-    problem = HeadProblem(layout, X, H_s, target_log_probs, scored.rows, scored.text)
+    problem = HeadProblem(
+        layout=layout,
+        X=X,
+        head=H_s,
+        target_log_probs=target_log_probs,
+        validation=scored.rows,
+        validation_text=scored.text,
+    )
     before = best = ScoredHead(H_s, problem.validation_kl(H_s))
     limit = ood_limit(problem, step.guard)
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import Cost, CostContext, converted_bytes, forward_cost
+from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
     from rotdistill_core import ActivationStore, Pair, Progress, Samples, StepOutput, Weights
@@ -62,7 +64,7 @@ class LmHeadRidge:
         """One pass through the student, both heads, three new heads, and blocks of logits."""
         student, teacher, number = context.student, context.teacher, context.student_bytes
         texts = context.texts
-        rows = texts.rows_of("fit", limit=self.max_texts) + texts.rows_of("validation")
+        rows = texts.rows_of(Split.FIT, limit=self.max_texts) + texts.rows_of(Split.VALIDATION)
         forward = forward_cost(student, rows, number)
         head = student.vocab * student.width * number
         # Both models' final states, before and after the norm.
@@ -86,6 +88,10 @@ class LmHeadRidge:
     def context_after(self, context: CostContext) -> CostContext:
         """Return the context after the step: the head is a tensor of its own."""
         return context.with_edited_weights().with_student(tie_word_embeddings=False)
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the regression is not regularised, where its ridge is as good as none."""
+        return ridge_caveats(self.ridge)
 
     @hookimpl
     def style(

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext, stage_count
+from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -38,6 +39,10 @@ class RandomRotation:
             disk_bytes=rotations,
             operations=4.0 * width**3 * stage_count(context, self.tie),
         )
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the map is random on purpose."""
+        return [Caveat(CaveatKind.RANDOM_MAP, "the map is random on purpose.")]
 
     def context_after(self, context: CostContext) -> CostContext:
         """One rotation for all layers, or one for each."""

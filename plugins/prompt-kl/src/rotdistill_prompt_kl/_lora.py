@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from rotdistill_core.forward.layerwise import meta_model
+from rotdistill_core.store.layout import RunLayout
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -68,4 +69,4 @@ def save_adapter(student: Any, out: StepOutput) -> None:
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder, save_embedding_layers=False)
         for path in sorted(Path(folder).glob("adapter_*")):
-            out.write(f"weights/{out.step}/adapter/{path.name}", [path.read_bytes()])
+            out.write(RunLayout.adapter(out.step, path.name), [path.read_bytes()])

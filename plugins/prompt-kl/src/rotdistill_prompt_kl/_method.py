@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.questions import OWN_ANSWER
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.plugin.source_code import core_digest
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets
 
@@ -138,13 +141,14 @@ def place_continuations(
         str(step.max_new_tokens),
         str(teacher.dtype),
         teacher.device.type,
+        code=core_digest("forward.generate"),
     )
-    path = shared.find("answers/continuations.json")
+    path = shared.find(RunLayout.CONTINUATIONS)
     if path is None:
         written = greedy_answers(
             teacher.folder, prompts, step.max_new_tokens, teacher.device, teacher.dtype, progress
         )
-        path = shared.json("answers/continuations.json", written)
+        path = shared.json(RunLayout.CONTINUATIONS, written)
     continuations: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
     return [
         Text(
@@ -160,8 +164,8 @@ def place_continuations(
 
 
 def _place_questions(samples: Samples) -> list[Question]:
-    """Return the questions about a place, without the copies that the teacher answers (`.own`)."""
-    questions = [q for q in samples.questions if q.place and not q.id.endswith(".own")]
+    """Return the questions about a place, without the copies that the teacher answers."""
+    questions = [q for q in samples.questions if q.place and not q.id.endswith(OWN_ANSWER)]
     return list({question.id: question for question in questions}.values())
 
 

@@ -7,6 +7,7 @@ import re
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.plugin.step import is_exact
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_report._data import ReportData
@@ -91,4 +92,4 @@ def _edits(recipe: ResolvedRecipe, variant: str) -> list[RecipeStep]:
 
 def _kind(recipe_step: RecipeStep) -> str:
     """Return `exact`, or the stage of a step that is not."""
-    return "exact" if getattr(recipe_step.step, "exact", False) else recipe_step.stage
+    return "exact" if is_exact(recipe_step.step) else recipe_step.stage

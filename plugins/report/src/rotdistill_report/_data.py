@@ -32,7 +32,7 @@ from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.records import MapsRef
 from rotdistill_core.store.results import Answer, Curve
-from rotdistill_report._provenance import provenance
+from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
 """Texts of a language from which an interval over them is shown."""
@@ -105,6 +105,16 @@ class StepSummary:
 
 
 @dataclass(frozen=True)
+class StepDiagnostics:
+    """What one alignment step measured."""
+
+    step: str
+    """Id of the step."""
+    layers: dict[int, LayerDiagnostics]
+    """Layer boundary -> figures."""
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The content of a report. Its last six fields come from `_findings.with_findings`."""
 
@@ -122,14 +132,14 @@ class ReportData:
     """Variant -> language -> held-out KL."""
     layer_curves: dict[str, dict[str, dict[int, float]]]
     """Metric -> variant -> layer boundary -> figure."""
-    diagnostics: dict[str, dict[int, LayerDiagnostics]]
-    """Alignment step -> layer boundary -> what that step measured."""
+    diagnostics: dict[str, StepDiagnostics]
+    """Title of an alignment step, unique in the report -> what that step measured."""
     steps: list[StepSummary]
     answers: dict[str, dict[str, Answer]]
     """Variant -> question id -> the answers of teacher and variant."""
     answer_variants: list[str]
     """The variants whose answers are shown: baseline and headline."""
-    provenance: dict[str, dict[str, str]]
+    provenance: dict[str, Mapping[str, str | Source]]
     """Models, texts, recipe and versions that had a part in the run."""
     recipe_text: str
     verdict: str = ""
@@ -162,6 +172,10 @@ class ReportData:
 def _json_value(value: Any) -> Any:
     if isinstance(value, LayerDiagnostics):
         return _json_value(value.as_dict())
+    if isinstance(value, StepDiagnostics):
+        return _json_value(value.layers)
+    if isinstance(value, Source):
+        return str(value)
     if is_dataclass(value) and not isinstance(value, type):
         return _json_value(asdict(value))
     if isinstance(value, float) and not math.isfinite(value):
@@ -316,15 +330,13 @@ def layer_curves(rows: Iterable[MetricRow]) -> dict[str, dict[str, dict[int, flo
     return curves
 
 
-def alignment_diagnostics(
-    outcome: RunResult, out: StepOutput
-) -> dict[str, dict[int, LayerDiagnostics]]:
-    """Return alignment step -> layer boundary -> what that step measured, each solved step once.
+def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, StepDiagnostics]:
+    """Return title -> what an alignment step measured, each solved step once.
 
     An aligner stores the figures of its predecessors again. Those are left out of its own.
     """
     files = _diagnostics_files(out)
-    diagnostics: dict[str, dict[int, LayerDiagnostics]] = {}
+    diagnostics: dict[str, StepDiagnostics] = {}
     collected: set[str] = set()
     known_of_variant: dict[str, set[tuple[int, str, str]]] = {}
     for (variant, step), result in outcome.steps.items():
@@ -342,9 +354,8 @@ def alignment_diagnostics(
         if result.key not in collected:
             collected.add(result.key)
             title = step if step not in diagnostics else f"{step} ({variant})"
-            diagnostics[title] = {
-                layer: LayerDiagnostics.from_dict(figures) for layer, figures in new.items()
-            }
+            layers = {layer: LayerDiagnostics.from_dict(figures) for layer, figures in new.items()}
+            diagnostics[title] = StepDiagnostics(step, layers)
     return diagnostics
 
 

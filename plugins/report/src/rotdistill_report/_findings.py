@@ -15,6 +15,8 @@ from rotdistill_core.evaluation.intervals import Interval, figures_by_text, pair
 from rotdistill_core.evaluation.metrics import METRICS, is_teacher_metric, metric_named
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.plugin.caveats import CaveatKind
+from rotdistill_core.plugin.step import caveats_of, is_exact
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_report._answer_summary import answer_summary
 from rotdistill_report._data import (
@@ -27,8 +29,6 @@ from rotdistill_report._data import (
     with_interval,
 )
 
-MIN_RIDGE = 1e-6
-"""A smaller ridge, as a share of the mean diagonal, lets the fit follow rounding errors."""
 MIN_RELATIVE_CHANGE = 0.01
 """Share of the baseline's figure from which a change is worth an issue."""
 EXACT_KL_TOLERANCE = 1e-3
@@ -48,12 +48,11 @@ ABLATION_METRICS = (
     "hallucination_rate",
 )
 """Metrics that the steps of a variant are compared by; those of other evaluators follow."""
-CONTROLS = {
-    "shuffled": "the teacher's rows are shuffled on purpose: there is nothing to learn from them.",
-    "self": "the student is its own teacher on purpose: there is nothing to learn.",
-    "reversed": "the layer map is reversed on purpose: every layer is paired with a wrong one.",
+ISSUES_OF_CAVEATS = {
+    CaveatKind.CONTROL: IssueKind.CONTROL,
+    CaveatKind.NO_RIDGE: IssueKind.NO_RIDGE,
 }
-"""Control of a capture -> why a run with it is not to be trusted."""
+"""Kind of a step's caveat -> the issue that the report makes of it; other kinds make none."""
 
 
 def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult) -> ReportData:
@@ -83,31 +82,30 @@ def validity_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Is
     } - {report.baseline}
     for recipe_step in recipe.steps:
         variants = {name for name in recipe.recipe.variants if recipe_step in recipe.chain(name)}
-        control = getattr(recipe_step.step, "control", "none")
-        # A variant without the control, next to one with it, is what a control is for.
-        if control in CONTROLS and edited <= variants:
-            yield Issue(IssueKind.CONTROL, recipe_step.id, CONTROLS[control])
-        ridges = getattr(recipe_step.step, "ridge", None)
-        transfers = recipe_step.stage in ("fold", "style")
-        if transfers and variants and isinstance(ridges, tuple) and max(ridges) < MIN_RIDGE:
-            text = f"λ is at most {max(ridges):g} of the mean diagonal: the fit follows noise."
-            yield Issue(IssueKind.NO_RIDGE, recipe_step.id, text)
+        for kind, text in caveats_of(recipe_step.step):
+            # A variant without the control, next to one with it, is what a control is for.
+            relevant = edited <= variants if kind is CaveatKind.CONTROL else bool(variants)
+            if relevant and kind in ISSUES_OF_CAVEATS:
+                yield Issue(ISSUES_OF_CAVEATS[kind], recipe_step.id, text)
     yield from _chance_warnings(report, recipe)
 
 
 def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
     """Yield the alignments that are no better than chance at half of their boundaries or more."""
-    random_on_purpose = {step.id for step in recipe.steps if step.step.use == "random-rotation"}
-    for title, layers in report.diagnostics.items():
-        step_id = title.partition(" ")[0]
+    random_on_purpose = {
+        step.id
+        for step in recipe.steps
+        if any(caveat.kind is CaveatKind.RANDOM_MAP for caveat in caveats_of(step.step))
+    }
+    for title, measured in report.diagnostics.items():
         compared = 0
         at_chance = 0
-        for diagnostics in layers.values():
+        for diagnostics in measured.layers.values():
             fitted, chance = diagnostics.cosine_after, diagnostics.cosine_shuffled
             if fitted is not None and chance is not None:
                 compared += 1
                 at_chance += not fitted > chance
-        if compared and 2 * at_chance >= compared and step_id not in random_on_purpose:
+        if compared and 2 * at_chance >= compared and measured.step not in random_on_purpose:
             text = f"at {at_chance} of {compared} boundaries its map is no better than one fitted "
             yield Issue(IssueKind.CHANCE, title, text + "to shuffled rows.")
 
@@ -127,8 +125,8 @@ def collect_issues(
             yield _refusal(step)
     if _saved_in_full_precision(recipe, outcome):
         yield from _inexact_variants(report, recipe)
-    for title, layers in report.diagnostics.items():
-        for text in worse_alignments(layers):
+    for title, measured in report.diagnostics.items():
+        for text in worse_alignments(measured.layers):
             yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
     yield from _worse_figures(report)
 
@@ -254,8 +252,7 @@ def _changes_model(recipe_step: RecipeStep) -> bool:
     """Return whether a step may change what the model computes, or what later steps see of it."""
     if recipe_step.stage == "style":
         return True
-    exact = getattr(recipe_step.step, "exact", False)
-    return recipe_step.stage in ("fold", "capture") and not exact
+    return recipe_step.stage in ("fold", "capture") and not is_exact(recipe_step.step)
 
 
 # Whether the run worked.

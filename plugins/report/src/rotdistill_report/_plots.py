@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from rotdistill_core.evaluation.metrics import Direction, metric_named
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
-from rotdistill_core.store.results import Curve
+from rotdistill_core.store.results import CURVE_OF_VARIANT, Curve
 from rotdistill_report._attention import draw_attention, shown_pairs
 from rotdistill_report._data import ReportData
 from rotdistill_report._svg import (
@@ -222,8 +222,8 @@ def _interpolation_plots(report: ReportData) -> Iterator[Plot]:
 
 
 def _end(reference: str, variant: str) -> str:
-    """Return the name of one end of a path, where `variant` stands for the variant itself."""
-    return variant if reference == "variant" else reference.removeprefix("run:")
+    """Return the name of one end of a path: of `variant`, where the end is the variant itself."""
+    return variant if reference == CURVE_OF_VARIANT else reference.removeprefix("run:")
 
 
 def _chord(curve: Curve) -> list[float]:
@@ -255,7 +255,8 @@ def _draw_paths(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 def _alignment_plots(report: ReportData) -> Iterator[Plot]:
     """Yield what aligners measured at each boundary, then the spectra of their solves."""
-    for step_id, layers in report.diagnostics.items():
+    for step_title, measured in report.diagnostics.items():
+        layers = measured.layers
         for plot in DIAGNOSTIC_PLOTS:
             lines = []
             for line in plot.lines:
@@ -264,10 +265,10 @@ def _alignment_plots(report: ReportData) -> Iterator[Plot]:
                 if points and not (plot.log and min(points.values()) <= 0):
                     lines.append(Line(line.label, points, line.role))
             if lines:
-                title = f"{step_id}: {plot.title}"
+                title = f"{step_title}: {plot.title}"
                 draw = partial(draw_lines, lines=lines, x=BOUNDARY, y=plot.y_label, log=plot.log)
                 yield Plot(title, svg_of_axes(title, draw), plot.caption)
-        yield from _spectrum_plot(step_id, layers)
+        yield from _spectrum_plot(step_title, layers)
 
 
 def _points(layers: Mapping[int, LayerDiagnostics], field: str) -> dict[int, float]:
@@ -328,7 +329,8 @@ def _attention_plots(report: ReportData, runs_folder: Path) -> Iterator[Plot]:
 
     Of the layers whose heads moved; where none did, of one layer.
     """
-    for step_id, layers in report.diagnostics.items():
+    for step_title, measured in report.diagnostics.items():
+        layers = measured.layers
         kept: list[tuple[int, str, AssignmentDiagnostics]] = []
         for layer, diagnostics in layers.items():
             heads = diagnostics.heads
@@ -336,7 +338,7 @@ def _attention_plots(report: ReportData, runs_folder: Path) -> Iterator[Plot]:
                 kept.append((layer, diagnostics.attention, heads))
         moved = [entry for entry in kept if entry[2].moved]
         for layer, path, heads in moved or kept[:1]:
-            title = f"{step_id}: attention in layer {layer}"
+            title = f"{step_title}: attention in layer {layer}"
             draw = partial(draw_attention, path=runs_folder / path, heads=heads)
             caption = (
                 "One text: the teacher, and the student's heads in the same places before and "

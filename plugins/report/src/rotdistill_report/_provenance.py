@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rotdistill_core.execution.outcome import RunResult
@@ -11,10 +13,25 @@ from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 
+
+@dataclass(frozen=True)
+class Source:
+    """A model or file that had a part in a run."""
+
+    name: str
+    """The reference of the model, or the name of the file."""
+    sha256: str = ""
+    """Empty where it was not hashed."""
+
+    def __str__(self) -> str:
+        """Return both in one line."""
+        return f"{self.name}, sha256 {self.sha256}" if self.sha256 else self.name
+
+
 LIBRARIES = ("rotdistill", "torch", "transformers", "numpy", "scipy", "safetensors")
 
 
-def provenance(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, dict[str, str]]:
+def provenance(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, Mapping[str, str | Source]]:
     """Return group -> name -> value, in the order of the report.
 
     Hashes of models are left out where the models were not opened.
@@ -31,18 +48,19 @@ def provenance(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, dict[str
     }
 
 
-def _models(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, str]:
+def _models(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, Source]:
     references = {"teacher": recipe.recipe.teacher, "student": recipe.recipe.student}
     if recipe.recipe.anchor:
         references["anchor"] = recipe.recipe.anchor
-    models = {role: reference.model for role, reference in references.items()}
-    if outcome.pair:
-        for role in models:
-            models[role] += f", sha256 {getattr(outcome.pair, role).sha256}"
-    return models
+    if outcome.pair is None:
+        return {role: Source(reference.model) for role, reference in references.items()}
+    return {
+        role: Source(reference.model, getattr(outcome.pair, role).sha256)
+        for role, reference in references.items()
+    }
 
 
-def _texts(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, str]:
+def _texts(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, Source]:
     samples = recipe.recipe.samples
     files = {
         "blurbs": samples.index,
@@ -51,10 +69,10 @@ def _texts(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, str]:
     }
     if samples.guard:
         files["guard"] = samples.guard
-    texts = {name: Path(file).name for name, file in files.items()}
+    texts = {name: Source(Path(file).name) for name, file in files.items()}
     frozen = RunLayout(outcome.folder).texts
     if frozen.is_file():
-        texts["tokens of each"] = f"{frozen.name}, sha256 {sha256_of(frozen)}"
+        texts["tokens of each"] = Source(frozen.name, sha256_of(frozen))
     return texts
 
 

@@ -18,6 +18,7 @@ from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.forward.activations import ActivationStore, write_shard
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_residuals._control import replace_teacher_rows
@@ -26,10 +27,6 @@ from rotdistill_residuals._spans import UNPAIRED, pair_rows
 
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
-
-SPANS_SHARD = "shards/spans.safetensors"
-PAIRING_TABLE = "alignment.tsv"
-LAYER_MAP = "layer_map.json"
 
 
 def capture(
@@ -58,7 +55,14 @@ def capture(
     student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     streams = [
         _teacher_stream(step, pair, samples.teacher, out),
-        Stream(Side.STUDENT, pair.student, weights, student_texts, out, _dtype(step, pair.student)),
+        Stream(
+            side=Side.STUDENT,
+            model=pair.student,
+            weights=weights,
+            layout=student_texts,
+            out=out,
+            dtype=_dtype(step, pair.student),
+        ),
     ]
     if pair.anchor:
         streams.append(_anchor_stream(step, pair.anchor, student_texts, out))
@@ -91,7 +95,7 @@ def capture(
     return activations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stream:
     """The residual stream of one model on its texts, committed boundary by boundary."""
 
@@ -120,10 +124,10 @@ class Stream:
         """
         committed = [self._find(boundary) for boundary in range(self.depth + 1)]
         if all(committed):
-            return tuple(self._relative(path) for path in committed if path)
+            return tuple(self.out.relative(path) for path in committed if path)
         forward = LayerwiseForward(self.weights, self.layout, self.model.device, self.model.dtype)
         self._resume(forward, committed)
-        shards = [self._relative(path) for path in committed[: forward.boundary] if path]
+        shards = [self.out.relative(path) for path in committed[: forward.boundary] if path]
         sidecar = {
             "model": self.model.ref.model,
             "side": self.side,
@@ -135,7 +139,7 @@ class Stream:
             self._check_finite(boundary, states)
             path = committed[boundary]
             if path:
-                return self._relative(path)
+                return self.out.relative(path)
             return write_shard(self.out, self.side, boundary, states, self.dtype, sidecar)
 
         # One thread hashes and writes a boundary while the next layer is computed.
@@ -180,9 +184,6 @@ class Stream:
                 f"the first is row {bad_rows[0]}."
             )
 
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.out.store.root).as_posix()
-
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
     # A student that `chop` made narrower has a basis too, that of the narrow stream.
@@ -208,20 +209,43 @@ def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepO
     shared = out.shared(
         "teacher residuals",
         teacher.sha256,
+        teacher.table_code,
         layout.digest(),
         str(teacher.dtype),
         teacher.device.type,
         step.dtype,
+        code=package_digest("rotdistill_residuals"),
     )
-    return Stream(Side.TEACHER, teacher, teacher.weights, layout, shared, _dtype(step, teacher))
+    return Stream(
+        side=Side.TEACHER,
+        model=teacher,
+        weights=teacher.weights,
+        layout=layout,
+        out=shared,
+        dtype=_dtype(step, teacher),
+    )
 
 
 def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: StepOutput) -> Stream:
     """Return the anchor's stream on the student's texts; its shards are shared by all runs."""
     shared = out.shared(
-        "anchor residuals", anchor.sha256, layout.digest(), str(anchor.dtype), step.dtype
+        "anchor residuals",
+        anchor.sha256,
+        anchor.table_code,
+        layout.digest(),
+        str(anchor.dtype),
+        anchor.device.type,
+        step.dtype,
+        code=package_digest("rotdistill_residuals"),
     )
-    return Stream(Side.ANCHOR, anchor, anchor.weights, layout, shared, _dtype(step, anchor))
+    return Stream(
+        side=Side.ANCHOR,
+        model=anchor,
+        weights=anchor.weights,
+        layout=layout,
+        out=shared,
+        dtype=_dtype(step, anchor),
+    )
 
 
 def _dtype(step: Residuals, model: Model) -> torch.dtype:
@@ -244,11 +268,11 @@ def _continued(progress: Progress, done: int, total: int) -> Progress:
 def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
     """Commit the row pairs of two tokenizers and a table of the texts; return the shard."""
     pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
-    out.write(PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
+    out.write(RunLayout.PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
     paired_count = int((pairs.spans[:, 0] > UNPAIRED[0]).sum())
     out.notes["paired rows"] = f"{paired_count} of {len(pairs.spans)}"
-    shard = out.tensors(SPANS_SHARD, {"rows": pairs.spans})
-    return shard.relative_to(out.store.root).as_posix()
+    shard = out.tensors(RunLayout.ROW_PAIRS, {"rows": pairs.spans})
+    return out.relative(shard)
 
 
 def _with_matched_layers(
@@ -257,7 +281,7 @@ def _with_matched_layers(
     """Return the activations with the layer map that explains most; commit the table of R²."""
     layer_map = match_layers(activations, progress)
     out.json(
-        LAYER_MAP,
+        RunLayout.LAYER_MAP,
         {
             "student boundary -> teacher boundary": layer_map.by_original_depth,
             "R²": layer_map.r2.tolist(),

@@ -12,6 +12,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import Cost, CostContext, capture_cost, shard_bytes
 from rotdistill_core.planning.shape import DTYPE_BYTES
+from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
+
+CONTROLS = {
+    "shuffled": "the teacher's rows are shuffled on purpose: there is nothing to learn from them.",
+    "self": "the student is its own teacher on purpose: there is nothing to learn.",
+    "reversed": "the layer map is reversed on purpose: every layer is paired with a wrong one.",
+}
+"""Control -> why a run with it is not to be trusted."""
 
 
 @step
@@ -67,6 +75,12 @@ class Residuals:
             disk_bytes=student_shards + control_shards,
             shared_files=shared,
         )
+
+    def caveats(self) -> list[Caveat]:
+        """Return why a run with the control is not to be trusted."""
+        if self.control == "none":
+            return []
+        return [Caveat(CaveatKind.CONTROL, CONTROLS[self.control])]
 
     @hookimpl
     def capture(

@@ -34,7 +34,14 @@ class EditedModel(Model):
 
 def edited_model(model: Model, view: Weights) -> EditedModel:
     """Return a model with other weights, in the place of a model that others are aligned to."""
-    return EditedModel(model.ref, model.folder, view.config, view.adapter, view)
+    return EditedModel(
+        ref=model.ref,
+        folder=model.folder,
+        config=view.config,
+        adapter=view.adapter,
+        table_code=model.table_code,
+        view=view,
+    )
 
 
 def align_to_student(

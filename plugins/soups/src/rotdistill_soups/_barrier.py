@@ -17,13 +17,12 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.results import Curve
+from rotdistill_core.store.results import CURVE_OF_VARIANT, Curve
 from rotdistill_soups._ingredient_set import bring_together
 from rotdistill_soups._ingredients import open_ingredients
 from rotdistill_soups._kl_scorer import KLScorer
 from rotdistill_soups._merge import STUDENT, MergeOptions, merge
 from rotdistill_soups._mixture import Ingredient
-from rotdistill_soups.barrier import VARIANT
 
 if TYPE_CHECKING:
     from rotdistill_soups.barrier import InterpolationBarrier
@@ -47,7 +46,7 @@ def measure_barriers(
     progress: Progress,
 ) -> list[MetricRow]:
     """Return the barrier of the worst line; the report gets the lines, the notes all barriers."""
-    references = [STUDENT if end == VARIANT else end for end in step.between]
+    references = [STUDENT if end == CURVE_OF_VARIANT else end for end in step.between]
     opened = open_ingredients(references, variant.weights, pair, out)
     together = bring_together(opened, "ignore", None, out, progress)
     ends = dict(zip(step.between, together.ingredients, strict=True))

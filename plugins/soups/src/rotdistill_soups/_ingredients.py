@@ -9,12 +9,14 @@ from typing import Any
 
 from safetensors import safe_open
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import locate_model, open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_soups._lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from rotdistill_soups._merge import STUDENT
@@ -40,10 +42,10 @@ def _model_ref(reference: str) -> ModelRef:
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds a LoRA and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / RunLayout.CONFIG).is_file()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenIngredients:
     """The ingredients of a recipe, each checked from its headers against the student."""
 
@@ -87,7 +89,13 @@ def open_ingredients(
             model = open_model(_model_ref(reference))
             _require_student_shape(reference, model, weights)
             models[reference] = model
-    return OpenIngredients(references, pair.student, weights, models, adapters)
+    return OpenIngredients(
+        references=references,
+        student=pair.student,
+        weights=weights,
+        models=models,
+        adapters=adapters,
+    )
 
 
 def _require_other_run(reference: str, folder: Path, run: Path) -> None:
@@ -128,7 +136,7 @@ def _require_student_shape(reference: str, model: Model, weights: Weights) -> No
 
 def _shape(view: Weights) -> dict[str, Any]:
     """Return every size of a model but its vocabulary, by name."""
-    sizes = {space: n for space, n in view.adapter.sizes(view.config).items() if space != "vocab"}
+    sizes = {space: n for space, n in view.adapter.sizes(view.config).items() if space != VOCAB}
     return {"layers": view.depth, "heads": tuple(view.adapter.heads(view.config)), **sizes}
 
 

@@ -52,7 +52,7 @@ def _scored_texts(samples: Samples, split: str) -> PackedTexts:
 
     Those are the questions that the teacher answered itself, or all where there are none.
     """
-    answered_by_teacher = {q.id for q in samples.questions if q.answer is None}
+    answered_by_teacher = samples.teacher_answered()
     whole = samples.layout.select(split)
     texts = tuple(text for text in whole.texts if text.id in answered_by_teacher)
     return PackedTexts(texts or whole.texts, whole.prefix)

@@ -26,6 +26,7 @@ from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.linalg.maps import Map, transform_param
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.records import WeightsRef
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -252,8 +253,8 @@ def write_lora(lora: Lora, out: StepOutput, base: str) -> None:
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    out.tensors(RunLayout.weights(out.step, f"adapter/{ADAPTER_WEIGHTS}"), tensors)
-    out.json(RunLayout.weights(out.step, f"adapter/{ADAPTER_CONFIG}"), config)
+    out.tensors(RunLayout.adapter(out.step, ADAPTER_WEIGHTS), tensors)
+    out.json(RunLayout.adapter(out.step, ADAPTER_CONFIG), config)
 
 
 def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
@@ -263,10 +264,8 @@ def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
         RecipeError: this run has no such step.
     """
     for record in reversed(out.ledger.steps):
-        if record.id == step:
-            for file in record.files:
-                if Path(file.path).name == RunLayout.UNDO:
-                    return restore_undo(out.store.root / file.path, weights)
+        if record.id == step and isinstance(record.result, WeightsRef) and record.result.undo:
+            return restore_undo(out.store.root / record.result.undo, weights)
     raise RecipeError(
         f'soups: replay_folds names "{step}", which is no exact fold that stands before this step; '
         "name the id of a basis-fold."

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_soups._mixture import (
@@ -112,7 +113,7 @@ def merge(
             is_mean=method.is_mean,
             kernel=method.kernel(parameter),
         )
-        vocabulary = table[name].axes[0] == "vocab"
+        vocabulary = table[name].axes[0] == VOCAB
         merged[name] = mixture.lazily(base.entries[name].shape, dtype, vocabulary)
     return base.edit(merged)
 

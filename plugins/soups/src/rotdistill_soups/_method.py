@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rotdistill_soups.step import Soups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeRun:
     """What a merge is made from."""
 
@@ -78,7 +78,15 @@ def merge_into_student(
     scorer = None
     if step.require_improvement or step.method == "greedy":
         scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress)
-    run = MergeRun(step, opened, pair, samples, out, progress, scorer)
+    run = MergeRun(
+        step=step,
+        opened=opened,
+        pair=pair,
+        samples=samples,
+        out=out,
+        progress=progress,
+        scorer=scorer,
+    )
     merged = DRIVERS.get(step.method, _merge_all)(run)
     if not step.require_improvement:
         return merged
@@ -118,10 +126,12 @@ def _merge_greedily(run: MergeRun) -> Weights:
         if kl < best:
             members, best = [*members, k], kl
         run.progress(count + len(with_one_more) + 1, 2 * count, f"with {name}: {kl:.4f}")
+    chosen = tuple(ingredients[k].name for k in members)
+    run.out.report.members = chosen
     run.out.notes |= {
         "validation KL alone": {part.name: alone[k] for k, part in enumerate(ingredients)},
         "validation KL with one more": with_one_more,
-        "members": [ingredients[k].name for k in members],
+        "members": list(chosen),
     }
     return mean_of(members)
 

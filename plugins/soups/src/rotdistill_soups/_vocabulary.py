@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.models import Model, load_tokenizer, tokenizer_files
 from rotdistill_core.checkpoint.weights import Weights
@@ -80,7 +81,7 @@ def as_ingredient(view: Weights, base: Weights, token_rows: Tensor | None, name:
     special: dict[str, Rows] = {}
     translated: dict[str, LazyTensor] = {}
     for key, entry in view.entries.items():
-        if table[key].axes[0] == "vocab":
+        if table[key].axes[0] == VOCAB:
             rows = _TranslatedRows(entry, base.entries[key], token_rows)
             special[key] = rows
             shape = (len(token_rows), *entry.shape[1:])

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.planning.cost import Cost, CostContext
+from rotdistill_core.store.results import CURVE_OF_VARIANT
 from rotdistill_soups._cost import barrier_cost
 
 if TYPE_CHECKING:
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from rotdistill_core.evaluation.rows import MetricRow, Variant
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
-
-
-VARIANT = "variant"
-"""What a recipe calls the variant that is scored."""
 
 
 @step
@@ -43,7 +40,7 @@ class InterpolationBarrier:
         """Return the content of the ends, on which the result depends too."""
         from rotdistill_soups._ingredients import content_digest
 
-        return [end if end == VARIANT else content_digest(end) for end in self.between]
+        return [end if end == CURVE_OF_VARIANT else content_digest(end) for end in self.between]
 
     def cost(self, context: CostContext) -> Cost:
         """A pass for each end and each point between two of them, on the texts of the split."""

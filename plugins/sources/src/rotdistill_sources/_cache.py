@@ -14,9 +14,6 @@ from rotdistill_core.store.files import json_blocks, write_file
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 
-CARD = RunLayout.CARD
-MANIFEST = RunLayout.MANIFEST
-
 
 def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     """Return the bfloat16 folder of a .gguf file; make it if it is missing or torn.
@@ -31,18 +28,18 @@ def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     if not is_complete(folder):
         log(f"{gguf.name}: dequantising into {folder}")
         _build(gguf, folder)
-    if not (folder / CARD).is_file():
+    if not (folder / RunLayout.CARD).is_file():
         # Only a missing card loads the gguf library: a plan opens cached models without it.
         from rotdistill_sources._gguf import write_card  # noqa: PLC0415
 
-        write_card(gguf, folder / CARD)
+        write_card(gguf, folder / RunLayout.CARD)
     return folder
 
 
 def is_complete(folder: Path) -> bool:
     """Return whether a folder has a manifest and all its files hash as the manifest says."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = json.loads((folder / RunLayout.MANIFEST).read_text(encoding="utf-8"))
         return bool(files) and all(
             sha256_of(folder / name) == digest for name, digest in files.items()
         )
@@ -67,7 +64,7 @@ def _build(gguf: Path, folder: Path) -> None:
     try:
         convert(gguf, building)
         files = {path.name: sha256_of(path) for path in sorted(building.iterdir())}
-        write_file(building / MANIFEST, json_blocks(files))
+        write_file(building / RunLayout.MANIFEST, json_blocks(files))
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
     except OSError as error:

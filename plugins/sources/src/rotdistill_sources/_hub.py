@@ -9,11 +9,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.layout import RunLayout
 
 FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
-    "config.json",
+    RunLayout.CONFIG,
     "adapter_config.json",
     "generation_config.json",
     "tokenizer*",

@@ -147,7 +147,7 @@ def take_turns(
         turn, spectrum = polar(M, f"weight-matching: round {rounds}")
         R = R @ turn
         last_turn = float((turn - eye).abs().max())
-    return Alignment(R, spectrum, layers, rounds, last_turn)
+    return Alignment(R=R, spectrum=spectrum, layers=layers, rounds=rounds, last_turn=last_turn)
 
 
 def align_layer(

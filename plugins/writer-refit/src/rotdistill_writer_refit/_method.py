@@ -146,14 +146,13 @@ def layer_problem(
     """Return the regression towards `targets` `[rows, d]` with its row weights."""
     if step.row_weighting == "rms":
         targets = clip_sinks(targets)
-        answered = {question.id for question in samples.questions if question.answer is None}
         counts = row_weights(
             targets,
             layout,
             prompt=step.prompt_weight,
             sink=step.sink_weight,
             teacher_answer=step.teacher_answer_weight,
-            teacher_answered=answered,
+            teacher_answered=samples.teacher_answered(),
         )
         counts = over_mean_square(counts, targets)
     else:
@@ -172,7 +171,7 @@ def solve_or_restore(
     out: StepOutput,
 ) -> WriterFit:
     """Return the new writer at a site of the open layer; read it if it is committed already."""
-    name = RunLayout.weights(out.step, f"layer_{forward.boundary:05d}_{site}")
+    name = RunLayout.writer(out.step, forward.boundary, site)
     tensors = out.find(f"{name}.safetensors")
     diagnostics = out.find(f"{name}.json")
     if tensors and diagnostics:

@@ -15,6 +15,7 @@ from rotdistill_core.planning.cost import (
     acceptance_cost,
     forward_cost,
 )
+from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
     from rotdistill_core import (
@@ -109,6 +110,10 @@ class WriterRefit:
             read_bytes=forward.read_bytes + scores.read_bytes,
             traffic_bytes=forward.traffic_bytes * passes + scores.traffic_bytes,
         )
+
+    def caveats(self) -> list[Caveat]:
+        """Return that the regression is not regularised, where its ridge is as good as none."""
+        return ridge_caveats(self.ridge)
 
     @hookimpl
     def fold(

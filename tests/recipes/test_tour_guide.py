@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
 Job = tuple[Path, dict[str, dict[str, float]], float]
 """Folder of the run, figures by variant and metric, seconds."""
 HALF = ("--set", "samples.limit=100", "--set", "samples.own_answers=32")
@@ -108,7 +110,7 @@ def test_the_certificate_is_in_the_ledger(job: Job) -> None:
 
 
 def test_the_published_form_is_farther(job: Job) -> None:
-    where = job[0].parents[1]
+    where = job[0].parents[2]
     done = rotdistill(where, "run", str(ROOT / "recipes/replaceme.toml"), *HALF, "--json")
     assert done.returncode == 0, done.stderr
     published = figures(json.loads(done.stdout)["results"])["published"]
@@ -116,7 +118,7 @@ def test_the_published_form_is_farther(job: Job) -> None:
 
 
 def test_a_second_run_recomputes_nothing(job: Job) -> None:
-    where, started = job[0].parents[1], time.monotonic()
+    where, started = job[0].parents[2], time.monotonic()
     before = {p: p.stat().st_mtime_ns for p in (job[0] / "checkpoints").rglob("*")}
     done = rotdistill(where, "run", str(ROOT / "recipes/tour_guide.toml"), *HALF)
     seconds = time.monotonic() - started
@@ -150,7 +152,7 @@ def test_every_checkpoint_loads_without_rotdistill(job: Job, tmp_path: Path) -> 
 
 
 def test_check_recomputes_and_names_a_flipped_byte(job: Job) -> None:
-    where = job[0].parents[1]
+    where = job[0].parents[2]
     whole = rotdistill(where, "check", str(job[0]))
     assert (whole.returncode, whole.stderr.strip().rpartition(" files, ")[2]) == (
         0,

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.evaluation.rows import overall_figures
-from rotdistill_core.execution.executor import Executor
 from rotdistill_core.execution.outcome import RunResult
-from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.testing import SilentObserver, pico_folder, pico_texts
+from rotdistill_core.testing import PicoWorkspace
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VARIANTS = [
     "base",
     "permutations",
@@ -44,12 +42,12 @@ LAYER_METRICS = {"hidden_cosine", "residual_rms_diff", "channel_rms_gap"}
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """Return the run of the recipe with a pico model for both roles, texts and limits to match."""
-    work = tmp_path_factory.mktemp("toggles")
-    texts = pico_texts(work / "texts", 30, 6)
+    workspace = PicoWorkspace(tmp_path_factory.mktemp("toggles"))
+    texts = workspace.texts(30, 6)
     claims = '[{"what": "a", "any": ["w1"]}]\t[{"what": "b", "any": ["w2"]}]'
     heldout = texts["heldout.tsv"].read_text(encoding="utf-8").replace("[]\t[]", claims)
     texts["heldout.tsv"].write_text(heldout, encoding="utf-8")
-    pico_folder(work / "model", num_hidden_layers=4)
+    model = workspace.model(num_hidden_layers=4)
     sets = [
         f"samples.index={texts['index.tsv']}",
         f"samples.style={texts['style.md']}",
@@ -57,16 +55,15 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         f"samples.guard={texts['guard.tsv']}",
         "samples.answer_tokens=8",
         "samples.own_answers=8",
-        f"teacher.model={work / 'model'}",
-        f"student.model={work / 'model'}",
+        f"teacher.model={model}",
+        f"student.model={model}",
         "chop.layers=3",
         "style.max_prompts=8",
         "check.kl_ratio=9",
         "check.guard=9",
         "check.facts=0",
     ]
-    recipe = load_recipe(ROOT / "recipes" / "toggles.toml", sets)
-    return Executor(recipe, work / "runs", SilentObserver(), lambda *_: None).go()
+    return workspace.run(ROOT / "recipes" / "toggles.toml", sets)
 
 
 def test_every_variant_is_scored_by_every_metric(outcome: RunResult) -> None:

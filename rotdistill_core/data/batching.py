@@ -1,0 +1,10 @@
+"""How much goes through a model at once. Estimates and forward passes share these numbers."""
+
+from __future__ import annotations
+
+BATCH_TOKENS = 1536
+"""Padded tokens that go through a layer at once: the budget of `LayerwiseForward`."""
+ANSWERS_AT_ONCE = 64
+"""Answers that `greedy_answers` generates at once."""
+LOGIT_ROWS = 256
+"""Rows whose logits are compared at once."""
