@@ -274,7 +274,7 @@ def refuse(error: Exception) -> Callable[..., None]:
             "tokenize_texts",
             RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
             3,
-            "the memory does not",
+            "memory is not enough",
         ),
         (
             samples,
