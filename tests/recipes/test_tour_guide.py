@@ -156,7 +156,7 @@ def test_check_recomputes_and_names_a_flipped_byte(job: Job) -> None:
     whole = rotdistill(where, "check", str(job[0]))
     assert (whole.returncode, whole.stderr.strip().rpartition(" files, ")[2]) == (
         0,
-        "23 maps, 1 folds taken back, 0 problems",
+        "23 maps, 1 folds undone, 0 problems",
     )
     shard = next((job[0] / "shards/student/residual").glob("00003.safetensors"))
     data = bytearray(shard.read_bytes())
