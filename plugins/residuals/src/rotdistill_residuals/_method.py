@@ -54,7 +54,7 @@ def capture(
     _check_options(step, pair, weights)
     student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     streams = [
-        _teacher_stream(step, pair, samples.teacher, out),
+        _shared_stream(step, Side.TEACHER, pair.teacher, samples.teacher, out),
         Stream(
             side=Side.STUDENT,
             model=pair.student,
@@ -65,7 +65,7 @@ def capture(
         ),
     ]
     if pair.anchor:
-        streams.append(_anchor_stream(step, pair.anchor, student_texts, out))
+        streams.append(_shared_stream(step, Side.ANCHOR, pair.anchor, student_texts, out))
 
     shards: dict[str, tuple[str, ...]] = {}
     layouts: dict[str, PackedTexts] = {}
@@ -203,48 +203,27 @@ def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
         )
 
 
-def _teacher_stream(step: Residuals, pair: Pair, layout: PackedTexts, out: StepOutput) -> Stream:
-    """Return the teacher's stream; its shards are keyed by content and shared by all runs."""
-    teacher = pair.teacher
+def _shared_stream(
+    step: Residuals, side: Side, model: Model, layout: PackedTexts, out: StepOutput
+) -> Stream:
+    """Return the stream of an unedited model; its shards are keyed by content for all runs."""
     shared = out.shared(
-        "teacher residuals",
-        teacher.sha256,
-        teacher.table_code,
+        f"{side.value} residuals",
+        model.sha256,
+        model.table_code,
         layout.digest(),
-        str(teacher.dtype),
-        teacher.device.type,
+        str(model.dtype),
+        model.device.type,
         step.dtype,
         code=package_digest("rotdistill_residuals"),
     )
     return Stream(
-        side=Side.TEACHER,
-        model=teacher,
-        weights=teacher.weights,
+        side=side,
+        model=model,
+        weights=model.weights,
         layout=layout,
         out=shared,
-        dtype=_dtype(step, teacher),
-    )
-
-
-def _anchor_stream(step: Residuals, anchor: Model, layout: PackedTexts, out: StepOutput) -> Stream:
-    """Return the anchor's stream on the student's texts; its shards are shared by all runs."""
-    shared = out.shared(
-        "anchor residuals",
-        anchor.sha256,
-        anchor.table_code,
-        layout.digest(),
-        str(anchor.dtype),
-        anchor.device.type,
-        step.dtype,
-        code=package_digest("rotdistill_residuals"),
-    )
-    return Stream(
-        side=Side.ANCHOR,
-        model=anchor,
-        weights=anchor.weights,
-        layout=layout,
-        out=shared,
-        dtype=_dtype(step, anchor),
+        dtype=_dtype(step, model),
     )
 
 
