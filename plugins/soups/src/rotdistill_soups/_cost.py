@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import comb
 from typing import TYPE_CHECKING
 
-from rotdistill_weight_matching.step import WeightMatching
+from rotdistill_weight_matching import WeightMatching
 
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
