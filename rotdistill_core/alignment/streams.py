@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import (
+    CHUNK_ROWS,
     ActivationStore,
     massive_activation_mask,
     rms_normalise,
@@ -25,10 +27,8 @@ from rotdistill_core.forward.activations import (
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps, Rotation
+from rotdistill_core.linalg.precision import CPU, SUM_DTYPE, float64_device
 from rotdistill_core.linalg.solvers import require_finite
-
-CHUNK_ROWS = 4096
-"""Rows that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class StreamSums:
     """Mean student row of each boundary `[boundaries, d_s]`."""
     teacher_means: Tensor
     """Mean teacher row of each boundary `[boundaries, d_t]`."""
+    device: torch.device = CPU
+    """The device of the student, where solves may run. The sums themselves are on the host."""
 
     def shuffled(self) -> StreamSums:
         """Return the sums of the shuffled rows."""
@@ -99,7 +101,11 @@ class RowChunk(NamedTuple):
 
 
 def sum_streams(
-    boundaries: Iterable[Iterable[RowChunk]], d_s: int, d_t: int, squares: bool = True
+    boundaries: Iterable[Iterable[RowChunk]],
+    d_s: int,
+    d_t: int,
+    squares: bool = True,
+    device: torch.device = CPU,
 ) -> StreamSums:
     """Return the sums over the chunks of each boundary.
 
@@ -108,19 +114,20 @@ def sum_streams(
         d_s: width of the student's stream.
         d_t: width of the teacher's stream.
         squares: whether to add up C_ss and C_tt too.
+        device: the student's device. Chunks are on its `float64_device`, and so are sums until
+            the end.
     """
-    C_st = torch.zeros(d_s, d_t, dtype=torch.float64)
-    C_st_shuffled = torch.zeros(d_s, d_t, dtype=torch.float64)
-    C_ss = torch.zeros(d_s, d_s, dtype=torch.float64)
-    C_tt = torch.zeros(d_t, d_t, dtype=torch.float64)
-    energy = 0.0
+    place = float64_device(device)
+    zeros = partial(torch.zeros, dtype=SUM_DTYPE, device=place)
+    C_st, C_st_shuffled = zeros(d_s, d_t), zeros(d_s, d_t)
+    C_ss, C_tt = zeros(d_s, d_s), zeros(d_t, d_t)
+    energy = zeros(())
     rows: list[float] = []
     student_means: list[Tensor] = []
     teacher_means: list[Tensor] = []
     for chunks in boundaries:
         n = 0
-        student_sum = torch.zeros(d_s, dtype=torch.float64)
-        teacher_sum = torch.zeros(d_t, dtype=torch.float64)
+        student_sum, teacher_sum = zeros(d_s), zeros(d_t)
         for S, T, T_other in chunks:
             C_st += S.T @ T
             C_st_shuffled += S.T @ T_other
@@ -130,19 +137,20 @@ def sum_streams(
             n += len(S)
             student_sum += S.sum(0)
             teacher_sum += T.sum(0)
-            energy += float(S.pow(2).sum())
+            energy += S.pow(2).sum()
         rows.append(float(n))
         student_means.append(student_sum / n)
         teacher_means.append(teacher_sum / n)
     return StreamSums(
-        C_st=C_st,
-        C_st_shuffled=C_st_shuffled,
-        C_ss=C_ss,
-        C_tt=C_tt,
-        student_energy=energy,
+        C_st=C_st.cpu(),
+        C_st_shuffled=C_st_shuffled.cpu(),
+        C_ss=C_ss.cpu(),
+        C_tt=C_tt.cpu(),
+        student_energy=float(energy),
         rows=torch.tensor(rows, dtype=torch.float64),
-        student_means=torch.stack(student_means),
-        teacher_means=torch.stack(teacher_means),
+        student_means=torch.stack(student_means).cpu(),
+        teacher_means=torch.stack(teacher_means).cpu(),
+        device=device,
     )
 
 
@@ -280,18 +288,21 @@ def sum_fit_rows(
 ) -> StreamSums:
     """Return the sums over the fit rows of some boundaries; see `sum_streams`."""
     streams = paired_streams(activations, pair, boundaries, Split.FIT, use)
-    chunks = (_chunks(each) for each in streams)
-    return sum_streams(chunks, activations.width(Side.STUDENT), pair.teacher.width, squares)
+    device = pair.student.device
+    chunks = (_chunks(each, float64_device(device)) for each in streams)
+    width = activations.width(Side.STUDENT)
+    return sum_streams(chunks, width, pair.teacher.width, squares, device)
 
 
-def _chunks(streams: PairedStreams) -> Iterator[RowChunk]:
+def _chunks(streams: PairedStreams, device: torch.device) -> Iterator[RowChunk]:
     """Yield the rows to take, some at a time; the null pairs rows that are half of all apart."""
     _, S, T, taken = streams
     shuffled = taken.roll(len(taken) // 2)
     for start in range(0, len(taken), CHUNK_ROWS):
         here = taken[start : start + CHUNK_ROWS]
         elsewhere = shuffled[start : start + CHUNK_ROWS]
-        yield RowChunk(rms_normalise(S[here]), rms_normalise(T[here]), rms_normalise(T[elsewhere]))
+        rows = (S[here], T[here], T[elsewhere])
+        yield RowChunk(*(rms_normalise(X.to(device)) for X in rows))
 
 
 def spectral_gap(spectrum: Tensor, k: int) -> float:

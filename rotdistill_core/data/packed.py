@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,18 +105,39 @@ class PackedTexts:
 
         It keeps the prefix unless all of its texts are plain.
         """
-        texts = tuple(text for text in self.texts if text.split in splits)[:limit]
+        return self._with_texts(tuple(text for text in self.texts if text.split in splits)[:limit])
+
+    def where(self, keep: Callable[[Text], bool]) -> PackedTexts:
+        """Return the packing of the texts to keep; the prefix stays unless all are plain."""
+        return self._with_texts(tuple(text for text in self.texts if keep(text)))
+
+    def _with_texts(self, texts: tuple[Text, ...]) -> PackedTexts:
         all_plain = bool(texts) and all(text.plain for text in texts)
         return PackedTexts(texts, 0 if all_plain else self.prefix)
 
     def row_indices_in(self, full: PackedTexts) -> Tensor:
-        """Return the row in `full` of each row here `[rows]`; `full` holds all of these texts."""
+        """Return the row in `full` of each row here `[rows]`; `full` holds all of these texts.
+
+        The two may share prefixes of different length.
+        """
         index = {text.id: k for k, text in enumerate(full.texts)}
-        parts = [torch.arange(self.prefix)]
+        parts = []
+        if self.prefix:
+            first = next((index[text.id] for text in self.texts if not text.plain), None)
+            in_prefix = slice(0, self.prefix)
+            parts.append(
+                torch.arange(self.prefix) if first is None else full._rows(first, in_prefix)
+            )
         for text in self.texts:
-            k = index[text.id]
-            parts.append(torch.arange(full.starts[k], full.starts[k + 1]))
-        return torch.cat(parts)
+            rest = slice(self.prefix_length(text), len(text.tokens))
+            parts.append(full._rows(index[text.id], rest))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+
+    def _rows(self, k: int, positions: slice) -> Tensor:
+        """Return the rows of a run of token positions of text k."""
+        at = torch.arange(positions.start, positions.stop)
+        prefix = self.prefix_length(self.texts[k])
+        return torch.where(at < prefix, at, at - prefix + self.starts[k])
 
     def batches(self, budget: int = 1536) -> list[list[int]]:
         """Return indices of texts in batches of at most `budget` padded tokens.

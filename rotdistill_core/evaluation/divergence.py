@@ -13,7 +13,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import SetupError
-from rotdistill_core.forward.head import log_probs
+from rotdistill_core.forward.head import head_for, log_probs, widened_like
 
 BLOCK_ROWS = 256
 """Rows whose logits are held at once."""
@@ -72,27 +72,31 @@ def compare_logits(
 ) -> LogitComparison:
     """Compare the predictions of two models on the same rows.
 
+    Logits and KL are computed on the device of S, in float32 at least.
+
     Args:
         teacher: weights whose final norm and head read `T`.
         T: the teacher's states before the final norm `[n, d_t]`.
         student: weights whose final norm and head read `S`.
-        S: the student's states before the final norm `[n, d_s]`; their dtype is computed in.
+        S: the student's states before the final norm `[n, d_s]`.
         targets: the token that follows each row [n].
         tokens: leading head rows that are compared, see `shared_vocabulary`.
         head: stands in for the student's own head `[V, d_s]`.
     """
-    teacher_head = teacher.head().to(S.dtype)
-    student_head = (student.head() if head is None else head).to(S.dtype)
+    teacher_head = head_for(teacher, S, tokens)
+    student_head = head_for(student, S, tokens) if head is None else widened_like(head, S)[:tokens]
+    targets = targets.to(S.device)
     kl: list[Tensor] = []
     top1: list[Tensor] = []
     nll: list[Tensor] = []
     for k in range(0, len(S), BLOCK_ROWS):
         block = slice(k, k + BLOCK_ROWS)
-        p = log_probs(teacher, T[block].to(S), teacher_head, tokens)
-        q = log_probs(student, S[block], student_head, tokens)
+        p = log_probs(teacher, T[block].to(S.device), teacher_head)
+        q = log_probs(student, S[block], student_head)
+        p = p.to(q)
         kl.append(kl_divergence(p, q))
         top1.append((p.argmax(-1) == q.argmax(-1)).to(q))
-        nll.append(-q.gather(-1, targets[block].to(q.device)[:, None])[:, 0])
+        nll.append(-q.gather(-1, targets[block, None])[:, 0])
     return LogitComparison(kl=_joined(kl), top1=_joined(top1), nll=_joined(nll))
 
 

@@ -35,6 +35,7 @@ from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
+from rotdistill_core.linalg.precision import full_float32_products
 from rotdistill_core.plugin.step import is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.files import json_blocks
@@ -131,6 +132,11 @@ class Executor:
                 reported.
             RotdistillError: anything else went wrong. The next call finds what was committed.
         """
+        with full_float32_products():
+            return self._carry_out()
+
+    def _carry_out(self) -> RunResult:
+        """Carry out the recipe; see `go`."""
         self._write_recipe()
         samples = self.samples()
         start = self._start(samples)

@@ -5,6 +5,7 @@ Rows lie in safetensors shards, one for each side and boundary, each with a JSON
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Side
+from rotdistill_core.linalg.precision import WITHOUT_FLOAT64
+from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 
 MASSIVE = 8.0
 """A row of massive activations has an RMS above this multiple of the median row's."""
+CHUNK_ROWS = 4096
+"""Rows that are widened to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,21 @@ class ActivationStore:
     def _spans(self, layout: PackedTexts) -> Tensor:
         return self.rows(Side.SPANS, 0)[layout.row_indices_in(self.layouts[Side.SPANS])]
 
+    def digest(self) -> str:
+        """Return the hash of all rows and of how they are paired, from the shards' sidecars."""
+        hashes = {
+            side: [_shard_digest(self.root / shard) for shard in shards]
+            for side, shards in self.shards.items()
+        }
+        layouts = {side: layout.digest() for side, layout in self.layouts.items()}
+        return digest(hashes, layouts, self.depths, self.teacher_boundaries)
+
+    def sidecar(self, side: str, boundary: int) -> dict[str, Any]:
+        """Return what is recorded of a shard: model, side, layout, dtype, sha256."""
+        path = (self.root / self.shards[side][boundary]).with_suffix(".json")
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values
+
     @property
     def for_alignment(self) -> ActivationStore:
         """The activations that aligners see: an anchor, if any, replaces the teacher."""
@@ -131,6 +151,14 @@ def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -
     )
 
 
+def _shard_digest(shard: Path) -> str:
+    """Return a shard's sha256 from its sidecar; row pairs have none and are small."""
+    sidecar = shard.with_suffix(".json")
+    if not sidecar.exists():
+        return sha256_of(shard)
+    return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
+
+
 def write_shard(
     out: StepOutput,
     side: str,
@@ -175,11 +203,24 @@ def rms_normalise(X: Tensor) -> Tensor:
     return X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True).clamp_min(1e-30))
 
 
+def mean_square(X: Tensor) -> Tensor:
+    """Return the mean square of each row of `X [rows, d]`, `[rows]`, float64, on the host.
+
+    Some rows are widened at a time, where they are.
+    """
+    if not len(X):
+        return torch.zeros(0, dtype=torch.float64)
+    if X.device.type in WITHOUT_FLOAT64:
+        X = X.cpu()
+    chunks = (X[k : k + CHUNK_ROWS] for k in range(0, len(X), CHUNK_ROWS))
+    return torch.cat([chunk.double().pow(2).mean(-1) for chunk in chunks]).cpu()
+
+
 def massive_activation_mask(X: Tensor, factor: float = MASSIVE) -> Tensor:
-    """Return the mask [rows] of massive activations (attention sinks).
+    """Return the mask [rows] of massive activations (attention sinks), on the host.
 
     These are rows whose RMS exceeds `factor` times the median row's. (Sun et al., Massive
     Activations in Large Language Models, arXiv:2402.17762.)
     """
-    rms = X.double().pow(2).mean(-1).sqrt()
+    rms = mean_square(X).sqrt()
     return rms > factor * rms.median()

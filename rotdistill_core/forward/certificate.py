@@ -12,8 +12,9 @@ from rotdistill_core.data.batching import LOGIT_ROWS
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed
-from rotdistill_core.forward.head import final_norm, head_logits
+from rotdistill_core.forward.head import final_norm, head_for, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.linalg.precision import float64_device
 from rotdistill_core.recipe.document import Check
 from rotdistill_core.store.results import Certificate
 
@@ -59,11 +60,11 @@ def certify(
         after: the model after it.
         back: `after`, unfolded; it is compared with `before` weight by weight.
         layout: packed texts; the first validation texts are used.
-        device: where to compute.
+        device: where to compute; float64 is computed there only if it is fast.
         texts: how many texts.
     """
     prompts = layout.select(Split.VALIDATION, limit=texts)
-    double = _compare(before, after, prompts, device, torch.float64)
+    double = _compare(before, after, prompts, float64_device(device), torch.float64)
     single = _compare(before, after, prompts, device, torch.float32)
     return Certificate(
         logits_float64=double.logit,
@@ -90,8 +91,8 @@ def _compare(
     """Compare the logits of all rows, in blocks; the KL of a block is taken in float64."""
     A = _normed_final_states(before, layout, device, dtype)
     B = _normed_final_states(after, layout, device, dtype)
-    H_before = before.head().to(device, dtype)
-    H_after = after.head().to(device, dtype)
+    H_before = head_for(before, A)
+    H_after = head_for(after, B)
     changes = []
     kl = 0.0
     for k in range(0, len(A), LOGIT_ROWS):
@@ -110,4 +111,4 @@ def _normed_final_states(
     forward = LayerwiseForward(weights, layout, device, dtype)
     for _ in forward:
         forward.run()
-    return final_norm(weights, forward.states.to(device))
+    return final_norm(weights, forward.states.to(forward.device))

@@ -1,4 +1,7 @@
-"""From final states to predictions: final norm, head, log-probabilities."""
+"""From final states to predictions: final norm, head, log-probabilities.
+
+All of it is computed in float32 at least, whatever the dtype of the states, on their device.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,32 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.linalg.precision import wide_dtype, widened
 
 
 def final_norm(weights: Weights, states: Tensor) -> Tensor:
-    """Return states `[n, d]` after the final norm, in their own dtype.
-
-    The norm computes in float32 at least.
-    """
+    """Return states `[n, d]` after the final norm."""
     eps = float(weights.config[weights.adapter.eps_key])
-    wide = states if states.dtype == torch.float64 else states.float()
+    X = widened(states)
     # In bfloat16 a gain 1 + w would be rounded by more than w itself.
-    gain = weights.gain(weights.adapter.norm).to(wide)
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * gain).to(states.dtype)
+    gain = weights.gain(weights.adapter.norm).to(X.device, X.dtype)
+    return X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True) + eps) * gain
+
+
+def head_for(weights: Weights, states: Tensor, tokens: int | None = None) -> Tensor:
+    """Return the head `[tokens, d]` in the precision in which it multiplies states, beside them.
+
+    Args:
+        weights: the model.
+        states: rows that the head will read.
+        tokens: how many leading rows of the head; all by default.
+    """
+    return widened_like(weights.head()[:tokens], states)
+
+
+def widened_like(head: Tensor, states: Tensor) -> Tensor:
+    """Return a head `[tokens, d]` on the device of states, in their dtype or in float32."""
+    return head.to(states.device, wide_dtype(states.dtype))
 
 
 def head_logits(weights: Weights, states: Tensor, head: Tensor) -> Tensor:
@@ -26,9 +43,9 @@ def head_logits(weights: Weights, states: Tensor, head: Tensor) -> Tensor:
     Args:
         weights: the model, for its soft cap: some models return `c tanh(logits / c)`.
         states: rows after the final norm.
-        head: rows of a head `[tokens, d]`, in the dtype of the states.
+        head: rows of a head `[tokens, d]`.
     """
-    logits = states @ head.T
+    logits = widened(states) @ widened_like(head, states).T
     cap = weights.config.get(weights.adapter.softcap_key)
     return logits if cap is None else cap * (logits / cap).tanh()
 
@@ -44,5 +61,5 @@ def log_probs(
         head: a head `[V, d]` to use instead of the model's own.
         tokens: how many leading rows of the head take part; all by default.
     """
-    H = (weights.head() if head is None else head)[:tokens].to(states)
+    H = (weights.head() if head is None else head)[:tokens]
     return head_logits(weights, final_norm(weights, states), H).log_softmax(-1)

@@ -4,13 +4,18 @@ One layer's weights are read at a time, the next one's meanwhile, and all texts 
 before the next one opens. So memory holds two layers and one `[rows, d]` matrix of states,
 whatever the model's size. The shared prompt is computed once and lends its keys and values to
 every text.
+
+On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host in
+pinned memory: a batch is copied once each way, and waited for once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -26,20 +31,71 @@ from rotdistill_core.errors import RotdistillError
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words on the work."""
 Observer = Callable[[Tensor, Tensor], None]
-"""Called for each batch with row numbers [n] and their values [n, width]."""
+"""Called for each batch with row numbers [n], on the host, and their values [n, width], on the
+device."""
+STATES_SHARE = 0.3
+"""Share of a GPU's free memory that states may take. Two layers, a batch's activations and a copy
+of the states need the rest."""
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)
+class _Batch:
     """Texts that go through a layer together, padded on the right, where causal rows never look."""
 
     rows: Tensor
-    """Row number of each token [B, S]."""
-    mask: Tensor
-    """Where a token is real [B, S]."""
+    """Row number of each token [B, S]; padding has row 0."""
+    real: Tensor
+    """Places of real tokens in the flattened batch [n], on the device."""
+    real_rows: Tensor
+    """Their row numbers [n], on the host."""
     past: int
     """Number of tokens before these whose keys and values are in the cache."""
     uses_cache: bool
     """Whether it is the shared prefix, or continues it."""
+    device: torch.device
+    """Where layers compute."""
+
+    @classmethod
+    def of(cls, rows: Tensor, mask: Tensor, past: int, uses_cache: bool, device: Any) -> _Batch:
+        """Return the batch of rows `[B, S]` of which those in `mask [B, S]` are real."""
+        return cls(
+            rows=rows,
+            real=mask.flatten().nonzero().flatten().to(device),
+            real_rows=rows[mask],
+            past=past,
+            uses_cache=uses_cache,
+            device=device,
+        )
+
+    @cached_property
+    def rows_on_device(self) -> Tensor:
+        """`rows`, on the device."""
+        return self.rows.to(self.device)
+
+    @cached_property
+    def real_rows_on_device(self) -> Tensor:
+        """`real_rows`, on the device."""
+        return self.real_rows.to(self.device)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return the values `[n, width]` of the real tokens, of values `[B, S, width]`."""
+        return values.flatten(0, 1)[self.real]
+
+    def gather(self, states: Tensor) -> Tensor:
+        """Return the states of the batch `[B, S, d]` on the device, of `states [rows, d]`."""
+        if states.device == self.device:
+            return states[self.rows_on_device]
+        batch = states[self.rows]
+        if self.device.type == "cuda":
+            # Only from pinned memory a copy runs beside the computation.
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
+
+    def scatter(self, states: Tensor, values: Tensor) -> None:
+        """Write the values `[n, d]` of the real tokens into `states [rows, d]`."""
+        on_device = states.device == self.device
+        rows = self.real_rows_on_device if on_device else self.real_rows
+        states[rows] = values.to(states)
 
 
 class _Recorder(nn.Module):
@@ -101,13 +157,14 @@ class LayerwiseForward:
         Args:
             weights: the model.
             layout: the texts.
-            device: where layers compute; states stay on the host.
+            device: where layers compute.
             dtype: dtype of layers and states.
             budget: about how many padded tokens a batch may have.
         """
         self.weights = weights
         self.layout = layout
-        self.device = device
+        # With its index: tensors on "cuda" say that they are on "cuda:0".
+        self.device = torch.empty(0, device=device).device
         self.dtype = dtype
         self.boundary = 0
         self.layer = nn.Module()
@@ -122,11 +179,12 @@ class LayerwiseForward:
         batches = [self._pad(texts) for texts in self.layout.batches(budget)]
         if not self.layout.prefix:
             return batches
-        prefix = _Batch(
-            rows=torch.arange(self.layout.prefix)[None],
-            mask=torch.ones(1, self.layout.prefix, dtype=torch.bool),
+        prefix = _Batch.of(
+            torch.arange(self.layout.prefix)[None],
+            torch.ones(1, self.layout.prefix, dtype=torch.bool),
             past=0,
             uses_cache=True,
+            device=self.device,
         )
         return [prefix, *batches]
 
@@ -142,7 +200,7 @@ class LayerwiseForward:
             mask[b, :n] = True
         # Texts with and without the shared prefix are never in one batch.
         past = self.layout.prefix_length(self.layout.texts[texts[0]])
-        return _Batch(rows, mask, past, uses_cache=past > 0)
+        return _Batch.of(rows, mask, past, uses_cache=past > 0, device=self.device)
 
     def _embed(self) -> Tensor:
         name = self.weights.adapter.embedding
@@ -150,7 +208,17 @@ class LayerwiseForward:
         # The model's own scaling of embeddings (Gemma's sqrt(d)) is part of its embedding module.
         module = self._model.get_submodule(name.removesuffix(".weight"))
         scale = getattr(module, "embed_scale", torch.ones(()))
-        return states * scale.to(states)
+        states = states * scale.to(states)
+        return states.to(_place_of_states(states, self.device))
+
+    def start_at(self, boundary: int, states: Tensor) -> None:
+        """Go on from the stream `[rows, d]` at a boundary, wherever it lies."""
+        self.boundary = boundary
+        self.states = states.to(self.states.device, self.dtype, copy=True)
+
+    def states_of(self, rows: Tensor) -> Tensor:
+        """Return the states `[n, d]` of some rows [n], on the device on which layers compute."""
+        return self.states[rows.to(self.states.device)].to(self.device)
 
     def _record_calls(self) -> list[list[dict[str, Any]]]:
         """Run the body once without its layers; return each layer's arguments [batch][layer]."""
@@ -229,14 +297,12 @@ class LayerwiseForward:
                     **calls[self.boundary],
                     "past_key_values": cache if batch.uses_cache else None,
                 }
-                output = self.layer(self.states[batch.rows].to(self.device), **kwargs)
-                output = output[0] if isinstance(output, tuple) else output
-                output = output[batch.mask.to(self.device)]
-                rows = batch.rows[batch.mask]
+                output = self.layer(batch.gather(self.states), **kwargs)
+                output = batch.take(output[0] if isinstance(output, tuple) else output)
                 if observe_output is not None:
-                    observe_output(rows, output)
+                    observe_output(batch.real_rows, output)
                 if advance:
-                    self.states[rows] = output.to(self.states)
+                    batch.scatter(self.states, output)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -247,8 +313,7 @@ class LayerwiseForward:
         """Let an observer see the real rows of each batch at a site of the open layer."""
 
         def see(values: Tensor) -> None:
-            batch = self._current
-            observer(batch.rows[batch.mask], values[batch.mask.to(values.device)])
+            observer(self._current.real_rows, self._current.take(values))
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(args[0])
@@ -261,6 +326,17 @@ class LayerwiseForward:
         if place.side == "input":
             return module.register_forward_pre_hook(before)
         return module.register_forward_hook(after)
+
+
+def _place_of_states(states: Tensor, device: torch.device) -> torch.device:
+    """Return where states `[rows, d]` stay: on the device if they fit there, else on the host."""
+    if device.type == "cpu":
+        return device
+    memory = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if memory is None:
+        return device
+    free, _ = memory(device)
+    return device if states.nbytes <= STATES_SHARE * free else torch.device("cpu")
 
 
 def _empty_cache(layers: int, past: int) -> DynamicCache | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts
-from rotdistill_core.forward.activations import massive_activation_mask
+from rotdistill_core.forward.activations import massive_activation_mask, mean_square
 
 SINK_RMS = 10.0
 """Largest RMS of a target, in medians of all rows.
@@ -23,8 +23,11 @@ row, because the regression makes it out of the same activations as all other ro
 
 
 def clip_sinks(targets: Tensor) -> Tensor:
-    """Return targets `[rows, d]`, with longer ones shortened to `SINK_RMS` medians."""
-    rms = targets.double().pow(2).mean(-1).sqrt()
+    """Return targets `[rows, d]`, with longer ones shortened to `SINK_RMS` medians.
+
+    They stay on their device.
+    """
+    rms = mean_square(targets).sqrt()
     factor = (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0)
     return targets * factor.to(targets)[:, None]
 
@@ -38,7 +41,7 @@ def row_weights(
     teacher_answer: float = 1.0,
     teacher_answered: Set[str] = frozenset(),
 ) -> Tensor:
-    """Return the weight of each row [rows]; a row of none of the kinds below has weight 1.
+    """Return the weight of each row [rows], on the host; a row of none of these kinds has weight 1.
 
     Args:
         states: the stream `[rows, d]`, from which sinks are recognised.
@@ -64,4 +67,4 @@ def over_mean_square(weights: Tensor, states: Tensor) -> Tensor:
 
     A reader normalises its input, so an error counts relative to the length of its row.
     """
-    return weights / states.double().pow(2).mean(-1).clamp_min(1e-12)
+    return weights / mean_square(states).clamp_min(1e-12)

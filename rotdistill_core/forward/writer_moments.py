@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.precision import wide_dtype, widened
 
 
 def writer_moments(
@@ -32,11 +33,14 @@ def writer_moments(
         width: size of the activations.
         targets: `S [rows, d]`.
         weights: weight of each row [rows].
-        row_sets: masks [rows]; one `Moments` is returned for each.
+        row_sets: masks [rows] on the host; one `Moments` is returned for each.
         alpha: share of the way from X to S.
     """
     moments = [Moments(width, targets.shape[1]) for _ in row_sets]
     pending: list[Tensor] = []
+    # Where the states are on the device, targets go there too, once.
+    targets = targets.to(forward.states.device)
+    weights = weights.to(forward.device, wide_dtype(forward.dtype))
 
     def keep_inputs(_: Tensor, A: Tensor) -> None:
         pending.append(A)
@@ -44,11 +48,15 @@ def writer_moments(
     # A layer's output comes after the site's activations, batch by batch.
     def add_batch(rows: Tensor, X: Tensor) -> None:
         A = pending.pop()
-        E = alpha * (targets[rows].to(X) - X)
-        w = weights[rows]
+        X = widened(X)
+        E = alpha * (targets[rows.to(targets.device)].to(X) - X)
+        w = weights[rows.to(X.device)]
         for sums, row_set in zip(moments, row_sets, strict=True):
-            use = row_set[rows]
-            sums.add(A[use], E[use], w[use])
+            # Chosen on the host: a mask on the device would have to be waited for.
+            chosen = row_set[rows].nonzero().flatten()
+            if len(chosen):
+                use = chosen.to(X.device)
+                sums.add(A[use], E[use], w[use])
 
     forward.run({site: keep_inputs, "output": add_batch}, advance=False)
     return moments

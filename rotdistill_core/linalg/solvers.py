@@ -1,4 +1,9 @@
-"""Closed-form solves in float64: ridge regression, SVD, and the orthogonal factor of a matrix."""
+"""Closed-form solves in float64: ridge regression, SVD, eigenvectors, the orthogonal factor.
+
+Matrices come from the host and solutions go back to it. With `device` the work is done there if
+its float64 is fast (`float64_device`). A solution from a device is checked against its equation;
+if it fails, or the device's solver does, LAPACK solves it on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,10 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.errors import RotdistillError, SingularError
+from rotdistill_core.linalg.precision import CPU, SUM_DTYPE, float64_device
+
+DEVICE_TOLERANCE = 1e-9
+"""Largest relative error at which the solution of a device is taken."""
 
 
 def require_finite(X: Tensor, where: str) -> None:
@@ -25,7 +34,9 @@ def require_finite(X: Tensor, where: str) -> None:
         )
 
 
-def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
+def ridge(
+    xx: Tensor, xy: Tensor, strength: float, where: str, device: torch.device = CPU
+) -> Tensor:
     """Solve a ridge regression from its second moments.
 
     Problem: `min_B Σ ‖y - x B‖² + λ ‖B‖²` with `λ = strength · mean(diag xx)`.
@@ -37,9 +48,10 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
         xy: `Σ x yᵀ [d_x, d_y]`, float64.
         strength: ridge as a multiple of the mean diagonal, so that it does not depend on scale.
         where: names the place in errors.
+        device: where the rows were; see the module.
 
     Returns:
-        `B [d_x, d_y]`.
+        `B [d_x, d_y]`, on the host.
 
     Raises:
         RotdistillError: a value is not finite.
@@ -47,6 +59,9 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
     """
     require_finite(xx, where)
     require_finite(xy, where)
+    found = _ridge_on_device(xx, xy, strength, float64_device(device))
+    if found is not None:
+        return found
     # `xx` is symmetric; its transpose is column-major, which LAPACK overwrites without a copy.
     A = xx.numpy().copy().T
     A[range(len(A)), range(len(A))] += strength * float(xx.diagonal().mean())
@@ -59,15 +74,43 @@ def ridge(xx: Tensor, xy: Tensor, strength: float, where: str) -> Tensor:
     return torch.from_numpy(scipy.linalg.cho_solve(factor, xy.numpy(), check_finite=False))
 
 
-def svd(M: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
+def _ridge_on_device(
+    xx: Tensor, xy: Tensor, strength: float, device: torch.device
+) -> Tensor | None:
+    """Return the solution of `ridge` from a device; None from a CPU, or if it is not accurate.
+
+    Accurate means `‖A B - xy‖ <= tolerance · (‖A‖ ‖B‖ + ‖xy‖)` with `A = xx + λ I`.
+    """
+    if device.type == "cpu":
+        return None
+    A = xx.to(device, copy=True)
+    A.diagonal().add_(strength * A.diagonal().mean())
+    right = xy.to(device)
+    factor, failed = torch.linalg.cholesky_ex(A)
+    if bool(failed):
+        return None
+    B = torch.cholesky_solve(right, factor)
+    error = (A @ B - right).norm() / (A.norm() * B.norm() + right.norm()).clamp_min(1e-300)
+    return B.cpu() if float(error) <= DEVICE_TOLERANCE else None
+
+
+def svd(M: Tensor, where: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     """Return the thin SVD `U, S, Vt` of `M` in float64, singular values in falling order.
 
     LAPACK's gesdd is fast and fails to converge on rare matrices; gesvd is tried next.
+
+    Args:
+        M: the matrix `[d, e]`.
+        where: names the place in errors.
+        device: where the rows were that M is made of; see the module.
 
     Raises:
         RotdistillError: a value is not finite, or neither driver converges.
     """
     require_finite(M, where)
+    found = _svd_on_device(M, float64_device(device))
+    if found is not None:
+        return found
     array = M.double().cpu().numpy()
     for driver in ("gesdd", "gesvd"):
         try:
@@ -80,7 +123,46 @@ def svd(M: Tensor, where: str) -> tuple[Tensor, Tensor, Tensor]:
     raise RotdistillError(f"{where}: the singular value decomposition does not converge.")
 
 
-def polar(M: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def _svd_on_device(M: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the result of `svd` from a device; None from a CPU, or if it is not accurate.
+
+    Accurate means that `U S Vᵀ` is M, relative to its norm.
+    """
+    if device.type == "cpu":
+        return None
+    A = M.to(device, SUM_DTYPE)
+    try:
+        U, S, Vt = torch.linalg.svd(A, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    error = ((U * S) @ Vt - A).norm() / A.norm().clamp_min(1e-300)
+    return (U.cpu(), S.cpu(), Vt.cpu()) if float(error) <= DEVICE_TOLERANCE else None
+
+
+def eigh(C: Tensor, where: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues `[d]`, rising, and eigenvectors `[d, d]` of a symmetric matrix.
+
+    Args:
+        C: the matrix `[d, d]`.
+        where: names the place in errors.
+        device: where the rows were that C is made of; see the module.
+
+    Raises:
+        RotdistillError: a value is not finite.
+    """
+    require_finite(C, where)
+    target = float64_device(device)
+    if target.type != "cpu":
+        A = C.to(target, SUM_DTYPE)
+        values, vectors = torch.linalg.eigh(A)
+        error = (A @ vectors - vectors * values).norm() / A.norm().clamp_min(1e-300)
+        if float(error) <= DEVICE_TOLERANCE:
+            return values.cpu(), vectors.cpu()
+    values, vectors = torch.linalg.eigh(C.cpu().to(SUM_DTYPE))
+    return values, vectors
+
+
+def polar(M: Tensor, where: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Return the orthogonal factor of `M [d, e]`, d <= e, and its singular values `[d]`.
 
     Problem: `max_R tr(Rᵀ M)` over `R [d, e]` with `R Rᵀ = I`.
@@ -90,10 +172,15 @@ def polar(M: Tensor, where: str) -> tuple[Tensor, Tensor]:
     M does not determine R in its null space. There R is completed towards the identity, so the
     answer does not depend on the LAPACK that is installed.
 
+    Args:
+        M: the matrix `[d, e]`.
+        where: names the place in errors.
+        device: where the rows were that M is made of; see the module.
+
     Raises:
         RotdistillError: a value is not finite, or the SVD does not converge.
     """
-    U, S, Vt = svd(M, where)
+    U, S, Vt = svd(M, where, device)
     floor = float(S.max()) * max(M.shape) * torch.finfo(torch.float64).eps
     rank = int((floor < S).sum())
     if rank == M.shape[0]:

@@ -37,6 +37,8 @@ SVD_OPERATIONS = 30.0
 """Operations of a singular value decomposition of an n x n matrix, divided by n^3."""
 ASSIGNMENT_OPERATIONS = 1e-1
 """Operations of a linear assignment of n neurons, divided by n^3."""
+WIDENED_ROWS = 4096
+"""Rows that are widened to float64 at a time: `CHUNK_ROWS`, in a module that needs torch."""
 FLOAT64_BYTES = 8
 FLOAT32_BYTES = 4
 GUARD_SCORES = 5
@@ -456,9 +458,12 @@ def evaluation_cost(context: CostContext) -> Cost:
     compared = max(answer_rows(context, Split.HELDOUT), texts.rows.get(Split.GUARD, 0))
     logits = logits_memory(context, compared)
     frames = 0.0
-    # Two models of different bases are compared through a rotation per layer, from the fit rows.
+    # Two models of different bases are compared through a rotation per layer, solved one by one
+    # from some fit rows at a time: the sum, its SVD, and the rows.
     if not context.same:
-        frames = texts.rows_of(Split.FIT) * (student.width + teacher.width) * FLOAT64_BYTES
+        frames = 4 * student.width * teacher.width * FLOAT64_BYTES
+        rows_at_once = min(texts.rows_of(Split.FIT), WIDENED_ROWS)
+        frames += rows_at_once * (student.width + teacher.width) * FLOAT64_BYTES
     heads = 2.0 * rows * student.vocab * (student.width + teacher.width)
     return replace(
         walk,

@@ -19,9 +19,16 @@ def hook_arguments(recipe_step: RecipeStep) -> list[str]:
 
 
 def required_results(recipe_step: RecipeStep) -> list[str]:
-    """Return the results of earlier steps that the step takes: `captured states`, `maps`."""
-    arguments = hook_arguments(recipe_step)
+    """Return the results of earlier steps that the step needs: `captured states`, `maps`."""
+    arguments = needed_arguments(recipe_step)
     return [result for argument, result in RESULTS.items() if argument in arguments]
+
+
+def needed_arguments(recipe_step: RecipeStep) -> list[str]:
+    """Return the arguments that the step's stage hook cannot do without: they have no default."""
+    hook = getattr(recipe_step.step, recipe_step.stage)
+    parameters = inspect.signature(hook).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty]
 
 
 def require_captured_states(
@@ -43,7 +50,7 @@ def require_captured_states(
     Raises:
         RecipeError: the step takes captured states and there are none.
     """
-    if captured or "activations" not in hook_arguments(recipe_step):
+    if captured or "activations" not in needed_arguments(recipe_step):
         return
     problem = f'step "{recipe_step.id}": needs captured states'
     if not captures:

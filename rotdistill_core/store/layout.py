@@ -99,6 +99,11 @@ class RunLayout:
         return f"shards/{side}/residual/{boundary:05d}"
 
     @staticmethod
+    def frame(boundary: int) -> str:
+        """Return the name of the rotation in which hidden states are compared at a boundary."""
+        return f"frames/{boundary:05d}.safetensors"
+
+    @staticmethod
     def attention_maps(layer: int) -> str:
         """Return the name of a layer's attention maps in one text."""
         return f"attention/layer_{layer}.safetensors"

@@ -13,6 +13,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
+    WIDENED_ROWS,
     Cost,
     CostContext,
     alignment_cost,
@@ -153,7 +154,15 @@ def test_an_aligner_writes_one_rotation(pico_context: CostContext) -> None:
 def test_a_twin_of_the_teacher_needs_no_rotations_to_be_compared(pico_context: CostContext) -> None:
     twin = replace(pico_context, same=True)
     frames = evaluation_cost(pico_context).host_bytes - evaluation_cost(twin).host_bytes
-    assert frames == pico_context.texts.rows_of("fit") * (32 + 32) * FLOAT64_BYTES
+    # The sum of products and its SVD, and the widened fit rows, which are fewer than at once.
+    rows = pico_context.texts.rows_of("fit")
+    assert frames == (4 * 32 * 32 + rows * (32 + 32)) * FLOAT64_BYTES
+    many = replace(pico_context.texts, rows={**pico_context.texts.rows, "fit": 10 * WIDENED_ROWS})
+    longer = replace(pico_context, texts=many)
+    frames = (
+        evaluation_cost(longer).host_bytes - evaluation_cost(replace(longer, same=True)).host_bytes
+    )
+    assert frames == (4 * 32 * 32 + WIDENED_ROWS * (32 + 32)) * FLOAT64_BYTES
 
 
 def test_a_teacher_without_questions_costs_nothing(pico_context: CostContext) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rotdistill_fidelity._frames import Frames
 from rotdistill_fidelity._method import hidden_metrics, in_teacher_frame
 from rotdistill_fidelity.step import Fidelity, steps
 
@@ -62,7 +63,8 @@ def metric_rows(
     weights: Weights, pair: Pair, activations: ActivationStore, samples: Samples
 ) -> list[MetricRow]:
     variant = Variant("x", weights, Maps(), 1.5, Path())
-    return Fidelity().evaluate(variant, pair, activations, samples, quiet)
+    out = pico_output(activations.root)
+    return Fidelity().evaluate(variant, pair, activations, samples, out, quiet)
 
 
 def scores(weights: Weights, pair: Pair, activations: ActivationStore, samples: Samples) -> Scores:
@@ -130,7 +132,8 @@ def test_the_teacher_frame_undoes_a_planted_rotation(tmp_path: Path, samples: Sa
     layout = activations.layouts["student"]
     X = activations.rows("student", 2).double()
     T = activations.teacher_states(layout, 2).double()
-    framed = in_teacher_frame(X, 2, student.weights.lineage, pair, activations)
+    frame = Frames.of(pair, activations, pico_output(tmp_path / "runs")).at(2)
+    framed = in_teacher_frame(X, student.weights.lineage, frame)
     assert float((X - T).norm()) > 0.5 * float(T.norm())
     torch.testing.assert_close(framed, T, rtol=0, atol=1e-3 * float(T.abs().max()))
 

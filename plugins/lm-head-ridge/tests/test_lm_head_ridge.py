@@ -309,7 +309,7 @@ def test_next_token_targets_put_all_probability_on_the_next_token() -> None:
         (Text("a", "en", "fit", (1, 2, 3, 4), 2), Text("b", "en", "fit", (1, 2, 5), 2)), 1
     )
     rows, targets, _ = layout.prediction_rows(Split.FIT)
-    log_probs = next_token_log_probs(layout, 7, rows)
+    log_probs = next_token_log_probs(layout, 7, torch.device("cpu"), rows)
     assert log_probs.argmax(-1).tolist() == targets.tolist()
     assert log_probs.exp().sum(-1).tolist() == [1.0] * len(rows)
 

@@ -25,7 +25,8 @@ from rotdistill_core.forward.activations import (
     rms_normalise,
 )
 from rotdistill_core.linalg.maps import Map, Maps, Rotation, transform_param
-from rotdistill_core.linalg.solvers import polar
+from rotdistill_core.linalg.precision import float64_device
+from rotdistill_core.linalg.solvers import eigh, polar
 from rotdistill_core.store.output import StepOutput
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _stream_basis(
     if step.mode == "canonical":
         frame = _principal_frame(activations, pair, R.matrix.shape[0])
         out.notes["teacher variance in the frame"] = frame.variance_share
-        return polar(R.matrix.double() @ frame.directions, "basis-fold: canonical frame")[0]
+        M = R.matrix.double() @ frame.directions
+        return polar(M, "basis-fold: canonical frame", pair.student.device)[0]
     if R.square is not (step.mode == "tied"):
         d, e = R.matrix.shape
         needed = (
@@ -148,12 +150,15 @@ def _principal_frame(activations: ActivationStore, pair: Pair, k: int) -> Princi
     """
     fit_rows = activations.layouts[Side.TEACHER].split(Split.FIT).nonzero().flatten()
     rows = fit_rows[:: max(1, len(fit_rows) // FRAME_ROWS)]
-    moment = torch.zeros(pair.teacher.width, pair.teacher.width, dtype=torch.float64)
+    device = pair.student.device
+    place = float64_device(device)
+    width = pair.teacher.width
+    moment = torch.zeros(width, width, dtype=torch.float64, device=place)
     for boundary in range(pair.teacher.depth + 1):
         X = activations.rows(Side.TEACHER, boundary)[rows]
-        X = rms_normalise(X[~massive_activation_mask(X)])
+        X = rms_normalise(X[~massive_activation_mask(X)].to(place))
         moment += X.T @ X
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment.cpu(), "basis-fold: teacher's principal directions", device)
     E = vectors[:, -k:].flip(-1)
     # LAPACK is free in the sign of an eigenvector. Making the largest entry positive gives every
     # machine, and so every student, the same frame.

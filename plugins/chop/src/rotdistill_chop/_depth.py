@@ -18,8 +18,9 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
-from rotdistill_core.forward.head import log_probs
+from rotdistill_core.forward.head import head_for, log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.linalg.precision import float64_device
 from rotdistill_core.store.output import StepOutput
 
 if TYPE_CHECKING:
@@ -108,13 +109,14 @@ class PruningLoss:
         self.embedded = self.forward.states.clone()
         """The stream at boundary 0 `[rows, d]`."""
         self.rows = layout.prediction_rows(Split.VALIDATION)[0]
-        self.head = weights.head().to(self.embedded)
+        self.head = head_for(weights, self.forward.states_of(self.rows[:0]))
         self.reference = self.log_probs(self.propagate([self.embedded], 0)[0])
         """Log-probabilities of the uncut student `[n, V]`."""
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Return the log-probabilities `[n, V]` of the scored rows of final states `[rows, d]`."""
-        return log_probs(self.forward.weights, states[self.rows], self.head)
+        rows = states[self.rows.to(states.device)].to(self.forward.device)
+        return log_probs(self.forward.weights, rows, self.head)
 
     def kl(self, states: Tensor) -> float:
         """Return the mean KL of final states `[rows, d]`, nats per row."""
@@ -193,14 +195,15 @@ def run_angles(forward: LayerwiseForward, length: int, progress: Progress) -> di
     """
     rows = torch.arange(forward.layout.prefix, forward.layout.rows)
     rows = rows[:: max(1, len(rows) // ANGLE_ROWS)]
-    recent = [forward.states[rows]]
+    recent = [forward.states_of(rows)]
     angles: dict[int, float] = {}
     for i in forward:
         forward.run()
-        recent.append(forward.states[rows])
+        recent.append(forward.states_of(rows))
         if len(recent) > length:
-            before = recent.pop(0).double()
-            after = recent[-1].double()
+            place = float64_device(forward.device)
+            before = recent.pop(0).to(place, torch.float64)
+            after = recent[-1].to(place, torch.float64)
             cosine = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
             angles[i + 1 - length] = float(cosine.acos().mean())
         progress(i + 1, forward.weights.depth, f"angles on {len(rows)} rows")

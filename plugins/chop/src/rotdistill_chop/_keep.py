@@ -139,7 +139,7 @@ class Trial:
             forward.run()
             self.weights.append(regression_weights(forward))
             self.targets.append(clip_sinks(forward.states))
-        self.reference = log_probs(weights, forward.states[self.rows])
+        self.reference = log_probs(weights, forward.states_of(self.rows))
         """Log-probabilities of the uncut student on the scored rows `[n, V]`."""
 
     def forward_of(self, weights: Weights) -> LayerwiseForward:
@@ -159,7 +159,7 @@ class Trial:
             if not unchanged:
                 self._refit(forward, whole_depths.index(depths[i + 1]))
             forward.run()
-        return mean_kl(self.reference, log_probs(weights, forward.states[self.rows]))
+        return mean_kl(self.reference, log_probs(weights, forward.states_of(self.rows)))
 
     def _refit(self, forward: LayerwiseForward, boundary: int) -> None:
         """Refit the writers of the open layer towards the uncut student's stream at a boundary."""
@@ -177,7 +177,7 @@ class Trial:
                 weights=self.weights[boundary],
                 row_sets=[self.fit],
             )
-            delta = ridge(moments.xx, moments.xy, RIDGE, f"chop: {name}")
+            delta = ridge(moments.xx, moments.xy, RIDGE, f"chop: {name}", self.device)
             forward.replace(name, weights[name].to("cpu").double() + delta.T)
 
 

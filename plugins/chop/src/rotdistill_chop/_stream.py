@@ -24,7 +24,8 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.linalg.maps import Rotation
 from rotdistill_core.linalg.moments import Moments
-from rotdistill_core.linalg.solvers import ridge
+from rotdistill_core.linalg.precision import float64_device
+from rotdistill_core.linalg.solvers import eigh, ridge
 
 
 def narrow_stream(
@@ -77,12 +78,15 @@ def principal_directions(weights: Weights, forward: LayerwiseForward, progress: 
     """Return the orthogonal basis `[D, D]` of the readers' inputs, largest variance first."""
     D = weights.width
     eps = float(weights.config[weights.adapter.eps_key])
-    total = torch.zeros(D, D, dtype=torch.float64)
+    place = float64_device(forward.device)
+    total = torch.zeros(D, D, dtype=torch.float64, device=place)
     for point in norm_inputs(forward):
-        Z = normalise(point.states.double(), D, eps) * point.weights[:, None].sqrt()
+        X = point.states.to(place, torch.float64)
+        Z = normalise(X, D, eps) * point.weights.to(place)[:, None].sqrt()
         total += Z.T @ Z
         progress(point.layers, 2 * weights.depth, "principal directions")
-    directions: Tensor = torch.linalg.eigh(total)[1]  # rising eigenvalues
+    directions = eigh(total.cpu(), "chop: principal directions", forward.device)[1]
+    # Eigenvalues rise.
     return directions.flip(1)
 
 
@@ -105,14 +109,16 @@ def refit_readers(
     adapter, depth, D = rotated.adapter, rotated.depth, rotated.width
     eps = float(rotated.config[adapter.eps_key])
     table = adapter.expand(rotated.config)
+    place = float64_device(forward.device)
     readers: dict[str, LazyTensor] = {}
     for point in norm_inputs(forward):
-        Y = point.states.double() @ Q
+        Y = point.states.to(place, torch.float64) @ Q.to(place)
         Z = normalise(Y[:, :width], D, eps)
         truncated = torch.nn.functional.pad(Z, (0, D - width))
         moments = Moments(width, D)
         moments.add(Z, normalise(Y, D, eps) - truncated, point.weights)
-        correction = ridge(moments.xx, moments.xy, RIDGE, f"chop: readers of {point.gain}")
+        where = f"chop: readers of {point.gain}"
+        correction = ridge(moments.xx, moments.xy, RIDGE, where, forward.device)
         M = torch.eye(width, D, dtype=torch.float64) + correction
         for name, param in table.items():
             if param.gain == point.gain and len(param.axes) == 2:
@@ -168,4 +174,4 @@ def norm_inputs(forward: LayerwiseForward) -> Iterator[NormInput]:
 
 
 def _scatter(states: Tensor, rows: Tensor, X: Tensor) -> None:
-    states[rows] = X.to(states)
+    states[rows.to(states.device)] = X.to(states)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.divergence import BLOCK_ROWS, compare_logits, shared_vocabulary
 from rotdistill_core.evaluation.rows import MetricRow, Variant
-from rotdistill_core.forward.activations import massive_activation_mask
-from rotdistill_core.forward.head import log_probs
+from rotdistill_core.forward.head import head_for, log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
-from rotdistill_core.linalg.solvers import polar
+from rotdistill_core.linalg.precision import float64_device
+from rotdistill_fidelity._frames import Frame, Frames
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rotdistill_core.data.packed import Samples, Text
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.store.output import StepOutput
     from rotdistill_fidelity.step import Fidelity
 
 
@@ -30,6 +31,7 @@ def score_variant(
     pair: Pair,
     activations: ActivationStore,
     samples: Samples,
+    out: StepOutput,
     progress: Progress,
 ) -> list[MetricRow]:
     """Return all metrics of a variant: overall, by text, by language and by layer."""
@@ -39,10 +41,12 @@ def score_variant(
     # With two tokenizers, some rows have no rows of the teacher that they are paired with.
     answers = answers[activations.paired_mask(layout)[answers]]
     forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
+    # Models that start in one basis need no rotation.
+    frames = None if pair.same else Frames.of(pair, activations, out)
     by_layer: list[MetricRow] = []
     for layer in forward:
         forward.run()
-        by_layer += hidden_state_rows(variant, pair, activations, forward, answers)
+        by_layer += hidden_state_rows(variant, activations, forward, answers, frames)
         progress(layer + 1, weights.depth, f"{len(layout.texts)} held-out texts")
     rows = prediction_rows(variant, pair, activations, forward, by_layer)
     rows += out_of_domain_rows(variant, pair, activations, forward)
@@ -56,16 +60,18 @@ def score_variant(
 
 def hidden_state_rows(
     variant: Variant,
-    pair: Pair,
     activations: ActivationStore,
     forward: LayerwiseForward,
     rows: Tensor,
+    frames: Frames | None,
 ) -> list[MetricRow]:
     """Return the hidden-state metrics of rows [n] at the boundary that a forward pass reached."""
     lineage, boundary = variant.weights.lineage, forward.boundary
     depth = lineage.depths[boundary]
-    X = in_teacher_frame(forward.states[rows].double(), depth, lineage, pair, activations)
-    T = activations.teacher_states(forward.layout, depth)[rows].double()
+    place = float64_device(forward.device)
+    states = forward.states_of(rows).to(place, torch.float64)
+    X = in_teacher_frame(states, lineage, frames.at(depth) if frames else None)
+    T = activations.teacher_states(forward.layout, depth)[rows].to(place, torch.float64)
     return [
         MetricRow(variant.name, metric, value, Split.HELDOUT, layer=boundary, n=len(rows))
         for metric, value in hidden_metrics(X, T).items()
@@ -91,35 +97,19 @@ def _channel_rms(X: Tensor) -> Tensor:
     return X.pow(2).mean(0).sqrt().clamp_min(1e-30)
 
 
-def in_teacher_frame(
-    X: Tensor, depth: int, lineage: Lineage, pair: Pair, activations: ActivationStore
-) -> Tensor:
+def in_teacher_frame(X: Tensor, lineage: Lineage, frame: Frame | None) -> Tensor:
     """Carry states `[n, d_s]` of a variant into the teacher's frame `[n, d_t]`.
 
     Args:
-        X: the variant's states.
-        depth: their boundary in the original student.
+        X: the variant's states, float64.
         lineage: the variant's change of basis, which is undone.
-        pair: teacher and student. If they start in one basis, no rotation is needed.
-        activations: the unedited student's states, from which the rotation is fitted.
+        frame: the rotation of their boundary; None if both models start in one basis.
     """
     if lineage.basis is not None:
         X = X @ lineage.basis.T.to(X)
-    if pair.same:
+    if frame is None:
         return X
-    # Orthogonal Procrustes with scale, without attention sinks: they would dominate SᵀT.
-    layout = activations.layouts[Side.STUDENT]
-    S = activations.rows(Side.STUDENT, activations.depths.index(depth)).double()
-    T = activations.teacher_states(layout, depth).double()
-    use = (
-        layout.split(Split.FIT)
-        & ~massive_activation_mask(S)
-        & ~massive_activation_mask(T)
-        & activations.paired_mask(layout)
-    )
-    R, spectrum = polar(S[use].T @ T[use], f"fidelity: boundary {depth}")
-    scale = float(spectrum.sum() / S[use].pow(2).sum())
-    return X @ R * scale
+    return X @ frame.R.to(X) * frame.scale.to(X)
 
 
 # Predictions.
@@ -143,7 +133,7 @@ def prediction_rows(
     """
     name, weights, layout = variant.name, variant.weights, forward.layout
     rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
-    S = forward.states[rows]
+    S = forward.states_of(rows)
     found: list[MetricRow] = []
     if pair.one_tokenizer:
         T = activations.teacher_states(layout, pair.student.depth)[rows]
@@ -175,7 +165,7 @@ def out_of_domain_rows(
     if not len(rows):
         return []
     T = activations.teacher_states(layout, pair.student.depth)[rows]
-    S = forward.states[rows]
+    S = forward.states_of(rows)
     vocabulary = shared_vocabulary(pair)
     compared = compare_logits(pair.teacher.weights, T, variant.weights, S, targets, vocabulary)
     perplexity = float(compared.nll.mean().exp())
@@ -187,13 +177,14 @@ def out_of_domain_rows(
 
 def answer_nll(weights: Weights, S: Tensor, targets: Tensor) -> Tensor:
     """Return -log p [n] of target tokens [n], nats, given states before the final norm `[n, d]`."""
-    head = weights.head().to(S)
+    head = head_for(weights, S)
+    targets = targets.to(S.device)
     parts = []
     for k in range(0, len(S), BLOCK_ROWS):
         block = slice(k, k + BLOCK_ROWS)
         q = log_probs(weights, S[block], head)
-        parts.append(-q.gather(-1, targets[block][:, None])[:, 0])
-    return torch.cat(parts).double()
+        parts.append(-q.gather(-1, targets[block, None])[:, 0])
+    return torch.cat(parts).cpu().double()
 
 
 # Means over layers, texts and languages.

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import Cost, CostContext, evaluation_cost
+from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext, evaluation_cost
 
 if TYPE_CHECKING:
-    from rotdistill_core import ActivationStore, MetricRow, Pair, Progress, Samples, Variant
+    from rotdistill_core import (
+        ActivationStore,
+        MetricRow,
+        Pair,
+        Progress,
+        Samples,
+        StepOutput,
+        Variant,
+    )
 
 
 @step
@@ -38,8 +47,16 @@ class Fidelity:
     """Report hidden states layer by layer, not only on average."""
 
     def cost(self, context: CostContext) -> Cost:
-        """One pass of the variant over held-out texts, and both heads."""
-        return evaluation_cost(context)
+        """One pass of the variant over held-out texts, and both heads.
+
+        Variants share the rotations in which hidden states of two bases are compared.
+        """
+        cost = evaluation_cost(context)
+        if context.same:
+            return cost
+        student, teacher = context.student, context.teacher
+        rotations = (student.depth + 1) * student.width * teacher.width * FLOAT64_BYTES
+        return replace(cost, shared_files={"fidelity frames": rotations})
 
     @hookimpl
     def evaluate(
@@ -48,12 +65,13 @@ class Fidelity:
         pair: Pair,
         activations: ActivationStore,
         samples: Samples,
+        out: StepOutput,
         progress: Progress,
     ) -> list[MetricRow]:
         """See `HookSpecs.evaluate`."""
         from rotdistill_fidelity._method import score_variant
 
-        return score_variant(self, variant, pair, activations, samples, progress)
+        return score_variant(self, variant, pair, activations, samples, out, progress)
 
 
 @hookimpl

@@ -34,7 +34,8 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore, rms_normalise
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps, Rotation
-from rotdistill_core.linalg.solvers import require_finite
+from rotdistill_core.linalg.precision import CPU
+from rotdistill_core.linalg.solvers import eigh, require_finite
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -144,9 +145,9 @@ def reflect_stage(
 ) -> tuple[Tensor, ReflectionFigures]:
     """Return the rotation `[d_s, d_t]` of a stage after its reflections, and what was done."""
     R = stage.R
-    lowest = lowest_eigenpair(R.T @ sums.C_st)
+    lowest = lowest_eigenpair(R.T @ sums.C_st, sums.device)
     eigenvalue_before = lowest.value
-    shuffled = lowest_eigenpair(R.T @ sums.C_st_shuffled)
+    shuffled = lowest_eigenpair(R.T @ sums.C_st_shuffled, sums.device)
     cosine_before = validation_cosine(options, activations, pair, stage.boundaries, R)
     cosine_after = cosine_before
     reflections = 0
@@ -169,7 +170,7 @@ def reflect_stage(
             break
         R, cosine_after = candidate, candidate_cosine
         reflections += 1
-        lowest = lowest_eigenpair(R.T @ sums.C_st)
+        lowest = lowest_eigenpair(R.T @ sums.C_st, sums.device)
     rows = float(sums.rows.sum())
     return R, ReflectionFigures(
         reflections=reflections,
@@ -213,7 +214,7 @@ def diagnose_stage(
     `cosine_shuffled` is that of a reflection fitted on shuffled rows, `cosine_unreflected` that of
     the rotation as it came.
     """
-    shuffled = reflect(stage.R, lowest_eigenpair(stage.R.T @ sums.C_st_shuffled).v)
+    shuffled = reflect(stage.R, lowest_eigenpair(stage.R.T @ sums.C_st_shuffled, sums.device).v)
     random = random_orthogonal(*R.shape)
     diagnostics: dict[int, LayerDiagnostics] = {}
     validation = paired_streams(activations, pair, stage.boundaries, Split.VALIDATION, options.use)
@@ -240,14 +241,14 @@ class LowestEigenpair(NamedTuple):
     """How far from 0 rounding may bring an eigenvalue that is 0."""
 
 
-def lowest_eigenpair(G: Tensor) -> LowestEigenpair:
+def lowest_eigenpair(G: Tensor, device: torch.device = CPU) -> LowestEigenpair:
     """Return the lowest eigenpair of `sym(G)`, `G [d_t, d_t]`.
 
     Raises:
         RotdistillError: a value is not finite.
     """
-    require_finite(G, "householder")
-    values, vectors = torch.linalg.eigh((G + G.T) / 2)
+    require_finite(G, "householder")  # before the symmetric part counts a value twice
+    values, vectors = eigh((G + G.T) / 2, "householder", device)
     return LowestEigenpair(
         value=float(values[0]), v=vectors[:, 0], rounding=ROUNDING * float(values.abs().max())
     )

@@ -40,7 +40,7 @@ def final_states(
     captured_layout = activations.layouts[Side.STUDENT]
     captured_ids = {text.id for text in captured_layout.texts}
     captured = replace(layout, texts=tuple(t for t in layout.texts if t.id in captured_ids))
-    missing = replace(layout, texts=tuple(t for t in layout.texts if t.id not in captured_ids))
+    missing = layout.where(lambda text: text.id not in captured_ids)
     rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
     same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
     probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
@@ -54,8 +54,6 @@ def final_states(
     states = torch.empty(layout.rows, weights.width, dtype=model.dtype)
     states[captured.row_indices_in(layout)] = rows[captured.row_indices_in(captured_layout)]
     if missing.texts:
-        # Selecting all their splits drops the shared prefix if none of them begins with it.
-        missing = missing.select(*{text.split for text in missing.texts})
         computed = _computed(weights, model, missing, progress)
         states[missing.row_indices_in(layout)] = computed
     return states

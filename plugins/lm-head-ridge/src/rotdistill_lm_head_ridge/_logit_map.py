@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rotdistill_core.linalg.solvers import require_finite
+from rotdistill_core.linalg.precision import SUM_DTYPE, float64_device
+from rotdistill_core.linalg.solvers import eigh, require_finite
 
 BLOCK_ROWS = 256
 """Rows whose logits are held at once."""
@@ -88,19 +89,18 @@ def reduced_targets(
     teacher_log_probs: RowFunction, student_logits: RowFunction, rows: Tensor, tokens: Tensor
 ) -> ReducedTargets:
     """Return the teacher's distribution on rows [n], with all but `tokens` [k] put together."""
-    probs = torch.zeros(len(rows), len(tokens) + 1)
-    rest_logit = torch.zeros(len(rows))
-    start = 0
+    probs: list[Tensor] = []
+    rest_logits: list[Tensor] = []
     for block in _blocks(rows):
         p, logits = teacher_log_probs(block).exp(), student_logits(block)
         rest = torch.ones(p.shape[1], dtype=torch.bool).index_fill(0, tokens, False)
-        end = start + len(block)
-        probs[start:end, :-1] = p[:, tokens]
-        probs[start:end, -1] = p[:, rest].sum(-1)
+        others = rest.nonzero().flatten().to(p.device)
+        distinguished = p[:, tokens.to(p.device)]
+        probs.append(torch.cat([distinguished, p[:, others].sum(-1, keepdim=True)], 1))
         # Without a rest its logit is one that softmax takes for zero probability.
-        rest_logit[start:end] = logits[:, rest].logsumexp(-1) if bool(rest.any()) else -1e30
-        start = end
-    return ReducedTargets(tokens, probs, rest_logit)
+        missing = torch.full_like(logits[:, 0], -1e30)
+        rest_logits.append(logits[:, others].logsumexp(-1) if len(others) else missing)
+    return ReducedTargets(tokens, torch.cat(probs), torch.cat(rest_logits))
 
 
 def fit_logit_map(
@@ -132,7 +132,7 @@ def fit_logit_map(
     require_finite(H, "head map: head")
     # M = left N right: in N both second moments are the identity and the penalty is α/2 ‖N‖².
     left, right = _inverse_root(X), _inverse_root(H)
-    N = torch.zeros(X.shape[1], X.shape[1], requires_grad=True)
+    N = torch.zeros(X.shape[1], X.shape[1], device=X.device, requires_grad=True)
     white_rows, white_head, start_logits = X @ left, right @ H.T, X @ H.T
     lbfgs = torch.optim.LBFGS(
         [N], lr=1.0, max_iter=1, max_eval=4, history_size=10, line_search_fn="strong_wolfe"
@@ -169,6 +169,8 @@ def _blocks(rows: Tensor) -> list[Tensor]:
 
 def _inverse_root(rows: Tensor, floor: float = 1e-6) -> Tensor:
     """Return `(XᵀX / n)^-1/2` of rows X `[n, d]`, eigenvalues clamped to `floor` of their mean."""
-    values, vectors = torch.linalg.eigh((rows.double().T @ rows.double()) / len(rows))
+    X = rows.to(float64_device(rows.device), SUM_DTYPE)
+    moment = ((X.T @ X) / len(X)).cpu()
+    values, vectors = eigh(moment, "head map: second moment", rows.device)
     root: Tensor = (vectors * values.clamp_min(floor * float(values.mean())).rsqrt()) @ vectors.T
-    return root.float()
+    return root.to(rows.device, torch.float32)

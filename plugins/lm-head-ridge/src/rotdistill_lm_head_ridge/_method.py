@@ -34,6 +34,7 @@ from rotdistill_core.evaluation.acceptance import (
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
 from rotdistill_core.forward.head import final_norm
 from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.precision import CPU, wide_dtype
 from rotdistill_core.linalg.solvers import ridge
 from rotdistill_lm_head_ridge._final_states import final_states
 from rotdistill_lm_head_ridge._logit_map import (
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 MAP_SHARES = (1.0, 0.5, 0.25)
 """Shares of the map that are tried until one is within the guard. The core's `BACKOFF` goes one
 step further down; the figures of this step are with these three."""
+FIT_BLOCK_ROWS = 4096
+"""Rows whose moments are added at once."""
 MIN_GAIN = 1e-6
 """A head is better if its KL is lower by this many nats; less is rounding."""
 
@@ -91,11 +94,32 @@ class ScoredHead(NamedTuple):
     """Nats per row."""
 
 
+@dataclass(frozen=True)
+class NormedRows:
+    """A model's final states on the host, and its rows after the final norm on a device."""
+
+    weights: Weights
+    """The model, for its final norm."""
+    states: Tensor
+    """States before the norm `[rows, d]`."""
+    device: torch.device
+    dtype: torch.dtype
+    """Dtype of the rows after the norm, float32 at least: that of both models' logits."""
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return rows [n] after the norm `[n, d]`."""
+        return final_norm(self.weights, self.states[rows].to(self.device, self.dtype))
+
+    def head(self, tokens: int) -> Tensor:
+        """Return the first `tokens` rows of the model's head, to multiply these rows with."""
+        return self.weights.head()[:tokens].to(self.device, self.dtype)
+
+
 class TeacherHead(NamedTuple):
     """The teacher's final states and its head: together, its logits."""
 
-    states: Tensor
-    """States after the final norm, on the student's rows `[rows, d_t]`."""
+    rows: NormedRows
+    """On the student's rows `[rows, d_t]`."""
     head: Tensor
     """`[V, d_t]`, without padding tokens."""
 
@@ -114,8 +138,8 @@ class HeadProblem:
     """States on which heads are fitted and compared, and the distribution that they should have."""
 
     layout: PackedTexts
-    X: Tensor
-    """The student's states after the final norm `[rows, d_s]`."""
+    X: NormedRows
+    """The student's rows `[rows, d_s]`."""
     head: Tensor
     """The student's own head `[V, d_s]`, without padding tokens."""
     target_log_probs: RowFunction
@@ -136,7 +160,7 @@ class HeadProblem:
             block = rows[k : k + BLOCK_ROWS]
             q = self.student_logits(head, block).log_softmax(-1)
             parts.append(kl_divergence(self.target_log_probs(block), q))
-        return torch.cat(parts)
+        return torch.cat(parts).cpu()
 
     def student_logits(self, head: Tensor, rows: Tensor) -> Tensor:
         """Return the logits of rows `[n, V]` under a head."""
@@ -165,12 +189,13 @@ def fit_head(
     vocabulary = shared_vocabulary(pair)
     layout = _texts_of(step, samples)
     states = final_states(weights, activations, pair.student, layout, progress)
-    X = final_norm(weights, states)
-    H_s = weights.head()[:vocabulary].to(X)
+    device = pair.student.device
+    X = NormedRows(weights, states, device, wide_dtype(states.dtype))
+    H_s = X.head(vocabulary)
     teacher = None
-    target_log_probs = partial(next_token_log_probs, layout, vocabulary)
+    target_log_probs = partial(next_token_log_probs, layout, vocabulary, device)
     if step.objective != "next-token":
-        teacher = _teacher_head(activations, pair, layout, vocabulary, X)
+        teacher = _teacher_head(activations, pair, layout, vocabulary, X.dtype)
         target_log_probs = partial(teacher_log_probs, teacher)
     scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
     problem = HeadProblem(
@@ -200,8 +225,8 @@ def fit_head(
         )
         return weights
     # Rows of padding tokens keep their values.
-    whole = weights.head().to(X.dtype).clone()
-    whole[:vocabulary] = best.head
+    whole = weights.head().to(states.dtype, copy=True)
+    whole[:vocabulary] = best.head.to(whole)
     return weights.untie().edit({weights.adapter.head: whole})
 
 
@@ -222,14 +247,16 @@ def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
 
 
 def _teacher_head(
-    activations: ActivationStore, pair: Pair, layout: PackedTexts, vocabulary: int, like: Tensor
+    activations: ActivationStore,
+    pair: Pair,
+    layout: PackedTexts,
+    vocabulary: int,
+    dtype: torch.dtype,
 ) -> TeacherHead:
-    """Return the teacher's states on the rows of a layout, and its head, in the dtype of `like`."""
-    states = activations.teacher_states(layout, pair.student.depth).to(like)
-    return TeacherHead(
-        states=final_norm(pair.teacher.weights, states),
-        head=pair.teacher.weights.head()[:vocabulary].to(like),
-    )
+    """Return the teacher's states on the rows of a layout, and its head on the student's device."""
+    states = activations.teacher_states(layout, pair.student.depth)
+    rows = NormedRows(pair.teacher.weights, states, pair.student.device, dtype)
+    return TeacherHead(rows, rows.head(vocabulary))
 
 
 def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
@@ -269,8 +296,8 @@ def choose_ridge_head(
     """
     X, H_s = problem.X, problem.head
     T, H_t = teacher
-    fit = problem.layout.split(Split.FIT)
-    solutions = ridge_solutions(X[fit], T[fit], step.ridge)
+    fit = problem.layout.split(Split.FIT).nonzero().flatten()
+    solutions = ridge_solutions(fit_moments(X, T, fit), step.ridge, X.device)
     rows = problem.validation
     scores = {OWN_HEAD: before.kl}
     scores |= candidate_kl(X[rows], T[rows], H_t, H_s, solutions, step.blend)
@@ -288,26 +315,33 @@ def choose_ridge_head(
     if best == OWN_HEAD:
         return before
     A, B = solutions[best.ridge]
-    head = H_s + best.blend * (H_t @ A.T.to(X) + H_s @ B.T.to(X) - H_s)
+    head = H_s + best.blend * (H_t @ A.T.to(H_s) + H_s @ B.T.to(H_s) - H_s)
     return ScoredHead(head, scores[best])
 
 
+def fit_moments(X: NormedRows, T: NormedRows, rows: Tensor) -> Moments:
+    """Return the second moments of the student's rows [n] with the teacher's."""
+    moments = Moments(X.states.shape[1], T.states.shape[1])
+    for k in range(0, len(rows), FIT_BLOCK_ROWS):
+        block = rows[k : k + FIT_BLOCK_ROWS]
+        moments.add(X[block], T[block])
+    return moments
+
+
 def ridge_solutions(
-    X: Tensor, T: Tensor, strengths: tuple[float, ...]
+    moments: Moments, strengths: tuple[float, ...], device: torch.device = CPU
 ) -> dict[float, RidgeSolution]:
-    """Solve the regression of `T [n, d_t]` on `X [n, d_s]` for each λ.
+    """Solve the regression of `T [n, d_t]` on `X [n, d_s]` for each λ, from their moments.
 
     A λ at which the normal equations are singular has no solution: there are fewer rows than
     unknowns, and λ is within rounding of 0.
     """
-    moments = Moments(X.shape[1], T.shape[1])
-    moments.add(X, T)
-    eye = torch.eye(X.shape[1], dtype=torch.float64) * float(moments.xx.diagonal().mean())
+    eye = torch.eye(len(moments.xx), dtype=torch.float64) * float(moments.xx.diagonal().mean())
     solutions: dict[float, RidgeSolution] = {}
     for strength in strengths:
         with suppress(SingularError):
-            A = ridge(moments.xx, moments.xy, strength, "lm-head-ridge")
-            B = ridge(moments.xx, strength * eye, strength, "lm-head-ridge")
+            A = ridge(moments.xx, moments.xy, strength, "lm-head-ridge", device)
+            B = ridge(moments.xx, strength * eye, strength, "lm-head-ridge", device)
             solutions[strength] = RidgeSolution(A, B)
     return solutions
 
@@ -371,7 +405,7 @@ def map_head(
     tokens = top_tokens(targets, logits, torch.cat([fit, validation]), step.max_tokens)
     fit_targets = reduced_targets(targets, logits, fit, tokens)
     validation_targets = reduced_targets(targets, logits, validation, tokens)
-    H = head[tokens]
+    H = head[tokens.to(head.device)]
 
     def validation_kl(M: Tensor) -> float:
         rows = X[validation]
@@ -435,10 +469,13 @@ def map_rows(layout: PackedTexts, preferred: frozenset[str], limit: int) -> Tens
 
 def teacher_log_probs(teacher: TeacherHead, rows: Tensor) -> Tensor:
     """Return the teacher's log-probabilities of rows [n], `[n, V]`."""
-    return (teacher.states[rows] @ teacher.head.T).log_softmax(-1)
+    return (teacher.rows[rows] @ teacher.head.T).log_softmax(-1)
 
 
-def next_token_log_probs(layout: PackedTexts, vocabulary: int, rows: Tensor) -> Tensor:
+def next_token_log_probs(
+    layout: PackedTexts, vocabulary: int, device: torch.device, rows: Tensor
+) -> Tensor:
     """Return log-probabilities of rows `[n, V]` that put all probability on the next token."""
-    targets = layout.tokens[rows + 1]
-    return torch.full((len(rows), vocabulary), -1e30).scatter(1, targets[:, None], 0.0)
+    targets = layout.tokens[rows + 1].to(device)
+    nothing = torch.full((len(rows), vocabulary), -1e30, device=device)
+    return nothing.scatter(1, targets[:, None], 0.0)

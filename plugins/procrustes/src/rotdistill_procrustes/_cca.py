@@ -54,20 +54,20 @@ def solve(
 def solve_stage(options: Cca, sums: StreamSums, where: str) -> StageSolution:
     """Return the rotation of one stage from its sums; `where` names the stage in errors."""
     C_ss, C_st, C_tt = sums.centred()
-    student = matrix_roots(_shrunk(C_ss, options.shrinkage), 0.0, where)
-    teacher = matrix_roots(_shrunk(C_tt, options.shrinkage), 0.0, where)
+    student = matrix_roots(_shrunk(C_ss, options.shrinkage), 0.0, where, sums.device)
+    teacher = matrix_roots(_shrunk(C_tt, options.shrinkage), 0.0, where, sums.device)
     kept = 1 - options.shrinkage
-    U, rho, Vt = svd(kept * student.inverse @ C_st @ teacher.inverse, where)
+    U, rho, Vt = svd(kept * student.inverse @ C_st @ teacher.inverse, where, sums.device)
     threshold = options.min_correlation
     if threshold is None:
         # Chance: the largest correlation that shuffled rows reach.
         _, C_st_shuffled, _ = sums.shuffled().centred()
-        null = svd(kept * student.inverse @ C_st_shuffled @ teacher.inverse, where)
+        null = svd(kept * student.inverse @ C_st_shuffled @ teacher.inverse, where, sums.device)
         threshold = float(null[1][0])
     k = int((rho > threshold + ROUNDING).sum())
     # A maps the variates of the shared pairs onto each other; Procrustes decides the rest.
     A = student.inverse @ U[:, :k] @ Vt[:k] @ teacher.root
-    R, _ = complete_orthogonal(A, sums.C_st, where)
+    R, _ = complete_orthogonal(A, sums.C_st, where, sums.device)
     return StageSolution(R, rho, k, spectral_gap(rho, k))
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from rotdistill_core.alignment.streams import StageSolution, StreamSums, solve_stages, spectral_gap
 from rotdistill_core.errors import RecipeError, RotdistillError
-from rotdistill_core.linalg.solvers import polar, require_finite
+from rotdistill_core.linalg.precision import CPU
+from rotdistill_core.linalg.solvers import eigh, polar
 from rotdistill_procrustes._whitening import (
     RELATIVE_FLOOR,
     complete_orthogonal,
@@ -76,32 +77,38 @@ def solve_stage(options: Procrustes, sums: StreamSums, where: str) -> StageSolut
     k = max(1, round(options.shrink * len(C_st)))
     principal_gap = None
     if k < len(C_st):
-        C_st, principal_gap = split_at_rank(C_ss, C_st, C_tt, k, where)
+        C_st, principal_gap = split_at_rank(C_ss, C_st, C_tt, k, where, sums.device)
     if options.whiten == "none":
-        R, S = polar(C_st, where)
+        R, S = polar(C_st, where, sums.device)
     elif options.whiten == "full":
-        A, S = whitened_map(C_ss, C_st, C_tt, options.ridge, where)
-        R, _ = complete_orthogonal(A, sums.C_st, where)
+        A, S = whitened_map(C_ss, C_st, C_tt, options.ridge, where, sums.device)
+        R, _ = complete_orthogonal(A, sums.C_st, where, sums.device)
     else:
-        plain, _ = polar(sums.C_st, where)
-        A, S = zscored_map(C_ss, C_st, C_tt, plain, options.ridge, where)
-        R, _ = complete_orthogonal(A, sums.C_st, where)
+        plain, _ = polar(sums.C_st, where, sums.device)
+        A, S = zscored_map(C_ss, C_st, C_tt, plain, options.ridge, where, sums.device)
+        R, _ = complete_orthogonal(A, sums.C_st, where, sums.device)
     gap = spectral_gap(S, len(S)) if principal_gap is None else principal_gap
     return StageSolution(R, S, k, gap)
 
 
 def whitened_map(
-    C_ss: Tensor, C_st: Tensor, C_tt: Tensor, ridge: float, where: str
+    C_ss: Tensor, C_st: Tensor, C_tt: Tensor, ridge: float, where: str, device: torch.device = CPU
 ) -> tuple[Tensor, Tensor]:
     """Return the lifted map A `[d_s, d_t]` of fully whitened rows, and its whitened spectrum."""
-    student = matrix_roots(C_ss, ridge, where)
-    teacher = matrix_roots(C_tt, ridge, where)
-    UV, S = partial_polar(student.inverse @ C_st @ teacher.inverse, where)
+    student = matrix_roots(C_ss, ridge, where, device)
+    teacher = matrix_roots(C_tt, ridge, where, device)
+    UV, S = partial_polar(student.inverse @ C_st @ teacher.inverse, where, device)
     return student.inverse @ UV @ teacher.root, S
 
 
 def zscored_map(
-    C_ss: Tensor, C_st: Tensor, C_tt: Tensor, R: Tensor, ridge: float, where: str
+    C_ss: Tensor,
+    C_st: Tensor,
+    C_tt: Tensor,
+    R: Tensor,
+    ridge: float,
+    where: str,
+    device: torch.device = CPU,
 ) -> tuple[Tensor, Tensor]:
     """Return the lifted map A `[d_s, d_t]` of z-scored rows, and its spectrum.
 
@@ -112,12 +119,13 @@ def zscored_map(
     teacher = variance_roots(C_tt.diagonal(), ridge)
     correlations = student.inverse[:, None] * (R.T @ C_st) * teacher.inverse
     # Channels without variance are left where R takes them: completed towards the identity.
-    UV, S = complete_orthogonal(correlations, torch.eye(len(C_tt), dtype=C_tt.dtype), where)
+    identity = torch.eye(len(C_tt), dtype=C_tt.dtype)
+    UV, S = complete_orthogonal(correlations, identity, where, device)
     return (R * student.inverse) @ UV * teacher.root, S
 
 
 def split_at_rank(
-    C_ss: Tensor, C_st: Tensor, C_tt: Tensor, k: int, where: str
+    C_ss: Tensor, C_st: Tensor, C_tt: Tensor, k: int, where: str, device: torch.device = CPU
 ) -> tuple[Tensor, float]:
     """Return C_st without its terms between the k leading principal directions and the others.
 
@@ -131,8 +139,7 @@ def split_at_rank(
     projectors: list[Tensor] = []
     gaps: list[float] = []
     for C in (C_ss, C_tt):
-        require_finite(C, where)
-        values, Q = torch.linalg.eigh(C)
+        values, Q = eigh(C, where, device)
         gap = spectral_gap(values.flip(0), k)
         if gap < RELATIVE_FLOOR and values[-k] > RELATIVE_FLOOR * values[-1]:
             raise RotdistillError(

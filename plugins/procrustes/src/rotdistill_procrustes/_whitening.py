@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rotdistill_core.linalg.solvers import polar, require_finite, svd
+from rotdistill_core.linalg.precision import CPU
+from rotdistill_core.linalg.solvers import eigh, polar, svd
 
 RELATIVE_FLOOR = 1e-10
 """Share of the largest variance below which a direction holds nothing but rounding."""
@@ -30,32 +31,33 @@ def variance_roots(values: Tensor, ridge: float) -> Roots:
     return Roots(inverse=kept / root.masked_fill(~kept, 1), root=root)
 
 
-def matrix_roots(C: Tensor, ridge: float, where: str) -> Roots:
+def matrix_roots(C: Tensor, ridge: float, where: str, device: torch.device = CPU) -> Roots:
     """Return the roots `[d, d]` of a covariance, `ridge` times its mean diagonal added first."""
-    require_finite(C, where)
-    values, Q = torch.linalg.eigh(C)
+    values, Q = eigh(C, where, device)
     inverse, root = variance_roots(values, ridge)
     return Roots(inverse=(Q * inverse) @ Q.T, root=(Q * root) @ Q.T)
 
 
-def partial_polar(M: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def partial_polar(M: Tensor, where: str, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Return `U Vᵀ` over the singular values of M that are not rounding, and all of them."""
-    U, S, Vt = svd(M, where)
+    U, S, Vt = svd(M, where, device)
     rank = int((RANK_FLOOR * S[0] < S).sum())
     return U[:, :rank] @ Vt[:rank], S
 
 
-def complete_orthogonal(A: Tensor, M: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def complete_orthogonal(
+    A: Tensor, M: Tensor, where: str, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
     """Return the orthogonal factor `[d_s, d_t]` of A, and A's singular values.
 
     In the null space of A the factor is completed by that of M. In the null space of both it is
     completed towards the identity.
     """
-    UV, S = partial_polar(A, where)
+    UV, S = partial_polar(A, where, device)
     # ‖UV‖² is the rank of A.
     if round(float(UV.pow(2).sum())) == len(A):
         return UV, S
     # M outside the row and column space of A.
     rest = M - UV @ (UV.T @ M)
     rest = rest - (rest @ UV.T) @ UV
-    return polar(UV + rest / max(float(M.norm()), 1e-300), where)[0], S
+    return polar(UV + rest / max(float(M.norm()), 1e-300), where, device)[0], S

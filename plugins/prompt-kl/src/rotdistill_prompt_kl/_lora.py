@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from rotdistill_core.forward.layerwise import meta_model
+from rotdistill_core.linalg.precision import widened
 from rotdistill_core.store.layout import RunLayout
 
 if TYPE_CHECKING:
@@ -53,6 +54,21 @@ def _target_modules(weights: Weights, train: Literal["lora", "head"]) -> list[st
             if len(param.axes) == 2 and name.startswith(adapter.layers) and name.endswith(".weight")
         ]
     return sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+
+
+def wide_lora_product(module: Any, X: Tensor) -> Tensor:
+    """Return what a linear layer makes of rows `X [n, in]`, `[n, out]`, in float32 at least.
+
+    `X Wᵀ + s X Aᵀ Bᵀ` if the layer has a LoRA, else `X Wᵀ`. In bfloat16 a head would round
+    its logits by more than the KL that they are compared by.
+    """
+    X = widened(X)
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    Y: Tensor = X @ base.weight.to(X).T
+    if hasattr(module, "lora_A") and "default" in module.lora_A:
+        A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+        Y = Y + module.scaling["default"] * (X @ A.to(X).T @ B.to(X).T)
+    return Y
 
 
 def lora_products(student: Any) -> Iterator[tuple[str, Tensor]]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.data.packed import Samples
     from rotdistill_core.data.questions import Question
+    from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 def distil(
     step: PromptKl,
     weights: Weights,
+    activations: ActivationStore | None,
     pair: Pair,
     samples: Samples,
     out: StepOutput,
@@ -55,7 +57,9 @@ def distil(
     """
     layout = training_texts(step, pair, samples, out, progress)
     vocabulary = shared_vocabulary(pair)
-    targets = DistillationTargets(pair, layout, vocabulary, out, progress, step.bfloat16)
+    targets = DistillationTargets(
+        pair, layout, vocabulary, out, progress, step.bfloat16, activations
+    )
     out.notes["texts"] = len([text for text in layout.texts if not text.plain])
     # The guard's forward passes need memory: the model that trained is gone when this returns.
     trained = trained_weights(step, weights, pair, targets, out, progress)

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rotdistill_core.evaluation.acceptance import (
-    TextScores,
-    scored_rows,
-    scores_by_text,
-    teacher_final_states,
-)
+from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, scores_by_text
 from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
-from rotdistill_core.forward.head import log_probs
+from rotdistill_core.forward.head import head_for, log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_prompt_kl._lora import wide_lora_product
+from rotdistill_prompt_kl._teacher_states import states_of_teacher
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.data.packed import PackedTexts, Samples
+    from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
 
@@ -41,7 +39,7 @@ class Batch(NamedTuple):
     mask: Tensor
     """1 for tokens, 0 for padding `[texts, longest]`."""
     predicts_answer: Tensor
-    """Whether the next token is one of the answer `[texts, longest]`."""
+    """Places in the flattened batch whose next token is one of the answer [n]."""
     rows: Tensor
     """Rows of the layout at these positions [n]."""
 
@@ -57,13 +55,15 @@ class DistillationTargets:
         out: StepOutput,
         progress: Progress,
         bfloat16: bool = False,
+        activations: ActivationStore | None = None,
     ) -> None:
         self.pair = pair
         self.layout = layout
         self.vocabulary = vocabulary
         self.bfloat16 = bfloat16
-        self.states = teacher_final_states(pair.teacher, layout, out, progress).clone()
-        self.head = pair.teacher.weights.head()[:vocabulary].to(self.states.dtype)
+        self.states = states_of_teacher(pair, layout, activations, out, progress)
+        device = pair.student.device
+        self.head = head_for(pair.teacher.weights, self.states[:0].to(device), vocabulary)
 
     def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
         """Return the KL of every continuation token [n] of some texts, in float32 at least.
@@ -83,17 +83,16 @@ class DistillationTargets:
                 input_ids=batch.ids.to(device),
                 attention_mask=batch.mask.to(device),
                 use_cache=False,
-            )[0][batch.predicts_answer.to(device)]
-            logits = head(states)[:, : self.vocabulary]
-            with torch.no_grad():
-                teacher = self.pair.teacher.weights
-                p = log_probs(teacher, self.states[batch.rows], self.head, self.vocabulary)
-                p = p.to(device)
-        wide = torch.promote_types(logits.dtype, torch.float32)
+            )[0].flatten(0, 1)[batch.predicts_answer.to(device)]
+        # Outside of autocast: both heads multiply in float32.
+        with torch.no_grad():
+            T = self.states[batch.rows].to(device)
+            p = log_probs(self.pair.teacher.weights, T, self.head)
+        logits = wide_lora_product(head, states)[:, : self.vocabulary]
         cap = weights.config.get(adapter.softcap_key)
         if cap is not None:
             logits = cap * (logits / cap).tanh()
-        return kl_divergence(p, logits.to(wide).log_softmax(-1))
+        return kl_divergence(p, logits.log_softmax(-1))
 
     def _batch(self, texts: list[int]) -> Batch:
         """Return some texts of the layout as one batch, padded on the right."""
@@ -111,7 +110,8 @@ class DistillationTargets:
             mask[b, :length] = 1
             predicts_answer[b, text.answer - 1 : length - 1] = True
             rows.append(torch.arange(first + text.answer - 1, first + length - 1))
-        return Batch(ids, mask, predicts_answer, torch.cat(rows))
+        places = predicts_answer.flatten().nonzero().flatten()
+        return Batch(ids, mask, places, torch.cat(rows))
 
     def kl(self, student: Any, weights: Weights, split: str) -> float:
         """Return the mean KL of the model that trains, over the tokens of a split, nats."""
@@ -131,7 +131,7 @@ class DistillationTargets:
             forward.run()
         scored = scored_rows(layout, samples, split)
         T = self.states[layout.row_indices_in(self.layout)][scored.rows]
-        S = forward.states[scored.rows]
+        S = forward.states_of(scored.rows)
         teacher = self.pair.teacher.weights
         compared = compare_logits(teacher, T, view, S, scored.targets, self.vocabulary)
         return scores_by_text(compared.kl, scored.text)

@@ -11,7 +11,7 @@ from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_prompt_kl._cost import prompt_kl_cost
 
 if TYPE_CHECKING:
-    from rotdistill_core import Pair, Progress, Samples, StepOutput, Weights
+    from rotdistill_core import ActivationStore, Pair, Progress, Samples, StepOutput, Weights
 
 
 @step
@@ -79,12 +79,18 @@ class PromptKl:
 
     @hookimpl
     def style(
-        self, weights: Weights, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
+        self,
+        weights: Weights,
+        pair: Pair,
+        samples: Samples,
+        out: StepOutput,
+        progress: Progress,
+        activations: ActivationStore | None = None,
     ) -> Weights:
-        """See `HookSpecs.style`."""
+        """See `HookSpecs.style`. Captured states are used if there are any."""
         from rotdistill_prompt_kl._method import distil
 
-        return distil(self, weights, pair, samples, out, progress)
+        return distil(self, weights, activations, pair, samples, out, progress)
 
 
 @hookimpl

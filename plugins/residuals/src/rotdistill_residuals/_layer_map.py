@@ -26,6 +26,7 @@ from rotdistill_core.forward.activations import (
     rms_normalise,
 )
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.linalg.precision import CPU, float64_device
 from rotdistill_core.linalg.solvers import ridge
 
 MAX_FIT_ROWS = 2048
@@ -57,14 +58,18 @@ class LayerMap(NamedTuple):
         return mean_r2(self.r2, self.matched)
 
 
-def match_layers(activations: ActivationStore, progress: Progress) -> LayerMap:
+def match_layers(
+    activations: ActivationStore, progress: Progress, device: torch.device = CPU
+) -> LayerMap:
     """Fit the monotone layer map that explains most of the teacher's stream.
+
+    Regressions run on `device` where its float64 is fast.
 
     Raises:
         RotdistillError: a stream is not finite.
         RecipeError: a split has no rows left.
     """
-    r2 = explained_variance(activations, progress)
+    r2 = explained_variance(activations, progress, device)
     matched = best_monotone_map(r2)
     stretched = [activations.teacher_boundaries[depth] for depth in activations.depths]
     boundary_count = len(activations.teacher_boundaries)
@@ -76,7 +81,9 @@ def match_layers(activations: ActivationStore, progress: Progress) -> LayerMap:
     )
 
 
-def explained_variance(activations: ActivationStore, progress: Progress) -> Tensor:
+def explained_variance(
+    activations: ActivationStore, progress: Progress, device: torch.device = CPU
+) -> Tensor:
     """Return R² of each pair of boundaries `[student boundaries, teacher boundaries]`, float64.
 
     Raises:
@@ -88,21 +95,23 @@ def explained_variance(activations: ActivationStore, progress: Progress) -> Tens
     teacher_count = len(activations.shards[Side.TEACHER])
     fit, validation = _regression_rows(activations, layout)
     rows = torch.cat([fit, validation])
+    place = float64_device(device)
 
     # The fitted values are linear in the targets, ŷ = H y. One matrix H [validation, fit] of a
     # student boundary serves all boundaries of the teacher.
     hats = []
     for b in range(student_count):
-        X = rms_normalise(activations.rows(Side.STUDENT, b)[rows])
+        X = rms_normalise(activations.rows(Side.STUDENT, b)[rows].to(place))
         X = X - X[: len(fit)].mean(0)
         X_fit, X_validation = X[: len(fit)], X[len(fit) :]
         name = f"residuals: student boundary {b}"
-        W = ridge(X_fit.T @ X_fit, X_fit.T.contiguous(), RIDGE, name)
-        hats.append((X_validation @ W).float())
+        xx, xy = (X_fit.T @ X_fit).cpu(), X_fit.T.contiguous().cpu()
+        W = ridge(xx, xy, RIDGE, name, device)
+        hats.append((X_validation @ W.to(place)).float())
 
     r2 = torch.zeros(student_count, teacher_count, dtype=torch.float64)
     for m in range(teacher_count):
-        Y = rms_normalise(activations.teacher_rows(layout, m)[rows]).float()
+        Y = rms_normalise(activations.teacher_rows(layout, m)[rows].to(place)).float()
         Y = Y - Y[: len(fit)].mean(0)
         Y_fit, Y_validation = Y[: len(fit)], Y[len(fit) :]
         total = Y_validation.double().pow(2).sum().clamp_min(1e-30)

@@ -91,7 +91,7 @@ def capture(
             step.control, activations, out, model=pair.teacher.ref.model
         )
     if step.layer_map == "match":
-        activations = _with_matched_layers(activations, out, progress)
+        activations = _with_matched_layers(activations, pair.student.device, out, progress)
     return activations
 
 
@@ -144,11 +144,11 @@ class Stream:
 
         # One thread hashes and writes a boundary while the next layer is computed.
         with ThreadPoolExecutor(1) as writer:
-            pending = writer.submit(commit, forward.boundary, forward.states.clone())
+            pending = writer.submit(commit, forward.boundary, host_copy(forward.states))
             for layer in forward:
                 forward.run()
                 shards.append(pending.result())
-                pending = writer.submit(commit, layer + 1, forward.states.clone())
+                pending = writer.submit(commit, layer + 1, host_copy(forward.states))
                 progress(layer + 1, self.depth, f"{self.side}: {self.layout.rows} rows")
             shards.append(pending.result())
         return tuple(shards)
@@ -169,8 +169,7 @@ class Stream:
         first_missing = committed.index(None)
         path = committed[first_missing - 1] if first_missing else None
         if path and self.dtype == self.model.dtype:
-            forward.states = open_tensors(path)["rows"].read().clone()
-            forward.boundary = first_missing - 1
+            forward.start_at(first_missing - 1, open_tensors(path)["rows"].read())
 
     def _check_finite(self, boundary: int, states: Tensor) -> None:
         # A finite sum proves that all states are finite. Only without it are rows searched.
@@ -183,6 +182,11 @@ class Stream:
                 f"{self.model.ref.model}: {where}: {len(bad_rows)} rows are NaN or Inf, "
                 f"the first is row {bad_rows[0]}."
             )
+
+
+def host_copy(states: Tensor) -> Tensor:
+    """Return a copy of states on the host, which the next layer does not change."""
+    return states.to("cpu", copy=True)
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
@@ -255,10 +259,10 @@ def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
 
 
 def _with_matched_layers(
-    activations: ActivationStore, out: StepOutput, progress: Progress
+    activations: ActivationStore, device: torch.device, out: StepOutput, progress: Progress
 ) -> ActivationStore:
     """Return the activations with the layer map that explains most; commit the table of R²."""
-    layer_map = match_layers(activations, progress)
+    layer_map = match_layers(activations, progress, device)
     out.json(
         RunLayout.LAYER_MAP,
         {

@@ -15,6 +15,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import Progress, meta_model
+from rotdistill_core.linalg.precision import widened
 from rotdistill_core.store.files import tensor_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -89,7 +90,8 @@ def _summed_squares(
     for done, text in enumerate(texts, 1):
         torch.autograd.backward(_log_likelihood(model, text, generator))
         for n, parameter in model.named_parameters():
-            squares[n] = squares.get(n, 0.0) + parameter.grad.square()
+            # A sum of many small squares in bfloat16 would stop growing.
+            squares[n] = squares.get(n, 0.0) + widened(parameter.grad).square()
         model.zero_grad()
         progress(done, len(texts), f"{label} on texts")
     return squares
@@ -102,7 +104,7 @@ def _log_likelihood(model: Any, text: Text, generator: torch.Generator | None) -
     """
     ids = torch.tensor([text.tokens])
     logits = model(input_ids=ids.to(model.device), use_cache=False).logits[0, text.answer - 1 : -1]
-    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logs = widened(logits).log_softmax(-1)
     labels = ids[0, text.answer :]
     if generator is not None:
         labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator)[:, 0]

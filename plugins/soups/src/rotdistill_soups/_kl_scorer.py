@@ -40,7 +40,7 @@ class KLScorer:
             self.pair.teacher.weights,
             self.states,
             view,
-            forward.states[self.rows],
+            forward.states_of(self.rows),
             self.targets,
             self.tokens,
         )

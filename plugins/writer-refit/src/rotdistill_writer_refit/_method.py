@@ -88,8 +88,7 @@ def solve(
     cuts = layers_before_cuts(weights)
     if pair.same and cuts and targets.reached_by_student(samples, cuts[0]):
         # The layers before the first cut reproduce the teacher: start with its states there.
-        forward.boundary = cuts[0]
-        forward.states = targets.at(layout, cuts[0]).to(forward.dtype)
+        forward.start_at(cuts[0], targets.at(layout, cuts[0]))
 
     edited: dict[str, Tensor] = {}
     diagnostics: dict[str, dict[str, float]] = {}
@@ -200,7 +199,7 @@ def solve_writer(
         row_sets=(problem.fit, ~problem.fit),
         alpha=step.alpha,
     )
-    best = best_ridge(fit, validation, step.ridge, f"writer-refit: {name}")
+    best = best_ridge(fit, validation, step.ridge, f"writer-refit: {name}", forward.device)
     error = best.validation_error / validation.yy if validation.yy else 0.0
     edit = map_output if on_output else add_to_writer
     tensors = {

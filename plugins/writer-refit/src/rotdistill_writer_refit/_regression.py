@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotdistill_core.errors import SingularError
 from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import ridge
 
 
@@ -27,7 +28,11 @@ class RidgeFit(NamedTuple):
 
 
 def best_ridge(
-    fit: Moments, validation: Moments, strengths: Sequence[float], where: str
+    fit: Moments,
+    validation: Moments,
+    strengths: Sequence[float],
+    where: str,
+    device: torch.device = CPU,
 ) -> RidgeFit:
     """Return the ridge solution with the least error on validation rows.
 
@@ -39,11 +44,12 @@ def best_ridge(
         validation: the same over the validation rows.
         strengths: λ as multiples of the mean diagonal of `AᵀA`.
         where: names the writer in errors.
+        device: where the rows were; see `rotdistill_core.linalg.solvers`.
     """
     best = RidgeFit(torch.zeros_like(fit.xy), 0.0, 0.0, validation.yy)
     for strength in strengths:
         try:
-            delta = ridge(fit.xx, fit.xy, strength, where)
+            delta = ridge(fit.xx, fit.xy, strength, where, device)
         except SingularError:
             # Fewer rows than unknowns, and a λ below rounding: not a candidate.
             continue

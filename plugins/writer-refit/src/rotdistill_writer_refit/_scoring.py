@@ -39,7 +39,7 @@ def score_split(
             forward.run()
     scored = scored_rows(forward.layout, samples, split, SCORED_ROWS)
     T = activations.teacher_states(forward.layout, student.depth)[scored.rows]
-    S = forward.states[scored.rows]
+    S = forward.states_of(scored.rows)
     tokens = shared_vocabulary(pair)
     comparison = compare_logits(teacher.weights, T, weights, S, scored.targets, tokens)
     return scores_by_text(comparison.kl, scored.text)

@@ -91,5 +91,5 @@ class TeacherTargets:
                 break
             forward.run()
         target = self.at(forward.layout, boundary)
-        distance = (forward.states - target.to(forward.states)).norm()
+        distance = (forward.states.to(target) - target).norm()
         return bool(distance <= 1e-3 * target.norm())
