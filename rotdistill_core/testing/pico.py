@@ -133,10 +133,11 @@ def captured_activations(
     shards: dict[str, tuple[str, ...]] = {}
     for side, view in ((Side.TEACHER, pair.teacher.weights), (Side.STUDENT, weights)):
         walk = LayerwiseForward(view, samples.layout, torch.device("cpu"), torch.float32)
-        written = [write_shard(out, side, 0, walk.states, torch.float32, {})]
+        sidecar = {"side": side}
+        written = [write_shard(out, side, 0, walk.states, torch.float32, sidecar)]
         for i in walk:
             walk.run()
-            written.append(write_shard(out, side, i + 1, walk.states, torch.float32, {}))
+            written.append(write_shard(out, side, i + 1, walk.states, torch.float32, sidecar))
         shards[side] = tuple(written)
     boundaries = tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
     layouts: dict[str, PackedTexts] = {Side.TEACHER: samples.layout, Side.STUDENT: samples.layout}

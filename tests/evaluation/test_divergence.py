@@ -110,3 +110,21 @@ def test_two_tokenizers_share_no_vocabulary(tmp_path: Path) -> None:
     pico_tokenizer(56).save_pretrained(teacher.folder)
     with pytest.raises(SetupError, match="different tokenizers: 8 of 64 tokens"):
         shared_vocabulary(Pair(open_model(teacher.ref), student))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kl_of_narrow_states_is_that_of_float64(
+    pair: Pair, layout: PackedTexts, dtype: torch.dtype
+) -> None:
+    T, S, targets = (
+        rows.to(dtype) if rows.is_floating_point() else rows for rows in answers(pair, layout)
+    )
+    narrow, exact = (
+        compare_logits(
+            pair.teacher.weights, T.to(wide), pair.student.weights, S.to(wide), targets, TOKENS
+        )
+        for wide in (dtype, torch.float64)
+    )
+    assert float((narrow.kl - exact.kl).abs().max()) < 1e-5
+    assert float((narrow.nll - exact.nll).abs().max()) < 1e-5
+    assert narrow.top1.tolist() == exact.top1.tolist()

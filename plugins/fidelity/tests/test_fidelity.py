@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rotdistill_fidelity import _frames
 from rotdistill_fidelity._frames import Frames
 from rotdistill_fidelity._method import hidden_metrics, in_teacher_frame
 from rotdistill_fidelity.step import Fidelity, steps
@@ -19,6 +20,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.maps import Maps, Rotation
+from rotdistill_core.linalg.solvers import polar
 from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.testing import (
     captured_activations,
@@ -188,3 +190,20 @@ def test_two_tokenizers_leave_perplexity_and_no_kl(tmp_path: Path, samples: Samp
     perplexity = float((-q.gather(-1, targets[:, None]).mean()).exp())
     assert found["perplexity", None, None] == pytest.approx(perplexity, rel=1e-4)
     assert not {metric for metric, _, _ in found} & {"kl", "top1"}
+
+
+def test_frames_are_solved_once_for_all_variants(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(pico_model(tmp_path / "teacher", seed=9), pico_model(tmp_path / "student"))
+    activations = captured(pair, samples, tmp_path / "runs")
+    solved: list[str] = []
+
+    def noted(M: torch.Tensor, where: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+        solved.append(where)
+        return polar(M, where, device)
+
+    monkeypatch.setattr(_frames, "polar", noted)
+    first, second = (scores(pair.student.weights, pair, activations, samples) for _ in range(2))
+    assert first == second
+    assert solved == [f"fidelity: boundary {b}" for b in (1, 2)]
