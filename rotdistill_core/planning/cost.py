@@ -213,7 +213,8 @@ def forward_cost(shape: ModelShape, rows: int, number: int) -> Cost:
     """Return the cost of a layer-by-layer forward pass.
 
     In memory are two layers and half of the one that is read next, the residual stream of all rows,
-    and the activations of one batch. The stream goes to the device and back for every layer.
+    and the activations of one batch. The stream stays on the device if it fits there. The figures
+    are those of a stream that does not: it is on the host, and is copied twice for every layer.
 
     Args:
         shape: the model.

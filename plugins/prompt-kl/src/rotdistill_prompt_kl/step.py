@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class PromptKl:
     """Train a LoRA on the teacher's own continuations for a short time; fold it into the weights.
 
-    The loss is the KL to the teacher on the tokens that it wrote. No capture is needed. The
-    weights do not change if validation KL does not fall by more than chance, over texts.
+    The loss is the KL to the teacher on the tokens that it wrote. No capture is needed; captured
+    states of the teacher are used where there are any. The weights do not change if validation KL
+    does not fall by more than chance, over texts.
     """
 
     use: Literal["prompt-kl"] = "prompt-kl"
