@@ -5,6 +5,8 @@ from __future__ import annotations
 BATCH_TOKENS = 1536
 """Padded tokens that go through a layer at once: the budget of `LayerwiseForward`."""
 ANSWERS_AT_ONCE = 64
-"""Answers that `greedy_answers` generates at once."""
+"""Answers that a model generates at once."""
+ANSWERS_PER_CHUNK = 256
+"""Answers that are committed together, a whole number of batches: the most that a kill costs."""
 LOGIT_ROWS = 256
 """Rows whose logits are compared at once."""

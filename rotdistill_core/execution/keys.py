@@ -124,19 +124,6 @@ def start_key(pair: Pair, samples_digest: str, seed: int) -> str:
     return digest(*models, shared_code(pair), samples_digest, seed, *compute)
 
 
-def teacher_answers_key(pair: Pair, prompts: dict[str, list[int]], max_tokens: int) -> str:
-    """Return the key of the teacher's greedy answers to tokenised prompts."""
-    teacher = pair.teacher
-    return digest(
-        "answers",
-        teacher.sha256,
-        prompts,
-        max_tokens,
-        str(teacher.dtype),
-        teacher.device.type,
-    )
-
-
 def checkpoint_key(variant: str, state_key: str, dtype: str) -> str:
     """Return the key of a saved variant; `dtype` is that of the checkpoint, such as `float32`."""
     return digest("checkpoint", variant, state_key, f"torch.{dtype}")

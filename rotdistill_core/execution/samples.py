@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 
@@ -11,9 +10,7 @@ from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, tokenize_for_both, tokenize_texts
 from rotdistill_core.execution.context import RunContext
-from rotdistill_core.execution.keys import teacher_answers_key
-from rotdistill_core.forward.generate import greedy_answers
-from rotdistill_core.plugin.source_code import core_digest
+from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
 
@@ -28,7 +25,8 @@ def prepare_samples(run: RunContext) -> Samples:
     questions of the blurbs.
 
     Raises:
-        SetupError: a tokenizer has no chat template, or a text leaves no room for its answer.
+        SetupError: a tokenizer has no chat template, a text leaves no room for its answer, or the
+            teacher's device has no memory for a single answer.
     """
     settings = run.recipe.samples
     unanswered = [question for question in run.questions if question.answer is None]
@@ -58,19 +56,13 @@ def _teacher_answers(
     }
     if not prompts:
         return {}
-    key = teacher_answers_key(run.pair, prompts, max_tokens)
-    out = run.output(key).shared(key, code=core_digest("forward.generate"))
-    path = out.find(RunLayout.teacher_answers(name))
-    if path is None:
-        started = time.monotonic()
-        answers = greedy_answers(
-            teacher.folder, prompts, max_tokens, teacher.device, teacher.dtype, run.progress
-        )
-        path = out.json(RunLayout.teacher_answers(name), answers)
+    started = time.monotonic()
+    out = run.output("answers")
+    answers = model_answers(teacher, prompts, max_tokens, out, f"teacher-{name}", run.progress)
+    if answers.made:
         seconds = time.monotonic() - started
-        run.log(f"  {'teacher':<12} {f'{len(prompts)} answers':<16} {seconds:6.1f} s")
-    found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        run.log(f"  {'teacher':<12} {f'{answers.made} answers':<16} {seconds:6.1f} s")
+    return answers.tokens
 
 
 def _freeze(run: RunContext, samples: Samples) -> None:

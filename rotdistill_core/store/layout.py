@@ -45,8 +45,6 @@ class RunLayout:
     """How many rows of each text were paired."""
     LAYER_MAP = "layer_map.json"
     """Which layers were matched, with their R²."""
-    CONTINUATIONS = "answers/continuations.json"
-    """What the teacher wrote after short prompts."""
 
     @property
     def recipe(self) -> Path:
@@ -89,9 +87,9 @@ class RunLayout:
         return self.folder / self.CHECKPOINTS
 
     @staticmethod
-    def teacher_answers(questions: str) -> str:
-        """Return the name of the teacher's answers to a set of questions."""
-        return f"answers/teacher-{questions}.json"
+    def answers(series: str, chunk: int) -> str:
+        """Return the name of one chunk of a series of greedy answers; chunks count from 0."""
+        return f"answers/{series}/{chunk:05d}.json"
 
     @staticmethod
     def shard(side: str, boundary: int) -> str:

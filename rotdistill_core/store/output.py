@@ -79,7 +79,18 @@ class StepOutput:
         key = hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()
         shared = StepOutput(self.store, self.ledger, key, self.step, self.store.ledgers())
         shared.used = self.used
+        shared.notes = self.notes
         return shared
+
+    def aside(self) -> StepOutput:
+        """Return an output under the same key whose files are no part of the step's result.
+
+        They only save work when a step is killed and run again. The result of a finished step
+        stands without them.
+        """
+        aside = StepOutput(self.store, self.ledger, self.key, self.step)
+        aside.notes = self.notes
+        return aside
 
     def find(self, name: str) -> Path | None:
         """Return a file that this step committed before, if it still hashes true."""

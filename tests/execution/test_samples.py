@@ -25,13 +25,13 @@ def test_texts_are_frozen_with_hashes_and_answers_are_shared(
     assert [row[0] for row in rows] == [text.id for text in samples.layout.texts]
     assert [row[-1] for row in rows] == [digest(text.tokens) for text in samples.layout.texts]
     assert layout.system_prompt.read_text(encoding="utf-8") == samples.style
-    assert (one.folder / RunLayout.teacher_answers("heldout")).is_file()
-    assert not (one.folder / RunLayout.teacher_answers("own")).exists()
+    assert (one.folder / RunLayout.answers("teacher-heldout", 0)).is_file()
+    assert not (one.folder / RunLayout.answers("teacher-own", 0)).exists()
 
     def answer_again(*_: object) -> None:
         raise AssertionError("the teacher has answered these questions")
 
-    monkeypatch.setattr("rotdistill_core.execution.samples.greedy_answers", answer_again)
+    monkeypatch.setattr("rotdistill_core.forward.generate.AnswerWriter.write", answer_again)
     assert executor("two").samples().digest() == samples.digest()
 
 

@@ -213,7 +213,7 @@ def test_answers_are_generated_once(
     workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(workspace)
-    monkeypatch.setattr("rotdistill_answers._method.greedy_answers", None)
+    monkeypatch.setattr("rotdistill_answers._method.kept_answers", None)
     again = run(workspace)
     assert again.rows == first.rows
     assert answers_of(again, "cut") == answers_of(first, "cut") != {}

@@ -18,7 +18,8 @@ from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
-from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.forward.answers import kept_answers
+from rotdistill_core.forward.generate import Decoding
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.results import Answer
@@ -81,10 +82,13 @@ def evaluate(
 
     Returns:
         A row for each metric, the mean over all answers, and then a row for each metric and answer.
+
+    Raises:
+        SetupError: the student's device has no memory for a single answer.
     """
     texts = [text for text in samples.layout.texts if text.split == Split.HELDOUT]
     questions = {question.id: question for question in samples.questions}
-    generated = _generate(step, variant, pair, texts, progress)
+    generated = _generate(step, variant, pair, texts, out, progress)
     identifier = LanguageIdentifier(text.language for text in texts)
     tokenizer = pair.student.tokenizer
     rows: dict[str, list[MetricRow]] = {}
@@ -195,19 +199,24 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _generate(
-    step: Answers, variant: Variant, pair: Pair, texts: Sequence[Text], progress: Progress
+    step: Answers,
+    variant: Variant,
+    pair: Pair,
+    texts: Sequence[Text],
+    out: StepOutput,
+    progress: Progress,
 ) -> Mapping[str, Sequence[int]]:
     """Return the tokens of the variant's answer to each question."""
     prompts = {text.id: text.tokens[: text.answer] for text in texts}
     longest_of_teacher = max(len(text.tokens) - text.answer for text in texts)
-    return greedy_answers(
-        variant.folder,
-        prompts,
-        step.max_tokens or longest_of_teacher,
-        pair.student.device,
-        pair.student.dtype,
-        progress,
+    decoding = Decoding(
+        folder=variant.folder,
+        max_tokens=step.max_tokens or longest_of_teacher,
+        device=pair.student.device,
+        dtype=pair.student.dtype,
     )
+    # The scores and the text of every answer are in the ledger; the files only survive a kill.
+    return kept_answers(decoding, prompts, out.aside(), f"variant-{variant.name}", progress).tokens
 
 
 def _mean(rows: Sequence[MetricRow]) -> MetricRow:

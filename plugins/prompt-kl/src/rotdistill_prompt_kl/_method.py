@@ -8,7 +8,6 @@ arXiv:2306.13649), there on the student's own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,7 @@ from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_lengt
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
-from rotdistill_core.forward.generate import greedy_answers
-from rotdistill_core.plugin.source_code import core_digest
-from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.forward.answers import model_answers
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets
 
@@ -38,6 +35,9 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
+
+CONTINUATIONS = "continuations"
+"""Names the files of what the teacher wrote after place names."""
 
 
 def distil(
@@ -126,6 +126,7 @@ def place_continuations(
 
     Raises:
         RecipeError: no text has a place.
+        SetupError: the teacher's device has no memory for a single continuation.
     """
     teacher = pair.teacher
     chosen = _place_questions(samples)[: step.max_prompts]
@@ -138,22 +139,9 @@ def place_continuations(
         question.id: prompt_tokens(pair.student.tokenizer, samples.style, question.place)
         for question in chosen
     }
-    shared = out.shared(
-        "continuations",
-        teacher.sha256,
-        json.dumps(prompts),
-        str(step.max_new_tokens),
-        str(teacher.dtype),
-        teacher.device.type,
-        code=core_digest("forward.generate"),
-    )
-    path = shared.find(RunLayout.CONTINUATIONS)
-    if path is None:
-        written = greedy_answers(
-            teacher.folder, prompts, step.max_new_tokens, teacher.device, teacher.dtype, progress
-        )
-        path = shared.json(RunLayout.CONTINUATIONS, written)
-    continuations: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    continuations = model_answers(
+        teacher, prompts, step.max_new_tokens, out, CONTINUATIONS, progress
+    ).tokens
     return [
         Text(
             id=f"{question.id}.place",

@@ -1,0 +1,104 @@
+"""Driver of the crash test of greedy answers: kills a pico run in the second batch of a chunk.
+
+    python tests/execution/crash_answers.py WORK_FOLDER
+
+Prints one JSON document: for an undisturbed run its batches and the hashes of all its files; for
+each kill the batches before and after it, and the hashes of the run that went on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from crash import forked  # this folder, of a script that runs by its path
+from transformers import GenerationMixin
+
+from rotdistill_core.forward import answers, generate
+from rotdistill_core.store.hashing import digest, sha256_of
+from rotdistill_core.testing import PicoWorkspace
+from rotdistill_core.testing.runs import run_recipe
+
+QUESTIONS = 10
+AT_ONCE = 2
+CHUNK = 4
+BATCHES = QUESTIONS // AT_ONCE
+SERIES = ("held-out questions", "own questions", "places", "answers of base", "answers of taught")
+SECOND_OF_SECOND_CHUNK = 3
+STEPS = """
+variants = { base = [], taught = ["lesson"] }
+step = [
+    { use = "chop", layers = 2 },
+    { id = "lesson", use = "prompt-kl", rank = 2, max_epochs = 1, max_new_tokens = 3 },
+    { use = "answers" },
+]
+"""
+
+Batch = list[str]
+"""The hash of the prompts, and their number."""
+
+
+def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:
+    """Run the recipe in small chunks, note each batch, and die in the batch of a number."""
+    generate.ANSWERS_PER_CHUNK = CHUNK
+    answers.ANSWERS_AT_ONCE = AT_ONCE
+    time.monotonic = lambda: 0.0  # what is measured of steps is in results.jsonl
+    plain: Callable[..., Any] = GenerationMixin.generate
+    batches: list[Batch] = []
+
+    def noted(model: Any, **inputs: Any) -> Any:
+        rows = inputs["input_ids"].tolist()
+        batches.append([digest(rows), len(rows)])
+        log.write_text(json.dumps(batches))
+        if len(batches) - 1 == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(model, **inputs)
+
+    GenerationMixin.generate = noted
+    run_recipe(recipe)
+
+
+def outcome(recipe: Path, kill_at: int | None = None) -> dict[str, object]:
+    """Carry out a recipe in a child process; return how it ended and its batches."""
+    log = recipe.with_suffix(".batches")
+    code = forked(partial(carry_out, recipe, log, kill_at))
+    return {"code": code, "batches": json.loads(log.read_text())}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of every file of the runs in a folder, ledgers too."""
+    files = [path for path in sorted((folder / "runs").rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    model = PicoWorkspace(work).model(num_hidden_layers=3)
+
+    def recipe_in(name: str) -> Path:
+        workspace = PicoWorkspace(work / name)
+        workspace.texts(blurbs=QUESTIONS, questions=QUESTIONS)
+        tables = "samples.own_answers = 4"
+        return workspace.recipe(STEPS, teacher=model, student=model, tables=tables)
+
+    golden = recipe_in("golden")
+    undisturbed = {**outcome(golden), "files": hashes(golden.parent)}
+    kills = []
+    for number, series in enumerate(SERIES):
+        recipe = recipe_in(f"kill-{number}")
+        killed = outcome(recipe, number * BATCHES + SECOND_OF_SECOND_CHUNK)
+        again = outcome(recipe)
+        kill = {"series": series, "killed": killed, "again": again, "files": hashes(recipe.parent)}
+        kills.append(kill)
+    print(json.dumps({"undisturbed": undisturbed, "kills": kills}))
+
+
+if __name__ == "__main__":
+    main()

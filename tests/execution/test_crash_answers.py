@@ -1,0 +1,74 @@
+"""kill -9 while a model writes answers costs the chunk in flight, and changes no file.
+
+In turn the teacher answers held-out questions, the texts' own, and continues place names; then the
+variants answer. Each is killed in the second batch of its second chunk of three.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHUNK = 4
+"""Prompts of a chunk in the driver."""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    driver = Path(__file__).with_name("crash_answers.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(tmp_path_factory.mktemp("work"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert printed["undisturbed"]["code"] == 0, done.stderr[-2000:]
+    for kill in printed["kills"]:
+        ended = (kill["killed"]["code"], kill["again"]["code"])
+        assert ended == (-signal.SIGKILL, 0), (kill["series"], done.stderr[-2000:])
+    return printed
+
+
+@pytest.mark.slow
+def test_at_most_one_chunk_is_generated_again(report: dict[str, Any]) -> None:
+    undisturbed = report["undisturbed"]["batches"]
+    assert len(report["kills"]) == 5
+    for kill in report["kills"]:
+        before, after = kill["killed"]["batches"], kill["again"]["batches"]
+        # the last batch of `before` was never finished
+        prompts_again = sum(size for _, size in (*before[:-1], *after)) - sum(
+            size for _, size in undisturbed
+        )
+        assert 0 < prompts_again < CHUNK, kill["series"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_generates_in_the_same_batches(report: dict[str, Any]) -> None:
+    undisturbed = report["undisturbed"]["batches"]
+    for kill in report["kills"]:
+        after = kill["again"]["batches"]
+        assert undisturbed[-len(after) :] == after, kill["series"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_files(report: dict[str, Any]) -> None:
+    undisturbed = report["undisturbed"]["files"]
+    names = {Path(path).name for path in undisturbed}
+    assert {"results.jsonl", "model.safetensors", "00002.json", "samples.tsv"} <= names
+    for kill in report["kills"]:
+        of_teacher = kill["series"].endswith("questions")
+        # reports, and so the ledger, say which steps an earlier process had finished
+        told = () if of_teacher else ("ledger.jsonl", "report.")
+        assert undisturbed.keys() == kill["files"].keys()
+        for path, sha256 in undisturbed.items():
+            if not Path(path).name.startswith(told):
+                assert kill["files"][path] == sha256, (kill["series"], path)
