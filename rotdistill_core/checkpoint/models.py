@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.checkpoint.file_hashes import FileHashes, sample_of
 from rotdistill_core.checkpoint.headers import shard_files
 from rotdistill_core.errors import SetupError
 from rotdistill_core.recipe.document import ModelRef
-from rotdistill_core.store.hashing import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
 
 
-FINGERPRINT_BYTES = 1 << 16
-"""Bytes that a fingerprint takes from each of about five places of a file."""
 TOKENIZER_FILES = (
     "tokenizer",
     "vocab",
@@ -49,11 +47,19 @@ class Model:
     adapter: Adapter
     table_code: str = ""
     """Hash of the code that the adapter's table comes from."""
+    hashes: FileHashes = field(default_factory=FileHashes, compare=False, repr=False)
+    """What hashes its files; models of one run share it, and so a file that they share is read
+    once."""
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of weights, config and tokenizer: two references with one hash are one model."""
-        lines = [f"{path.name} {sha256_of(path)}" for path in self._files]
+        """Hash of weights, config and tokenizer: two references with one hash are one model.
+
+        Files that an earlier run has hashed are not read again; see `FileHashes` for the limit.
+        """
+        files = self._files
+        hashes = self.hashes.of(files)
+        lines = [f"{path.name} {sha256}" for path, sha256 in zip(files, hashes, strict=True)]
         lines.append(self._config_text)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -62,12 +68,9 @@ class Model:
         """Hash of the config and of a little of each file; cheap, and tells models apart."""
         found = hashlib.sha256(self._config_text.encode())
         for path in self._files:
-            size = path.stat().st_size
-            with path.open("rb") as stream:
-                for position in range(0, size, max(FINGERPRINT_BYTES, size // 4)):
-                    stream.seek(position)
-                    found.update(stream.read(FINGERPRINT_BYTES))
-            found.update(f"{path.name} {size}".encode())
+            for block in sample_of(path):
+                found.update(block)
+            found.update(f"{path.name} {path.stat().st_size}".encode())
         return found.hexdigest()
 
     @property
@@ -130,6 +133,12 @@ class Pair:
     teacher: Model
     student: Model
     anchor: Model | None = None
+
+    @property
+    def by_role(self) -> dict[str, Model]:
+        """The models by their role in a recipe."""
+        models = {"teacher": self.teacher, "student": self.student, "anchor": self.anchor}
+        return {role: model for role, model in models.items() if model}
 
     @property
     def for_alignment(self) -> Pair:

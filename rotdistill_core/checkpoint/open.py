@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core.checkpoint.file_hashes import FileHashes, remembered_hashes
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.checkpoint.models import Log, Model, Pair
 from rotdistill_core.errors import PluginError, RotdistillError, SetupError
@@ -29,8 +30,13 @@ HUB_ID = "owner/name"
 """Kind of the ids of a model hub."""
 
 
-def open_model(ref: ModelRef, log: Log = lambda _: None) -> Model:
+def open_model(ref: ModelRef, log: Log = lambda _: None, hashes: FileHashes | None = None) -> Model:
     """Find a model and check it against its adapter, from config and headers alone.
+
+    Args:
+        ref: the recipe's reference.
+        log: takes a line of text when a model has to be located.
+        hashes: hashes its files; those in the user's cache are known if not given.
 
     Raises:
         SetupError: not found, torn, or different from what the adapter's table declares.
@@ -49,6 +55,7 @@ def open_model(ref: ModelRef, log: Log = lambda _: None) -> Model:
         config=config,
         adapter=adapter,
         table_code=source_digest(adapter_origin(model_type)),
+        hashes=hashes or remembered_hashes(log),
     )
 
 
@@ -60,10 +67,11 @@ def open_pair(
     Raises:
         SetupError: see `open_model`; or the anchor has another shape than the student.
     """
+    hashes = remembered_hashes(log)
     pair = Pair(
-        teacher=open_model(teacher, log),
-        student=open_model(student, log),
-        anchor=open_model(anchor, log) if anchor else None,
+        teacher=open_model(teacher, log, hashes),
+        student=open_model(student, log, hashes),
+        anchor=open_model(anchor, log, hashes) if anchor else None,
     )
     if pair.anchor:
         _require_one_shape(pair.anchor, pair.student)

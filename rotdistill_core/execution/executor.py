@@ -190,6 +190,7 @@ class Executor:
         start = StartRecord(
             key=start_key(run.pair, samples.digest(), recipe.seed),
             inputs=run_inputs(recipe, run.pair, run.questions, run.style),
+            models={role: model.sha256 for role, model in run.pair.by_role.items()},
         )
         if start not in run.ledger:
             run.ledger.append(start)

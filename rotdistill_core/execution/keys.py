@@ -90,7 +90,6 @@ def run_inputs(
     The hashes need no tokenizer and read a small part of the weights. A run records them with its
     `start_key`; where they are equal, that key and all keys after it are equal too.
     """
-    models = {"teacher": pair.teacher, "student": pair.student, "anchor": pair.anchor}
     texts = [
         # Facts and falsehoods enter the key of evaluators alone.
         [vars(replace(question, facts=(), falsehoods=())) for question in questions],
@@ -99,7 +98,7 @@ def run_inputs(
     ]
     refs = (recipe.teacher, recipe.student)
     return {
-        **{role: model.fingerprint for role, model in models.items() if model},
+        **{role: model.fingerprint for role, model in pair.by_role.items()},
         "code": shared_code(pair),
         "texts": digest(texts),
         "seed": str(recipe.seed),
@@ -112,14 +111,13 @@ def shared_code(pair: Pair) -> str:
 
     A table counts with everything that its adapter imports.
     """
-    models = [model for model in (pair.teacher, pair.student, pair.anchor) if model]
-    tables = sorted({model.table_code for model in models})
+    tables = sorted({model.table_code for model in pair.by_role.values()})
     return digest(core_digest(*EVERY_RESULT), *tables)
 
 
 def start_key(pair: Pair, samples_digest: str, seed: int) -> str:
     """Return the key of the state before the first step."""
-    models = [model.sha256 for model in (pair.teacher, pair.student, pair.anchor) if model]
+    models = [model.sha256 for model in pair.by_role.values()]
     compute = (str(pair.student.dtype), pair.student.device.type)
     return digest(*models, shared_code(pair), samples_digest, seed, *compute)
 

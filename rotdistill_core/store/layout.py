@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 RUNS_FOLDER = Path("runs")
 """The folder of all runs, relative to the current folder."""
+MODEL_HASHES = "model_hashes.json"
+"""In the user's cache: the sha256 of model files that runs have read."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ class RunLayout:
     def checkpoint(cls, variant: str, name: str) -> str:
         """Return the name of a file of a variant's checkpoint."""
         return f"{cls.CHECKPOINTS}/{variant}/{name}"
+
+
+def user_cache() -> Path:
+    """Return the folder of what can be made again, in `XDG_CACHE_HOME` or else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotdistill"
 
 
 def ledger_paths(root: Path) -> list[Path]:

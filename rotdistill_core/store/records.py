@@ -7,7 +7,7 @@ folder of all runs: a step may use files that another run made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
@@ -117,6 +117,8 @@ class StartRecord:
     """Key of everything below; see `start_key`."""
     inputs: Mapping[str, str]
     """Name -> a hash that needs neither tokenizer nor weights, so that `plan` can compare it."""
+    models: Mapping[str, str] = field(default_factory=dict)
+    """Role -> the sha256 of the model; see `Model.sha256`."""
 
     def paths(self) -> Iterator[str]:
         """Yield no file."""

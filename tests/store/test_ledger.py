@@ -80,7 +80,7 @@ REPORT = StepReport(
     answers={"q1": Answer("ja", "東京は?", "はい", "no", teacher_facts=("Tokyo",))},
 )
 RECORDS: dict[str, LedgerRecord] = {
-    "start": StartRecord(key="k", inputs={"teacher": "ab", "seed": "0"}),
+    "start": StartRecord(key="k", inputs={"teacher": "ab", "seed": "0"}, models={"teacher": "abc"}),
     "file": FileRecord(key="k", name="a.json", path="run/a.json", bytes=3, sha256="ab"),
     "checkpoint": CheckpointRecord(key="k", variant="full", folder="run/c/full", files=FILES),
     "activations": replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,14 @@ from rotdistill_commands._check_run import check_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rotdistill_core.checkpoint import file_hashes
+from rotdistill_core.checkpoint.file_hashes import FileHashes, remembered_hashes
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.files import CommittedFile
-from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.hashing import digest, sha256_of
+from rotdistill_core.store.layout import MODEL_HASHES, user_cache
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import (
     CheckpointRecord,
@@ -35,6 +41,11 @@ step = [
     { use = "basis-fold" },
     { use = "fidelity" },
 ]
+"""
+
+STEPS_OF_SMALL_RUN = """
+variants = { cut = [] }
+step = [{ use = "chop", layers = 1 }]
 """
 
 
@@ -86,6 +97,7 @@ def test_a_whole_run_holds(run: Path) -> None:
     assert found.unfolded.keys() == {"basis-fold"}
     assert 0 < found.unfolded["basis-fold"] < 1e-6
     assert found.files > 10
+    assert found.models == 2
 
 
 def test_a_map_that_is_no_rotation_is_named(run: Path) -> None:
@@ -149,6 +161,82 @@ def test_a_student_that_is_gone_is_named(
     monkeypatch.setattr("rotdistill_commands._check_run.open_model", gone)
     with pytest.raises(SetupError, match="student: is neither a folder"):
         check_run(next((work / "runs").glob("first-*")))
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run without an exact step; its teacher has a file large enough to be remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_hashes, "SETTLED_NANOSECONDS", -(10**12))  # files are new here
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    teacher = workspace.model("teacher", vocab_size=9000)
+    student = workspace.model("student")
+    recipe = workspace.recipe(STEPS_OF_SMALL_RUN, teacher=teacher, student=student)
+    return workspace.run(recipe).folder
+
+
+def test_models_are_compared_with_those_that_the_run_started_from(small_run: Path) -> None:
+    found = check_run(small_run)
+    assert (found.models, found.models_not_here, found.problems) == (2, [], [])
+    student = small_run.parents[1] / "student"
+    settings = student / "generation_config.json"
+    settings.write_text(settings.read_text() + " ")
+    [problem] = check_run(small_run).problems
+    assert problem == (
+        f"student {student}: its files in {student} are not those that the run started from."
+    )
+
+
+def test_a_byte_that_runs_do_not_see_is_seen_by_check(small_run: Path) -> None:
+    teacher = small_run.parents[1] / "teacher"
+    path = teacher / "model.safetensors"
+    old, cached = open_model(ModelRef(model=str(teacher))), remembered_hashes()
+    assert old.sha256 == replace(old, hashes=FileHashes()).sha256
+    size = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.seek(size // 8)  # between two places of the sample
+        byte = stream.read(1)[0]
+        stream.seek(size // 8)
+        stream.write(bytes([byte ^ 1]))
+    pretend_unchanged(path)
+    assert remembered_hashes().of([path]) == cached.of([path]) != [sha256_of(path)]
+    [problem] = check_run(small_run).problems
+    assert problem.endswith("are not those that the run started from.")
+    assert f"teacher {teacher}" in problem
+
+
+def pretend_unchanged(path: Path) -> None:
+    """Let the cache of hashes believe that a file was hashed as it is now."""
+    cache = user_cache() / MODEL_HASHES
+    status = path.stat()
+    name = f"{status.st_dev}:{status.st_ino}"
+    known = json.loads(cache.read_text())
+    _, _, size, sample = known[name][0].split()
+    state = f"{status.st_ctime_ns} {status.st_mtime_ns} {size} {sample}"
+    known[name] = [state, known[name][1], digest(name, state, known[name][1])]
+    cache.write_text(json.dumps(known))
+
+
+def test_a_model_that_is_not_here_is_named_and_is_no_problem(small_run: Path) -> None:
+    teacher = small_run.parents[1] / "teacher"
+    shutil.rmtree(teacher)
+    found = check_run(small_run)
+    assert (found.models, found.problems) == (1, [])
+    assert found.models_not_here == [
+        f"teacher {teacher}: is not on this machine, so it was not hashed."
+    ]
+    code, _, err = PicoWorkspace(small_run.parents[1]).command("check", str(small_run))
+    assert code == 0
+    assert "is not on this machine, so it was not hashed." in err.replace("\n", " ")
+
+
+def test_a_torn_model_is_a_problem(small_run: Path) -> None:
+    student = small_run.parents[1] / "student"
+    path = student / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    [problem] = check_run(small_run).problems
+    assert problem.startswith(f"student {student}: cannot be opened any more: {path}: not a valid")
 
 
 def test_a_reused_step_is_in_the_ledger_of_both_runs(work: Path) -> None:

@@ -1,20 +1,25 @@
-"""Recompute the claims of a run from its files: hashes, maps, and the way back from exact folds."""
+"""Recompute the claims of a run from its files: hashes, maps, and the way back from exact folds.
+
+The models' files are hashed, too, byte by byte: what runs remember of them is not read.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rotdistill_core.checkpoint.file_hashes import FileHashes
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights, restore_undo, restore_weights
-from rotdistill_core.errors import CheckFailed, RecipeError
+from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
 from rotdistill_core.linalg.maps import Gauge, Map, Rotation, restore_maps, tensor_of
-from rotdistill_core.recipe.document import StudentRef
+from rotdistill_core.planning.models import model_info
+from rotdistill_core.recipe.document import ModelRef, StudentRef
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
@@ -33,6 +38,10 @@ class RunCheck:
     run: str
     files: int = 0
     """Committed files that were hashed."""
+    models: int = 0
+    """Models whose files were hashed."""
+    models_not_here: list[str] = field(default_factory=list)
+    """A sentence for each model that is not on this machine, so that it was not hashed."""
     maps: int = 0
     unfolded: dict[str, float] = field(default_factory=dict)
     """Id of an exact step -> distance of its unfolded weights from those before it, relative."""
@@ -66,6 +75,7 @@ def check_run(folder: Path) -> RunCheck:
             )
     if check.problems:
         return check
+    _check_models(ledger, check)
     for record in steps.values():
         if isinstance(record.result, MapsRef):
             _check_maps(record.id, record.result, store.root, check)
@@ -83,10 +93,43 @@ def _committed_files(ledger: Ledger) -> list[CommittedFile]:
     return list(files.values())
 
 
+def _recipe(layout: RunLayout) -> dict[str, Any]:
+    recipe: dict[str, Any] = json.loads(layout.resolved_recipe.read_text(encoding="utf-8"))
+    return recipe
+
+
 def _student(layout: RunLayout) -> Weights:
     """Open the student that a run started from."""
-    recipe = json.loads(layout.resolved_recipe.read_text(encoding="utf-8"))
-    return open_model(StudentRef(**recipe["student"])).weights
+    return open_model(StudentRef(**_recipe(layout)["student"])).weights
+
+
+def _check_models(ledger: Ledger, check: RunCheck) -> None:
+    """Compare the models with those that the run started from; nothing is downloaded."""
+    recorded: dict[str, set[str]] = {}
+    for start in ledger.starts:
+        for role, sha256 in start.models.items():
+            recorded.setdefault(role, set()).add(sha256)
+    recipe = _recipe(RunLayout(ledger.folder)) if recorded else {}
+    hashes = FileHashes()
+    for role, expected in recorded.items():
+        kind = StudentRef if role == "student" else ModelRef
+        ref = kind(**recipe[role])
+        where = f"{role} {ref.model}"
+        try:
+            model = model_info(ref, ledger.folder, lambda _: None).model
+        except RotdistillError as error:
+            if Path(ref.model).expanduser().exists():
+                check.problems.append(f"{where}: cannot be opened any more: {error}")
+                continue
+            model = None
+        if model is None:
+            check.models_not_here.append(f"{where}: is not on this machine, so it was not hashed.")
+            continue
+        check.models += 1
+        if replace(model, hashes=hashes).sha256 not in expected:
+            check.problems.append(
+                f"{where}: its files in {model.folder} are not those that the run started from."
+            )
 
 
 def _check_maps(step: str, result: MapsRef, root: Path, check: RunCheck) -> None:

@@ -62,9 +62,11 @@ def _check_run(folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome.as_dict()))
     else:
+        for line in outcome.models_not_here:
+            log(line)
         log(
-            f"{outcome.files} files, {outcome.maps} maps, {len(outcome.unfolded)} folds undone, "
-            f"{len(outcome.problems)} problems"
+            f"{outcome.files} files, {outcome.models} models, {outcome.maps} maps, "
+            f"{len(outcome.unfolded)} folds undone, {len(outcome.problems)} problems"
         )
     if outcome.problems:
         raise CheckFailed("\n".join(outcome.problems))

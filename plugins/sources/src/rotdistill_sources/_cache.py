@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import json_blocks, write_file
 from rotdistill_core.store.hashing import sha256_of
-from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.layout import RunLayout, user_cache
 
 
 def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
@@ -23,8 +22,7 @@ def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     Raises:
         SetupError: transformers cannot read the file, or the cache cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rotdistill"
-    folder = cache / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
+    folder = user_cache() / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
     if not is_complete(folder):
         log(f"{gguf.name}: dequantising into {folder}")
         _build(gguf, folder)
