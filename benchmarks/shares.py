@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 
-from rotdistill_core import load_recipe, run
+from rotdistill_core import hookimpl, load_recipe, run
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store import files
 
@@ -57,6 +57,7 @@ WRAPPED: Mapping[str, tuple[str, ...]] = {
     "solves": (
         "rotdistill_core.linalg.solvers:ridge",
         "rotdistill_core.linalg.solvers:svd",
+        "rotdistill_core.linalg.solvers:eigh",
         "rotdistill_core.linalg.solvers:polar",
         "rotdistill_core.alignment.assignment:assign",
         *(f"{module}:{name}" for module, names in LAPACK.items() for name in names),
@@ -185,19 +186,24 @@ def table(times: Mapping[str, Time], wall: float) -> str:
     lines = ["| work | seconds | share | calls | beside it, seconds |", "|---|---|---|---|---|"]
     for kind, each in [*rows, (REST, rest)]:
         share = f"{each.seconds / wall:.1%}".replace("%", " %")
-        calls = f"{each.calls:,}" if each.calls else ""
-        beside = f"{each.beside:.1f}" if each.beside else ""
-        lines.append(f"| {kind} | {each.seconds:.1f} | {share} | {calls} | {beside} |")
+        calls = f"{each.calls:,} " if each.calls else ""
+        beside = f"{each.beside:.1f} " if each.beside else ""
+        lines.append(f"| {kind} | {each.seconds:.1f} | {share} | {calls}| {beside}|")
     lines.append(f"| the run | {wall:.1f} | 100 % | | |")
     return "\n".join(lines)
 
 
 class PrintedLog:
-    """What a run reports to: it prints the lines on stderr."""
+    """What a run reports to: it prints lines and finished steps on stderr."""
 
     def log(self, line: str) -> None:
         """Print a line."""
         print(line, file=sys.stderr)
+
+    @hookimpl
+    def after_step(self, step_id: str, variant: str, seconds: float) -> None:
+        """See `HookSpecs.after_step`."""
+        self.log(f"  {variant:<12} {step_id:<16} {seconds:6.1f} s")
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show nothing."""

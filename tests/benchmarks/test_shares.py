@@ -75,7 +75,7 @@ def test_the_table_adds_up(shares: ModuleType) -> None:
     solves = {"solves": shares.Time(seconds=3.0, calls=1200, beside=0.5)}
     lines = shares.table(solves, wall=12.0).splitlines()
     assert "| solves | 3.0 | 25.0 % | 1,200 | 0.5 |" in lines
-    assert "| the rest | 9.0 | 75.0 % |  |  |" in lines
+    assert "| the rest | 9.0 | 75.0 % | | |" in lines
     assert lines[-1] == "| the run | 12.0 | 100 % | | |"
 
 
@@ -88,9 +88,9 @@ def test_a_pico_run_is_measured(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(recipe), "--limit", "12"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (.+) \| ([\d.]+) \| (\S+) % \| ([\d,]*) \|", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \| ([\d.]+) \| (\S+) % \| ([\d,]*) ?\|", done.stdout, re.MULTILINE)
     calls = {kind: int(count.replace(",", "")) for kind, _, _, count in rows if count}
     assert calls.pop("loading whole models") > 0
     assert len(calls) == 7
     assert all(count > 0 for count in calls.values())
-    assert sum(float(share) for _, _, share, _ in rows) == pytest.approx(100, abs=0.5)
+    assert sum(float(share) for _, _, share, _ in rows[:-1]) == pytest.approx(100, abs=0.5)
