@@ -17,7 +17,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Side
-from rotdistill_core.linalg.precision import WITHOUT_FLOAT64
+from rotdistill_core.linalg.precision import sum_device
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -210,8 +210,7 @@ def mean_square(X: Tensor) -> Tensor:
     """
     if not len(X):
         return torch.zeros(0, dtype=torch.float64)
-    if X.device.type in WITHOUT_FLOAT64:
-        X = X.cpu()
+    X = X.to(sum_device(X.device))
     chunks = (X[k : k + CHUNK_ROWS] for k in range(0, len(X), CHUNK_ROWS))
     return torch.cat([chunk.double().pow(2).mean(-1) for chunk in chunks]).cpu()
 
