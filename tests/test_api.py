@@ -120,7 +120,7 @@ def test_a_plan_lists_what_is_reused(work: Path) -> None:
     planned = plan("trial.toml")
     assert planned.todo == []
     assert {line.id for line in planned.lines} >= {"chop", "residuals", "refit", "fidelity"}
-    small = plan("trial.toml", fresh=True, machine=Machine(ram=1, gpu=0, disk=1, cores=1))
+    small = plan("trial.toml", fresh=True, machine=Machine(ram=1, gpus=(), disk=1, cores=1))
     assert len(small.todo) > 3
     assert len(small.shortfalls) == 2
 

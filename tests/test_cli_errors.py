@@ -330,8 +330,8 @@ def test_a_fault_of_the_machine_has_its_exit_code(
 
 
 SMALL = {
-    "memory": (Machine(ram=1, gpu=0, disk=1 << 40, cores=1), "of memory; 0 MB are free"),
-    "disk": (Machine(ram=1 << 40, gpu=0, disk=1, cores=1), "the run writes about"),
+    "memory": (Machine(ram=1, gpus=(), disk=1 << 40, cores=1), "of memory; 0 MB are free"),
+    "disk": (Machine(ram=1 << 40, gpus=(), disk=1, cores=1), "the run writes about"),
 }
 
 

@@ -105,13 +105,15 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
-        import torch  # noqa: PLC0415  (plan opens models without it)
+        """Where the model computes.
 
-        name = self.ref.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        Raises:
+            SetupError: this machine has no such device.
+        """
+        # plan opens models without torch
+        from rotdistill_core.checkpoint.devices import resolve_device  # noqa: PLC0415
+
+        return resolve_device(self.ref.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -87,6 +87,8 @@ class Executor:
             check_hook(recipe_step)
         self.observers = Observers(observer, recipe.observers, folder)
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
+        for model in (pair.teacher, pair.student):
+            model.device  # noqa: B018  a missing device is an error now, not after the answers
         questions, style = read_questions(recipe.samples, loaded.path.parent)
         self.context = RunContext(
             loaded=loaded,

@@ -52,7 +52,9 @@ class Cost:
     host_bytes: float = 0.0
     """Peak memory on the host."""
     device_bytes: float = 0.0
-    """Peak memory on the device that computes. Without a GPU it comes on top of `host_bytes`."""
+    """Peak memory on the student's device. If that is the host, it comes on top of `host_bytes`."""
+    teacher_device_bytes: float = 0.0
+    """Peak memory on the teacher's device, which may be the same; never at the same time."""
     disk_bytes: float = 0.0
     """Size of the files that only this step writes."""
     operations: float = 0.0
@@ -69,12 +71,17 @@ class Cost:
         return Cost(
             host_bytes=max(self.host_bytes, other.host_bytes),
             device_bytes=max(self.device_bytes, other.device_bytes),
+            teacher_device_bytes=max(self.teacher_device_bytes, other.teacher_device_bytes),
             disk_bytes=self.disk_bytes + other.disk_bytes,
             operations=self.operations + other.operations,
             read_bytes=self.read_bytes + other.read_bytes,
             traffic_bytes=self.traffic_bytes + other.traffic_bytes,
             shared_files={**self.shared_files, **other.shared_files},
         )
+
+    def on_teacher(self) -> Cost:
+        """Return the cost of the same work on the teacher's device."""
+        return replace(self, device_bytes=0.0, teacher_device_bytes=self.device_bytes)
 
     def repeated(self, count: float) -> Cost:
         """Return the cost of doing this `count` times: memory and files stay, the rest grows."""
@@ -271,7 +278,7 @@ def teacher_answers_cost(context: CostContext) -> Cost:
         texts.questions_asked,
         texts.answer_tokens,
         context.teacher_bytes,
-    )
+    ).on_teacher()
 
 
 def checkpoint_cost(context: CostContext, number: int) -> Cost:
@@ -296,7 +303,7 @@ def teacher_states_cost(context: CostContext, rows: int, key: Hashable) -> Cost:
     number = context.teacher_bytes
     states = float(rows * context.teacher.width * number)
     return replace(
-        forward_cost(context.teacher, rows, number),
+        forward_cost(context.teacher, rows, number).on_teacher(),
         shared_files={("final states", key): states},
     )
 
@@ -358,7 +365,7 @@ def capture_cost(context: CostContext, student_rows: int | None = None) -> Cost:
     if student_rows is None:
         student_rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
     total, number = context.texts.total, context.student_bytes
-    cost = forward_cost(context.teacher, total, context.teacher_bytes)
+    cost = forward_cost(context.teacher, total, context.teacher_bytes).on_teacher()
     cost += forward_cost(context.student, student_rows, number)
     shards = shard_bytes(context.teacher, total, context.teacher_bytes)
     shards += shard_bytes(context.student, student_rows, number)

@@ -22,7 +22,7 @@ from rotdistill_core.planning.cost import (
     step_cost,
     teacher_answers_cost,
 )
-from rotdistill_core.planning.machine import Machine
+from rotdistill_core.planning.machine import HOST, Machine
 from rotdistill_core.planning.models import ModelInfo, model_info
 from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
@@ -69,6 +69,9 @@ class PlanLine:
     ram_bytes: int = 0
     """Peak memory on the host; without a GPU that of the models too."""
     gpu_bytes: int = 0
+    """Peak memory on one GPU, the fullest one."""
+    by_gpu: dict[str, int] = field(default_factory=dict)
+    """GPU, such as `cuda:1` -> peak memory there."""
     disk_bytes: int = 0
     read_bytes: int = 0
     traffic_bytes: int = 0
@@ -83,6 +86,8 @@ class Totals:
 
     ram_bytes: int
     gpu_bytes: int
+    by_gpu: dict[str, int]
+    """GPU, such as `cuda:1` -> peak memory there."""
     disk_bytes: int
     read_bytes: int
     traffic_bytes: int
@@ -114,6 +119,10 @@ class Plan:
         return Totals(
             ram_bytes=max((line.ram_bytes for line in todo), default=0) + self.baseline_memory,
             gpu_bytes=max((line.gpu_bytes for line in todo), default=0),
+            by_gpu={
+                gpu: max(line.by_gpu.get(gpu, 0) for line in todo)
+                for gpu in sorted({gpu for line in todo for gpu in line.by_gpu})
+            },
             disk_bytes=sum(line.disk_bytes for line in todo),
             read_bytes=sum(line.read_bytes for line in todo),
             traffic_bytes=sum(line.traffic_bytes for line in todo),
@@ -133,12 +142,7 @@ class Plan:
                 f'"{worst.id}" needs about {format_bytes(totals.ram_bytes)} of memory; '
                 f"{format_bytes(machine.ram)} are free"
             )
-        if totals.gpu_bytes > machine.gpu:
-            worst = max(todo, key=attrgetter("gpu_bytes"))
-            shortfalls.append(
-                f'"{worst.id}" needs about {format_bytes(totals.gpu_bytes)} of GPU memory; '
-                f"{format_bytes(machine.gpu)} are free"
-            )
+        shortfalls += self._gpu_shortfalls()
         if totals.disk_bytes > machine.disk:
             worst = max(todo, key=attrgetter("disk_bytes"))
             shortfalls.append(
@@ -146,6 +150,19 @@ class Plan:
                 f'"{worst.id}"; {format_bytes(machine.disk)} are free on the disk'
             )
         return shortfalls
+
+    def _gpu_shortfalls(self) -> Iterator[str]:
+        """Yield a sentence for each GPU that is too small, or not there."""
+        for gpu, size in self.totals.by_gpu.items():
+            worst = next(line.id for line in self.todo if line.by_gpu.get(gpu) == size)
+            there = self.machine.gpu_memory(gpu)
+            if not there:
+                yield f'"{worst}" computes on {gpu}, and this machine has no such GPU'
+            elif size > there:
+                yield (
+                    f'"{worst}" needs about {format_bytes(size)} of memory on {gpu}, '
+                    f"which has {format_bytes(there)}"
+                )
 
     @property
     def summary(self) -> str:
@@ -211,7 +228,8 @@ def build_plan(
         run=folder.name,
         start=start,
         machine=machine,
-        on_gpu=_on_gpu(recipe.student, machine),
+        teacher_device=machine.device_of(recipe.teacher.device),
+        student_device=machine.device_of(recipe.student.device),
         index=index,
         start_key=start_key,
         save_dtype=save_dtype,
@@ -253,16 +271,12 @@ def _start_context(
     )
 
 
-def _on_gpu(ref: ModelRef, machine: Machine) -> bool:
-    """Return whether a model computes on a GPU of this machine."""
-    return ref.device.startswith("cuda") or (ref.device == "auto" and bool(machine.gpu))
-
-
 def _compute_bytes(ref: ModelRef, info: ModelInfo, machine: Machine) -> int:
     """Return the bytes of a number while the model computes; see `Model.dtype`."""
     if ref.dtype != "auto":
         return DTYPE_BYTES[ref.dtype]
-    return DTYPE_BYTES[info.shape.stored if _on_gpu(ref, machine) else "float32"]
+    on_cpu = ref.device != "mps" and machine.device_of(ref.device) == HOST
+    return DTYPE_BYTES["float32" if on_cpu else info.shape.stored]
 
 
 def _save_dtype(ref: StudentRef, info: ModelInfo) -> str:
@@ -291,8 +305,9 @@ class _LineBuilder:
     start: CostContext
     """The models and texts before the first step."""
     machine: Machine
-    on_gpu: bool
-    """Whether the student computes on a GPU."""
+    teacher_device: str
+    """Where the teacher computes: the host, or a GPU such as `cuda:0`."""
+    student_device: str
     index: ReuseIndex
     start_key: str
     save_dtype: str
@@ -377,14 +392,24 @@ class _LineBuilder:
             return line
         seconds = measured_seconds
         if seconds is None:
-            seconds = cost.operations / self.machine.speed
-        ram, gpu, traffic = cost.host_bytes, cost.device_bytes, cost.traffic_bytes
-        if not self.on_gpu:  # the host is the device
-            ram, gpu, traffic = ram + gpu, 0, 0
+            only_teacher = cost.teacher_device_bytes and not cost.device_bytes
+            device = self.teacher_device if only_teacher else self.student_device
+            seconds = cost.operations / self.machine.speed(device)
+        by_device: dict[str, float] = {}
+        for device, size in (
+            (self.teacher_device, cost.teacher_device_bytes),
+            (self.student_device, cost.device_bytes),
+        ):
+            # Teacher and student compute one after the other.
+            by_device[device] = max(by_device.get(device, 0.0), size)
+        on_host = by_device.pop(HOST, 0.0)
+        by_gpu = {gpu: round(size) for gpu, size in by_device.items() if size}
+        traffic = cost.traffic_bytes if by_device else 0
         return replace(
             line,
-            ram_bytes=round(ram),
-            gpu_bytes=round(gpu),
+            ram_bytes=round(cost.host_bytes + on_host),
+            gpu_bytes=max(by_gpu.values(), default=0),
+            by_gpu=by_gpu,
             disk_bytes=round(cost.disk_bytes),
             read_bytes=round(cost.read_bytes),
             traffic_bytes=round(traffic),

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+from rotdistill_core.recipe.devices import device_problem
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 """Names of runs, variants and steps: they become parts of paths, so they may not be paths."""
@@ -31,7 +33,16 @@ class ModelRef(Document):
     dtype: Dtype = "auto"
     """Compute dtype; `auto` is float32 on CPU and the checkpoint's own on GPU."""
     device: str = "auto"
-    """`auto` is CUDA where it is available, else CPU."""
+    """Where the model computes: `cpu`, `cuda` (the first GPU), `cuda:1` (the second), `mps`; `auto`
+    is the first GPU where CUDA is available, else the CPU. Float64 work of a device that has no
+    fast float64 is done on the CPU."""
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        if problem := device_problem(name):
+            raise ValueError(problem)
+        return name
 
 
 class StudentRef(ModelRef):

@@ -22,8 +22,8 @@ from rotdistill_core.planning.plan import (
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import PicoWorkspace, run_recipe
 
-CPU = Machine(ram=10**12, gpu=0, disk=10**12, cores=2)
-GPU = replace(CPU, gpu=10**12)
+CPU = Machine(ram=10**12, gpus=(), disk=10**12, cores=2)
+GPU = replace(CPU, gpus=(10**12,))
 THIRD_PARTY = '''
 from typing import Literal
 
@@ -115,6 +115,32 @@ def test_a_third_party_step_is_planned_with_the_cost_that_it_states(third_party:
 def test_a_gpu_takes_the_device_memory_and_the_traffic(third_party: Path) -> None:
     [line] = [line for line in plan_of(GPU).lines if line.id == "priced"]
     assert (line.ram_bytes, line.gpu_bytes, line.traffic_bytes) == (3000, 200, 5)
+
+
+@pytest.mark.parametrize(
+    ("devices", "places"),
+    [
+        (("cuda:0", "cuda:1"), {"cuda:0", "cuda:1"}),
+        (("cuda:1", "cuda:1"), {"cuda:1"}),
+        (("cpu", "cuda:1"), {"cuda:1"}),
+        (("cuda", "cpu"), {"cuda:0"}),
+        (("cpu", "cpu"), set()),
+    ],
+)
+def test_memory_is_counted_on_the_device_that_the_recipe_names(
+    third_party: Path, devices: tuple[str, str], places: set[str]
+) -> None:
+    machine = replace(CPU, gpus=(10**12, 10**12))
+    names = {"teacher.device": devices[0], "student.device": devices[1]}
+    planned = build_plan(load_recipe(Path("trial.toml"), names), Path("runs"), machine)
+    assert planned.totals.by_gpu.keys() == places
+    answers = next(line for line in planned.lines if "answers" in line.id)
+    assert answers.by_gpu.keys() == {machine.device_of(devices[0])} - {"cpu"}
+    assert planned.shortfalls == []
+    lacking = replace(machine, gpus=(10**12,))
+    small = build_plan(load_recipe(Path("trial.toml"), names), Path("runs"), lacking)
+    missing = [line for line in small.shortfalls if "no such GPU" in line]
+    assert len(missing) == ("cuda:1" in places)
 
 
 def test_a_third_party_step_without_a_cost_is_estimated_from_its_stage(third_party: Path) -> None:
@@ -233,20 +259,36 @@ def test_totals_are_peaks_of_memory_and_sums_of_the_rest() -> None:
     ("machine", "resource"),
     [
         (replace(GPU, ram=10), "needs about 0 MB of memory; 0 MB are free"),
-        (replace(GPU, gpu=10), "needs about 0 MB of GPU memory; 0 MB are free"),
+        (replace(GPU, gpus=(10,)), "needs about 0 MB of memory on cuda:0, which has 0 MB"),
         (replace(GPU, disk=10), "0 MB are free on the disk"),
     ],
 )
 def test_a_shortfall_names_the_largest_result(machine: Machine, resource: str) -> None:
-    small = PlanLine(id="small", reused=False, why="", ram_bytes=1, gpu_bytes=1, disk_bytes=1)
-    large = PlanLine(id="large", reused=False, why="", ram_bytes=20, gpu_bytes=20, disk_bytes=20)
+    small = PlanLine(
+        id="small",
+        reused=False,
+        why="",
+        ram_bytes=1,
+        gpu_bytes=1,
+        by_gpu={"cuda:0": 1},
+        disk_bytes=1,
+    )
+    large = PlanLine(
+        id="large",
+        reused=False,
+        why="",
+        ram_bytes=20,
+        gpu_bytes=20,
+        by_gpu={"cuda:0": 20},
+        disk_bytes=20,
+    )
     [shortfall] = small_plan(machine, small, large).shortfalls
     assert resource in shortfall
     assert '"large"' in shortfall
 
 
 def test_a_plan_with_nothing_to_make_fits_everywhere() -> None:
-    machine = Machine(ram=0, gpu=0, disk=0, cores=1)
+    machine = Machine(ram=0, gpus=(), disk=0, cores=1)
     assert small_plan(machine, PlanLine(id="old", reused=True, why="run")).shortfalls == []
 
 
@@ -268,7 +310,6 @@ def test_a_free_machine_is_read_without_the_folder_of_runs(tmp_path: Path) -> No
     assert machine.ram > 0
     assert machine.disk > 0
     assert machine.cores > 0
-    assert replace(machine, gpu=1).speed > replace(machine, gpu=0, cores=1).speed
 
 
 def test_shared_files_count_in_the_first_line_that_has_them() -> None:

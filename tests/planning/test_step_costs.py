@@ -211,8 +211,8 @@ def test_a_head_that_trains_is_untied_and_keeps_no_layers(deep: CostContext) -> 
 def test_places_need_the_whole_teacher_to_write(deep: CostContext) -> None:
     large = replace(deep, teacher=deep.teacher.changed(num_hidden_layers=800))
     whole = large.teacher.parameters() * large.teacher_bytes
-    assert cost_of("prompt-kl", large).device_bytes > whole
-    assert cost_of("prompt-kl", large, prompts_from=("questions",)).device_bytes < whole
+    assert cost_of("prompt-kl", large).teacher_device_bytes > whole
+    assert cost_of("prompt-kl", large, prompts_from=("questions",)).teacher_device_bytes < whole
 
 
 def test_a_barrier_takes_a_pass_for_each_point_of_each_line(deep: CostContext) -> None:

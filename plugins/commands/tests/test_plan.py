@@ -101,7 +101,7 @@ def test_the_32b_recipe_is_planned_offline_in_less_than_two_seconds(
 
 def test_the_sizes_of_the_32b_recipe_are_those_derived_by_hand(plan_of_32b: dict[str, Any]) -> None:
     texts, steps = plan_of_32b["texts"], {step["id"]: step for step in plan_of_32b["steps"]}
-    has_gpu = bool(plan_of_32b["machine"]["gpu"])
+    has_gpu = bool(plan_of_32b["machine"]["gpus"])
     number = 2 if has_gpu else 4  # bytes while models compute
     prompt = texts["shared prompt"]
     rows = sum(texts["rows"].values()) + prompt
@@ -137,7 +137,7 @@ def test_reads_and_traffic_are_part_of_the_document(plan_of_32b: dict[str, Any])
     assert steps["residuals"]["read_bytes"] > layers
     reads = [step["read_bytes"] for step in plan_of_32b["steps"]]
     assert plan_of_32b["read_bytes"] == sum(reads)
-    assert bool(plan_of_32b["traffic_bytes"]) is bool(plan_of_32b["machine"]["gpu"])
+    assert bool(plan_of_32b["traffic_bytes"]) is bool(plan_of_32b["machine"]["gpus"])
 
 
 def test_the_document_keeps_its_keys(recipe: Path) -> None:
@@ -151,6 +151,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
         "texts",
         "ram_bytes",
         "gpu_bytes",
+        "by_gpu",
         "disk_bytes",
         "read_bytes",
         "traffic_bytes",
@@ -172,6 +173,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
         "note",
         "ram_bytes",
         "gpu_bytes",
+        "by_gpu",
         "disk_bytes",
         "read_bytes",
         "traffic_bytes",
@@ -180,7 +182,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
     assert steps["fold"]["needs"] == ["captured states", "maps"]
     assert document["shortfalls"] == []
     assert document["models"]["student"]["source"] == "model"
-    assert document["machine"].keys() == {"ram", "gpu", "disk", "cores"}
+    assert document["machine"].keys() == {"ram", "gpus", "disk", "cores"}
 
 
 def test_the_table_has_a_row_for_each_step(recipe: Path) -> None:

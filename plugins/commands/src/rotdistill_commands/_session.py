@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
+from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.headers import folder_headers
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.data.tokenization import conversation
@@ -92,18 +93,17 @@ def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatS
         name: the variant.
         folder: its folder.
         max_tokens: longest answer.
-        device: `cpu`, `cuda`, or `auto`.
+        device: `auto`, `cpu`, `cuda:1`, or another name that recipes know.
 
     Raises:
-        SetupError: there is no checkpoint, it is torn, or it cannot be loaded.
+        RecipeError: the device has no such name.
+        SetupError: there is no such device or checkpoint, it is torn, or it cannot be loaded.
     """
     disable_progress_bar()
     if not (folder / RunLayout.CONFIG).is_file():
         raise SetupError(f"{folder}: there is no checkpoint of {name}.")
     folder_headers(folder)  # raises if a file is torn, and names it
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
+    target = resolve_device(device)
     dtype = torch.float32 if target.type == "cpu" else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -59,7 +59,7 @@ def chat(
         typer.Option("--system", help="A file with another system prompt.", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer.")] = 160,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Ask variants of a run and read their answers side by side; an empty line ends it.

@@ -101,10 +101,9 @@ def _notes(planned: Plan) -> Iterator[str]:
     needs = [
         f"peak memory about {format_bytes(totals.ram_bytes)}, {format_bytes(machine.ram)} are free"
     ]
-    if machine.gpu:
-        needs.append(
-            f"GPU about {format_bytes(totals.gpu_bytes)}, {format_bytes(machine.gpu)} are there"
-        )
+    for gpu, needed in totals.by_gpu.items():
+        there = format_bytes(machine.gpu_memory(gpu))
+        needs.append(f"{gpu} about {format_bytes(needed)}, {there} are there")
     needs.append(
         f"disk about {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free"
     )
@@ -113,7 +112,7 @@ def _notes(planned: Plan) -> Iterator[str]:
 
 def _table(planned: Plan) -> WideTable:
     """Return the plan as a table. Results of one step with one fate share a row."""
-    has_gpu = bool(planned.machine.gpu)
+    has_gpu = any(line.gpu_bytes for line in planned.lines)
     table = WideTable(
         "step",
         Column("variants", overflow="fold"),

@@ -46,7 +46,7 @@ def activation_cost(context: CostContext, max_texts: int, within_stage: int, pai
     similarities = student.neurons * teacher.neurons
 
     both = forward_cost(student, rows, context.student_bytes)
-    both += forward_cost(teacher, rows, context.teacher_bytes)
+    both += forward_cost(teacher, rows, context.teacher_bytes).on_teacher()
     states = rows * student.width * context.student_bytes
     states += rows * teacher.width * context.teacher_bytes
     products = 2.0 * rows * similarities + 2.0 * entries * student_heads * teacher_heads

@@ -95,7 +95,7 @@ def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) ->
             round(texts.places),
             round(texts.places * step.max_new_tokens),
             context.teacher_bytes,
-        )
+        ).on_teacher()
     return cost
 
 
