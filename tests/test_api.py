@@ -110,10 +110,10 @@ def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:
 
 
 def test_a_resolved_recipe_keeps_its_observers(work: Path) -> None:
-    loaded = load_recipe(work / "trial.toml", ["observers=[]"])
-    result = run(loaded, set={"seed": 1}, runs=work / "silent")
-    assert result.summaries == []
-    assert not (result.folder / "report.html").exists()
+    loaded = load_recipe(work / "trial.toml", ['observers=["report"]'])
+    result = run(loaded, set={"seed": 1}, runs=work / "watched")
+    assert len(result.summaries) == 1
+    assert (result.folder / "report.html").exists()
 
 
 def test_a_plan_lists_what_is_reused(work: Path) -> None:

@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
         'no step has the id "folt"',
     ),
     "an unknown observer": (
-        edit('name = "trial"', 'name = "trial"\nobservers = ["reprot"]'),
+        edit("observers = []", 'observers = ["reprot"]'),
         2,
         'Did you mean "report"?',
     ),
@@ -366,7 +366,7 @@ def test_a_broken_plugin_is_named_in_every_verb(
     assert "acme 1.0" in printed(2, "fail")
     edit('"procrustes"', '"fail"')(work)
     assert "acme 1.0" in printed(2, "run", "trial.toml")
-    edit('name = "trial"', 'name = "trial"\nobservers = ["fail"]')(work)
+    edit("observers = []", 'observers = ["fail"]')(work)
     assert "acme 1.0" in printed(2, "run", "trial.toml")
     with pytest.raises(PluginError, match="acme"):
         adapter_for("fail")

@@ -69,7 +69,7 @@ def test_plugins_of_the_guide_are_planned_run_reported_and_checked(
     workspace = PicoWorkspace(tmp_path)
     workspace.texts()
     workspace.model(model_type="mistral", sliding_window=None)
-    recipe = str(workspace.recipe(RECIPE))
+    recipe = str(workspace.recipe(RECIPE, observers=("report",)))
 
     code, out, err = workspace.command("plan", recipe, "--json")
     assert code == 0, err

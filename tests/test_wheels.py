@@ -127,7 +127,8 @@ step = [
     { id = "refit", use = "writer-refit" },
     { use = "fidelity" },
 ]
-"""
+""",
+        observers=("report",),  # its templates must be in the wheel
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [snippet] = [code for code in PYTHON_BLOCK.findall(readme) if "import load_recipe" in code]

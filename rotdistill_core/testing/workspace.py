@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class PicoWorkspace:
         teacher: str | Path = "model",
         student: str | Path = "model",
         answer_tokens: int = 4,
+        observers: Sequence[str] = (),
         tables: str = "",
     ) -> Path:
         """Write a recipe and return its path.
@@ -53,11 +55,14 @@ class PicoWorkspace:
             name: name of the recipe and of its file.
             teacher, student: folders of models, relative to the workspace.
             answer_tokens: tokens that the teacher writes to each held-out question.
+            observers: plugins that watch the run. `report` takes longer than the steps of a pico
+                model together, so only tests that read the report name it.
             tables: further keys and tables, before the steps.
         """
         head = pico_head(name, teacher, student, answer_tokens)
         path = self.folder / f"{name}.toml"
-        path.write_text("\n".join([head, tables, steps]), encoding="utf-8")
+        watching = f"observers = {json.dumps(list(observers))}"
+        path.write_text("\n".join([head, watching, tables, steps]), encoding="utf-8")
         return path
 
     def run(

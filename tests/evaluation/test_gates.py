@@ -56,7 +56,9 @@ def run(
 ) -> RunResult:
     """Run the recipe with a check, such as `check.facts=0.9`, and these variants."""
     table = [f"variants.{name} = {json.dumps(steps)}" for name, steps in variants.items()]
-    recipe = workspace.recipe(STEPS, name="gated", tables="\n".join([*table, check]))
+    recipe = workspace.recipe(
+        STEPS, name="gated", observers=("report",), tables="\n".join([*table, check])
+    )
     return workspace.run(recipe)
 
 

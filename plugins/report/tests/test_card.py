@@ -36,7 +36,7 @@ def workspace(tmp_path: Path) -> PicoWorkspace:
 
 @pytest.fixture
 def recipe(workspace: PicoWorkspace) -> Path:
-    return workspace.recipe(STEPS, teacher="teacher", student="student")
+    return workspace.recipe(STEPS, teacher="teacher", student="student", observers=("report",))
 
 
 @pytest.mark.parametrize(

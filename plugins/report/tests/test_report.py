@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from rotdistill_core.testing import PicoWorkspace
 
 STEPS = """
 # <script> of the recipe
-{observers}
 [[step]]
 use = "residuals"
 [[step]]
@@ -50,13 +50,19 @@ VARIANTS = 'base = []\ncut = ["chop"]\nfull = ["chop"]'
 
 
 def run(
-    work: Path, observers: str = "", answers: str = ANSWERS, variants: str = VARIANTS
+    work: Path,
+    observers: Sequence[str] = ("report",),
+    answers: str = ANSWERS,
+    variants: str = VARIANTS,
 ) -> RunResult:
     workspace = PicoWorkspace(work)
     workspace.texts()
     model = workspace.model()
-    steps = STEPS.format(observers=observers, answers=answers, variants=variants)
-    return workspace.run(workspace.recipe(steps, name="reported", teacher=model, student=model))
+    steps = STEPS.format(answers=answers, variants=variants)
+    recipe = workspace.recipe(
+        steps, name="reported", teacher=model, student=model, observers=observers
+    )
+    return workspace.run(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +258,7 @@ def test_only_variants_that_answered_are_among_the_answers(tmp_path: Path) -> No
 
 
 def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:
-    outcome = run(tmp_path, observers="observers = []")
+    outcome = run(tmp_path, observers=())
     assert not (outcome.folder / RunLayout.REPORT_MARKDOWN).exists()
     assert RunLayout(outcome.folder).results.exists()
 

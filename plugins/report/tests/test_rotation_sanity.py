@@ -27,7 +27,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = """
 variants = { layers = ["layers"], one = ["one"] }
-observers = ["report", "rotation-sanity"]
 step = [
     { use = "residuals" },
     { id = "layers", use = "procrustes", tie = 1 },
@@ -53,6 +52,7 @@ def run_in(workspace: PicoWorkspace) -> Finished:
         STEPS,
         teacher=workspace.folder / "teacher",
         student=workspace.folder / "student",
+        observers=("rotation-sanity",),
     )
     return Finished(workspace.run(recipe, observer=screen).folder, screen.lines)
 

@@ -31,7 +31,8 @@ def run_report(work: Path, *sets: str) -> dict[str, Any]:
     workspace = PicoWorkspace(work)
     workspace.texts(40, 8)
     workspace.model(num_hidden_layers=4)
-    folder = workspace.run(workspace.recipe(STEPS, answer_tokens=8), sets).folder
+    recipe = workspace.recipe(STEPS, answer_tokens=8, observers=("report",))
+    folder = workspace.run(recipe, sets).folder
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     page = (folder / "report.html").read_text(encoding="utf-8")
     text = html.unescape(page.replace("<code>", "").replace("</code>", ""))

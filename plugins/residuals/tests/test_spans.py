@@ -223,7 +223,13 @@ def run_with_two_tokenizers(root: Path, more: str = "") -> RunResult:
     ):
         folder = workspace.model(name, vocab_size=len(tokenizer), **shape)
         tokenizer.save_pretrained(folder)
-    recipe = workspace.recipe(STEPS + more, teacher="teacher", student="student", answer_tokens=8)
+    recipe = workspace.recipe(
+        STEPS + more,
+        teacher="teacher",
+        student="student",
+        answer_tokens=8,
+        observers=("report",),
+    )
     return workspace.run(recipe)
 
 
@@ -245,7 +251,7 @@ def test_a_whole_run_with_two_tokenizers(tmp_path: Path) -> None:
     lines = [line.split("\t") for line in table.splitlines()[1:]]
     assert len(lines) == 23
     assert all(size == covered for _, size, *_, covered in lines)
-    assert "full" in (result.folder / "report.md").read_text()
+    assert "full" in (result.folder / "report.md").read_text(encoding="utf-8")
     again = run_with_two_tokenizers(tmp_path)
     assert all(step.reused for step in again.steps.values())
     assert again.rows == result.rows
