@@ -47,6 +47,14 @@ from rotdistill_core.testing.planted import (
     scramble,
     whole_permutations,
 )
+from rotdistill_core.testing.pretended_device import (
+    PRETENDED,
+    DeviceCounters,
+    DeviceError,
+    Line,
+    count_within,
+    pretended_device,
+)
 from rotdistill_core.testing.runs import SilentObserver, command_line, run_recipe
 from rotdistill_core.testing.step_checks import (
     STEP_CHECKS,
@@ -67,10 +75,14 @@ __all__ = [
     "EXACT",
     "PICO",
     "PLAIN",
+    "PRETENDED",
     "SPECIAL_TOKENS",
     "STEP_CHECKS",
     "TEMPLATE",
     "WORDS",
+    "DeviceCounters",
+    "DeviceError",
+    "Line",
     "Options",
     "PicoWorkspace",
     "SilentObserver",
@@ -80,6 +92,7 @@ __all__ = [
     "a_saved_fold_reloads_in_transformers",
     "captured_activations",
     "command_line",
+    "count_within",
     "defaults_are_those_of_the_config_class",
     "every_gain_is_absorbed_by_its_readers",
     "every_tensor_is_claimed_once",
@@ -103,6 +116,7 @@ __all__ = [
     "pico_texts",
     "pico_tokenizer",
     "plain_transformers",
+    "pretended_device",
     "random_rotation",
     "reopen",
     "rotary_blocks",
