@@ -51,7 +51,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch, _pytree, backend_registration
+from torch.utils import _python_dispatch, backend_registration
 
 from rotdistill_core.errors import SetupError
 
@@ -217,7 +217,7 @@ class _Device:
         result = call.func(*args, **kwargs)
         if not call.lands_on_device:
             return result
-        made = _pytree.tree_map_only(Tensor, functools.partial(self._placed, call), result)
+        made = _mapped(functools.partial(self._placed, call), result)
         if self._is_float64_work(call, made):
             self.count(self.counters.float64_operations)
         if torch.Tag.inplace_view in call.func.tags:
@@ -241,11 +241,8 @@ class _Device:
     def _is_float64_work(self, call: _Call, made: Any) -> bool:
         if call.func in _COPIES or call.func.is_view:
             return False
-        tensors = [*call.far, *_pytree.tree_leaves(made)]
-        return any(
-            isinstance(tensor, PretendedTensor) and tensor.dtype == torch.float64 and tensor.ndim
-            for tensor in tensors
-        )
+        tensors = (*call.far, *_tensors_in(made))
+        return any(tensor.dtype == torch.float64 and tensor.ndim for tensor in tensors)
 
     def _count_copies(self, call: _Call) -> None:
         counters = self.counters
@@ -257,34 +254,24 @@ class _Device:
             self.count(counters.to_device, sum(t in call.near_ids for t in map(id, call.indices)))
 
 
-@dataclass(frozen=True)
 class _Call:
-    """An operation and its arguments."""
+    """An operation and its arguments.
 
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Args:
+        func: the operation.
+        args, kwargs: its arguments.
+    """
 
-    @functools.cached_property
-    def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments."""
-        leaves = _pytree.tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-    @functools.cached_property
-    def far(self) -> list[PretendedTensor]:
-        """Those of the device."""
-        return [tensor for tensor in self.tensors if isinstance(tensor, PretendedTensor)]
-
-    @functools.cached_property
-    def near(self) -> list[Tensor]:
-        """Those of the host."""
-        return [tensor for tensor in self.tensors if tensor.device.type == "cpu"]
-
-    @functools.cached_property
-    def near_ids(self) -> set[int]:
-        """Identities of those of the host."""
-        return {id(tensor) for tensor in self.near}
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.tensors = list(_tensors_in((args, kwargs)))
+        self.far = [tensor for tensor in self.tensors if isinstance(tensor, PretendedTensor)]
+        """Tensors of the device."""
+        self.near = [tensor for tensor in self.tensors if tensor.device.type == "cpu"]
+        """Tensors of the host."""
+        self.near_ids = {id(tensor) for tensor in self.near}
 
     @property
     def indices(self) -> list[Tensor]:
@@ -319,14 +306,40 @@ class _Call:
 
     def on_host(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the numbers of the device's tensors in their place."""
-        args, kwargs = _pytree.tree_map_only(
-            PretendedTensor, lambda tensor: tensor.host, (self.args, self.kwargs)
-        )
+        args, kwargs = _mapped(_host_of, (self.args, self.kwargs))
         if self.target == PRETENDED:
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         return args, kwargs
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries; torch's own walk is slow."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors_in(inner)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return nested lists, tuples and dictionaries with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        changed = [_mapped(change, inner) for inner in value]
+        return changed if isinstance(value, list) else tuple(changed)
+    if isinstance(value, dict):
+        return {key: _mapped(change, inner) for key, inner in value.items()}
+    return value
+
+
+def _host_of(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor, which lie on the host."""
+    return tensor.host if isinstance(tensor, PretendedTensor) else tensor
 
 
 def _refusal(call: _Call) -> str | None:
@@ -338,11 +351,10 @@ def _refusal(call: _Call) -> str | None:
         return None
     if call.func in _INDEXING:
         return _indexing_refusal(call)
-    kept_apart = [
-        tensor
+    kept_apart = len(call.tensors) > len(call.far) and not all(
+        isinstance(tensor, PretendedTensor) or _may_meet_device(tensor, call.func)
         for tensor in call.tensors
-        if not isinstance(tensor, PretendedTensor) and not _may_meet_device(tensor, call.func)
-    ]
+    )
     if kept_apart or _writes_to_host(call):
         return f"tensors of two devices in {call.func}: {_described(call.tensors)}"
     return None
@@ -366,6 +378,8 @@ def _may_meet_device(tensor: Tensor, func: Any) -> bool:
 
 def _writes_to_host(call: _Call) -> bool:
     """Whether an operation on the device writes into a tensor of the host."""
+    if not call.near:
+        return False
     arguments = zip(call.func._schema.arguments, call.args, strict=False)
     named = ((argument, call.kwargs.get(argument.name)) for argument in call.func._schema.arguments)
     return any(
@@ -628,12 +642,20 @@ def _register_kernels(backend: _Backend) -> None:
         backend.opened().compute(call)
         return target
 
-    def attention(*args: Any, **options: Any) -> Any:
-        tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any
+    ) -> Any:
+        tensors = [x for x in (query, key, value, attn_mask) if x is not None]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return _aten._scaled_dot_product_attention_math.default(*args, **options)[0]
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                # The formula adds its mask.
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(
+                    ~attn_mask, -torch.inf
+                )
+            formula = _aten._scaled_dot_product_attention_math.default
+            return formula(query, key, value, attn_mask, *args, **options)[0]
         func = _aten.scaled_dot_product_attention.default
-        return backend.opened().compute(_Call(func, args, options))
+        return backend.opened().compute(_Call(func, (*tensors[:3], attn_mask, *args), options))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that kernels are replaced

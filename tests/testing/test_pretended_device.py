@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from rotdistill_core.forward.head import head_logits
-from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.testing import (
     PRETENDED,
     DeviceCounters,
     DeviceError,
     Line,
     count_within,
+    max_difference,
     pretended_device,
 )
 
@@ -64,19 +65,30 @@ def test_gradients_are_those_of_the_cpu(counters: DeviceCounters) -> None:
         assert torch.equal(one.grad, two.grad.cpu())
 
 
+MASKS = {
+    "causal": {"is_causal": True},
+    "boolean": {"attn_mask": torch.ones(3, 3, dtype=torch.bool).tril()},
+    "added": {"attn_mask": torch.tensor([0.0, -1.0, -torch.inf]).expand(3, 3)},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("trained", [False, True])
-def test_attention_is_that_of_the_cpu(counters: DeviceCounters, groups: int, trained: bool) -> None:
+def test_attention_is_that_of_the_cpu(
+    counters: DeviceCounters, mask: dict[str, Any], groups: int, trained: bool
+) -> None:
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2 // groups, 3, 4)
 
-    def attend(q: Tensor, k: Tensor) -> Tensor:
-        q.requires_grad_(trained)
+    def attend(device: str) -> Tensor:
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in mask.items()}
+        query, keys = q.to(device).requires_grad_(trained), k.to(device)
         attention = nn.functional.scaled_dot_product_attention
-        return attention(q, k, k, is_causal=True, enable_gqa=groups > 1)
+        return attention(query, keys, keys, enable_gqa=groups > 1, **there)
 
-    found = attend(q.to(PRETENDED), k.to(PRETENDED))
-    torch.testing.assert_close(found.detach().cpu(), attend(q, k).detach())
+    found = attend(PRETENDED)
     assert found.requires_grad == trained
+    torch.testing.assert_close(found.detach().cpu(), attend("cpu").detach())
 
 
 FACTORIES: dict[str, Callable[[str], Tensor]] = {
@@ -301,11 +313,11 @@ def test_counts_name_the_line(counters: DeviceCounters) -> None:
 
 
 def test_counts_name_the_line_of_this_program(counters: DeviceCounters) -> None:
-    Moments(3, 3).add(far(2, 3), far(2, 3))
-    files = {line.file for line in counters.to_host}
-    assert files == {"rotdistill_core/linalg/moments.py"}
-    assert count_within(counters.to_host, Moments.add) == counters.to_host.total() > 0
-    assert count_within(counters.to_host, head_logits) == 0
+    assert max_difference(far(3), far(3)) == 0
+    [line] = counters.synchronisations
+    assert line.file == "rotdistill_core/testing/compute.py"
+    assert count_within(counters.synchronisations, max_difference) == 1
+    assert count_within(counters.synchronisations, head_logits) == 0
 
 
 def test_work_of_other_threads_is_counted(counters: DeviceCounters) -> None:
