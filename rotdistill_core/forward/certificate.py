@@ -95,11 +95,12 @@ def _compare(
     H_after = head_for(after, B)
     changes = []
     kl = 0.0
+    place = float64_device(A.device)
     for k in range(0, len(A), LOGIT_ROWS):
         a = head_logits(before, A[k : k + LOGIT_ROWS], H_before)
         b = head_logits(after, B[k : k + LOGIT_ROWS], H_after)
         changes.append((a - b).abs().max())
-        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        p, q = (logits.to(place).double().log_softmax(-1) for logits in (a, b))
         kl += float((p.exp() * (p - q)).sum())
     return _Change(logit=float(torch.stack(changes).max()), kl=kl / len(A))
 

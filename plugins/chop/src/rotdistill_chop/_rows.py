@@ -43,7 +43,7 @@ def select_texts(samples: Samples, split: str, max_rows: int) -> PackedTexts:
 
 def mean_kl(p: Tensor, q: Tensor) -> float:
     """Return the mean over rows of `KL(p ‖ q)`, nats, for log-probabilities `[n, V]`."""
-    return float(kl_divergence(p, q).double().mean())
+    return float(kl_divergence(p, q).cpu().double().mean())
 
 
 def token_weights(states: Tensor, layout: PackedTexts) -> Tensor:

@@ -76,8 +76,8 @@ def lora_products(student: Any) -> Iterator[tuple[str, Tensor]]:
     for name, module in student.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            product = module.scaling["default"] * (B.double() @ A.double())
-            yield f"{name}.weight", product.detach().cpu()
+            product = B.detach().cpu().double() @ A.detach().cpu().double()
+            yield f"{name}.weight", module.scaling["default"] * product
 
 
 def save_adapter(student: Any, out: StepOutput) -> None:
