@@ -157,12 +157,20 @@ def count_within(counts: Mapping[Line, int], function: Callable[..., Any]) -> in
 
 
 @contextmanager
-def pretended_device(*, strict: bool = True, float64: bool = True) -> Iterator[DeviceCounters]:
+def pretended_device(
+    *,
+    strict: bool = True,
+    float64: bool = True,
+    capability: tuple[int, int] = (9, 0),
+    free_bytes: int = 1 << 36,
+) -> Iterator[DeviceCounters]:
     """Make the device `pretend` available, and yield what it counts.
 
     Args:
         strict: raise where a GPU would refuse; otherwise go on with the CPU's numbers.
         float64: whether the device knows float64.
+        capability: the compute capability that it states: 9.0 is an H100, with fast float64.
+        free_bytes: free memory that it states; nothing is ever too large for it.
 
     Raises:
         DeviceError: a GPU would refuse an operation.
@@ -171,7 +179,7 @@ def pretended_device(*, strict: bool = True, float64: bool = True) -> Iterator[D
     backend = _backend()
     if backend.device is not None:
         raise DeviceError("a pretended device is open already")
-    backend.device = _Device(strict, float64)
+    backend.device = _Device(strict, float64, capability, free_bytes)
     try:
         yield backend.device.counters
     finally:
@@ -181,10 +189,14 @@ def pretended_device(*, strict: bool = True, float64: bool = True) -> Iterator[D
 class _Device:
     """The rules and the counters of one context."""
 
-    def __init__(self, strict: bool, float64: bool) -> None:
+    def __init__(
+        self, strict: bool, float64: bool, capability: tuple[int, int], free_bytes: int
+    ) -> None:
         self.counters = DeviceCounters()
         self.strict = strict
         self.float64 = float64
+        self.capability = capability
+        self.free_bytes = free_bytes
         self._lock = threading.Lock()  # layers are read, and gradients computed, in other threads
 
     def count(self, counter: Counter[Line], times: int = 1) -> None:
@@ -571,6 +583,14 @@ class _Backend:
 
     def current_device(self) -> int:
         return 0
+
+    def get_device_capability(self, device: Any = None) -> tuple[int, int]:
+        del device
+        return self.opened().capability
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        del device
+        return self.opened().free_bytes, self.opened().free_bytes
 
     def synchronize(self, device: Any = None) -> None:
         del device

@@ -38,6 +38,8 @@ class Devices:
         dtype: str = "float32",
         on: tuple[str, str] = (PRETENDED, PRETENDED),
         tables: str = "",
+        fresh: bool = False,
+        **device: Any,
     ) -> DeviceRun:
         """Carry out a recipe, strictly.
 
@@ -47,6 +49,8 @@ class Devices:
             dtype: dtype in which both compute.
             on: devices of teacher and student.
             tables: further keys.
+            fresh: reuse nothing that an earlier run made.
+            device: what the device is like, see `pretended_device`.
         """
         settings = [
             "observers = []",
@@ -61,8 +65,8 @@ class Devices:
         recipe = self.workspace.recipe(
             steps, teacher=teacher, student=student, tables="\n".join(settings)
         )
-        with pretended_device() as counters:
-            result = self.workspace.run(recipe)
+        with pretended_device(**device) as counters:
+            result = self.workspace.run(recipe, fresh=fresh)
         return DeviceRun(result, counters)
 
     def differences_from_cpu(self, steps: str, **settings: Any) -> list[str]:
