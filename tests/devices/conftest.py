@@ -53,7 +53,6 @@ class Devices:
             device: what the device is like, see `pretended_device`.
         """
         settings = [
-            "observers = []",
             'samples.guard = "texts/guard.tsv"',
             "samples.own_answers = 4",
             f'teacher.device = "{on[0]}"',
