@@ -510,10 +510,13 @@ class PretendedTensor(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if not isinstance(value, PretendedTensor):
+            # CUDA takes it: the parameter is then on the host, and its layer fails.
+            _backend().opened().refuse("data of the host for a tensor of the device")
+            value = _backend().opened().place(value)
         inherited: Any = Tensor.data  # swaps what torch knows of the wrapper
         inherited.__set__(self, value)
-        if isinstance(value, PretendedTensor):
-            self.host = value.host
+        self.host = _host_of(value)
 
     def tolist(self) -> Any:
         """Return the numbers as lists; the host waits for a copy."""

@@ -66,6 +66,7 @@ class Devices:
         )
         with pretended_device(**device) as counters:
             result = self.workspace.run(recipe, fresh=fresh)
+        assert not counters.mismatches, "an error of the device was caught"
         return DeviceRun(result, counters)
 
     def differences_from_cpu(self, steps: str, **settings: Any) -> list[str]:
@@ -76,7 +77,6 @@ class Devices:
         """
         far = self.run(steps, **settings)
         assert used_the_device(far.counters)
-        assert not far.counters.mismatches
         near = self.run(steps, **settings, on=(CPU, CPU))
         assert not used_the_device(near.counters)
         return differences(figures(far.result), figures(near.result))
@@ -130,12 +130,22 @@ def alike(far: object, near: object) -> bool:
 
 @pytest.fixture(scope="session")
 def devices(make_workspace: Callable[..., PicoWorkspace]) -> Devices:
-    """A workspace with few short texts, and models of different sizes.
+    """A workspace with few short texts and some models; its runs share what they made."""
+    return with_models(make_workspace())
+
+
+@pytest.fixture
+def own_devices(make_workspace: Callable[..., PicoWorkspace]) -> Devices:
+    """The same in a folder in which nothing has run yet."""
+    return with_models(make_workspace())
+
+
+def with_models(workspace: PicoWorkspace) -> Devices:
+    """Write texts and models.
 
     `teacher` is wider and deeper than `student`; `twin` has the student's shape; `deep` has four
     layers.
     """
-    workspace = make_workspace()
     workspace.texts(blurbs=12, questions=2)
     workspace.model(
         "teacher", seed=1, hidden_size=48, num_hidden_layers=3, tie_word_embeddings=False

@@ -167,6 +167,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "numpy": lambda: far(3).numpy(),
     "array": lambda: np.asarray(far(3)),
     "meta": lambda: far(3) + torch.ones(3, device="meta"),
+    "data of the host": lambda: setattr(far(3), "data", torch.ones(3)),
     "a layer elsewhere": lambda: nn.Linear(3, 2)(far(1, 3)),
 }
 
