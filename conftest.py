@@ -1,8 +1,31 @@
 """Settings of the whole suite."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
 import torch
 
 pytest_plugins = ["rotdistill_core.testing.pytest_plugin"]
 
+ROOT = Path(__file__).parent
+LONGEST_FILES = (
+    "tests/recipes/test_tour_guide.py",
+    "tests/benchmarks/test_scramble.py",
+    "tests/execution/test_crash.py",
+)
+"""Files of tests that take more than half a minute, the longest first. `make test` gives whole
+files to two workers in the order of the tests, so short files are left to fill up the end."""
+
 # Tests run small matrices: one thread is faster, and leaves the other core to the other worker.
 torch.set_num_threads(1)
+# The same for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; all others keep their order."""
+    places = {ROOT / name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

@@ -1,5 +1,5 @@
-"""The main job end to end on the real small model, on half of README's texts so that it can be
-checked often."""
+"""The main job end to end on the real small model, on a fifth of README's texts and with short
+answers, so that it can be checked often. All tests share one folder of runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
@@ -18,9 +18,14 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-Job = tuple[Path, dict[str, dict[str, float]], float]
-"""Folder of the run, figures by variant and metric, seconds."""
-HALF = ("--set", "samples.limit=100", "--set", "samples.own_answers=32")
+FEW_TEXTS = (
+    "--set",
+    "samples.limit=40",
+    "--set",
+    "samples.own_answers=8",
+    "--set",
+    "samples.answer_tokens=24",
+)
 OFFLINE = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -31,37 +36,78 @@ ELSEWHERE = """
 import sys, json
 sys.modules["rotdistill_core"] = None  # any import of it fails
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-chat = [{"role": "user", "content": "Hello"}]
-ids = tokenizer.apply_chat_template(
-    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-made = model.generate(**ids, max_new_tokens=5, do_sample=False)
-embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-print(json.dumps({
-    "tokens": made.shape[1] - ids["input_ids"].shape[1],
-    "tied": embedding.weight.data_ptr() == head.weight.data_ptr(),
-    "layers": model.config.num_hidden_layers,
-}))
+for folder in sys.argv[1:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chat = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    print(json.dumps({
+        "tokens": made.shape[1] - ids["input_ids"].shape[1],
+        "tied": embedding.weight.data_ptr() == head.weight.data_ptr(),
+        "layers": model.config.num_hidden_layers,
+    }))
 """
 
 
-def rotdistill(where: Path, *words: str) -> subprocess.CompletedProcess[str]:
+class Called(NamedTuple):
+    """A call of the command line that has ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    """Processor time."""
+
+
+class Job(NamedTuple):
+    """The finished run of the recipe."""
+
+    where: Path
+    """The folder that it was started in: `runs/` lies there."""
+    folder: Path
+    table: dict[str, dict[str, float]]
+    """Variant -> metric -> figure."""
+    seconds: float
+    """Processor time."""
+
+
+def rotdistill(where: Path, *words: str) -> Called:
     command = [str(Path(sys.executable).with_name("rotdistill")), *words]
-    return subprocess.run(
+    before = processor_seconds()
+    done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=where, env=OFFLINE
     )
+    return Called(done.returncode, done.stdout, done.stderr, processor_seconds() - before)
 
 
-@pytest.fixture(scope="session")
+def processor_seconds() -> float:
+    """Return the processor time of all processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def run(where: Path, recipe: str, *words: str) -> Called:
+    done = rotdistill(where, "run", str(ROOT / "recipes" / recipe), *FEW_TEXTS, *words)
+    assert done.code == 0, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    where, started = tmp_path_factory.mktemp("job"), time.monotonic()
-    done = rotdistill(where, "run", str(ROOT / "recipes/tour_guide.toml"), *HALF, "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    return Path(document["run_dir"]), figures(document["results"]), time.monotonic() - started
+    where = tmp_path_factory.mktemp("job")
+    done = run(where, "tour_guide.toml", "--json")
+    document = json.loads(done.out)
+    return Job(where, Path(document["run_dir"]), figures(document["results"]), done.seconds)
+
+
+def results_in(ledger: Path) -> list[str]:
+    """Return the lines of a ledger that commit steps and checkpoints."""
+    lines = ledger.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if json.loads(line)["kind"] != "file"]
 
 
 def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
@@ -83,7 +129,7 @@ def figures(results: list[dict[str, object]]) -> dict[str, dict[str, float]]:
 
 
 def test_transfer_brings_the_student_near_the_teacher(job: Job) -> None:
-    table = job[1]
+    table = job.table
     assert table["full"]["kl"] <= 0.2 * table["base"]["kl"]
     assert table["refit"]["kl"] <= 0.2 * table["base"]["kl"]
     assert (
@@ -93,7 +139,7 @@ def test_transfer_brings_the_student_near_the_teacher(job: Job) -> None:
 
 
 def test_exact_steps_change_nothing(job: Job) -> None:
-    table = job[1]
+    table = job.table
     for metric in ("kl", "top1", "hidden_cosine", "residual_rms_diff"):
         assert table["rotated"][metric] == pytest.approx(table["base"][metric], rel=1e-5, abs=1e-5)
     nats = [math.log(table[variant]["perplexity"]) for variant in ("rotated", "base")]
@@ -101,7 +147,7 @@ def test_exact_steps_change_nothing(job: Job) -> None:
 
 
 def test_the_certificate_is_in_the_ledger(job: Job) -> None:
-    lines = [json.loads(line) for line in (job[0] / "ledger.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (job.folder / "ledger.jsonl").read_text().splitlines()]
     (certificate,) = [line["report"]["certificate"] for line in lines if line.get("id") == "fold"]
     assert certificate["logits_float64"] <= 1e-9
     assert certificate["logits_float32"] <= 1e-3
@@ -110,65 +156,62 @@ def test_the_certificate_is_in_the_ledger(job: Job) -> None:
 
 
 def test_the_published_form_is_farther(job: Job) -> None:
-    where = job[0].parents[2]
-    done = rotdistill(where, "run", str(ROOT / "recipes/replaceme.toml"), *HALF, "--json")
-    assert done.returncode == 0, done.stderr
-    published = figures(json.loads(done.stdout)["results"])["published"]
-    assert job[1]["full"]["kl"] < 0.5 * published["kl"]
+    done = run(job.where, "replaceme.toml", "--set", 'variants.published=["refit"]', "--json")
+    assert "published    residuals        reused" in done.err
+    published = figures(json.loads(done.out)["results"])["published"]
+    assert job.table["full"]["kl"] < 0.5 * published["kl"]
 
 
 def test_a_second_run_recomputes_nothing(job: Job) -> None:
-    where, started = job[0].parents[2], time.monotonic()
-    before = {p: p.stat().st_mtime_ns for p in (job[0] / "checkpoints").rglob("*")}
-    done = rotdistill(where, "run", str(ROOT / "recipes/tour_guide.toml"), *HALF)
-    seconds = time.monotonic() - started
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("reused") >= 20
-    assert before == {p: p.stat().st_mtime_ns for p in (job[0] / "checkpoints").rglob("*")}
-    assert "full answers" in done.stdout
-    assert seconds < job[2] / 4
+    results = results_in(job.folder / "ledger.jsonl")
+    before = {p: p.stat().st_mtime_ns for p in (job.folder / "checkpoints").rglob("*")}
+    done = run(job.where, "tour_guide.toml")
+    assert "plan: 20 of 20 results are there; nothing to make" in done.err
+    assert results_in(job.folder / "ledger.jsonl") == results
+    assert before == {p: p.stat().st_mtime_ns for p in (job.folder / "checkpoints").rglob("*")}
+    assert "full answers" in done.out
+    assert done.seconds < job.seconds / 4
 
 
 def test_every_checkpoint_loads_without_rotdistill(job: Job, tmp_path: Path) -> None:
-    for variant in job[1]:
-        folder = tmp_path / variant
-        shutil.copytree(job[0] / "checkpoints" / variant, folder)
-        done = subprocess.run(
-            [sys.executable, "-c", ELSEWHERE, str(folder)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=OFFLINE,
-        )
-        assert done.returncode == 0, done.stderr
-        seen = json.loads(done.stdout)
+    folders = [tmp_path / variant for variant in job.table]
+    for folder in folders:
+        shutil.copytree(job.folder / "checkpoints" / folder.name, folder, copy_function=os.link)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=OFFLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
+        seen = json.loads(line)
+        tied = folder.name == "base"
         assert seen["layers"] == 22
         assert seen["tokens"] >= 1
-        assert seen["tied"] == (variant == "base")
-        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == (
-            variant == "base"
-        )
+        assert seen["tied"] == tied
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == tied
         assert (folder / "COMPLETE").is_file()
 
 
 def test_check_recomputes_and_names_a_flipped_byte(job: Job) -> None:
-    where = job[0].parents[2]
-    whole = rotdistill(where, "check", str(job[0]))
-    assert (whole.returncode, whole.stderr.strip().rpartition(" files, ")[2]) == (
+    whole = rotdistill(job.where, "check", str(job.folder))
+    assert (whole.code, whole.err.strip().rpartition(" files, ")[2]) == (
         0,
-        "23 maps, 1 folds undone, 0 problems",
+        "2 models, 23 maps, 1 folds undone, 0 problems",
     )
-    shard = next((job[0] / "shards/student/residual").glob("00003.safetensors"))
+    shard = job.folder / "shards/student/residual/00003.safetensors"
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
-    broken = rotdistill(where, "check", str(job[0]))
-    assert broken.returncode == 4
-    assert "student/residual/00003.safetensors" in broken.stderr.replace("\n", "")
-    weights = load_file(job[0] / "checkpoints/full/model.safetensors")
-    again = rotdistill(where, "run", str(ROOT / "recipes/tour_guide.toml"), *HALF)
-    assert again.returncode == 0
-    assert "student/residual/00003.safetensors" in again.stderr.replace("\n", "")
-    assert rotdistill(where, "check", str(job[0])).returncode == 0
-    after = load_file(job[0] / "checkpoints/full/model.safetensors")
+    broken = rotdistill(job.where, "check", str(job.folder))
+    assert broken.code == 4
+    assert "student/residual/00003.safetensors" in broken.err.replace("\n", "")
+    weights = load_file(job.folder / "checkpoints/full/model.safetensors")
+    again = run(job.where, "tour_guide.toml")
+    assert "student/residual/00003.safetensors" in again.err
+    data[-5] ^= 1
+    assert shard.read_bytes() == bytes(data)  # made again, the same
+    after = load_file(job.folder / "checkpoints/full/model.safetensors")
     assert all(weights[name].equal(after[name]) for name in weights)
