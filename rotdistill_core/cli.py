@@ -125,6 +125,8 @@ def run(
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
     loaded = load_recipe(path, sets or [])
+    for note in loaded.notes:
+        stderr_console().print(escape(note), soft_wrap=True)
     if not unplanned:
         _check_machine(loaded, fresh)
     from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch

@@ -25,14 +25,29 @@ from rotdistill_core.plugin.registry import (
 )
 from rotdistill_core.plugin.step import validator_of
 from rotdistill_core.recipe.document import NAME_PATTERN, Document, Recipe
+from rotdistill_core.recipe.extends import (
+    Inherited,
+    extended,
+    extended_steps,
+    inherited,
+    named_steps,
+    step_id,
+)
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 
 MAX_BYTES = 1_000_000
 """Largest recipe; more is no recipe but a mistake."""
 NO_STEPS = "step: at least one [[step]] table is needed."
+MIXED = (
+    " The step also has the options of the extended recipe; write `inherit = false` in it to take "
+    "over none."
+)
+"""Added to what is wrong with a step that has options of two recipes."""
 
 Overrides = Sequence[str] | Mapping[str, object]
 """`["chop.layers=24"]` as on the command line, or `{"chop.layers": 24}`."""
+NOTHING_INHERITED = Inherited()
+"""For a recipe that extends none."""
 
 
 def load_recipe(path: str | Path, sets: Overrides = ()) -> ResolvedRecipe:
@@ -48,32 +63,61 @@ def load_recipe(path: str | Path, sets: Overrides = ()) -> ResolvedRecipe:
     """
     path = Path(path)
     text = _read(path)
-    return resolve_recipe(path, text, _extend(path, _parse(path, text)), sets)
+    tables = _parse(path, text)
+    parent = _parent(path, tables)
+    if parent is None:
+        return resolve_recipe(path, text, tables, sets)
+    own_steps = _required_steps(path, tables)
+    parent_steps = _step_tables(parent) or []
+    merged = {**extended(tables, parent), "step": extended_steps(own_steps, parent_steps)}
+    taken_over = inherited(own_steps, parent, parent_steps)
+    return resolve_recipe(path, text, merged, sets, taken_over)
 
 
 def resolve_recipe(
-    path: Path, text: str, tables: dict[str, Any], sets: Overrides = ()
+    path: Path,
+    text: str,
+    tables: dict[str, Any],
+    sets: Overrides = (),
+    taken_over: Inherited = NOTHING_INHERITED,
 ) -> ResolvedRecipe:
-    """Return the recipe in `tables`, a parsed TOML document that is changed in place; see
-    `load_recipe`."""
+    """Return the recipe in `tables`, a parsed TOML document that is changed in place.
+
+    Args:
+        path: where the recipe is; for messages, and for paths relative to it.
+        text: the recipe as it was written.
+        tables: its tables, after `extends`.
+        sets: see `load_recipe`.
+        taken_over: what is known of the recipe that it extends.
+
+    Raises:
+        RecipeError: see `load_recipe`.
+    """
     step_tables = _step_tables(tables) or []
-    problems = [] if step_tables else [NO_STEPS]
-    problems += _apply_overrides(tables, step_tables, sets)
+    # New variants, here or in an override, do not turn a toggle into a step that always runs.
+    toggles = taken_over.toggles | named_steps(tables)
+    problems = _apply_overrides(tables, step_tables, sets)
+    ids = [step_id(table) for table in step_tables]
+    no_longer_named = toggles - named_steps(tables)
+    left_out = tuple(name for name in ids if isinstance(name, str) and name in no_longer_named)
+    if len(left_out) == len(ids):
+        problems.insert(0, NO_STEPS)
     tables.pop("step", None)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
         problems += format_validation_errors(error, tables, _known_keys())
-    steps, step_problems = _parse_steps(step_tables)
+    steps, step_problems = _parse_steps(step_tables, taken_over.mixed_steps)
     problems += step_problems
     problems += _observer_problems(tables)
-    problems += _variant_problems(tables, [_step_id(table) for table in step_tables])
+    problems += _variant_problems(tables, ids)
     if recipe is not None:
         problems += _marked_problems(recipe)
     if problems or recipe is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
-    return ResolvedRecipe(path, text, recipe, tuple(steps))
+    kept = tuple(step for step in steps if step.id not in left_out)
+    return ResolvedRecipe(path, text, recipe, kept, left_out)
 
 
 def _read(path: Path) -> str:
@@ -118,41 +162,37 @@ def _step_tables(tables: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _step_id(table: Mapping[str, Any]) -> Any:
-    return table.get("id", table.get("use"))
+def _parent(path: Path, tables: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove `extends` from the tables, and return those of the recipe that it names.
 
-
-def _extend(path: Path, tables: dict[str, Any]) -> dict[str, Any]:
-    """Apply `extends`: one level; tables merge by key, steps replace those of their id or are
-    added."""
+    Raises:
+        RecipeError: it is no path of a recipe, or that recipe extends another one: one level only.
+    """
     parent = tables.pop("extends", None)
     if parent is None:
-        return tables
+        return None
     if not isinstance(parent, str) or "\0" in parent:
         raise RecipeError(f"{path}: extends: must be the path of one recipe.")
-    base_path = path.parent / parent
-    base = _parse(base_path, _read(base_path))
-    if "extends" in base:
+    parent_path = path.parent / parent
+    parent_tables = _parse(parent_path, _read(parent_path))
+    if "extends" in parent_tables:
         raise RecipeError(
             f"{path}: extends: {parent} itself extends another recipe; one level only."
         )
-    merged = {**base, **tables}
-    for key in base.keys() & tables.keys() - {"variants"}:
-        if isinstance(base[key], dict) and isinstance(tables[key], dict):
-            merged[key] = {**base[key], **tables[key]}
-    by_id = {**_by_id(base_path, base), **_by_id(path, tables)}
-    return {**merged, "step": [table for same_id in by_id.values() for table in same_id]}
+    _required_steps(parent_path, parent_tables)
+    return parent_tables
 
 
-def _by_id(path: Path, tables: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the steps of a document by id. Two of one id stay two, so that they are reported."""
+def _required_steps(path: Path, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the [[step]] tables of a document.
+
+    Raises:
+        RecipeError: its `step` is anything else.
+    """
     steps = _step_tables(tables)
     if steps is None:
         raise RecipeError(f"{path}: {NO_STEPS}")
-    by_id: dict[str, list[dict[str, Any]]] = {}
-    for table in steps:
-        by_id.setdefault(str(_step_id(table)), []).append(table)
-    return by_id
+    return steps
 
 
 def _apply_overrides(
@@ -200,9 +240,9 @@ def _override(
     if not all(parts):
         return [_write_as(where)]
     first, *rest = parts
-    step = next((table for table in steps if _step_id(table) == first), None)
+    step = next((table for table in steps if step_id(table) == first), None)
     if step is None and first not in Recipe.model_fields:
-        known = [*(str(_step_id(table)) for table in steps), *Recipe.model_fields]
+        known = [*(str(step_id(table)) for table in steps), *Recipe.model_fields]
         return [f'{where}: no step or table is called "{first}".{suggest(first, known)}']
     inner: Any = tables if step is None else step
     path = parts if step is None else rest
@@ -216,8 +256,15 @@ def _override(
     return []
 
 
-def _parse_steps(tables: Sequence[Mapping[str, Any]]) -> tuple[list[RecipeStep], list[str]]:
-    """Validate all steps; return the valid ones, and the problems of the others."""
+def _parse_steps(
+    tables: Sequence[Mapping[str, Any]], mixed_steps: frozenset[str]
+) -> tuple[list[RecipeStep], list[str]]:
+    """Validate all steps; return the valid ones, and the problems of the others.
+
+    Args:
+        tables: the [[step]] tables.
+        mixed_steps: ids of the steps that have options of two recipes.
+    """
     steps: list[RecipeStep] = []
     problems: list[str] = []
     seen: set[str] = set()
@@ -227,16 +274,27 @@ def _parse_steps(tables: Sequence[Mapping[str, Any]]) -> tuple[list[RecipeStep],
         name = options.pop("id", use)
         where = f'step "{name}" (#{number})'
         if not isinstance(use, str):
-            offered = ", ".join(installed_plugins(STEPS))
-            problems.append(f"step #{number}: use: missing; name one of {offered}.")
+            problems.append(_missing_use(number, name))
             continue
         problems += [f"{where}: {problem}" for problem in _id_problems(name, seen)]
         seen.add(str(name))
         try:
             steps.append(_parse_step(str(name), use, options))
         except RecipeError as error:
-            problems += [f"{where}: {problem}" for problem in error.problems]
+            hint = MIXED if str(name) in mixed_steps else ""
+            problems += [f"{where}: {problem}{hint}" for problem in error.problems]
     return steps, problems
+
+
+def _missing_use(number: int, name: object) -> str:
+    """Return what is wrong with a step without a method."""
+    offered = ", ".join(installed_plugins(STEPS))
+    if name is None:
+        return f"step #{number}: use: missing; name one of {offered}."
+    return (
+        f'step "{name}" (#{number}): use: missing; name one of {offered}. Only a step of a recipe '
+        "that is extended is changed without it, and no such step has this id."
+    )
 
 
 def _id_problems(name: object, taken: set[str]) -> Iterator[str]:

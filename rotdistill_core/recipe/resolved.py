@@ -59,6 +59,17 @@ class ResolvedRecipe:
     """The TOML document as it was written."""
     recipe: Recipe
     steps: tuple[RecipeStep, ...]
+    left_out: tuple[str, ...] = ()
+    """Ids of toggles that new variants, under `extends` or in an override, no longer name."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is noteworthy about the recipe, a sentence each."""
+        return [
+            f'{self.path}: step "{name}" is left out: it was a toggle before `extends` or an '
+            "override changed the variants, and no variant names it now."
+            for name in self.left_out
+        ]
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as JSON values, after `extends`, `--set` and defaults."""

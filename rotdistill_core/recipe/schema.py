@@ -12,6 +12,23 @@ from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
 from rotdistill_core.plugin.step import validator_of
 from rotdistill_core.recipe.document import Recipe
 
+STEP_KEYS: dict[str, Any] = {
+    "id": {"type": "string", "description": "Unique name of the step; defaults to `use`."},
+    "inherit": {
+        "type": "boolean",
+        "description": "Under `extends`, `false` takes over no option of the parent's step.",
+    },
+}
+"""Keys of every step besides its options."""
+EXTENDING_STEP: dict[str, Any] = {
+    "type": "object",
+    "description": "Options to change in the step of this id, of the recipe that is extended.",
+    "properties": STEP_KEYS,
+    "required": ["id"],
+    "not": {"required": ["use"]},
+}
+"""A step without a method. Which options it may have depends on the other recipe."""
+
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of recipes for the plugins installed here.
@@ -28,17 +45,17 @@ def recipe_schema() -> dict[str, Any]:
         except (PluginError, PydanticUserError):
             continue  # a broken plugin does not take the others' schema away
         defs.update(one.pop("$defs", {}))
-        one["properties"]["id"] = {
-            "type": "string",
-            "description": "Unique name of the step; defaults to `use`.",
-        }
+        one["properties"] |= STEP_KEYS
         one["required"] = sorted({*one.get("required", []), "use"})
         defs[f"step.{name}"] = one
         references.append({"$ref": f"#/$defs/step.{name}"})
+    defs["extending step"] = EXTENDING_STEP
+    references.append({"$ref": "#/$defs/extending step"})
     document["properties"]["step"] = {"type": "array", "items": {"anyOf": references}}
     document["properties"]["extends"] = {
         "type": "string",
-        "description": "Path of a recipe whose tables and steps are taken over.",
+        "description": "Path of a recipe whose tables and steps are taken over. Tables merge by "
+        "key, steps of one id by option; `[variants]` is replaced whole.",
     }
     document.pop("required", None)
     return _enums(document)  # type: ignore[no-any-return]

@@ -115,7 +115,8 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
     ("tables", "wanted"),
     [
         (STEPS.replace("layers = 4", ""), 'step "chop" (#1): options: Value error, say what stays'),
-        (STEPS.replace('use = "residuals"', 'id = "r"'), "step #2: use: missing"),
+        (STEPS.replace('use = "residuals"', 'id = "r"'), 'step "r" (#2): use: missing'),
+        (STEPS.replace('use = "residuals"', "student_texts = 3"), "step #2: use: missing"),
         (STEPS.replace('id = "fold"', 'id = "basis"'), "must be unique"),
         ("", "at least one [[step]] table is needed"),
         ('[step]\nuse = "residuals"\n', "at least one [[step]] table is needed"),
@@ -219,7 +220,7 @@ def child(tmp_path: Path, text: str) -> Path:
     return write(tmp_path / "child.toml", 'extends = "parent.toml"\nname = "child"\n' + text)
 
 
-def test_extends_merges_tables_and_replaces_steps_by_id(tmp_path: Path) -> None:
+def test_extends_merges_tables_and_steps_by_id(tmp_path: Path) -> None:
     steps = '[[step]]\nid = "basis"\nuse = "procrustes"\ntie = 2\n[[step]]\nuse = "fidelity"\n'
     loaded = load_recipe(child(tmp_path, '[student]\nmodel = "other"\n' + steps))
     assert [p.id for p in loaded.steps] == ["chop", "residuals", "basis", "fold", "fidelity"]
@@ -229,9 +230,102 @@ def test_extends_merges_tables_and_replaces_steps_by_id(tmp_path: Path) -> None:
     assert set(loaded.recipe.variants) == {"base", "folded", "only-fold"}
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        'use = "chop"\nmax_angle_texts = 5\n',
+        'id = "chop"\nuse = "chop"\nmax_angle_texts = 5\n',
+        'id = "chop"\nmax_angle_texts = 5\n',
+    ],
+)
+def test_a_step_of_the_same_method_keeps_the_options_that_it_does_not_change(
+    tmp_path: Path, step: str
+) -> None:
+    loaded = load_recipe(child(tmp_path, "[[step]]\n" + step))
+    assert [p.id for p in loaded.steps] == ["chop", "residuals", "basis", "fold"]
+    assert (options(loaded, "chop")["layers"], options(loaded, "chop")["max_angle_texts"]) == (4, 5)
+
+
+@pytest.mark.parametrize("use", ['use = "chop"\n', ""])
+def test_a_step_that_inherits_nothing_has_its_own_options_alone(tmp_path: Path, use: str) -> None:
+    step = f'[[step]]\nid = "chop"\n{use}inherit = false\nneurons = 8\n'
+    loaded = load_recipe(child(tmp_path, step))
+    assert (options(loaded, "chop")["layers"], options(loaded, "chop")["neurons"]) == (None, 8)
+
+
+def test_a_step_of_another_method_replaces_it_whole_and_in_its_place(tmp_path: Path) -> None:
+    step = '[[step]]\nid = "chop"\nuse = "soups"\ningredients = ["student"]\n'
+    loaded = load_recipe(child(tmp_path, step))
+    assert (loaded.steps[0].id, options(loaded, "chop")["use"]) == ("chop", "soups")
+    assert options(loaded, "chop")["layers"] is None  # the option of soups, not chop's 4
+
+
+def test_a_table_in_the_options_is_taken_whole(tmp_path: Path) -> None:
+    soup = '[[step]]\nuse = "soups"\ningredients = ["student"]\ntensors = { "*.mlp.*" = [1.0] }\n'
+    write(tmp_path / "parent.toml", HEAD + soup)
+    head = 'extends = "parent.toml"\n[[step]]\nid = "soups"\n'
+    loaded = load_recipe(
+        write(tmp_path / "child.toml", head + 'tensors = { "*.self_attn.*" = [0.5] }\n')
+    )
+    assert options(loaded, "soups")["ingredients"] == ["student"]
+    assert options(loaded, "soups")["tensors"] == {"*.self_attn.*": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [
+        ('id = "new"\nmax_angle_texts = 5\n', "no such step has this id"),
+        ('id = "new"\nuse = "fidelity"\ninherit = false\n', "inherit: unknown key"),
+        ('id = "chop"\ninherit = 3\n', "inherit: unknown key"),
+        ('id = "chop"\nkeep_fraction = 0.5\n', "write `inherit = false` in it"),
+    ],
+)
+def test_a_step_that_cannot_be_extended_is_a_problem(
+    tmp_path: Path, step: str, wanted: str
+) -> None:
+    assert wanted in problems_of(child(tmp_path, "[[step]]\n" + step))[0]
+
+
+def test_only_a_step_with_inherited_options_is_told_how_to_leave_them(tmp_path: Path) -> None:
+    replaced = '[[step]]\nid = "chop"\nuse = "fidelity"\nper_layers = true\n'
+    assert "inherit = false" not in problems_of(child(tmp_path, replaced))[0]
+
+
 def test_variants_are_taken_over_whole(tmp_path: Path) -> None:
-    loaded = load_recipe(child(tmp_path, '[variants]\nmine = ["basis"]\n'))
-    assert loaded.recipe.variants == {"mine": ["basis"]}
+    loaded = load_recipe(child(tmp_path, '[variants]\nmine = ["basis", "fold"]\n'))
+    assert loaded.recipe.variants == {"mine": ["basis", "fold"]}
+    assert loaded.notes == []
+
+
+def test_a_toggle_that_no_new_variant_names_is_left_out_and_noted(tmp_path: Path) -> None:
+    loaded = load_recipe(child(tmp_path, '[variants]\nbase = []\nmine = ["basis"]\n'))
+    assert [p.id for p in loaded.chain("base")] == ["chop", "residuals"]
+    assert [p.id for p in loaded.chain("mine")] == ["chop", "residuals", "basis"]
+    (note,) = loaded.notes
+    assert 'step "fold" is left out' in note
+    # The same where an override takes the last name away.
+    sets = ["variants.folded=['basis']", "variants.only-fold=[]"]
+    overridden = load_recipe(tmp_path / "parent.toml", sets)
+    assert (overridden.left_out, len(overridden.steps)) == (("fold",), 3)
+
+
+def test_a_toggle_of_which_a_new_variant_misspells_the_name_is_suggested(tmp_path: Path) -> None:
+    problems = problems_of(child(tmp_path, '[variants]\nmine = ["bassis"]\n'))
+    assert 'no step has the id "bassis". Did you mean "basis"?' in problems[0]
+
+
+def test_variants_that_leave_out_every_step_are_a_problem(tmp_path: Path) -> None:
+    write(
+        tmp_path / "parent.toml",
+        HEAD + '[[step]]\nuse = "fidelity"\n[variants]\na = ["fidelity"]\n',
+    )
+    path = write(tmp_path / "child.toml", 'extends = "parent.toml"\n[variants]\nbase = []\n')
+    assert "at least one [[step]] table is needed" in problems_of(path)[0]
+
+
+def test_the_32b_recipe_keeps_the_options_of_the_one_that_it_extends() -> None:
+    residuals = options(load_recipe(ROOT / "recipes" / "tour_guide_qwen32b.toml"), "residuals")
+    assert (residuals["student_texts"], residuals["dtype"]) == (48, "bfloat16")
 
 
 def test_extends_two_levels_deep_is_refused(tmp_path: Path) -> None:
@@ -311,9 +405,10 @@ def test_a_chain_holds_the_untoggled_steps_and_the_variants_own_in_file_order(go
 def test_the_schema_has_enums_and_requires_use() -> None:
     made = recipe_schema()
     assert '"const"' not in json.dumps(made)
-    names = [
+    *names, without_use = [
         item["$ref"].rpartition("/")[2] for item in made["properties"]["step"]["items"]["anyOf"]
     ]
+    assert made["$defs"][without_use]["required"] == ["id"]
     assert {"step.chop", "step.residuals", "step.basis-fold", "step.fidelity"} <= set(names)
     for name in names:
         one = made["$defs"][name]

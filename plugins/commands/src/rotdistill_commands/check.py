@@ -43,6 +43,8 @@ def check(
 
 def _check_recipe(path: Path, as_json: bool) -> None:
     loaded = load_recipe(path)
+    for note in loaded.notes:
+        log(note)
     if as_json:
         print(json.dumps(loaded.resolved()))
         return

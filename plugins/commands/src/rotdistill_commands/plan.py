@@ -46,6 +46,8 @@ def plan(
       rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
     """
     loaded = load_recipe(path, sets or [])
+    for note in loaded.notes:
+        log(note)
     try:
         planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
     except ModelNotAvailable as error:
