@@ -13,7 +13,7 @@ import ast
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -115,25 +115,31 @@ def _imported_by(paths: Iterable[Path]) -> Iterator[str]:
 
 def _core_modules(names: Iterable[str]) -> set[Path]:
     """Return the files of the core that these dotted names lead to, directly or not."""
+    public = _public_names()
     found: set[Path] = set()
-    waiting = list(names)
+    waiting = set(names)
+    followed: set[str] = set()
     while waiting:
-        path = _core_file(waiting.pop())
+        name = waiting.pop()
+        followed.add(name)
+        path = _core_file(name, public)
         if path and path not in found:
             found.add(path)
-            waiting += _parsed(path).imports
+            waiting |= {*_parsed(path).imports} - followed
     return found
 
 
-def _core_file(name: str) -> Path | None:
+def _core_file(name: str, public: Mapping[str, str]) -> Path | None:
     """Return the file of the core that defines a dotted name; None where figures cannot depend on
-    it."""
+    it.
+
+    `public` are the names that the core exports lazily, with the dotted name of each.
+    """
     package, _, rest = name.partition(".")
     if package != CORE_PACKAGE:
         return None
-    public = _public_names()
     if rest in public:  # `from rotdistill_core import Maps`
-        return _core_file(public[rest])
+        return _core_file(public[rest], public)
     if any(name == part or name.startswith(f"{part}.") for part in NO_FIGURES):
         return None
     parts = rest.split(".")
@@ -187,8 +193,15 @@ def _parsed_once(path: Path, _modified: int, _size: int) -> _Source:
         elif isinstance(node, ast.ImportFrom):
             module = _absolute(node, path)
             imports += [f"{module}.{alias.name}" for alias in node.names]
-        waiting += ast.iter_child_nodes(node)
+        waiting += _statements_in(node)
     return _Source(hashlib.sha256(content).hexdigest(), tuple(imports), tuple(typing_imports))
+
+
+def _statements_in(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements directly inside a statement. Imports are nowhere else, and most of a
+    tree is expressions."""
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        yield from getattr(node, block, ())
 
 
 def _for_annotations(node: ast.AST) -> bool:
