@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from rotdistill_commands._arguments import log, requested_run
+from rotdistill_commands._resolved import resolved_toml
 from rotdistill_core import hookimpl
-from rotdistill_core.errors import CheckFailed
+from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.terminal import Json
+from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.terminal import Json, Sets
 
 
 def check(
@@ -24,32 +26,47 @@ def check(
             show_default=False,
         ),
     ],
+    sets: Sets = None,
+    resolved: Annotated[
+        bool,
+        typer.Option(
+            "--resolved",
+            help="Print the recipe as TOML after `extends`, --set and defaults.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a recipe without running it, or recompute the claims of a run from its files.
 
     Examples:
 
-      rotdistill check recipes/tour_guide.toml
+      rotdistill check recipes/tour_guide.toml --set chop.layers=24 --resolved
 
       rotdistill check tour-guide
     """
     is_recipe = path.is_file() or (path.suffix and not path.is_dir())
     if is_recipe:
-        _check_recipe(path, as_json)
+        _check_recipe(load_recipe(path, sets or []), resolved, as_json)
+    elif sets or resolved:
+        raise RecipeError(
+            f"{path}: is not a recipe. --set and --resolved are for the TOML file of a recipe; "
+            "leave them out to check a run."
+        )
     else:
         _check_run(path if path.is_dir() else requested_run(str(path)).path, as_json)
 
 
-def _check_recipe(path: Path, as_json: bool) -> None:
-    loaded = load_recipe(path)
+def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None:
+    """Print what there is to say about a valid recipe."""
     for note in loaded.notes:
         log(note)
     if as_json:
         print(json.dumps(loaded.resolved()))
-        return
-    variants = ", ".join(loaded.recipe.variants)
-    log(f"{path}: fine, {len(loaded.steps)} steps, variants {variants}")
+    elif resolved:
+        print(resolved_toml(loaded), end="")
+    else:
+        variants = ", ".join(loaded.recipe.variants)
+        log(f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {variants}")
 
 
 def _check_run(folder: Path, as_json: bool) -> None:
