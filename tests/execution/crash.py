@@ -9,6 +9,7 @@ parallel code before the forks, so forking a process that has imported torch is 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import torch
 
 from rotdistill_core import hookimpl
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store import files
 from rotdistill_core.store.hashing import sha256_of
@@ -111,6 +113,15 @@ def solved(root: Path) -> int:
     return sum(len(ledger.steps) + len(ledger.checkpoints) for ledger in ledgers)
 
 
+def warm_up(recipe: Path) -> None:
+    """Load what every child needs, so that it is not loaded in each of them: the methods of the
+    steps, and what their keys need of the code."""
+    for recipe_step in load_recipe(recipe).steps:
+        package = recipe_step.origin.target.partition(".")[0]
+        importlib.import_module(f"{package}._method")
+        source_digest(recipe_step.origin)
+
+
 def killer(number: int) -> Callable[[str], None]:
     """Return a function that kills the process when it is called for the n-th time, from 0."""
     calls = count()
@@ -127,7 +138,7 @@ def main() -> None:
     workspace = PicoWorkspace(work)
     workspace.texts()
     model = workspace.model(num_hidden_layers=5)
-    workspace.recipe(STEPS, name="crash", teacher=model, student=model)
+    warm_up(workspace.recipe(STEPS, name="crash", teacher=model, student=model))
     log = work / "syncs"
     code = forked(partial(carry_out, work, work / "golden", partial(note, log)))
     golden, steps = hashes(work / "golden"), solved(work / "golden")
