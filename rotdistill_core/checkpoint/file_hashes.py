@@ -33,7 +33,7 @@ class _Known(NamedTuple):
     """A file that was hashed."""
 
     state: str
-    """What told it from other contents: its length, its times and the hash of a sample."""
+    """What distinguished it from other contents: its length, its times and the hash of a sample."""
     sha256: str
     mark: str
     """Hash of the rest, so that a damaged line counts for nothing."""
@@ -44,7 +44,7 @@ class FileHashes:
 
     A file is the same while device, inode, length, both times of change (mtime and ctime) and a
     sample of its bytes are. A write shows in ctime even where a program sets mtime back. The known
-    limit: bytes outside the sample that change behind the file system's back, on a failing disk,
+    limit: bytes outside the sample that change without the file system, on a failing disk,
     go unseen as long as the cache has the file. `rotdistill check RUN` finds them: it reads every
     byte of the models, and never the cache.
 

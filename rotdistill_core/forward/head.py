@@ -22,7 +22,7 @@ def final_norm(weights: Weights, states: Tensor) -> Tensor:
 
 
 def head_for(weights: Weights, states: Tensor, tokens: int | None = None) -> Tensor:
-    """Return the head `[tokens, d]` in the precision in which it multiplies states, beside them.
+    """Return the head `[tokens, d]` on the device of states, in the precision that multiplies them.
 
     Args:
         weights: the model.

@@ -87,7 +87,7 @@ class _Batch:
             return states[self.rows_on_device]
         batch = states[self.rows]
         if self.device.type == "cuda":
-            # Only from pinned memory a copy runs beside the computation.
+            # Only a copy from pinned memory overlaps with the computation.
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True)
 
