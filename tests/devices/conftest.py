@@ -143,14 +143,14 @@ def own_devices(make_workspace: Callable[..., PicoWorkspace]) -> Devices:
 def with_models(workspace: PicoWorkspace) -> Devices:
     """Write texts and models.
 
-    `teacher` is wider and deeper than `student`; `twin` has the student's shape; `deep` has four
+    `teacher` is wider and deeper than `student`; `twin` has the student's shape; `deep` has three
     layers.
     """
-    workspace.texts(blurbs=12, questions=2)
+    workspace.texts(blurbs=10, questions=2)
     workspace.model(
         "teacher", seed=1, hidden_size=48, num_hidden_layers=3, tie_word_embeddings=False
     )
     workspace.model("student", seed=2)
     workspace.model("twin", seed=3)
-    workspace.model("deep", seed=4, num_hidden_layers=4)
+    workspace.model("deep", seed=4, num_hidden_layers=3)
     return Devices(workspace)

@@ -20,7 +20,7 @@ step = [
     { use = "answers", max_tokens = 3 },
 ]
 [variants]
-plain = ["plain", "answers"]
+plain = ["plain", "answers", "fidelity"]
 match = ["match"]
 shuffled = ["shuffled"]
 reversed = ["reversed"]

@@ -10,11 +10,11 @@ Devices = Any
 
 CUTS = """
 step = [
-    { id = "angle", use = "chop", layers = 3 },
-    { id = "kl", use = "chop", layers = 3, criterion = "kl", max_kl_rows = 32 },
-    { id = "listed", use = "chop", layers = [0, 1, 3] },
+    { id = "angle", use = "chop", layers = 2 },
+    { id = "kl", use = "chop", layers = 2, criterion = "kl", max_kl_rows = 32 },
+    { id = "listed", use = "chop", layers = [0, 2] },
     { id = "width", use = "chop", width = 24 },
-    { id = "all", use = "chop", layers = 3, neurons = 40, kv_heads = 1, width = 28 },
+    { id = "all", use = "chop", layers = 2, neurons = 40, kv_heads = 1, width = 28 },
     { id = "share", use = "chop", keep_fraction = 0.7, criterion = "kl", max_kl_rows = 32 },
     { id = "capture", use = "residuals", student_texts = 8 },
     { use = "fidelity", per_layer = false },
@@ -29,7 +29,7 @@ share = ["share"]
 """
 REFITS = """
 step = [
-    { use = "chop", layers = [0, 1, 3] },
+    { use = "chop", layers = [0, 2] },
     { id = "capture", use = "residuals" },
     { id = "self", use = "residuals", control = "self" },
     { id = "both", use = "writer-refit", writers = ["heads", "neurons"], guard = 1.5 },

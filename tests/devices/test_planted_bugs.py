@@ -50,12 +50,12 @@ step = [
 """
 REFIT = """
 step = [
-    { use = "chop", layers = [0, 1, 3] },
+    { use = "chop", layers = [0, 2] },
     { use = "residuals" },
     { use = "writer-refit", layers = "cut", ridge = [1.0] },
 ]
 """
-CUT = 'step = [{ use = "chop", layers = 3 }]'
+CUT = 'step = [{ use = "chop", layers = 2 }]'
 NEURONS = """
 step = [
     { use = "residuals" },

@@ -26,12 +26,6 @@ use = "soups"
 ingredients = ["one", "student"]
 OPTIONS
 [[step]]
-id = "task"
-use = "soups"
-ingredients = ["one"]
-method = "task-arithmetic"
-OPTIONS
-[[step]]
 id = "ties"
 use = "soups"
 ingredients = ["one", "two"]
@@ -84,7 +78,6 @@ use = "fidelity"
 per_layer = false
 [variants]
 mean = ["mean", "line", "fidelity"]
-task = ["task"]
 ties = ["ties"]
 slerp = ["slerp"]
 greedy = ["greedy"]

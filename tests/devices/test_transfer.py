@@ -29,7 +29,7 @@ guarded = ["guarded", "fidelity"]
 """
 HEAD_AFTER_CUT = """
 step = [
-    { use = "chop", layers = 3 },
+    { use = "chop", layers = 2 },
     { use = "residuals", student_texts = 6 },
     { use = "lm-head-ridge", objective = "kl", max_tokens = 16, max_rows = 32, max_iter = 4 },
 ]
