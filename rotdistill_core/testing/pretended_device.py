@@ -181,7 +181,10 @@ def pretended_device(
         raise DeviceError("a pretended device is open already")
     backend.device = _Device(strict, float64, capability, free_bytes)
     try:
-        yield backend.device.counters
+        # A process counts its devices when it first computes gradients, and gives each a thread.
+        # In one thread they are computed on a device that came later, too.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield backend.device.counters
     finally:
         backend.device = None
 
@@ -197,7 +200,7 @@ class _Device:
         self.float64 = float64
         self.capability = capability
         self.free_bytes = free_bytes
-        self._lock = threading.Lock()  # layers are read, and gradients computed, in other threads
+        self._lock = threading.Lock()  # weights are read in another thread
 
     def count(self, counter: Counter[Line], times: int = 1) -> None:
         """Count something that the line now running causes."""
@@ -440,16 +443,11 @@ def _described(tensors: list[Tensor]) -> str:
 def _current_line() -> Line:
     """Return the innermost line of this program that is running, outside of this module.
 
-    Without one it is a line of the main thread's: gradients are computed in another thread while it
-    waits. Where none of this program is running, it is the innermost line outside of torch.
+    Where none of this program is running, it is the innermost line outside of torch.
     """
     here = sys._getframe()
-    main = threading.main_thread().ident
-    waiting = sys._current_frames().get(main) if main is not None else None
-    for frame in (here, waiting):
-        for line in _lines(frame, ("rotdistill",)):
-            return line
-    return next(_lines(here, ("",)), Line("?", 0))
+    everywhere = next(_lines(here, ("",)), Line("?", 0))
+    return next(_lines(here, ("rotdistill",)), everywhere)
 
 
 def _lines(frame: FrameType | None, packages: tuple[str, ...]) -> Iterator[Line]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -342,6 +344,24 @@ def test_it_is_there_inside_of_its_context_only() -> None:
         X + X
     with pytest.raises(DeviceError, match="outside of its context"):
         torch.ones(3).to(PRETENDED)
+
+
+GRADIENTS_ON_BOTH = """
+import torch
+from rotdistill_core.testing import pretended_device
+def learn(device):
+    W = torch.ones(2, device=device, requires_grad=True)
+    torch.autograd.backward((W * W).sum())
+    return W.grad.tolist()
+assert learn("cpu") == [2, 2]
+with pretended_device():
+    assert learn("pretend") == [2, 2]
+"""
+
+
+@pytest.mark.slow
+def test_gradients_may_have_been_computed_before_it_is_there() -> None:
+    subprocess.run([sys.executable, "-c", GRADIENTS_ON_BOTH], check=True)
 
 
 def test_counters_begin_anew() -> None:
