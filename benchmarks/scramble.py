@@ -18,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rotdistill_hungarian_permute.step import HungarianPermute
@@ -77,10 +77,24 @@ def fold(weights: Weights, maps: Maps) -> Weights:
     return weights.fold({RESIDUAL: maps.tied() or eye, **maps.inside_layers()})
 
 
-def average(one: Weights, two: Weights) -> Weights:
-    """Return the plain mean of two models."""
-    means = {name: (one[name].double() + two[name].double()) / 2 for name in one.entries}
-    return one.edit({name: mean.float() for name, mean in means.items()})
+class Comparison(NamedTuple):
+    """Two models of one shape, compared parameter by parameter."""
+
+    average: Weights
+    """Their plain mean."""
+    distance: float
+    """The largest distance of a parameter, `|one - two| / |two|`."""
+
+
+def compare(one: Weights, two: Weights) -> Comparison:
+    """Compare two models. A folded parameter is computed when it is read, so each is read once."""
+    means: dict[str, torch.Tensor] = {}
+    distances: list[float] = []
+    for name in one.entries:
+        first, second = one[name].double(), two[name].double()
+        means[name] = ((first + second) / 2).float()
+        distances.append(float((first - second).norm() / second.norm()))
+    return Comparison(one.edit(means), max(distances))
 
 
 def wrong_entries(planted: dict[str, Map], maps: Maps) -> int:
@@ -92,14 +106,6 @@ def wrong_entries(planted: dict[str, Map], maps: Maps) -> int:
             assert isinstance(permutation, Permutation)
             wrong += int((permutation.index != planted_map.invert().index).sum())
     return wrong
-
-
-def farthest_weight(one: Weights, two: Weights) -> float:
-    """Return the largest relative distance of a parameter."""
-    return max(
-        float((one[n].double() - two[n].double()).norm() / two[n].double().norm())
-        for n in two.entries
-    )
 
 
 class KlFromOriginal:
@@ -158,16 +164,16 @@ class Scrambled:
 
     def barrier(self, weights: Weights) -> float:
         """Return the KL of the average of a model with the original."""
-        return self.kl(average(weights, self.original))
+        return self.kl(compare(weights, self.original).average)
 
     def figures(self, weights: Weights, maps: Maps) -> dict[str, Any]:
         """Return how well maps bring a model back."""
         restored = fold(weights, maps)
-        barrier = self.barrier(restored)
+        compared = compare(restored, self.original)
         return {
             "permutations wrong": wrong_entries(self.planted, maps),
-            "farthest weight": farthest_weight(restored, self.original),
-            "barrier": barrier,
+            "farthest weight": compared.distance,
+            "barrier": self.kl(compared.average),
         }
 
 

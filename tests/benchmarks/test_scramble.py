@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/scramble.py"
-OPTIONS = ("--limit", "10", "--only", "weights", "--only", "activations")
+OPTIONS = ("--limit", "7", "--only", "weights", "--only", "activations")
 
 pytestmark = pytest.mark.slow
 
