@@ -102,4 +102,4 @@ def compare_logits(
 
 def _joined(blocks: list[Tensor]) -> Tensor:
     """Return the values of all blocks in float64, on the host."""
-    return torch.cat(blocks).double().cpu()
+    return torch.cat(blocks).cpu().double()

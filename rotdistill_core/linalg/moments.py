@@ -25,9 +25,9 @@ class Moments:
     def add(self, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> None:
         """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1)."""
         X = widened(X)
-        w = torch.ones(len(X), device=X.device) if weights is None else weights.to(X.device)
+        w = torch.ones_like(X[:, 0]) if weights is None else weights.to(X)
         # The root of the weight on both sides, so that each product carries the weight once.
-        root = w.to(X).sqrt()[:, None]
+        root = w.sqrt()[:, None]
         X, Y = X * root, Y.to(X) * root
         self._move(sum_device(X.device))
         self._xx += (X.T @ X).to(self._xx)

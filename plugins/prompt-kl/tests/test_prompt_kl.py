@@ -303,3 +303,11 @@ def test_bfloat16_products_learn_about_as_much(tmp_path: Path) -> None:
     )
     after = narrow["validation KL after"]
     assert after == pytest.approx(wide["validation KL after"], rel=0.05)
+
+
+def test_prompts_without_a_text_to_validate_on_are_refused(tmp_path: Path) -> None:
+    fit_only = Samples(
+        SAMPLES.layout, tuple(q for q in SAMPLES.questions if q.split == "fit"), SAMPLES.style
+    )
+    with pytest.raises(RecipeError, match="none is a validation text to validate on"):
+        distilled(pair_of(tmp_path), tmp_path, fit_only, **OPTIONS)

@@ -107,7 +107,14 @@ def training_texts(
     continuations: list[Text] = []
     if "places" in step.prompts_from:
         continuations = place_continuations(step, pair, samples, out, progress)
-    prompts = [text.tokens[: text.answer] for text in (*continuations, *answers)]
+    own = (*continuations, *answers)
+    for split, use in ((Split.FIT, "train"), (Split.VALIDATION, "validate")):
+        if not any(text.split == split for text in own):
+            raise RecipeError(
+                f"prompt-kl: of {len(own)} prompts none is a {split.value} text to {use} on; "
+                "give it more texts, or raise max_prompts."
+            )
+    prompts = [text.tokens[: text.answer] for text in own]
     return PackedTexts((*continuations, *answers, *outside), shared_prefix_length(prompts))
 
 

@@ -121,7 +121,7 @@ class DistillationTargets:
                 self.losses(student, weights, texts[k : k + EVALUATION_BATCH])
                 for k in range(0, len(texts), EVALUATION_BATCH)
             ]
-        return float(torch.cat(parts).double().mean())
+        return float(torch.cat(parts).cpu().double().mean())
 
     def scores(self, samples: Samples, view: Weights, split: str) -> TextScores:
         """Return the KL of a view of the weights on a split, text by text."""
