@@ -95,7 +95,9 @@ def format_validation_errors(
             problems.append(f"{where}: unknown key.{suggest(path[-1], known.get(path[:-1], ()))}")
             continue
         value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
-        messages = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
+        # What a validator of ours says is a sentence without pydantic's word for it.
+        texts = (detail["msg"].removeprefix("Value error, ") for detail in details)
+        messages = " or ".join(dict.fromkeys(texts))
         problems.append(f"{where}: {messages}{value}.")
     return problems
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rotdistill_core.errors import RecipeError, SetupError
-from rotdistill_core.recipe.devices import device_problem
+from rotdistill_core.recipe.devices import DEVICE_HELP, is_device
 
 
 def resolve_device(name: str) -> torch.device:
@@ -15,8 +15,8 @@ def resolve_device(name: str) -> torch.device:
         RecipeError: it is no name of a device.
         SetupError: this machine has no such device.
     """
-    if problem := device_problem(name):
-        raise RecipeError(f"device: {problem}")
+    if not is_device(name):
+        raise RecipeError(f"device: {DEVICE_HELP} (it is {name!r}).")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -9,14 +9,17 @@ KNOWN_DEVICES = ("auto", "cpu", "cuda", "mps")
 DEVICE_HELP = 'write "auto", "cpu", "cuda", "cuda:1" (the second GPU) or "mps"'
 
 
-def device_problem(name: str) -> str:
-    """Return what is wrong with the name of a device; empty if nothing is."""
+def is_device(name: str) -> bool:
+    """Return whether a recipe may name a device so. Whether the machine has it is another matter.
+
+    A backend of somebody's own is known once it is registered with a torch that is loaded.
+    """
     kind, colon, index = name.partition(":")
     if kind not in KNOWN_DEVICES and kind != _own_backend():
-        return f'"{name}" is no device; {DEVICE_HELP}.'
-    if colon and (kind in ("auto", "cpu", "mps") or not re.fullmatch(r"0|[1-9]\d{0,3}", index)):
-        return f'"{name}" has a number that no such device has; {DEVICE_HELP}.'
-    return ""
+        return False
+    if not colon:
+        return True
+    return kind not in ("auto", "cpu", "mps") and bool(re.fullmatch(r"0|[1-9]\d{0,3}", index))
 
 
 def _own_backend() -> str:

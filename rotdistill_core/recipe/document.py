@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from rotdistill_core.recipe.devices import device_problem
+from rotdistill_core.recipe.devices import DEVICE_HELP, is_device
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 """Names of runs, variants and steps: they become parts of paths, so they may not be paths."""
@@ -40,8 +40,8 @@ class ModelRef(Document):
     @field_validator("device")
     @classmethod
     def _known_device(cls, name: str) -> str:
-        if problem := device_problem(name):
-            raise ValueError(problem)
+        if not is_device(name):
+            raise ValueError(DEVICE_HELP)
         return name
 
 

@@ -114,7 +114,7 @@ def test_five_mistakes_are_five_problems_in_one_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tables", "wanted"),
     [
-        (STEPS.replace("layers = 4", ""), 'step "chop" (#1): options: Value error, say what stays'),
+        (STEPS.replace("layers = 4", ""), 'step "chop" (#1): options: say what stays'),
         (STEPS.replace('use = "residuals"', 'id = "r"'), 'step "r" (#2): use: missing'),
         (STEPS.replace('use = "residuals"', "student_texts = 3"), "step #2: use: missing"),
         (STEPS.replace('id = "fold"', 'id = "basis"'), "must be unique"),
