@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class Machine:
             return HOST
         return name if ":" in name else f"{name}:0"
 
+    @property
+    def gpu_names(self) -> list[str]:
+        """The names of the GPUs."""
+        return [f"cuda:{index}" for index in range(len(self.gpus))]
+
     def gpu_memory(self, device: str) -> int:
         """Return the memory of a GPU such as `cuda:1`; 0 if it is not there."""
         index = int(device.partition(":")[2])
@@ -68,16 +74,42 @@ def this_machine(root: Path) -> Machine:
 
 
 def _gpu_memories() -> tuple[int, ...]:
-    """Return the memory of each GPU in bytes, without torch: those that CUDA shows to a process."""
+    """Return the memory of each GPU that CUDA shows to a process, in bytes and in its order.
+
+    Without torch, so from nvidia-smi, which lists all GPUs in the order of the PCI bus.
+    """
     if not shutil.which("nvidia-smi"):
         return ()
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    memories = [int(line) << 20 for line in answer.split() if line.isdigit()]
+    memories: dict[str, int] = {}
+    for line in answer.splitlines():
+        uuid, comma, mebibytes = line.partition(", ")
+        if comma:
+            # A GPU that shares the host's memory states none of its own: "[N/A]".
+            own = int(mebibytes) << 20 if mebibytes.isdigit() else None
+            memories[uuid] = psutil.virtual_memory().total if own is None else own
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(memories)
-    numbers = [word.strip() for word in visible.split(",") if word.strip()]
-    if not all(number.isdigit() for number in numbers):
-        return tuple(memories[: len(numbers)])  # named by their UUIDs, which are not looked up
-    return tuple(memories[int(n)] for n in numbers if int(n) < len(memories))
+    return tuple(memories.values() if visible is None else _visible(visible, memories))
+
+
+def _visible(visible: str, memories: Mapping[str, int]) -> Iterator[int]:
+    """Yield the memories of the GPUs that CUDA_VISIBLE_DEVICES names, in its order.
+
+    An entry is a number or the beginning of a UUID. As in CUDA, what follows an unknown one does
+    not count.
+
+    Args:
+        visible: the value of the variable.
+        memories: UUID -> memory of every GPU, in the order of their numbers.
+    """
+    for entry in map(str.strip, visible.split(",")):
+        if entry.startswith("MIG-") and memories:
+            # A part of a GPU, whose size nvidia-smi does not list: no more than the largest GPU.
+            yield max(memories.values())
+            continue
+        named = [uuid for k, uuid in enumerate(memories) if entry in (str(k), uuid)]
+        named = named or [uuid for uuid in memories if entry and uuid.startswith(entry)]
+        if len(named) != 1:
+            return
+        yield memories[named[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from rotdistill_core.planning import machine
@@ -46,13 +47,17 @@ def test_each_gpu_has_its_own_memory() -> None:
         ("1,0", (24564 << 20, 81559 << 20)),
         ("", ()),
         ("7", ()),
-        ("GPU-8a2f", (81559 << 20,)),
+        ("0,7,1", (81559 << 20,)),
+        ("GPU-9b", (24564 << 20,)),
+        ("GPU-9b01,GPU-8a2f", (24564 << 20, 81559 << 20)),
+        ("GPU-", ()),
+        ("MIG-3c", (81559 << 20,)),
     ],
 )
 def test_gpus_are_counted_as_cuda_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object, visible: str | None, gpus: tuple[int, ...]
 ) -> None:
-    answer = SimpleNamespace(stdout="81559\n24564\n")
+    answer = SimpleNamespace(stdout="GPU-8a2f, 81559\nGPU-9b01, 24564\n")
     monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
     if visible is None:
@@ -60,6 +65,14 @@ def test_gpus_are_counted_as_cuda_does(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert machine._gpu_memories() == gpus
+
+
+def test_a_gpu_that_states_no_memory_has_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(stdout="GPU-8a2f, [N/A]\nGPU-9b01, 24564\n")
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine._gpu_memories() == (psutil.virtual_memory().total, 24564 << 20)
 
 
 def test_a_machine_without_the_tool_has_no_gpu(
