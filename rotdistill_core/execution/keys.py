@@ -88,7 +88,8 @@ def run_inputs(
     """Return what a run starts from, by name.
 
     The hashes need no tokenizer and read a small part of the weights. A run records them with its
-    `start_key`; where they are equal, that key and all keys after it are equal too.
+    `start_key`; where they are equal, that key and all keys after it are equal too. Of a device
+    only its type counts, as in keys.
     """
     texts = [
         # Facts and falsehoods enter the key of evaluators alone.
@@ -102,7 +103,7 @@ def run_inputs(
         "code": shared_code(pair),
         "texts": digest(texts),
         "seed": str(recipe.seed),
-        "compute": " ".join(f"{ref.dtype} {ref.device}" for ref in refs),
+        "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
     }
 
 

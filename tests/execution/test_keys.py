@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.data.questions import facts_digest, read_questions
-from rotdistill_core.execution.keys import checkpoint_key, evaluation_key, keyed_steps
+from rotdistill_core.execution.keys import (
+    checkpoint_key,
+    evaluation_key,
+    keyed_steps,
+    run_inputs,
+)
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.hashing import digest
@@ -67,6 +74,22 @@ def test_an_evaluator_depends_on_the_finished_variant_and_on_facts(loaded: Resol
     assert score.before == digest(fold.key, "full", "torch.float32", "facts")
     assert score.before == evaluation_key("full", fold.key, "float32", "facts")
     assert [step.id for step in score.earlier] == ["residuals", "basis", "fold"]
+
+
+def test_a_run_on_another_gpu_has_the_same_inputs(
+    pico_workspace: PicoWorkspace, loaded: ResolvedRecipe
+) -> None:
+    recipe = loaded.recipe
+    model = ModelRef(model=str(pico_workspace.model()))
+    pair = open_pair(model, model, None)
+
+    def inputs(device: str) -> dict[str, str]:
+        student = recipe.student.model_copy(update={"device": device})
+        return run_inputs(recipe.model_copy(update={"student": student}), pair, [], "")
+
+    assert inputs("cuda:0") == inputs("cuda:1") == inputs("cuda")
+    changed = inputs("cpu")
+    assert {name for name in changed if changed[name] != inputs("cuda")[name]} == {"compute"}
 
 
 @pytest.mark.slow
