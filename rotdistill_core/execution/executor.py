@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 
+from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.checkpoint.weights import Weights
@@ -86,9 +87,9 @@ class Executor:
         for recipe_step in loaded.steps:
             check_hook(recipe_step)
         self.observers = Observers(observer, recipe.observers, folder)
+        for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
+            resolve_device(ref.device)  # a missing one is an error now, not after a download
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
-        for model in (pair.teacher, pair.student):
-            model.device  # noqa: B018  a missing device is an error now, not after the answers
         questions, style = read_questions(recipe.samples, loaded.path.parent)
         self.context = RunContext(
             loaded=loaded,
