@@ -156,8 +156,9 @@ class Plan:
         for gpu, size in self.totals.by_gpu.items():
             worst = next(line.id for line in self.todo if line.by_gpu.get(gpu) == size)
             there = self.machine.gpu_memory(gpu)
-            if not there:
-                yield f'"{worst}" computes on {gpu}, and this machine has no such GPU'
+            if gpu not in self.machine.gpu_names:
+                has = ", ".join(self.machine.gpu_names) or "none"
+                yield f'"{worst}" computes on {gpu}, but of GPUs this machine has {has}'
             elif size > there:
                 yield (
                     f'"{worst}" needs about {format_bytes(size)} of memory on {gpu}, '
@@ -275,7 +276,8 @@ def _compute_bytes(ref: ModelRef, info: ModelInfo, machine: Machine) -> int:
     """Return the bytes of a number while the model computes; see `Model.dtype`."""
     if ref.dtype != "auto":
         return DTYPE_BYTES[ref.dtype]
-    on_cpu = ref.device != "mps" and machine.device_of(ref.device) == HOST
+    # Other devices, such as Apple's, have the host's memory, but the checkpoint's dtype.
+    on_cpu = ref.device in ("auto", "cpu") and machine.device_of(ref.device) == HOST
     return DTYPE_BYTES["float32" if on_cpu else info.shape.stored]
 
 
@@ -404,7 +406,7 @@ class _LineBuilder:
             by_device[device] = max(by_device.get(device, 0.0), size)
         on_host = by_device.pop(HOST, 0.0)
         by_gpu = {gpu: round(size) for gpu, size in by_device.items() if size}
-        traffic = cost.traffic_bytes if by_device else 0
+        traffic = cost.traffic_bytes if by_gpu else 0
         return replace(
             line,
             ram_bytes=round(cost.host_bytes + on_host),

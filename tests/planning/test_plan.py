@@ -139,7 +139,7 @@ def test_memory_is_counted_on_the_device_that_the_recipe_names(
     assert planned.shortfalls == []
     lacking = replace(machine, gpus=(10**12,))
     small = build_plan(load_recipe(Path("trial.toml"), names), Path("runs"), lacking)
-    missing = [line for line in small.shortfalls if "no such GPU" in line]
+    missing = [line for line in small.shortfalls if "this machine has cuda:0" in line]
     assert len(missing) == ("cuda:1" in places)
 
 

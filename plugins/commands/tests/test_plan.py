@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from rotdistill_core.testing import PicoWorkspace, command_line
 
@@ -250,6 +252,72 @@ def test_a_shortfall_exits_with_3_before_anything_loads(recipe: Path, verb: str)
     assert "of memory; 0 MB are free" in err
     assert not Path("runs").exists()
     assert ("runs/trial-" in out) is (verb == "plan")
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nvidia-smi report a large GPU and one without memory."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\nprintf 'GPU-1, 81559\\nGPU-2, 0\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def planned_on(teacher: str, student: str) -> tuple[int, dict[str, Any]]:
+    """Return the exit code and the document of the plan with the models on these devices."""
+    devices = ("--set", f"teacher.device={teacher}", "--set", f"student.device={student}")
+    code, out, _ = command_line("plan", "trial.toml", "--json", *devices)
+    return code, json.loads(out)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_memory_is_that_of_the_gpus_that_the_recipe_names(recipe: Path) -> None:
+    (code, apart), (_, together) = planned_on("auto", "cuda:0"), planned_on("cpu", "cuda:0")
+    assert (code, apart["machine"]["gpus"]) == (0, [81559 << 20, 0])
+    assert apart["by_gpu"].keys() == together["by_gpu"].keys() == {"cuda:0"}
+    answers = next(step for step in apart["steps"] if step["id"] == "teacher's answers")
+    there, here = (next(iter(plan["steps"])) for plan in (apart, together))
+    assert there["by_gpu"] == {"cuda:0": answers["gpu_bytes"]}
+    assert here["by_gpu"] == {}
+    assert (here["ram_bytes"], here["traffic_bytes"]) == (there["gpu_bytes"], 0)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_is_too_small_or_not_there_is_named(recipe: Path) -> None:
+    code, plan = planned_on("cuda:1", "cuda:0")
+    [shortfall] = plan["shortfalls"]
+    assert (code, plan["by_gpu"].keys()) == (3, {"cuda:0", "cuda:1"})
+    assert "memory on cuda:1, which has 0 MB" in shortfall
+    code, plan = planned_on("cpu", "cuda:3")
+    [shortfall] = plan["shortfalls"]
+    assert (code, plan["by_gpu"].keys()) == (3, {"cuda:3"})
+    assert "computes on cuda:3, but of GPUs this machine has cuda:0, cuda:1" in shortfall
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("device", ["gpu", "tpu:0", "cuda:x"])
+def test_a_name_of_no_device_is_refused_in_one_sentence(
+    recipe: Path, verb: str, device: str
+) -> None:
+    code, out, err = command_line(verb, "trial.toml", "--set", f"teacher.device={device}")
+    assert (code, out) == (2, "")
+    allowed = 'write "auto", "cpu", "cuda", "cuda:1" (the second GPU) or "mps"'
+    assert err == f"error trial.toml: teacher.device: {allowed} (it is '{device}').\n"
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps"])
+def test_a_device_that_torch_lacks_ends_a_run_before_models_are_opened(
+    recipe: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    named = ("--set", f"anchor={{ model = 'nowhere', device = '{device}' }}")
+    code, _, err = command_line("run", "trial.toml", "--no-plan", *named)
+    assert code == 3
+    assert f'device = "{device}": ' in err
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow
