@@ -51,7 +51,6 @@ QUESTION = Question(
 )
 STEPS = """
 variants = { whole = [], cut = ["chop"] }
-observers = []
 student.save_dtype = "float32"
 step = [
     { use = "chop", layers = [0, 2] },
