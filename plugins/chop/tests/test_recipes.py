@@ -24,7 +24,6 @@ variants.base = []
 variants.rotated = ["basis", "fold"]
 variants.refit = ["basis", "refit", "head"]
 variants.full = ["basis", "fold", "refit", "head"]
-observers = []
 student.save_dtype = "float32"
 samples.guard = "texts/guard.tsv"
 samples.own_answers = 4
