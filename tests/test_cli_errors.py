@@ -418,6 +418,7 @@ def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
     assert "unexpected" not in made.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_the_line_that_resumes_it(work: Path) -> None:
     running = subprocess.Popen(
         [*MAIN, "run", "trial.toml"],

@@ -44,6 +44,7 @@ def write_recipe(folder: Path, use: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["model", "scrambled"])
 @pytest.mark.parametrize("use", ["procrustes", "cca", "weight-matching"])
 def test_one_word_swaps_the_aligner(workspace: PicoWorkspace, use: str, student: str) -> None:

@@ -89,6 +89,7 @@ def plan_of_32b() -> dict[str, Any]:
     return {**json.loads(done.stdout), "processor seconds": seconds}
 
 
+@pytest.mark.slow
 def test_the_32b_recipe_is_planned_offline_in_less_than_two_seconds(
     plan_of_32b: dict[str, Any],
 ) -> None:
