@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,10 +186,24 @@ def _interrupted(number: int, _: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+RESEND_SECONDS = 0.05
+"""How long after a signal was swallowed it is sent again."""
+
+
+def _resend_swallowed_signal(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again whose exception Python ignored, because it came inside a destructor."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        number = int(unraisable.exc_value.args[0])
+        threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
+    sys.unraisablehook = _resend_swallowed_signal
     words = [word for word in sys.argv[1:] if word not in VERBOSE]
     verbose = len(words) < len(sys.argv) - 1
     try:

@@ -153,3 +153,30 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--no-plan" in done.stdout
+
+
+def test_a_signal_inside_a_destructor_still_ends_the_program() -> None:
+    program = """
+import os, signal, sys, time
+from rotdistill_core import cli
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # arrives here, where exceptions are ignored
+        for _ in range(1000):
+            pass
+
+def app(*_, **__):
+    Slow()
+    time.sleep(20)
+
+cli.app = app
+sys.argv = ["rotdistill", "runs"]
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=15, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    assert "Go on with" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -39,7 +39,7 @@ def test_a_second_recipe_shares_steps_and_writes_its_own_checkpoints(
     one = executor("one", observer=recorder).go()
     assert recorder.ran
     recorder.ran.clear()
-    two = executor("two", observer=recorder).go()
+    two = executor("two", 'observers=["report"]', observer=recorder).go()
     assert recorder.ran == []
     assert one.folder != two.folder
     assert two.rows == one.rows
