@@ -15,9 +15,13 @@ LONGEST_FILES = (
     "tests/recipes/test_tour_guide.py",
     "tests/benchmarks/test_scramble.py",
     "tests/execution/test_crash.py",
+    "tests/execution/test_crash_answers.py",
+    "tests/test_wheels.py",
+    "tests/test_cli.py",
+    "plugins/scaffold/tests/test_scaffold.py",
 )
-"""Files of tests that take more than half a minute, the longest first. `make test` gives whole
-files to two workers in the order of the tests, so short files are left to fill up the end."""
+"""Files of tests that take 20 s of processor time or more, the longest first. `make test` gives
+whole files to two workers in the order of the tests, so short files are left to fill up the end."""
 
 # Tests run small matrices: one thread is faster, and leaves the other core to the other worker.
 torch.set_num_threads(1)
@@ -28,4 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first; all others keep their order."""
     places = {ROOT / name: place for place, name in enumerate(LONGEST_FILES)}
+    gone = [str(path) for path in places if not path.is_file()]
+    if gone:
+        raise pytest.UsageError(f"conftest.py: LONGEST_FILES names {', '.join(gone)}: not there")
     items.sort(key=lambda item: places.get(item.path, len(places)))
