@@ -30,8 +30,9 @@ MORE = 3
 def captured(folder: Path, layers: int, free_bytes: int) -> DeviceCounters:
     """Capture a model, as teacher and student in one, and return what the device counted."""
     pico_folder(folder / "model", num_hidden_layers=layers)
-    model = open_model(ModelRef(model=str(folder / "model"), device=PRETENDED))
     with pretended_device(free_bytes=free_bytes) as counters:
+        # Only now a recipe may name the device.
+        model = open_model(ModelRef(model=str(folder / "model"), device=PRETENDED))
         Residuals().capture(
             pair=Pair(model, model),
             weights=model.weights,
