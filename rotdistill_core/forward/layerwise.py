@@ -5,8 +5,8 @@ before the next one opens. So memory holds two layers and one `[rows, d]` matrix
 whatever the model's size. The shared prompt is computed once and lends its keys and values to
 every text.
 
-On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host in
-pinned memory: a batch is copied once each way, and waited for once.
+On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host. A
+batch is then copied once each way, through pinned memory on its way in, and waited for once.
 """
 
 from __future__ import annotations

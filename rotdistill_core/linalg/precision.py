@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 SUM_DTYPE = torch.float64
 """Dtype of sums over rows, and of everything that is solved."""
 FAST_FLOAT64 = frozenset({(6, 0), (7, 0), (8, 0), (9, 0), (9, 4), (10, 0)})
-"""Compute capabilities with float64 at half the speed of float32: P100, V100, A100, H100, MI300,
-B200. All other GPUs have 1/32 or less, which a CPU exceeds."""
+"""Compute capabilities with float64 at half the speed of float32 or more, by their data sheets:
+P100, V100, A100, H100, MI300, B200. Most other GPUs have 1/32 or less."""
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Device types that have no float64 at all."""
 
