@@ -13,6 +13,7 @@ import torch
 from rotdistill_core.architecture.table import Config
 from rotdistill_core.checkpoint.headers import SHARD_INDEX
 from rotdistill_core.checkpoint.lazy import LazyTensor
+from rotdistill_core.store.casts import SAVE_DTYPE, STUDENT_DTYPE
 from rotdistill_core.store.files import Blocks, json_blocks, tensor_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -30,10 +31,14 @@ def write_checkpoint(
     """Write a Hugging Face checkpoint through `write(file name, blocks)`.
 
     The order is: shards of weights, the index where there are several shards, config.json.
+
+    Raises:
+        CheckFailed: a number does not fit `dtype`.
     """
     shards = _shards(tensors, dtype)
     for name, shard in shards.items():
-        write(name, tensor_blocks({n: (t.shape, dtype, t.read) for n, t in shard.items()}))
+        sources = {n: (t.shape, dtype, t.read) for n, t in shard.items()}
+        write(name, tensor_blocks(sources, SAVE_DTYPE))
     if len(shards) > 1:
         where = {tensor: name for name, shard in shards.items() for tensor in shard}
         total = sum(_bytes(tensor, dtype) for tensor in tensors.values())
@@ -75,10 +80,13 @@ def commit_changes(
     Returns:
         Tensor -> `[file, its name there]` for all tensors. Files are relative to the folder of
         runs; the empty name stands for the student's own files.
+
+    Raises:
+        CheckFailed: a number does not fit `dtype`.
     """
     changed = {n: (t.shape, dtype, t.read) for n, t in tensors.items() if t.stored is None}
     name = RunLayout.weights(out.step, RunLayout.CHANGED_TENSORS)
-    path = out.find(name) or out.write(name, tensor_blocks(changed))
+    path = out.find(name) or out.write(name, tensor_blocks(changed, STUDENT_DTYPE))
     where = {n: [relative_path(path, out.store.root), n] for n in changed}
     for n, tensor in tensors.items():
         if tensor.stored:

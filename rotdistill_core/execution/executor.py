@@ -160,10 +160,10 @@ class Executor:
             try:
                 for keyed in edits:
                     state = self._apply(keyed, state, samples)
+                folder = save_variant(self.context, variant, state, dtype)
             except CheckFailed as error:
                 outcome.failed[variant] = [str(error)]
                 continue
-            folder = save_variant(self.context, variant, state, dtype)
             self.observers.variant_saved(variant, folder)
             outcome.checkpoints[variant] = folder
             for keyed in steps[len(edits) :]:

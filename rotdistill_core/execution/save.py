@@ -26,6 +26,7 @@ def save_variant(run: RunContext, variant: str, state: VariantState, dtype: torc
 
     Raises:
         SetupError: the disk refuses.
+        CheckFailed: a weight does not fit the dtype.
     """
     key = checkpoint_key(variant, state.key, dtype_name(dtype))
     record = run.store.find_checkpoint(key, run.ledger)

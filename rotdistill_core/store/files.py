@@ -116,6 +116,7 @@ def json_blocks(value: object, sort_keys: bool = True) -> Blocks:
 
 def tensor_blocks(
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Callable[[], Tensor]]],
+    remedy: str = "",
 ) -> Iterator[bytes | memoryview]:
     """Yield a safetensors file: the header, then each tensor as it is computed.
 
@@ -123,11 +124,16 @@ def tensor_blocks(
 
     Args:
         tensors: name -> shape, dtype and the function that computes it; see `TensorSource`.
+        remedy: what to do where a number does not fit its dtype; see `cast_that_fits`.
 
     Raises:
+        CheckFailed: a number does not fit its dtype, or is NaN or Inf.
         ValueError: a computed tensor has another shape than declared.
     """
-    import torch  # noqa: PLC0415  the ledger is read without torch
+    # The ledger is read without torch.
+    import torch  # noqa: PLC0415
+
+    from rotdistill_core.store.casts import STORED_IN, cast_that_fits  # noqa: PLC0415
 
     codes = {getattr(torch, name): code for code, name in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -140,8 +146,8 @@ def tensor_blocks(
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
 
-    for shape, dtype, read in tensors.values():
-        tensor = read().to("cpu", dtype).contiguous()
+    for name, (shape, dtype, read) in tensors.items():
+        tensor = cast_that_fits(read(), dtype, name, remedy or STORED_IN).contiguous()
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"tensor of shape {tuple(tensor.shape)} where {shape} was declared")
         if tensor.numel():

@@ -135,6 +135,25 @@ def test_folded_weights_that_do_not_lead_back_are_named(run: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "file", ["checkpoints/full/model.safetensors", "weights/basis-fold/changed.safetensors"]
+)
+def test_weights_that_are_not_finite_are_named(
+    work: Path, tmp_path: Path, file: str, value: float
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+
+    # Runs of before casts were looked at may hold such files, with true hashes.
+    run = next((work / "runs").glob("first-*"))
+    copy = shutil.copytree(run, tmp_path / "runs" / run.name)
+    damage(copy, file, spoil)
+    [path] = copy.glob(file)
+    message = f"{path}: model.layers.1.mlp.down_proj.weight holds NaN or Inf."
+    assert message in check_run(copy).problems
+
+
 def test_a_flipped_byte_is_named_and_ends_the_check(run: Path) -> None:
     [path] = run.parent.glob("first-*/weights/basis-fold/undo.safetensors")
     whole = bytearray(path.read_bytes())

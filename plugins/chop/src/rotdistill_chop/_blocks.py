@@ -25,6 +25,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.forward.layerwise import LayerwiseForward, Observer, Progress
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.solvers import require_finite
+from rotdistill_core.store.casts import cast_that_fits
 
 RIDGE = 1e-3
 """λ of refits in the same pass as a cut, as a multiple of the mean diagonal of the moments."""
@@ -136,7 +137,7 @@ def prune_layers(
             if site == "heads":
                 kept[f"kv.{i}"] = block_columns(pruned.blocks, heads.width)
             edited |= select_coordinates(weights, kept)
-            edited[name] = pruned.writer.to(weights.dtype)
+            edited[name] = cast_that_fits(pruned.writer, weights.dtype, name)
         progress(i + 1, weights.depth, f"{neurons} neurons, {kv_heads} key/value heads")
     config = {
         adapter.neurons_key: neurons,

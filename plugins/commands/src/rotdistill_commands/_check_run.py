@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from rotdistill_core.checkpoint.file_hashes import FileHashes
+from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights, restore_undo, restore_weights
 from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
 from rotdistill_core.linalg.maps import Gauge, Map, Rotation, restore_maps, tensor_of
 from rotdistill_core.planning.models import model_info
 from rotdistill_core.recipe.document import ModelRef, StudentRef
+from rotdistill_core.store.casts import is_finite
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
@@ -75,6 +77,8 @@ def check_run(folder: Path) -> RunCheck:
             )
     if check.problems:
         return check
+    for file in files:
+        check.problems += _numbers_that_are_not_finite(store.root / file.path)
     _check_models(ledger, check)
     for record in steps.values():
         if isinstance(record.result, MapsRef):
@@ -91,6 +95,16 @@ def _committed_files(ledger: Ledger) -> list[CommittedFile]:
     files |= {file.path: file for record in ledger.checkpoints for file in record.files}
     files |= {record.path: record.file for record in ledger.files}
     return list(files.values())
+
+
+def _numbers_that_are_not_finite(path: Path) -> Iterator[str]:
+    """Yield a sentence if a file of tensors holds NaN or Inf."""
+    if path.suffix != ".safetensors":
+        return
+    spoilt = [name for name, tensor in open_tensors(path).items() if not is_finite(tensor.read())]
+    if spoilt:
+        holds = f"and {len(spoilt) - 1} more hold" if len(spoilt) > 1 else "holds"
+        yield f"{path}: {spoilt[0]} {holds} NaN or Inf."
 
 
 def _recipe(layout: RunLayout) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
+from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets
 
@@ -197,7 +198,9 @@ def trained_weights(
     save_adapter(student, out)
     return view.edit(
         {
-            name: (view[name].double() + product).to(pair.student.dtype)
+            name: cast_that_fits(
+                view[name].double() + product, pair.student.dtype, name, STUDENT_DTYPE
+            )
             for name, product in lora_products(student)
         }
     )
