@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,13 @@ from typing import NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tables import LINE_END, NumberedRow, TableRow, read_table
+from rotdistill_core.data.text_files import (
+    NotUtf8Error,
+    comparable,
+    decode_utf8,
+    foreign_characters,
+)
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.store.hashing import digest
@@ -20,11 +26,11 @@ INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
 GUARD_COLUMNS = ("id", "language", "kind", "text")
 HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
 
+CLAIMS = "It must be a JSON list of objects with `what` and `any`."
+"""What a cell of facts or falsehoods holds."""
+
 OWN_ANSWER = ".own"
 """Ending of the id of a blurb's question that the teacher answers itself."""
-
-TableRow = Mapping[str, str]
-"""Column -> cell."""
 
 
 class Claim(NamedTuple):
@@ -66,9 +72,9 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
         RecipeError: naming file, line and column of everything that is wrong.
     """
     problems: list[str] = []
-    blurbs = _read_table(base / ref.index, INDEX_COLUMNS, problems)
-    heldout = _read_table(base / ref.heldout, HELDOUT_COLUMNS, problems)
-    guard = _read_table(base / ref.guard, GUARD_COLUMNS, problems) if ref.guard else []
+    blurbs = read_table(base / ref.index, INDEX_COLUMNS, problems)
+    heldout = read_table(base / ref.heldout, HELDOUT_COLUMNS, problems)
+    guard = read_table(base / ref.guard, GUARD_COLUMNS, problems) if ref.guard else []
     style = _read_system_prompt(base / ref.style, problems)
     problems += _heldout_overlaps(blurbs, heldout, base / ref.heldout)
     if ref.guard:
@@ -91,8 +97,8 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
 def assign_splits(blurbs: Iterable[TableRow], validation: float) -> dict[str, Split]:
     """Assign blurbs to the splits `fit` and `validation`.
 
-    Copies of a text (the same question with the same answer) go to the same split. Otherwise
-    validation would score a text that was fitted.
+    Copies of a text (the same question with the same answer, in any spelling that `comparable`
+    takes for the same) go to the same split. Otherwise validation would score a fitted text.
 
     Args:
         blurbs: rows of the index in shuffled order; the first texts are for validation.
@@ -103,7 +109,8 @@ def assign_splits(blurbs: Iterable[TableRow], validation: float) -> dict[str, Sp
     """
     copies: dict[tuple[str, str], list[str]] = {}
     for row in blurbs:
-        copies.setdefault((row["question"], row["blurb"]), []).append(row["id"])
+        text = (comparable(row["question"]), comparable(row["blurb"]))
+        copies.setdefault(text, []).append(row["id"])
     validation_count = round(len(copies) * validation)
     splits: dict[str, Split] = {}
     for number, ids in enumerate(copies.values()):
@@ -158,15 +165,15 @@ def _with_own_answers(questions: Sequence[Question]) -> list[Question]:
     for split in (Split.VALIDATION, Split.FIT):
         for q in questions:
             if q.split == split:
-                representative[q.question] = q
+                representative[comparable(q.question)] = q
     return [
         replace(q, id=q.id + OWN_ANSWER, answer=None)
         for q in questions
-        if representative[q.question] is q
+        if representative[comparable(q.question)] is q
     ]
 
 
-def _heldout_question(row: TableRow, path: Path, problems: list[str]) -> Question:
+def _heldout_question(row: NumberedRow, path: Path, problems: list[str]) -> Question:
     return Question(
         id=row["id"],
         language=row["language"],
@@ -206,71 +213,79 @@ def _require_every_split(questions: Iterable[Question], *, index: Path, heldout:
 
 
 def _heldout_overlaps(
-    blurbs: Iterable[TableRow], heldout: Iterable[TableRow], path: Path
+    blurbs: Iterable[TableRow], heldout: Iterable[NumberedRow], path: Path
 ) -> list[str]:
-    """Return a problem for each id and each place of the held-out questions in the blurbs."""
-    ids = {row["id"] for row in blurbs}
-    places = {row["place"].casefold() for row in blurbs}
+    """Return a problem for what held-out questions share with the blurbs: ids, places, questions.
+
+    Spellings of one name are one name; see `comparable`.
+    """
+    rows = list(blurbs)
+    seen = {column: _forms(rows, column) for column in ("id", "place", "question")}
     problems = []
     for row in heldout:
-        if row["id"] in ids:
-            problems.append(f"{path}: the id {row['id']} is also in the blurbs.")
-        if row["place"].casefold() in places:
-            problems.append(f"{path}: {row['id']}: {row['place']} is also in the blurbs.")
+        where = f"{path}: line {row.line}"
+        if comparable(row["id"]) in seen["id"]:
+            problems.append(f"{where}: the id {row['id']} is also in the blurbs.")
+        for column in ("place", "question"):
+            if comparable(row[column]) in seen[column]:
+                problems.append(f"{where}: {column}: {row[column]} is also in the blurbs.")
     return problems
 
 
-def _repeated_ids(rows: Iterable[TableRow], others: Iterable[TableRow], path: Path) -> list[str]:
+def _forms(rows: Iterable[TableRow], column: str) -> set[str]:
+    """Return the cells of a column in the form in which spellings of one name are equal."""
+    return {comparable(row[column]) for row in rows}
+
+
+def _repeated_ids(rows: Iterable[NumberedRow], others: Iterable[TableRow], path: Path) -> list[str]:
     """Return a problem for each id that another file has too."""
-    ids = {row["id"] for row in others}
+    ids = _forms(others, "id")
     return [
-        f"{path}: the id {row['id']} is also in another file." for row in rows if row["id"] in ids
+        f"{path}: line {row.line}: the id {row['id']} is also in another file."
+        for row in rows
+        if comparable(row["id"]) in ids
     ]
 
 
-def _claims(row: TableRow, column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
+def _claims(row: NumberedRow, column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
+    """Return the claims in a cell; where they cannot be read, none, and a problem says why."""
+    where = f"{path}: line {row.line}: {column}"
     try:
-        return TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
+        claims = TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
     except ValidationError as error:
-        problems.append(
-            f"{path}: {row['id']}: {column}: must be a JSON list of objects "
-            f"with `what` and `any`: {error.errors()[0]['msg']}."
-        )
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"])
+        problems.append(f"{where}{f', at {at}' if at else ''}: {first['msg']}. {CLAIMS}")
         return ()
+    texts = [text for claim in claims for text in (claim.what, *claim.any)]
+    foreign = sorted({name for text in texts for name in foreign_characters(text)})
+    if foreign:
+        problems.append(
+            f"{where}: holds {', '.join(foreign)}, which is no character of a text; remove it."
+        )
+    if not all(text.strip() for text in texts) or not all(claim.any for claim in claims):
+        problems.append(f"{where}: an empty statement or phrase is found in no answer. {CLAIMS}")
+    return claims
 
 
 def _read_system_prompt(path: Path, problems: list[str]) -> str:
+    """Return the system prompt; empty, with a problem that says why, where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
+        text = decode_utf8(path.read_bytes())
+    except NotUtf8Error as error:
+        problems.append(f"{path}: the system prompt {error}. samples.style names it.")
+        return ""
+    except OSError as error:
         problems.append(
-            f"{path}: the system prompt cannot be read: {error.args[-1]}. samples.style names it."
+            f"{path}: the system prompt cannot be read: {error.strerror}. samples.style names it."
         )
         return ""
-
-
-def _read_table(path: Path, columns: Sequence[str], problems: list[str]) -> list[TableRow]:
-    """Read a table without quoting: tab-separated cells under one header line."""
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            lines = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (OSError, ValueError, csv.Error) as error:
-        problems.append(
-            f"{path}: cannot be read: {error.args[-1]}. The recipe names it under [samples]."
-        )
-        return []
-    if not lines or tuple(lines[0]) != tuple(columns):
-        problems.append(f"{path}: line 1: the columns must be {', '.join(columns)}.")
-        return []
-    rows: dict[str, TableRow] = {}
-    for number, cells in enumerate(lines[1:], 2):
-        filled = sum(bool(cell.strip()) for cell in cells)
-        if len(cells) != len(columns) or filled != len(cells):
+    text = LINE_END.sub("\n", text).strip()
+    for number, line in enumerate(text.split("\n"), 1):
+        foreign = sorted(set(foreign_characters(line, allowed="\t")))
+        if foreign:
             problems.append(
-                f"{path}: line {number}: needs {len(columns)} non-empty cells, has {filled}."
+                f"{path}: line {number}: holds {', '.join(foreign)}, which is no character of a "
+                "text; remove it."
             )
-        elif cells[0] in rows:
-            problems.append(f"{path}: line {number}: the id {cells[0]} is already used.")
-        else:
-            rows[cells[0]] = dict(zip(columns, cells, strict=True))
-    return list(rows.values())
+    return text

@@ -246,7 +246,7 @@ def test_the_guard_is_read_as_it_is_and_halved(tmp_path: Path) -> None:
         (["b9", "en", "w", "x", "y"], "line 4: needs 6 non-empty cells, has 5"),
         (["b9", "en", "w", "x", "y", "z", "more"], "line 4: needs 6 non-empty cells, has 7"),
         (blurb("b1"), "line 4: the id b1 is already used"),
-        (["b9", "en", "w", "x", "y", "z" * 200_000], ""),
+        (["b9", "en", "w", "x", "y", "z" * 200_000], "line 4: blurb: has 200000 characters"),
     ],
     ids=["empty cell", "blank cell", "short", "long", "duplicate", "huge cell"],
 )
@@ -275,20 +275,20 @@ def test_every_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
     heldout = [["h1", "en", "place B0", "x", "y?", "[]", "[]"]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
-    assert "heldout.tsv: h1: place B0 is also in the blurbs" in problem
+    assert "heldout.tsv: line 2: place: place B0 is also in the blurbs" in problem
 
 
 def test_an_id_in_both_tables_is_refused(tmp_path: Path) -> None:
     heldout = [["b0", "en", "Elsewhere", "x", "y?", "[]", "[]"]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
-    assert "heldout.tsv: the id b0 is also in the blurbs" in problem
+    assert "heldout.tsv: line 2: the id b0 is also in the blurbs" in problem
 
 
 def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
     folder = write_tables(tmp_path, blurbs(6))
     write_table(folder / "guard.tsv", GUARD_COLUMNS, [["b0", "en", "code", "x"]])
     (problem,) = problems_of(folder, REF.model_copy(update={"guard": "guard.tsv"}))
-    assert problem == f"{folder / 'guard.tsv'}: the id b0 is also in another file."
+    assert problem == f"{folder / 'guard.tsv'}: line 2: the id b0 is also in another file."
 
 
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_too_few_texts_are_refused(tmp_path: Path) -> None:
 def test_a_cell_that_holds_no_claims_is_named(tmp_path: Path, cell: str) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
-    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: h1: falsehoods: ")
+    assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: line 2: falsehoods")
     assert "must be a JSON list of objects with `what` and `any`" in problem
 
 

@@ -11,7 +11,7 @@ import pytest
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
-from rotdistill_core.testing import command_line
+from rotdistill_core.testing import PicoWorkspace, command_line
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(path.name for path in RECIPES.glob("*.toml"))
@@ -35,10 +35,13 @@ tensors = { "*.mlp.*" = [1, 0.1], "a\"b" = [0, 3.0e-7] }
 
 @pytest.fixture
 def recipes(tmp_path: Path) -> Path:
-    """Return a folder with copies of the shipped recipes."""
+    """Return a folder with copies of the shipped recipes, next to their texts."""
+    folder = tmp_path / "recipes"
+    folder.mkdir()
     for path in RECIPES.glob("*.toml"):
-        shutil.copy(path, tmp_path)
-    return tmp_path
+        shutil.copy(path, folder)
+    (tmp_path / "samples").symlink_to(RECIPES.parent / "samples")
+    return folder
 
 
 def checked(*words: str | Path) -> str:
@@ -81,8 +84,8 @@ def test_a_printed_recipe_needs_no_parent_and_has_the_overrides_and_the_defaults
     assert (printed.recipe.baseline, printed.recipe.headline) == ("base", "again")
 
 
-def test_text_numbers_and_keys_of_any_kind_survive(tmp_path: Path) -> None:
-    path = tmp_path / "tricky.toml"
+def test_text_numbers_and_keys_of_any_kind_survive(recipes: Path) -> None:
+    path = recipes / "tricky.toml"
     path.write_text(TRICKY, encoding="utf-8")
     printed = same_recipe(path, "teacher.revision='''two \"'\" quotes'''")
     assert printed.recipe.teacher.revision == 'two "\'" quotes'
@@ -119,3 +122,38 @@ def test_a_toggle_that_is_left_out_is_noted(recipes: Path, words: tuple[str, ...
     code, out, err = command_line("check", str(path), *words)
     assert (code, "refit" in out) == (0, False)
     assert 'step "refit" is left out' in err
+
+
+@pytest.fixture
+def own(pico_workspace: PicoWorkspace) -> PicoWorkspace:
+    """Return a workspace with a recipe of its own texts."""
+    pico_workspace.recipe('variants = { base = [] }\nstep = [{ use = "chop", layers = 1 }]')
+    return pico_workspace
+
+
+@pytest.mark.parametrize("words", [(), ("--resolved",), ("--json",)])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("index.tsv", b"id\tlanguage\n", "index.tsv: line 1: the columns must be id, language"),
+        ("heldout.tsv", b"\xff\xfei\0d\0", "heldout.tsv: is not UTF-8 text but UTF-16"),
+        ("style.md", b"Be\x1b[31m brief.", "style.md: line 1: holds U+001B"),
+    ],
+    ids=["columns", "another encoding", "an escape"],
+)
+def test_texts_are_read(
+    own: PicoWorkspace, words: tuple[str, ...], name: str, content: bytes, message: str
+) -> None:
+    assert own.command("check", "trial.toml", *words)[0] == 0
+    (own.folder / "texts" / name).write_bytes(content)
+    code, out, err = own.command("check", "trial.toml", *words)
+    assert (code, bool(out)) == (RecipeError.exit_code, bool(words))
+    assert message in err
+
+
+@pytest.mark.parametrize("key", ["index", "heldout", "style", "guard"])
+def test_the_texts_of_an_override_are_read(own: PicoWorkspace, key: str) -> None:
+    code, _, err = own.command("check", "trial.toml", "--set", f"samples.{key}=texts/gone")
+    assert code == RecipeError.exit_code
+    assert f"samples.{key}" in err or "[samples]" in err
+    assert "No such file" in err

@@ -11,7 +11,7 @@ from py3langid.langid import LanguageIdentifier as LangidModel
 from sacrebleu.metrics.chrf import CHRF
 
 from rotdistill_answers._facts import stated_claims
-from rotdistill_answers._normalize import normalize
+from rotdistill_answers._normalize import normalize, primary_language
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.packed import Samples, Text
 from rotdistill_core.data.questions import Question
@@ -61,7 +61,8 @@ class LanguageIdentifier:
         self._model: Any = LangidModel.from_model_file(
             MODEL_FILE, norm_probs=True, min_confidence=0.5
         )
-        self.languages = frozenset({*LANGUAGES, *languages} & set(self._model.labels))
+        wanted = {*LANGUAGES, *map(primary_language, languages)}
+        self.languages = frozenset(wanted & set(self._model.labels))
         """Codes of the languages that it identifies; the model does not know every language."""
         self._model.set_languages(sorted(self.languages))
 
@@ -108,7 +109,8 @@ def evaluate(
             teacher_errors=teacher.errors,
             student_errors=student.errors,
         )
-        asked_language = text.language if text.language in identifier.languages else None
+        language = primary_language(text.language)
+        asked_language = language if language in identifier.languages else None
         figures = {
             **similarity(student, teacher, asked_language),
             **of_teacher(claim_figures(teacher, question)),
@@ -125,7 +127,8 @@ def evaluate(
                 text=text.id,
             )
             rows.setdefault(metric, []).append(row)
-    unidentified = sorted({text.language for text in texts} - identifier.languages)
+    asked = {primary_language(text.language) for text in texts}
+    unidentified = sorted(asked - identifier.languages)
     if unidentified:
         out.notes["languages that cannot be identified"] = unidentified
     means = [_mean(of_metric) for of_metric in rows.values()]
@@ -138,7 +141,7 @@ def score_answer(answer: str, question: Question, identifier: LanguageIdentifier
     Denials are read in the answer's own language, which need not be the question's.
     """
     language = identifier.language_of(answer)
-    reading_language = question.language if language == UNKNOWN else language
+    reading_language = primary_language(question.language) if language == UNKNOWN else language
     text = normalize(answer, reading_language)
     return AnswerScore(
         answer=answer,

@@ -86,8 +86,9 @@ def normalize(text: str, language: str) -> str:
 
     Args:
         text: the text.
-        language: its ISO 639-1 code.
+        language: its ISO 639-1 code, or a tag such as `pt-BR`.
     """
+    language = primary_language(language)
     text = unicodedata.normalize("NFKC", re.sub(r"\s+", " ", text)).casefold()
     text = re.sub(r"[’‘ʼ`´]", "'", text)
     text = re.sub(r"[‐‑‒–—−]", "-", text)
@@ -99,6 +100,11 @@ def normalize(text: str, language: str) -> str:
     text = _scales_and_lengths(text, language)
     text = _dates(_centuries(text), language)
     return re.sub(r"\s+", " ", text)
+
+
+def primary_language(tag: str) -> str:
+    """Return the ISO 639 code of a language tag: `pt` of `pt-BR`."""
+    return tag.partition("-")[0].lower()
 
 
 def _without_number_words(text: str, language: str) -> str:
@@ -284,7 +290,7 @@ def _months(language: str) -> _MonthNames:
         for context in ("format", "stand-alone"):
             for number, name in get_month_names("wide", context, language).items():
                 numbers["".join(map(_plain_letter, str(name).casefold()))] = int(number)
-    except UnknownLocaleError:
+    except (UnknownLocaleError, ValueError):  # a code that CLDR does not know, or no code
         numbers = {f"{k}月": k for k in range(1, 13)}
     month = "|".join(sorted(map(re.escape, numbers), key=len, reverse=True))
     of = r"(?:st|nd|rd|th|er|\.|º|°)?\s+(?:of |de |d')?"

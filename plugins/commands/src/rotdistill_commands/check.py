@@ -12,6 +12,7 @@ import typer
 from rotdistill_commands._arguments import log, requested_run
 from rotdistill_commands._resolved import resolved_toml
 from rotdistill_core import hookimpl
+from rotdistill_core.data.questions import read_questions
 from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -36,7 +37,7 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a recipe without running it, or recompute the claims of a run from its files.
+    """Check a recipe and its texts, or recompute the claims of a run from its files.
 
     Examples:
 
@@ -57,16 +58,24 @@ def check(
 
 
 def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None:
-    """Print what there is to say about a valid recipe."""
+    """Print what there is to say about a valid recipe, and read its texts.
+
+    Raises:
+        RecipeError: naming file, line and column of what is wrong with the texts.
+    """
     for note in loaded.notes:
         log(note)
     if as_json:
         print(json.dumps(loaded.resolved()))
     elif resolved:
         print(resolved_toml(loaded), end="")
-    else:
+    questions, _ = read_questions(loaded.recipe.samples, loaded.path.parent)
+    if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
-        log(f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {variants}")
+        log(
+            f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {variants}, "
+            f"{len(questions)} texts"
+        )
 
 
 def _check_run(folder: Path, as_json: bool) -> None:

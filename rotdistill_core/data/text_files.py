@@ -1,0 +1,70 @@
+"""Text files as people's programs save them: with or without a byte-order mark, any line ends."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Iterator
+
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""First bytes of a file -> its encoding; the longer ones first, because they begin as others do."""
+SAMPLED_BYTES = 4096
+"""So much of a file tells whether it is UTF-16 without a byte-order mark."""
+MARK = "\ufeff"
+"""The byte-order mark as a character. Within a text it comes from files that were joined."""
+
+
+class NotUtf8Error(ValueError):
+    """A file that is no UTF-8 text. The message says why, and how to save it."""
+
+
+def decode_utf8(data: bytes) -> str:
+    """Return the text of a file, without its byte-order mark; line ends stay as they are.
+
+    Raises:
+        NotUtf8Error: it is another encoding.
+    """
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            raise NotUtf8Error(f"is not UTF-8 text but {encoding}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        sample = data[:SAMPLED_BYTES]
+        if sample.count(0) > len(sample) // 4:
+            raise NotUtf8Error("is not UTF-8 text but UTF-16; save it as UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise NotUtf8Error(
+            f"is not UTF-8 text ({error.reason} at byte {error.start}, line {line}); "
+            "save it as UTF-8"
+        ) from error
+
+
+def foreign_characters(text: str, allowed: str = "") -> Iterator[str]:
+    """Yield the name of each character that no text has: controls, surrogates, byte-order marks.
+
+    Args:
+        text: the text.
+        allowed: control characters that it may have.
+    """
+    for character in text:
+        if character not in allowed and (
+            unicodedata.category(character) in ("Cc", "Cs") or character == MARK
+        ):
+            yield f"U+{ord(character):04X}"
+
+
+def comparable(text: str) -> str:
+    """Return the form in which two spellings of one name are equal.
+
+    Composed and decomposed letters, letter case, kinds and runs of blanks, and characters that are
+    not seen make no difference.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    seen = "".join(c for c in folded if unicodedata.category(c) != "Cf")
+    return " ".join(seen.split())
