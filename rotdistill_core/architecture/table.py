@@ -18,6 +18,8 @@ Config = Mapping[str, Any]
 LAYER = "{i}"
 """Placeholder of the layer's number in names of parameters and spaces."""
 SHOWN_PROBLEMS = 8
+PER_LAYER_KEY = "per_layer_config"
+"""Config key under which transformers overrides any other key for single layers."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ def no_defaults(_: Config) -> Config:
     return {}
 
 
+def _factor(config: Config, key: str) -> float:
+    """Return the factor that a config key holds; 1 without a key or a value."""
+    value = config.get(key) if key else None
+    return 1.0 if value is None else float(value)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The table of one architecture.
@@ -114,16 +122,33 @@ class Adapter:
     """The norm multiplies by `gain_offset + weight` (1 for Gemma)."""
     softcap_key: str = ""
     """Config key of c where the final logits are `c tanh(logits / c)`."""
+    logits_scaling_key: str = ""
+    """Config key of s where the final logits are `logits / s` (Granite)."""
+    embedding_multiplier_key: str = ""
+    """Config key of the factor by which the model's body multiplies embeddings (Granite)."""
+    residual_multiplier_key: str = ""
+    """Config key of m where a layer adds `m f` to the stream, f being what a branch writes."""
     defaults: Callable[[Config], Config] = no_defaults
     """What the model's config class takes for keys that a config.json leaves out."""
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config key -> values under which the table does not hold."""
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    """Config key -> the only value under which the table holds, or a tuple of such values. A config
+    that leaves the key out, or has null there, holds too."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Tensor of a checkpoint -> parameters of the table that it holds, one below the other."""
 
     def depth(self, config: Config) -> int:
         """Return the number of decoder layers."""
         return int(config[self.depth_key])
+
+    def embedding_multiplier(self, config: Config) -> float:
+        """Return the factor by which the model's body multiplies embeddings."""
+        return _factor(config, self.embedding_multiplier_key)
+
+    def residual_multiplier(self, config: Config) -> float:
+        """Return the factor by which a layer multiplies what its branches write."""
+        return _factor(config, self.residual_multiplier_key)
 
     def completed(self, config: Config) -> dict[str, Any]:
         """Return a config with the defaults of its class for the keys that it leaves out."""
@@ -203,13 +228,28 @@ class Adapter:
                 f"{'/'.join(self.model_types)}: {shown}."
             )
 
+    def uncovered(self, config: Config) -> Iterator[str]:
+        """Yield the settings of a config under which the table does not hold, each by its key."""
+        for key, values in self.refuses.items():
+            if config.get(key) in values:
+                yield f"{key} = {config[key]!r} is not covered by this table"
+        for key, allowed in self.requires.items():
+            values = allowed if isinstance(allowed, tuple) else (allowed,)
+            found = config.get(key)
+            if found is not None and found not in values:
+                only = " or ".join(map(repr, values))
+                yield f"{key} = {found!r} is not covered by this table, which holds for {only}"
+        if config.get(PER_LAYER_KEY):
+            yield (
+                f"{PER_LAYER_KEY} gives single layers settings of their own; a table has the same "
+                "settings in every layer"
+            )
+
     def _differences(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         table = self.expand(config)
         sizes = self.sizes(config)
         tied = bool(config.get("tie_word_embeddings", False))
-        for key, values in self.refuses.items():
-            if config.get(key) in values:
-                yield f"{key} = {config[key]!r} is not covered by this table"
+        yield from self.uncovered(config)
         for name, param in table.items():
             expected = tuple(sizes[axis] for axis in param.axes)
             may_be_absent = param.optional or (param.tied and tied)

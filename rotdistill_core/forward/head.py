@@ -41,13 +41,35 @@ def head_logits(weights: Weights, states: Tensor, head: Tensor) -> Tensor:
     """Return the logits `[n, tokens]` of states `[n, d]` after the final norm.
 
     Args:
-        weights: the model, for its soft cap: some models return `c tanh(logits / c)`.
+        weights: the model, for what it does to the products; see `logits_of`.
         states: rows after the final norm.
         head: rows of a head `[tokens, d]`.
     """
-    logits = widened(states) @ widened_like(head, states).T
-    cap = weights.config.get(weights.adapter.softcap_key)
-    return logits if cap is None else cap * (logits / cap).tanh()
+    return logits_of(weights, widened(states) @ widened_like(head, states).T)
+
+
+def logits_of(weights: Weights, products: Tensor) -> Tensor:
+    """Return the logits `[n, tokens]` that a model makes of the products of states and head.
+
+    Some models return `products / s`, some `c tanh(products / c)`. Whoever multiplies states and
+    head elsewhere has to call this.
+
+    Args:
+        weights: the model, for s and c.
+        products: rows after the final norm times rows of the head `[n, tokens]`.
+    """
+    adapter, config = weights.adapter, weights.config
+    scaling = config.get(adapter.logits_scaling_key)
+    if scaling is not None:
+        products = products / scaling
+    cap = config.get(adapter.softcap_key)
+    return products if cap is None else cap * (products / cap).tanh()
+
+
+def logits_scaling(weights: Weights) -> float:
+    """Return s where a model's logits are the products of states and head divided by s."""
+    scaling = weights.config.get(weights.adapter.logits_scaling_key)
+    return 1.0 if scaling is None else float(scaling)
 
 
 def log_probs(

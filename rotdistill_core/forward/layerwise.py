@@ -209,6 +209,10 @@ class LayerwiseForward:
         module = self._model.get_submodule(name.removesuffix(".weight"))
         scale = getattr(module, "embed_scale", torch.ones(()))
         states = states * scale.to(states)
+        # Granite's body does so, which is not run on the embeddings here.
+        factor = self.weights.adapter.embedding_multiplier(self.weights.config)
+        if factor != 1.0:
+            states = states * factor
         return states.to(_place_of_states(states, self.device))
 
     def start_at(self, boundary: int, states: Tensor) -> None:

@@ -20,11 +20,12 @@ def writer_moments(
     row_sets: Sequence[Tensor],
     alpha: float = 1.0,
 ) -> list[Moments]:
-    """Return the moments of `A` against `alpha (S - X)` over each set of rows.
+    """Return the moments of `m A` against `alpha (S - X)` over each set of rows.
 
     `A [n, width]` are the activations at a site of the open layer, `X [n, d]` the stream after the
-    layer, `S` the target. The ridge solution of these moments is the change of the writer that
-    moves the stream towards the target. All rows go through the layer; the states stay where they
+    layer, `S` the target, and m the factor by which a layer multiplies what it writes (1 in most
+    models). The ridge solution of these moments is the change of the writer that moves the stream
+    towards the target. All rows go through the layer; the states stay where they
     are, for a second visit.
 
     Args:
@@ -41,9 +42,11 @@ def writer_moments(
     # Where the states are on the device, targets go there too, once.
     targets = targets.to(forward.states.device)
     weights = weights.to(forward.device, wide_dtype(forward.dtype))
+    multiplier = forward.weights.adapter.residual_multiplier(forward.weights.config)
 
     def keep_inputs(_: Tensor, A: Tensor) -> None:
-        pending.append(A)
+        # A bfloat16 product would be rounded.
+        pending.append(A if multiplier == 1.0 else multiplier * widened(A))
 
     # A layer's output comes after the site's activations, batch by batch.
     def add_batch(rows: Tensor, X: Tensor) -> None:

@@ -335,7 +335,7 @@ def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None
 
 def sites_are_found(adapter: Adapter, folder: Path) -> None:
     """Observe every site: `mid` and `mlp` add up to the stream after a layer, writers carry their
-    sites."""
+    sites; each times what a layer multiplies its branches by."""
     weights, layout = _opened(adapter, folder)
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
     problems: list[str] = []
@@ -367,11 +367,12 @@ def _site_problems(
 ) -> Iterator[str]:
     """Yield what does not fit together of the sites of one layer, whose stream goes from `start` to
     `end`."""
+    multiplier = weights.adapter.residual_multiplier(weights.config)
     for site, values in observed.items():
         if bool(values.isnan().any()):
             yield f'site "{site}" sees only some rows'
     if {"mid", "mlp"} <= observed.keys():
-        total = observed["mid"] + observed["mlp"]
+        total = observed["mid"] + multiplier * observed["mlp"]
         if not max_difference(total, end) <= EXACT:
             yield f'sites "mid" and "mlp" do not add up to the stream after layer {layer}'
     branches: dict[str, Tensor] = {}
@@ -386,7 +387,7 @@ def _site_problems(
             width = observed[site].shape[1]
             yield f'site "{site}" is {width} wide, its writer {name} reads {matrix.shape[1]}'
             continue
-        written = observed[site] @ matrix.T + bias
+        written = multiplier * (observed[site] @ matrix.T + bias)
         matches = [max_difference(written, branch) <= EXACT for branch in branches.values()]
         if branches and not any(matches):
             yield (

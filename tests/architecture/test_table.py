@@ -62,6 +62,45 @@ def test_a_config_that_the_table_does_not_cover_is_refused() -> None:
         table.check({**CONFIG, "act": "relu"}, shapes(), "here")
 
 
+@pytest.mark.parametrize(
+    ("setting", "covered"),
+    [
+        ({}, True),
+        ({"scale": None}, True),
+        ({"scale": 1.0}, True),
+        ({"scale": 1}, True),
+        ({"scale": 8.0}, False),
+        ({"scale": 0}, False),
+        ({"kind": "a"}, True),
+        ({"kind": "b"}, True),
+        ({"kind": "c"}, False),
+        ({"kind": ["a"]}, False),
+        ({"per_layer_config": {}}, True),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, False),
+    ],
+    ids=str,
+)
+def test_a_table_holds_only_under_what_it_requires(
+    setting: dict[str, object], covered: bool
+) -> None:
+    table = replace(TABLE, requires={"scale": 1.0, "kind": ("a", "b")})
+    config = {**CONFIG, **setting}
+    if covered:
+        table.check(config, shapes(), "here")
+        return
+    [key] = setting
+    with pytest.raises(SetupError, match=f"here: .*{key}"):
+        table.check(config, shapes(), "here")
+
+
+def test_multipliers_are_1_without_a_key_or_a_value() -> None:
+    assert TABLE.residual_multiplier(CONFIG) == TABLE.embedding_multiplier(CONFIG) == 1.0
+    table = replace(TABLE, residual_multiplier_key="m", embedding_multiplier_key="e")
+    assert table.residual_multiplier(CONFIG) == table.embedding_multiplier(CONFIG) == 1.0
+    config = {**CONFIG, "m": 0.22, "e": 12}
+    assert (table.residual_multiplier(config), table.embedding_multiplier(config)) == (0.22, 12.0)
+
+
 def test_a_fused_tensor_is_seen_as_its_parts() -> None:
     whole, parts = f"{MLP}gate_up_proj.weight", (f"{MLP}gate_proj.weight", f"{MLP}up_proj.weight")
     table = rope_decoder(("trial",), fused={whole: parts})

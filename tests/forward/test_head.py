@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rotdistill_core.forward.head import final_norm, head_logits, log_probs
+from rotdistill_core.forward.head import (
+    final_norm,
+    head_logits,
+    log_probs,
+    logits_of,
+    logits_scaling,
+)
 from rotdistill_core.testing import pico_model, pico_samples, plain_transformers
 
 LAYOUT = pico_samples(texts=6).layout
@@ -22,6 +29,8 @@ LAYOUT = pico_samples(texts=6).layout
         ("qwen3", {"head_dim": 8}),
         ("gemma3_text", {"head_dim": 8}),
         ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 5.0}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("granite", {"logits_scaling": 0.3, "tie_word_embeddings": False}),
     ],
     ids=str,
 )
@@ -54,6 +63,23 @@ def test_log_probs_use_the_head_that_is_given(tmp_path: Path) -> None:
     X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(log_probs(weights, X, weights.head()), log_probs(weights, X))
     assert not torch.equal(log_probs(weights, X, 2 * weights.head()), log_probs(weights, X))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cap"), [(None, None), (8.0, None), (None, 2.0), (4.0, 2.0)], ids=str
+)
+def test_logits_are_divided_first_and_capped_then(
+    tmp_path: Path, scaling: float | None, cap: float | None
+) -> None:
+    weights = pico_model(tmp_path / "model").weights
+    table = replace(weights.adapter, logits_scaling_key="scaling", softcap_key="cap")
+    weights = replace(weights, adapter=table).edit({}, scaling=scaling, cap=cap)
+    products = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    expected = products / (scaling or 1.0)
+    if cap:
+        expected = cap * (expected / cap).tanh()
+    torch.testing.assert_close(logits_of(weights, products), expected)
+    assert logits_scaling(weights) == (scaling or 1.0)
 
 
 def test_final_norm_keeps_gains_of_bfloat16_models_apart(tmp_path: Path) -> None:

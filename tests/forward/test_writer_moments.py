@@ -49,6 +49,34 @@ def test_ridge_solution_is_the_planted_change_of_the_writer(model: Model, alpha:
     torch.testing.assert_close(delta.T.float(), alpha * change, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("multiplier", [0.22, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("site", "name", "width"),
+    [("neurons", DOWN, 48), ("heads", "model.layers.0.self_attn.o_proj.weight", 32)],
+)
+def test_a_layer_that_multiplies_its_branches_is_refitted_to_the_target(
+    tmp_path: Path, multiplier: float, site: str, name: str, width: int
+) -> None:
+    model = pico_model(tmp_path / "model", "granite", residual_multiplier=multiplier)
+    forward = LayerwiseForward(model.weights, LAYOUT, torch.device("cpu"), torch.float32)
+    wanted = 0.1 * torch.randn(width, 32, generator=torch.Generator().manual_seed(1))
+    for _ in forward:
+        inputs = torch.zeros(LAYOUT.rows, width)
+        after = torch.zeros(LAYOUT.rows, 32)
+        forward.run({site: inputs.__setitem__, "output": after.__setitem__}, advance=False)
+        targets = after + inputs @ wanted
+        (moments,) = writer_moments(forward, site, width, targets, torch.ones(LAYOUT.rows), [ALL])
+        delta = ridge(moments.xx, moments.xy, 1e-7, "here").float()
+        forward.replace(name, model.weights[name] + delta.T)
+        moved = torch.zeros(LAYOUT.rows, 32)
+        forward.run({"output": moved.__setitem__}, advance=False)
+        break
+    # What the MLP reads changes with the attention's writer: there the change alone is compared.
+    torch.testing.assert_close(multiplier * delta, wanted, rtol=0, atol=2e-3)
+    if site == "neurons":
+        torch.testing.assert_close(moved, targets, rtol=0, atol=2e-3)
+
+
 def test_moments_of_disjoint_rows_add_up(model: Model) -> None:
     targets = torch.zeros(LAYOUT.rows, 32)
     weights = torch.ones(LAYOUT.rows)
