@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -128,6 +128,45 @@ def test_a_random_head_is_recovered(teacher: Model, samples: Samples, tmp_path: 
     assert out.notes["chosen (ridge, blend)"] == [1e-7, 1.0]
     assert out.notes["validation KL after"] == pytest.approx(0, abs=1e-6)
     assert out.notes["validation KL before"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "of_teacher", "of_student"),
+    [
+        ("granite", {"logits_scaling": 0.5}, {"logits_scaling": 0.5}),
+        ("granite", {"logits_scaling": 4.0}, {"logits_scaling": 0.25}),
+        ("granite", {"logits_scaling": 0.5}, {}),
+        ("gemma3_text", {"final_logit_softcapping": 6.0}, {"final_logit_softcapping": 6.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("objective", ["ridge", "kl"])
+def test_heads_are_fitted_and_judged_by_the_logits_that_models_make(
+    samples: Samples,
+    tmp_path: Path,
+    model_type: str,
+    of_teacher: dict[str, float],
+    of_student: dict[str, float],
+    objective: Literal["ridge", "kl"],
+) -> None:
+    sizes = {"head_dim": 8, "tie_word_embeddings": False} if model_type == "gemma3_text" else {}
+    teacher = padded(pico_model(tmp_path / "teacher", model_type, seed=9, **sizes, **of_teacher))
+    head = 0.15 * torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    view = teacher.weights.untie().edit({HEAD: head})
+    for key in of_teacher:
+        view = view.edit({}, **{key: of_student.get(key, 1.0)})
+    save_folder(view, teacher.folder, tmp_path / "student")
+    pair = Pair(teacher, open_model(ModelRef(model=str(tmp_path / "student"))))
+    step = LmHeadRidge(ridge=(1e-7, 0.1), objective=objective)
+    made, out = fitted(step, pair, samples, tmp_path / "runs")
+    for weights, name in ((pair.student.weights, "before"), (made, "after")):
+        kl = mean_kl(teacher.weights, weights, samples, Split.VALIDATION)
+        assert out.notes[f"validation KL {name}"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    ratio = of_student.get("logits_scaling", 1.0) / of_teacher.get("logits_scaling", 1.0)
+    wanted = ratio * teacher.weights.head()[:WORDS]
+    if objective == "ridge":
+        assert out.notes["validation KL after"] == pytest.approx(0, abs=1e-5)
+        torch.testing.assert_close(made[HEAD][:WORDS], wanted, rtol=1e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize("width", [32, 48])
@@ -353,6 +392,15 @@ def test_a_guard_that_nothing_meets_leaves_the_head(
     assert "that the guard allows" in out.report.refused
 
 
+class PlainRows(NamedTuple):
+    """Rows of a model that neither divides nor caps its logits."""
+
+    X: torch.Tensor
+
+    def logits(self, rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return self.X[rows] @ head.T
+
+
 @pytest.mark.parametrize(
     ("within", "share"), [(1.0, 1.0), (0.6, 0.5), (0.3, 0.25), (0.1, 0.0), (None, 1.0)]
 )
@@ -361,7 +409,7 @@ def test_the_map_is_scaled_down_to_the_limit(within: float | None, share: float)
     X, H, change = (torch.randn(n, 4, generator=maker) for n in (20, 9, 9))
     problem = _method.HeadProblem(
         layout=PackedTexts((), 0),
-        X=X,
+        X=PlainRows(X),  # type: ignore[arg-type]
         head=H,
         target_log_probs=lambda rows: (X[rows] @ H.T).log_softmax(-1),
         validation=torch.arange(20),

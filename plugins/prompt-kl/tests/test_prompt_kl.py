@@ -51,6 +51,11 @@ OPTIONS: dict[str, Any] = {
     "max_epochs": 2,
     "learning_rate": 5e-3,
 }
+FACTORS: dict[str, dict[str, float]] = {
+    "gemma3_text": {"final_logit_softcapping": 5.0},
+    "granite": {"logits_scaling": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+}
+"""What a model type does to embeddings, branches or logits."""
 ON_ANSWERS: dict[str, Any] = {"prompts_from": ("questions",), "rank": 4, "max_epochs": 3}
 
 
@@ -102,12 +107,11 @@ def test_prompt_kl_is_a_style() -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("train", ["lora", "head"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "granite"])
 def test_folded_weights_have_the_kl_that_was_trained(
     tmp_path: Path, model_type: str, train: Literal["lora", "head"], tied: bool
 ) -> None:
-    cap = {"final_logit_softcapping": 5.0} if model_type == "gemma3_text" else {}
-    pair = pair_of(tmp_path, model_type, tie_word_embeddings=tied, **cap)
+    pair = pair_of(tmp_path, model_type, tie_word_embeddings=tied, **FACTORS.get(model_type, {}))
     made, out = distilled(pair, tmp_path, **OPTIONS, train=train)
     assert out.notes["validation KL after"] < 0.98 * out.notes["validation KL before"]
 

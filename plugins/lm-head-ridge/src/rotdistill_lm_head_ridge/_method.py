@@ -10,6 +10,10 @@ The teacher's logits are `h_t W_tᵀ`. So with states after the final norm `X_s 
 
 Only A and B are solved for, whatever the size of the vocabulary (Hoerl and Kennard,
 Technometrics 12, 1970).
+
+Where models divide their logits (by s_s and s_t), the student's products have to be `s_s / s_t`
+times the teacher's: W_t stands for `s_s / s_t W_t` above. A soft cap is left out of the fit. Every
+KL that heads are compared by is that of the logits as the models compute them.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from rotdistill_core.evaluation.acceptance import (
     significantly_lower,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
-from rotdistill_core.forward.head import final_norm
+from rotdistill_core.forward.head import final_norm, logits_of, logits_scaling
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.precision import CPU, wide_dtype
 from rotdistill_core.linalg.solvers import ridge
@@ -114,6 +118,10 @@ class NormedRows:
         """Return the first `tokens` rows of the model's head, to multiply these rows with."""
         return self.weights.head()[:tokens].to(self.device, self.dtype)
 
+    def logits(self, rows: Tensor, head: Tensor) -> Tensor:
+        """Return the logits of rows [n], `[n, V]`, that the model makes with a head `[V, d]`."""
+        return logits_of(self.weights, self[rows] @ head.T)
+
 
 class TeacherHead(NamedTuple):
     """The teacher's final states and its head: together, its logits."""
@@ -122,6 +130,14 @@ class TeacherHead(NamedTuple):
     """On the student's rows `[rows, d_t]`."""
     head: Tensor
     """`[V, d_t]`, without padding tokens."""
+
+    def head_for(self, problem: HeadProblem) -> Tensor:
+        """Return the head whose products with the teacher's rows a student's should be `[V, d_t]`.
+
+        It is the teacher's, unless the two models divide their logits by different numbers.
+        """
+        ratio = logits_scaling(problem.X.weights) / logits_scaling(self.rows.weights)
+        return self.head if ratio == 1.0 else ratio * self.head
 
 
 class OutOfDomain(NamedTuple):
@@ -152,8 +168,8 @@ class HeadProblem:
     def kl(self, rows: Tensor, head: Tensor) -> Tensor:
         """Return the KL of rows [n] under a head.
 
-        `compare_logits` of the core starts from states before the norm, caps logits where the
-        model does, and takes other blocks: its last digits differ.
+        `compare_logits` of the core starts from states before the norm, and takes other blocks: its
+        last digits differ.
         """
         parts = []
         for k in range(0, len(rows), BLOCK_ROWS):
@@ -164,7 +180,11 @@ class HeadProblem:
 
     def student_logits(self, head: Tensor, rows: Tensor) -> Tensor:
         """Return the logits of rows `[n, V]` under a head."""
-        return self.X[rows] @ head.T
+        return self.X.logits(rows, head)
+
+    def linear_logits(self, head: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of rows `[n, V]` under a head as they are before a soft cap."""
+        return self.X[rows] @ (head / logits_scaling(self.X.weights)).T
 
     def validation_kl(self, head: Tensor) -> float:
         """Return the mean KL of a head on the validation rows, nats."""
@@ -295,15 +315,15 @@ def choose_ridge_head(
         out: its notes list the candidates and the choice.
     """
     X, H_s = problem.X, problem.head
-    T, H_t = teacher
+    T, H_t = teacher.rows, teacher.head_for(problem)
     fit = problem.layout.split(Split.FIT).nonzero().flatten()
     solutions = ridge_solutions(fit_moments(X, T, fit), step.ridge, X.device)
     rows = problem.validation
     scores = {OWN_HEAD: before.kl}
-    scores |= candidate_kl(X[rows], T[rows], H_t, H_s, solutions, step.blend)
+    scores |= candidate_kl(problem, teacher, rows, solutions, step.blend)
     forbidden: set[Candidate] = set()
     if limit is not None:
-        ood_kl = candidate_kl(X[limit.rows], T[limit.rows], H_t, H_s, solutions, step.blend)
+        ood_kl = candidate_kl(problem, teacher, limit.rows, solutions, step.blend)
         forbidden = {candidate for candidate, kl in ood_kl.items() if kl > limit.max_kl}
     best = min((c for c in scores if c not in forbidden), key=scores.__getitem__)
     if scores[best] > before.kl - MIN_GAIN:
@@ -347,36 +367,37 @@ def ridge_solutions(
 
 
 def candidate_kl(
-    X: Tensor,
-    T: Tensor,
-    H_t: Tensor,
-    H_s: Tensor,
+    problem: HeadProblem,
+    teacher: TeacherHead,
+    rows: Tensor,
     solutions: dict[float, RidgeSolution],
     blends: tuple[float, ...],
 ) -> dict[Candidate, float]:
-    """Return the mean KL of every ridge and blend on paired rows, without forming their heads.
+    """Return the mean KL of every ridge and blend on rows [n], without forming their heads.
 
     Args:
-        X: the student's rows after the final norm `[n, d_s]`.
-        T: the teacher's rows after the final norm `[n, d_t]`.
-        H_t: the teacher's head `[V, d_t]`.
-        H_s: the student's head `[V, d_s]`.
+        problem: the student's rows and its head.
+        teacher: the teacher's states and head.
+        rows: numbers of the rows.
         solutions: A and B for each ridge.
         blends: shares of the ridge head.
     """
+    H_s, H_t = problem.head, teacher.head_for(problem)
     total = {Candidate(strength, share): 0.0 for strength in solutions for share in blends}
-    for k in range(0, len(X), BLOCK_ROWS):
-        x, t = X[k : k + BLOCK_ROWS], T[k : k + BLOCK_ROWS]
-        p = (t @ H_t.T).log_softmax(-1)
+    for k in range(0, len(rows), BLOCK_ROWS):
+        block = rows[k : k + BLOCK_ROWS]
+        x = problem.X[block]
+        p = teacher_log_probs(teacher, block)
         own = x @ H_s.T
         for strength, (A, B) in solutions.items():
             fitted = (x @ A.to(x)) @ H_t.T + (x @ B.to(x)) @ H_s.T
             for share in blends:
-                q = (own + share * (fitted - own)).log_softmax(-1)
+                products = own + share * (fitted - own)
+                q = logits_of(problem.X.weights, products).log_softmax(-1)
                 # One sum over rows and tokens. `kl_divergence(p, q).sum()` sums each row first,
                 # which differs in the last digits, and with them the choice could.
                 total[Candidate(strength, share)] += float((p.exp() * (p - q)).sum())
-    return {candidate: value / len(X) for candidate, value in total.items()}
+    return {candidate: value / len(rows) for candidate, value in total.items()}
 
 
 def map_head(
@@ -400,12 +421,13 @@ def map_head(
         progress: called for each step of the fit.
     """
     X, head, validation = problem.X, start.head, problem.validation
-    logits = partial(problem.student_logits, head)
+    # The fit is convex, so it leaves a soft cap out. The map is then judged by the true logits.
+    logits = partial(problem.linear_logits, head)
     targets = problem.target_log_probs
     tokens = top_tokens(targets, logits, torch.cat([fit, validation]), step.max_tokens)
     fit_targets = reduced_targets(targets, logits, fit, tokens)
     validation_targets = reduced_targets(targets, logits, validation, tokens)
-    H = head[tokens.to(head.device)]
+    H = head[tokens.to(head.device)] / logits_scaling(X.weights)
 
     def validation_kl(M: Tensor) -> float:
         rows = X[validation]
@@ -469,7 +491,7 @@ def map_rows(layout: PackedTexts, preferred: frozenset[str], limit: int) -> Tens
 
 def teacher_log_probs(teacher: TeacherHead, rows: Tensor) -> Tensor:
     """Return the teacher's log-probabilities of rows [n], `[n, V]`."""
-    return (teacher.rows[rows] @ teacher.head.T).log_softmax(-1)
+    return teacher.rows.logits(rows, teacher.head).log_softmax(-1)
 
 
 def next_token_log_probs(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, scores_by_text
 from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
-from rotdistill_core.forward.head import head_for, log_probs
+from rotdistill_core.forward.head import head_for, log_probs, logits_of
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_prompt_kl._lora import wide_lora_product
 from rotdistill_prompt_kl._teacher_states import states_of_teacher
@@ -88,10 +88,8 @@ class DistillationTargets:
         with torch.no_grad():
             T = self.states[batch.rows].to(device)
             p = log_probs(self.pair.teacher.weights, T, self.head)
-        logits = wide_lora_product(head, states)[:, : self.vocabulary]
-        cap = weights.config.get(adapter.softcap_key)
-        if cap is not None:
-            logits = cap * (logits / cap).tanh()
+        products = wide_lora_product(head, states)[:, : self.vocabulary]
+        logits = logits_of(weights, products)
         return kl_divergence(p, logits.log_softmax(-1))
 
     def _batch(self, texts: list[int]) -> Batch:
