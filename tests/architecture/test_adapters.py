@@ -55,6 +55,27 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"head_dim": 12, "intermediate_size": 56},
         {"intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": False},
     ],
+    "granite": [
+        {"intermediate_size": 56, "num_key_value_heads": 1},
+        {
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 8.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.25,
+        },
+    ],
+    "smollm3": [
+        {"no_rope_layers": [1, 0], "attention_bias": True, "mlp_bias": True},
+        {
+            "tie_word_embeddings": False,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ],
     "gemma3_text": [
         {"head_dim": 12, "intermediate_size": 56, "sliding_window": 5},
         {

@@ -1,0 +1,1 @@
+"""Architecture table of Granite."""
