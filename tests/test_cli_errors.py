@@ -122,12 +122,12 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
     "a folder": (
         replace_by_a_folder,
         2,
-        "Is a directory",
+        "it is a folder, not a plain file.",
     ),
     "not text": (put("trial.toml", b"\xff\xfe\x00"), 2, "is not UTF-8 text"),
     "not TOML": (put("trial.toml", "name = = 3"), 2, "is not valid TOML"),
     "empty": (put("trial.toml", ""), 2, "at least one [[step]]"),
-    "too long": (put("trial.toml", "#" * 1_000_001), 2, "a recipe is a short document"),
+    "too long": (put("trial.toml", "#" * 1_000_001), 2, "it is longer than 1000000 bytes"),
     "nested too deeply": (put("trial.toml", "a = " + "[" * 5000), 2, "is not valid TOML"),
     "an unknown key": (
         edit("layers = 1", "layer = 1"),
@@ -262,8 +262,8 @@ def refuse(error: Exception) -> Callable[..., None]:
             "cannot be written: No space left on device",
         ),
         (
-            files.os,
-            "open",
+            Path,
+            "replace",
             OSError(errno.EROFS, "Read-only file system"),
             3,
             "cannot be written: Read-only file system",

@@ -17,6 +17,7 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import json_blocks, write_file
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.store.layout import MODEL_HASHES, user_cache
+from rotdistill_core.store.plain import open_plain, read_bytes
 
 SAMPLE_BYTES = 1 << 16
 """Bytes that a sample takes from each of about five places of a file."""
@@ -114,7 +115,7 @@ def remembered_hashes(warn: Callable[[str], None] = lambda _: None) -> FileHashe
 def sample_of(path: Path) -> Iterator[bytes]:
     """Yield a little of a file from each of about five places; a small file whole."""
     size = path.stat().st_size
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         for position in range(0, size, max(SAMPLE_BYTES, size // 4)):
             stream.seek(position)
             yield stream.read(SAMPLE_BYTES)
@@ -128,7 +129,7 @@ def _state(path: Path, status: os.stat_result) -> str:
 def _read(cache: Path) -> dict[str, _Known]:
     """Return what a cache remembers; nothing if it is missing or damaged."""
     try:
-        found = TypeAdapter(dict[str, _Known]).validate_json(cache.read_bytes())
+        found = TypeAdapter(dict[str, _Known]).validate_json(read_bytes(cache))
     except (OSError, ValueError):
         return {}
     return {

@@ -16,8 +16,13 @@ from safetensors import SafetensorError, safe_open
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_text, require_plain
 
 SHARD_INDEX = "model.safetensors.index.json"
+READ_BY_TRANSFORMERS = (".json", ".jinja", ".model", ".safetensors", ".txt", ".tiktoken")
+"""Endings of the files of a model folder that somebody opens: this program or transformers."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Folder in a model folder that transformers reads, too."""
 REMOTE_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 """Config keys that ask to run code that comes with the model."""
 
@@ -44,12 +49,14 @@ def read_header(path: Path) -> dict[str, Header]:
     """
     headers: dict[str, Header] = {}
     try:
+        require_plain(path)
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118  (not a mapping)
                 tensor = file.get_slice(name)
                 headers[name] = _header(path, name, tensor.get_dtype(), tensor.get_shape())
     except OSError as error:
-        raise SetupError(f"{path}: cannot be read: {error}.") from error
+        reason = error.strerror or error
+        raise SetupError(f"{path}: cannot be read: {reason}.") from error
     except SafetensorError as error:
         raise SetupError(
             f"{path}: not a valid safetensors file: {error}. It may be torn, or extended."
@@ -66,6 +73,29 @@ def _header(path: Path, name: str, code: str, shape: list[int]) -> Header:
         shape=tuple(shape),
         bytes=math.prod(shape) * WIDTH[code],
     )
+
+
+def require_plain_files(folder: Path) -> None:
+    """Refuse a model folder in which something that is opened is no plain file, or is too long.
+
+    transformers opens what it finds there: a named pipe would let it wait for ever. Weights may be
+    as long as they are.
+
+    Raises:
+        SetupError: naming the file.
+    """
+    for path in (*folder.glob("*"), *folder.glob(f"{TEMPLATE_FOLDER}/*")):
+        opened = path.suffix in READ_BY_TRANSFORMERS
+        if not opened and (path.is_file() or path.is_dir() or not path.exists()):
+            continue  # a link to nothing that nobody follows
+        limit = None if path.suffix == ".safetensors" else COLLECTION_BYTES
+        try:
+            require_plain(path, limit)
+        except OSError as error:
+            raise SetupError(
+                f"{path}: cannot be read: {error.strerror}. Remove it, or put a whole model in the "
+                "folder."
+            ) from error
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -89,11 +119,13 @@ def shard_files(folder: Path) -> list[Path]:
 def _indexed_shards(index: Path) -> list[str]:
     """Return the names of the shards that an index lists."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not all(isinstance(name, str) for name in names):
             raise TypeError("the name of a shard must be text")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise SetupError(f"{index}: cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SetupError(f"{index}: not a valid shard index: {error}.") from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
@@ -126,7 +158,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / RunLayout.CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except OSError as error:
         raise SetupError(
             f"{path}: cannot be read: {error.strerror}. A model folder needs a config.json."

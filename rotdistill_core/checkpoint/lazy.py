@@ -49,6 +49,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
         SetupError: see `read_header`.
     """
+    headers = read_header(path)
     handle: Any = safe_open(path, "pt")
     return {
         name: LazyTensor(
@@ -57,7 +58,7 @@ def open_tensors(path: Path) -> dict[str, LazyTensor]:
             read=partial(handle.get_tensor, name),
             stored=StoredTensor(path, name),
         )
-        for name, header in read_header(path).items()
+        for name, header in headers.items()
     }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.file_hashes import FileHashes, sample_of
-from rotdistill_core.checkpoint.headers import shard_files
+from rotdistill_core.checkpoint.headers import require_plain_files, shard_files
 from rotdistill_core.errors import SetupError
 from rotdistill_core.recipe.document import ModelRef
 
@@ -174,10 +174,11 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without network and without remote code.
 
     Raises:
-        SetupError: transformers cannot load it.
+        SetupError: transformers cannot load it, or would open what is no plain file.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds to load)
 
+    require_plain_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

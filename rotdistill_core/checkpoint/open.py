@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rotdistill_core.checkpoint.file_hashes import FileHashes, remembered_hashes
-from rotdistill_core.checkpoint.headers import folder_headers, read_config
+from rotdistill_core.checkpoint.headers import folder_headers, read_config, require_plain_files
 from rotdistill_core.checkpoint.models import Log, Model, Pair
 from rotdistill_core.errors import PluginError, RotdistillError, SetupError
 from rotdistill_core.plugin.registry import (
@@ -43,6 +43,7 @@ def open_model(ref: ModelRef, log: Log = lambda _: None, hashes: FileHashes | No
         PluginError: no installed source or adapter is for it.
     """
     folder = locate_model(ref, log)
+    require_plain_files(folder)
     config = read_config(folder)
     model_type = str(config.get("model_type", ""))
     adapter = adapter_for(model_type)

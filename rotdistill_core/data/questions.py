@@ -21,6 +21,7 @@ from rotdistill_core.data.text_files import (
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.store.hashing import digest
+from rotdistill_core.store.plain import read_bytes
 
 INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
 GUARD_COLUMNS = ("id", "language", "kind", "text")
@@ -271,7 +272,7 @@ def _claims(row: NumberedRow, column: str, path: Path, problems: list[str]) -> t
 def _read_system_prompt(path: Path, problems: list[str]) -> str:
     """Return the system prompt; empty, with a problem that says why, where it cannot be read."""
     try:
-        text = decode_utf8(path.read_bytes())
+        text = decode_utf8(read_bytes(path))
     except NotUtf8Error as error:
         problems.append(f"{path}: the system prompt {error}. samples.style names it.")
         return ""

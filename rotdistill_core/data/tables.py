@@ -16,6 +16,7 @@ from rotdistill_core.data.text_files import (
     decode_utf8,
     foreign_characters,
 )
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 VERBATIM = ("text",)
@@ -49,7 +50,7 @@ def read_table(path: Path, columns: Sequence[str], problems: list[str]) -> list[
         problems: takes what is wrong, a sentence each that names file, line and column.
     """
     try:
-        text = decode_utf8(path.read_bytes())
+        text = decode_utf8(read_bytes(path, COLLECTION_BYTES))
     except NotUtf8Error as error:
         problems.append(f"{path}: {error}. The recipe names it under [samples].")
         return []

@@ -15,6 +15,7 @@ from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.evaluation.rows import MetricRow, row_from_json
 from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_text
 from rotdistill_core.store.records import StepRecord
 
 
@@ -38,7 +39,7 @@ class RunFolder:
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe; empty if the run has lost it."""
         try:
-            text = self.layout.resolved_recipe.read_text(encoding="utf-8")
+            text = read_text(self.layout.resolved_recipe)
             recipe: dict[str, Any] = json.loads(text)
         except (OSError, ValueError):
             return {}
@@ -80,7 +81,7 @@ class RunFolder:
         path = self.layout.results
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, COLLECTION_BYTES).splitlines()
         return [row_from_json(json.loads(line)) for line in lines]
 
     def chains(self) -> dict[str, dict[str, StepRecord]]:

@@ -15,6 +15,7 @@ from rotdistill_core.execution.keys import checkpoint_key
 from rotdistill_core.execution.outcome import VariantState
 from rotdistill_core.store.files import Blocks
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes, read_text
 from rotdistill_core.store.records import CheckpointRecord
 
 
@@ -37,7 +38,7 @@ def save_variant(run: RunContext, variant: str, state: VariantState, dtype: torc
 
 def open_saved(folder: Path, state: VariantState) -> Weights:
     """Open a saved variant. What happened to its stream is not in the folder: the state knows."""
-    config = json.loads((folder / RunLayout.CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(read_text(folder / RunLayout.CONFIG))
     saved = open_folder(folder, config, state.weights.adapter)
     return replace(saved, lineage=state.weights.lineage)
 
@@ -57,7 +58,7 @@ def _write(
 
     for path in tokenizer_files(run.pair.student.folder):
         if path.suffix != ".safetensors":
-            write(path.name, [path.read_bytes()])
+            write(path.name, [read_bytes(path, COLLECTION_BYTES)])
     state.weights.save(write, dtype)
     write(RunLayout.RECIPE, [run.loaded.text.encode()])
 

@@ -21,6 +21,7 @@ from rotdistill_core.linalg.precision import sum_device
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 
 MASSIVE = 8.0
 """A row of massive activations has an RMS above this multiple of the median row's."""
@@ -101,7 +102,7 @@ class ActivationStore:
     def sidecar(self, side: str, boundary: int) -> dict[str, Any]:
         """Return what is recorded of a shard: model, side, layout, dtype, sha256."""
         path = (self.root / self.shards[side][boundary]).with_suffix(".json")
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(read_text(path))
         return values
 
     @property
@@ -156,7 +157,7 @@ def _shard_digest(shard: Path) -> str:
     sidecar = shard.with_suffix(".json")
     if not sidecar.exists():
         return sha256_of(shard)
-    return str(json.loads(sidecar.read_text(encoding="utf-8"))["sha256"])
+    return str(json.loads(read_text(sidecar))["sha256"])
 
 
 def write_shard(

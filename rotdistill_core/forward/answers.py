@@ -15,6 +15,7 @@ from rotdistill_core.forward.generate import AnswerWriter, Decoding, Prompts, ch
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import read_text
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -94,7 +95,7 @@ def kept_answers(
             path = out.json(name, chunk._asdict())
             made += len(names)
         # Read back whether found or made, so that a resumed run goes on from the same values.
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         tokens |= content["answers"]
         at_once = content["at_once"]
     if at_once < ANSWERS_AT_ONCE:

@@ -29,6 +29,7 @@ from rotdistill_core.errors import CheckFailed
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ def restore_maps(info: Mapping[str, Any], root: Path) -> Maps:
         by_space[space] = MAP_KINDS[record["kind"]](tensors[file], **other_fields)
     diagnostics: dict[int, LayerDiagnostics] = {}
     for layer, file in info["cards"].items():
-        document = json.loads((root / file).read_text(encoding="utf-8"))
+        document = json.loads(read_text(root / file))
         document.pop("map", None)  # repeated there for readers of the file; `spaces` has it
         diagnostics[int(layer)] = LayerDiagnostics.from_dict(document)
     return Maps(by_space, diagnostics)

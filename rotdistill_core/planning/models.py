@@ -20,6 +20,7 @@ from rotdistill_core.planning.shape import ModelShape
 from rotdistill_core.plugin.registry import adapter_for
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import read_text
 
 
 class ModelNotAvailable(SetupError):
@@ -93,7 +94,7 @@ def _opened(model: Model) -> ModelInfo:
 
 def _described(path: Path) -> ModelInfo:
     """Return what a shipped config states."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(read_text(path))
     adapter = adapter_for(config["model_type"])
     config = adapter.completed(config)
     stored = str(config.get("dtype") or config["torch_dtype"])

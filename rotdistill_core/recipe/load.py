@@ -34,6 +34,7 @@ from rotdistill_core.recipe.extends import (
     step_id,
 )
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.store.plain import read_text
 
 MAX_BYTES = 1_000_000
 """Largest recipe; more is no recipe but a mistake."""
@@ -122,15 +123,11 @@ def resolve_recipe(
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(
-                f"{path}: larger than {MAX_BYTES} bytes; a recipe is a short document."
-            )
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MAX_BYTES)
     except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be read: {error.strerror}.{suggest(str(path), _recipes_near(path))}"
-        ) from error
+        missing = isinstance(error, FileNotFoundError)
+        hint = suggest(str(path), _recipes_near(path)) if missing else ""
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}.{hint}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})."

@@ -6,10 +6,16 @@ import hashlib
 import json
 from pathlib import Path
 
+from rotdistill_core.store.plain import open_plain
+
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, read in blocks."""
-    with path.open("rb") as stream:
+    """Return the sha256 of a plain file, read in blocks.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    with open_plain(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 from rotdistill_core.store.files import CommittedFile, sync_folder, unwritable, write_file
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, ledger_paths
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
@@ -103,7 +104,7 @@ class Ledger:
     def _read(self) -> Iterator[tuple[LedgerRecord, str]]:
         if not self.path.exists():
             return
-        for line in self.path.read_bytes().split(b"\n"):
+        for line in read_bytes(self.path, COLLECTION_BYTES).split(b"\n"):
             try:
                 content: dict[str, Any] = json.loads(line)
                 mark = content.pop("mark")

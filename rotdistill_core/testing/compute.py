@@ -17,6 +17,7 @@ from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.store.files import Blocks, write_file
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes, read_text
 
 
 def max_difference(one: Tensor, two: Tensor) -> float:
@@ -85,11 +86,11 @@ def save_folder(
         write_file(folder / name, blocks)
 
     for path in tokenizer_files(like):
-        write(path.name, [path.read_bytes()])
+        write(path.name, [read_bytes(path, COLLECTION_BYTES)])
     weights.save(write, dtype)
 
 
 def reopen(folder: Path, like: Weights) -> Weights:
     """Open a saved folder as a view with the adapter of another view."""
-    config = json.loads((folder / RunLayout.CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(read_text(folder / RunLayout.CONFIG))
     return open_folder(folder, config, like.adapter)

@@ -366,7 +366,7 @@ def test_malformed_steps_are_a_problem_under_extends_too(tmp_path: Path, text: s
         (b"name = ", "is not valid TOML"),
         (b"a = " + b"[" * 5000, "is not valid TOML"),
         (b'name = "\xff"', "is not UTF-8"),
-        (b"#" * 1_000_001, "larger than 1000000 bytes"),
+        (b"#" * 1_000_001, "longer than 1000000 bytes"),
     ],
 )
 def test_an_unreadable_recipe_is_one_problem(tmp_path: Path, data: bytes, wanted: str) -> None:

@@ -25,6 +25,7 @@ from rotdistill_core.store.casts import is_finite
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef, StepRecord, WeightsRef
 
 TOLERANCE = 1e-5
@@ -108,7 +109,7 @@ def _numbers_that_are_not_finite(path: Path) -> Iterator[str]:
 
 
 def _recipe(layout: RunLayout) -> dict[str, Any]:
-    recipe: dict[str, Any] = json.loads(layout.resolved_recipe.read_text(encoding="utf-8"))
+    recipe: dict[str, Any] = json.loads(read_text(layout.resolved_recipe))
     return recipe
 
 

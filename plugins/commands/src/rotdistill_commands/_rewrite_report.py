@@ -17,6 +17,7 @@ from rotdistill_core.recipe.document import Check
 from rotdistill_core.recipe.load import resolve_recipe
 from rotdistill_core.store.ledger import ArtifactStore
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 
 
 def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
@@ -35,7 +36,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
             f"{run.path}: is {run.state}; there is a report when its recipe has run to the end."
         )
     layout = run.layout
-    text = layout.recipe.read_text(encoding="utf-8")
+    text = read_text(layout.recipe)
     loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
     recipe = loaded.recipe
     rows = run.rows()

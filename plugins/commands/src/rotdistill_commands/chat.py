@@ -23,6 +23,7 @@ from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
+from rotdistill_core.store.plain import read_text
 from rotdistill_core.terminal import Json, stderr_console
 
 if TYPE_CHECKING:
@@ -125,9 +126,9 @@ def _system_prompt(layout: RunLayout, given: Path | None) -> str:
         log(f"{layout.folder}: keeps no system prompt, so none is used. --system FILE sets one.")
         return ""
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_text(path).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the system prompt cannot be read: {error}.") from error
+        raise RecipeError(f"{path}: the system prompt cannot be read: {error.args[-1]}.") from error
 
 
 def _typed_questions() -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rotdistill_core.forward.layerwise import meta_model
 from rotdistill_core.linalg.precision import widened
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import read_bytes
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -85,4 +86,5 @@ def save_adapter(student: Any, out: StepOutput) -> None:
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder, save_embedding_layers=False)
         for path in sorted(Path(folder).glob("adapter_*")):
-            out.write(RunLayout.adapter(out.step, path.name), [path.read_bytes()])
+            content = read_bytes(path, path.stat().st_size)
+            out.write(RunLayout.adapter(out.step, path.name), [content])

@@ -10,6 +10,7 @@ from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import is_exact
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import read_bytes
 from rotdistill_report._data import ReportData
 from rotdistill_report._templates import template
 
@@ -35,7 +36,7 @@ def licence_of(model: Model) -> str:
     card = model.folder / RunLayout.CARD
     if not card.is_file():
         return UNKNOWN
-    front_matter = card.read_text(encoding="utf-8", errors="replace").split("---")[1:2]
+    front_matter = read_bytes(card).decode(errors="replace").split("---")[1:2]
     pattern = r"^license(?:_name)?:\s*[\"']?([\w.+-]+)"
     found = re.search(pattern, front_matter[0], re.MULTILINE) if front_matter else None
     return found[1].lower() if found else UNKNOWN

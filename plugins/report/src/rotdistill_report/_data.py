@@ -30,6 +30,7 @@ from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
 from rotdistill_core.store.results import Answer, Curve
 from rotdistill_report._provenance import Source, provenance
@@ -346,7 +347,7 @@ def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, Step
         new: dict[int, dict[str, Any]] = {}
         stored: set[tuple[int, str, str]] = set()
         for layer, path in sorted(files[result.key].items()):
-            document = json.loads((out.store.root / path).read_text(encoding="utf-8"))
+            document = json.loads(read_text(out.store.root / path))
             figures = {(layer, name, str(value)): value for name, value in document.items()}
             new[layer] = {key[1]: value for key, value in figures.items() if key not in known}
             stored |= figures.keys()

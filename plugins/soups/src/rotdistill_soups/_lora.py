@@ -26,6 +26,7 @@ from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.linalg.maps import Map, transform_param
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import WeightsRef
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -86,7 +87,7 @@ def read_lora(folder: Path, weights: Weights) -> Lora:
     Raises:
         SetupError: not a plain LoRA, or not one for this model.
     """
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(read_text(folder / ADAPTER_CONFIG))
     _require_plain_lora(folder, config)
     factors: dict[str, Factors] = {}
     for name, half in _halves(folder, weights).items():

@@ -12,6 +12,7 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import json_blocks, write_file
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, user_cache
+from rotdistill_core.store.plain import read_text
 
 
 def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
@@ -37,7 +38,7 @@ def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
 def is_complete(folder: Path) -> bool:
     """Return whether a folder has a manifest and all its files hash as the manifest says."""
     try:
-        files = json.loads((folder / RunLayout.MANIFEST).read_text(encoding="utf-8"))
+        files = json.loads(read_text(folder / RunLayout.MANIFEST))
         return bool(files) and all(
             sha256_of(folder / name) == digest for name, digest in files.items()
         )

@@ -34,6 +34,7 @@ from rotdistill_core.forward.writer_moments import writer_moments
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.plain import read_text
 from rotdistill_writer_refit._regression import best_ridge
 from rotdistill_writer_refit._scoring import score_split
 from rotdistill_writer_refit._targets import TeacherTargets
@@ -175,7 +176,7 @@ def solve_or_restore(
     diagnostics = out.find(f"{name}.json")
     if tensors and diagnostics:
         stored = {key: entry.read() for key, entry in open_tensors(tensors).items()}
-        return WriterFit(stored, json.loads(diagnostics.read_text(encoding="utf-8")))
+        return WriterFit(stored, json.loads(read_text(diagnostics)))
     fit = solve_writer(step, forward, problem, site)
     out.tensors(f"{name}.safetensors", fit.tensors)
     out.json(f"{name}.json", fit.diagnostics)
