@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import shlex
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer.core import TyperGroup
 
+from rotdistill_core.characters import visible
 from rotdistill_core.errors import (
     PluginError,
     RecipeError,
@@ -39,6 +40,8 @@ from rotdistill_core.terminal import (
     ProgressDisplay,
     RecipePath,
     Sets,
+    literal,
+    print_json,
     relative_to_cwd,
     results_table,
     stderr_console,
@@ -46,6 +49,7 @@ from rotdistill_core.terminal import (
 )
 
 VERBOSE = ("-v", "--verbose")
+FORMAT_OF_WARNINGS = warnings.formatwarning
 
 
 class Verbs(TyperGroup):
@@ -127,7 +131,7 @@ def run(
     """
     loaded = load_recipe(path, sets or [])
     for note in loaded.notes:
-        stderr_console().print(escape(note), soft_wrap=True)
+        stderr_console().print(literal(note), soft_wrap=True)
     if not unplanned:
         _check_machine(loaded, fresh)
     from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
@@ -152,14 +156,14 @@ def _check_machine(loaded: ResolvedRecipe, fresh: bool) -> None:
     console = stderr_console()
 
     def log(text: str) -> None:
-        console.print(escape(text))
+        console.print(literal(text))
 
     try:
         planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
     except ModelNotAvailable as error:
-        console.print(f"plan: {escape(str(error))}", soft_wrap=True)
+        console.print(f"plan: {literal(error)}", soft_wrap=True)
         return
-    console.print(planned.summary, soft_wrap=True)
+    console.print(literal(planned.summary), soft_wrap=True)
     planned.require_resources(loaded.path)
 
 
@@ -167,7 +171,7 @@ def _show(outcome: RunResult, as_json: bool) -> None:
     """Print the results of a run."""
     if as_json:
         document = {"run_dir": str(outcome.folder), "results": rows_as_json(outcome.rows)}
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
     console = stdout_console()
     for summary in (results_table(outcome.rows), *outcome.summaries):
@@ -175,7 +179,7 @@ def _show(outcome: RunResult, as_json: bool) -> None:
     layout = RunLayout(outcome.folder)
     for path in (layout.checkpoints, layout.report):
         if path.exists():
-            console.print(f"{path.stem:<12} {escape(relative_to_cwd(path))}", soft_wrap=True)
+            console.print(f"{path.stem:<12} {literal(relative_to_cwd(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):
@@ -199,8 +203,22 @@ def _resend_swallowed_signal(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _visible_record(*args: Any, **keys: Any) -> logging.LogRecord:
+    """Return a record of a library's log; libraries quote what they find in files."""
+    record = logging.LogRecord(*args, **keys)
+    record.msg, record.args = visible(record.getMessage()), None
+    return record
+
+
+def _visible_warning(*args: Any, **keys: Any) -> str:
+    """Return a library's warning as Python shows it, without what would steer the terminal."""
+    return visible(FORMAT_OF_WARNINGS(*args, **keys))
+
+
 def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
+    logging.setLogRecordFactory(_visible_record)
+    warnings.formatwarning = _visible_warning
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGINT, _interrupted)
     sys.unraisablehook = _resend_swallowed_signal
@@ -209,7 +227,7 @@ def main() -> None:
     try:
         app(words, prog_name="rotdistill", standalone_mode=False)
     except Interrupted as stop:
-        again = escape(_command_line())
+        again = literal(_command_line())
         stderr_console().print(
             f"interrupted; what was finished is kept. Go on with:\n{again}", soft_wrap=True
         )
@@ -220,7 +238,7 @@ def main() -> None:
         if "_ROTDISTILL_COMPLETE" in os.environ:
             sys.exit(1)  # the shell completes an unfinished line: say nothing
         if verbose:
-            traceback.print_exc()
+            stderr_console().print(literal(traceback.format_exc()), soft_wrap=True)
         sys.exit(_report_error(error))
 
 
@@ -239,7 +257,7 @@ def _report_error(error: Exception) -> int:
     expected = usage is not None or isinstance(error, RotdistillError)
     kind = "error" if expected else "unexpected"
     for problem in _usage_problems(error) if usage else _problems(error):
-        stderr_console().print(f"[red]{kind}[/] {escape(problem)}", soft_wrap=True)
+        stderr_console().print(f"[red]{kind}[/] {literal(problem)}", soft_wrap=True)
     return int(getattr(error, "exit_code", 1))
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 
+from rotdistill_core.characters import visible, visible_json
 from rotdistill_core.evaluation.metrics import FAILED, METRICS
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures
 from rotdistill_core.plugin.markers import hookimpl
@@ -69,14 +71,50 @@ Sets = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
+class VisibleConsole(Console):
+    """A console on which no text of others steers the terminal.
+
+    Whatever is printed passes `render`. Only rich's own control sequences stay as they are.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Yield the segments of a renderable with visible characters alone."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(visible(segment.text), segment.style)
+
+
 def stderr_console() -> Console:
     """Return the console for messages (stderr)."""
-    return Console(stderr=True, highlight=False)
+    return VisibleConsole(stderr=True, highlight=False)
 
 
 def stdout_console() -> Console:
     """Return the console for results (stdout), as wide as the terminal or `WIDTH_OF_FILES`."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False)
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    return VisibleConsole(width=width, highlight=False)
+
+
+def literal(text: object) -> str:
+    """Return a text as rich markup that shows it: brackets are no markup, escapes are visible.
+
+    The console would make them visible, too, but only after it has measured the columns of a table.
+    """
+    return escape(visible(str(text)))
+
+
+def print_line(text: object) -> None:
+    """Print a text on stdout as it is, for other programs: neither wrapped nor marked up."""
+    print(visible(str(text)))
+
+
+def print_json(value: object) -> None:
+    """Print a value on stdout as one JSON document."""
+    print(visible_json(value))
 
 
 def relative_to_cwd(path: Path) -> str:
@@ -101,7 +139,7 @@ class ProgressDisplay:
 
     def log(self, text: str) -> None:
         """Print one line."""
-        self.console.print(escape(text), soft_wrap=True)
+        self.console.print(literal(text), soft_wrap=True)
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show how far the current step has come."""
@@ -109,7 +147,7 @@ class ProgressDisplay:
             return
         seconds = time.monotonic() - self.started
         rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
-        self.status.update(f"{escape(self.step)}  {done}/{total}{rate}  {escape(note)}")
+        self.status.update(f"{literal(self.step)}  {done}/{total}{rate}  {literal(note)}")
 
     @hookimpl
     def before_step(self, step_id: str, variant: str) -> None:
@@ -121,13 +159,13 @@ class ProgressDisplay:
     def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
         """See `HookSpecs.after_step`."""
         duration = "[dim]reused[/]" if reused else f"{seconds:6.1f} s"
-        self.console.print(f"  {escape(variant):<12} {escape(step_id):<16} {duration}")
+        self.console.print(f"  {literal(variant):<12} {literal(step_id):<16} {duration}")
 
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
         """See `HookSpecs.variant_saved`."""
-        path = escape(relative_to_cwd(folder))
-        self.console.print(f"  {escape(variant):<12} saved            {path}", soft_wrap=True)
+        path = literal(relative_to_cwd(folder))
+        self.console.print(f"  {literal(variant):<12} saved            {path}", soft_wrap=True)
 
     def stop(self) -> None:
         """Remove the live line."""
@@ -191,6 +229,6 @@ def results_table(rows: Sequence[MetricRow]) -> WideTable:
         cells = [
             format(row[name], METRICS[name].format) if name in row else "" for name in TABLE_METRICS
         ]
-        title = f"{variant} (failed)" if FAILED in row else variant
+        title = literal(f"{variant} (failed)" if FAILED in row else variant)
         table.add_row(title, *cells, style="bold" if row.get("kl") == lowest_kl else None)
     return table

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run
 from rotdistill_core.store.layout import RUNS_FOLDER
-from rotdistill_core.terminal import stderr_console
+from rotdistill_core.terminal import literal, stderr_console
 
 
 def log(text: str) -> None:
     """Print one line on stderr."""
-    stderr_console().print(escape(text), soft_wrap=True)
+    stderr_console().print(literal(text), soft_wrap=True)
 
 
 def requested_run(name: str) -> RunFolder:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Column
 
 from rotdistill_core.evaluation.intervals import Interval, estimates
@@ -15,7 +14,7 @@ from rotdistill_core.evaluation.rows import MetricRow, overall_figures
 from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.linalg.maps import Map, Permutation, Rotation, restore_maps, tensor_of
 from rotdistill_core.store.records import MapsRef
-from rotdistill_core.terminal import WideTable
+from rotdistill_core.terminal import WideTable, literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,12 +181,12 @@ def recipe_table(changes: Sequence[RecipeChange]) -> WideTable | None:
         return None
     table = WideTable("recipe", Column("one", overflow="fold"), Column("two", overflow="fold"))
     for change in changes:
-        table.add_row(escape(change.key), _value(change.one), _value(change.two))
+        table.add_row(literal(change.key), _value(change.one), _value(change.two))
     return table
 
 
 def _value(value: Any) -> str:
-    return "" if value is None else escape(str(value))
+    return "" if value is None else literal(value)
 
 
 def map_table(changes: Sequence[MapChange]) -> WideTable | None:
@@ -201,7 +200,7 @@ def map_table(changes: Sequence[MapChange]) -> WideTable | None:
         groups.setdefault((change.step, kind_of_space, change.kind), []).append(change)
     for (step, kind_of_space, kind), group in groups.items():
         spaces = f"{kind_of_space} of {len(group)} places" if len(group) > 1 else group[0].space
-        table.add_row(escape(step), escape(spaces), escape(kind), _distances(group))
+        table.add_row(literal(step), literal(spaces), literal(kind), _distances(group))
     return table
 
 
@@ -237,7 +236,7 @@ def score_table(changes: Sequence[ScoreChange]) -> WideTable | None:
             f"{change.two - change.one:+.4g}",
             interval,
         )
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(literal, cells))
     return table if table.row_count else None
 
 

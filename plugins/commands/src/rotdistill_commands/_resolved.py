@@ -6,6 +6,7 @@ from typing import Any
 
 import tomli_w
 
+from rotdistill_core.characters import escaped_in_strings
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 
@@ -20,7 +21,7 @@ def resolved_toml(loaded: ResolvedRecipe) -> str:
     document = {**loaded.document(), "observers": loaded.recipe.observers}
     tables = {name: document[name] for name in Recipe.model_fields if name != "variants"}
     ordered = {**tables, "step": document["step"], "variants": document["variants"]}
-    return tomli_w.dumps(_without_none(ordered))
+    return escaped_in_strings(tomli_w.dumps(_without_none(ordered)))
 
 
 def _without_none(value: Any) -> Any:

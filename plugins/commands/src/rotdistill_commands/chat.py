@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,11 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from rotdistill_commands._arguments import RunName, log, requested_run
 from rotdistill_core import hookimpl
@@ -24,7 +20,14 @@ from rotdistill_core.execution.run_folder import RunFolder, find_run
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.store.plain import read_text
-from rotdistill_core.terminal import Json, stderr_console
+from rotdistill_core.terminal import (
+    Json,
+    literal,
+    print_json,
+    print_line,
+    stderr_console,
+    stdout_console,
+)
 
 if TYPE_CHECKING:
     from rotdistill_commands._session import ChatSession
@@ -87,7 +90,7 @@ def chat(
         answers = _answers(sessions, prompt, question, show=not as_json)
         dialogue.append({"prompt": question, "answers": answers})
     if as_json:
-        print(json.dumps(dialogue, ensure_ascii=False))
+        print_json(dialogue)
 
 
 def _saved_variants(run: RunFolder) -> list[str]:
@@ -149,7 +152,7 @@ def _answers(
 
     With `show`, answers appear as they come on a terminal, and at the end elsewhere.
     """
-    console = Console(highlight=False)
+    console = stdout_console()
     answers = {session.name: "" for session in sessions}
     is_live = show and console.is_terminal
     live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
@@ -160,7 +163,7 @@ def _answers(
                 live.update(_columns(answers))
     if show and not live:
         for name, text in answers.items():
-            print(f"{name}: {' '.join(text.split())}")
+            print_line(f"{name}: {' '.join(text.split())}")
     return {name: text.strip() for name, text in answers.items()}
 
 
@@ -180,8 +183,8 @@ def _pieces(
 
 def _columns(answers: Mapping[str, str]) -> Table:
     """Return the answers side by side."""
-    table = Table(*map(escape, answers), expand=True)
-    table.add_row(*map(Text, answers.values()))
+    table = Table(*map(literal, answers), expand=True)
+    table.add_row(*map(literal, answers.values()))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from rotdistill_core.data.questions import read_questions
 from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
-from rotdistill_core.terminal import Json, Sets
+from rotdistill_core.terminal import Json, Sets, print_json, print_line
 
 
 def check(
@@ -66,9 +65,9 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
     for note in loaded.notes:
         log(note)
     if as_json:
-        print(json.dumps(loaded.resolved()))
+        print_json(loaded.resolved())
     elif resolved:
-        print(resolved_toml(loaded), end="")
+        print_line(resolved_toml(loaded).removesuffix("\n"))
     questions, _ = read_questions(loaded.recipe.samples, loaded.path.parent)
     if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
@@ -88,7 +87,7 @@ def _check_run(folder: Path, as_json: bool) -> None:
 
     outcome = check_run(folder)
     if as_json:
-        print(json.dumps(outcome.as_dict()))
+        print_json(outcome.as_dict())
     else:
         for line in outcome.models_not_here:
             log(line)

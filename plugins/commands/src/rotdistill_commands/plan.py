@@ -5,13 +5,11 @@ Everything comes from configs, file headers and ledgers; no weight is loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Column
 
 from rotdistill_commands._arguments import log
@@ -21,7 +19,15 @@ from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
-from rotdistill_core.terminal import Json, RecipePath, Sets, WideTable, stdout_console
+from rotdistill_core.terminal import (
+    Json,
+    RecipePath,
+    Sets,
+    WideTable,
+    literal,
+    print_json,
+    stdout_console,
+)
 
 
 def plan(
@@ -57,14 +63,14 @@ def plan(
         log(f"plan: {error}")
         return
     if as_json:
-        print(json.dumps(_document(planned), ensure_ascii=False))
+        print_json(_document(planned))
     elif short:
         log(planned.summary)
     else:
         console = stdout_console()
         console.print(_table(planned))
         for line in _notes(planned):
-            console.print(escape(line), soft_wrap=True)
+            console.print(literal(line), soft_wrap=True)
     planned.require_resources(path)
 
 
@@ -122,7 +128,7 @@ def _table(planned: Plan) -> WideTable:
         *(["GPU"] if has_gpu else []),
         "disk",
         Column("result", overflow="fold"),
-        title=str(planned.folder),
+        title=literal(planned.folder),
     )
     groups: dict[tuple[str, bool, str], list[PlanLine]] = {}
     for line in planned.lines:
@@ -142,14 +148,14 @@ def _cells(lines: list[PlanLine], has_gpu: bool) -> list[str]:
         sizes.append(max(line.gpu_bytes for line in lines))
     sizes.append(sum(line.disk_bytes for line in lines))
     if first.reused:
-        result = f"[dim]reused: {escape(first.why)}[/]"
+        result = f"[dim]reused: {literal(first.why)}[/]"
     else:
         time = time_class(sum(line.seconds for line in lines))
         note = f"; {first.note}" if first.note else ""
-        result = f"to do, {time}: {escape(first.why)}{note}"
+        result = f"to do, {time}: {literal(first.why)}{note}"
     return [
-        escape(step),
-        escape(", ".join(variants)),
+        literal(step),
+        literal(", ".join(variants)),
         *(format_bytes(size) if size else "" for size in sizes),
         result,
     ]

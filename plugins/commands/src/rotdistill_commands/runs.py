@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Column
 
 from rotdistill_commands._arguments import RunName, complete_run_names, log, requested_run
@@ -21,6 +19,9 @@ from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import (
     Json,
     WideTable,
+    literal,
+    print_json,
+    print_line,
     results_table,
     stderr_console,
     stdout_console,
@@ -39,7 +40,7 @@ def runs(as_json: Json = False) -> None:
     every_run = all_runs(RUNS_FOLDER)
     rows = [_listing(run, every_run) for run in every_run]
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print_json(rows)
     elif rows:
         stdout_console().print(_listing_table(rows))
     else:
@@ -88,7 +89,7 @@ def _listing_table(rows: Sequence[Mapping[str, Any]]) -> WideTable:
             shared,
             row["changed"],
         )
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(literal, cells))
     return table
 
 
@@ -116,17 +117,17 @@ def show(run: RunName, as_json: Json = False) -> None:
             "steps": steps,
             "figures": overall_figures(folder.rows()),
         }
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
     console = stdout_console()
     size = format_size(folder.bytes)
-    console.print(f"{escape(str(folder.path))}: {folder.state}, {size}, {folder.changed}")
+    console.print(f"{literal(str(folder.path))}: {folder.state}, {size}, {folder.changed}")
     for role in ("teacher", "student", "anchor"):
         model = folder.recipe.get(role)
         if model:
-            console.print(f"{role:<8} {escape(model['model'])}")
+            console.print(f"{role:<8} {literal(model['model'])}")
     if users:
-        names = escape(", ".join(users))
+        names = literal(", ".join(users))
         console.print(f"{len(needed)} of its files are part of {names}; `rm` leaves those.")
     console.print(_step_table(folder, steps) if steps else "No step is finished yet.")
     rows = folder.rows()
@@ -179,7 +180,7 @@ def _step_table(run: RunFolder, steps: Sequence[Mapping[str, Any]]) -> WideTable
         ]
         if has_places:
             cells.append(step["lies_in"])
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(literal, cells))
     return table
 
 
@@ -205,10 +206,10 @@ def diff(one: RunName, two: RunName, as_json: Json = False) -> None:
             "maps": [asdict(change) for change in maps],
             "scores": [asdict(change) for change in scores],
         }
-        print(json.dumps(document, ensure_ascii=False))
+        print_json(document)
         return
     console = stdout_console()
-    console.print(f"{escape(first.path.name)} → {escape(second.path.name)}")
+    console.print(f"{literal(first.path.name)} → {literal(second.path.name)}")
     tables = (_diff.recipe_table(recipes), _diff.map_table(maps), _diff.score_table(scores))
     for table in tables:
         if table:
@@ -260,7 +261,7 @@ def rm(
         if not as_json:
             log(f"{run.path.name}: {format_size(freed)} freed{_kept_files(kept, needed)}")
     if as_json:
-        print(json.dumps(removed, ensure_ascii=False))
+        print_json(removed)
 
 
 def _confirmed(needs: Mapping[RunFolder, Mapping[str, list[str]]], keep_checkpoints: bool) -> bool:
@@ -296,7 +297,10 @@ def report(run: RunName, as_json: Json = False) -> None:
 
     folder = requested_run(run)
     page = rewrite_report(folder, log)
-    print(json.dumps({"run": folder.path.name, "report": str(page)}) if as_json else page)
+    if as_json:
+        print_json({"run": folder.path.name, "report": str(page)})
+    else:
+        print_line(page)
 
 
 @hookimpl

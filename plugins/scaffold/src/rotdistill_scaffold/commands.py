@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Column
 
 from rotdistill_core import hookimpl
@@ -21,7 +20,15 @@ from rotdistill_core.plugin.registry import InstalledPlugin, command_function, i
 from rotdistill_core.plugin.step import STAGES, stage_of
 from rotdistill_core.recipe.schema import recipe_schema
 from rotdistill_core.store.files import write_file
-from rotdistill_core.terminal import Json, WideTable, stderr_console, stdout_console
+from rotdistill_core.terminal import (
+    Json,
+    WideTable,
+    literal,
+    print_json,
+    print_line,
+    stderr_console,
+    stdout_console,
+)
 from rotdistill_scaffold._templates import adapter_files, recipe_files, step_files
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -77,11 +84,11 @@ def new(
         files = recipe_files(name, into)
     written = _write(files, into)
     if as_json:
-        print(json.dumps([str(into / file) for file in files]))
+        print_json([str(into / file) for file in files])
         return
-    print("\n".join(map(str, written)))
+    print_line("\n".join(map(str, written)))
     commands = TRY_RECIPE if kind is Kind.recipe else TRY_PLUGIN
-    lines = ["try it:", *(f"{command} {escape(str(written[0]))}" for command in commands)]
+    lines = ["try it:", *(f"{command} {literal(str(written[0]))}" for command in commands)]
     stderr_console().print("\n".join(lines), soft_wrap=True)
 
 
@@ -113,14 +120,14 @@ def plugins(as_json: Json = False) -> None:
     """
     rows = [_row(plugin) for plugin in iter_plugins()]
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
     elif not sys.stdout.isatty():  # a line each, for grep
         for row in rows:
-            print("{name:<22} {stage:<9} {distribution} {version}  {about}".format_map(row))
+            print_line("{name:<22} {stage:<9} {distribution} {version}  {about}".format_map(row))
     else:
         table = WideTable("name", "stage", Column("about", overflow="fold"))
         for row in rows:
-            table.add_row(*(escape(row[key]) for key in ("name", "stage", "about")))
+            table.add_row(*(literal(row[key]) for key in ("name", "stage", "about")))
         stdout_console().print(table)
 
 
@@ -156,7 +163,7 @@ def schema() -> None:
 
       rotdistill schema | python -m json.tool
     """
-    print(json.dumps(recipe_schema(), indent=1))
+    print_line(json.dumps(recipe_schema(), indent=1))
 
 
 @hookimpl
