@@ -14,6 +14,7 @@ from rotdistill_core.architecture.table import Adapter, Config
 from rotdistill_core.checkpoint.fold import Undo as Undo
 from rotdistill_core.checkpoint.fold import fold_tensors, unfold_tensors
 from rotdistill_core.checkpoint.headers import folder_headers
+from rotdistill_core.checkpoint.layer_lists import cut_config
 from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors, split_rows, stack_rows
 from rotdistill_core.checkpoint.save import commit_changes, relative_path, write_checkpoint
 from rotdistill_core.linalg.maps import Map
@@ -108,10 +109,12 @@ class Weights:
         return self.edit({self.adapter.head: embedding}, tie_word_embeddings=False)
 
     def cut(self, keep: Sequence[int]) -> Weights:
-        """Return a view with only the layers `keep`, renumbered."""
-        config = {**self.config, self.adapter.depth_key: len(keep)}
-        if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = [config["layer_types"][old] for old in keep]
+        """Return a view with only the layers `keep`, renumbered.
+
+        Raises:
+            RecipeError: the config says something of single layers that cannot be carried over.
+        """
+        config = cut_config(self.config, self.adapter.depth_key, keep)
         entries: dict[str, LazyTensor] = {}
         for template in self.adapter.params:
             for new, old in enumerate(keep):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig
 
 from rotdistill_core.architecture.spaces import VOCAB
+from rotdistill_core.checkpoint.layer_lists import DTYPE_KEYS, layer_lists
 from rotdistill_core.checkpoint.weights import Weights
 
 
@@ -71,10 +72,13 @@ class Size(NamedTuple):
 
     def rejection(self, weights: Weights) -> str:
         """Return why transformers would not load a model cut to this size; empty if it would."""
+        # Which layers stay is not known yet; that their lists are as long as the cut is deep is.
+        whole = layer_lists(weights.config, weights.adapter.depth_key)
+        lists = {key: values[: self.layers] for key, values in whole.items()}
         settings = {
             key: value
-            for key, value in self.config(weights).items()
-            if key not in ("layer_types", "dtype")
+            for key, value in {**self.config(weights), **lists}.items()
+            if key not in DTYPE_KEYS
         }
         try:
             AutoConfig.for_model(**settings)
