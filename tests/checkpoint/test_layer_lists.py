@@ -1,4 +1,4 @@
-"""A cut carries what a config says for each layer over to the layers that stay, and nothing else."""
+"""A cut carries what a config says for each layer over to those that stay, and nothing else."""
 
 from __future__ import annotations
 
