@@ -7,24 +7,45 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
+from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_text, require_plain
 
+WHOLE_FILE = RunLayout.model_shard(1, 1)
+"""The file of a checkpoint in one piece, which transformers prefers to an index."""
 SHARD_INDEX = "model.safetensors.index.json"
 READ_BY_TRANSFORMERS = (".json", ".jinja", ".model", ".safetensors", ".txt", ".tiktoken")
 """Endings of the files of a model folder that somebody opens: this program or transformers."""
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Folder in a model folder that transformers reads, too."""
-REMOTE_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
-"""Config keys that ask to run code that comes with the model."""
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""What transformers reads where it finds neither of them."""
+ADAPTER_CONFIG = "adapter_config.json"
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Names of files of a distributed checkpoint, which transformers prefers to all others."""
+ROTARY_BUFFER = re.compile(r"rotary_emb\.inv_freq")
+"""Buffers that old checkpoints hold. transformers computes them from the config, whatever the file
+says."""
+KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+"""Parts of config keys that choose which kernel computes."""
+KERNEL = re.compile(r"(paged\|)?\w*")
+"""Values of them that are part of transformers. Others name a repository with code."""
+REMOTE_CODE = "auto_map"
+"""Key that names classes that come with a model. A table is for transformers' own."""
+COMPARED_BYTES = 1 << 24
+"""Bytes of two tensors that are compared at once."""
+OTHER_WEIGHTS = "transformers_weights"
+"""Config key that names the file of the weights."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +120,21 @@ def require_plain_files(folder: Path) -> None:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint folder, by its index where it has one.
+    """Return the safetensors files of a checkpoint folder: those that transformers would read.
+
+    A folder that holds one file under another name is read as well. A folder that can be read in
+    two ways is refused: some program would load other weights from it.
 
     Raises:
-        SetupError: no safetensors, a missing shard, or an index entry outside the folder.
+        SetupError: no safetensors, a missing shard, an index entry outside the folder, or files of
+            two checkpoints.
     """
+    _refuse_what_comes_first(folder)
+    whole = folder / WHOLE_FILE
     index = folder / SHARD_INDEX
+    if whole.is_file():
+        _refuse_other_shards(whole, index)
+        return [whole]
     if index.is_file():
         return [folder / name for name in _indexed_shards(index)]
     files = sorted(folder.glob("*.safetensors"))
@@ -113,7 +143,52 @@ def shard_files(folder: Path) -> list[Path]:
             f"{folder}: has no .safetensors weights. Pickled weights are not read; convert them "
             "first."
         )
+    pickles = [name for name in PICKLES if (folder / name).is_file()]
+    if pickles or len(files) > 1:
+        raise _two_readings(
+            folder,
+            f"without {WHOLE_FILE} and {SHARD_INDEX} nothing says which of these files is the "
+            f"model: {', '.join([*(file.name for file in files), *pickles])}",
+        )
     return files
+
+
+def _refuse_what_comes_first(folder: Path) -> None:
+    """Refuse files that transformers prefers to the weights of the folder, or lays over them."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise SetupError(
+            f"{folder}: holds {ADAPTER_CONFIG}, so transformers would lay an adapter over its "
+            "weights. Merge the adapter first, or move its files to a folder of their own."
+        )
+    distributed = sorted(p.name for p in folder.iterdir() if DISTRIBUTED.fullmatch(p.name))
+    if distributed:
+        raise _two_readings(folder, f"{distributed[0]} is part of a distributed checkpoint")
+
+
+def _refuse_other_shards(whole: Path, index: Path) -> None:
+    """Refuse an index of other files that are there.
+
+    One whose files are gone, or that cannot be read, is no second reading.
+    """
+    try:
+        weight_map = json.loads(read_text(index))["weight_map"]
+        names = sorted(map(str, {*weight_map.values()} - {whole.name}))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return
+    there = [name for name in names if Path(name).name == name and (whole.parent / name).is_file()]
+    if there:
+        raise _two_readings(
+            whole.parent,
+            f"{whole.name} holds a model, and {index.name} names {there[0]} and others of another",
+        )
+
+
+def _two_readings(folder: Path, why: str) -> SetupError:
+    """Return the error for a folder from which programs would load different weights."""
+    return SetupError(
+        f"{folder}: can be read in two ways: {why}. Which weights load would depend on the "
+        "program. Keep the files of one model, and move the others away."
+    )
 
 
 def _indexed_shards(index: Path) -> list[str]:
@@ -136,7 +211,7 @@ def _indexed_shards(index: Path) -> list[str]:
 
 
 def folder_headers(folder: Path) -> dict[str, Header]:
-    """Return every tensor of a checkpoint folder.
+    """Return every tensor of a checkpoint folder but the rotary buffers of old ones.
 
     Raises:
         SetupError: see `read_header` and `shard_files`; or a tensor is in two shards.
@@ -146,35 +221,148 @@ def folder_headers(folder: Path) -> dict[str, Header]:
         for name, header in read_header(path).items():
             if name in headers:
                 raise SetupError(f"{path}: tensor {name} is also in {headers[name].file.name}.")
-            headers[name] = header
+            if not ROTARY_BUFFER.search(name):
+                headers[name] = header
     return headers
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json.
+def settled_tie(
+    config: Mapping[str, Any], adapter: Adapter, headers: Mapping[str, Header]
+) -> dict[str, Any]:
+    """Return a config that says whether the head is the embedding, as the weights have it.
+
+    A checkpoint may hold a head of its own although its config ties it to the embedding.
+    transformers drops it only if both are equal, and so do we.
 
     Raises:
-        SetupError: missing, not a JSON object, or asking for remote code.
+        SetupError: a file cannot be read.
+    """
+    head = headers.get(adapter.head)
+    embedding = headers.get(adapter.embedding)
+    if not config.get("tie_word_embeddings") or head is None or embedding is None:
+        return dict(config)
+    if _same_values(head, adapter.head, embedding, adapter.embedding):
+        return dict(config)
+    return {**config, "tie_word_embeddings": False}
+
+
+def _same_values(one: Header, one_name: str, two: Header, two_name: str) -> bool:
+    """Return whether two tensors hold the same bytes of one dtype."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    try:
+        with one.file.open("rb") as first, two.file.open("rb") as second:
+            first.seek(_position(first, one_name))
+            second.seek(_position(second, two_name))
+            for done in range(0, one.bytes, COMPARED_BYTES):
+                size = min(COMPARED_BYTES, one.bytes - done)
+                if first.read(size) != second.read(size):
+                    return False
+    except OSError as error:
+        raise SetupError(f"{one.file}: cannot be read: {error.strerror}.") from error
+    return True
+
+
+def _position(stream: BinaryIO, name: str) -> int:
+    """Return where the bytes of a tensor begin in a valid safetensors file."""
+    length = int.from_bytes(stream.read(8), "little")
+    return 8 + length + int(json.loads(stream.read(length))[name]["data_offsets"][0])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json without what is no property of the checkpoint.
+
+    Which kernel computes is the machine's affair, and the tables of this program are for classes of
+    transformers, so that no code of the model is needed: `auto_map` and the names of kernels are
+    left out, and no checkpoint that is saved has them.
+
+    Raises:
+        SetupError: missing, not a JSON object, of a quantised model, naming other weights than
+            `shard_files` reads, or naming a kernel that would have to be downloaded.
     """
     path = folder / RunLayout.CONFIG
+    config: dict[str, Any] = read_object(path, "A model folder needs a config.json.")
     try:
-        config = json.loads(read_text(path))
-    except OSError as error:
-        raise SetupError(
-            f"{path}: cannot be read: {error.strerror}. A model folder needs a config.json."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise SetupError(f"{path}: not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise SetupError(f"{path}: must hold one JSON object.")
-    for key in REMOTE_CODE_KEYS:
-        if key in config:
-            raise SetupError(
-                f"{path}: `{key}` asks to run code that comes with the model; that is refused."
-            )
-    if "quantization_config" in config:
+        _refuse_kernels(path, config)
+        plain: dict[str, Any] = _plain(config)
+    except RecursionError as error:
+        raise SetupError(f"{path}: is nested too deeply for a config.") from error
+    if config.get("quantization_config") is not None:
         raise SetupError(
             f"{path}: the weights are quantised; use the original or a .gguf file, which is "
             "dequantised."
         )
-    return config
+    other = config.get(OTHER_WEIGHTS)
+    if other not in (None, WHOLE_FILE, SHARD_INDEX):
+        raise SetupError(
+            f"{path}: `{OTHER_WEIGHTS}` = {other!r} lets transformers read other weights than "
+            f"{WHOLE_FILE}. Remove the key, and name the file so that it is found without."
+        )
+    dropped = ("quantization_config", OTHER_WEIGHTS)
+    return {key: value for key, value in plain.items() if key not in dropped}
+
+
+def read_object(path: Path, hint: str = "") -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Args:
+        path: the file.
+        hint: follows the error if it cannot be read.
+
+    Raises:
+        SetupError: it cannot be read, or holds no JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be read: {error.strerror}. {hint}".strip()) from error
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise SetupError(f"{path}: must hold one JSON object.")
+    return value
+
+
+def _refuse_kernels(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config that names a kernel outside transformers, at whatever depth."""
+    for key, value in _items(config):
+        if _names_kernel(key) and not all(KERNEL.fullmatch(text) for text in _texts(value)):
+            raise SetupError(
+                f"{path}: `{key}` = {value!r} asks to download a kernel and to run it; that is "
+                "refused. Remove the key: the model computes the same without it."
+            )
+
+
+def _names_kernel(key: str) -> bool:
+    return any(part in key for part in KERNEL_KEYS)
+
+
+def _items(value: object) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of all objects in a JSON value, the value itself included."""
+    if isinstance(value, Mapping):
+        yield from value.items()
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _items(inner)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all text in a JSON value, but no keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value without names of kernels and of classes that come with a model."""
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _plain(inner)
+        for key, inner in value.items()
+        if key != REMOTE_CODE and not _names_kernel(key)
+    }

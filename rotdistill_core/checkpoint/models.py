@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.file_hashes import FileHashes, sample_of
-from rotdistill_core.checkpoint.headers import require_plain_files, shard_files
+from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.checkpoint.headers import (
+    REMOTE_CODE,
+    TEMPLATE_FOLDER,
+    read_object,
+    require_plain_files,
+    shard_files,
+)
 from rotdistill_core.errors import SetupError
 from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +39,14 @@ TOKENIZER_FILES = (
     "added_tokens",
     "chat_template",
     "generation_config",
+    "spiece",
+    "sentencepiece",
+    "tekken",
+    "tiktoken",
 )
 """How the names of files begin that belong to the tokenizer and to generation."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 Log = Callable[[str], None]
 """Shows the user one line."""
@@ -59,7 +74,8 @@ class Model:
         """
         files = self._files
         hashes = self.hashes.of(files)
-        lines = [f"{path.name} {sha256}" for path, sha256 in zip(files, hashes, strict=True)]
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        lines = [f"{name} {sha256}" for name, sha256 in zip(names, hashes, strict=True)]
         lines.append(self._config_text)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -70,7 +86,8 @@ class Model:
         for path in self._files:
             for block in sample_of(path):
                 found.update(block)
-            found.update(f"{path.name} {path.stat().st_size}".encode())
+            name = path.relative_to(self.folder).as_posix()
+            found.update(f"{name} {path.stat().st_size}".encode())
         return found.hexdigest()
 
     @property
@@ -166,8 +183,36 @@ class Pair:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files that belong to the tokenizer and to generation."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.startswith(TOKENIZER_FILES))
+    """Return the files that belong to the tokenizer and to generation, named templates included."""
+    beside = (
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(TOKENIZER_FILES) and path.suffix != ".safetensors"
+    )
+    found = [*beside, *folder.glob(f"{TEMPLATE_FOLDER}/*.jinja")]
+    return sorted(path for path in found if path.is_file())
+
+
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """Return what a checkpoint with this tokenizer holds: file name -> bytes.
+
+    The names of classes that come with a model are left out: their code is not copied.
+
+    Raises:
+        SetupError: a file cannot be read.
+    """
+    contents = {}
+    for path in tokenizer_files(folder):
+        name = path.relative_to(folder).as_posix()
+        try:
+            contents[name] = read_bytes(path, COLLECTION_BYTES)
+        except OSError as error:
+            raise SetupError(f"{path}: cannot be read: {error.strerror}.") from error
+        if name == TOKENIZER_CONFIG and REMOTE_CODE.encode() in contents[name]:
+            config = read_object(path)
+            plain = {key: value for key, value in config.items() if key != REMOTE_CODE}
+            contents[name] = json.dumps(plain, indent=2, ensure_ascii=False).encode()
+    return contents
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -176,10 +221,47 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         SetupError: transformers cannot load it, or would open what is no plain file.
     """
+    check_tokenizer(folder)
     from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds to load)
 
     require_plain_files(folder)
-    try:
+    with reading(folder, "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SetupError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check what can be checked of a tokenizer without loading it.
+
+    Raises:
+        SetupError: tokenizer_config.json is not one JSON object.
+    """
+    path = folder / TOKENIZER_CONFIG
+    if path.is_file():
+        read_object(path)
+
+
+def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end an answer by the model's own settings.
+
+    They stand in generation_config.json, or in config.json of a folder that has none. The
+    tokenizer's own end token comes on top.
+
+    Raises:
+        SetupError: they are no token ids, or generation_config.json is not valid.
+    """
+    path = folder / GENERATION_CONFIG
+    settings: Mapping[str, Any] = config
+    if path.is_file():
+        settings = read_object(path)
+    else:
+        path = folder / RunLayout.CONFIG
+    ends = settings.get("eos_token_id")
+    if ends is None:
+        return ()
+    ids = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ids):
+        raise SetupError(
+            f"{path}: `eos_token_id` = {ends!r} is no token id; it must be a number, or a list of "
+            "numbers."
+        )
+    return tuple(ids)

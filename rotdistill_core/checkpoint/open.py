@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from rotdistill_core.checkpoint.file_hashes import FileHashes, remembered_hashes
-from rotdistill_core.checkpoint.headers import folder_headers, read_config, require_plain_files
-from rotdistill_core.checkpoint.models import Log, Model, Pair
+from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.checkpoint.headers import (
+    folder_headers,
+    read_config,
+    require_plain_files,
+    settled_tie,
+)
+from rotdistill_core.checkpoint.models import Log, Model, Pair, check_tokenizer, end_tokens
 from rotdistill_core.errors import PluginError, RotdistillError, SetupError
 from rotdistill_core.plugin.registry import (
     SOURCES,
@@ -25,6 +31,7 @@ from rotdistill_core.plugin.registry import (
 )
 from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.layout import RunLayout
 
 HUB_ID = "owner/name"
 """Kind of the ids of a model hub."""
@@ -42,21 +49,37 @@ def open_model(ref: ModelRef, log: Log = lambda _: None, hashes: FileHashes | No
         SetupError: not found, torn, or different from what the adapter's table declares.
         PluginError: no installed source or adapter is for it.
     """
-    folder = locate_model(ref, log)
+    return _opened(ref, locate_model(ref, log), hashes or remembered_hashes(log))
+
+
+def open_checkpoint(folder: Path) -> Model:
+    """Open a local folder, whatever its name looks like.
+
+    Raises:
+        SetupError, PluginError: see `open_model`.
+    """
+    return _opened(ModelRef(model=str(folder)), folder, remembered_hashes())
+
+
+def _opened(ref: ModelRef, folder: Path, hashes: FileHashes) -> Model:
     require_plain_files(folder)
     config = read_config(folder)
     model_type = str(config.get("model_type", ""))
     adapter = adapter_for(model_type)
-    config = adapter.completed(config)
-    shapes = {name: header.shape for name, header in folder_headers(folder).items()}
-    adapter.check(config, shapes, str(folder))
+    headers = folder_headers(folder)
+    with reading(folder / RunLayout.CONFIG, "its config"):
+        config = settled_tie(adapter.completed(config), adapter, headers)
+        shapes = {name: header.shape for name, header in headers.items()}
+        adapter.check(config, shapes, str(folder))
+    check_tokenizer(folder)
+    end_tokens(folder, config)
     return Model(
         ref=ref,
         folder=folder,
         config=config,
         adapter=adapter,
         table_code=source_digest(adapter_origin(model_type)),
-        hashes=hashes or remembered_hashes(log),
+        hashes=hashes,
     )
 
 

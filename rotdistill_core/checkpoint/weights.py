@@ -13,7 +13,7 @@ from torch import Tensor
 from rotdistill_core.architecture.table import Adapter, Config
 from rotdistill_core.checkpoint.fold import Undo as Undo
 from rotdistill_core.checkpoint.fold import fold_tensors, unfold_tensors
-from rotdistill_core.checkpoint.headers import folder_headers
+from rotdistill_core.checkpoint.headers import folder_headers, settled_tie
 from rotdistill_core.checkpoint.layer_lists import cut_config
 from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors, split_rows, stack_rows
 from rotdistill_core.checkpoint.save import commit_changes, relative_path, write_checkpoint
@@ -189,16 +189,18 @@ def open_folder(folder: Path, config: Config, adapter: Adapter) -> Weights:
         SetupError: the folder is torn or does not fit the table.
     """
     headers = folder_headers(folder)
+    config = settled_tie(config, adapter, headers)
     adapter.check(config, {n: header.shape for n, header in headers.items()}, str(folder))
     entries: dict[str, LazyTensor] = {}
     for path in sorted({header.file for header in headers.values()}):
-        entries.update(open_tensors(path))
+        found = open_tensors(path)
+        entries |= {name: found[name] for name in found if name in headers}
     for whole in adapter.parts(config):
         if whole in entries:
             fused = entries.pop(whole)
             entries |= split_rows(fused, adapter.unfused(config, {whole: fused.shape}))
     if config.get("tie_word_embeddings"):
-        # Some folders hold a tied head a second time. transformers ignores it, and so do we.
+        # Some folders hold a tied head a second time, equal to the embedding.
         entries.pop(adapter.head, None)
     return Weights(dict(config), adapter, entries, Lineage(tuple(range(adapter.depth(config) + 1))))
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from rotdistill_core.checkpoint.models import tokenizer_files
+from rotdistill_core.checkpoint.models import tokenizer_contents
 from rotdistill_core.checkpoint.weights import Weights, open_folder
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.keys import checkpoint_key
 from rotdistill_core.execution.outcome import VariantState
 from rotdistill_core.store.files import Blocks
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes, read_text
+from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import CheckpointRecord
 
 
@@ -53,17 +53,19 @@ def _write(
 ) -> CheckpointRecord:
     out = run.output(key)
 
-    def write(name: str, blocks: Blocks) -> Path:
-        return out.write(RunLayout.checkpoint(variant, name), blocks)
+    hashes: dict[str, str] = {}
 
-    for path in tokenizer_files(run.pair.student.folder):
-        if path.suffix != ".safetensors":
-            write(path.name, [read_bytes(path, COLLECTION_BYTES)])
+    def write(name: str, blocks: Blocks) -> Path:
+        path = out.write(RunLayout.checkpoint(variant, name), blocks)
+        hashes[name] = out.used[path.relative_to(run.store.root).as_posix()].sha256
+        return path
+
+    for name, content in tokenizer_contents(run.pair.student.folder).items():
+        write(name, [content])
     state.weights.save(write, dtype)
     write(RunLayout.RECIPE, [run.loaded.text.encode()])
 
     # The manifest comes last: a folder with a manifest is complete.
-    hashes = {Path(file.path).name: file.sha256 for file in out.used.values()}
     manifest = out.json(RunLayout.checkpoint(variant, RunLayout.MANIFEST), hashes)
     record = CheckpointRecord(
         key=key,

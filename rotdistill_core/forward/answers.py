@@ -62,7 +62,7 @@ def model_answers(
         model.device.type,
         code=core_digest("forward.answers"),
     )
-    decoding = Decoding(model.folder, max_tokens, model.device, model.dtype)
+    decoding = Decoding.of(model, max_tokens)
     return kept_answers(decoding, prompts, shared, series, progress)
 
 

@@ -1,8 +1,11 @@
-"""Greedy answers by plain transformers generation, from a plain checkpoint folder.
+"""Greedy answers by plain transformers generation.
 
 Prompts are answered in chunks, and a chunk in batches. Which prompts go together follows from the
 prompts alone, so a chunk that is made again holds the same tokens: a batch of another shape rounds
 differently, and a greedy answer may then take another turn.
+
+Some answers of each chunk are confirmed by a forward pass of one text alone, without padding and
+cache: each of their tokens must be its best one, up to rounding.
 """
 
 from __future__ import annotations
@@ -17,16 +20,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.checkpoint.models import end_tokens, load_tokenizer
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.data.tokenization import shared_prefix_length
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.forward.whole import has_window_below, is_beyond_rope_limit, whole_model
 
 if TYPE_CHECKING:
+    from rotdistill_core.checkpoint.models import Model
+    from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.forward.layerwise import Progress
+
+ROUNDING = 1e-3
+"""Share of the largest logit by which a token may be below the best one; batches round."""
+ROUNDING_STEPS = 8
+"""Steps of the dtype that it may be below, where they are coarser."""
+CONFIRMED_PER_CHUNK = 4
+"""Answers of a chunk that a forward pass confirms."""
 
 Prompts = Mapping[str, Sequence[int]]
 """Token ids by name."""
@@ -37,11 +50,18 @@ class Decoding:
     """Which model answers, where, and how long its answers may be."""
 
     folder: Path
-    """The checkpoint."""
+    """Its folder, for the tokenizer and the tokens that end an answer."""
+    weights: Weights
+    """The model that answers."""
     max_tokens: int
     """Most tokens of an answer."""
     device: torch.device
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: Model, max_tokens: int) -> Decoding:
+        """Return how an opened model answers by itself."""
+        return cls(model.folder, model.weights, max_tokens, model.device, model.dtype)
 
 
 class AnswerChunk(NamedTuple):
@@ -60,42 +80,34 @@ class _Loaded(NamedTuple):
     stops: set[int]
     """Tokens that end an answer."""
     settings: GenerationConfig
-    prefix_cache: Any
-    """Keys and values of the tokens that all prompts share; None if they share none."""
+    one_length: bool
+    """Whether prompts of a batch must have one length, because padding would count."""
 
 
 def greedy_answers(
-    folder: Path,
-    prompts: Prompts,
-    max_tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
+    decoding: Decoding, prompts: Prompts, progress: Progress
 ) -> dict[str, list[int]]:
     """Return the greedy continuation of each prompt, and keep nothing on disk.
 
     `rotdistill_core.forward.answers` keeps what is made.
 
     Args:
-        folder: the checkpoint.
+        decoding: the model and the length of its answers.
         prompts: token ids by name; at least one prompt.
-        max_tokens: most tokens of an answer.
-        device: where to compute.
-        dtype: the dtype to compute in.
         progress: called before each batch.
 
     Returns:
         The tokens of each answer, up to and with the first end-of-turn token.
 
     Raises:
-        SetupError: see `AnswerWriter.write`.
+        SetupError, CheckFailed: see `AnswerWriter.write`.
     """
     answers: dict[str, list[int]] = {}
 
     def warn(line: str) -> None:
         progress(len(answers), len(prompts), line)
 
-    writer = AnswerWriter(Decoding(folder, max_tokens, device, dtype), prompts, progress, warn)
+    writer = AnswerWriter(decoding, prompts, progress, warn)
     at_once = ANSWERS_AT_ONCE
     for names in chunks_of(prompts):
         made, at_once = writer.write(names, at_once, done=len(answers))
@@ -146,9 +158,12 @@ class AnswerWriter:
             done: prompts that were answered before, for the progress.
 
         Raises:
-            SetupError: the device has no memory for the model, or for a single prompt.
+            SetupError: the device has no memory for the model, or for a single prompt; the model
+                cannot be built; or a prompt has tokens, or a length, that it does not know.
+            CheckFailed: an answer is not what the model's own forward pass gives.
         """
         answers: dict[str, list[int]] = {}
+        first_of_batches: list[str] = []
         for group in self._groups(names):
             waiting = group
             while waiting:
@@ -160,21 +175,32 @@ class AnswerWriter:
                     at_once = self._half_of(batch)
                     continue
                 answers |= made
+                # The shortest prompt of a batch has the most padding.
+                first_of_batches.append(batch[0])
                 waiting = waiting[len(batch) :]
+        for name in _some_of([*first_of_batches, names[-1]]):
+            self._confirm(name, answers[name])
         return AnswerChunk(answers, at_once)
 
     def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Yield the prompts that may share a batch.
 
-        A sliding window counts padding as tokens: with one, they have one length.
+        A sliding window counts padding as tokens: with one, they have one length. Prompts beyond
+        the limit of the rotary tables have other tables than those below.
         """
-        one_length = _has_sliding_window(self._loaded.model)
+        loaded = self._loaded
 
-        def group(name: str) -> int:
-            return len(self.prompts[name]) if one_length else 0
+        def group(name: str) -> tuple[int, bool]:
+            length = len(self.prompts[name]) if loaded.one_length else 0
+            return length, self._is_beyond(name)
 
         for _, members in groupby(names, group):
             yield list(members)
+
+    def _is_beyond(self, name: str) -> bool:
+        prompt = len(self.prompts[name])
+        where = f"{self.decoding.folder}: text {name!r}"
+        return is_beyond_rope_limit(self._loaded.model, prompt, self.decoding.max_tokens, where)
 
     def _answers_that_fit(self, names: Sequence[str]) -> dict[str, list[int]] | None:
         """Return the answers to a batch; None if the device has no memory for it."""
@@ -209,41 +235,51 @@ class AnswerWriter:
     def _loaded(self) -> _Loaded:
         disable_progress_bar()
         decoding = self.decoding
+        self._require_known_tokens()
         tokenizer = load_tokenizer(decoding.folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            decoding.folder, dtype=decoding.dtype, local_files_only=True, trust_remote_code=False
-        )
+        stops = stop_tokens(decoding.folder, decoding.weights, tokenizer)
         try:
-            model.to(decoding.device).eval()
+            model = whole_model(decoding.weights, decoding.device, decoding.dtype)
         except torch.OutOfMemoryError as error:
             raise _too_large(decoding, "the model") from error
-        stops = _stop_tokens(model, tokenizer)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        settings = GenerationConfig(
-            max_new_tokens=decoding.max_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=sorted(stops),
-        )
+        settings = greedy_settings(tokenizer, stops, decoding.max_tokens)
         model.generation_config = settings
-        return _Loaded(model, stops, settings, self._prefix_cache(model))
+        longest = max(map(len, self.prompts.values())) + decoding.max_tokens
+        return _Loaded(model, stops, settings, has_window_below(model, longest))
 
+    def _require_known_tokens(self) -> None:
+        """Refuse prompts whose tokens have no row in the embedding."""
+        weights = self.decoding.weights
+        rows = weights.entries[weights.adapter.embedding].shape[0]
+        for name, prompt in self.prompts.items():
+            if max(prompt) >= rows:
+                raise SetupError(
+                    f"{self.decoding.folder}: its tokenizer makes token {max(prompt)} of the text "
+                    f"{name!r}, and its embedding has {rows} rows. The tokenizer belongs to "
+                    "another model, or the model was not resized when tokens were added."
+                )
+
+    @cached_property
     @torch.no_grad()
-    def _prefix_cache(self, model: Any) -> Any:
+    def _prefix_cache(self) -> Any:
+        """Keys and values of the tokens that all prompts share; None if they share none."""
         if not self._shared:
             return None
         tokens = list(next(iter(self.prompts.values())))[: self._shared]
-        return model(
+        return self._loaded.model(
             torch.tensor([tokens], device=self.decoding.device), use_cache=True
         ).past_key_values
 
     @torch.no_grad()
     def _answers(self, names: Sequence[str]) -> dict[str, list[int]]:
         """Return the answers to a batch."""
-        model, stops, settings, prefix_cache = self._loaded
+        model, stops, settings, *_ = self._loaded
         prompts = [self.prompts[name] for name in names]
-        ids, mask = _pad_after_prefix(prompts, self._shared, settings.pad_token_id)
-        cache = copy.deepcopy(prefix_cache)
+        # Beyond the limit of the rotary tables, the prefix alone would have other ones.
+        is_shared = not self._is_beyond(names[0])
+        shared = self._shared if is_shared else 0
+        ids, mask = _pad_after_prefix(prompts, shared, settings.pad_token_id)
+        cache = copy.deepcopy(self._prefix_cache) if is_shared else None
         if cache is not None:
             cache.batch_repeat_interleave(len(names))
         generated = model.generate(
@@ -258,6 +294,54 @@ class AnswerWriter:
             for name, tokens in zip(names, continuations, strict=True)
         }
 
+    def _confirm(self, name: str, answer: Sequence[int]) -> None:
+        try:
+            problem = unconfirmed_token(self._loaded.model, self.prompts[name], answer)
+        except torch.OutOfMemoryError as error:
+            tokens = len(self.prompts[name]) + len(answer)
+            raise _too_large(self.decoding, f"one text of {tokens} tokens") from error
+        if problem:
+            raise CheckFailed(f"{self.decoding.folder}: the answer to {name!r}: {problem}")
+
+
+@torch.no_grad()
+def unconfirmed_token(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    """Return why an answer is not the greedy one of a model's forward pass; empty if it is.
+
+    The forward pass is of this text alone, without padding and cache. A token whose logit is best
+    up to rounding counts as the best one.
+
+    Args:
+        model: a causal model of transformers.
+        prompt: tokens.
+        answer: tokens that were generated after them; at least one.
+    """
+    ids = torch.tensor([[*prompt, *answer]], device=model.device)
+    output = model(ids, use_cache=False, logits_to_keep=len(answer) + 1)
+    logits = output.logits[0, -len(answer) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, -len(answer) :, None]).squeeze(1)
+    gaps = logits.max(1).values - chosen
+    tolerance = max(ROUNDING, ROUNDING_STEPS * torch.finfo(model.dtype).eps)
+    wrong = gaps > tolerance * logits.abs().max(1).values
+    if not bool(wrong.any() | gaps.isnan().any()):
+        return ""
+    place = int((wrong | gaps.isnan()).float().argmax())
+    return (
+        f"its token {place + 1} ({answer[place]}) is not what the model's own forward pass gives "
+        f"there ({int(logits[place].argmax())}, whose logit is {float(gaps[place]):.3g} higher). "
+        "Generation and forward pass of this architecture differ, so no score of answers would "
+        "mean anything. Please report it with the model's config.json."
+    )
+
+
+def _some_of(names: Sequence[str]) -> list[str]:
+    """Return a few names, spread over all of them, the first and the last among them."""
+    different = list(dict.fromkeys(names))
+    count = min(CONFIRMED_PER_CHUNK, len(different))
+    if count == 1:
+        return different
+    return [different[k * (len(different) - 1) // (count - 1)] for k in range(count)]
+
 
 def _too_large(decoding: Decoding, what: str) -> SetupError:
     """Return the error to raise when something does not fit into the memory of the device."""
@@ -268,17 +352,27 @@ def _too_large(decoding: Decoding, what: str) -> SetupError:
     )
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens(folder: Path, weights: Weights, tokenizer: Any) -> set[int]:
     """Return the tokens that end an answer: the tokenizer's and the model's."""
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+    ends = {*end_tokens(folder, weights.config)}
+    return ends if tokenizer.eos_token_id is None else {*ends, tokenizer.eos_token_id}
 
 
-def _has_sliding_window(model: Any) -> bool:
-    """Whether a layer attends through a sliding window."""
-    return "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+def greedy_settings(tokenizer: Any, stops: set[int], max_tokens: int) -> GenerationConfig:
+    """Return settings of greedy generation; nothing of the folder's own settings is used.
+
+    Args:
+        tokenizer: the model's.
+        stops: tokens that end an answer; there may be none.
+        max_tokens: longest answer.
+    """
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(stops), 0)
+    return GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=next(pad for pad in pads if pad is not None),
+        eos_token_id=sorted(stops) or None,
+    )
 
 
 def _pad_after_prefix(

@@ -18,15 +18,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import RotdistillError
+from rotdistill_core.forward.whole import empty_model
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words on the work."""
@@ -374,19 +374,15 @@ def meta_model(weights: Weights, dtype: torch.dtype) -> nn.Module:
     """Build the model with its parameters on the meta device; its buffers (rotary tables) are real.
 
     In float64 its norms are `_RMSNorm`.
+
+    Raises:
+        SetupError: see `empty_model`.
     """
-    settings = {
-        key: value for key, value in weights.config.items() if key not in ("dtype", "torch_dtype")
-    }
-    config = AutoConfig.for_model(**settings)
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+    model: nn.Module = empty_model(weights, dtype)
     if dtype == torch.float64:
         eps = float(weights.config[weights.adapter.eps_key])
         for name, param in weights.adapter.expand(weights.config).items():
             if param.is_gain and name in weights.entries:
                 norm = _RMSNorm(weights.entries[name].shape[0], eps, weights.adapter.gain_offset)
                 model.set_submodule(name.removesuffix(".weight"), norm)
-    return model.eval()
+    return model

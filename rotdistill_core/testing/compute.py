@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rotdistill_core.architecture.table import Adapter
-from rotdistill_core.checkpoint.models import tokenizer_files
+from rotdistill_core.checkpoint.models import tokenizer_contents
 from rotdistill_core.checkpoint.weights import Weights, open_folder
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.forward.head import final_norm, head_logits
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.store.files import Blocks, write_file
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes, read_text
+from rotdistill_core.store.plain import read_text
 
 
 def max_difference(one: Tensor, two: Tensor) -> float:
@@ -85,8 +85,8 @@ def save_folder(
     def write(name: str, blocks: Blocks) -> None:
         write_file(folder / name, blocks)
 
-    for path in tokenizer_files(like):
-        write(path.name, [read_bytes(path, COLLECTION_BYTES)])
+    for name, content in tokenizer_contents(like).items():
+        write(name, [content])
     weights.save(write, dtype)
 
 

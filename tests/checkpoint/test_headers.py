@@ -226,6 +226,73 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     assert "has no .safetensors weights" in refusal(tmp_path, shard_files)
 
 
+TWO_READINGS = {
+    "an index of other shards": ("model.safetensors", "a.safetensors", SHARD_INDEX),
+    "a pickle": ("other.safetensors", "pytorch_model.bin"),
+    "a pickle in parts": ("other.safetensors", "pytorch_model.bin.index.json"),
+    "two files": ("one.safetensors", "two.safetensors"),
+    "parts without an index": (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ),
+    "an adapter": ("model.safetensors", "adapter_config.json"),
+    "a distributed checkpoint": (
+        "model.safetensors",
+        "shard-00000-model-00001-of-00001.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("files", TWO_READINGS.values(), ids=list(TWO_READINGS))
+def test_a_folder_that_can_be_read_in_two_ways_is_refused_by_file(
+    tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    put(tmp_path, *files)
+    message = refusal(tmp_path, shard_files)
+    assert files[-1] in message
+
+
+ONE_READING = {
+    "an index whose files are gone": ("model.safetensors", SHARD_INDEX),
+    "a pickle beside": ("model.safetensors", "pytorch_model.bin", "training_args.bin"),
+    "another layout": ("model.safetensors", "consolidated.safetensors"),
+    "an adapter's weights": ("model.safetensors", "adapter_model.safetensors"),
+    "a variant": ("model.safetensors", "model.fp16.safetensors"),
+}
+
+
+@pytest.mark.parametrize("files", ONE_READING.values(), ids=list(ONE_READING))
+def test_files_that_transformers_ignores_are_ignored(
+    tmp_path: Path, files: tuple[str, ...]
+) -> None:
+    put(tmp_path, *files)
+    assert shard_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_the_index_of_the_whole_file_is_no_second_reading(tmp_path: Path) -> None:
+    path = save(tmp_path, "model.safetensors", "x")
+    for weight_map in ({"x": "model.safetensors"}, []):
+        write_index(tmp_path, weight_map)
+        assert shard_files(tmp_path) == [path]
+
+
+def test_one_file_of_another_name_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, "other.safetensors", "x")
+    (tmp_path / "optimizer.bin").write_bytes(b"pickle")
+    assert shard_files(tmp_path) == [path]
+
+
+def put(folder: Path, *files: str) -> None:
+    """Write files of these names; an index names `a.safetensors`."""
+    for name in files:
+        if name == SHARD_INDEX:
+            write_index(folder, {"x": "a.safetensors"})
+        elif name.endswith(".safetensors"):
+            save(folder, name, "x")
+        else:
+            (folder / name).write_text("{}")
+
+
 def write_config(folder: Path, text: str) -> Path:
     (folder / "config.json").write_text(text, encoding="utf-8")
     return folder
@@ -238,7 +305,6 @@ def test_a_plain_config_is_returned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ('{"auto_map": {"AutoModel": "evil.Model"}}', "asks to run code that comes with the model"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "the weights are quantised"),
         ("{", "not valid JSON"),
         ("[]", "config.json"),
@@ -246,10 +312,59 @@ def test_a_plain_config_is_returned(tmp_path: Path) -> None:
         ("null", "config.json"),
         ("[" * 20_000, "config.json"),
     ],
-    ids=["remote code", "quantised", "torn", "list", "number", "null", "deep"],
+    ids=["quantised", "torn", "list", "number", "null", "deep"],
 )
 def test_an_unsuitable_config_is_refused(tmp_path: Path, text: str, wanted: str) -> None:
     assert wanted in refusal(write_config(tmp_path, text), read_config)
+
+
+KERNELS = {
+    "a kernel": {"attn_implementation": "owner/kernel"},
+    "a private key": {"_attn_implementation": "owner/kernel"},
+    "an internal key": {"_attn_implementation_internal": "owner/kernel@v1"},
+    "a function of it": {"attn_implementation": "kernel:forward"},
+    "experts": {"experts_implementation": "owner/kernel"},
+    "paged": {"attn_implementation": "paged|owner/kernel"},
+    "for a part": {"attn_implementation": {"": "sdpa", "text_config": "owner/kernel"}},
+    "inside a part": {"text_config": {"_experts_implementation": "owner/kernel"}},
+    "inside a list": {"parts": [{"attn_implementation": ["sdpa", "owner/kernel"]}]},
+}
+
+
+@pytest.mark.parametrize("content", KERNELS.values(), ids=list(KERNELS))
+def test_a_kernel_of_a_repository_is_refused_at_any_depth(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    message = refusal(write_config(tmp_path, json.dumps(content)), read_config)
+    assert "asks to download a kernel and to run it" in message
+    assert "config.json: `" in message
+
+
+NO_PROPERTY = {
+    "flash attention": {"attn_implementation": "flash_attention_2"},
+    "private": {"_attn_implementation": "sdpa", "_attn_implementation_autoset": True},
+    "paged": {"attn_implementation": "paged|eager"},
+    "null": {"_attn_implementation": None, "quantization_config": None},
+    "experts": {"experts_implementation": "grouped_mm"},
+    "remote code": {"auto_map": {"AutoModel": "evil--model.Model"}},
+    "no remote code": {"auto_map": {}},
+    "the usual file": {"transformers_weights": "model.safetensors"},
+}
+
+
+@pytest.mark.parametrize("content", NO_PROPERTY.values(), ids=list(NO_PROPERTY))
+def test_what_is_no_property_of_a_checkpoint_is_left_out(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
+    folder = write_config(tmp_path, json.dumps({**content, "part": {"size": 3, **content}}))
+    assert read_config(folder)["part"]["size"] == 3
+    assert read_config(folder).keys() == {"part"}
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "../model.safetensors", 3])
+def test_a_config_that_names_other_weights_is_refused(tmp_path: Path, name: object) -> None:
+    folder = write_config(tmp_path, json.dumps({"transformers_weights": name}))
+    assert "lets transformers read other weights" in refusal(folder, read_config)
 
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 
 from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.answers import KeptAnswers, kept_answers, model_answers
 from rotdistill_core.forward.generate import Decoding, chunks_of, greedy_answers
+from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import pico_folder, pico_model, pico_output
@@ -57,8 +59,12 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return limit
 
 
+def decoding_of(folder: Path) -> Decoding:
+    return Decoding(folder, open_checkpoint(folder).weights, 3, CPU, torch.float32)
+
+
 def answer(folder: Path, out: StepOutput) -> KeptAnswers:
-    return kept_answers(Decoding(folder, 3, CPU, torch.float32), PROMPTS, out, "s", quiet)
+    return kept_answers(decoding_of(folder), PROMPTS, out, "s", quiet)
 
 
 def quiet(*_: object) -> None:
@@ -90,18 +96,17 @@ def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     whole = answer(folder, pico_output(tmp_path / "runs"))
-    assert whole == (greedy_answers(folder, PROMPTS, 3, CPU, torch.float32, quiet), 10)
+    assert whole == (greedy_answers(decoding_of(folder), PROMPTS, quiet), 10)
     files = committed(tmp_path)
     (tmp_path / "runs/run/answers/s/00000.json").unlink()
     (tmp_path / "runs/run/answers/s/00002.json").write_text("torn")
     loads: list[object] = []
-    load = AutoModelForCausalLM.from_pretrained
 
-    def counted(*args: Any, **options: Any) -> Any:
+    def counted(*args: Any) -> Any:
         loads.append(args)
-        return load(*args, **options)
+        return whole_model(*args)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr("rotdistill_core.forward.generate.whole_model", counted)
     batches.clear()
     assert answer(folder, pico_output(tmp_path / "runs")) == (whole.tokens, 6)
     assert batches == [4, 2]
@@ -113,7 +118,7 @@ def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
 
 def test_progress_counts_all_prompts(tmp_path: Path, batches: list[int]) -> None:
     folder = pico_folder(tmp_path / "model")
-    decoding = Decoding(folder, 3, CPU, torch.float32)
+    decoding = decoding_of(folder)
     reports: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, _: str) -> None:
@@ -147,7 +152,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
 ) -> None:
     folder = pico_folder(tmp_path / "model")
-    expected = greedy_answers(folder, PROMPTS, 3, CPU, torch.float32, quiet)
+    expected = greedy_answers(decoding_of(folder), PROMPTS, quiet)
     memory_for(1)
     batches.clear()
     lines: list[str] = []

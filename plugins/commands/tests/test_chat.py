@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.tokenization import prompt_tokens
-from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.forward.generate import Decoding, greedy_answers
 from rotdistill_core.testing import PicoWorkspace, command_line
 
 STEPS = """
@@ -52,9 +53,9 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
     assert list(found["answers"]) == ["base", "full", "teacher"]
     tokenizer = load_tokenizer(work / "model")
     asked = {"q": prompt_tokens(tokenizer, (work / "texts/style.md").read_text().strip(), QUESTION)}
-    tokens = greedy_answers(
-        work / "model", asked, 7, torch.device("cpu"), torch.float32, lambda *_: None
-    )["q"]
+    teacher = open_checkpoint(work / "model")
+    decoding = Decoding(teacher.folder, teacher.weights, 7, torch.device("cpu"), torch.float32)
+    tokens = greedy_answers(decoding, asked, lambda *_: None)["q"]
     # The fold is exact, so that both variants answer as the student does, which is the teacher.
     answer = tokenizer.decode(tokens, skip_special_tokens=True)
     assert set(found["answers"].values()) == {answer}

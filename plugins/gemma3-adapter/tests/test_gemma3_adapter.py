@@ -10,9 +10,9 @@ import pytest
 import torch
 from rotdistill_gemma3_adapter.table import GEMMA3
 
-from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.open import open_checkpoint, open_model
 from rotdistill_core.errors import PluginError, SetupError
-from rotdistill_core.forward.generate import greedy_answers
+from rotdistill_core.forward.generate import Decoding, greedy_answers
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
     logits,
@@ -82,8 +82,9 @@ def test_answers_in_a_batch_are_those_of_every_prompt_alone(tmp_path: Path) -> N
     prompts["same"] = [*shared, 7, 9]
 
     def answers(asked: dict[str, list[int]]) -> dict[str, list[int]]:
-        cpu = torch.device("cpu")
-        return greedy_answers(folder, asked, 12, cpu, torch.float32, lambda *_: None)
+        weights = open_checkpoint(folder).weights
+        decoding = Decoding(folder, weights, 12, torch.device("cpu"), torch.float32)
+        return greedy_answers(decoding, asked, lambda *_: None)
 
     alone = {name: answers({name: prompt})[name] for name, prompt in prompts.items()}
     assert answers(prompts) == alone

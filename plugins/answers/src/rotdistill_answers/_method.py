@@ -214,6 +214,7 @@ def _generate(
     longest_of_teacher = max(len(text.tokens) - text.answer for text in texts)
     decoding = Decoding(
         folder=variant.folder,
+        weights=variant.weights,
         max_tokens=step.max_tokens or longest_of_teacher,
         device=pair.student.device,
         dtype=pair.student.dtype,

@@ -10,14 +10,16 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from rotdistill_core.checkpoint.devices import resolve_device
-from rotdistill_core.checkpoint.headers import folder_headers
 from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.tokenization import conversation
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.forward.generate import greedy_settings, stop_tokens, unconfirmed_token
+from rotdistill_core.forward.whole import is_beyond_rope_limit, whole_model
 from rotdistill_core.store.layout import RunLayout
 
 
@@ -51,16 +53,27 @@ class ChatSession:
         self.messages.append({"role": "assistant", "content": answer})
 
     def _generate(self, inputs: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the text that the model generates; generation runs in a thread of its own."""
+        """Yield the text that the model generates; generation runs in a thread of its own.
+
+        Raises:
+            CheckFailed: the answer is not what the model's own forward pass gives.
+        """
+        prompt = inputs["input_ids"][0].tolist()
+        is_beyond_rope_limit(self.model, len(prompt), self.max_tokens, self.name)
         stream = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         errors: list[Exception] = []
+        made: list[int] = []
 
         def generate() -> None:
             try:
                 with torch.no_grad(), warnings.catch_warnings():
-                    # About the folder's own sampling settings, which are not used.
                     warnings.simplefilter("ignore")
-                    self.model.generate(**inputs, streamer=stream, generation_config=self._greedy())
+                    tokens = self.model.generate(
+                        **inputs,
+                        streamer=stream,
+                        generation_config=self.model.generation_config,
+                    )
+                made.extend(tokens[0, len(prompt) :].tolist())
             except Exception as error:
                 errors.append(error)
                 stream.end()
@@ -71,19 +84,9 @@ class ChatSession:
         worker.join()
         if errors:
             raise errors[0]
-
-    def _greedy(self) -> GenerationConfig:
-        """Return settings of greedy generation, which ends at any end-of-text token."""
-        end = self.tokenizer.eos_token_id
-        ends = self.model.generation_config.eos_token_id or end
-        stops = sorted({end, *([ends] if isinstance(ends, int) else ends)})
-        pad = self.tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=self.max_tokens,
-            do_sample=False,
-            pad_token_id=stops[0] if pad is None else pad,
-            eos_token_id=stops,
-        )
+        problem = unconfirmed_token(self.model, prompt, made)
+        if problem:
+            raise CheckFailed(f"{self.name}: the answer: {problem}")
 
 
 def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatSession:
@@ -102,18 +105,11 @@ def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatS
     disable_progress_bar()
     if not (folder / RunLayout.CONFIG).is_file():
         raise SetupError(f"{folder}: there is no checkpoint of {name}.")
-    folder_headers(folder)  # raises if a file is torn, and names it
+    weights = open_checkpoint(folder).weights  # raises if a file is torn, and names it
     target = resolve_device(device)
-    dtype = torch.float32 if target.type == "cpu" else "auto"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise SetupError(f"{folder}: cannot be loaded: {error}") from error
-    return ChatSession(
-        name=name,
-        model=model.to(target).eval(),
-        tokenizer=load_tokenizer(folder),
-        max_tokens=max_tokens,
-    )
+    dtype = torch.float32 if target.type == "cpu" else weights.dtype
+    tokenizer = load_tokenizer(folder)
+    model = whole_model(weights, target, dtype)
+    stops = stop_tokens(folder, weights, tokenizer)
+    model.generation_config = greedy_settings(tokenizer, stops, max_tokens)
+    return ChatSession(name=name, model=model, tokenizer=tokenizer, max_tokens=max_tokens)

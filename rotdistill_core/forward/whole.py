@@ -1,0 +1,155 @@
+"""transformers' model of a view: built from our own config and weights, never from a folder.
+
+So the model that answers is the one that is captured and saved: transformers does not look for
+files by itself, and no file decides which kernel computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from rotdistill_core.architecture.table import SHOWN_PROBLEMS
+from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.errors import SetupError
+
+NOT_OF_THE_MODEL = (
+    "dtype",
+    "torch_dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_return_dict",
+    "torchscript",
+)
+"""Config keys that say how somebody called a model. The program says it itself."""
+
+
+def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
+    """Build the model with its parameters on the meta device; its buffers (rotary tables) are real.
+
+    Raises:
+        SetupError: transformers refuses the config, or it makes another model of it than the
+            checkpoint holds.
+    """
+    settings = {key: value for key, value in weights.config.items() if key not in NOT_OF_THE_MODEL}
+    with reading(_place_of(weights), "the model of its config.json"):
+        config = AutoConfig.for_model(**settings)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    _require_one_model(weights, model)
+    return model.eval()
+
+
+def whole_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the model with its weights on a device, one tensor after the other.
+
+    Raises:
+        SetupError: see `empty_model`.
+        torch.OutOfMemoryError: the device has no memory for it.
+    """
+    model = empty_model(weights, dtype)
+    for name, entry in weights.files.items():
+        module, _, parameter = name.rpartition(".")
+        value = entry.read().to(device, dtype)
+        setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
+    if weights.tied:
+        model.tie_weights()
+    return model.to(device)  # the buffers
+
+
+def has_window_below(model: Any, length: int) -> bool:
+    """Return whether a layer attends through a window that texts of some length can outgrow.
+
+    Configs tell it in several forms: types of layers, or a window alone, which then holds for all.
+    """
+    config = model.config
+    types = {*(getattr(config, "layer_types", None) or ())}
+    if types - {"full_attention"}:
+        return True
+    window = getattr(config, "sliding_window", None)
+    if types or window is None:
+        return any(
+            getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers
+        )
+    return bool(window < length)
+
+
+def is_beyond_rope_limit(model: Any, prompt: int, more: int, where: str) -> bool:
+    """Return whether a prompt is beyond the length at which the model's rotary tables change.
+
+    Args:
+        model: a causal model of transformers.
+        prompt: tokens of the prompt.
+        more: most tokens that follow it.
+        where: names the text, for the error.
+
+    Raises:
+        SetupError: the tables would change while the answer grows, so that no one forward pass of
+            the model gives it.
+    """
+    limit = _rope_limit(model)
+    if limit is None or prompt + more <= limit:
+        return False
+    if prompt > limit and "dynamic" not in str(model.config.rope_parameters):
+        return True
+    raise SetupError(
+        f"{where}: has a prompt of {prompt} tokens. With an answer of up to {more} it passes "
+        f"{limit}, from where the rotary tables of this model depend on the length of the text. "
+        "Ask for shorter answers, or shorten the prompt."
+    )
+
+
+def _rope_limit(model: Any) -> int | None:
+    """Return the length of text beyond which rotary tables depend on it; None if they never do."""
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for settings in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        kind = str(settings.get("rope_type", ""))
+        if kind == "longrope" or "dynamic" in kind:
+            original = settings.get("original_max_position_embeddings")
+            limits.append(int(original or config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def _require_one_model(weights: Weights, model: Any) -> None:
+    """Compare the parameters that transformers makes of a config with those of the checkpoint.
+
+    Raises:
+        SetupError: naming the differences.
+    """
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if weights.tied:
+        wanted.pop(weights.adapter.head, None)
+    found = {name: tuple(entry.shape) for name, entry in weights.files.items()}
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} has no place in it" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {list(found[name])}, and {list(wanted[name])} by its config"
+        for name in wanted
+        if name in found and wanted[name] != found[name]
+    ]
+    if problems:
+        shown = "; ".join(problems[:SHOWN_PROBLEMS])
+        if len(problems) > SHOWN_PROBLEMS:
+            shown += f"; and {len(problems) - SHOWN_PROBLEMS} more"
+        raise SetupError(
+            f"{_place_of(weights)}: transformers makes another model of config.json than the "
+            f"checkpoint holds: {shown}. It would fill in or leave out such tensors; correct the "
+            "config (switches of biases and sizes) instead."
+        )
+
+
+def _place_of(weights: Weights) -> str:
+    """Return the folder that the weights come from, for errors."""
+    stored = weights.entries[weights.adapter.embedding].stored
+    return str(stored.file.parent) if stored else "the edited model"
