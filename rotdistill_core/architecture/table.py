@@ -258,6 +258,7 @@ class Adapter:
                     yield f"{name} is missing (expected {list(expected)})"
             elif tuple(shapes[name]) != expected:
                 yield f"{name} has shape {list(shapes[name])}, expected {list(expected)}"
-        for name in shapes:
-            if name not in table:
-                yield f"{name} is not in the table.{suggest(name, table)}"
+        for number, name in enumerate(name for name in shapes if name not in table):
+            # Looking for the nearest name takes long, and only the first problems are shown.
+            hint = suggest(name, table) if number < SHOWN_PROBLEMS else ""
+            yield f"{name} is not in the table.{hint}"

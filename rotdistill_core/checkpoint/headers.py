@@ -19,11 +19,13 @@ from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_text, require_plain
+from rotdistill_core.store.plain import COLLECTION_BYTES, open_plain, read_text, require_plain
 
 WHOLE_FILE = RunLayout.model_shard(1, 1)
 """The file of a checkpoint in one piece, which transformers prefers to an index."""
 SHARD_INDEX = "model.safetensors.index.json"
+MOST_TENSORS = 200_000
+"""Tensors of a file; more take long to look at, and no architecture that has a table needs them."""
 READ_BY_TRANSFORMERS = (".json", ".jinja", ".model", ".safetensors", ".txt", ".tiktoken")
 """Endings of the files of a model folder that somebody opens: this program or transformers."""
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -72,7 +74,13 @@ def read_header(path: Path) -> dict[str, Header]:
     try:
         require_plain(path)
         with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118  (not a mapping)
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise SetupError(
+                    f"{path}: holds {len(names)} tensors; {MOST_TENSORS} are the most that are "
+                    "read of a file."
+                )
+            for name in names:
                 tensor = file.get_slice(name)
                 headers[name] = _header(path, name, tensor.get_dtype(), tensor.get_shape())
     except OSError as error:
@@ -251,7 +259,7 @@ def _same_values(one: Header, one_name: str, two: Header, two_name: str) -> bool
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
     try:
-        with one.file.open("rb") as first, two.file.open("rb") as second:
+        with open_plain(one.file) as first, open_plain(two.file) as second:
             first.seek(_position(first, one_name))
             second.seek(_position(second, two_name))
             for done in range(0, one.bytes, COMPARED_BYTES):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core.architecture.counts import require_counts, require_depth
 from rotdistill_core.checkpoint.file_hashes import FileHashes, remembered_hashes
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.headers import (
@@ -68,7 +69,9 @@ def _opened(ref: ModelRef, folder: Path, hashes: FileHashes) -> Model:
     adapter = adapter_for(model_type)
     headers = folder_headers(folder)
     with reading(folder / RunLayout.CONFIG, "its config"):
+        require_counts(adapter, config, str(folder))
         config = settled_tie(adapter.completed(config), adapter, headers)
+        require_depth(adapter, config, headers, str(folder))
         shapes = {name: header.shape for name, header in headers.items()}
         adapter.check(config, shapes, str(folder))
     check_tokenizer(folder)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rotdistill_core.architecture.counts import require_counts
 from rotdistill_core.checkpoint.headers import folder_headers
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
@@ -96,6 +97,7 @@ def _described(path: Path) -> ModelInfo:
     """Return what a shipped config states."""
     config = json.loads(read_text(path))
     adapter = adapter_for(config["model_type"])
+    require_counts(adapter, config, str(path))
     config = adapter.completed(config)
     stored = str(config.get("dtype") or config["torch_dtype"])
     shape = ModelShape(adapter, config, stored)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rotdistill_core.checkpoint.headers import (
+    MOST_TENSORS,
     SHARD_INDEX,
     Header,
     folder_headers,
@@ -165,6 +166,12 @@ def test_tensors_that_overlap_or_leave_a_gap_are_refused(
 def test_a_quantised_dtype_is_refused(tmp_path: Path, dtype: str) -> None:
     path = write_raw(tmp_path / "a.safetensors", {"x": item([4], 0, 4, dtype)}, bytes(4))
     assert "a.safetensors: " in refusal(path, read_header)
+
+
+def test_a_file_of_very_many_tensors_is_refused_in_a_moment(tmp_path: Path) -> None:
+    many = {f"x{k}": item([0], 0, 0) for k in range(MOST_TENSORS + 1)}
+    path = write_raw(tmp_path / "a.safetensors", many)
+    assert f"holds {MOST_TENSORS + 1} tensors" in refusal(path, read_header)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
