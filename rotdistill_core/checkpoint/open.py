@@ -115,6 +115,19 @@ def _require_one_shape(anchor: Model, student: Model) -> None:
                 f"differs in {size}: {anchor_shape.get(size)}, and {student_shape.get(size)} in "
                 "the student."
             )
+    # transformers takes seconds to load, and few recipes have an anchor.
+    from rotdistill_core.checkpoint.config_differences import (  # noqa: PLC0415
+        config_differences,
+        listed,
+    )
+
+    differences = config_differences(anchor.config, student.config, anchor.ref.model)
+    if differences:
+        raise SetupError(
+            f"{anchor.ref.model}: its weights do not mean what they mean in the student: "
+            f"{listed(differences, 'the student')}. An anchor is a fine-tune of the student's "
+            "config; name another, or correct its config.json where that is wrong."
+        )
 
 
 def _shape(model: Model) -> dict[str, Any]:
