@@ -48,6 +48,9 @@ TOKENIZER_FILES = (
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Files of which a tokenizer has at least one. Others, generation_config.json too, make none."""
+
 Log = Callable[[str], None]
 """Shows the user one line."""
 
@@ -182,6 +185,16 @@ class Pair:
         return round(boundary * self.teacher.depth / self.student.depth)
 
 
+def is_unedited(view: Weights, model: Model) -> bool:
+    """Return whether a view has every tensor of a model as it was opened.
+
+    A head that was untied is no edit: it is the embedding.
+    """
+    same_depth = len(view.lineage.depths) == model.depth + 1
+    own = model.weights.entries
+    return same_depth and all(view.entries.get(name) is entry for name, entry in own.items())
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files that belong to the tokenizer and to generation, named templates included."""
     beside = (
@@ -213,6 +226,11 @@ def tokenizer_contents(folder: Path) -> dict[str, bytes]:
             plain = {key: value for key, value in config.items() if key != REMOTE_CODE}
             contents[name] = json.dumps(plain, indent=2, ensure_ascii=False).encode()
     return contents
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer that could be loaded."""
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -37,7 +37,7 @@ from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.linalg.precision import full_float32_products
-from rotdistill_core.plugin.step import is_exact, options_of
+from rotdistill_core.plugin.step import check_models, is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.layout import RunLayout
@@ -90,6 +90,8 @@ class Executor:
         for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
             resolve_device(ref.device)  # a missing one is an error now, not after a download
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
+        for recipe_step in loaded.steps:
+            check_models(recipe_step.step, pair)
         questions, style = read_questions(recipe.samples, loaded.path.parent)
         self.context = RunContext(
             loaded=loaded,

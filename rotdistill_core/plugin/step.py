@@ -3,6 +3,7 @@
 Besides its field `use` and its one stage hook a step class may have these members:
 
 - `exact`: whether its edit leaves logits unchanged, of `fold` steps;
+- `check_models(pair)`: refuses what cannot work with the run's models, before any work;
 - `inputs()`: hashes of files or models that its options name; they become part of its key;
 - `caveats()`: why its result is not to be trusted with these options (`HasCaveats`);
 - `cost(context)`: memory, disk and operations that it needs (`rotdistill_core.planning.cost`);
@@ -41,6 +42,17 @@ class HasInputs(Protocol):
 
     def inputs(self) -> Sequence[str]:
         """Return a hash of each of them."""
+
+
+@runtime_checkable
+class HasModelChecks(Protocol):
+    """A step that can tell from the opened models alone that it cannot work with them."""
+
+    def check_models(self, pair: Any) -> None:
+        """Raise the error that the step would end with; `pair` is the `Pair` of the run.
+
+        It reads headers and small files, and computes nothing.
+        """
 
 
 @runtime_checkable
@@ -104,6 +116,16 @@ def changes_behaviour(step: object) -> bool:
 def inputs_of(step: object) -> list[str]:
     """Return hashes of what the options of a step name, such as other models; empty for most."""
     return list(step.inputs()) if isinstance(step, HasInputs) else []
+
+
+def check_models(step: object, pair: Any) -> None:
+    """Let a step refuse the models of a run before any work.
+
+    Raises:
+        RotdistillError: as the step would later.
+    """
+    if isinstance(step, HasModelChecks):
+        step.check_models(pair)
 
 
 def caveats_of(step: object) -> list[Caveat]:
