@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from rotdistill_core.checkpoint.models import is_unedited
 from rotdistill_core.forward.layerwise import meta_model
 from rotdistill_core.linalg.precision import widened
 from rotdistill_core.store.layout import RunLayout
@@ -35,8 +36,8 @@ def with_lora(weights: Weights, model: Model, train: Literal["lora", "head"], ra
     tensors = {name: weights[name].to(model.device, model.dtype) for name in weights.entries}
     whole.load_state_dict(tensors, strict=False, assign=True)
     whole.tie_weights()
-    # peft writes the name into the adapter's config.
-    whole.name_or_path = model.ref.model
+    # peft writes the name into the adapter's config. An edited student has none.
+    whole.name_or_path = model.ref.model if is_unedited(weights, model) else ""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_target_modules(weights, train))
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed.

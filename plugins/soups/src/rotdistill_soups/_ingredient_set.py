@@ -13,6 +13,8 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
+from rotdistill_soups._adapter_base import compare_base
+from rotdistill_soups._adapter_config import read_adapter_config
 from rotdistill_soups._align import (
     align_to_student,
     commit_view,
@@ -63,7 +65,8 @@ def bring_together(
     aligned = any(ingredient.aligned for ingredient in models.values())
     ingredients = {name: found.ingredient for name, found in models.items()}
     base, ingredients = _with_norms_alike(base, ingredients, aligned, opened.student, out)
-    for name, lora in replayed_loras(opened, base, replay_folds, out).items():
+    ignore = same_basis == "ignore"
+    for name, lora in replayed_loras(opened, base, replay_folds, out, ignore).items():
         ingredients[name] = with_lora(lora, base, name)
     student = Ingredient(STUDENT, base, {})
     return IngredientSet(base, [ingredients.get(name, student) for name in opened.references])
@@ -135,7 +138,11 @@ def _stored_dtype(student: Model) -> torch.dtype:
 
 
 def replayed_loras(
-    opened: OpenIngredients, base: Weights, replay_folds: Sequence[str] | None, out: StepOutput
+    opened: OpenIngredients,
+    base: Weights,
+    replay_folds: Sequence[str] | None,
+    out: StepOutput,
+    ignore_basis: bool,
 ) -> dict[str, Lora]:
     """Return the adapters in the student's basis.
 
@@ -145,10 +152,11 @@ def replayed_loras(
         replay_folds: ids of the exact folds since the adapters were trained; they are applied to
             the adapters in this order. None where the recipe does not name any.
         out: the step's output, whose ledger has the folds.
+        ignore_basis: accept an adapter that was trained on weights far from the student's.
 
     Raises:
-        RecipeError: the student's basis has changed, and the recipe does not say whether before or
-            after the adapters were trained.
+        RecipeError: an adapter was trained on another model; or the student's basis has changed,
+            and the recipe does not say whether before or after the adapters were trained.
     """
     if opened.adapters and replay_folds is None and opened.weights.lineage.basis is not None:
         first = next(iter(opened.adapters))
@@ -164,7 +172,10 @@ def replayed_loras(
         folds.append(base.undo)
     loras: dict[str, Lora] = {}
     for name, folder in opened.adapters.items():
-        lora = read_lora(folder, trained_on)
+        about = compare_base(read_adapter_config(folder), opened.student, ignore_basis)
+        if about:
+            out.notes.setdefault("bases of adapters", {})[name] = about
+        lora = read_lora(folder, trained_on, [opened.student.weights])
         for fold in folds:
             lora = transform_lora(lora, fold, table)
         loras[name] = lora

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from rotdistill_core.architecture.spaces import VOCAB
+from rotdistill_core.architecture.table import Config
+from rotdistill_core.checkpoint.config_differences import config_differences, listed
+from rotdistill_core.checkpoint.headers import read_header
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import locate_model, open_model
 from rotdistill_core.checkpoint.weights import Weights
@@ -18,8 +19,11 @@ from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rotdistill_soups._adapter_base import compare_base
+from rotdistill_soups._adapter_config import ADAPTER_CONFIG, read_adapter_config
+from rotdistill_soups._lora import ADAPTER_WEIGHTS
 from rotdistill_soups._merge import STUDENT
+from rotdistill_soups._vocabulary import match_tokens
 
 
 def content_digest(reference: str) -> str:
@@ -63,8 +67,8 @@ class OpenIngredients:
     def base(self) -> Weights:
         """The student, with a head of its own where an ingredient has one."""
         untied_model = any(not model.weights.tied for model in self.models.values())
-        head_adapter = any(_edits_head(path, self.weights) for path in self.adapters.values())
-        return self.weights.untie() if untied_model or head_adapter else self.weights
+        one_sided = any(_edits_tied(path, self.weights) for path in self.adapters.values())
+        return self.weights.untie() if untied_model or one_sided else self.weights
 
 
 def open_ingredients(
@@ -98,6 +102,36 @@ def open_ingredients(
     )
 
 
+def check_ingredients(references: Sequence[str], pair: Pair, ignore_basis: bool) -> None:
+    """Check what can be checked before the run's first work, from headers and configs.
+
+    Shapes are compared later: steps before may cut the student.
+
+    Args:
+        references: as the recipe names them.
+        pair: the models of the recipe.
+        ignore_basis: see `compare_base`.
+
+    Raises:
+        RecipeError: an ingredient of another architecture or config than the student.
+        SetupError: an ingredient is missing or torn, has another tokenizer, or is no plain LoRA.
+    """
+    student = pair.student
+    for reference in references:
+        if reference == STUDENT:
+            continue
+        folder = locate_model(_model_ref(reference))
+        if is_adapter(folder):
+            compare_base(read_adapter_config(folder), student, ignore_basis)
+            continue
+        model = open_model(_model_ref(reference))
+        _require_student_architecture(reference, model, student.config)
+        if model.depth == student.depth:
+            _require_student_config(reference, model, student.config)
+        rows = student.weights.entries[student.adapter.embedding].shape[0]
+        match_tokens(model, student, rows, reference)
+
+
 def _require_other_run(reference: str, folder: Path, run: Path) -> None:
     if folder.resolve().is_relative_to(run.resolve()):
         raise RecipeError(
@@ -108,12 +142,7 @@ def _require_other_run(reference: str, folder: Path, run: Path) -> None:
 
 
 def _require_student_shape(reference: str, model: Model, weights: Weights) -> None:
-    student_type, model_type = weights.config["model_type"], model.config["model_type"]
-    if student_type != model_type:
-        raise RecipeError(
-            f"soups: {reference} is a {model_type} model and the student {student_type}; only "
-            "models of one architecture can be merged."
-        )
+    _require_student_architecture(reference, model, weights.config)
     wanted, found = _shape(weights), _shape(model.weights)
     for size in {**wanted, **found}:
         if wanted.get(size) != found.get(size):
@@ -122,6 +151,7 @@ def _require_student_shape(reference: str, model: Model, weights: Weights) -> No
                 f"{found.get(size)}, and {wanted.get(size)} in the student. Only checkpoints of "
                 "one shape can be merged, cut the same way if they were cut."
             )
+    _require_student_config(reference, model, weights.config)
     # Heads may be tied or not; all other tensors have to be in both.
     unmatched = set(weights.entries) ^ set(model.weights.entries)
     unmatched -= {weights.adapter.head}
@@ -134,20 +164,42 @@ def _require_student_shape(reference: str, model: Model, weights: Weights) -> No
         )
 
 
+def _require_student_architecture(reference: str, model: Model, config: Config) -> None:
+    student_type, model_type = config["model_type"], model.config["model_type"]
+    if student_type != model_type:
+        raise RecipeError(
+            f"soups: {reference} is a {model_type} model and the student {student_type}; only "
+            "models of one architecture can be merged."
+        )
+
+
+def _require_student_config(reference: str, model: Model, config: Config) -> None:
+    differences = config_differences(model.config, config, reference)
+    if differences:
+        raise RecipeError(
+            f"soups: {reference} has weights that do not mean what they mean in the student: "
+            f"{listed(differences, 'the student')}. The merge keeps the student's config, under "
+            "which they would be read wrongly. Leave it out; or correct its config.json, if that "
+            "is wrong."
+        )
+
+
 def _shape(view: Weights) -> dict[str, Any]:
     """Return every size of a model but its vocabulary, by name."""
     sizes = {space: n for space, n in view.adapter.sizes(view.config).items() if space != VOCAB}
     return {"layers": view.depth, "heads": tuple(view.adapter.heads(view.config)), **sizes}
 
 
-def _edits_head(folder: Path, weights: Weights) -> bool:
-    """Return whether an adapter changes the head.
+def _edits_tied(folder: Path, weights: Weights) -> bool:
+    """Return whether an adapter changes the head or the embedding.
 
-    A tied head then has to become a tensor of its own, or the embedding would change with it.
+    A tied head then has to become a tensor of its own, or both would change.
     """
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         return False
-    module = weights.adapter.head.removesuffix(".weight")
-    with safe_open(path, "np") as file:
-        return any(f".{module}.lora_" in f".{key}" for key in file.keys())  # noqa: SIM118
+    tied = [
+        f".{name.removesuffix('.weight')}.lora_"
+        for name in (weights.adapter.head, weights.adapter.embedding)
+    ]
+    return any(each in f".{key}" for key in read_header(path) for each in tied)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rotdistill_core.checkpoint.lazy import LazyTensor
-from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.models import Pair, is_unedited
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
@@ -171,7 +171,7 @@ def _merge_loras(run: MergeRun) -> Weights:
                 "another method."
             )
     base = opened.base
-    loras = replayed_loras(opened, base, step.replay_folds, run.out)
+    loras = replayed_loras(opened, base, step.replay_folds, run.out, step.same_basis == "ignore")
     names = list(merged_names(step, base))
     selected = set(names)
 
@@ -183,7 +183,8 @@ def _merge_loras(run: MergeRun) -> Weights:
     if step.rank:
         total, error = truncate_rank(total, step.rank)
         run.out.notes["relative error of the rank"] = error._asdict()
-    write_lora(total, run.out, opened.student.ref.model)
+    own = is_unedited(opened.weights, opened.student)
+    write_lora(total, run.out, base, opened.student.ref.model if own else "")
     options = MergeOptions(method="lora", weights=lambda _: [1.0])
     return merge(base, [with_lora(total, base, "the sum of LoRAs")], options, names)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.checkpoint.lazy import LazyTensor
-from rotdistill_core.checkpoint.models import Model, load_tokenizer, tokenizer_files
+from rotdistill_core.checkpoint.models import Model, has_vocabulary, load_tokenizer
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import SetupError
 from rotdistill_soups._mixture import Ingredient, Rows
@@ -23,6 +23,9 @@ SHARED_TOKENS = 0.5
 def match_tokens(model: Model, student: Model, student_rows: int, reference: str) -> Tensor | None:
     """Match the tokens of an ingredient by their string.
 
+    A model without the files of a vocabulary counts as of the student's tokens if it has as many
+    rows: fine-tunes are often saved without a tokenizer.
+
     Returns:
         For each of the student's rows the ingredient's row, or -1 `[vocab]`; None where all rows
         mean the same.
@@ -31,7 +34,7 @@ def match_tokens(model: Model, student: Model, student_rows: int, reference: str
         SetupError: another number of rows and no tokenizer, or hardly any token is shared.
     """
     model_rows = model.weights.entries[model.adapter.embedding].shape[0]
-    if not tokenizer_files(model.folder):
+    if not has_vocabulary(model.folder):
         if model_rows != student_rows:
             raise SetupError(
                 f"soups: {reference} has {model_rows} rows for tokens, the student {student_rows}, "

@@ -42,6 +42,13 @@ class InterpolationBarrier:
 
         return [end if end == CURVE_OF_VARIANT else content_digest(end) for end in self.between]
 
+    def check_models(self, pair: Pair) -> None:
+        """Refuse ends that have no line to the student, before any work."""
+        from rotdistill_soups._ingredients import check_ingredients
+
+        ends = [end for end in self.between if end != CURVE_OF_VARIANT]
+        check_ingredients(ends, pair, ignore_basis=True)
+
     def cost(self, context: CostContext) -> Cost:
         """A pass for each end and each point between two of them, on the texts of the split."""
         return barrier_cost(context, self.split, ends=len(self.between), points=self.points)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 NORMALISED = ("uniform", "greedy", "fisher", "slerp")
 """Methods whose weights are shares: they are divided by their sum."""
+LARGEST = 1e6
+"""Factor of parameters beyond which sums of them may overflow."""
 IngredientWeights = tuple[float, ...]
 """One number for each ingredient."""
 
@@ -105,12 +107,31 @@ class Soups:
                     f"{name}: the weights of a mean sum to 0, so there is nothing to divide by; "
                     "change one of them"
                 )
+            factor = self._largest_factor(weights)
+            if not factor <= LARGEST:
+                raise ValueError(
+                    f"{name}: parameters would be multiplied by {factor:.3g}, of which sums "
+                    f"overflow; up to {LARGEST:.0e} are taken"
+                )
+
+    def _largest_factor(self, weights: IngredientWeights) -> float:
+        """Return what parameters are multiplied by, in all: shares of a mean, or scaled weights."""
+        size = sum(abs(weight) for weight in weights)
+        if self.method in NORMALISED:
+            return size / abs(sum(weights)) if weights else 1.0
+        return (size if weights else 1.0) * max(1.0, abs(self.scaling))
 
     def inputs(self) -> list[str]:
         """Return the content of the ingredients, on which the result depends too."""
         from rotdistill_soups._ingredients import content_digest
 
         return [content_digest(reference) for reference in self.ingredients]
+
+    def check_models(self, pair: Pair) -> None:
+        """Refuse ingredients that cannot be merged into the student, before any work."""
+        from rotdistill_soups._ingredients import check_ingredients
+
+        check_ingredients(self.ingredients, pair, self.same_basis == "ignore")
 
     def cost(self, context: CostContext) -> Cost:
         """Every parameter of all parts, out of core, and the passes that score merged models."""
