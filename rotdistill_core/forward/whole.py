@@ -115,9 +115,10 @@ def _rope_limit(model: Any) -> int | None:
     limits = []
     for settings in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         kind = str(settings.get("rope_type", ""))
-        if kind == "longrope" or "dynamic" in kind:
-            original = settings.get("original_max_position_embeddings")
-            limits.append(int(original or config.max_position_embeddings))
+        if kind == "longrope":
+            limits.append(int(settings["original_max_position_embeddings"]))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings))
     return min(limits, default=None)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rotdistill_core.checkpoint.open import open_checkpoint
-from rotdistill_core.forward.generate import Decoding, greedy_answers
+from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.forward.generate import Decoding, greedy_answers, unconfirmed_token
+from rotdistill_core.forward.whole import has_window_below, whole_model
 from rotdistill_core.testing import pico_folder
+from rotdistill_core.testing.pico import PICO
 
 CPU = torch.device("cpu")
 END = 2
@@ -45,16 +50,165 @@ def greedy_alone(folder: Path, prompt: list[int], tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+FULL: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "phi3": {"sliding_window": None},
+    "qwen2": {"sliding_window": 6, "use_sliding_window": False},
+}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6},
+    "phi3": {"sliding_window": 6},
+    "qwen2": {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": {"head_dim": 8, "layer_types": ["sliding_attention"] * 2, "sliding_window": 6}
+    | {"use_sliding_window": True},
+}
+ALL = [*FULL.items(), *WINDOWS.items()]
+
+
 @pytest.mark.parametrize("shared", [0, 4])
-@pytest.mark.parametrize("sliding", [False, True], ids=["full", "sliding"])
+@pytest.mark.parametrize(
+    ("model_type", "changes"), ALL, ids=[f"{name}-{len(config)}" for name, config in ALL]
+)
 def test_answers_in_a_batch_are_those_of_each_prompt_alone(
-    tmp_path: Path, shared: int, sliding: bool
+    tmp_path: Path, shared: int, model_type: str, changes: dict[str, Any]
 ) -> None:
-    changes = {"head_dim": 8, "sliding_window": 6} if sliding else {}
-    folder = pico_folder(tmp_path / "model", "gemma3_text" if sliding else "llama", **changes)
+    folder = pico_folder(tmp_path / "model", model_type, **changes)
     asked = prompts(shared)
     answers = greedy_answers(decoding(folder, 6), asked, quiet)
     assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
+
+
+@pytest.mark.parametrize("model_type", [*WINDOWS, "mistral", "cohere2", "llama4_text"])
+def test_a_window_that_texts_outgrow_is_seen_in_every_form(model_type: str) -> None:
+    changes = WINDOWS.get(model_type, {"sliding_window": 6})
+    assert has_window_below(model_of(model_type, **changes), 7)
+
+
+@pytest.mark.parametrize("changes", FULL.values(), ids=list(FULL))
+def test_without_a_window_all_prompts_share_batches(changes: dict[str, Any]) -> None:
+    [model_type] = [name for name, config in FULL.items() if config is changes]
+    assert not has_window_below(model_of(model_type, **changes), 10**6)
+
+
+def test_a_window_that_no_text_outgrows_is_none() -> None:
+    for model_type in ("phi3", "mistral"):
+        model = model_of(model_type, sliding_window=6)
+        assert [has_window_below(model, length) for length in (6, 7)] == [False, True]
+
+
+def model_of(model_type: str, **changes: Any) -> Any:
+    """Return a model of a type that need not have an adapter."""
+    settings = {**PICO, "head_dim": 8, **changes}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+
+
+@pytest.mark.parametrize("model_type", ["phi3", "gemma3_text", "qwen2"])
+def test_an_answer_that_no_forward_pass_confirms_is_refused_by_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    # The old fault: padding between prefix and question counts as tokens of the window.
+    monkeypatch.setattr("rotdistill_core.forward.generate.has_window_below", lambda *_: False)
+    folder = pico_folder(tmp_path / "model", model_type, **WINDOWS[model_type])
+    with pytest.raises(CheckFailed, match=r"model: the answer to 'q0': its token \d") as caught:
+        greedy_answers(decoding(folder, 6), prompts(4), quiet)
+    assert caught.value.exit_code == 4
+
+
+def test_the_best_token_up_to_rounding_is_confirmed(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model")
+    model = whole_model(open_checkpoint(folder).weights, CPU, torch.float32)
+    prompt = [10, 11, 12]
+    answer = greedy_alone(folder, prompt, 4)
+    assert unconfirmed_token(model, prompt, answer) == ""
+    wrong = [*answer[:-1], (answer[-1] + 1) % 64]
+    assert f"its token {len(answer)} ({wrong[-1]})" in unconfirmed_token(model, prompt, wrong)
+    with torch.no_grad():
+        model.lm_head.weight[wrong[-1]] = model.lm_head.weight[answer[-1]] * (1 - 1e-5)
+    assert unconfirmed_token(model, prompt, wrong) == ""
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    assert "its token 1 " in unconfirmed_token(model, prompt, answer)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    | {"original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_answers_below_the_limit_of_rotary_tables_are_plain(tmp_path: Path, rope: str) -> None:
+    folder = rope_folder(tmp_path, rope)
+    asked = {name: prompt for name, prompt in prompts(4).items() if len(prompt) <= 10}
+    answers = greedy_answers(decoding(folder, 6), asked, quiet)
+    assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_an_answer_that_passes_the_limit_of_rotary_tables_is_refused(
+    tmp_path: Path, rope: str
+) -> None:
+    folder = rope_folder(tmp_path, rope)
+    with pytest.raises(SetupError, match=r"text 'q3': has a prompt of 13 tokens.* passes 16"):
+        greedy_answers(decoding(folder, 6), prompts(4), quiet)
+
+
+def test_prompts_beyond_the_limit_have_the_long_tables_throughout(tmp_path: Path) -> None:
+    folder = rope_folder(tmp_path, "longrope")
+    asked = {"short": [10, 11, 12, 13], "long": list(range(10, 30)), "longer": list(range(10, 33))}
+    answers = greedy_answers(decoding(folder, 6), asked, quiet)
+    assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
+
+
+def rope_folder(root: Path, rope: str) -> Path:
+    settings = {"rope_type": rope, "rope_theta": 10_000.0, **ROPES[rope]}
+    if rope == "dynamic":
+        return pico_folder(root / "model", rope_parameters=settings, max_position_embeddings=16)
+    return pico_folder(
+        root / "model", "phi3", rope_parameters=settings, original_max_position_embeddings=16
+    )
+
+
+def test_tokens_beyond_the_embedding_are_refused_by_text(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model")
+    with pytest.raises(SetupError, match=r"token 64 of the text 'b', and its embedding has 64"):
+        greedy_answers(decoding(folder, 2), {"a": [10, 63], "b": [10, 64]}, quiet)
+
+
+@pytest.mark.parametrize("ends", [None, [], 2, [2, 3]], ids=str)
+def test_end_tokens_may_be_missing_one_or_several(tmp_path: Path, ends: object) -> None:
+    folder = pico_folder(tmp_path / "model")
+    for file in ("generation_config.json", "config.json"):
+        path = folder / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
+    answers = greedy_answers(decoding(folder, 4), {"q": [10, 11, 12]}, quiet)
+    assert 1 <= len(answers["q"]) <= 4
+
+
+WRONG_SETTINGS = {
+    "a list": "[]",
+    "torn": "{",
+    "text": '{"eos_token_id": "<end>"}',
+    "a fraction": '{"eos_token_id": 2.5}',
+    "text in a list": '{"eos_token_id": [2, "<end>"]}',
+    "negative": '{"eos_token_id": -1}',
+    "a truth value": '{"eos_token_id": true}',
+}
+
+
+@pytest.mark.parametrize("text", WRONG_SETTINGS.values(), ids=list(WRONG_SETTINGS))
+def test_wrong_generation_settings_are_refused_when_the_model_opens(
+    tmp_path: Path, text: str
+) -> None:
+    folder = pico_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(SetupError, match=r"generation_config\.json: ") as caught:
+        open_checkpoint(folder)
+    assert caught.value.exit_code == 3
 
 
 def test_answer_ends_with_the_first_end_token(tmp_path: Path) -> None:
