@@ -1,7 +1,6 @@
 """For plugin authors: pico models, planted truth, conformance checks, whole pico runs."""
 
 from rotdistill_core.testing.adapter_checks import (
-    ADAPTER_CHECKS,
     EXACT,
     PLAIN,
     a_rotation_of_the_stream_is_exact_or_refused,
@@ -23,6 +22,11 @@ from rotdistill_core.testing.compute import (
     reopen,
     save_folder,
 )
+from rotdistill_core.testing.config_checks import (
+    ADAPTER_CHECKS,
+    a_cut_computes_what_transformers_computes_without_the_layers,
+    every_setting_of_the_config_is_computed_or_refused,
+)
 from rotdistill_core.testing.conformance import parametrize_with_checks
 from rotdistill_core.testing.pico import (
     PICO,
@@ -30,6 +34,7 @@ from rotdistill_core.testing.pico import (
     TEMPLATE,
     WORDS,
     captured_activations,
+    pico_checkpoint,
     pico_folder,
     pico_head,
     pico_model,
@@ -87,6 +92,7 @@ __all__ = [
     "PicoWorkspace",
     "SilentObserver",
     "Trial",
+    "a_cut_computes_what_transformers_computes_without_the_layers",
     "a_planted_rotation_is_found",
     "a_rotation_of_the_stream_is_exact_or_refused",
     "a_saved_fold_reloads_in_transformers",
@@ -95,6 +101,7 @@ __all__ = [
     "count_within",
     "defaults_are_those_of_the_config_class",
     "every_gain_is_absorbed_by_its_readers",
+    "every_setting_of_the_config_is_computed_or_refused",
     "every_tensor_is_claimed_once",
     "final_states",
     "gauges",
@@ -107,6 +114,7 @@ __all__ = [
     "other_signs",
     "parametrize_with_checks",
     "permutations_are_exact",
+    "pico_checkpoint",
     "pico_cost_context",
     "pico_folder",
     "pico_head",

@@ -41,7 +41,8 @@ def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
     return open_folder(folder, config, adapter), pico_samples(vocabulary, texts=4).layout
 
 
-def _report(problems: Sequence[str]) -> None:
+def report(problems: Sequence[str]) -> None:
+    """Fail with a list of problems, if there are any."""
     if problems:
         raise AssertionError("the table is wrong:\n" + "\n".join(problems))
 
@@ -62,7 +63,7 @@ def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
             problems.append(f"{name} is declared, the checkpoint does not have it")
         if param.gain and not (param.gain in table and table[param.gain].is_gain):
             problems.append(f"{name} absorbs {param.gain}, which is not declared as a gain")
-    _report(problems)
+    report(problems)
 
 
 def _head_problems(adapter: Adapter, config: Mapping[str, object]) -> Iterator[str]:
@@ -115,7 +116,7 @@ def defaults_are_those_of_the_config_class(adapter: Adapter, folder: Path) -> No
         default = adapter.defaults(config)[key]
         if default != expected:
             problems.append(f'defaults: "{key}" is {default!r}, transformers takes {expected!r}')
-    _report(problems)
+    report(problems)
 
 
 def the_layerwise_forward_computes_what_transformers_computes(
@@ -124,7 +125,7 @@ def the_layerwise_forward_computes_what_transformers_computes(
     """Compare every boundary of the stream, and the logits, in float64."""
     weights, layout = _opened(adapter, folder)
     states, expected = plain_transformers(adapter, folder, layout)
-    _report(_offset_problems(weights, layout, expected))
+    report(_offset_problems(weights, layout, expected))
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
     differences = {"the embeddings": max_difference(walk.states, states[0])}
     for i in walk:
@@ -144,7 +145,7 @@ def the_layerwise_forward_computes_what_transformers_computes(
             f"logits differ by {difference:.1e}: "
             "look at norm, head, eps_key, gain_offset and softcap_key"
         )
-    _report(problems)
+    report(problems)
 
 
 def _offset_problems(weights: Weights, layout: PackedTexts, expected: Tensor) -> list[str]:
@@ -171,7 +172,7 @@ def every_gain_is_absorbed_by_its_readers(adapter: Adapter, folder: Path) -> Non
     for gain, param in table.items():
         if param.is_gain and param.axes == ("residual",):
             problems += _gain_problems(weights, layout, gain, before)
-    _report(problems)
+    report(problems)
 
 
 def _gain_problems(weights: Weights, layout: PackedTexts, gain: str, before: Tensor) -> list[str]:
@@ -269,7 +270,7 @@ def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path)
         raise AssertionError(f"{stuck[0]} has no reader, yet the rotation was folded")
     identity = Rotation(torch.eye(weights.width, dtype=torch.float64))
     fused = logits(weights.fold({"residual": identity}), layout)
-    _report(
+    report(
         _fold_problems(
             weights, {"residual": rotation}, layout, fused, what="a rotation of the stream"
         )
@@ -281,7 +282,7 @@ def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
     weights, layout = _opened(adapter, folder)
     before = logits(weights, layout)
     for what, maps in whole_permutations(weights).items():
-        _report(_fold_problems(weights, maps, layout, before, what=f"permuting {what}"))
+        report(_fold_problems(weights, maps, layout, before, what=f"permuting {what}"))
 
 
 def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
@@ -300,7 +301,7 @@ def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
                 f'"{space}" is declared a gauge and changes logits by {change:.1e}, '
                 f"on {', '.join(names)}"
             )
-    _report(problems)
+    report(problems)
 
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
@@ -317,7 +318,7 @@ def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
         change = max_difference(weights[name].double(), back[name].double())
         if change > 1e-12:
             problems.append(f"{name} comes back changed by {change:.1e}")
-    _report(problems)
+    report(problems)
 
 
 def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None:
@@ -330,7 +331,7 @@ def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None
     after = plain_transformers(adapter, copy, layout)[1]
     change = max_difference(before, after)
     if change > PLAIN:
-        _report([f"a saved fold has other logits in transformers, by {change:.1e}"])
+        report([f"a saved fold has other logits in transformers, by {change:.1e}"])
 
 
 def sites_are_found(adapter: Adapter, folder: Path) -> None:
@@ -341,7 +342,7 @@ def sites_are_found(adapter: Adapter, folder: Path) -> None:
     problems: list[str] = []
     for i in walk:
         modules = dict(walk.layer.named_modules())
-        _report(
+        report(
             [
                 f'site "{name}": a layer has no module "{site.module}"'
                 for name, site in adapter.sites.items()
@@ -352,7 +353,7 @@ def sites_are_found(adapter: Adapter, folder: Path) -> None:
         observed: dict[str, Tensor] = {}
         walk.run({site: partial(_note, observed, layout.rows, site) for site in adapter.sites})
         problems += _site_problems(weights, i, start, walk.states, observed)
-    _report(problems)
+    report(problems)
 
 
 def _note(observed: dict[str, Tensor], count: int, site: str, rows: Tensor, values: Tensor) -> None:
@@ -396,7 +397,7 @@ def _site_problems(
             )
 
 
-ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
+TABLE_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
     every_tensor_is_claimed_once,
     defaults_are_those_of_the_config_class,
     the_layerwise_forward_computes_what_transformers_computes,
@@ -408,4 +409,7 @@ ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
     a_saved_fold_reloads_in_transformers,
     sites_are_found,
 )
-"""What every adapter must pass, on a pico checkpoint of each variant: `check(adapter, folder)`."""
+"""What every adapter must pass on one config: `check(adapter, folder)`.
+
+`config_checks` adds what it must pass beyond it.
+"""

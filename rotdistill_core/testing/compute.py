@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -43,9 +44,16 @@ def logits(weights: Weights, layout: PackedTexts, dtype: torch.dtype = torch.flo
 
 @torch.no_grad()
 def plain_transformers(
-    adapter: Adapter, folder: Path, layout: PackedTexts, dtype: torch.dtype = torch.float64
+    adapter: Adapter,
+    folder: Path,
+    layout: PackedTexts,
+    dtype: torch.dtype = torch.float64,
+    without: Collection[int] = (),
 ) -> tuple[list[Tensor], Tensor]:
     """Return what transformers computes, one text at a time.
+
+    The layers `without` pass the stream on as it is. All others stay what they were: a layer's
+    number, mask and rotary table are those of the whole model.
 
     Its norms drop to float32 whatever the dtype, so float64 agrees with the layerwise forward to
     about 1e-6.
@@ -62,6 +70,9 @@ def plain_transformers(
     }
     assert not lost, f"{folder}: transformers does not find its own tensors there: {lost}"
     model.eval()
+    for i in without:
+        layer = model.get_submodule(f"{adapter.layers}.{i}")
+        layer.forward = lambda states, *_, **__: states
     seen: list[Tensor] = []
     norm = model.get_submodule(adapter.norm.removesuffix(".weight"))
     for module in (*model.get_submodule(adapter.layers), norm):

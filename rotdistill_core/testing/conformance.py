@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rotdistill_core.architecture.table import Adapter
-from rotdistill_core.testing.adapter_checks import ADAPTER_CHECKS
+from rotdistill_core.testing.config_checks import ADAPTER_CHECKS
 from rotdistill_core.testing.pico import pico_folder
 from rotdistill_core.testing.step_checks import STEP_CHECKS
 

@@ -54,8 +54,13 @@ def pico_folder(folder: Path, model_type: str = "llama", seed: int = 0, **change
         seed: of the weights.
         changes: config keys other than those of `PICO`.
     """
+    settings = {**PICO, "tie_word_embeddings": True, **changes}
+    return pico_checkpoint(folder, AutoConfig.for_model(model_type, **settings), seed)
+
+
+def pico_checkpoint(folder: Path, config: Any, seed: int = 0) -> Path:
+    """Write a random model of a config of transformers, and a tokenizer; return the folder."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**PICO, "tie_word_embeddings": True, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

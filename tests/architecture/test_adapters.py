@@ -11,7 +11,8 @@ import pytest
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.plugin.registry import adapter_for
-from rotdistill_core.testing import ADAPTER_CHECKS, pico_folder
+from rotdistill_core.testing import pico_folder
+from rotdistill_core.testing.adapter_checks import TABLE_CHECKS
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 MIXED_LAYERS = ["sliding_attention", "full_attention"]
@@ -119,7 +120,8 @@ def test_an_adapter_is_found_under_its_model_types(model_type: str) -> None:
     assert model_type in adapter_for(model_type).model_types
 
 
-@pytest.mark.parametrize("check", ADAPTER_CHECKS, ids=lambda check: check.__name__)
+# The tests of each adapter run the other checks of the kit: those of other settings, and of cuts.
+@pytest.mark.parametrize("check", TABLE_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize(("model_type", "changes"), CASES)
 def test_the_table_holds(
     tmp_path: Path,
