@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -139,11 +139,17 @@ class PackedTexts:
         prefix = self.prefix_length(self.texts[k])
         return torch.where(at < prefix, at, at - prefix + self.starts[k])
 
-    def batches(self, budget: int = 1536) -> list[list[int]]:
+    def batches(
+        self, budget: int = 1536, apart: Callable[[Text], Hashable] = lambda _: None
+    ) -> list[list[int]]:
         """Return indices of texts in batches of at most `budget` padded tokens.
 
         Texts of similar length go together, so that little is padded. Plain texts have batches of
         their own, as they do not continue the prefix. A text longer than the budget is alone.
+
+        Args:
+            budget: most padded tokens of a batch.
+            apart: texts for which it differs never share a batch.
         """
 
         def plain_last_and_long_first(k: int) -> tuple[bool, int]:
@@ -151,7 +157,8 @@ class PackedTexts:
 
         batches: list[list[int]] = []
         for k in sorted(range(len(self.texts)), key=plain_last_and_long_first):
-            if batches and self._fits(k, batches[-1], budget):
+            joins = batches and self._fits(k, batches[-1], budget)
+            if joins and apart(self.texts[k]) == apart(self.texts[batches[-1][0]]):
                 batches[-1].append(k)
             else:
                 batches.append([k])

@@ -3,7 +3,8 @@
 One layer's weights are read at a time, the next one's meanwhile, and all texts go through a layer
 before the next one opens. So memory holds two layers and one `[rows, d]` matrix of states,
 whatever the model's size. The shared prompt is computed once and lends its keys and values to
-every text.
+every text. Where rotary tables depend on the length of a text (see `rope`), texts of other tables
+go through a layer in other batches, after a shared prompt that is computed with their tables.
 
 On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host. A
 batch is then copied once each way, through pinned memory on its way in, and waited for once.
@@ -11,7 +12,7 @@ batch is then copied once each way, through pinned memory on its way in, and wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +25,9 @@ from transformers import DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.batching import BATCH_TOKENS
-from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import RotdistillError
+from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_core.forward.whole import empty_model
 
 Progress = Callable[[int, int, str], None]
@@ -50,21 +52,25 @@ class _Batch:
     """Their row numbers [n], on the host."""
     past: int
     """Number of tokens before these whose keys and values are in the cache."""
-    uses_cache: bool
-    """Whether it is the shared prefix, or continues it."""
+    length: int
+    """Number of tokens of its longest text, or of one that continues this prefix: it decides on
+    the rotary tables."""
     device: torch.device
     """Where layers compute."""
+    cache: Hashable = None
+    """The rotary tables of the shared prefix that it is, or continues; None: no prefix."""
+    aside: bool = False
+    """Whether it is the prefix for other tables than those of its rows. Nobody observes it."""
 
     @classmethod
-    def of(cls, rows: Tensor, mask: Tensor, past: int, uses_cache: bool, device: Any) -> _Batch:
+    def of(cls, rows: Tensor, mask: Tensor, device: Any, **fields: Any) -> _Batch:
         """Return the batch of rows `[B, S]` of which those in `mask [B, S]` are real."""
         return cls(
             rows=rows,
             real=mask.flatten().nonzero().flatten().to(device),
             real_rows=rows[mask],
-            past=past,
-            uses_cache=uses_cache,
             device=device,
+            **fields,
         )
 
     @cached_property
@@ -169,24 +175,49 @@ class LayerwiseForward:
         self.boundary = 0
         self.layer = nn.Module()
         self._files = weights.files
-        self._batches = self._make_batches(budget)
         self._model = meta_model(weights, dtype)
+        self._table_of = tables_by_length(self._model.config)
+        self._batches = self._make_batches(budget)
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record_calls()
         self.states = self._embed()
+        self._aside = {
+            batch.cache: self.states[: self.layout.prefix].clone()
+            for batch in self._batches
+            if batch.aside
+        }
 
     def _make_batches(self, budget: int) -> list[_Batch]:
-        batches = [self._pad(texts) for texts in self.layout.batches(budget)]
-        if not self.layout.prefix:
-            return batches
-        prefix = _Batch.of(
-            torch.arange(self.layout.prefix)[None],
-            torch.ones(1, self.layout.prefix, dtype=torch.bool),
-            past=0,
-            uses_cache=True,
-            device=self.device,
-        )
-        return [prefix, *batches]
+        def tables(text: Text) -> Hashable:
+            return self._table_of(len(text.tokens))
+
+        batches = [self._pad(texts) for texts in self.layout.batches(budget, tables)]
+        return [*self._prefixes(), *batches]
+
+    def _prefixes(self) -> Iterator[_Batch]:
+        """Yield the shared prefix, once for all texts whose rotary tables are the same.
+
+        Its rows are those of the first text, as everywhere. The others lie aside.
+        """
+        prefix = self.layout.prefix
+        if not prefix:
+            return
+        lengths: dict[Hashable, int] = {}
+        for text in self.layout.texts:
+            if not text.plain:
+                lengths.setdefault(self._table_of(len(text.tokens)), len(text.tokens))
+        if not lengths:
+            lengths[self._table_of(prefix)] = prefix
+        for k, (tables, length) in enumerate(lengths.items()):
+            yield _Batch.of(
+                torch.arange(prefix)[None],
+                torch.ones(1, prefix, dtype=torch.bool),
+                self.device,
+                past=0,
+                length=length,
+                cache=tables,
+                aside=k > 0,
+            )
 
     def _pad(self, texts: list[int]) -> _Batch:
         """Return the batch of the texts with these indices."""
@@ -198,9 +229,11 @@ class LayerwiseForward:
             n = starts[k + 1] - starts[k]
             rows[b, :n] = torch.arange(starts[k], starts[k + 1])
             mask[b, :n] = True
-        # Texts with and without the shared prefix are never in one batch.
+        # Texts with and without the shared prefix, or with other tables, are never in one batch.
         past = self.layout.prefix_length(self.layout.texts[texts[0]])
-        return _Batch.of(rows, mask, past, uses_cache=past > 0, device=self.device)
+        length = past + longest
+        cache = self._table_of(length) if past else None
+        return _Batch.of(rows, mask, self.device, past=past, length=length, cache=cache)
 
     def _embed(self) -> Tensor:
         name = self.weights.adapter.embedding
@@ -217,6 +250,12 @@ class LayerwiseForward:
 
     def start_at(self, boundary: int, states: Tensor) -> None:
         """Go on from the stream `[rows, d]` at a boundary, wherever it lies."""
+        for i in range(boundary if self._aside else 0):
+            self.boundary = i
+            self._open(i, self._read(i))
+            aside = [(batch, call) for batch, call in self._at_boundary() if batch.aside]
+            self._run(aside, None, advance=True)
+            self.layer.to("meta")
         self.boundary = boundary
         self.states = states.to(self.states.device, self.dtype, copy=True)
 
@@ -238,6 +277,10 @@ class LayerwiseForward:
                 *batch.rows.shape, self.weights.width, dtype=self.dtype, device=self.device
             )
             positions = torch.arange(batch.past, batch.past + length, device=self.device)[None]
+            if self._table_of(batch.past + length) != self._table_of(batch.length):
+                # A second row with the last position of a text: the tables are made for that.
+                states = states.expand(2, -1, -1)
+                positions = torch.cat([positions, positions + batch.length - length])
             with torch.no_grad():
                 body(
                     inputs_embeds=states,
@@ -245,7 +288,7 @@ class LayerwiseForward:
                     past_key_values=_empty_cache(len(recorders), batch.past),
                     use_cache=False,
                 )
-            calls.append([recorder.kwargs for recorder in recorders])
+            calls.append([_first_row(recorder.kwargs, len(states)) for recorder in recorders])
         return calls
 
     def __iter__(self) -> Iterator[int]:
@@ -260,8 +303,7 @@ class LayerwiseForward:
                 tensors = next_tensors.result()
                 if i + 1 < len(self._layers):
                     next_tensors = reader.submit(self._read, i + 1)
-                self.layer = self._layers[i]
-                self.layer.load_state_dict(tensors, strict=True, assign=True)
+                self._open(i, tensors)
                 del tensors
                 yield i
                 if self.boundary != i + 1:
@@ -275,6 +317,10 @@ class LayerwiseForward:
             for name, entry in self._files.items()
             if name.startswith(prefix)
         }
+
+    def _open(self, i: int, tensors: dict[str, Tensor]) -> None:
+        self.layer = self._layers[i]
+        self.layer.load_state_dict(tensors, strict=True, assign=True)
 
     def replace(self, name: str, tensor: Tensor) -> None:
         """Give one parameter of the open layer a new value; `name` is that of the checkpoint."""
@@ -292,32 +338,45 @@ class LayerwiseForward:
         """
         observers = dict(observe or {})
         observe_output = observers.pop("output", None)
-        cache = _PrefixCache() if self.layout.prefix else None
         hooks = [self._hook(site, observer) for site, observer in observers.items()]
         try:
-            for batch, calls in zip(self._batches, self._calls, strict=True):
-                self._current = batch
-                kwargs = {
-                    **calls[self.boundary],
-                    "past_key_values": cache if batch.uses_cache else None,
-                }
-                output = self.layer(batch.gather(self.states), **kwargs)
-                output = batch.take(output[0] if isinstance(output, tuple) else output)
-                if observe_output is not None:
-                    observe_output(batch.real_rows, output)
-                if advance:
-                    batch.scatter(self.states, output)
+            self._run(self._at_boundary(), observe_output, advance)
         finally:
             for hook in hooks:
                 hook.remove()
         if advance:
             self.boundary += 1
 
+    def _at_boundary(self) -> list[tuple[_Batch, dict[str, Any]]]:
+        """Return each batch with the arguments of the layer after the boundary."""
+        calls = (calls[self.boundary] for calls in self._calls)
+        return list(zip(self._batches, calls, strict=True))
+
+    def _run(
+        self,
+        batches: list[tuple[_Batch, dict[str, Any]]],
+        observe_output: Observer | None,
+        advance: bool,
+    ) -> None:
+        """Send batches through the open layer, prefixes before what continues them."""
+        caches = {batch.cache: _PrefixCache() for batch, _ in batches if batch.cache is not None}
+        for batch, arguments in batches:
+            self._current = batch
+            states = self._aside[batch.cache] if batch.aside else self.states
+            cache = caches.get(batch.cache)
+            output = self.layer(batch.gather(states), **{**arguments, "past_key_values": cache})
+            output = batch.take(output[0] if isinstance(output, tuple) else output)
+            if observe_output is not None and not batch.aside:
+                observe_output(batch.real_rows, output)
+            if advance:
+                batch.scatter(states, output)
+
     def _hook(self, site: str, observer: Observer) -> RemovableHandle:
         """Let an observer see the real rows of each batch at a site of the open layer."""
 
         def see(values: Tensor) -> None:
-            observer(self._current.real_rows, self._current.take(values))
+            if not self._current.aside:
+                observer(self._current.real_rows, self._current.take(values))
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(args[0])
@@ -341,6 +400,19 @@ def _place_of_states(states: Tensor, device: torch.device) -> torch.device:
         return device
     free, _ = memory(device)
     return device if states.nbytes <= STATES_SHARE * free else torch.device("cpu")
+
+
+def _first_row(arguments: Any, rows: int) -> Any:
+    """Return a layer's arguments for the first of so many rows of a batch, at any depth."""
+    if rows == 1:
+        return arguments
+    if isinstance(arguments, Tensor):
+        return arguments[:1] if len(arguments) == rows else arguments
+    if isinstance(arguments, dict):
+        return {name: _first_row(value, rows) for name, value in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(_first_row(value, rows) for value in arguments)
+    return arguments
 
 
 def _empty_cache(layers: int, past: int) -> DynamicCache | None:

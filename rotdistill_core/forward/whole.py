@@ -12,24 +12,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from rotdistill_core.architecture.table import SHOWN_PROBLEMS
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import SetupError
-
-NOT_OF_THE_MODEL = (
-    "dtype",
-    "torch_dtype",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "use_return_dict",
-    "torchscript",
-)
-"""Config keys that say how somebody called a model. The program says it itself."""
-
+from rotdistill_core.forward.rope import forget_lengths, transformers_config
 
 def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
     """Build the model with its parameters on the meta device; its buffers (rotary tables) are real.
@@ -38,14 +27,14 @@ def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
         SetupError: transformers refuses the config, or it makes another model of it than the
             checkpoint holds.
     """
-    settings = {key: value for key, value in weights.config.items() if key not in NOT_OF_THE_MODEL}
     with reading(_place_of(weights), "the model of its config.json"):
-        config = AutoConfig.for_model(**settings)
+        config = transformers_config(weights.config)
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
     _require_one_model(weights, model)
+    forget_lengths(model)
     return model.eval()
 
 
