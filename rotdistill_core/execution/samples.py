@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
-from rotdistill_core.data.packed import Samples
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, tokenize_for_both, tokenize_texts
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.forward.answers import model_answers
+from rotdistill_core.forward.rope import tables_by_length, transformers_config
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
 
@@ -41,8 +44,34 @@ def prepare_samples(run: RunContext) -> Samples:
         samples = tokenize_texts(*texts)
     else:
         samples = tokenize_for_both(pair.student.tokenizer, *texts)
+    samples = with_prefix_of_common_tables(samples, pair)
     _freeze(run, samples)
     return samples
+
+
+def with_prefix_of_common_tables(samples: Samples, pair: Pair) -> Samples:
+    """Return samples whose texts share a prefix only if its states are the same for all of them.
+
+    They are not where the rotary tables of a model depend on the length of a text; see
+    `rotdistill_core.forward.rope`. Then each text keeps its beginning to itself.
+    """
+    if samples.theirs is None:
+        return replace(samples, layout=_with_common_tables(samples.layout, pair.by_role.values()))
+    students = [model for model in (pair.student, pair.anchor) if model]
+    return replace(
+        samples,
+        layout=_with_common_tables(samples.layout, students),
+        theirs=_with_common_tables(samples.theirs, [pair.teacher]),
+    )
+
+
+def _with_common_tables(layout: PackedTexts, models: Iterable[Model]) -> PackedTexts:
+    lengths = {len(text.tokens) for text in layout.texts if not text.plain}
+    for model in models:
+        table_of = tables_by_length(transformers_config(model.config))
+        if len({table_of(length) for length in lengths}) > 1:
+            return replace(layout, prefix=0)
+    return layout
 
 
 def _teacher_answers(

@@ -20,6 +20,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.rope import forget_lengths, transformers_config
 
+
 def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
     """Build the model with its parameters on the meta device; its buffers (rotary tables) are real.
 

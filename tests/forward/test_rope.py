@@ -245,6 +245,18 @@ def test_original_length_of_an_older_config_is_found() -> None:
     assert tables(1) == tables(50) != tables(51) == tables(200)
 
 
+def test_config_stays_as_it_was() -> None:
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "rope_parameters": {"type": "dynamic", "factor": 2.0},
+    }
+    before = copy.deepcopy(config)
+    transformers_config(config)
+    assert config == before
+
+
 def test_texts_share_tables_where_transformers_gives_them_the_same() -> None:
     def tables(**values: Any) -> Any:
         settings = type("Config", (), {"max_position_embeddings": 100, "rope_parameters": values})

@@ -136,6 +136,31 @@ def test_folded_weights_have_the_kl_that_was_trained(
         assert made.tied is tied
 
 
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_rotary_tables_of_a_text_do_not_follow_the_others_of_its_batch(
+    tmp_path: Path, rope: str
+) -> None:
+    values: dict[str, dict[str, Any]] = {
+        "longrope": {"long_factor": [9.0, 9.0, 20.0, 30.0], "short_factor": [1.0] * 4},
+        "dynamic": {"factor": 6.0},
+    }
+    parameters = {"rope_type": rope, "rope_theta": 100.0, **values[rope]}
+    pair = pair_of(tmp_path, max_position_embeddings=20, rope_parameters=parameters)
+    samples = answered_samples()
+    layout = samples.layout.select(Split.FIT)
+    lengths = {len(text.tokens) for text in layout.texts}
+    assert min(lengths) <= 20 < max(lengths)
+    targets = DistillationTargets(pair, layout, 64, pico_output(tmp_path / "runs"), quiet)
+    student = with_lora(pair.student.weights, pair.student, "lora", 4)
+    texts = list(range(len(layout.texts)))
+    with torch.no_grad():
+        together = targets.losses(student, pair.student.weights, texts)
+        alone = [targets.losses(student, pair.student.weights, [k]) for k in texts]
+    torch.testing.assert_close(
+        together.sort().values, torch.cat(alone).sort().values, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_a_student_that_is_its_teacher_is_left_alone(tmp_path: Path) -> None:
     model: Model = pico_model(tmp_path / "model")
     made, out = distilled(Pair(model, model), tmp_path, **OPTIONS)

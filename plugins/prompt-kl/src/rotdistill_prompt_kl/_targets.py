@@ -6,6 +6,7 @@ weights with the LoRA folded in (`scores`).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, score
 from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
 from rotdistill_core.forward.head import head_for, log_probs, logits_of
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_prompt_kl._lora import wide_lora_product
 from rotdistill_prompt_kl._teacher_states import states_of_teacher
 
@@ -73,6 +75,14 @@ class DistillationTargets:
             weights: the view that it was made of.
             texts: indices of texts of the layout.
         """
+        # Texts share a call only where each of them alone would have the same rotary tables.
+        table_of = tables_by_length(student.get_base_model().config)
+        groups: dict[Hashable, list[int]] = {}
+        for k in texts:
+            groups.setdefault(table_of(len(self.layout.texts[k].tokens)), []).append(k)
+        return torch.cat([self._losses(student, weights, group) for group in groups.values()])
+
+    def _losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
         adapter, device = weights.adapter, self.pair.student.device
         batch = self._batch(texts)
         base = student.get_base_model()
