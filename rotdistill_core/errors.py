@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 FEW = 24
-"""So many names, or fewer, are listed in an error."""
+"""So many names, or problems of one kind, or fewer, are listed in an error."""
+LONGEST_NAME = 200
+"""Characters of a name that an error shows. Nothing is called so; it is a mistake."""
+
+LONGEST_PROBLEM = 2000
+"""Characters of one problem that are shown."""
 
 
 class RotdistillError(Exception):
@@ -62,11 +68,22 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
     If none is close, the hint lists all words; if they are many, it is empty.
     """
+    if len(word) > LONGEST_NAME:
+        return ""
     known = list(words)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f' Did you mean "{close[0]}"?'
     return f" There is: {', '.join(known)}." if 0 < len(known) <= FEW else ""
+
+
+def first_few(problems: Iterable[str]) -> list[str]:
+    """Return the first problems of many alike, and a line that there are more.
+
+    A generator is not asked for the others, so the suggestions in them cost nothing.
+    """
+    listed = [f"{problem:.{LONGEST_PROBLEM}}" for problem in islice(problems, FEW + 1)]
+    return listed if len(listed) <= FEW else [*listed[:FEW], "there are more problems like these."]
 
 
 def format_validation_errors(
@@ -85,21 +102,28 @@ def format_validation_errors(
     by_path: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors():
         by_path.setdefault(_path_of(detail, document), []).append(detail)
-    problems: list[str] = []
-    for path, details in by_path.items():
-        if any(len(other) > len(path) and other[: len(path)] == path for other in by_path):
-            continue  # one branch of a union fails here; another fails further in and says more
-        first = details[0]
-        where = ".".join(path) or "options"
-        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            problems.append(f"{where}: unknown key.{suggest(path[-1], known.get(path[:-1], ()))}")
-            continue
-        value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
-        # What a validator of ours says is a sentence without pydantic's word for it.
-        texts = (detail["msg"].removeprefix("Value error, ") for detail in details)
-        messages = " or ".join(dict.fromkeys(texts))
-        problems.append(f"{where}: {messages}{value}.")
-    return problems
+    # One branch of a union may fail at a path, and another further in, which says more.
+    outer = {path[:k] for path in by_path for k in range(len(path))}
+    return first_few(
+        _problem(path, details, known) for path, details in by_path.items() if path not in outer
+    )
+
+
+def _problem(
+    path: tuple[str, ...],
+    details: Sequence[ErrorDetails],
+    known: Mapping[tuple[str, ...], Sequence[str]],
+) -> str:
+    """Return the sentence about what is wrong at a path."""
+    first = details[0]
+    where = f"{'.'.join(path) or 'options':.{LONGEST_NAME}}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{where}: unknown key.{suggest(path[-1], known.get(path[:-1], ()))}"
+    value = "" if first["type"] == "missing" else f" (it is {first['input']!r:.80})"
+    # What a validator of ours says is a sentence without pydantic's word for it.
+    texts = (detail["msg"].removeprefix("Value error, ") for detail in details)
+    messages = " or ".join(dict.fromkeys(texts))
+    return f"{where}: {messages}{value}."
 
 
 def _path_of(detail: ErrorDetails, document: Any) -> tuple[str, ...]:

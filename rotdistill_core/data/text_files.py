@@ -32,12 +32,12 @@ def decode_utf8(data: bytes) -> str:
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             raise NotUtf8Error(f"is not UTF-8 text but {encoding}; save it as UTF-8")
+    sample = data[:SAMPLED_BYTES]
+    if sample.count(0) > len(sample) // 4:
+        raise NotUtf8Error("is not UTF-8 text but UTF-16; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        sample = data[:SAMPLED_BYTES]
-        if sample.count(0) > len(sample) // 4:
-            raise NotUtf8Error("is not UTF-8 text but UTF-16; save it as UTF-8") from error
         line = data.count(b"\n", 0, error.start) + 1
         raise NotUtf8Error(
             f"is not UTF-8 text ({error.reason} at byte {error.start}, line {line}); "

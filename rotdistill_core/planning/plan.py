@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -248,6 +249,12 @@ def build_plan(
 
 def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> dict[str, ModelInfo]:
     refs = {"teacher": recipe.teacher, "student": recipe.student, "anchor": recipe.anchor}
+    for role, ref in refs.items():
+        # Of Apple's GPU the system tells; a plan asks no torch. Other GPUs are counted later.
+        if ref and ref.device == "mps" and sys.platform != "darwin":
+            raise SetupError(
+                f'{role}.device = "mps": this machine has no Apple GPU; write "cpu" or "auto".'
+            )
     return {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
 
 

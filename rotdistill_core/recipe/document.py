@@ -3,9 +3,9 @@ show."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from rotdistill_core.recipe.devices import DEVICE_HELP, is_device
 
@@ -43,6 +43,12 @@ class ModelRef(Document):
         if not is_device(name):
             raise ValueError(DEVICE_HELP)
         return name
+
+    @model_validator(mode="after")
+    def _device_has_the_dtype(self) -> Self:
+        if self.device == "mps" and self.dtype == "float64":
+            raise ValueError('an Apple GPU has no float64; write dtype = "float32" or "auto"')
+        return self
 
 
 class StudentRef(ModelRef):

@@ -15,7 +15,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rotdistill_core.errors import PluginError, RecipeError, format_validation_errors, suggest
+from rotdistill_core.data.text_files import NotUtf8Error, decode_utf8
+from rotdistill_core.errors import (
+    FEW,
+    LONGEST_NAME,
+    PluginError,
+    RecipeError,
+    first_few,
+    format_validation_errors,
+    suggest,
+)
 from rotdistill_core.plugin.registry import (
     OBSERVERS,
     STEPS,
@@ -34,10 +43,17 @@ from rotdistill_core.recipe.extends import (
     step_id,
 )
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
-from rotdistill_core.store.plain import read_text
+from rotdistill_core.store.plain import read_bytes
 
 MAX_BYTES = 1_000_000
 """Largest recipe; more is no recipe but a mistake."""
+MAX_COUNT = 1000
+"""Most steps, and most variants; the time of a plan grows with both."""
+MAX_PARTS = 64
+"""Most parts of a dotted key. The parser's time grows with their square."""
+TOO_MANY_PARTS = re.compile(rf"""(?<!["'\w-])(?:["'\w-]++\.){{{MAX_PARTS}}}""")
+INT64 = range(-(2**63), 2**63)
+"""The integers of TOML."""
 NO_STEPS = "step: at least one [[step]] table is needed."
 MIXED = (
     " The step also has the options of the extended recipe; write `inherit = false` in it to take "
@@ -95,9 +111,12 @@ def resolve_recipe(
         RecipeError: see `load_recipe`.
     """
     step_tables = _step_tables(tables) or []
+    _require_sizes(path, tables, step_tables)
     # New variants, here or in an override, do not turn a toggle into a step that always runs.
     toggles = taken_over.toggles | named_steps(tables)
     problems = _apply_overrides(tables, step_tables, sets)
+    if numbers := first_few(_number_problems({**tables, "step": step_tables})):
+        raise RecipeError(*(f"{path}: {problem}" for problem in numbers))
     ids = [step_id(table) for table in step_tables]
     no_longer_named = toggles - named_steps(tables)
     left_out = tuple(name for name in ids if isinstance(name, str) and name in no_longer_named)
@@ -111,8 +130,8 @@ def resolve_recipe(
         problems += format_validation_errors(error, tables, _known_keys())
     steps, step_problems = _parse_steps(step_tables, taken_over.mixed_steps)
     problems += step_problems
-    problems += _observer_problems(tables)
-    problems += _variant_problems(tables, ids)
+    problems += first_few(_observer_problems(tables))
+    problems += first_few(_variant_problems(tables, ids))
     if recipe is not None:
         problems += _marked_problems(recipe)
     if problems or recipe is None:
@@ -123,15 +142,14 @@ def resolve_recipe(
 
 def _read(path: Path) -> str:
     try:
-        return read_text(path, MAX_BYTES)
+        content = read_bytes(path, MAX_BYTES)
+        return decode_utf8(content).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         hint = suggest(str(path), _recipes_near(path)) if missing else ""
         raise RecipeError(f"{path}: cannot be read: {error.strerror}.{hint}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
+    except NotUtf8Error as error:
+        raise RecipeError(f"{path}: {error}.") from error
 
 
 def _recipes_near(path: Path) -> list[str]:
@@ -142,13 +160,46 @@ def _recipes_near(path: Path) -> list[str]:
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
+    if TOO_MANY_PARTS.search(text):
+        raise RecipeError(f"{path}: a key has more than {MAX_PARTS} parts; no key of a recipe has.")
     try:
         tables = tomllib.loads(text)
         # A document nested too deeply to be walked is refused here rather than anywhere later.
         json.dumps(tables, default=str)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError(f"{path}: is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # Python refuses integers of 4300 digits
+        raise RecipeError(f"{path}: is not valid TOML: {str(error).split(';')[0]}.") from error
     return tables
+
+
+def _require_sizes(
+    path: Path, tables: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that a recipe is no list of thousands, before each entry is looked at.
+
+    Raises:
+        RecipeError: it has too many steps or variants.
+    """
+    variants = tables.get("variants")
+    counts = {"step": len(steps), "variants": len(variants) if isinstance(variants, dict) else 0}
+    problems = [
+        f"{path}: {key}: there are {count}; {MAX_COUNT} are the most."
+        for key, count in counts.items()
+        if count > MAX_COUNT
+    ]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def _number_problems(value: object, where: str = "") -> Iterator[str]:
+    """Yield the integers that no integer of TOML is: nothing that computes can hold them."""
+    if isinstance(value, int) and value not in INT64:
+        yield f"{where}: must be an integer of 64 bits."
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _number_problems(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _number_problems(inner, where)
 
 
 def _step_tables(tables: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -220,7 +271,7 @@ def _toml_value(text: str) -> object:
     """Return the TOML value that a text is, or the text itself."""
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # an integer of too many digits is a plain ValueError
         return text
 
 
@@ -234,8 +285,8 @@ def _override(
 ) -> list[str]:
     """Set one key in the tables, or in the step that it names; return what is wrong with it."""
     parts = key.split(".")
-    if not all(parts):
-        return [_write_as(where)]
+    if not all(parts) or len(parts) > MAX_PARTS:
+        return [_write_as(f"{where:.{LONGEST_NAME}}")]
     first, *rest = parts
     step = next((table for table in steps if step_id(table) == first), None)
     if step is None and first not in Recipe.model_fields:
@@ -266,10 +317,12 @@ def _parse_steps(
     problems: list[str] = []
     seen: set[str] = set()
     for number, table in enumerate(tables, 1):
+        if len(problems) > FEW:
+            break  # the recipe is wrong, and suggestions take time
         options = dict(table)
         use = options.get("use")
         name = options.pop("id", use)
-        where = f'step "{name}" (#{number})'
+        where = f'step "{name!s:.{LONGEST_NAME}}" (#{number})'
         if not isinstance(use, str):
             problems.append(_missing_use(number, name))
             continue
@@ -280,7 +333,7 @@ def _parse_steps(
         except RecipeError as error:
             hint = MIXED if str(name) in mixed_steps else ""
             problems += [f"{where}: {problem}{hint}" for problem in error.problems]
-    return steps, problems
+    return steps, first_few(problems)
 
 
 def _missing_use(number: int, name: object) -> str:

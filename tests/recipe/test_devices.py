@@ -47,3 +47,20 @@ def test_a_recipe_with_another_device_names_the_key(pico_workspace: PicoWorkspac
     path = pico_workspace.recipe('[[step]]\nuse = "residuals"\n', tables='teacher.device = "gpu"')
     with pytest.raises(RecipeError, match=r"trial.toml: teacher.device: write .* \(it is 'gpu'\)"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_gpu_of_another_maker_is_missed_before_a_model_is_opened(
+    pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch, role: str, verb: str
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    pico_workspace.recipe('step = [{ use = "residuals" }]', teacher="gone", student="gone")
+    code, _, err = pico_workspace.command(verb, "trial.toml", "--set", f"{role}.device=mps")
+    assert (code, "no Apple GPU" in err) == (3, True)
+
+
+def test_float64_on_an_apple_gpu_is_refused_with_the_recipe(pico_workspace: PicoWorkspace) -> None:
+    path = pico_workspace.recipe('step = [{ use = "residuals" }]')
+    with pytest.raises(RecipeError, match="student: an Apple GPU has no float64"):
+        load_recipe(path, ["student.device=mps", "student.dtype=float64"])
