@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -80,9 +81,10 @@ def plain_transformers(
     parts: list[list[Tensor]] = []
     for k, text in enumerate(layout.texts):
         seen.clear()
-        output = model(torch.tensor([text.tokens])).logits[0]
+        # A copy, for rotary tables may depend on the lengths of the texts that a model has seen.
+        output = copy.deepcopy(model)(torch.tensor([text.tokens])).logits[0]
         # Rows of the shared prefix come once, from the first text.
-        skipped = layout.prefix if k else 0
+        skipped = layout.prefix_length(text) if k else 0
         parts.append([rows[skipped:] for rows in (*seen, output)])
     *states, all_logits = (torch.cat(rows) for rows in zip(*parts, strict=True))
     return states, all_logits
