@@ -32,6 +32,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 """Folder in a model folder that transformers reads, too."""
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 """What transformers reads where it finds neither of them."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Files of which one makes a tokenizer; the first is the usual one."""
 ADAPTER_CONFIG = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Names of files of a distributed checkpoint, which transformers prefers to all others."""
@@ -216,6 +218,32 @@ def _indexed_shards(index: Path) -> list[str]:
                 f'{index}: names the shard "{name}", which is not a file of this folder.'
             )
     return names
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the files that a folder lacks to be a whole model, or a whole adapter.
+
+    A download that was interrupted, or that fetched the tokenizer alone, leaves such a folder. A
+    folder that is damaged in another way lacks nothing.
+    """
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / RunLayout.CONFIG).is_file():
+        return [] if any(folder.glob("adapter_model.*")) else ["adapter_model.safetensors"]
+    wanted = [RunLayout.CONFIG]
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        wanted.append(TOKENIZERS[0])
+    wanted += _weight_files(folder)
+    return [name for name in wanted if not (folder / name).is_file()]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the files of weights that a folder should hold, by what it holds."""
+    index = folder / SHARD_INDEX
+    if (folder / WHOLE_FILE).is_file() or not index.is_file():
+        return [] if any(folder.glob("*.safetensors")) else [WHOLE_FILE]
+    try:
+        return sorted({*map(str, json.loads(read_text(index))["weight_map"].values())})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return []  # told when the folder is opened
 
 
 def folder_headers(folder: Path) -> dict[str, Header]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rotdistill_core.architecture.counts import require_counts
-from rotdistill_core.checkpoint.headers import folder_headers
+from rotdistill_core.checkpoint.headers import TOKENIZERS, folder_headers, missing_files
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import SetupError
@@ -84,7 +84,7 @@ def _cached_folder(ref: ModelRef) -> Path | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    return folder if any(folder.glob("*.safetensors")) else None
+    return None if {*missing_files(folder)} - {TOKENIZERS[0]} else folder
 
 
 def _opened(model: Model) -> ModelInfo:

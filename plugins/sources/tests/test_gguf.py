@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +21,34 @@ from rotdistill_core.recipe.document import ModelRef
 
 
 @pytest.fixture
-def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A llama of hidden size 32 with 2 layers and 16 tokens, and an empty cache folder."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = tmp_path / "pico.gguf"
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, cache: Path) -> Path:
+    """A llama of hidden size 32 with 2 layers and 16 tokens, and an empty cache folder."""
+    return write_gguf(tmp_path / "pico.gguf")
+
+
+def write_gguf(
+    path: Path, blocks: int = 2, lost: Sequence[str] = (), wrong: str = "", parts: int = 0
+) -> Path:
+    """Write a llama of hidden size 32 with 2 layers and 16 tokens.
+
+    Args:
+        path: the file.
+        blocks: layers that the header states.
+        lost: tensors that are left out.
+        wrong: a tensor that gets twice its rows.
+        parts: files among which the tensors are split, if not 0.
+    """
     rng = np.random.default_rng(0)
-    writer = GGUFWriter(str(path), "llama")
+    writer = GGUFWriter(str(path), "llama", split_max_tensors=-(-21 // parts) if parts else 0)
     writer.add_license("apache-2.0")
-    writer.add_block_count(2)
+    writer.add_block_count(blocks)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(48)
@@ -48,8 +70,10 @@ def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shapes |= {f"blk.{i}.{name}": (48, 32) for name in ("ffn_gate", "ffn_up")}
         shapes |= {f"blk.{i}.ffn_down": (32, 48)}
         shapes |= {f"blk.{i}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
+    for name, (rows, *rest) in shapes.items():
+        if name not in lost:
+            shape = (2 * rows if name == wrong else rows, *rest)
+            writer.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -147,3 +171,33 @@ def test_without_the_plugin_the_reference_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("rotdistill_core.plugin.registry.entry_points", lambda **_: ())
     with pytest.raises(PluginError, match=r'"\.gguf"'):
         locate_model(ModelRef(model="some.gguf"))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a projection lost": ({"lost": ["blk.1.ffn_down"]}, r"missing: model.layers.1.mlp.down_proj"),
+    "a norm lost": ({"lost": ["blk.0.attn_norm"]}, r"missing: model.layers.0.input_layernorm"),
+    "the last norm lost": ({"lost": ["output_norm"]}, r"missing: model.norm"),
+    "the embedding lost": ({"lost": ["token_embd"]}, r"pico\.gguf"),
+    "a layer more in the header": ({"blocks": 3}, r"missing: model.layers.2.* and 3 more"),
+    "a layer less in the header": ({"blocks": 1}, "holds 2 layers, and its header states 1"),
+    "another shape": ({"wrong": "blk.0.attn_q"}, r"self_attn.q_proj"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG.values(), ids=list(WRONG))
+def test_a_file_with_other_tensors_is_refused_and_not_kept(
+    tmp_path: Path, cache: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = write_gguf(tmp_path / "pico.gguf", **changes)
+    for _ in range(2):
+        with pytest.raises(SetupError, match=words):
+            dequantised_folder(path, lambda _: None)
+    assert not list((cache / "rotdistill").iterdir())
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path, cache: Path, part: int) -> None:
+    write_gguf(tmp_path / "pico.gguf", parts=2)
+    with pytest.raises(SetupError, match=r"is one of 2 parts of a model. Join them first"):
+        dequantised_folder(tmp_path / f"pico-0000{part}-of-00002.gguf", lambda _: None)
+    assert not list((cache / "rotdistill").iterdir())

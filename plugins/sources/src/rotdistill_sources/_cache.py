@@ -14,6 +14,10 @@ from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, user_cache
 from rotdistill_core.store.plain import read_text
 
+WHOLE = "-whole"
+"""Ends the name of a folder whose tensors are all known to come from its file. Older folders could
+hold random ones in place of those that a file lacks."""
+
 
 def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     """Return the bfloat16 folder of a .gguf file; make it if it is missing or torn.
@@ -23,7 +27,7 @@ def dequantised_folder(gguf: Path, log: Callable[[str], None]) -> Path:
     Raises:
         SetupError: transformers cannot read the file, or the cache cannot be written.
     """
-    folder = user_cache() / f"{gguf.stem}-{sha256_of(gguf)[:16]}"
+    folder = user_cache() / f"{gguf.stem}-{sha256_of(gguf)[:16]}{WHOLE}"
     if not is_complete(folder):
         log(f"{gguf.name}: dequantising into {folder}")
         _build(gguf, folder)
