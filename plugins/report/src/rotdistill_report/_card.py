@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -70,7 +69,6 @@ def model_card(
         exact=[name for name, kind in kinds.items() if kind == "exact"],
         edits=[name for name, kind in kinds.items() if kind in ("fold", "style")],
         languages=sorted(code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)),
-        quote=json.dumps,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from rotdistill_core.evaluation.metrics import Direction, metric_named
@@ -26,6 +27,7 @@ from rotdistill_report._svg import (
     series_marker,
     svg_of_axes,
     svg_of_figure,
+    use_plain_powers,
 )
 
 BOUNDARY = "layer boundary (0: embeddings)"
@@ -46,7 +48,7 @@ class Plot(NamedTuple):
     """One plot and what it shows."""
 
     title: str
-    svg: str
+    svg: Markup
     caption: str
 
 
@@ -319,6 +321,8 @@ def _draw_spectra(axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
             color=series_colour(number),
             label=name,
         )
+    use_plain_powers(axes.xaxis)
+    use_plain_powers(axes.yaxis)
     axes.set_xlabel("number of the singular value")
     axes.set_ylabel("share of the largest")
     draw_legend(axes, len(lines))

@@ -1,31 +1,64 @@
-"""The Jinja templates of this package, with the filters that they use."""
+"""The Jinja templates of this package, with the filters that they use.
+
+Whatever an expression of a template yields is text of others until a filter here has made it markup
+(`Markup`): in HTML autoescape escapes it, in Markdown `markdown_text`. Characters that are not seen
+become escapes in both.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 
-from jinja2 import Environment, PackageLoader, Template, select_autoescape
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
+from rotdistill_core.characters import visible
 from rotdistill_core.evaluation.metrics import metric_named
+
+PLAIN_YAML = re.compile(r"[a-z][a-z0-9.-]*")
+YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+"""Words that YAML takes for something else than text."""
 
 
 def template(name: str) -> Template:
-    """Return one template of the folder `templates`; HTML is escaped, Markdown is not."""
+    """Return one template of the folder `templates`, `*.html.j2` or `*.md.j2`."""
+    is_html = name.endswith(".html.j2")
     environment = Environment(
         loader=PackageLoader("rotdistill_report"),
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=select_autoescape(enabled_extensions=("html.j2",)),
+        autoescape=is_html,  # noqa: S701  (see `finalize`)
+        finalize=html_text if is_html else markdown_text,
     )
     environment.filters |= {
         "metric_title": metric_title,
         "note": note_text,
         "cell": table_cell,
         "code": code_markup,
-        "svg": Markup,
+        "span": code_span,
+        "fenced": fenced,
+        "word": yaml_word,
+        "quoted": yaml_string,
     }
     return environment.get_template(name)
+
+
+def html_text(value: object) -> str:
+    """Return what an expression yields without characters that are not seen."""
+    return Markup(visible(value)) if isinstance(value, Markup) else visible(str(value))  # noqa: S704
+
+
+def markdown_text(value: object) -> Markup:
+    """Return what an expression yields as one line of Markdown: no HTML, no link, no picture.
+
+    Emphasis and code spans stay as they are: they load nothing, and sentences of ours have them.
+    """
+    if isinstance(value, Markup):
+        return value
+    text = visible(re.sub(r"[\r\n]+", " ", str(value)))
+    return Markup(text.replace("<", "&lt;").replace("](", "]\\("))  # noqa: S704  (escaped here)
 
 
 def metric_title(name: str) -> str:
@@ -44,9 +77,46 @@ def note_text(value: object) -> str:
     return str(value)
 
 
-def table_cell(text: str) -> str:
-    """Return text for one cell of a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+def table_cell(text: str) -> Markup:
+    """Return text for one cell of a Markdown table, in which nothing is markup."""
+    one_line = " ".join(text.split())
+    escaped = re.sub(r"([\\|`])", r"\\\1", one_line)
+    return markdown_text(escaped)
+
+
+def code_span(text: object) -> Markup:
+    """Return text as a code span of Markdown, also in a table.
+
+    The span is fenced by more backquotes than the text has in a row.
+    """
+    one_line = visible(" ".join(str(text).split())).replace("|", "\\|")
+    fence = _fence(one_line, least=1)
+    blank = " " if one_line.startswith("`") or one_line.endswith("`") else ""
+    return Markup(f"{fence}{blank}{one_line}{blank}{fence}")  # noqa: S704  (code is no markup)
+
+
+def fenced(text: str, language: str) -> Markup:
+    """Return text as a code block of Markdown that no line of the text ends."""
+    fence = _fence(text, least=3)
+    return Markup(f"{fence}{language}\n{visible(text.rstrip())}\n{fence}")  # noqa: S704
+
+
+def _fence(text: str, least: int) -> str:
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(least, longest + 1)
+
+
+def yaml_word(text: str) -> Markup:
+    """Return text as a string of YAML, quoted where it has to be."""
+    if PLAIN_YAML.fullmatch(text) and text not in YAML_WORDS:
+        return Markup(text)  # noqa: S704  (letters, digits, dots and dashes)
+    return yaml_string(text)
+
+
+def yaml_string(text: str) -> Markup:
+    """Return text as a quoted string of YAML."""
+    # Of JSON's strings YAML takes all but the one control character that JSON leaves as it is.
+    return Markup(json.dumps(text).replace("\x7f", "\\u007f"))  # noqa: S704
 
 
 def code_markup(text: str) -> Markup:
