@@ -1,4 +1,5 @@
 # make demo: set up and run the tour guide; make test: set up and run the whole suite.
+# make faults: half an hour of kills, flipped bits and hostile inputs; writes the table of docs/reliability.md.
 # make docs: rewrite what documents say of options, hooks and plugins; make wheels: build all distributions.
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ empty :=
 space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,. benchmarks $(wildcard plugins/*/src))
 
-.PHONY: setup demo test bench docs wheels
+.PHONY: setup demo test faults bench docs wheels
 
 setup: $(STAMP)
 
@@ -30,6 +31,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+faults: setup
+	$(BIN)/python -m tests.faults --write
+	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest --numprocesses 2 tests/fuzz
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -1,0 +1,1 @@
+"""The fault matrix: what may happen to a run, and what must follow. `python -m tests.faults`."""
