@@ -57,6 +57,26 @@ PATTERN = (0, 0, 1, 0, 1, 1, 0)
 
 def every_setting_of_the_config_is_computed_or_refused(adapter: Adapter, folder: Path) -> None:
     """Change every setting that is neutral in the config class; the table follows, or refuses."""
+    settings = read_config(folder)
+    report(
+        [
+            f'config key "{key}", here {settings.get(key)!r}: {problem}; name it in the table, or '
+            "state in `requires` what the table holds for"
+            for key, problem in settings_computed_wrongly(adapter, folder).items()
+        ]
+    )
+
+
+def settings_computed_wrongly(adapter: Adapter, folder: Path) -> dict[str, str]:
+    """Return the config keys whose other values a table neither computes rightly nor refuses.
+
+    Args:
+        adapter: the table.
+        folder: a pico checkpoint; others are written next to it.
+
+    Returns:
+        Config key -> what is wrong with its other value.
+    """
     settings = _silent_settings(adapter, read_config(folder))
     changes = {
         key: value
@@ -65,18 +85,15 @@ def every_setting_of_the_config_is_computed_or_refused(adapter: Adapter, folder:
     }
     together = tried_settings(adapter, folder, settings, changes)
     if together.computed:
-        return
-    problems = []
+        return {}
+    problems = {}
     for key, value in changes.items():
         problem = tried_settings(adapter, folder, settings, {key: value}).problem
         if problem:
-            problems.append(
-                f'config key "{key}", {value!r} in place of {settings.get(key)!r}: {problem}; '
-                "name it in the table, or state in `requires` what the table holds for"
-            )
+            problems[key] = f"with {value!r}, {problem}"
     if not problems and together.problem:
-        problems.append(f"{changes}, all together: {together.problem}")
-    report(problems)
+        problems[" ".join(changes)] = f"with {changes}, {together.problem}"
+    return problems
 
 
 def other_settings(settings: Config) -> dict[str, Any]:

@@ -15,7 +15,11 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[3]
-RECIPE = """name = "t"
+RECIPE = f"""name = "t"
+[samples]
+index = "{ROOT}/samples/index.tsv"
+style = "{ROOT}/samples/tour_guide.md"
+heldout = "{ROOT}/samples/heldout.tsv"
 [teacher]
 model = "a"
 [student]

@@ -56,7 +56,7 @@ def adapter_files(name: str) -> dict[str, str]:
 
     Raises:
         RecipeError: an adapter of that model type is installed.
-        SetupError: transformers knows no such model type.
+        SetupError: transformers knows no such model type, or no table can express it.
     """
     if name in installed_plugins(ADAPTERS):
         raise RecipeError(f'an adapter for model type "{name}" is installed already.')
@@ -68,8 +68,20 @@ def adapter_files(name: str) -> dict[str, str]:
     if name not in CONFIG_MAPPING_NAMES:
         close = suggest(name, CONFIG_MAPPING_NAMES)
         raise SetupError(f'the installed transformers knows no model type "{name}".{close}')
+    try:
+        # Loads torch, and the kit with pytest.
+        from rotdistill_scaffold._architecture import (  # noqa: PLC0415
+            source_of,
+            table_arguments,
+        )
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"new adapter tries the table with the conformance kit, which needs {error.name}: "
+            f"pip install {error.name}."
+        ) from error
     values = {
         **_names(name, f"{name}-adapter"),
+        "table": source_of(name, table_arguments(name)),
         "group": '."rotdistill.adapters"',
         "title": f"Architecture table of model type {name}.",
     }
