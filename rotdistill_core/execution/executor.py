@@ -28,9 +28,21 @@ from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, row
 from rotdistill_core.execution.artifacts import restore_result, store_result
 from rotdistill_core.execution.call import call_step, check_hook, prove_exact
 from rotdistill_core.execution.context import RunContext
-from rotdistill_core.execution.keys import KeyedStep, keyed_chain, run_inputs, start_key
+from rotdistill_core.execution.keys import (
+    KeyedStep,
+    checkpoint_key,
+    keyed_chain,
+    run_inputs,
+    start_key,
+)
 from rotdistill_core.execution.observers import Listener, Observers
 from rotdistill_core.execution.outcome import RunFailed, RunResult, StepResult, VariantState
+from rotdistill_core.execution.parity import (
+    compare_checkpoint,
+    compare_cut,
+    compare_models,
+    has_other_shape,
+)
 from rotdistill_core.execution.samples import prepare_samples
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
@@ -50,6 +62,7 @@ from rotdistill_core.store.records import (
     StepResultRef,
     WeightsRef,
 )
+from rotdistill_core.store.results import Parity
 
 Work = Callable[[StepOutput], StepResultRef]
 """The work of one step: it commits files through the output, and refers to the result."""
@@ -143,6 +156,7 @@ class Executor:
     def _carry_out(self) -> RunResult:
         """Carry out the recipe; see `go`."""
         self._write_recipe()
+        parity = compare_models(self.context, self.fresh)
         samples = self.samples()
         start = self._start(samples)
         outcome = RunResult(
@@ -152,6 +166,7 @@ class Executor:
             checkpoints={},
             summaries=[],
             pair=self.pair,
+            parity=parity,
         )
         dtype = self._save_dtype
         facts = facts_digest(self.context.questions)
@@ -163,6 +178,7 @@ class Executor:
                 for keyed in edits:
                     state = self._apply(keyed, state, samples)
                 folder = save_variant(self.context, variant, state, dtype)
+                outcome.parity[variant] = self._compare_saved(variant, state, folder, samples)
             except CheckFailed as error:
                 outcome.failed[variant] = [str(error)]
                 continue
@@ -217,6 +233,22 @@ class Executor:
         record = self._find_or_make(keyed, work)
         after = replace(state, key=keyed.key, seconds=state.seconds + record.seconds)
         return restore_result(self.context, record.result, after, samples)
+
+    def _compare_saved(
+        self, variant: str, state: VariantState, folder: Path, samples: Samples
+    ) -> Parity:
+        """Compare a saved variant with what transformers makes of its folder.
+
+        Raises:
+            CheckFailed: they differ.
+        """
+        key = checkpoint_key(variant, state.key, dtype_name(self._save_dtype))
+
+        def saved() -> Weights:
+            # By the config that the steps worked with: the folder's must mean the same.
+            return replace(open_saved(folder, state), config=state.weights.config)
+
+        return compare_checkpoint(self.context, variant, key, folder, saved, samples)
 
     def _evaluate(
         self, keyed: KeyedStep, state: VariantState, folder: Path, samples: Samples
@@ -293,6 +325,9 @@ class Executor:
                 where = f'step "{recipe_step.id}", {space}'
                 found.verify(run.recipe.check.orthogonality, where)
         reference = store_result(result, out, run.pair.student.dtype)
+        if isinstance(result, Weights) and has_other_shape(result, state.weights):
+            stored = restore_result(run, reference, state, samples).weights
+            out.report.parity = compare_cut(run, recipe_step, stored, samples)
         if isinstance(result, Weights) and is_exact(recipe_step.step):
             undo = prove_exact(run, recipe_step, state.weights, result, samples, out)
             return replace(cast("WeightsRef", reference), undo=undo)

@@ -25,6 +25,7 @@ EVERY_RESULT = (
     "execution.samples",
     "execution.artifacts",
     "execution.save",
+    "execution.parity",
     "forward.certificate",
 )
 """Modules of the core that every result passes through, whatever its step imports."""
@@ -91,20 +92,25 @@ def run_inputs(
     `start_key`; where they are equal, that key and all keys after it are equal too. Of a device
     only its type counts, as in keys.
     """
+    refs = (recipe.teacher, recipe.student)
+    return {
+        **{role: model.fingerprint for role, model in pair.by_role.items()},
+        "code": shared_code(pair),
+        "texts": texts_digest(recipe, questions, style),
+        "seed": str(recipe.seed),
+        "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
+    }
+
+
+def texts_digest(recipe: Recipe, questions: Sequence[Question], style: str) -> str:
+    """Return the hash of the texts of a run before any tokenizer or teacher has seen them."""
     texts = [
         # Facts and falsehoods enter the key of evaluators alone.
         [vars(replace(question, facts=(), falsehoods=())) for question in questions],
         style,
         recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"}),
     ]
-    refs = (recipe.teacher, recipe.student)
-    return {
-        **{role: model.fingerprint for role, model in pair.by_role.items()},
-        "code": shared_code(pair),
-        "texts": digest(texts),
-        "seed": str(recipe.seed),
-        "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
-    }
+    return digest(texts)
 
 
 def shared_code(pair: Pair) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.evaluation.rows import MetricRow
-from rotdistill_core.store.results import StepReport
+from rotdistill_core.store.results import Parity, StepReport
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -58,6 +58,8 @@ class RunResult:
     summaries: list[object]
     """What observers return at the end; the terminal shows it below the results."""
     pair: Pair | None = None
+    parity: dict[str, Parity] = field(default_factory=dict)
+    """Role of a model, or variant -> how it compares with transformers."""
     failed: dict[str, list[str]] = field(default_factory=dict)
     """Variant -> the checks that it breaks, in words."""
 

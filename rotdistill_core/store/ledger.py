@@ -24,11 +24,13 @@ from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
     LedgerRecord,
+    ParityRecord,
     StartRecord,
     StepRecord,
     record_as_json,
     record_from_json,
 )
+from rotdistill_core.store.results import Parity
 
 SCHEMA = 3
 """Version of the records. Lines of another version commit nothing."""
@@ -72,6 +74,11 @@ class Ledger:
     def checkpoints(self) -> list[CheckpointRecord]:
         """The saved variants."""
         return [record for record in self.records if isinstance(record, CheckpointRecord)]
+
+    @property
+    def parities(self) -> list[ParityRecord]:
+        """The models and variants that were compared with transformers."""
+        return [record for record in self.records if isinstance(record, ParityRecord)]
 
     def append(self, record: AnyRecord) -> AnyRecord:
         """Append one durable line; return the record as a later process reads it.
@@ -169,6 +176,11 @@ class ArtifactStore:
             if record is not None:
                 return record
         return None
+
+    def find_parity(self, key: str) -> Parity | None:
+        """Return a comparison with transformers with this key, from any run."""
+        records = (record for ledger in self.ledgers() for record in ledger.parities)
+        return next((record.result for record in records if record.key == key), None)
 
     def find_checkpoint(self, key: str, ledger: Ledger) -> CheckpointRecord | None:
         """Return the newest checkpoint of a run with this key, if its files all hash true."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from rotdistill_core.store.files import CommittedFile
-from rotdistill_core.store.results import StepReport
+from rotdistill_core.store.results import Parity, StepReport
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,23 @@ class CheckpointRecord:
         yield from (file.path for file in self.files)
 
 
-LedgerRecord = StartRecord | FileRecord | StepRecord | CheckpointRecord
+@dataclass(frozen=True, kw_only=True)
+class ParityRecord:
+    """An opened model or a saved variant that is computed as transformers computes it."""
+
+    kind: Literal["parity"] = "parity"
+    key: str
+    """Key of the model, the texts, and the code that compared them."""
+    subject: str
+    """Role of the model in the recipe, or the variant."""
+    result: Parity
+
+    def paths(self) -> Iterator[str]:
+        """Yield no file."""
+        yield from ()
+
+
+LedgerRecord = StartRecord | FileRecord | StepRecord | CheckpointRecord | ParityRecord
 
 _VALIDATOR: TypeAdapter[LedgerRecord] = TypeAdapter(
     Annotated[LedgerRecord, Field(discriminator="kind")]

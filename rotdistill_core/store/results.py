@@ -33,6 +33,27 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """The layerwise forward of a model next to transformers' own, in float32 on real texts."""
+
+    difference: float
+    """Largest difference of a logit, relative to the spread of a text's logits."""
+    allowed: float
+    """What it may be."""
+    text: str
+    """The text with the largest difference."""
+    texts: tuple[str, ...]
+    """All texts that were compared."""
+    tokens: tuple[int, ...]
+    """Their lengths."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing but rounding differs; a NaN does not hold."""
+        return self.difference <= self.allowed
+
+
+@dataclass(frozen=True)
 class Curve:
     """A loss along a path: between two checkpoints, or over the steps of a training run."""
 
@@ -72,6 +93,8 @@ class StepReport:
     refused: str = ""
     """Why the step left the weights as they were; empty if its edit was applied."""
     certificate: Certificate | None = None
+    parity: Parity | None = None
+    """Of a step that cut the model: the model after it, in transformers."""
     members: tuple[str, ...] = ()
     """Names of the models that a merge chose, of those that it was offered."""
     curves: list[Curve] = field(default_factory=list)

@@ -1,0 +1,340 @@
+"""Parity: whether the layerwise forward computes what transformers computes, on real texts.
+
+transformers' side is its own complete model: its embedding, masks, rotary tables, layers, norms,
+head, multipliers and caps. Its weights are read module by module, so memory holds the largest
+module and the activations of one text, whatever the model's size.
+
+Both sides compute in float32, whatever the run computes in. There a fault and rounding lie far
+apart; in bfloat16 rounding alone moves a logit by a hundredth of their spread.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import PrefixedDataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+from transformers.utils.logging import disable_progress_bar
+
+from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.checkpoint.lazy import LazyTensor, StoredTensor, open_tensors
+from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.errors import SetupError
+from rotdistill_core.forward.head import final_norm, head_for, head_logits
+from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.rope import forget_lengths, transformers_config
+from rotdistill_core.forward.whole import empty_model
+from rotdistill_core.store.results import Parity
+
+ALLOWED = 1e-4
+"""Largest difference of a logit, relative to the spread of a text's logits.
+
+Rounding in float32 makes 1e-6 of it in a SmolLM2 of 30 layers and 5e-7 in a pico model, and grows
+with the root of the depth. The faults that were seen (a multiplier, a cap, a rotary table of
+another length, a window) make 1e-2 and more. A difference of 1e-4 is a KL of some 1e-6 nats.
+"""
+POSITIONS = 16
+"""Positions of a text at which logits are compared, the first and the last among them."""
+SHOWN_SETTINGS = 6
+AT_ONCE = 1 << 62
+"""Padded tokens of a batch: all texts of one table go together."""
+
+Logits = Callable[[Text, Tensor], Tensor]
+"""A text and positions [n] -> transformers' logits there `[n, vocab]`, float32, on the host."""
+
+
+def parity_texts(layout: PackedTexts, without_prefix: bool) -> PackedTexts:
+    """Return the texts on which logits are compared: the shortest and the longest.
+
+    They go through the layers in one batch. With `without_prefix` each of them comes again without
+    the shared prefix, and so does a plain text that is longer still.
+    """
+    chats = sorted((t for t in layout.texts if not t.plain), key=lambda text: len(text.tokens))
+    chosen = dict.fromkeys([*chats[:1], *chats[-1:]])
+    if not without_prefix and chats:
+        return PackedTexts(tuple(chosen), layout.prefix)
+    alone = {replace(text, plain=True): None for text in chosen if layout.prefix}
+    plain = sorted((t for t in layout.texts if t.plain), key=lambda text: len(text.tokens))
+    longest = max((len(text.tokens) for text in chosen), default=0)
+    alone |= {text: None for text in plain[-1:] if len(text.tokens) > longest}
+    return PackedTexts((*chosen, *alone), layout.prefix if chosen else 0)
+
+
+@torch.no_grad()
+def compare_with_transformers(
+    weights: Weights, logits: Logits, layout: PackedTexts, device: torch.device
+) -> Parity:
+    """Compare the layerwise forward with transformers on texts.
+
+    Args:
+        weights: the model.
+        logits: the same model in transformers; see `logits_of_folder` and `logits_of_view`.
+        layout: the texts, all of which are compared.
+        device: where the layerwise forward computes.
+    """
+    forward = LayerwiseForward(weights, layout, device, torch.float32, AT_ONCE)
+    for _ in forward:
+        forward.run()
+    head = head_for(weights, forward.states_of(torch.zeros(0, dtype=torch.long)))
+    expected: dict[tuple[int, ...], Tensor] = {}
+    worst = 0.0
+    where = ""
+    for k, text in enumerate(layout.texts):
+        positions = _positions(len(text.tokens))
+        if text.tokens not in expected:
+            expected[text.tokens] = logits(text, positions)
+        # Rows of the prefix belong to all texts; those of the text itself are compared.
+        prefix = layout.prefix_length(text)
+        own = positions >= prefix
+        rows = positions[own] - prefix + layout.starts[k]
+        states = final_norm(weights, forward.states_of(rows))
+        found = head_logits(weights, states, head).cpu()
+        difference = _relative_difference(found, expected[text.tokens][own])
+        if not difference <= worst:  # a NaN is worse than any number
+            worst, where = difference, text.id
+    return Parity(
+        difference=worst,
+        allowed=ALLOWED,
+        text=where,
+        texts=tuple(dict.fromkeys(text.id for text in layout.texts)),
+        tokens=tuple(sorted({len(text.tokens) for text in layout.texts})),
+    )
+
+
+def _positions(length: int) -> Tensor:
+    """Return up to `POSITIONS` positions of a text, evenly spaced, with its last one."""
+    return torch.linspace(0, length - 1, min(length, POSITIONS)).round().long()
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two logits, relative to the spread of all of them."""
+    spread = (expected.max() - expected.min()).clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found - expected).abs().max() / spread)
+
+
+def parity_fault(parity: Parity, weights: Weights) -> str:
+    """Return why a comparison does not hold, and what may be the cause; empty if it holds."""
+    if parity.holds:
+        return ""
+    difference = (
+        f"is not computed as transformers computes it: on text {parity.text} logits differ by "
+        f"{parity.difference:.1e} of their spread, more than {parity.allowed:.0e}"
+    )
+    model_type = weights.config.get("model_type")
+    named = unnamed_settings(weights.config, weights.adapter)
+    if not named:
+        return (
+            f"{difference}. No setting of config.json stands out: the table of the adapter for "
+            f"{model_type} may be wrong, or transformers reads something else in the folder."
+        )
+    return (
+        f"{difference}. The table of the adapter for {model_type} does not name these settings of "
+        f"config.json, which are not at their defaults: {', '.join(named[:SHOWN_SETTINGS])}. "
+        "Install an adapter whose table covers them, or take a model without them."
+    )
+
+
+# What may be the cause.
+
+
+class _ReadKeys(Mapping[str, Any]):
+    """A config that notes which of its keys are read."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return self.config[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.config)
+
+    def __len__(self) -> int:
+        return len(self.config)
+
+
+def named_settings(config: Mapping[str, Any], adapter: Adapter) -> set[str]:
+    """Return the config keys that a table names: those that it reads, requires or refuses."""
+    noted = _ReadKeys(config)
+    adapter.expand(noted)
+    adapter.sizes(noted)
+    adapter.heads(noted)
+    keys = {value for name, value in vars(adapter).items() if name.endswith("_key")}
+    return {*noted.read, *keys, *adapter.refuses, *adapter.requires}
+
+
+def unnamed_settings(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
+    """Return what a config sets, its class has another default for, and the table does not name.
+
+    Numbers come first: a multiplier, a divisor or a cap is the likely cause of a difference. Keys
+    that every config has, such as ids of tokens, are left out.
+    """
+    given = transformers_config(config)
+    defaults = type(given)().to_dict()
+    known = {
+        *named_settings(config, adapter),
+        *PreTrainedConfig().to_dict(),
+        *_WITHOUT_EFFECT,
+    }
+    found = {
+        key: value
+        for key, value in given.to_dict().items()
+        if key in defaults
+        and key not in known
+        and not key.endswith("_token_id")
+        and isinstance(value, bool | int | float | str)
+        and value != defaults[key]
+    }
+    return [
+        f"{key} = {value!r} (default {defaults[key]!r})"
+        for key, value in sorted(found.items(), key=lambda item: not _is_number(item[1]))
+    ]
+
+
+_WITHOUT_EFFECT = (
+    "initializer_range",
+    "max_position_embeddings",
+    "pretraining_tp",
+    "tie_word_embeddings",
+    "use_cache",
+)
+"""Keys with which logits do not change, or that everything here knows."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# transformers' side.
+
+
+def logits_of_folder(folder: Path, device: torch.device) -> Logits:
+    """Return the forward of a folder as transformers opens it.
+
+    transformers itself finds the tensors; they are read when a module needs them.
+
+    Raises:
+        SetupError: transformers cannot open it, or finds other tensors there than the model has.
+    """
+    with reading(folder, "the model, as transformers opens it,"), _quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map={"": "disk"},
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    lost = {
+        key.replace("_", " "): sorted(map(str, info[key]))
+        for key in ("missing_keys", "mismatched_keys")
+        if info[key]
+    }
+    for what, names in lost.items():
+        raise SetupError(
+            f"{folder}: transformers opens it with {what}, which it fills with random numbers: "
+            f"{_few(names)}."
+        )
+    stored = {
+        name: StoredTensor(Path(entry["safetensors_file"]), entry["weight_name"])
+        for name, entry in _disk_index(model).items()
+    }
+    files = {path: open_tensors(path) for path in {tensor.file for tensor in stored.values()}}
+    tensors = {name: files[tensor.file][tensor.name] for name, tensor in stored.items()}
+    # Its own hooks open a file for each tensor, and compute on the CPU.
+    remove_hook_from_submodules(model)
+    forget_lengths(model)
+    cpu_offload(model.eval(), device, offload_buffers=True, state_dict=_LazyStates(tensors))
+    return _logits_of(model)
+
+
+def _disk_index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
+    """Return where transformers found each tensor of a model that it left on disk."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        states = getattr(hook, "weights_map", None)
+        if isinstance(states, PrefixedDataset):
+            index: Mapping[str, Mapping[str, str]] = states.dataset.index
+            return index
+    return {}
+
+
+def logits_of_view(weights: Weights, device: torch.device) -> Logits:
+    """Return transformers' forward of a view of weights that is not saved."""
+    model = empty_model(weights, torch.float32)
+    tensors = weights.files
+    if weights.tied:
+        tensors[weights.adapter.head] = tensors[weights.adapter.embedding]
+    cpu_offload(model, device, state_dict=_LazyStates(tensors))
+    return _logits_of(model)
+
+
+class _LazyStates(Mapping[str, Tensor]):
+    """Tensors by the names of transformers' model; each is read when asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _logits_of(model: Any) -> Logits:
+    """Return the forward of a transformers model, for one text at a time and without a cache."""
+    selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def logits(text: Text, positions: Tensor) -> Tensor:
+        ids = torch.tensor([text.tokens])
+        if selects:
+            # All rows of a long text times a large vocabulary would not fit.
+            found = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
+        else:
+            found = model(input_ids=ids, use_cache=False).logits[0, positions]
+        return torch.as_tensor(found, dtype=torch.float32, device="cpu")
+
+    return logits
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep its progress bars, and its notes on where weights lie, from the terminal."""
+    verbosity = transformers_logging.get_verbosity()
+    accelerate = logging.getLogger("accelerate.big_modeling")
+    level = accelerate.level
+    transformers_logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        accelerate.setLevel(level)
+
+
+def _few(names: Iterable[str], shown: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
