@@ -18,6 +18,9 @@ Config = Mapping[str, Any]
 LAYER = "{i}"
 """Placeholder of the layer's number in names of parameters and spaces."""
 SHOWN_PROBLEMS = 8
+WHOLE_HEADS = ("default", "proportional")
+"""Types of rotary tables that turn whole heads, whatever share a config names; the others would
+make a table too narrow for attention that turns whole heads, and transformers fails."""
 PER_LAYER_KEY = "per_layer_config"
 """Config key under which transformers overrides any other key for single layers."""
 
@@ -85,6 +88,21 @@ def no_defaults(_: Config) -> Config:
     return {}
 
 
+def _rotary_shares(config: Config) -> Iterator[tuple[str, float]]:
+    """Yield the type of each rotary table that a config names, and which share of a head it turns.
+
+    Configs of older transformers say it in `rope_scaling`, and in keys of their own.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return
+    by_layer_type = [values for values in rope.values() if isinstance(values, Mapping)]
+    for values in by_layer_type or [rope]:
+        kind = values.get("rope_type") or values.get("type") or "default"
+        share = values.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        yield str(kind), 1.0 if share is None else share
+
+
 def _factor(config: Config, key: str) -> float:
     """Return the factor that a config key holds; 1 without a key or a value."""
     value = config.get(key) if key else None
@@ -128,6 +146,8 @@ class Adapter:
     """Config key of the factor by which the model's body multiplies embeddings (Granite)."""
     residual_multiplier_key: str = ""
     """Config key of m where a layer adds `m f` to the stream, f being what a branch writes."""
+    partial_rotary: bool = False
+    """Attention may turn only some coordinates of a head, as `partial_rotary_factor` says."""
     defaults: Callable[[Config], Config] = no_defaults
     """What the model's config class takes for keys that a config.json leaves out."""
     refuses: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -239,6 +259,12 @@ class Adapter:
             if found is not None and found not in values:
                 only = " or ".join(map(repr, values))
                 yield f"{key} = {found!r} is not covered by this table, which holds for {only}"
+        for kind, share in _rotary_shares(config):
+            if share != 1.0 and kind not in WHOLE_HEADS and not self.partial_rotary:
+                yield (
+                    f"partial_rotary_factor = {share!r} with rotary tables of type {kind} is not "
+                    "covered: attention of this model turns whole heads"
+                )
         if config.get(PER_LAYER_KEY):
             yield (
                 f"{PER_LAYER_KEY} gives single layers settings of their own; a table has the same "

@@ -93,6 +93,39 @@ def test_a_table_holds_only_under_what_it_requires(
         table.check(config, shapes(), "here")
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("setting", "covered"),
+    [
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, False),
+        ({"rope_parameters": LINEAR, "partial_rotary_factor": 0.5}, False),
+        ({"rope_scaling": {"type": "yarn"}, "partial_rotary_factor": 0.75}, False),
+        ({"rope_parameters": {"a": {}, "b": {**LINEAR, "partial_rotary_factor": 0.5}}}, False),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 1.0}}, True),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": None}}, True),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, True),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}},
+            True,
+        ),
+        ({"rope_scaling": None, "partial_rotary_factor": 0.5}, True),
+    ],
+    ids=str,
+)
+def test_tables_too_narrow_for_whole_heads_are_refused(
+    setting: dict[str, object], covered: bool
+) -> None:
+    config = {**CONFIG, **setting}
+    replace(TABLE, partial_rotary=True).check(config, shapes(), "here")
+    if covered:
+        TABLE.check(config, shapes(), "here")
+        return
+    with pytest.raises(SetupError, match=r"here: .*partial_rotary_factor = 0"):
+        TABLE.check(config, shapes(), "here")
+
+
 def test_multipliers_are_1_without_a_key_or_a_value() -> None:
     assert TABLE.residual_multiplier(CONFIG) == TABLE.embedding_multiplier(CONFIG) == 1.0
     table = replace(TABLE, residual_multiplier_key="m", embedding_multiplier_key="e")

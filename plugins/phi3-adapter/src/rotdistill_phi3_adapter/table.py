@@ -26,6 +26,7 @@ def table() -> Adapter:
     """
     llama_shaped = rope_decoder(
         ("phi3",),
+        partial_rotary=True,
         defaults=defaults,
         fused={
             f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{x}_proj.weight" for x in "qkv"),
