@@ -19,7 +19,13 @@ from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import DTYPES, WIDTH
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.plain import COLLECTION_BYTES, open_plain, read_text, require_plain
+from rotdistill_core.store.plain import (
+    COLLECTION_BYTES,
+    is_file,
+    open_plain,
+    read_text,
+    require_plain,
+)
 
 WHOLE_FILE = RunLayout.model_shard(1, 1)
 """The file of a checkpoint in one piece, which transformers prefers to an index."""
@@ -185,7 +191,7 @@ def _refuse_other_shards(whole: Path, index: Path) -> None:
         names = sorted(map(str, {*weight_map.values()} - {whole.name}))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return
-    there = [name for name in names if Path(name).name == name and (whole.parent / name).is_file()]
+    there = [name for name in names if Path(name).name == name and is_file(whole.parent / name)]
     if there:
         raise _two_readings(
             whole.parent,
@@ -213,7 +219,7 @@ def _indexed_shards(index: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SetupError(f"{index}: not a valid shard index: {error}.") from error
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if Path(name).name != name or not is_file(index.parent / name):
             raise SetupError(
                 f'{index}: names the shard "{name}", which is not a file of this folder.'
             )

@@ -76,6 +76,14 @@ def open_plain(path: Path) -> io.BufferedReader:
     return stream
 
 
+def is_file(path: Path) -> bool:
+    """Return whether a file is there; no file has a name that the system does not take."""
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long, or links lead in a circle
+        return False
+
+
 def require_plain(path: Path, limit: int | None = None) -> None:
     """Refuse what is no plain file, or is longer than `limit` bytes, without opening it.
 

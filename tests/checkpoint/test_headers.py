@@ -276,6 +276,15 @@ def test_files_that_transformers_ignores_are_ignored(
     assert shard_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "ä" * 200, "x" * 5000, "loop"])
+def test_a_shard_that_no_file_can_be_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    write_index(tmp_path, {"a": name})
+    refusal(tmp_path / SHARD_INDEX, lambda path: shard_files(path.parent))
+    whole = save(tmp_path, "model.safetensors", "a")
+    assert shard_files(tmp_path) == [whole]
+
+
 def test_the_index_of_the_whole_file_is_no_second_reading(tmp_path: Path) -> None:
     path = save(tmp_path, "model.safetensors", "x")
     for weight_map in ({"x": "model.safetensors"}, []):

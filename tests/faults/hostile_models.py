@@ -335,7 +335,7 @@ def _plain_pickle(work: Path, name: str = "pytorch_model.bin") -> None:
 
 
 def _pickle_beside_other(work: Path) -> None:
-    _plain_pickle(work / "model" / PICKLE)
+    _plain_pickle(work)
     (work / WEIGHTS).rename(work / "model/other.safetensors")
 
 
