@@ -95,8 +95,10 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
 
 def unwritable(path: Path, error: OSError) -> SetupError:
     """Return the error to raise when the disk refuses a file."""
+    in_the_way = isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError)
+    hint = " Move away what lies in its place." if in_the_way else ""
     return SetupError(
-        f"{path}: cannot be written: {error.strerror}. What was committed before stays valid."
+        f"{path}: cannot be written: {error.strerror}.{hint} What was committed before stays valid."
     )
 
 

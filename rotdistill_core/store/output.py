@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from rotdistill_core.errors import SetupError
 from rotdistill_core.store.files import (
     Blocks,
     CommittedFile,
@@ -15,6 +16,8 @@ from rotdistill_core.store.files import (
     tensor_blocks,
     write_file,
 )
+from rotdistill_core.store.inside import require_inside
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.records import FileRecord
 from rotdistill_core.store.results import StepReport
@@ -107,12 +110,15 @@ class StepOutput:
         folder of the new path ends in the key.
 
         Raises:
-            SetupError: the disk refuses.
+            SetupError: the disk refuses, or the file would not lie in the run's folder.
         """
+        if PurePosixPath(name) == PurePosixPath(RunLayout.LEDGER):
+            raise SetupError(f"{self.ledger.path}: is written by the program alone.")
         path = f"{self.run_id}/{name}"
         if any(record.path == path and record.key != self.key for record in self.ledger.files):
             head, _, tail = name.partition("/")
             path = f"{self.run_id}/{head}-{self.key[:6]}/{tail}"
+        require_inside(self.store.root / self.run_id, path.removeprefix(f"{self.run_id}/"))
         size, sha256 = write_file(self.store.root / path, blocks)
         file = CommittedFile(path, size, sha256)
         self.ledger.append(
