@@ -367,7 +367,7 @@ def read_object(path: Path, hint: str = "") -> dict[str, Any]:
 
 def _refuse_kernels(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a config that names a kernel outside transformers, at whatever depth."""
-    for key, value in _items(config):
+    for key, value in config_items(config):
         if _names_kernel(key) and not all(KERNEL.fullmatch(text) for text in _texts(value)):
             raise SetupError(
                 f"{path}: `{key}` = {value!r} asks to download a kernel and to run it; that is "
@@ -379,13 +379,13 @@ def _names_kernel(key: str) -> bool:
     return any(part in key for part in KERNEL_KEYS)
 
 
-def _items(value: object) -> Iterator[tuple[str, Any]]:
+def config_items(value: object) -> Iterator[tuple[str, Any]]:
     """Yield key and value of all objects in a JSON value, the value itself included."""
     if isinstance(value, Mapping):
         yield from value.items()
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _items(inner)
+            yield from config_items(inner)
 
 
 def _texts(value: object) -> Iterator[str]:

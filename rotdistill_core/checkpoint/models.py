@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +132,18 @@ class Model:
         """The tokenizer, from the folder."""
         return load_tokenizer(self.folder)
 
+    def require_known_tokens(self, tokens: Iterable[int], what: str) -> None:
+        """Refuse tokens that have no row in the embedding.
+
+        Args:
+            tokens: token ids.
+            what: names the text, for the error.
+
+        Raises:
+            SetupError: naming the token and the rows.
+        """
+        require_known_tokens(self.folder, self.weights, tokens, what)
+
     @property
     def device(self) -> torch.device:
         """Where the model computes.
@@ -249,11 +261,31 @@ def load_tokenizer(folder: Path) -> Any:
         SetupError: transformers cannot load it, or would open what is no plain file.
     """
     check_tokenizer(folder)
-    from transformers import AutoTokenizer  # noqa: PLC0415  (takes seconds to load)
+    from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  (takes seconds)
 
     require_plain_files(folder)
+    options = {"local_files_only": True, "trust_remote_code": False}
     with reading(folder, "its tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(folder, **options)
+        except Exception:
+            # It reads the config, too. If that is the cause, the error names it.
+            if (folder / RunLayout.CONFIG).is_file():
+                with reading(folder / RunLayout.CONFIG, "the config"):
+                    AutoConfig.from_pretrained(folder, **options)
+            raise
+
+
+def require_known_tokens(folder: Path, weights: Weights, tokens: Iterable[int], what: str) -> None:
+    """Refuse tokens that have no row in the embedding of a model; see the method of `Model`."""
+    rows = weights.entries[weights.adapter.embedding].shape[0]
+    largest = max(tokens, default=0)
+    if largest >= rows:
+        raise SetupError(
+            f"{folder}: its tokenizer makes token {largest} of {what}, and its embedding has "
+            f"{rows} rows. The tokenizer belongs to another model, or the model was not resized "
+            "when tokens were added."
+        )
 
 
 def check_tokenizer(folder: Path) -> None:

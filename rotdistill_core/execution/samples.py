@@ -44,9 +44,22 @@ def prepare_samples(run: RunContext) -> Samples:
         samples = tokenize_texts(*texts)
     else:
         samples = tokenize_for_both(pair.student.tokenizer, *texts)
+    _require_known_tokens(samples, pair)
     samples = with_prefix_of_common_tables(samples, pair)
     _freeze(run, samples)
     return samples
+
+
+def _require_known_tokens(samples: Samples, pair: Pair) -> None:
+    """Refuse texts with tokens that a model of the run has no row for.
+
+    Raises:
+        SetupError: naming model, text and token.
+    """
+    for role, model in pair.by_role.items():
+        layout = samples.theirs if role == "teacher" and samples.theirs else samples.layout
+        for text in layout.texts:
+            model.require_known_tokens(text.tokens, f"the text {text.id!r}")
 
 
 def with_prefix_of_common_tables(samples: Samples, pair: Pair) -> Samples:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from rotdistill_core.checkpoint.models import end_tokens, load_tokenizer
+from rotdistill_core.checkpoint.models import end_tokens, load_tokenizer, require_known_tokens
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.data.tokenization import shared_prefix_length
 from rotdistill_core.errors import CheckFailed, SetupError
@@ -235,7 +235,8 @@ class AnswerWriter:
     def _loaded(self) -> _Loaded:
         disable_progress_bar()
         decoding = self.decoding
-        self._require_known_tokens()
+        for name, prompt in self.prompts.items():
+            require_known_tokens(decoding.folder, decoding.weights, prompt, f"the text {name!r}")
         tokenizer = load_tokenizer(decoding.folder)
         stops = stop_tokens(decoding.folder, decoding.weights, tokenizer)
         try:
@@ -246,18 +247,6 @@ class AnswerWriter:
         model.generation_config = settings
         longest = max(map(len, self.prompts.values())) + decoding.max_tokens
         return _Loaded(model, stops, settings, has_window_below(model, longest))
-
-    def _require_known_tokens(self) -> None:
-        """Refuse prompts whose tokens have no row in the embedding."""
-        weights = self.decoding.weights
-        rows = weights.entries[weights.adapter.embedding].shape[0]
-        for name, prompt in self.prompts.items():
-            if max(prompt) >= rows:
-                raise SetupError(
-                    f"{self.decoding.folder}: its tokenizer makes token {max(prompt)} of the text "
-                    f"{name!r}, and its embedding has {rows} rows. The tokenizer belongs to "
-                    "another model, or the model was not resized when tokens were added."
-                )
 
     @cached_property
     @torch.no_grad()

@@ -28,7 +28,7 @@ from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.forward.rope import tables_by_length
-from rotdistill_core.forward.whole import empty_model
+from rotdistill_core.forward.whole import computable, empty_model
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and a few words on the work."""
@@ -313,7 +313,7 @@ class LayerwiseForward:
     def _read(self, i: int) -> dict[str, Tensor]:
         prefix = f"{self.weights.adapter.layers}.{i}."
         return {
-            name.removeprefix(prefix): entry.read().to(self.device, self.dtype)
+            name.removeprefix(prefix): computable(name, entry, self.device, self.dtype)
             for name, entry in self._files.items()
             if name.startswith(prefix)
         }

@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rotdistill_core.architecture.table import SHOWN_PROBLEMS
 from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.checkpoint.headers import config_items
+from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.rope import forget_lengths, transformers_config
+from rotdistill_core.store.casts import is_finite
+from rotdistill_core.store.layout import RunLayout
 
 
 def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
@@ -28,12 +32,23 @@ def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
         SetupError: transformers refuses the config, or it makes another model of it than the
             checkpoint holds.
     """
-    with reading(_place_of(weights), "the model of its config.json"):
-        config = transformers_config(weights.config)
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+    path = f"{_place_of(weights)}/{RunLayout.CONFIG}"
+    with reading(path, "the model that it describes"):
+        try:
+            config = transformers_config(weights.config)
+            with init_empty_weights(include_buffers=False):
+                model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=False
+                )
+        except KeyError as error:
+            [word] = error.args or [""]
+            keys = [key for key, value in config_items(weights.config) if value == word]
+            if not keys:
+                raise
+            raise SetupError(f"{path}: transformers knows no {keys[0]} = {word!r}.") from error
+    types = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in types and getattr(config, "sliding_window", None) is None:
+        raise SetupError(f"{path}: layers have a sliding window, and `sliding_window` is null.")
     _require_one_model(weights, model)
     forget_lengths(model)
     return model.eval()
@@ -43,17 +58,47 @@ def whole_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> A
     """Return the model with its weights on a device, one tensor after the other.
 
     Raises:
-        SetupError: see `empty_model`.
+        SetupError, CheckFailed: see `empty_model` and `computable`.
         torch.OutOfMemoryError: the device has no memory for it.
     """
     model = empty_model(weights, dtype)
     for name, entry in weights.files.items():
         module, _, parameter = name.rpartition(".")
-        value = entry.read().to(device, dtype)
+        value = computable(name, entry, device, dtype)
         setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
     if weights.tied:
         model.tie_weights()
     return model.to(device)  # the buffers
+
+
+def computable(name: str, entry: LazyTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Read a tensor of a model into the dtype in which it computes.
+
+    Args:
+        name: of the tensor.
+        entry: the tensor.
+        device: where to put it.
+        dtype: the dtype to compute in.
+
+    Raises:
+        SetupError: a file holds NaN or Inf, or numbers beyond the dtype.
+        CheckFailed: a step made such numbers.
+    """
+    read = entry.read()
+    value = read.to(device, dtype)
+    if is_finite(value):
+        return value
+    spoilt = int((~torch.isfinite(read)).sum())
+    count = f"of its {read.numel()} numbers"
+    if spoilt:
+        problem = f"{spoilt} {count} are NaN or Inf. The file is damaged, or its training diverged."
+    else:
+        beyond = int((~torch.isfinite(value)).sum())
+        kind = str(dtype).removeprefix("torch.")
+        problem = f'{beyond} {count} do not fit {kind}. Set the model\'s dtype = "bfloat16".'
+    if entry.stored is None:
+        raise CheckFailed(f"{name}: {problem} Or a step made them.")
+    raise SetupError(f"{entry.stored.file}: tensor {name}: {problem}")
 
 
 def has_window_below(model: Any, length: int) -> bool:

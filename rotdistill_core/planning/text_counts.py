@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import SetupError
 
 if TYPE_CHECKING:
     from rotdistill_core.data.questions import Question
@@ -65,14 +67,30 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
 
     Args:
         folder: the model's folder; without a `tokenizer.json` there, bytes are counted.
-        vocabulary: number of tokens, which decides how many bytes a token has.
+        vocabulary: number of tokens of the model, which decides how many bytes a token has.
+
+    Raises:
+        SetupError: the tokenizer cannot be loaded. The function raises it for a token that the
+            model does not have.
     """
     if folder and (folder / "tokenizer.json").is_file():
         # A plan without local models needs no tokenizer.
         from tokenizers import Tokenizer  # noqa: PLC0415
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        with reading(folder / "tokenizer.json", "the tokenizer"):
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+        def count(text: str) -> int:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            if max(ids, default=0) >= vocabulary:
+                raise SetupError(
+                    f"{folder}/tokenizer.json: makes token {max(ids)}, and the model has "
+                    f"{vocabulary} tokens. The tokenizer belongs to another model, or the model "
+                    "was not resized when tokens were added."
+                )
+            return len(ids)
+
+        return count
     size = next(size for least, size in BYTES_PER_TOKEN.items() if vocabulary >= least)
     return lambda text: round(len(text.encode()) / size)
 

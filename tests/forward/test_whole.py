@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rotdistill_core.checkpoint.open import open_checkpoint
-from rotdistill_core.errors import SetupError
+from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.testing import logits, pico_folder, pico_samples, save_folder
@@ -149,6 +152,109 @@ def test_biases_that_disagree_with_the_config_are_refused(tmp_path: Path, case: 
         LayerwiseForward(open_checkpoint(folder).weights, pico_samples().layout, CPU, torch.float32)
 
 
+KEYS = (
+    "attention_bias",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "layer_types",
+    "max_position_embeddings",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "tie_word_embeddings",
+)
+NULL = "null"
+
+
+def without(folder: Path, key: str, kind: str) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop(key, None)
+    path.write_text(json.dumps({**config, key: None} if kind == NULL else config))
+
+
+@pytest.mark.parametrize("kind", ["missing", NULL])
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_key_that_a_config_lacks_is_what_its_class_takes(
+    tmp_path: Path, model_type: str, kind: str
+) -> None:
+    whole = pico_folder(tmp_path / "whole", model_type, **MODELS[model_type])
+    compared = []
+    for key in KEYS:
+        folder = tmp_path / key
+        shutil.copytree(whole, folder)
+        without(folder, key, kind)
+        try:
+            expected = theirs(folder)
+        except Exception:  # transformers refuses it, and so may we
+            continue
+        try:
+            found = ours(folder)
+        except SetupError:  # other sizes: transformers makes random tensors
+            continue
+        assert torch.equal(found, expected), key
+        weights = open_checkpoint(folder).weights
+        walked = logits(weights, one_text(), torch.float32)
+        assert torch.allclose(walked, expected[0], atol=1e-4), key
+        compared.append(key)
+    assert len(compared) >= 4
+
+
+def one_text() -> PackedTexts:
+    return PackedTexts((Text("t", "en", Split.FIT, tuple(IDS[0].tolist()), 1),), 0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"), [("llama", "rms_norm_eps"), ("qwen2", "rms_norm_eps")]
+)
+def test_the_eps_of_the_class_is_taken_and_saved(tmp_path: Path, model_type: str, key: str) -> None:
+    folder = pico_folder(tmp_path / "model", model_type)
+    without(folder, key, "missing")
+    model = open_checkpoint(folder)
+    assert torch.equal(ours(folder), theirs(folder))
+    save_folder(model.weights, folder, tmp_path / "saved")
+    assert torch.equal(theirs(tmp_path / "saved"), theirs(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("llama", "model.norm.weight"),
+        ("llama", EMBEDDING),
+        ("qwen2", HEAD),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_by_tensor(
+    tmp_path: Path, model_type: str, name: str, value: float
+) -> None:
+    folder = pico_folder(tmp_path / "model", model_type, **MODELS[model_type])
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor.view(-1)[3] = value
+    change_tensors(folder, **{name.replace(".", "__"): tensor})
+    with pytest.raises((SetupError, CheckFailed), match=rf"{name}: 1 of its .* NaN or Inf"):
+        ours(folder)
+
+
+def test_weights_beyond_the_dtype_are_refused_by_tensor(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = load_file(folder / "model.safetensors")[name]
+    change_tensors(folder, **{name.replace(".", "__"): tensor * 1e7})
+    with pytest.raises(SetupError, match=r"up_proj.weight: \d+ of its 1536 numbers do not fit"):
+        ours(folder, torch.float16)
+    assert bool(ours(folder).isfinite().all())
+    walk = LayerwiseForward(open_checkpoint(folder).weights, one_text(), CPU, torch.float16)
+    with pytest.raises(SetupError, match=r"up_proj.weight: .* numbers do not fit float16"):
+        for _ in walk:
+            walk.run()
+
+
 WRONG = {
     "an activation that there is not": {"hidden_act": "nonsense"},
     "an activation that is a number": {"hidden_act": 3},
@@ -159,6 +265,7 @@ WRONG = {
     "heads that are none": {"num_attention_heads": 0},
     "an eps as text": {"rms_norm_eps": "small"},
     "end tokens as text": {"eos_token_id": "end"},
+    "windows without a width": {"layer_types": ["sliding_attention"] * 2, "sliding_window": None},
 }
 
 
@@ -172,4 +279,5 @@ def test_a_config_of_wrong_kinds_is_refused_by_name(
     with pytest.raises(SetupError) as caught:
         ours(folder)
     assert str(caught.value).startswith(str(folder))
+    assert "config.json" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from rotdistill_core import hookimpl
 from rotdistill_core.architecture.rope_decoder import rope_decoder
-from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.architecture.table import Adapter, Config
 
-QWEN2 = rope_decoder(("qwen2",), biases=("q", "k", "v"))
+
+def defaults(_: Config) -> Config:
+    """Return what Qwen2Config takes for missing keys."""
+    return {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+
+
+QWEN2 = rope_decoder(("qwen2",), biases=("q", "k", "v"), defaults=defaults)
 
 
 @hookimpl

@@ -17,7 +17,12 @@ def defaults(config: Config) -> Config:
     if config.get("use_sliding_window"):
         first_sliding = int(config.get("max_window_layers", 28))
     types = ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(depth)]
-    return {"head_dim": 128, "tie_word_embeddings": False, "layer_types": types}
+    return {
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "layer_types": types,
+    }
 
 
 QWEN3 = rope_decoder(
