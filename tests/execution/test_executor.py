@@ -121,7 +121,7 @@ def test_a_failing_evaluator_ends_the_run_and_is_reported(
 
 def test_a_system_prompt_that_is_not_utf8_is_named(work: Path, executor: Open) -> None:
     (work / "texts/style.md").write_bytes(b"caf\xe9")
-    with pytest.raises(RecipeError, match=r"style\.md: the system prompt cannot be read"):
+    with pytest.raises(RecipeError, match=r"style\.md: the system prompt is not UTF-8"):
         executor("r")
 
 
