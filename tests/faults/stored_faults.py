@@ -239,10 +239,26 @@ def _damage(
     DAMAGES[damage](work / "runs" / base.run / file, random.Random(title))
     check = call(work, "check", base.run)
     unseen = "" if _names(check, base.run, file) else "check does not name it"
+    path = work / "runs" / base.run / file
+    if path.is_dir():
+        refused = call(work, "run", "trial.toml", "--no-plan")
+        unseen = unseen or _kept_folder(refused, path)
+        shutil.rmtree(path)
     again, more = not_healed(base, work)
     wrong = unsound(check, {4})
     shown = again if more else check
     return [row("files lost, cut or replaced", title, shown, wrong, unseen, *more)]
+
+
+def _kept_folder(refused: Ended, path: Path) -> str:
+    """Return a fault unless a folder in the place of a file was refused and left alone.
+
+    A folder may hold what somebody wants to keep, so a run does not remove it.
+    """
+    if wrong := unsound(refused, {3}):
+        return f"a folder in its place: {wrong}"
+    told = path.name in refused.err and "folder" in refused.err
+    return "" if told else "the folder in its place is not told"
 
 
 # Whole ledgers
