@@ -1,8 +1,9 @@
 """Atomic, durable writes, and the formats that runs are written in.
 
 A file is written to a unique temporary name in its folder and hashed on the way. Then follow fsync,
-rename, and fsync of the folder. A crash leaves the old file or the new one, never a mixture.
-Only a line of the ledger commits a file; see `rotdistill_core.store.ledger`.
+rename, and fsync of the folder; a new folder is synced into its parent first. A crash leaves the
+old file or the new one, never a mixture. Only a line of the ledger commits a file; see
+`rotdistill_core.store.ledger`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     digest, size = hashlib.sha256(), 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with temporary.open("wb") as stream:
                 for block in blocks:
@@ -100,6 +101,21 @@ def unwritable(path: Path, error: OSError) -> SetupError:
     return SetupError(
         f"{path}: cannot be written: {error.strerror}.{hint} What was committed before stays valid."
     )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, durably.
+
+    A power failure may lose the entry of a folder whose parent was not synced, and with it every
+    file inside, synced or not.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        sync_folder(each.parent)
 
 
 def sync_folder(folder: Path) -> None:

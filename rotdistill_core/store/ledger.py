@@ -16,7 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from rotdistill_core.store.files import CommittedFile, sync_folder, unwritable, write_file
+from rotdistill_core.store.files import (
+    CommittedFile,
+    make_folder,
+    sync_folder,
+    unwritable,
+    write_file,
+)
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
@@ -123,7 +129,7 @@ class Ledger:
             yield record, mark
 
     def _append_line(self, line: bytes) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         torn = self.path.exists() and self.path.read_bytes()[-1:] != b"\n"
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
