@@ -166,7 +166,7 @@ class Executor:
             checkpoints={},
             summaries=[],
             pair=self.pair,
-            parity=parity,
+            model_parity=parity,
         )
         dtype = self._save_dtype
         facts = facts_digest(self.context.questions)

@@ -58,8 +58,10 @@ class RunResult:
     summaries: list[object]
     """What observers return at the end; the terminal shows it below the results."""
     pair: Pair | None = None
+    model_parity: dict[str, Parity] = field(default_factory=dict)
+    """Role of an opened model -> how it compares with transformers."""
     parity: dict[str, Parity] = field(default_factory=dict)
-    """Role of a model, or variant -> how it compares with transformers."""
+    """The same for each saved variant."""
     failed: dict[str, list[str]] = field(default_factory=dict)
     """Variant -> the checks that it breaks, in words."""
 

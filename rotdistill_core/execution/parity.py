@@ -59,7 +59,7 @@ def compare_models(run: RunContext, fresh: bool = False) -> dict[str, Parity]:
             where = f"{role} {model.ref.model}"
             parity = _timed(run, role, partial(_compare_model, run, model, where))
         found[role] = made[key] = parity
-        _record(run, key, role, parity)
+        _record(run, ParityRecord(key=key, role=role, result=parity))
     return found
 
 
@@ -141,7 +141,7 @@ def compare_checkpoint(
     if parity is None:
         compare = partial(_compare_folder, run, folder, saved, samples)
         parity = _timed(run, variant, compare)
-    _record(run, key, variant, parity)
+    _record(run, ParityRecord(key=key, variant=variant, result=parity))
     return parity
 
 
@@ -180,8 +180,7 @@ def _key(model: Model, *parts: str) -> str:
     return digest("parity", model.sha256, model.table_code, code, transformers, *parts)
 
 
-def _record(run: RunContext, key: str, subject: str, parity: Parity) -> None:
-    record = ParityRecord(key=key, subject=subject, result=parity)
+def _record(run: RunContext, record: ParityRecord) -> None:
     if record not in run.ledger:
         run.ledger.append(record)
 

@@ -199,8 +199,9 @@ class ParityRecord:
     kind: Literal["parity"] = "parity"
     key: str
     """Key of the model, the texts, and the code that compared them."""
-    subject: str
-    """Role of the model in the recipe, or the variant."""
+    role: str = ""
+    """Role of the model in the recipe; empty for a variant."""
+    variant: str = ""
     result: Parity
 
     def paths(self) -> Iterator[str]:

@@ -21,7 +21,6 @@ from rotdistill_core.execution.outcome import RunFailed, RunResult
 from rotdistill_core.forward import parity as parity_module
 from rotdistill_core.plugin.registry import adapter_for, adapter_origin
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.store.records import ParityRecord
 from rotdistill_core.testing import PicoWorkspace, SilentObserver
 
 Open = Callable[..., Executor]
@@ -134,6 +133,7 @@ def test_a_table_that_names_them_runs(pico_workspace: PicoWorkspace) -> None:
         tables(patch, table)
         pico_workspace.model("model", "granite", **MULTIPLIERS["all"])
         outcome = pico_workspace.run(pico_workspace.recipe(STEPS))
+    assert set(outcome.parity) == {"base", "full"}
     assert all(parity.holds for parity in outcome.parity.values())
 
 
@@ -144,10 +144,12 @@ def test_every_model_and_variant_stands_in_the_ledger_and_the_cut_in_its_step(
     executor: Open,
 ) -> None:
     outcome = executor("trial").go()
-    assert set(outcome.parity) == {"teacher", "student", "base", "full"}
-    assert all(0 <= parity.difference < 1e-5 for parity in outcome.parity.values())
-    ledger = Ledger(outcome.folder)
-    assert {record.subject: record.result for record in ledger.parities} == outcome.parity
+    assert set(outcome.model_parity) == {"teacher", "student"}
+    assert set(outcome.parity) == {"base", "full"}
+    found = {**outcome.model_parity, **outcome.parity}
+    assert all(0 <= parity.difference < 1e-5 for parity in found.values())
+    records = Ledger(outcome.folder).parities
+    assert {record.role or record.variant: record.result for record in records} == found
     cut = outcome.steps["base", "chop"].report.parity
     assert cut is not None
     assert cut.holds
@@ -164,7 +166,8 @@ def test_models_are_compared_once_and_a_finished_run_compares_nothing(
     assert comparisons == ["3", "2", "2", "2"]
     again = executor("trial").go()
     assert len(comparisons) == 4
-    assert set(again.parity) == {"teacher", "student", "base", "full"}
+    assert set(again.model_parity) == {"teacher", "student"}
+    assert set(again.parity) == {"base", "full"}
 
 
 def test_another_run_of_the_same_texts_does_not_compare_the_models_again(
@@ -173,7 +176,7 @@ def test_another_run_of_the_same_texts_does_not_compare_the_models_again(
     executor("trial").go()
     other = executor("other", "chop.layers=1").go()
     assert comparisons[4:] == ["1", "1", "1"]
-    assert {"teacher", "student"} <= {record.subject for record in Ledger(other.folder).parities}
+    assert {"teacher", "student"} <= {record.role for record in Ledger(other.folder).parities}
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_one_wrong_checkpoint_leaves_the_others(
     assert set(outcome.failed) == {"full"}
     assert set(outcome.checkpoints) == {"base"}
     assert {row.variant for row in outcome.rows if row.metric == "kl"} == {"base"}
-    assert {r.subject for r in Ledger(outcome.folder).parities} == {"teacher", "student", "base"}
+    assert {r.variant for r in Ledger(outcome.folder).parities} == {"", "base"}
 
 
 def test_a_wrong_checkpoint_is_compared_again_by_the_next_run(
@@ -313,13 +316,3 @@ def test_lines_say_what_was_compared(pico_workspace: PicoWorkspace) -> None:
     pico_workspace.run(pico_workspace.recipe(STEPS), observer=watching)
     lines = [line.split() for line in watching.lines if "as transformers" in line]
     assert [line[0] for line in lines] == ["teacher", "chop", "base", "full"]
-
-
-def test_records_of_parity_are_read_as_they_were_written(tmp_path: Path, executor: Open) -> None:
-    outcome = executor("trial").go()
-    again = Ledger(outcome.folder).parities
-    assert again
-    assert all(isinstance(record, ParityRecord) for record in again)
-    assert [record.result.tokens for record in again] == [
-        outcome.parity[record.subject].tokens for record in again
-    ]

@@ -95,7 +95,16 @@ def results(folder: Path) -> list[MetricRow]:
 def rebuild(outcome: RunResult) -> ReportData:
     """Return the report of a run from its files, without opening its models."""
     recipe = load_recipe(outcome.folder.parents[1] / "reported.toml")
-    unopened = RunResult(outcome.folder, results(outcome.folder), outcome.steps, {}, [])
+    parities = Ledger(outcome.folder).parities
+    unopened = RunResult(
+        outcome.folder,
+        results(outcome.folder),
+        outcome.steps,
+        {},
+        [],
+        model_parity={each.role: each.result for each in parities if each.role},
+        parity={each.variant: each.result for each in parities if each.variant},
+    )
     out = StepOutput(ArtifactStore(outcome.folder.parent), Ledger(outcome.folder), "report")
     return with_findings(collect(recipe, unopened, out), recipe, unopened)
 
@@ -155,6 +164,26 @@ def test_page_and_markdown_hold_the_figures_of_the_json(
     # The page has one line for each metric.
     lines = [re.sub(r"<[^>]*>", " ", line).split() for line in page.splitlines()]
     assert words in lines
+
+
+def test_parity_stands_in_every_form_of_the_report_and_in_the_cards(
+    outcome: RunResult, markdown: str, page: str, report: dict[str, Any]
+) -> None:
+    assert set(report["model_parity"]) == {"teacher", "student", "after chop"}
+    assert set(report["parity"]) == {*outcome.checkpoints} == {*outcome.parity}
+    for name, parity in {**report["model_parity"], **report["parity"]}.items():
+        assert 0 <= parity["difference"] <= parity["allowed"]
+        figure = f"{parity['difference']:.1e}"
+        assert f"| {name} | {figure} | " in markdown
+        assert f'<tr><th>{name}</th><td data-label="difference">{figure}</td>' in page
+    for text in (markdown, page):
+        assert "As transformers computes it" in text
+        assert "More than 1e-04 is refused" in text
+    for variant, folder in outcome.checkpoints.items():
+        card = (folder / RunLayout.CARD).read_text(encoding="utf-8")
+        figure = f"{report['parity'][variant]['difference']:.1e}"
+        assert "As transformers computes it: `AutoModelForCausalLM` on this folder" in card
+        assert f"agree to {figure} of the spread" in card
 
 
 def test_the_verdict_is_the_same_everywhere(
@@ -254,7 +283,8 @@ def test_only_variants_that_answered_are_among_the_answers(tmp_path: Path) -> No
     outcome = run(tmp_path, variants=variants)
     markdown = (outcome.folder / RunLayout.REPORT_MARKDOWN).read_text(encoding="utf-8")
     assert "| id | language | question | teacher | full |" in markdown
-    assert "| base |" not in markdown.partition("## Answers")[2]
+    answers = markdown.partition("## Answers")[2].partition("## Steps")[0]
+    assert "| base |" not in answers
 
 
 def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         checkpoints={variant: layout.checkpoints / variant for variant in run.chains()},
         summaries=[],
         pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
+        model_parity={each.role: each.result for each in run.ledger.parities if each.role},
+        parity={each.variant: each.result for each in run.ledger.parities if each.variant},
         failed=_failures(rows, recipe.check, loaded.baseline),
     )
     manager = plugin_manager()

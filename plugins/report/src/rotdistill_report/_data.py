@@ -32,7 +32,7 @@ from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
-from rotdistill_core.store.results import Answer, Curve
+from rotdistill_core.store.results import Answer, Curve, Parity
 from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
@@ -143,6 +143,10 @@ class ReportData:
     provenance: dict[str, Mapping[str, str | Source]]
     """Models, texts, recipe and versions that had a part in the run."""
     recipe_text: str
+    parity: dict[str, Parity]
+    """Variant -> how it compares with transformers."""
+    model_parity: dict[str, Parity]
+    """The same for each opened model, and after each step that cuts."""
     verdict: str = ""
     """In one sentence: whether the run worked."""
     tone: Tone = Tone.NEUTRAL
@@ -217,6 +221,8 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         answer_variants=answer_variants(answered, baseline, recipe.headline),
         provenance=provenance(recipe, outcome),
         recipe_text=recipe.text,
+        parity=outcome.parity,
+        model_parity={**outcome.model_parity, **cut_parities(outcome)},
     )
 
 
@@ -366,6 +372,15 @@ def _diagnostics_files(out: StepOutput) -> dict[str, dict[int, Path]]:
         record.key: {int(layer): Path(path) for layer, path in record.result.cards.items()}
         for record in out.ledger.steps
         if isinstance(record.result, MapsRef)
+    }
+
+
+def cut_parities(outcome: RunResult) -> dict[str, Parity]:
+    """Return how the models that steps have cut compare with transformers."""
+    return {
+        f"after {step}": result.report.parity
+        for (_, step), result in outcome.steps.items()
+        if result.report.parity
     }
 
 
