@@ -17,7 +17,7 @@ from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights, open_folder
-from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.head import final_norm
 from rotdistill_core.forward.parity import (
@@ -251,11 +251,16 @@ def test_other_tensors_in_the_folder_do_not_hold(tmp_path: Path) -> None:
 
 def test_a_nan_does_not_hold(tmp_path: Path) -> None:
     model = pico_model(tmp_path / "model")
-    name = "model.layers.1.mlp.up_proj.weight"
-    edited = model.weights.edit({name: model.weights[name] * torch.nan})
-    parity = of_folder(edited, model.folder)
+    logits = logits_of_folder(model.folder, CPU)
+
+    def broken(text: Text, positions: torch.Tensor) -> torch.Tensor:
+        found = logits(text, positions)
+        found[0, 0] = torch.nan
+        return found
+
+    parity = compare_with_transformers(model.weights, broken, texts(), CPU)
     assert not parity.holds
-    assert parity_fault(parity, edited)
+    assert "differ by nan" in parity_fault(parity, model.weights)
 
 
 def test_lost_tensors_are_named(tmp_path: Path) -> None:
