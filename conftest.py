@@ -12,6 +12,7 @@ pytest_plugins = ["rotdistill_core.testing.pytest_plugin"]
 
 ROOT = Path(__file__).parent
 LONGEST_FILES = (
+    "tests/faults/test_faults.py",
     "tests/recipes/test_tour_guide.py",
     "tests/benchmarks/test_scramble.py",
     "tests/execution/test_crash.py",

@@ -87,6 +87,8 @@ class Disk:
                 return None
         full = os.path.abspath(os.fsdecode(path))  # type: ignore[arg-type]  # noqa: PTH100
         root = str(self.root)
+        if full == root:
+            return "."
         if not full.startswith(root + "/"):
             return None
         return TEMPORARY.sub("", full[len(root) + 1 :].removesuffix(" (deleted)"))
