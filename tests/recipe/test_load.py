@@ -441,7 +441,29 @@ def test_the_committed_schema_is_what_the_program_prints() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x", "save full", "a/b", ".hidden", "", "x" * 81, "tab\t", "ünïcode", "a\nb"]
+    "name",
+    [
+        "../../x",
+        "../../../OUTSIDE",
+        "/tmp/x",
+        "save full",
+        "a/b",
+        ".hidden",
+        "..",
+        "",
+        "x" * 81,
+        "tab\t",
+        "ünïcode",
+        "a\nb",
+        "a\n",
+        "a\0b",
+        "\x1b]0;pwned\x07",
+        "\u202eb",
+        "x\" onload=\"document.title=1+1+' INJECTED'//",
+        "<script>",
+        "$x$",
+        "a\\b",
+    ],
 )
 def test_a_step_id_is_a_name_and_no_path(good: Path, name: str) -> None:
     text = good.read_text(encoding="utf-8")
@@ -476,3 +498,14 @@ def test_baseline_and_headline_are_marked_or_go_by_rule(good: Path) -> None:
     assert (marked.baseline, marked.headline) == ("folded", "base")
     assert marked.digest() == loaded.digest()
     assert "there is no variant" in problems_of(good, "baseline=nowhere")[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/b", "", "x" * 81, "a\n", "\x1b]0;x\x07", '"><svg', "$x$"]
+)
+@pytest.mark.parametrize("place", ["name", "variants"])
+def test_runs_and_variants_have_names_and_no_paths(good: Path, place: str, name: str) -> None:
+    value: object = name if place == "name" else {name: [], "full": ["basis", "fold"]}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(good, {place: value})
+    assert all(f"{good}: {place}" in problem for problem in caught.value.problems)

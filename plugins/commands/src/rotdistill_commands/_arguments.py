@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rotdistill_core.characters import visible
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run
 from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import literal, stderr_console
@@ -31,7 +32,8 @@ def requested_run(name: str) -> RunFolder:
 def complete_run_names(incomplete: str) -> list[str]:
     """Return the names of runs that begin with `incomplete`."""
     names = [run.path.name for run in all_runs(RUNS_FOLDER)]
-    return [name for name in names if name.startswith(incomplete)]
+    # A shell prints what it completes.
+    return [name for name in names if name.startswith(incomplete) and visible(name) == name]
 
 
 RunName = Annotated[
