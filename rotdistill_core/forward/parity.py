@@ -23,7 +23,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 from transformers.utils.logging import disable_progress_bar
 
@@ -232,8 +232,19 @@ def logits_of_folder(folder: Path, device: torch.device) -> Logits:
         SetupError: transformers cannot open it, or finds other tensors there than the model has.
     """
     with reading(folder, "the model, as transformers opens it,"), _quiet_transformers():
+        config = AutoConfig.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            return_dict=True,
+            output_attentions=False,
+            output_hidden_states=False,
+        )
+        # Which kernel computes is no property of a model, and not every machine has it.
+        config._attn_implementation_internal = None
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             device_map={"": "disk"},
             output_loading_info=True,

@@ -16,6 +16,7 @@ from rotdistill_core.architecture.rope_decoder import rope_decoder
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights, open_folder
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import SetupError
@@ -29,6 +30,7 @@ from rotdistill_core.forward.parity import (
     unnamed_settings,
 )
 from rotdistill_core.forward.whole import empty_model
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.results import Parity
 from rotdistill_core.testing import pico_folder, pico_model, pico_samples, save_folder
 
@@ -54,6 +56,13 @@ LONGROPE: dict[str, Any] = {
 }
 
 
+def with_keys(folder: Path, **keys: Any) -> Path:
+    """Write keys into the config of a folder; return the folder."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    return folder
+
+
 def texts(**changes: Any) -> PackedTexts:
     return parity_texts(pico_samples(texts=12, **changes).layout, without_prefix=True)
 
@@ -77,6 +86,56 @@ def test_models_are_computed_as_transformers_computes_them(
         assert parity.difference < 1e-6
         assert parity.holds
         assert parity_fault(parity, model.weights) == ""
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=lambda n: f"{n} key/value heads")
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"head_dim": 16}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 4, "attention_bias": True}),
+        ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 7}),
+    ],
+)
+def test_heads_and_biases_of_any_shape_hold(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], groups: int
+) -> None:
+    model = pico_model(tmp_path / "model", model_type, num_key_value_heads=groups, **changes)
+    assert of_folder(model.weights, model.folder).difference < 1e-6
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": "paged|eager"},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_x.Y", "AutoConfig": "configuration_x.C"}},
+        {"quantization_config": None},
+        {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": None, "dtype": "float16", "use_cache": False},
+    ],
+    ids=str,
+)
+def test_how_somebody_called_a_model_is_no_difference(tmp_path: Path, keys: dict[str, Any]) -> None:
+    folder = with_keys(pico_folder(tmp_path / "model"), **keys)
+    model = open_model(ModelRef(model=str(folder)))
+    assert of_folder(model.weights, folder).difference < 1e-6
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_of_its_own_under_a_tied_config_is_read_alike(tmp_path: Path, equal: bool) -> None:
+    folder = pico_folder(tmp_path / "model", tie_word_embeddings=False)
+    path = folder / "model.safetensors"
+    if equal:
+        tensors = load_file(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, path, {"format": "pt"})
+    model = open_model(ModelRef(model=str(with_keys(folder, tie_word_embeddings=True))))
+    assert of_folder(model.weights, folder).difference < 1e-6
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, {"rope_type": "dynamic", "factor": 6.0}])
@@ -236,8 +295,7 @@ def test_another_config_in_the_folder_does_not_hold(
 ) -> None:
     model = pico_model(tmp_path / "model")
     weights = model.weights
-    path = model.folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with_keys(model.folder, **changes)
     assert not of_folder(weights, model.folder).holds
 
 
