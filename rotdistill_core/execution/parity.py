@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
@@ -28,6 +30,7 @@ from rotdistill_core.forward.parity import (
     parity_fault,
     parity_texts,
 )
+from rotdistill_core.forward.whole import empty_model
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.hashing import digest
@@ -64,7 +67,10 @@ def compare_models(run: RunContext, fresh: bool = False) -> dict[str, Parity]:
 
 
 def _compare_model(run: RunContext, model: Model, where: str) -> Parity:
+    empty_model(model.weights, torch.float32)  # a config that describes no model is told by key
     texts = parity_texts(_known_texts(run, model), without_prefix=True)
+    for text in texts.texts:
+        model.require_known_tokens(text.tokens, f"the text {text.id!r}")
     logits = logits_of_folder(model.folder, model.device)
     parity = compare_with_transformers(model.weights, logits, texts, model.device)
     fault = parity_fault(parity, model.weights)
