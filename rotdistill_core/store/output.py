@@ -37,6 +37,9 @@ class StepOutput:
         key: the step's key, by which its files are found again.
         step: the step's id.
         others: ledgers of other runs in which files are looked up too.
+
+    Raises:
+        SetupError: the ledger is a link. Lines are appended to it, wherever it leads.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class StepOutput:
         step: str = "",
         others: Iterable[Ledger] = (),
     ) -> None:
+        if ledger.path.is_symlink():
+            raise SetupError(
+                f"{ledger.path}: is a link, so nothing is written to it. Put the file in its place."
+            )
         self.store = store
         self.ledger = ledger
         self.key = key

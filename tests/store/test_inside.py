@@ -80,6 +80,18 @@ def test_a_link_in_the_place_of_the_file_is_replaced(tmp_path: Path) -> None:
     assert target.read_text() == "mine"
 
 
+@pytest.mark.parametrize("target", ["elsewhere.txt", "nowhere.txt", "runs/other/ledger.jsonl"])
+def test_no_line_is_appended_through_a_link(tmp_path: Path, target: str) -> None:
+    (tmp_path / "elsewhere.txt").write_text("mine\n")
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "ledger.jsonl").symlink_to(tmp_path / target)
+    before = everything(tmp_path)
+    with pytest.raises(SetupError, match=r"ledger\.jsonl: is a link"):
+        open_output(tmp_path).json("a.json", 1)
+    assert everything(tmp_path) == before
+    assert (tmp_path / "elsewhere.txt").read_text() == "mine\n"
+
+
 def test_runs_may_lie_behind_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "runs").symlink_to("disk")
