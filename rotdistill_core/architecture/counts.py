@@ -18,6 +18,8 @@ LARGEST_SIZE = 10_000_000
 """Largest width, vocabulary or number of neurons of a model that is opened."""
 OTHER_COUNTS = ("vocab_size", "head_dim")
 """Counts that go by one name in all configs."""
+LARGEST_WINDOW = 100_000_000
+"""Positions of the largest window that a config may name."""
 
 
 def require_counts(adapter: Adapter, config: Config, where: str) -> None:
@@ -62,6 +64,7 @@ def _count_problems(adapter: Adapter, config: Config) -> Iterator[str]:
             ),
             LARGEST_SIZE,
         ),
+        "sliding_window": LARGEST_WINDOW,
     }
     for key, most in largest.items():
         value = config.get(key)

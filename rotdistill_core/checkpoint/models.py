@@ -308,19 +308,27 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     Raises:
         SetupError: they are no token ids, or generation_config.json is not valid.
     """
-    path = folder / GENERATION_CONFIG
-    settings: Mapping[str, Any] = config
-    if path.is_file():
-        settings = read_object(path)
-    else:
-        path = folder / RunLayout.CONFIG
-    ends = settings.get("eos_token_id")
-    if ends is None:
-        return ()
-    ids = ends if isinstance(ends, list) else [ends]
-    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ids):
-        raise SetupError(
-            f"{path}: `eos_token_id` = {ends!r} is no token id; it must be a number, or a list of "
-            "numbers."
-        )
+    path = folder / RunLayout.CONFIG
+    ends = _token_ids(config, path)  # transformers reads them in any case
+    if (folder / GENERATION_CONFIG).is_file():
+        path = folder / GENERATION_CONFIG
+        ends = _token_ids(read_object(path), path)
+    if any(end < 0 for end in ends):
+        raise _no_token_id(path, [*ends])
+    return ends
+
+
+def _token_ids(settings: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """Return the end tokens that settings name: one, a list, or none."""
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+        raise _no_token_id(path, value)
     return tuple(ids)
+
+
+def _no_token_id(path: Path, value: object) -> SetupError:
+    return SetupError(
+        f"{path}: `eos_token_id` = {value!r} is no token id; it must be a number, or a list of "
+        "numbers."
+    )

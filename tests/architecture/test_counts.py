@@ -30,6 +30,7 @@ COUNTS = (
     "num_key_value_heads",
     "vocab_size",
     "head_dim",
+    "sliding_window",
 )
 IMPOSSIBLE = {
     "huge": 10**9,
@@ -84,6 +85,14 @@ def test_a_depth_that_the_weights_have_not_is_named(
     wanted = f"num_hidden_layers is {layers}, but its weights are of 2 layers"
     with pytest.raises(SetupError, match=re.escape(wanted)):
         open_model(ModelRef(model=str(folder)))
+
+
+@pytest.mark.parametrize("value", [None, 4, 262_144])
+def test_a_window_may_be_longer_than_any_text(
+    tmp_path: Path, models: Callable[[str], Path], value: int | None
+) -> None:
+    folder = changed(models("llama"), tmp_path / "model", sliding_window=value)
+    assert open_model(ModelRef(model=str(folder))).depth == 2
 
 
 def test_null_stands_for_the_default(tmp_path: Path, models: Callable[[str], Path]) -> None:

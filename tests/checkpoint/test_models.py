@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def test_another_byte_is_another_model(llama: Model, tmp_path: Path, file: str) 
     assert copy.sha256 != llama.sha256
     assert copy.fingerprint != llama.fingerprint
     assert not Pair(llama, copy).same
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", [2, "x"], {"a": 1}, True, 2.0])
+def test_end_tokens_are_ids_in_both_files(
+    llama: Model, tmp_path: Path, file: str, value: object
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
+    with pytest.raises(SetupError, match=f"{file}: `eos_token_id` = .* is no token id"):
+        open_model(ModelRef(model=str(folder)))
 
 
 def test_teacher_depth_is_the_same_relative_depth(tmp_path: Path) -> None:
