@@ -24,6 +24,7 @@ from rotdistill_core.errors import (
     RecipeError,
     RotdistillError,
     SetupError,
+    shortened,
     suggest,
 )
 from rotdistill_core.evaluation.rows import rows_as_json
@@ -257,7 +258,7 @@ def _report_error(error: Exception) -> int:
     expected = usage is not None or isinstance(error, RotdistillError)
     kind = "error" if expected else "unexpected"
     for problem in _usage_problems(error) if usage else _problems(error):
-        stderr_console().print(f"[red]{kind}[/] {literal(problem)}", soft_wrap=True)
+        stderr_console().print(f"[red]{kind}[/] {literal(shortened(problem))}", soft_wrap=True)
     return int(getattr(error, "exit_code", 1))
 
 

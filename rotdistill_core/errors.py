@@ -63,6 +63,18 @@ class SingularError(RotdistillError):
     """Normal equations that have no solution at the ridge asked for."""
 
 
+def shortened(problem: str) -> str:
+    """Return a problem with its middle left out, if it is longer than two of `LONGEST_PROBLEM`.
+
+    Names of tensors and texts of others may have any length; what to do stands at the end.
+    """
+    left_out = len(problem) - 2 * LONGEST_PROBLEM
+    if left_out <= 0:
+        return problem
+    start, end = problem[:LONGEST_PROBLEM], problem[-LONGEST_PROBLEM:]
+    return f"{start} [... {left_out} characters ...] {end}"
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """Return a hint that follows an unknown word: ' Did you mean "x"?' with the closest of `words`.
 

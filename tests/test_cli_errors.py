@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rotdistill_core.cli import Interrupted
 from rotdistill_core.errors import PluginError
@@ -371,6 +373,22 @@ def test_a_broken_plugin_is_named_in_every_verb(
     with pytest.raises(PluginError, match="acme"):
         adapter_for("fail")
     assert "step.fail" not in printed(0, "schema")
+
+
+@pytest.mark.parametrize("place", ["a tensor", "the model", "the run", "a step"])
+def test_a_problem_of_any_length_is_a_short_paragraph(work: Path, place: str) -> None:
+    long = "x" * 100_000
+    words = {
+        "the model": ("check", "trial.toml", "--set", f"student.model=owner/{long}/name"),
+        "the run": ("show", long),
+        "a step": ("check", "trial.toml", "--set", f"{long}.layers=2"),
+    }
+    if place == "a tensor":
+        save_file({long: torch.zeros(2)}, work / "model" / "model.safetensors")
+    code, _, told = command_line(*words.get(place, ("plan", "trial.toml")))
+    assert code in (2, 3)
+    assert len(told) < 10_000
+    assert told.count("error ") == 1
 
 
 def test_v_shows_the_traceback(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,11 @@ def _kill_at(name: str, at: Event, workshop: Workshop, folder: Path) -> list[Row
 
 def _power_losses(events: dict[str, list[Event]]) -> Iterator[Case]:
     choice = random.Random("power")
-    changing = [event for event in events["whole"] if event.op not in ("read", "unlink")]
+    changing = [
+        event
+        for event in events["whole"]
+        if event.op not in ("read", "unlink") and event.name != "."
+    ]
     for number in range(140):
         at = choice.choice(changing)
         loss = LOSSES[number % len(LOSSES)]
