@@ -62,7 +62,7 @@ WRAPPED: Mapping[str, tuple[str, ...]] = {
         "rotdistill_core.alignment.assignment:assign",
         *(f"{module}:{name}" for module, names in LAPACK.items() for name in names),
     ),
-    "loading whole models": ("transformers:PreTrainedModel.from_pretrained",),
+    "loading whole models": ("rotdistill_core.forward.generate:whole_model",),
     HASHING: ("rotdistill_core.store.hashing:sha256_of",),
     "fsync": ("os:fsync",),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +52,8 @@ KERNEL = re.compile(r"(paged\|)?\w*")
 """Values of them that are part of transformers. Others name a repository with code."""
 REMOTE_CODE = "auto_map"
 """Key that names classes that come with a model. A table is for transformers' own."""
+HEAD = "lm_head."
+"""How the name of a head begins, which is outside the body."""
 COMPARED_BYTES = 1 << 24
 """Bytes of two tensors that are compared at once."""
 OTHER_WEIGHTS = "transformers_weights"
@@ -252,8 +254,12 @@ def _weight_files(folder: Path) -> list[str]:
         return []  # told when the folder is opened
 
 
-def folder_headers(folder: Path) -> dict[str, Header]:
+def folder_headers(folder: Path, body: str = "") -> dict[str, Header]:
     """Return every tensor of a checkpoint folder but the rotary buffers of old ones.
+
+    Args:
+        folder: the checkpoint.
+        body: module of the model without its head; see `lost_prefix`.
 
     Raises:
         SetupError: see `read_header` and `shard_files`; or a tensor is in two shards.
@@ -265,7 +271,19 @@ def folder_headers(folder: Path) -> dict[str, Header]:
                 raise SetupError(f"{path}: tensor {name} is also in {headers[name].file.name}.")
             if not ROTARY_BUFFER.search(name):
                 headers[name] = header
-    return headers
+    prefix = lost_prefix(headers, body)
+    return {prefix + name: header for name, header in headers.items()}
+
+
+def lost_prefix(names: Iterable[str], body: str) -> str:
+    """Return what stands before all names of tensors in a model and is missing in its checkpoint.
+
+    A checkpoint of the class without a head names its tensors from the inside of its body.
+    transformers opens it as a whole model, whose head is the embedding.
+    """
+    prefix = f"{body}."
+    is_inside = body and not any(name.startswith((prefix, HEAD)) for name in names)
+    return prefix if is_inside else ""
 
 
 def settled_tie(

@@ -67,7 +67,7 @@ def _opened(ref: ModelRef, folder: Path, hashes: FileHashes) -> Model:
     config = read_config(folder)
     model_type = str(config.get("model_type", ""))
     adapter = adapter_for(model_type)
-    headers = folder_headers(folder)
+    headers = folder_headers(folder, adapter.body)
     with reading(folder / RunLayout.CONFIG, "its config"):
         require_counts(adapter, config, str(folder))
         config = settled_tie(adapter.completed(config), adapter, headers)

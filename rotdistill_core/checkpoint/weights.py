@@ -188,13 +188,15 @@ def open_folder(folder: Path, config: Config, adapter: Adapter) -> Weights:
     Raises:
         SetupError: the folder is torn or does not fit the table.
     """
-    headers = folder_headers(folder)
+    headers = folder_headers(folder, adapter.body)
     config = settled_tie(config, adapter, headers)
     adapter.check(config, {n: header.shape for n, header in headers.items()}, str(folder))
     entries: dict[str, LazyTensor] = {}
     for path in sorted({header.file for header in headers.values()}):
-        found = open_tensors(path)
-        entries |= {name: found[name] for name in found if name in headers}
+        for name, tensor in open_tensors(path).items():
+            own = next((own for own in (name, f"{adapter.body}.{name}") if own in headers), None)
+            if own and tensor.stored:
+                entries[own] = replace(tensor, stored=tensor.stored._replace(name=own))
     for whole in adapter.parts(config):
         if whole in entries:
             fused = entries.pop(whole)

@@ -57,14 +57,20 @@ def model_info(ref: ModelRef, texts: Path, log: Callable[[str], None]) -> ModelI
     if not _is_hub_id(ref.model) or Path(ref.model).is_dir():
         return _opened(open_model(ref, log))
     cached = _cached_folder(ref)
-    if cached:
+    missing = missing_files(cached) if cached else []
+    if cached and not {*missing} - {TOKENIZERS[0]}:
         return _opened(open_model(ref.model_copy(update={"model": str(cached)}), log))
     path = Path(os.path.normpath(texts / "configs" / f"{ref.model}.json"))
     if not path.is_file():
+        in_cache = (
+            f"only a part of such a model in the hub's cache ({', '.join(missing)} missing in "
+            f"{cached})"
+            if cached
+            else "nor such a model in the hub's cache"
+        )
         raise ModelNotAvailable(
-            f"{ref.model}: there is no such folder here, nor such a model in the hub's cache, "
-            f"nor {path} to say how large it is. "
-            "If it is a hub id, `rotdistill run` downloads it."
+            f"{ref.model}: there is no such folder here, {in_cache}, nor {path} to say how large "
+            "it is. If it is a hub id, `rotdistill run` downloads it."
         )
     return _described(path)
 
@@ -76,19 +82,17 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _cached_folder(ref: ModelRef) -> Path | None:
-    """Return the folder of a Hugging Face model in the local cache; None if it is incomplete."""
+    """Return the folder of a Hugging Face model in the local cache, whole or not."""
     # Loading it takes longer than the rest of a plan for local models.
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
 
     config = try_to_load_from_cache(ref.model, RunLayout.CONFIG, revision=ref.revision)
-    if not isinstance(config, str):
-        return None
-    folder = Path(config).parent
-    return None if {*missing_files(folder)} - {TOKENIZERS[0]} else folder
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _opened(model: Model) -> ModelInfo:
-    stored = folder_headers(model.folder)[model.adapter.embedding].dtype
+    headers = folder_headers(model.folder, model.adapter.body)
+    stored = headers[model.adapter.embedding].dtype
     shape = ModelShape(model.adapter, model.config, stored)
     return ModelInfo(shape=shape, folder=model.folder, model=model, source=model.folder)
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rotdistill_core.checkpoint.open import open_checkpoint
+from rotdistill_core.checkpoint.weights import restore_weights
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.whole import whole_model
-from rotdistill_core.testing import logits, pico_folder, pico_samples, save_folder
+from rotdistill_core.testing import logits, pico_folder, pico_output, pico_samples, save_folder
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 9, 17, 25, 33, 41, 50, 58, 7, 12, 20, 30]])
@@ -128,6 +129,33 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path: Path) -> None:
     assert torch.equal(ours(folder), expected)
     save_folder(open_checkpoint(folder).weights, folder, tmp_path / "saved")
     assert not [name for name in load_file(tmp_path / "saved/model.safetensors") if "rot" in name]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "phi3"])
+def test_a_checkpoint_of_the_class_without_head_is_opened(tmp_path: Path, model_type: str) -> None:
+    changes = {**MODELS[model_type], "tie_word_embeddings": True}
+    folder = pico_folder(tmp_path / "model", model_type, **changes)
+    whole = theirs(folder)
+    path = folder / "model.safetensors"
+    inside = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    save_file(inside, path, {"format": "pt"})
+    assert torch.equal(theirs(folder), whole)
+    assert torch.equal(ours(folder), whole)
+    weights = open_checkpoint(folder).weights
+    out = pico_output(tmp_path / "runs")
+    again = restore_weights(weights.store(out, torch.float32), weights, tmp_path / "runs")
+    layout = pico_samples().layout
+    assert torch.equal(logits(again, layout), logits(weights, layout))
+
+
+def test_a_checkpoint_without_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model", tie_word_embeddings=False)
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    del tensors[HEAD]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(SetupError, match=r"lm_head\.weight is missing"):
+        open_checkpoint(folder)
 
 
 BIASES = {
