@@ -46,6 +46,8 @@ TOKENIZER_FILES = (
 )
 """How the names of files begin that belong to the tokenizer and to generation."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_DOCUMENTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+"""What stands beside a vocabulary: each is one JSON object."""
 GENERATION_CONFIG = "generation_config.json"
 
 VOCABULARY_FILES = (
@@ -292,11 +294,17 @@ def check_tokenizer(folder: Path) -> None:
     """Check what can be checked of a tokenizer without loading it.
 
     Raises:
-        SetupError: tokenizer_config.json is not one JSON object.
+        SetupError: a document beside its vocabulary is not one JSON object, or states a longest
+            text that is no number.
     """
-    path = folder / TOKENIZER_CONFIG
-    if path.is_file():
-        read_object(path)
+    for name in TOKENIZER_DOCUMENTS:
+        path = folder / name
+        settings = read_object(path) if path.is_file() else {}
+        longest = settings.get("model_max_length", 0)
+        if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+            raise SetupError(
+                f"{path}: `model_max_length` = {longest!r:.40} is no number of tokens."
+            )
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

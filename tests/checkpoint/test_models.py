@@ -52,6 +52,41 @@ def test_end_tokens_are_ids_in_both_files(
         open_model(ModelRef(model=str(folder)))
 
 
+@pytest.mark.parametrize(
+    "file", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+)
+@pytest.mark.parametrize("text", ["null", "[]", '"x"', '{"a":' * 50_000, "", "\x00"])
+def test_a_document_of_a_tokenizer_that_is_no_object_is_refused(
+    llama: Model, tmp_path: Path, file: str, text: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    (folder / file).write_text(text)
+    with pytest.raises(SetupError, match=file):
+        open_model(ModelRef(model=str(folder)))
+
+
+@pytest.mark.parametrize("value", ["512", [512], {"n": 1}, True])
+def test_a_longest_text_that_is_no_number_is_refused(
+    llama: Model, tmp_path: Path, value: object
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    with pytest.raises(SetupError, match="is no number of tokens"):
+        open_model(ModelRef(model=str(folder)))
+
+
+@pytest.mark.parametrize("value", [None, 512, 1e30])
+def test_a_longest_text_may_have_no_end(llama: Model, tmp_path: Path, value: object) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    assert open_model(ModelRef(model=str(folder))).tokenizer.eos_token_id is not None
+
+
 def test_teacher_depth_is_the_same_relative_depth(tmp_path: Path) -> None:
     teacher = pico_model(tmp_path / "teacher", num_hidden_layers=6)
     pair = Pair(teacher, pico_model(tmp_path / "student", num_hidden_layers=2))
