@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
     "a broken config": (put("model/config.json", "{"), 3, "config.json: not valid JSON"),
     "an unknown architecture": (config(model_type="lama"), 2, 'Did you mean "llama"?'),
     "another shape": (config(intermediate_size=64), 3, "does not fit the adapter for llama"),
-    "remote code": (config(auto_map={"AutoModel": "x.Y"}), 3, "asks to run code"),
+    "remote code": (config(attn_implementation="owner/kernel"), 3, "owner/kernel"),
     "quantised": (config(quantization_config={}), 3, "the weights are quantised"),
     "torn weights": (cut, 3, "not a valid safetensors file"),
     "pickled weights": (
