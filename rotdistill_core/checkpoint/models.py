@@ -295,7 +295,7 @@ def check_tokenizer(folder: Path) -> None:
 
     Raises:
         SetupError: a document beside its vocabulary is not one JSON object, or states a longest
-            text that is no number.
+            text or a side that is none.
     """
     for name in TOKENIZER_DOCUMENTS:
         path = folder / name
@@ -305,6 +305,11 @@ def check_tokenizer(folder: Path) -> None:
             raise SetupError(
                 f"{path}: `model_max_length` = {longest!r:.40} is no number of tokens."
             )
+        for key in ("padding_side", "truncation_side"):
+            if settings.get(key, "left") not in ("left", "right"):
+                raise SetupError(
+                    f'{path}: `{key}` = {settings[key]!r:.40} must be "left" or "right".'
+                )
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

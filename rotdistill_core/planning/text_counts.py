@@ -81,7 +81,8 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
         def count(text: str) -> int:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            with reading(folder / "tokenizer.json", "the tokens of a text"):
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
             if max(ids, default=0) >= vocabulary:
                 raise SetupError(
                     f"{folder}/tokenizer.json: makes token {max(ids)}, and the model has "

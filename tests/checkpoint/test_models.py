@@ -66,15 +66,22 @@ def test_a_document_of_a_tokenizer_that_is_no_object_is_refused(
         open_model(ModelRef(model=str(folder)))
 
 
-@pytest.mark.parametrize("value", ["512", [512], {"n": 1}, True])
-def test_a_longest_text_that_is_no_number_is_refused(
-    llama: Model, tmp_path: Path, value: object
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("model_max_length", value) for value in ("512", [512], {"n": 1}, True)),
+        *(("padding_side", value) for value in ("evil", 1, None, ["left"])),
+        ("truncation_side", "up"),
+    ],
+)
+def test_a_setting_of_a_tokenizer_that_it_cannot_have_is_refused(
+    llama: Model, tmp_path: Path, key: str, value: object
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(llama.folder, folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
-    with pytest.raises(SetupError, match="is no number of tokens"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(SetupError, match=f"tokenizer_config.json: `{key}` = "):
         open_model(ModelRef(model=str(folder)))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rotdistill_core.data.questions import Question
+from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.text_counts import (
     TEMPLATE_TOKENS,
     TextCounts,
@@ -70,6 +72,26 @@ def test_a_limit_counts_texts_at_their_mean_length() -> None:
 def test_the_tokenizer_of_the_folder_counts(tmp_path: Path) -> None:
     pico_tokenizer(64).save_pretrained(tmp_path)
     assert token_counter(tmp_path, 64)("w1 w2 w3") == 3
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "unk_token": "<nope>", "vocab": {"w1": 0}},
+        {"type": "WordPiece", "unk_token": "<nope>", "vocab": {"w1": 0}},
+        {"type": "BPE", "unk_token": "<nope>", "vocab": {"w": 0}, "merges": []},
+        {"type": "Unigram", "unk_id": None, "vocab": [["w1", 0.0]]},
+    ],
+    ids=lambda model: str(model["type"]),
+)
+def test_a_tokenizer_without_its_unknown_token_is_refused(
+    tmp_path: Path, model: dict[str, object]
+) -> None:
+    pico_tokenizer(64).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": model}))
+    with pytest.raises(SetupError, match=r"tokenizer\.json"):
+        token_counter(tmp_path, 64)("w1 other words")
 
 
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 14), (150_000, 10)])
