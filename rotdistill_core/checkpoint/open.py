@@ -68,12 +68,20 @@ def _opened(ref: ModelRef, folder: Path, hashes: FileHashes) -> Model:
     model_type = str(config.get("model_type", ""))
     adapter = adapter_for(model_type)
     headers = folder_headers(folder, adapter.body)
-    with reading(folder / RunLayout.CONFIG, "its config"):
+    path = folder / RunLayout.CONFIG
+    with reading(path, "its config"):
         require_counts(adapter, config, str(folder))
-        config = settled_tie(adapter.completed(config), adapter, headers)
-        require_depth(adapter, config, headers, str(folder))
-        shapes = {name: header.shape for name, header in headers.items()}
-        adapter.check(config, shapes, str(folder))
+        try:
+            config = settled_tie(adapter.completed(config), adapter, headers)
+            require_depth(adapter, config, headers, str(folder))
+            shapes = {name: header.shape for name, header in headers.items()}
+            adapter.check(config, shapes, str(folder))
+        except (KeyError, TypeError) as error:
+            sizes = (adapter.depth_key, adapter.width_key, adapter.query_key, adapter.neurons_key)
+            lost = [key for key in (*sizes, "vocab_size") if config.get(key) is None]
+            if not lost:
+                raise
+            raise SetupError(f"{path}: has no value for {' and '.join(lost)}.") from error
     check_tokenizer(folder)
     end_tokens(folder, config)
     return Model(

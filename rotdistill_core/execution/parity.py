@@ -30,7 +30,7 @@ from rotdistill_core.forward.parity import (
     parity_fault,
     parity_texts,
 )
-from rotdistill_core.forward.whole import empty_model
+from rotdistill_core.forward.whole import empty_model, require_finite_ends
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.hashing import digest
@@ -68,6 +68,7 @@ def compare_models(run: RunContext, fresh: bool = False) -> dict[str, Parity]:
 
 def _compare_model(run: RunContext, model: Model, where: str) -> Parity:
     empty_model(model.weights, torch.float32)  # a config that describes no model is told by key
+    require_finite_ends(model.weights)
     texts = parity_texts(_known_texts(run, model), without_prefix=True)
     for text in texts.texts:
         model.require_known_tokens(text.tokens, f"the text {text.id!r}")

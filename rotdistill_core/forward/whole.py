@@ -19,7 +19,7 @@ from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.headers import config_items
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
 from rotdistill_core.forward.rope import forget_lengths, transformers_config
 from rotdistill_core.store.casts import is_finite
 from rotdistill_core.store.layout import RunLayout
@@ -88,17 +88,45 @@ def computable(name: str, entry: LazyTensor, device: torch.device, dtype: torch.
     value = read.to(device, dtype)
     if is_finite(value):
         return value
-    spoilt = int((~torch.isfinite(read)).sum())
-    count = f"of its {read.numel()} numbers"
-    if spoilt:
-        problem = f"{spoilt} {count} are NaN or Inf. The file is damaged, or its training diverged."
-    else:
-        beyond = int((~torch.isfinite(value)).sum())
-        kind = str(dtype).removeprefix("torch.")
-        problem = f'{beyond} {count} do not fit {kind}. Set the model\'s dtype = "bfloat16".'
+    _require_finite(name, entry, read)
+    beyond = int((~torch.isfinite(value)).sum())
+    kind = str(dtype).removeprefix("torch.")
+    raise _unfit(
+        name,
+        entry,
+        f"{beyond} of its {read.numel()} numbers do not fit {kind}. "
+        'Set the model\'s dtype = "bfloat16".',
+    )
+
+
+def require_finite_ends(weights: Weights) -> None:
+    """Refuse NaN and Inf in embedding, last norm and head. Those of layers are met in the walk.
+
+    Raises:
+        SetupError, CheckFailed: see `computable`.
+    """
+    adapter = weights.adapter
+    for name in (adapter.embedding, adapter.norm, adapter.head):
+        if name in weights.entries:
+            _require_finite(name, weights.entries[name], weights[name])
+
+
+def _require_finite(name: str, entry: LazyTensor, read: Tensor) -> None:
+    if not is_finite(read):
+        spoilt = int((~torch.isfinite(read)).sum())
+        raise _unfit(
+            name,
+            entry,
+            f"{spoilt} of its {read.numel()} numbers are NaN or Inf. The file is damaged, or its "
+            "training diverged.",
+        )
+
+
+def _unfit(name: str, entry: LazyTensor, problem: str) -> RotdistillError:
+    """Return the error for a tensor in which a model cannot compute."""
     if entry.stored is None:
-        raise CheckFailed(f"{name}: {problem} Or a step made them.")
-    raise SetupError(f"{entry.stored.file}: tensor {name}: {problem}")
+        return CheckFailed(f"{name}: {problem} Or a step made them.")
+    return SetupError(f"{entry.stored.file}: tensor {name}: {problem}")
 
 
 def has_window_below(model: Any, length: int) -> bool:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rotdistill_core.checkpoint.foreign import SHOWN_CHARACTERS, reading
 from rotdistill_core.checkpoint.models import load_tokenizer
+from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.planning.text_counts import token_counter
 from rotdistill_core.testing import PicoWorkspace, command_line, pico_folder
@@ -102,3 +104,33 @@ def test_tokens_beyond_the_embedding_are_refused_by_both_verbs(
     assert code == 3, err
     assert "token 900" in err
     assert "model" in err
+
+
+@pytest.mark.parametrize("value", [None, "missing"])
+@pytest.mark.parametrize(
+    "key", ["num_attention_heads", "hidden_size", "intermediate_size", "num_hidden_layers"]
+)
+def test_a_size_without_a_value_is_named(tmp_path: Path, key: str, value: object) -> None:
+    folder = pico_folder(tmp_path / "model")
+    path = folder / "config.json"
+    config = {name: held for name, held in json.loads(path.read_text()).items() if name != key}
+    path.write_text(json.dumps({**config, key: None} if value is None else config))
+    with pytest.raises(SetupError, match=rf"config\.json: has no value for {key}\."):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_weights_outside_the_layers_that_are_not_finite_are_refused_by_the_run(
+    pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path = pico_workspace.model(tie_word_embeddings=False) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    monkeypatch.chdir(pico_workspace.folder)
+    steps = 'step = [{ use = "residuals" }, { use = "fidelity" }]\nvariants = { base = [] }'
+    code, _, err = command_line("run", str(pico_workspace.recipe(steps)))
+    assert code == 3, err
+    assert f"model.safetensors: tensor {name}: 1 of its" in " ".join(err.split())
