@@ -35,6 +35,7 @@ from rotdistill_core.planning.reuse import (
 )
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.planning.text_counts import TextCounts, count_texts, token_counter
+from rotdistill_core.plugin.step import check_models
 from rotdistill_core.recipe.document import ModelRef, Recipe, StudentRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.ledger import ArtifactStore
@@ -218,6 +219,7 @@ def build_plan(
     texts_folder = (loaded.path.parent / recipe.samples.index).parent
     questions, style = read_questions(recipe.samples, loaded.path.parent)
     models = _models(recipe, texts_folder, log)
+    _let_steps_check(loaded, models)
     start = _start_context(recipe, models, questions, style, machine)
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
@@ -256,6 +258,14 @@ def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> d
                 f'{role}.device = "mps": this machine has no Apple GPU; write "cpu" or "auto".'
             )
     return {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
+
+
+def _let_steps_check(loaded: ResolvedRecipe, models: Mapping[str, ModelInfo]) -> None:
+    """Let steps refuse the models, where those are here."""
+    teacher, student = models["teacher"].model, models["student"].model
+    if teacher and student:
+        for recipe_step in loaded.steps:
+            check_models(recipe_step.step, Pair(teacher, student))
 
 
 def _start_context(

@@ -153,9 +153,10 @@ def test_what_cannot_be_merged_is_refused_before_the_teacher_answers(
     elif kind == "architecture":
         workspace.model(kind, "qwen2")
     recipe = workspace.recipe(STEPS.format(folder=folder))
-    code, _, words = workspace.command("run", str(recipe), "--no-plan")
-    assert code in (2, 3)
-    assert message in " ".join(words.split())
+    for words in (("plan", str(recipe)), ("run", str(recipe), "--no-plan")):
+        code, _, told = workspace.command(*words)
+        assert code in (2, 3)
+        assert message in " ".join(told.split())
     assert not list(workspace.runs.glob("*/answers/**/*.json"))
 
 

@@ -37,7 +37,13 @@ from rotdistill_core.testing import pico_model, save_folder
 
 Merge = Callable[..., Any]
 IDS = torch.tensor([[3, 9, 17, 25, 33, 41, 50, 58, 7, 12, 20, 30]])
-MODEL_TYPES = ["llama", "qwen2", "phi3", "gemma3_text"]
+MODEL_TYPES = [
+    "llama",
+    "phi3",
+    # 36 short tests each; together they are long for the edit loop.
+    pytest.param("qwen2", marks=pytest.mark.slow),
+    pytest.param("gemma3_text", marks=pytest.mark.slow),
+]
 ATTENTION = {"phi3": "qkv_proj"}
 """Name of a projection of attention, `q_proj` elsewhere."""
 
