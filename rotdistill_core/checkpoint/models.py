@@ -256,6 +256,19 @@ def has_vocabulary(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
+def require_vocabulary(folder: Path) -> None:
+    """Refuse a folder that has no tokenizer.
+
+    Raises:
+        SetupError: it holds none of the files that a tokenizer is made of.
+    """
+    if not has_vocabulary(folder):
+        raise SetupError(
+            f"{folder}: has no tokenizer: none of {', '.join(VOCABULARY_FILES)} is there. Save the "
+            "tokenizer beside the weights."
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without network and without remote code.
 

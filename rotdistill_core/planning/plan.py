@@ -9,7 +9,7 @@ from functools import reduce
 from operator import attrgetter
 from pathlib import Path
 
-from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.models import Pair, require_vocabulary
 from rotdistill_core.data.questions import Question, facts_digest, read_questions
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
@@ -257,7 +257,11 @@ def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> d
             raise SetupError(
                 f'{role}.device = "mps": this machine has no Apple GPU; write "cpu" or "auto".'
             )
-    return {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
+    found = {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
+    for role in ("teacher", "student"):  # an anchor reads no text
+        if model := found[role].model:
+            require_vocabulary(model.folder)
+    return found
 
 
 def _let_steps_check(loaded: ResolvedRecipe, models: Mapping[str, ModelInfo]) -> None:

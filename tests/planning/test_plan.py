@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.planning import text_counts
 from rotdistill_core.planning.cost import Cost
 from rotdistill_core.planning.machine import Machine, this_machine
@@ -244,6 +244,18 @@ def small_plan(machine: Machine, *lines: PlanLine) -> Plan:
         machine=machine,
         baseline_memory=100,
     )
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_model_without_a_tokenizer_is_named(
+    pico_workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.chdir(pico_workspace.folder)
+    bare = pico_workspace.model("bare", seed=1)
+    (bare / "tokenizer.json").unlink()
+    path = pico_workspace.recipe('[[step]]\nuse = "chop"\nlayers = 1\n', **{role: bare})
+    with pytest.raises(SetupError, match="bare: has no tokenizer: none of tokenizer.json"):
+        build_plan(load_recipe(path), pico_workspace.runs, CPU)
 
 
 def test_totals_are_peaks_of_memory_and_sums_of_the_rest() -> None:
