@@ -254,7 +254,7 @@ def test_a_model_without_a_tokenizer_is_named(
     bare = pico_workspace.model("bare", seed=1)
     (bare / "tokenizer.json").unlink()
     path = pico_workspace.recipe('[[step]]\nuse = "chop"\nlayers = 1\n', **{role: bare})
-    with pytest.raises(SetupError, match="bare: has no tokenizer: none of tokenizer.json"):
+    with pytest.raises(SetupError, match="bare: has no tokenizer: none of"):
         build_plan(load_recipe(path), pico_workspace.runs, CPU)
 
 
