@@ -110,8 +110,6 @@ def _teacher_answers(
 def _freeze(run: RunContext, samples: Samples) -> None:
     """Commit the system prompt, and a table of the texts with the hash of their tokens."""
     out = run.output(samples.digest())
-    if out.find(RunLayout.TEXTS) is not None:
-        return
     lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsha256\n"]
     for text in samples.layout.texts:
         cells = (
@@ -123,5 +121,5 @@ def _freeze(run: RunContext, samples: Samples) -> None:
             digest(text.tokens),
         )
         lines.append("\t".join(cells) + "\n")
-    out.write(RunLayout.TEXTS, [line.encode() for line in lines])
-    out.write(RunLayout.SYSTEM_PROMPT, [run.style.encode()])
+    out.document(RunLayout.TEXTS, [line.encode() for line in lines])
+    out.document(RunLayout.SYSTEM_PROMPT, [run.style.encode()])

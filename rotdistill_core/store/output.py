@@ -123,8 +123,12 @@ class StepOutput:
             raise SetupError(f"{self.ledger.path}: is written by the program alone.")
         path = f"{self.run_id}/{name}"
         if any(record.path == path and record.key != self.key for record in self.ledger.files):
-            head, _, tail = name.partition("/")
-            path = f"{self.run_id}/{head}-{self.key[:6]}/{tail}"
+            head, slash, tail = name.partition("/")
+            path = f"{self.run_id}/{head}-{self.key[:6]}{slash}{tail}"
+        return self._commit(name, path, blocks)
+
+    def _commit(self, name: str, path: str, blocks: Blocks) -> Path:
+        """Write a file at a path relative to the folder of all runs, and append its line."""
         require_inside(self.store.root / self.run_id, path.removeprefix(f"{self.run_id}/"))
         size, sha256 = write_file(self.store.root / path, blocks)
         file = CommittedFile(path, size, sha256)
@@ -135,6 +139,25 @@ class StepOutput:
         self._committed[name] = file
         self.used[path] = file
         return self.store.root / path
+
+    def document(self, name: str, blocks: Iterable[bytes]) -> Path:
+        """Return a small file of these bytes: committed before, else committed now.
+
+        Each document is looked for by itself, so a run that was killed between two of them writes
+        the second when it is carried out again. Its path is always `name` in the run's folder: a
+        document of another key makes room, because it is about an earlier run.
+
+        Raises:
+            SetupError: the disk refuses.
+        """
+        content = b"".join(blocks)
+        path = f"{self.run_id}/{name}"
+        file = CommittedFile(path, len(content), hashlib.sha256(content).hexdigest())
+        newest = next((each for each in reversed(self.ledger.files) if each.path == path), None)
+        if newest and (newest.key, newest.file) == (self.key, file) and self.store.verify(file):
+            self.used[path] = file
+            return self.store.root / path
+        return self._commit(name, path, [content])
 
     def relative(self, path: Path) -> str:
         """Return the path of a file relative to the folder of all runs, as ledgers name it."""

@@ -2,8 +2,9 @@
 
     python tests/execution/crash.py WORK_FOLDER
 
-Prints one JSON document: the hashes of the checkpoints of an undisturbed run, and for each kill the
-stage that it hit and whether the next run reached the same hashes. There is one thread and no
+Prints one JSON document: the hashes of all files of an undisturbed run, and for each kill the stage
+that it hit and in which files the next run differs from it. Two files hold measured times: of the
+ledger what its lines commit counts, of the results all but seconds. There is one thread and no
 parallel code before the forks, so forking a process that has imported torch is safe.
 """
 
@@ -18,7 +19,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import count as counter
 from pathlib import Path
 
 import torch
@@ -28,13 +29,16 @@ from rotdistill_core.execution.executor import Executor
 from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store import files
-from rotdistill_core.store.hashing import sha256_of
-from rotdistill_core.store.ledger import ArtifactStore
+from rotdistill_core.store.hashing import digest, sha256_of
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.testing import PicoWorkspace
 
 torch.set_num_threads(1)
 
 KILLS_PER_STAGE = 3
+EVERY_KILL = ("before the steps",)
+"""Stages in which documents follow each other: a kill at each write."""
 STEPS = """
 variants = { base = [], full = ["basis", "fold", "refit", "head"] }
 check.logits_float32 = 1e-2
@@ -100,11 +104,33 @@ def forked(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def hashes(root: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(root)): sha256_of(p)
-        for p in sorted(root.glob("*/checkpoints/*/*.safetensors"))
-    }
+def contents(root: Path) -> dict[str, str]:
+    """Return path -> hash of every file of the runs in a folder."""
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): content_of(path) for path in paths}
+
+
+def content_of(path: Path) -> str:
+    """Return the hash of a file's content, without what differs from run to run."""
+    if path.name == RunLayout.LEDGER:
+        ledger = Ledger(path.parent)
+        committed = {path: file.sha256 for path, file in ledger.committed.items()}
+        committed = {path: sha for path, sha in committed.items() if RunLayout.RESULTS not in path}
+        steps = sorted([record.key, record.id, record.variant] for record in ledger.steps)
+        saved = sorted([record.key, record.variant] for record in ledger.checkpoints)
+        return digest(committed, steps, saved, list(map(str, ledger.faults)))
+    if path.name == RunLayout.RESULTS:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return digest([row for row in rows if row["metric"] != "seconds"])
+    return sha256_of(path)
+
+
+def differences(root: Path, golden: dict[str, str]) -> list[str]:
+    """Return the files that are missing, that nobody expects, or that have other bytes."""
+    found = contents(root)
+    return sorted(
+        name for name in found.keys() | golden.keys() if found.get(name) != golden.get(name)
+    )
 
 
 def solved(root: Path) -> int:
@@ -124,7 +150,7 @@ def warm_up(recipe: Path) -> None:
 
 def killer(number: int) -> Callable[[str], None]:
     """Return a function that kills the process when it is called for the n-th time, from 0."""
-    calls = count()
+    calls = counter()
 
     def kill(stage: str) -> None:
         if next(calls) == number:
@@ -141,14 +167,15 @@ def main() -> None:
     warm_up(workspace.recipe(STEPS, name="crash", teacher=model, student=model))
     log = work / "syncs"
     code = forked(partial(carry_out, work, work / "golden", partial(note, log)))
-    golden, steps = hashes(work / "golden"), solved(work / "golden")
+    golden, steps = contents(work / "golden"), solved(work / "golden")
     moments: dict[str, list[int]] = defaultdict(list)
     for number, stage in enumerate(log.read_text().splitlines()):
         moments[stage].append(number)
     picker = random.Random(7)
     kills = []
     for stage, numbers in moments.items():
-        for number in picker.sample(numbers, min(KILLS_PER_STAGE, len(numbers))):
+        count = len(numbers) if stage in EVERY_KILL else min(KILLS_PER_STAGE, len(numbers))
+        for number in picker.sample(numbers, count):
             root = work / f"kill-{number}"
             killed = forked(partial(carry_out, work, root, killer(number)))
             again = forked(partial(carry_out, work, root, quietly))
@@ -157,7 +184,7 @@ def main() -> None:
                     "stage": stage,
                     "killed": killed,
                     "again": again,
-                    "same": hashes(root) == golden,
+                    "differences": differences(root, golden),
                     "steps": solved(root),
                 }
             )

@@ -13,7 +13,6 @@ from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.plain import read_bytes
 from rotdistill_report._card import model_card
 from rotdistill_report._data import ReportData, collect
 from rotdistill_report._findings import with_findings
@@ -60,6 +59,4 @@ def _write_cards(
     for variant, folder in outcome.checkpoints.items():
         card = model_card(report, recipe, outcome, pair, variant).encode()
         name = f"{folder.relative_to(outcome.folder).as_posix()}/{RunLayout.CARD}"
-        existing = out.find(name)
-        if existing is None or read_bytes(existing) != card:
-            out.write(name, [card])
+        out.document(name, [card])
