@@ -89,6 +89,10 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
             # The temporary file still exists only when something failed before the rename.
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+    except IsADirectoryError as error:
+        raise SetupError(
+            f"{path}: is a folder where a file belongs. Move it away; then the file can be written."
+        ) from error
     except OSError as error:
         raise unwritable(path, error) from error
     return size, digest.hexdigest()
@@ -127,7 +131,7 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def json_blocks(value: object, sort_keys: bool = True) -> Blocks:
+def json_blocks(value: object, sort_keys: bool = True) -> list[bytes]:
     """Return a value as readable JSON."""
     return [(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()]
 

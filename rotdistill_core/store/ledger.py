@@ -2,20 +2,33 @@
 
 Commit protocol: `write_file` makes a file durable, then one appended and fsynced line of
 `ledger.jsonl` states its length and sha256. Only that line commits. A line carries a mark, the hash
-of its content, so a line that a crash tore or a hand edited counts for nothing. Readers compare a
-file with its sha256 on first use; existence, modification times and locks prove nothing.
+of its content, and the marks of the lines before it; see `rotdistill_core.store.chain`. A line that
+a crash tore or a hand edited counts for nothing, and a lost one is seen. Readers compare a file
+with its sha256 on first use; existence, modification times and locks prove nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.store.chain import (
+    Chain,
+    LedgerFault,
+    chained_lines,
+    content_digest,
+    content_of,
+    mending,
+)
 from rotdistill_core.store.files import (
     CommittedFile,
     make_folder,
@@ -25,41 +38,58 @@ from rotdistill_core.store.files import (
 )
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, ledger_paths
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
+from rotdistill_core.store.plain import (
+    COLLECTION_BYTES,
+    KINDS,
+    open_plain,
+    read_bytes,
+    require_plain,
+)
 from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
     LedgerRecord,
     ParityRecord,
+    RemovalRecord,
     StartRecord,
     StepRecord,
-    record_as_json,
     record_from_json,
 )
 from rotdistill_core.store.results import Parity
 
-SCHEMA = 3
-"""Version of the records. Lines of another version commit nothing."""
+LOCK_TRIES = 100
+LOCK_SECONDS = 0.02
+"""How long an appender waits for another process: in all two seconds."""
 
 AnyRecord = TypeVar("AnyRecord", bound=LedgerRecord)
 KeyedRecord = TypeVar("KeyedRecord", StepRecord, CheckpointRecord)
 
 
 class Ledger:
-    """The records of one run, in the order in which they were committed."""
+    """The records of one run, in the order in which they were committed.
+
+    Raises:
+        SetupError: the file is there and cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = RunLayout(folder).ledger
         self.records: list[LedgerRecord] = []
-        self._marks: set[str] = set()
-        for record, mark in self._read():
-            self.records.append(record)
-            self._marks.add(mark)
+        self._chain = Chain()
+        self._contents: set[str] = set()
+        """Digests of what is committed here."""
+        self._place = (0, 0)
+        """Device and inode of the file as it was read."""
+        self._read_bytes = 0
+        """How much of the file was read, in whole lines."""
+        self._tail = b""
+        """What follows: the line that a crash tore, if the file does not end in a newline."""
+        self.refresh()
 
     def __contains__(self, record: LedgerRecord) -> bool:
         """Return whether a record of the same content is committed here."""
-        return _mark(_content(record)) in self._marks
+        return content_digest(record) in self._contents
 
     @property
     def starts(self) -> list[StartRecord]:
@@ -86,21 +116,56 @@ class Ledger:
         """The models and variants that were compared with transformers."""
         return [record for record in self.records if isinstance(record, ParityRecord)]
 
+    @property
+    def removals(self) -> list[RemovalRecord]:
+        """What was removed on purpose, with its records."""
+        return [record for record in self.records if isinstance(record, RemovalRecord)]
+
+    @property
+    def committed(self) -> dict[str, CommittedFile]:
+        """Path -> file, for every file that the ledger commits, as its last line states it."""
+        files = {file.path: file for record in self.steps for file in record.files}
+        files |= {file.path: file for record in self.checkpoints for file in record.files}
+        return files | {record.path: record.file for record in self.files}
+
+    @property
+    def faults(self) -> list[LedgerFault]:
+        """Damaged lines and places where lines are missing, those apart that are mended."""
+        return self._chain.faults + self.torn
+
+    @property
+    def torn(self) -> list[LedgerFault]:
+        """The fault of a torn last line, which is ordinary after a crash; the next line ends it."""
+        return [self._chain.torn_fault(self._tail)] if self._tail else []
+
+    @property
+    def is_chained(self) -> bool:
+        """Whether a line names the lines before it, as those of older versions did not."""
+        return self._chain.is_chained
+
+    def named(self, name: str) -> FileRecord | None:
+        """Return the newest record of a file by the name that its step gave it."""
+        return next((record for record in reversed(self.files) if record.name == name), None)
+
     def append(self, record: AnyRecord) -> AnyRecord:
         """Append one durable line; return the record as a later process reads it.
 
         Raises:
             SetupError: the disk refuses. Half a line may be left, which commits nothing.
         """
-        content = _content(record)
-        try:
-            self._append_line(_line(content))
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-        committed = cast("AnyRecord", record_from_json(content))
-        self.records.append(committed)
-        self._marks.add(_mark(content))
-        return committed
+        content = content_of(record)
+        self._append([content])
+        return cast("AnyRecord", record_from_json(content))
+
+    def mend(self) -> None:
+        """Append a line that names all faults so far, so that they are not told again.
+
+        What damaged lines recorded stays lost; the run finds it or makes it anew.
+
+        Raises:
+            SetupError: the disk refuses.
+        """
+        self._append([])
 
     def rewrite(self, records: Iterable[LedgerRecord]) -> None:
         """Replace all lines by those of `records`, atomically.
@@ -108,59 +173,100 @@ class Ledger:
         Raises:
             SetupError: the disk refuses; the old lines stay.
         """
-        kept = list(records)
-        contents = [_content(record) for record in kept]
-        write_file(self.path, [_line(content) for content in contents])
-        self.records = kept
-        self._marks = {_mark(content) for content in contents}
+        write_file(self.path, [chained_lines(map(content_of, records), [])])
+        self.refresh()
 
-    def _read(self) -> Iterator[tuple[LedgerRecord, str]]:
-        if not self.path.exists():
-            return
-        for line in read_bytes(self.path, COLLECTION_BYTES).split(b"\n"):
-            try:
-                content: dict[str, Any] = json.loads(line)
-                mark = content.pop("mark")
-                if mark != _mark(content) or content.get("schema") != SCHEMA:
-                    continue
-                record = record_from_json(content)
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                continue  # a line torn by a crash, or edited: it commits nothing
-            yield record, mark
+    def refresh(self) -> None:
+        """Read what this and other processes have appended since the last call.
 
-    def _append_line(self, line: bytes) -> None:
-        make_folder(self.folder)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] != b"\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        Raises:
+            SetupError: the file cannot be read, or is a folder, a pipe or a device.
+        """
         try:
-            rest = (b"\n" if torn else b"") + line
-            while rest:  # the system may take only a part
-                rest = rest[os.write(handle, rest) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        sync_folder(self.folder)
+            if not self.path.exists():
+                self._forget()
+                return
+            with open_plain(self.path) as stream:
+                self._catch_up(stream.fileno())
+        except OSError as error:
+            raise SetupError(f"{self.path}: cannot be read: {error.strerror}.") from error
+
+    def _append(self, contents: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines; without any, one that mends all faults."""
+        try:
+            make_folder(self.folder)
+            if self.path.exists():
+                require_plain(self.path)
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                _lock(handle)
+                self._catch_up(handle)
+                torn = self._end_torn_line(handle)
+                faults = torn if contents else self._chain.faults
+                mend = [mending(faults)] if faults else []
+                _write_all(handle, chained_lines([*mend, *contents], self._chain.tips))
+                os.fsync(handle)
+                self._catch_up(handle)
+            finally:
+                os.close(handle)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def _end_torn_line(self, handle: int) -> list[LedgerFault]:
+        """End a line that a crash tore. Return its fault, which is ordinary and not told."""
+        if not self._tail:
+            return []
+        known = {fault.id for fault in self._chain.faults}
+        _write_all(handle, b"\n")
+        self._catch_up(handle)
+        return [f for f in self._chain.faults if f.id not in known and not f.is_gap]
+
+    def _catch_up(self, handle: int) -> None:
+        """Read the lines that follow those that were read; all, if the file is another one."""
+        status = os.fstat(handle)
+        place = (status.st_dev, status.st_ino)
+        if place != self._place or status.st_size < self._read_bytes:
+            self._forget()
+            self._place = place
+        if status.st_size > COLLECTION_BYTES:
+            raise OSError(errno.EFBIG, f"it is longer than {COLLECTION_BYTES} bytes")
+        os.lseek(handle, self._read_bytes, os.SEEK_SET)
+        with os.fdopen(handle, "rb", closefd=False) as stream:
+            data = stream.read()
+        *lines, self._tail = data.split(b"\n")
+        self._read_bytes += len(data) - len(self._tail)
+        for entry in filter(None, map(self._chain.read, lines)):
+            self.records.append(entry.record)
+            self._contents.add(entry.digest)
+
+    def _forget(self) -> None:
+        self.records.clear()
+        self._contents.clear()
+        self._chain = Chain()
+        self._place, self._read_bytes, self._tail = (0, 0), 0, b""
 
 
-def _content(record: LedgerRecord) -> dict[str, Any]:
-    """Return a record as the JSON values that will be read back.
+def _lock(handle: int) -> None:
+    """Wait a moment until no other process appends.
 
-    Going through JSON and back turns keys into strings, which sort as strings in the mark, and
-    numbers into those that a later process will see.
+    Two lines may then not come after the same one. They may, so nothing depends on the lock: some
+    file systems have none, and a process that was stopped keeps its own.
     """
-    read_back = record_from_json(json.loads(json.dumps(record_as_json(record))))
-    content: dict[str, Any] = json.loads(json.dumps(record_as_json(read_back)))
-    return {"schema": SCHEMA, **content}
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_SECONDS)
+        except OSError:
+            return
+        else:
+            return
 
 
-def _mark(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    text = json.dumps({**content, "mark": _mark(content)}, ensure_ascii=False)
-    return (text + "\n").encode()
+def _write_all(handle: int, data: bytes) -> None:
+    while data:  # the system may take only a part
+        data = data[os.write(handle, data) :]
 
 
 class ArtifactStore:
@@ -169,7 +275,8 @@ class ArtifactStore:
     def __init__(self, root: Path, warn: Callable[[str], None] = lambda _: None) -> None:
         self.root = root
         self.warn = warn
-        self._verified: dict[CommittedFile, bool] = {}
+        self._verified: dict[CommittedFile, str] = {}
+        """File -> what is wrong with it; empty if it hashes true."""
 
     def ledgers(self) -> list[Ledger]:
         """Return the ledgers of all runs."""
@@ -202,15 +309,59 @@ class ArtifactStore:
 
     def verify(self, file: CommittedFile) -> bool:
         """Return whether a committed file still hashes true; warn by name the first time."""
+        is_new = file not in self._verified
+        fault = self.fault_of(file)
+        if fault and is_new:
+            self.warn(f"{self.root / file.path}: {fault}; it is not used and will be made again.")
+        return not fault
+
+    def fault_of(self, file: CommittedFile) -> str:
+        """Return what is wrong with a committed file, in words; nothing if it hashes true."""
         if file not in self._verified:
-            path = self.root / file.path
-            exists = path.is_file()
-            intact = exists and path.stat().st_size == file.bytes and sha256_of(path) == file.sha256
-            self._verified[file] = intact
-            if not intact:
-                fault = "its bytes do not match its sha256" if exists else "is gone"
-                self.warn(f"{path}: {fault}; it is not used and will be made again.")
+            self._verified[file] = _fault(self.root / file.path, file)
         return self._verified[file]
+
+    def require(self, file: CommittedFile) -> Path:
+        """Return the path of a committed file that hashes true; readers beside a run ask here.
+
+        Raises:
+            CheckFailed: it does not, or it is gone.
+        """
+        path = self.root / file.path
+        fault = self.fault_of(file)
+        if fault:
+            raise CheckFailed(
+                f"{path}: {fault}, so it is not used. Carry out the recipe of the run again; that "
+                "makes the file anew."
+            )
+        return path
+
+    def require_checkpoint(self, record: CheckpointRecord) -> Path:
+        """Return the folder of a checkpoint whose files all hash true.
+
+        Raises:
+            CheckFailed: a file does not, or the manifest does not name the same hashes.
+        """
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            list(pool.map(self.fault_of, record.files))
+        for file in record.files:
+            self.require(file)
+        problem = self.manifest_problem(record)
+        if problem:
+            raise CheckFailed(problem)
+        return self.root / record.folder
+
+    def manifest_problem(self, record: CheckpointRecord) -> str:
+        """Return what the manifest of a checkpoint says otherwise than its record, in words."""
+        folder = self.root / record.folder
+        path = folder / RunLayout.MANIFEST
+        files = {self.root / file.path: file for file in record.files}
+        if path not in files:
+            return f"{folder}: its record names no {RunLayout.MANIFEST}, so it is not whole."
+        expected = {each.name: file.sha256 for each, file in files.items() if each != path}
+        if json.loads(read_bytes(path)) != expected:
+            return f"{path}: does not name the files of the checkpoint's record with their hashes."
+        return ""
 
     def forget(self, file: CommittedFile) -> None:
         """Forget what was verified under a path that has just been written again."""
@@ -224,6 +375,19 @@ class ArtifactStore:
             pid = path.name.split(".")[-3] if path.name.count(".") >= 3 else ""
             if pid.isdigit() and not _alive(int(pid)):
                 path.unlink(missing_ok=True)
+
+
+def _fault(path: Path, file: CommittedFile) -> str:
+    """Return what is wrong with a file, in words; nothing if it is as committed."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return "is gone"
+    if not stat.S_ISREG(status.st_mode):
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        return f"is {kind} where a file belongs"
+    intact = status.st_size == file.bytes and sha256_of(path) == file.sha256
+    return "" if intact else "does not match its sha256 in the ledger"
 
 
 def _alive(pid: int) -> bool:

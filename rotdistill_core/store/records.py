@@ -209,7 +209,24 @@ class ParityRecord:
         yield from ()
 
 
-LedgerRecord = StartRecord | FileRecord | StepRecord | CheckpointRecord | ParityRecord
+@dataclass(frozen=True, kw_only=True)
+class RemovalRecord:
+    """What was removed from a run on purpose, together with its records."""
+
+    kind: Literal["removal"] = "removal"
+    steps: tuple[str, ...]
+    """Ids of steps."""
+    variants: tuple[str, ...]
+    """Variants whose checkpoints were removed."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield no file."""
+        yield from ()
+
+
+LedgerRecord = (
+    StartRecord | FileRecord | StepRecord | CheckpointRecord | ParityRecord | RemovalRecord
+)
 
 _VALIDATOR: TypeAdapter[LedgerRecord] = TypeAdapter(
     Annotated[LedgerRecord, Field(discriminator="kind")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.chain import SCHEMA
 from rotdistill_core.store.files import CommittedFile
-from rotdistill_core.store.ledger import SCHEMA, ArtifactStore, Ledger
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.records import (
     ActivationsRef,
@@ -188,17 +190,15 @@ def test_a_ledger_torn_at_any_place_still_takes_lines(tmp_path: Path, keep: int)
 
 def remarked(line: str, **changes: object) -> str:
     """Return a line with other content and a mark that fits it."""
-    from rotdistill_core.store.ledger import _mark
-
-    content = json.loads(line) | changes
-    del content["mark"]
-    return json.dumps({**content, "mark": _mark(content)})
+    body = json.dumps(json.loads(line) | changes, ensure_ascii=False)
+    body = body.rpartition(', "mark": "')[0]
+    return f'{body}, "mark": "{hashlib.sha256(body.encode()).hexdigest()[:16]}"}}'
 
 
 EDITS: dict[str, Callable[[str], str]] = {
     "value": lambda line: line.replace('"key": "1"', '"key": "2"'),
     "no mark": lambda line: json.dumps({k: v for k, v in json.loads(line).items() if k != "mark"}),
-    "another schema": lambda line: remarked(line, schema=SCHEMA - 1),
+    "another schema": lambda line: remarked(line, schema=SCHEMA - 2),
     "an unknown kind": lambda line: remarked(line, kind="wish"),
     "a missing field": lambda line: remarked(line, kind="file"),
     "number": lambda line: "7",
