@@ -155,6 +155,7 @@ class Executor:
 
     def _carry_out(self) -> RunResult:
         """Carry out the recipe; see `go`."""
+        self._mend_ledger()
         self._write_recipe()
         parity = compare_models(self.context, self.fresh)
         samples = self.samples()
@@ -195,15 +196,23 @@ class Executor:
         name = self.loaded.recipe.student.save_dtype
         return self.pair.student.weights.dtype if name == "auto" else getattr(torch, name)
 
+    def _mend_ledger(self) -> None:
+        """Tell in one line what is damaged in the ledger; what it recorded is made anew."""
+        faults = self.ledger.faults
+        if faults != self.ledger.torn:
+            told = "; ".join(map(str, faults))
+            self.context.log(
+                f"{self.ledger.path}: {told}. What is lost with that is found or made again."
+            )
+            self.ledger.mend()
+
     def _write_recipe(self) -> None:
         """Commit the recipe, as written and resolved."""
         out = self.context.output(self.loaded.digest())
-        if out.find(RunLayout.RECIPE) is None:
-            out.write(RunLayout.RECIPE, [self.loaded.text.encode()])
-            document = json_blocks(
-                self.loaded.document(), sort_keys=False
-            )  # variants keep their order
-            out.write(RunLayout.RESOLVED_RECIPE, document)
+        out.document(RunLayout.RECIPE, [self.loaded.text.encode()])
+        # Variants keep their order.
+        resolved = json_blocks(self.loaded.document(), sort_keys=False)
+        out.document(RunLayout.RESOLVED_RECIPE, resolved)
 
     def _start(self, samples: Samples) -> VariantState:
         """Record what the run starts from; return the state before the first step."""

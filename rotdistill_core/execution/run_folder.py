@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rotdistill_core.errors import RecipeError, suggest
+from rotdistill_core.errors import CheckFailed, RecipeError, suggest
 from rotdistill_core.evaluation.rows import MetricRow, row_from_json
+from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout, ledger_paths
-from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_text
-from rotdistill_core.store.records import StepRecord
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
+from rotdistill_core.store.records import CheckpointRecord, StepRecord
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,19 @@ class RunFolder:
         return Ledger(self.path)
 
     @cached_property
+    def store(self) -> ArtifactStore:
+        """The folder of all runs; it verifies files."""
+        return ArtifactStore(self.path.resolve().parent)
+
+    @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe; empty if the run has lost it."""
-        try:
-            text = read_text(self.layout.resolved_recipe)
-            recipe: dict[str, Any] = json.loads(text)
-        except (OSError, ValueError):
-            return {}
+        """The resolved recipe; empty if the run has none, or has lost it.
+
+        Raises:
+            CheckFailed: the file is not what was committed.
+        """
+        content = self.read(RunLayout.RESOLVED_RECIPE)
+        recipe: dict[str, Any] = json.loads(content) if content else {}
         return recipe
 
     @property
@@ -52,14 +60,83 @@ class RunFolder:
         `done`; `unfinished`; `kept files`, if only files are left that other runs need; or
         `copy of` another run, if somebody copied the folder.
         """
-        owners = {record.path.partition("/")[0] for record in self.ledger.files}
-        if owners and self.path.name not in owners:
-            return f"copy of {', '.join(sorted(owners))}"
+        if self._owner:
+            return f"copy of {self._owner}"
         root = self.path.parent
         names = {record.name for record in self.ledger.files if (root / record.path).is_file()}
         if RunLayout.RESULTS in names:
             return "done"
         return "unfinished" if RunLayout.RESOLVED_RECIPE in names else "kept files"
+
+    @property
+    def _owner(self) -> str:
+        """The runs that this folder is a copy of; empty if it is none."""
+        owners = {record.path.partition("/")[0] for record in self.ledger.files}
+        copied = owners and self.path.resolve().name not in owners
+        return ", ".join(sorted(owners)) if copied else ""
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether somebody copied the folder of another run to here."""
+        return bool(self._owner)
+
+    @property
+    def damage(self) -> list[str]:
+        """What is wrong with the documents that the run is described by, a sentence each."""
+        problems = [f"{self.ledger.path}: {fault}." for fault in self.ledger.faults]
+        for read in (lambda: self.recipe, self.rows):
+            try:
+                read()
+            except CheckFailed as error:
+                problems.append(str(error))
+        return problems
+
+    def local(self, file: CommittedFile) -> CommittedFile:
+        """Return where a committed file lies: in a copied folder, the copy of it."""
+        owner, _, inside = file.path.partition("/")
+        if owner != self._owner:
+            return file
+        return replace(file, path=f"{self.path.resolve().name}/{inside}")
+
+    def read(self, name: str) -> bytes | None:
+        """Return the newest document of a name; None if none is committed, or it is gone.
+
+        Raises:
+            CheckFailed: its bytes are not those that were committed.
+        """
+        record = self.ledger.named(name)
+        if record is None:
+            return None
+        file = self.local(record.file)
+        if not os.path.lexists(self.store.root / file.path):
+            return None
+        return read_bytes(self.store.require(file), COLLECTION_BYTES)
+
+    @property
+    def checkpoints(self) -> dict[str, CheckpointRecord]:
+        """The newest checkpoint of each variant."""
+        return {
+            record.variant: replace(
+                record,
+                folder=self.local(CommittedFile(record.folder, 0, "")).path,
+                files=tuple(map(self.local, record.files)),
+            )
+            for record in self.ledger.checkpoints
+        }
+
+    def folder_of(self, record: CheckpointRecord) -> Path:
+        """Return where one of `checkpoints` lies."""
+        return self.path.parent / record.folder
+
+    def require_checkpoint(self, variant: str) -> Path:
+        """Return the folder of a variant's newest checkpoint, if all its files hash true.
+
+        Raises:
+            CheckFailed: a file does not.
+        """
+        record = self.checkpoints[variant]
+        self.store.require_checkpoint(record)
+        return self.folder_of(record)
 
     @property
     def bytes(self) -> int:
@@ -77,12 +154,13 @@ class RunFolder:
         return path.startswith(f"{self.path.name}/")
 
     def rows(self) -> list[MetricRow]:
-        """Return the rows of the newest finished run of this recipe; none before."""
-        path = self.layout.results
-        if not path.is_file():
-            return []
-        lines = read_text(path, COLLECTION_BYTES).splitlines()
-        return [row_from_json(json.loads(line)) for line in lines]
+        """Return the rows of the newest finished run of this recipe; none before.
+
+        Raises:
+            CheckFailed: the file is not what was committed.
+        """
+        content = self.read(RunLayout.RESULTS) or b""
+        return [row_from_json(json.loads(line)) for line in content.splitlines()]
 
     def chains(self) -> dict[str, dict[str, StepRecord]]:
         """Return variant -> step id -> newest record, as far as each variant came."""

@@ -1,31 +1,29 @@
-"""Recompute the claims of a run from its files: hashes, maps, and the way back from exact folds.
+"""Recompute the claims of a run: its ledger, hashes, maps, and the way back from exact folds.
 
 The models' files are hashed, too, byte by byte: what runs remember of them is not read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rotdistill_commands._run_records import run_problems
 from rotdistill_core.checkpoint.file_hashes import FileHashes
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights, restore_undo, restore_weights
 from rotdistill_core.errors import CheckFailed, RecipeError, RotdistillError
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.linalg.maps import Gauge, Map, Rotation, restore_maps, tensor_of
 from rotdistill_core.planning.models import model_info
 from rotdistill_core.recipe.document import ModelRef, StudentRef
 from rotdistill_core.store.casts import is_finite
-from rotdistill_core.store.files import CommittedFile
-from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.ledger import ArtifactStore, Ledger
-from rotdistill_core.store.plain import read_text
+from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import MapsRef, StepRecord, WeightsRef
 
 TOLERANCE = 1e-5
@@ -57,45 +55,38 @@ class RunCheck:
 
 
 def check_run(folder: Path) -> RunCheck:
-    """Check a run. If a file does not match its hash, nothing is computed from the others.
+    """Check a run. If a file or a record is damaged, nothing is computed from the others.
 
     Raises:
         RecipeError: the folder is not a run.
         RotdistillError: the student of the run cannot be opened any more.
     """
     folder = folder.resolve()
-    ledger = Ledger(folder)
-    if not ledger.records:
+    run = RunFolder(folder)
+    ledger = run.ledger
+    if not ledger.records and not ledger.faults:
         raise RecipeError(f"{folder}: is not a run: it has no ledger.jsonl with a valid line.")
-    store = ArtifactStore(folder.parent)
-    steps = {record.key: record for record in ledger.steps}
-    files = _committed_files(ledger)
+    store = run.store
+    files = ledger.committed.values()
     check = RunCheck(run=folder.name, files=len(files))
+    check.problems += [f"{ledger.path}: {fault}." for fault in ledger.faults]
     for file in files:
-        if not store.verify(file):
-            check.problems.append(
-                f"{store.root / file.path}: does not match its sha256 in the ledger."
-            )
+        fault = store.fault_of(file)
+        if fault:
+            check.problems.append(f"{store.root / file.path}: {fault}.")
+    check.problems += run_problems(run)
     if check.problems:
         return check
     for file in files:
         check.problems += _numbers_that_are_not_finite(store.root / file.path)
-    _check_models(ledger, check)
+    _check_models(run, check)
+    steps = {record.key: record for record in ledger.steps}
     for record in steps.values():
         if isinstance(record.result, MapsRef):
             _check_maps(record.id, record.result, store.root, check)
         if record.report.certificate:
-            student = _student(RunLayout(folder))
-            _check_fold(record, steps, student, store.root, check)
+            _check_fold(record, run, check)
     return check
-
-
-def _committed_files(ledger: Ledger) -> list[CommittedFile]:
-    """Return every file that a ledger commits, each once, as its last line states it."""
-    files = {file.path: file for record in ledger.steps for file in record.files}
-    files |= {file.path: file for record in ledger.checkpoints for file in record.files}
-    files |= {record.path: record.file for record in ledger.files}
-    return list(files.values())
 
 
 def _numbers_that_are_not_finite(path: Path) -> Iterator[str]:
@@ -108,30 +99,24 @@ def _numbers_that_are_not_finite(path: Path) -> Iterator[str]:
         yield f"{path}: {spoilt[0]} {holds} NaN or Inf."
 
 
-def _recipe(layout: RunLayout) -> dict[str, Any]:
-    recipe: dict[str, Any] = json.loads(read_text(layout.resolved_recipe))
-    return recipe
-
-
-def _student(layout: RunLayout) -> Weights:
+def _student(run: RunFolder) -> Weights:
     """Open the student that a run started from."""
-    return open_model(StudentRef(**_recipe(layout)["student"])).weights
+    return open_model(StudentRef(**run.recipe["student"])).weights
 
 
-def _check_models(ledger: Ledger, check: RunCheck) -> None:
+def _check_models(run: RunFolder, check: RunCheck) -> None:
     """Compare the models with those that the run started from; nothing is downloaded."""
     recorded: dict[str, set[str]] = {}
-    for start in ledger.starts:
+    for start in run.ledger.starts:
         for role, sha256 in start.models.items():
             recorded.setdefault(role, set()).add(sha256)
-    recipe = _recipe(RunLayout(ledger.folder)) if recorded else {}
     hashes = FileHashes()
     for role, expected in recorded.items():
         kind = StudentRef if role == "student" else ModelRef
-        ref = kind(**recipe[role])
+        ref = kind(**run.recipe[role])
         where = f"{role} {ref.model}"
         try:
-            model = model_info(ref, ledger.folder, lambda _: None).model
+            model = model_info(ref, run.path, lambda _: None).model
         except RotdistillError as error:
             if Path(ref.model).expanduser().exists():
                 check.problems.append(f"{where}: cannot be opened any more: {error}")
@@ -186,15 +171,13 @@ def _input_width(found: Map) -> int:
     return len(tensor_of(found))
 
 
-def _check_fold(
-    record: StepRecord,
-    steps: Mapping[str, StepRecord],
-    student: Weights,
-    root: Path,
-    check: RunCheck,
-) -> None:
+def _check_fold(record: StepRecord, run: RunFolder, check: RunCheck) -> None:
     """Check the way back from one exact step."""
-    error, allowed = unfold_error(record, steps, student, root)
+    try:
+        error, allowed = unfold_error(record, run.ledger, _student(run), run.store.root)
+    except CheckFailed as problem:
+        check.problems.append(str(problem))
+        return
     check.unfolded[record.id] = error
     if not error <= allowed:
         check.problems.append(
@@ -204,13 +187,13 @@ def _check_fold(
 
 
 def unfold_error(
-    record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
+    record: StepRecord, ledger: Ledger, student: Weights, root: Path
 ) -> tuple[float, float]:
     """Undo an exact step, and compare the result with the weights before the step.
 
     Args:
         record: the step's ledger record.
-        steps: all steps of the run by key.
+        ledger: the ledger of the run.
         student: the weights that the run started from.
         root: the folder of runs.
 
@@ -219,12 +202,12 @@ def unfold_error(
         rounding in the stored dtype explains.
 
     Raises:
-        CheckFailed: the step stored no weights, or not how to undo it.
+        CheckFailed: the step stored no weights, or not how to undo it, or a record is lost.
     """
     after = _stored_weights(record, student, root)
     if after is None:
         raise CheckFailed(f'step "{record.id}" has a certificate but stored no weights.')
-    before = _weights_before(record, steps, student, root)
+    before = _weights_before(record, ledger, student, root)
     back = after.unfold(restore_undo(root / _undo_file(record), before))
     errors = []
     for name in before.entries:
@@ -243,16 +226,24 @@ def _undo_file(record: StepRecord) -> str:
     return undo
 
 
-def _weights_before(
-    record: StepRecord, steps: Mapping[str, StepRecord], student: Weights, root: Path
-) -> Weights:
-    """Return the weights that a step started from: those of the last edit before it."""
+def _weights_before(record: StepRecord, ledger: Ledger, student: Weights, root: Path) -> Weights:
+    """Return the weights that a step started from: those of the last edit before it.
+
+    Raises:
+        CheckFailed: the records do not lead back to a start.
+    """
+    steps = {each.key: each for each in ledger.steps}
     key = record.before
     while key in steps:
         weights = _stored_weights(steps[key], student, root)
         if weights is not None:
             return weights
         key = steps[key].before
+    if key not in {start.key for start in ledger.starts}:
+        raise CheckFailed(
+            f'step "{record.id}": the record of what it started from is lost, so its way back '
+            "cannot be checked."
+        )
     return student
 
 

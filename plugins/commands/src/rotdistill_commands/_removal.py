@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.records import FileRecord, LedgerRecord
+from rotdistill_core.store.records import (
+    CheckpointRecord,
+    FileRecord,
+    LedgerRecord,
+    RemovalRecord,
+    StepRecord,
+)
 
 
 def format_size(size: float) -> str:
@@ -72,7 +78,8 @@ def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int
     ledger = run.ledger
     kept = [record for record in ledger.records if _is_still_true(record, run, keep_checkpoints)]
     if kept:
-        ledger.rewrite(kept)
+        gone = [record for record in ledger.records if record not in kept]
+        ledger.rewrite([*kept, _removal(gone)])
         return freed
     freed += ledger.path.stat().st_size
     ledger.path.unlink()
@@ -87,6 +94,18 @@ def _remove_empty_folders(root: Path) -> None:
             path.rmdir()
 
 
+def _removal(gone: Sequence[LedgerRecord]) -> RemovalRecord:
+    """Return what says that records are not lost but were removed."""
+    earlier = [record for record in gone if isinstance(record, RemovalRecord)]
+    steps = [step for record in earlier for step in record.steps]
+    steps += [record.id for record in gone if isinstance(record, StepRecord)]
+    checkpoints = [variant for record in earlier for variant in record.variants]
+    checkpoints += [record.variant for record in gone if isinstance(record, CheckpointRecord)]
+    return RemovalRecord(
+        steps=tuple(dict.fromkeys(steps)), variants=tuple(dict.fromkeys(checkpoints))
+    )
+
+
 def _is_still_true(record: LedgerRecord, run: RunFolder, keep_steps: bool) -> bool:
     """Return whether the files of a record exist.
 
@@ -96,6 +115,8 @@ def _is_still_true(record: LedgerRecord, run: RunFolder, keep_steps: bool) -> bo
         keep_steps: whether records of steps and checkpoints may stay; those of files always may.
     """
     root = run.path.parent
+    if isinstance(record, RemovalRecord):
+        return False  # a new one takes its place
     if isinstance(record, FileRecord):
         return run.owns(record.path) and (root / record.path).is_file()
     return keep_steps and all((root / path).is_file() for path in record.paths() if run.owns(path))

@@ -1,0 +1,232 @@
+"""Damage to a finished run is named by `check`, and healed by carrying out its recipe again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.testing import PicoWorkspace, command_line
+
+STEPS = """
+variants = { base = [], full = ["rotate", "fold"] }
+step = [
+    { use = "chop", layers = 1 },
+    { use = "residuals" },
+    { id = "rotate", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
+    { use = "fidelity" },
+]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(make_workspace: Callable[..., PicoWorkspace]) -> Path:
+    """Return a folder with a finished run."""
+    workspace = make_workspace(num_hidden_layers=2)
+    workspace.run(workspace.recipe(STEPS, name="trial", tables="check.logits_float32 = 1e-2"))
+    return workspace.folder
+
+
+@pytest.fixture
+def run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the run, which a test may damage; its models stay where they are."""
+    monkeypatch.chdir(finished)
+    kept = finished / "kept"
+    if not kept.exists():
+        shutil.copytree(finished / "runs", kept)
+    shutil.rmtree(finished / "runs")
+    shutil.copytree(kept, finished / "runs")
+    [found] = (finished / "runs").iterdir()
+    return found
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """Return the hash of every file of a run but its ledger, which grows."""
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != RunLayout.LEDGER]
+    return {str(path.relative_to(run)): sha256_of(path) for path in files}
+
+
+def check(run: Path) -> tuple[int, str]:
+    code, out, err = command_line("check", str(run))
+    return code, out + err
+
+
+def carry_out() -> str:
+    code, out, err = command_line("run", "trial.toml", "--no-plan")
+    assert code == 0, out + err
+    return err
+
+
+def heals(run: Path, before: Mapping[str, str]) -> None:
+    """Require that the recipe, carried out again, makes the run as it was."""
+    carry_out()
+    after = hashes(run)
+    results = {name for name in before if name in (RunLayout.RESULTS,)}
+    assert after.keys() == before.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= results  # times of steps that were made again
+    assert check(run)[0] == 0
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_finished_run_holds(run: Path) -> None:
+    assert check(run)[0] == 0
+    assert "ledger" not in carry_out()
+    assert check(run)[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_bit_of_the_ledger_is_named_and_healed(run: Path, seed: int) -> None:
+    before, ledger = hashes(run), run / RunLayout.LEDGER
+    picker = random.Random(seed)
+    size = ledger.stat().st_size
+    place = size - 1 if seed == 0 else picker.randrange(size)
+    line = ledger.read_bytes()[:place].count(b"\n") + 1
+    flip(ledger, place, picker.randrange(8))
+    code, said = check(run)
+    assert code == 4
+    assert f"{ledger.name}: line {line} " in said
+    heals(run, before)
+
+
+def lines_of(run: Path) -> list[bytes]:
+    return (run / RunLayout.LEDGER).read_bytes().splitlines(keepends=True)
+
+
+def lose(run: Path, lost: Callable[[dict[str, object]], bool]) -> None:
+    """Take out lines, and chain the others as if those had never been."""
+    ledger = Ledger(run)
+    kinds = [json.loads(line) for line in lines_of(run)]
+    assert any(map(lost, kinds))
+    left = [r for r, values in zip(ledger.records, kinds, strict=True) if not lost(values)]
+    ledger.rewrite(left)
+
+
+LOST: dict[str, tuple[Callable[[dict[str, object]], bool], str]] = {
+    "start": (lambda line: line["kind"] == "start", "the record of the start is lost"),
+    "cut": (lambda line: line.get("id") == "chop", 'the record of step "chop" is lost'),
+    "capture": (lambda line: line.get("id") == "residuals", 'record of step "residuals" is lost'),
+    "fold": (lambda line: line.get("id") == "fold", 'the record of step "fold" is lost'),
+    "evaluator": (
+        lambda line: (line.get("id"), line.get("variant")) == ("fidelity", "full"),
+        'the record of step "fidelity" of variant "full" is lost',
+    ),
+    "checkpoint": (
+        lambda line: (line["kind"], line.get("variant")) == ("checkpoint", "full"),
+        'the record of the checkpoint "full" is lost',
+    ),
+    "resolved recipe": (
+        lambda line: line.get("name") == RunLayout.RESOLVED_RECIPE,
+        "recipe.resolved.json: no line of the ledger commits it",
+    ),
+    "results": (
+        lambda line: line.get("name") == RunLayout.RESULTS,
+        "results.jsonl: no line of the ledger commits it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lost", "said"), LOST.values(), ids=LOST.keys())
+def test_a_lost_record_is_named_even_without_a_gap(
+    run: Path, lost: Callable[[dict[str, object]], bool], said: str
+) -> None:
+    before = hashes(run)
+    lose(run, lost)
+    assert Ledger(run).faults == []
+    code, words = check(run)
+    assert (code, said in " ".join(words.split())) == (4, True), words
+    heals(run, before)
+
+
+@pytest.mark.parametrize("kind", ["start", "file", "step", "checkpoint"])
+def test_a_lost_line_is_named_and_told_once(run: Path, kind: str) -> None:
+    before, lines = hashes(run), lines_of(run)
+    number = next(n for n, line in enumerate(lines) if json.loads(line)["kind"] == kind)
+    (run / RunLayout.LEDGER).write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+    code, said = check(run)
+    assert code == 4
+    assert f"line {number + 1} follows a line that is missing" in said
+    assert "ledger.jsonl: line" in carry_out()
+    assert "ledger.jsonl: line" not in carry_out()
+    heals(run, before)
+
+
+def test_the_last_line_is_missed_because_its_file_is_there(run: Path) -> None:
+    before, lines = hashes(run), lines_of(run)
+    (run / RunLayout.LEDGER).write_bytes(b"".join(lines[:-1]))
+    code, said = check(run)
+    assert (code, "results.jsonl: no line of the ledger commits it" in said) == (4, True)
+    heals(run, before)
+
+
+def test_a_torn_last_line_is_healed_without_a_word(run: Path) -> None:
+    before, ledger = hashes(run), run / RunLayout.LEDGER
+    ledger.write_bytes(ledger.read_bytes()[:-9])
+    code, said = check(run)
+    assert (code, "has no end" in said) == (4, True)
+    assert "ledger.jsonl: line" not in carry_out()
+    heals(run, before)
+
+
+DOCUMENTS = (
+    "recipe.toml",
+    "recipe.resolved.json",
+    "samples.tsv",
+    "system.md",
+    "results.jsonl",
+    "checkpoints/full/COMPLETE",
+    "checkpoints/full/config.json",
+    "checkpoints/full/recipe.toml",
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("damage", ["flipped", "gone", "pipe"])
+def test_each_document_is_named_and_written_anew(run: Path, name: str, damage: str) -> None:
+    before, path = hashes(run), run / name
+    if damage == "flipped":
+        flip(path, 5, 1)
+    else:
+        path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    code, said = check(run)
+    assert (code, str(path) in said.replace("\n", "")) == (4, True), said
+    heals(run, before)
+
+
+@pytest.mark.parametrize("name", ["system.md", "results.jsonl", "checkpoints/full/config.json"])
+def test_a_folder_in_the_place_of_a_file_is_named_and_refused(run: Path, name: str) -> None:
+    before, path = hashes(run), run / name
+    path.unlink()
+    path.mkdir()
+    code, said = check(run)
+    assert (code, f"{path}: is a folder where a file belongs" in said) == (4, True), said
+    code, _, err = command_line("run", "trial.toml", "--no-plan")
+    assert code == 3
+    assert "is a folder where a file belongs. Move it away" in err
+    path.rmdir()
+    heals(run, before)
+
+
+def test_a_link_to_the_same_bytes_is_fine(run: Path) -> None:
+    for name in ("system.md", "checkpoints/full/model.safetensors"):
+        path = run / name
+        elsewhere = run.parents[1] / f"elsewhere-{path.name}"
+        shutil.move(path, elsewhere)
+        path.symlink_to(elsewhere)
+    assert check(run)[0] == 0
