@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rotdistill_soups.run_source import locate
 
-from rotdistill_core.errors import SetupError
-from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.ledger import ArtifactStore, Ledger
+from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.records import CheckpointRecord
 
 ADAPTER = "weights/style/adapter"
@@ -20,10 +23,22 @@ def write_run(root: Path, name: str, *checkpoint_folders: str) -> Path:
     """Write a run whose ledger commits the variant `full` once for each folder."""
     run = root / "runs" / name
     for folder in checkpoint_folders:
-        (run / folder / "full").mkdir(parents=True)
-        path = f"{name}/{folder}/full"
-        Ledger(run).append(CheckpointRecord(key=folder, variant="full", folder=path, files=()))
+        out = StepOutput(ArtifactStore(root / "runs"), Ledger(run), folder)
+        weights = out.json(f"{folder}/full/config.json", {"depth": len(folder)})
+        hashes = {weights.name: sha256_of(weights)}
+        out.json(f"{folder}/full/COMPLETE", hashes)
+        files = tuple(out.used.values())
+        record = CheckpointRecord(
+            key=folder, variant="full", folder=f"{name}/{folder}/full", files=files
+        )
+        out.ledger.append(record)
     return run
+
+
+def write_adapter(run: Path) -> Path:
+    """Write an adapter into a run, as a step leaves it; return its folder."""
+    out = StepOutput(ArtifactStore(run.parent), Ledger(run), "style")
+    return out.json(f"{ADAPTER}/adapter_config.json", {"r": 2}).parent
 
 
 def locate_quietly(reference: str) -> Path:
@@ -35,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "tour-guide-0123abcd", "checkpoints")
     made = write_run(tmp_path, "tour-0123abcd", "checkpoints", "checkpoints-again")
-    (made / ADAPTER).mkdir(parents=True)
+    write_adapter(made)
     return made
 
 
@@ -62,7 +77,7 @@ def test_a_variant_that_does_not_exist_is_refused(run: Path, reference: str) -> 
 
 def test_several_runs_of_one_name_are_listed_newest_first(run: Path, tmp_path: Path) -> None:
     older = write_run(tmp_path, "tour-4567abcd")
-    (older / ADAPTER).mkdir(parents=True)
+    write_adapter(older)
     os.utime(run / ADAPTER, (2e9, 2e9))
     os.utime(older / ADAPTER, (1e9, 1e9))
     with pytest.raises(SetupError) as caught:
@@ -75,3 +90,53 @@ def test_several_runs_of_one_name_are_listed_newest_first(run: Path, tmp_path: P
         r"`rotdistill diff tour-4567abcd tour-0123abcd` shows how they differ\.",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("run:tour/full", "checkpoints-again/full/config.json"),
+        ("run:tour/full", "checkpoints-again/full/COMPLETE"),
+        (f"run:tour/{ADAPTER}", f"{ADAPTER}/adapter_config.json"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["flipped", "gone", "folder"])
+def test_a_file_that_is_not_as_committed_is_named(
+    run: Path, reference: str, name: str, damage: str
+) -> None:
+    path = run / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "flipped":
+        content[3] ^= 8
+        path.write_bytes(content)
+    if damage == "folder":
+        path.mkdir()
+    with pytest.raises(CheckFailed, match=re.escape(str(path))):
+        locate_quietly(reference)
+
+
+def test_a_manifest_that_names_other_hashes_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "tour-0123abcd", "checkpoints")
+    ledger = Ledger(run)
+    [record] = ledger.checkpoints
+    others = tuple(
+        replace(file, sha256="0" * 64) if file.path.endswith("config.json") else file
+        for file in record.files
+    )
+    problem = ArtifactStore(run.parent).manifest_problem(replace(record, files=others))
+    assert "does not name the files of the checkpoint" in problem
+    without = ArtifactStore(run.parent).manifest_problem(replace(record, files=()))
+    assert "names no COMPLETE" in without
+
+
+def test_a_folder_in_which_nothing_is_committed_is_refused(run: Path) -> None:
+    (run / "weights" / "half").mkdir()
+    with pytest.raises(SetupError, match="committed no file there"):
+        locate_quietly("run:tour/weights/half")
+
+
+@pytest.mark.parametrize("inside", ["weights/../../tour-guide-0123abcd/checkpoints", "../.."])
+def test_a_path_that_leads_out_of_the_run_is_refused(run: Path, inside: str) -> None:
+    with pytest.raises(SetupError, match="committed no file there"):
+        locate_quietly(f"run:tour/{inside}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from rotdistill_core import hookimpl
 from rotdistill_core.errors import SetupError
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.store.layout import RUNS_FOLDER
-from rotdistill_core.store.ledger import Ledger
 
 
 @hookimpl
@@ -18,15 +18,17 @@ def locate(reference: str, log: Callable[[str], None]) -> Path:
     """See `HookSpecs.locate`.
 
     NAME is the name of a recipe, where `runs` holds one run of it, or of the run's folder. A path
-    inside leads to an adapter that a step left.
+    inside leads to an adapter that a step left. All its files are compared with their hashes.
     """
     name, _, inside = reference.removeprefix("run:").partition("/")
-    checkpoints = {run: saved_checkpoints(run) for run in _runs_called(name)}
+    runs = [RunFolder(path) for path in _runs_called(name)]
+    checkpoints = {run.path: run.checkpoints for run in runs}
     matches: dict[Path, Path] = {}
-    for run, by_variant in checkpoints.items():
-        folder = run / inside if "/" in inside else by_variant.get(inside)
+    for run in runs:
+        record = run.checkpoints.get(inside)
+        folder = run.path / inside if "/" in inside else record and run.folder_of(record)
         if folder and folder.is_dir():
-            matches[run] = folder
+            matches[run.path] = folder
     if not matches:
         raise SetupError(
             f"{reference}: {_missing(inside, checkpoints)}. Run its recipe first; a reference is "
@@ -34,14 +36,32 @@ def locate(reference: str, log: Callable[[str], None]) -> Path:
         )
     if len(matches) > 1:
         raise SetupError(_ambiguous(reference, inside, matches))
-    [folder] = matches.values()
+    [(path, folder)] = matches.items()
+    _require_true(RunFolder(path), inside, reference)
     log(f"{reference} is {folder}")
     return folder
 
 
-def saved_checkpoints(run: Path) -> dict[str, Path]:
-    """Return the newest checkpoint of each variant that a run's ledger commits."""
-    return {record.variant: run.parent / record.folder for record in Ledger(run).checkpoints}
+def _require_true(run: RunFolder, inside: str, reference: str) -> None:
+    """Raise unless what a reference means is as the run committed it.
+
+    Raises:
+        CheckFailed: a file is not what was committed.
+        SetupError: no file in the folder was committed.
+    """
+    if "/" not in inside:
+        run.require_checkpoint(inside)
+        return
+    below = f"{run.path.resolve().name}/{PurePosixPath(inside)}/"
+    files = [run.local(file) for file in run.ledger.committed.values()]
+    committed = [file for file in files if file.path.startswith(below)]
+    if not committed:
+        raise SetupError(
+            f"{reference}: the run has committed no file there, so its step is not finished. Run "
+            "its recipe again."
+        )
+    for file in committed:
+        run.store.require(file)
 
 
 def _runs_called(name: str) -> list[Path]:
@@ -50,7 +70,7 @@ def _runs_called(name: str) -> list[Path]:
     return sorted(p for p in RUNS_FOLDER.glob("*") if pattern.fullmatch(p.name) and p.is_dir())
 
 
-def _missing(inside: str, checkpoints: Mapping[Path, Mapping[str, Path]]) -> str:
+def _missing(inside: str, checkpoints: Mapping[Path, Mapping[str, object]]) -> str:
     """Return why no run has what is asked for."""
     if not checkpoints:
         return f"{RUNS_FOLDER.resolve()} holds no run of that name"
