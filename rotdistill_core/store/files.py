@@ -89,10 +89,6 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
             # The temporary file still exists only when something failed before the rename.
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
-    except IsADirectoryError as error:
-        raise SetupError(
-            f"{path}: is a folder where a file belongs. Move it away; then the file can be written."
-        ) from error
     except OSError as error:
         raise unwritable(path, error) from error
     return size, digest.hexdigest()
