@@ -271,6 +271,8 @@ class Executor:
         recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
         made_here = key in {done.key for done in self.steps.values() if not done.reused}
         record = None if self.fresh and not made_here else self.store.find_step(key)
+        if record and not self._files_hold(key):
+            record = None
         reused = record is not None
         with self.observers.step(recipe_step, variant):
             if record is None:
@@ -286,6 +288,15 @@ class Executor:
         )
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
         return record
+
+    def _files_hold(self, key: str) -> bool:
+        """Return whether every file that this run committed under a key still hashes true.
+
+        Those that only save work count, too. For a damaged one the step is carried out again; it
+        finds the others.
+        """
+        newest = {record.path: record.file for record in self.ledger.files if record.key == key}
+        return all(self.store.verify(file) for file in newest.values())
 
     def _make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Do the work of a step, and append the line that commits its result."""

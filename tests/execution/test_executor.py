@@ -172,3 +172,22 @@ def test_a_lost_checkpoint_is_made_again(executor: Open) -> None:
     assert again.checkpoints == outcome.checkpoints
     assert lost.read_bytes() == before
     assert again.rows == outcome.rows
+
+
+@pytest.mark.parametrize("place", [0, 7, -1])
+def test_a_damaged_file_that_only_saves_work_is_made_again(
+    pico_workspace: PicoWorkspace, place: int
+) -> None:
+    steps = 'step = [{ use = "chop", layers = 1 }, { use = "answers" }]'
+    recipe = pico_workspace.recipe(steps, answer_tokens=2)
+    folder = pico_workspace.run(recipe).folder
+    (path,) = folder.glob("answers/variant-full/*.json")
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    again = pico_workspace.run(recipe)
+    assert path.read_bytes() == whole
+    assert again.steps["full", "chop"].reused
+    assert not again.steps["full", "answers"].reused
+    assert pico_workspace.run(recipe).steps["full", "answers"].reused

@@ -79,7 +79,10 @@ def check_run(folder: Path) -> RunCheck:
         return check
     for file in files:
         check.problems += _numbers_that_are_not_finite(store.root / file.path)
+    found = len(check.problems)
     _check_models(run, check)
+    if len(check.problems) > found:  # folds cannot be taken back to another student
+        return check
     steps = {record.key: record for record in ledger.steps}
     for record in steps.values():
         if isinstance(record.result, MapsRef):
