@@ -14,12 +14,11 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
@@ -271,8 +270,8 @@ def logits_of_folder(folder: Path, device: torch.device) -> Logits:
     # Its own hooks open a file for each tensor, and compute on the CPU.
     remove_hook_from_submodules(model)
     forget_lengths(model)
-    cpu_offload(model.eval(), device, offload_buffers=True, state_dict=_LazyStates(tensors))
-    return _logits_of(model)
+    _read_when_called(model.eval(), tensors, device)
+    return _logits_of(model, device)
 
 
 def _disk_index(model: nn.Module) -> Mapping[str, Mapping[str, str]]:
@@ -292,33 +291,58 @@ def logits_of_view(weights: Weights, device: torch.device) -> Logits:
     tensors = weights.files
     if weights.tied:
         tensors[weights.adapter.head] = tensors[weights.adapter.embedding]
-    cpu_offload(model, device, state_dict=_LazyStates(tensors))
-    return _logits_of(model)
+    _read_when_called(model, tensors, device)
+    return _logits_of(model, device)
 
 
-class _LazyStates(Mapping[str, Tensor]):
-    """Tensors by the names of transformers' model; each is read when asked for."""
+def _read_when_called(
+    model: nn.Module, tensors: Mapping[str, LazyTensor], device: torch.device
+) -> None:
+    """Let each module of a model read its parameters when it is called, and drop them then.
 
-    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
-        self.tensors = tensors
+    Args:
+        model: its parameters are on the meta device.
+        tensors: the parameters by name.
+        device: where modules compute. Buffers stay there.
+    """
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        if own:
+            place = f"{prefix}." if prefix else ""
+            hooks = _ParameterHooks(own, {key: tensors[place + key] for key in own}, device)
+            module.register_forward_pre_hook(hooks.read)
+            module.register_forward_hook(hooks.drop)
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name].read()
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
+@dataclass(frozen=True)
+class _ParameterHooks:
+    """Reads the parameters of a module before it is called, and drops them afterwards."""
 
-    def __len__(self) -> int:
-        return len(self.tensors)
+    empty: Mapping[str, nn.Parameter]
+    """Parameter -> what stands for it meanwhile, on the meta device."""
+    tensors: Mapping[str, LazyTensor]
+    device: torch.device
+
+    def read(self, module: nn.Module, _: object) -> None:
+        for key, empty in self.empty.items():
+            value = self.tensors[key].read().to(self.device, empty.dtype)
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+    def drop(self, module: nn.Module, _: object, __: object) -> None:
+        for key, empty in self.empty.items():
+            setattr(module, key, empty)
 
 
-def _logits_of(model: Any) -> Logits:
+def _logits_of(model: Any, device: torch.device) -> Logits:
     """Return the forward of a transformers model, for one text at a time and without a cache."""
     selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.no_grad()
     def logits(text: Text, positions: Tensor) -> Tensor:
-        ids = torch.tensor([text.tokens])
+        ids = torch.tensor([text.tokens], device=device)
+        positions = positions.to(device)
         if selects:
             # All rows of a long text times a large vocabulary would not fit.
             found = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
