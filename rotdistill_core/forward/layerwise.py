@@ -312,11 +312,9 @@ class LayerwiseForward:
 
     def _read(self, i: int) -> dict[str, Tensor]:
         prefix = f"{self.weights.adapter.layers}.{i}."
-        return {
-            name.removeprefix(prefix): computable(name, entry, self.device, self.dtype)
-            for name, entry in self._files.items()
-            if name.startswith(prefix)
-        }
+        entries = {name: entry for name, entry in self._files.items() if name.startswith(prefix)}
+        tensors = computable(entries, self.device, self.dtype)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def _open(self, i: int, tensors: dict[str, Tensor]) -> None:
         self.layer = self._layers[i]

@@ -64,37 +64,40 @@ def whole_model(weights: Weights, device: torch.device, dtype: torch.dtype) -> A
     model = empty_model(weights, dtype)
     for name, entry in weights.files.items():
         module, _, parameter = name.rpartition(".")
-        value = computable(name, entry, device, dtype)
+        [value] = computable({name: entry}, device, dtype).values()
         setattr(model.get_submodule(module), parameter, nn.Parameter(value, requires_grad=False))
     if weights.tied:
         model.tie_weights()
     return model.to(device)  # the buffers
 
 
-def computable(name: str, entry: LazyTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Read a tensor of a model into the dtype in which it computes.
+def computable(
+    entries: Mapping[str, LazyTensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Read tensors of a model into the dtype in which it computes. The device is waited for once.
 
     Args:
-        name: of the tensor.
-        entry: the tensor.
-        device: where to put it.
+        entries: the tensors by name.
+        device: where to put them.
         dtype: the dtype to compute in.
 
     Raises:
         SetupError: a file holds NaN or Inf, or numbers beyond the dtype.
         CheckFailed: a step made such numbers.
     """
-    read = entry.read()
-    value = read.to(device, dtype)
-    if is_finite(value):
-        return value
-    _require_finite(name, entry, read)
-    beyond = int((~torch.isfinite(value)).sum())
+    values = {name: entry.read().to(device, dtype) for name, entry in entries.items()}
+    extremes = [extreme for value in values.values() for extreme in torch.aminmax(value)]
+    if not extremes or bool(torch.isfinite(torch.stack(extremes)).all()):  # NaN goes into both
+        return values
+    [first, *_] = [name for name, value in values.items() if not is_finite(value)]
+    entry = entries[first]
+    _require_finite(first, entry, entry.read())
+    beyond = int((~torch.isfinite(values[first])).sum())
     kind = str(dtype).removeprefix("torch.")
     raise _unfit(
-        name,
+        first,
         entry,
-        f"{beyond} of its {read.numel()} numbers do not fit {kind}. "
+        f"{beyond} of its {values[first].numel()} numbers do not fit {kind}. "
         'Set the model\'s dtype = "bfloat16".',
     )
 

@@ -9,7 +9,7 @@ from rotdistill_residuals.step import Residuals
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_model
-from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.whole import computable
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
     PRETENDED,
@@ -52,7 +52,7 @@ def test_a_layer_copies_and_waits_once_a_batch(tmp_path: Path, free_bytes: int) 
     def per_layer(name: str) -> float:
         """Return what one layer more costs, without reading its weights."""
         more, less = (
-            counts.total() - count_within(counts, LayerwiseForward._read)
+            counts.total() - count_within(counts, computable)
             for counts in (getattr(many, name), getattr(few, name))
         )
         return (more - less) / (2 * MORE)

@@ -25,9 +25,10 @@ from rotdistill_writer_refit._targets import TeacherTargets
 
 from rotdistill_core.evaluation.divergence import compare_logits
 from rotdistill_core.forward.certificate import _compare
-from rotdistill_core.forward.generate import AnswerWriter
+from rotdistill_core.forward.generate import AnswerWriter, unconfirmed_token
 from rotdistill_core.forward.head import final_norm, widened_like
 from rotdistill_core.forward.layerwise import LayerwiseForward, _Batch
+from rotdistill_core.forward.whole import computable
 from rotdistill_core.forward.writer_moments import writer_moments
 from rotdistill_core.testing import (
     PRETENDED,
@@ -113,7 +114,7 @@ BUGS = {
         _Batch.scatter, "values.to(states)", "values", CAPTURE, device=FULL
     ),
     "weights of a layer": Bug(
-        LayerwiseForward._read, "self.device, self.dtype", "self.dtype", CAPTURE
+        computable, "entry.read().to(device, dtype)", "entry.read().to(dtype)", CAPTURE
     ),
     "inputs of the body": Bug(
         LayerwiseForward._record_calls, ", device=self.device)[None]", ")[None]", CAPTURE
@@ -141,17 +142,16 @@ BUGS = {
     ),
     "rows of a head": Bug(NormedRows.__getitem__, "self.device, ", "", HEAD),
     "next tokens": Bug(next_token_log_probs, "[rows + 1].to(device)", "[rows + 1]", HEAD),
-    "model that answers": Bug(
-        AnswerWriter._loaded.func, ".to(decoding.device).eval", ".eval", CAPTURE
-    ),
+    "questions": Bug(AnswerWriter._answers, "ids=ids.to(self.decoding.device)", "ids=ids", CAPTURE),
     "prefix of the questions": Bug(
-        AnswerWriter._prefix_cache, ", device=self.decoding.device", "", CAPTURE
+        AnswerWriter._prefix_cache.func, ", device=self.decoding.device", "", CAPTURE
     ),
+    "confirmed answers": Bug(unconfirmed_token, ", device=model.device", "", CAPTURE),
     "texts of the training": Bug(
-        DistillationTargets.losses, "batch.ids.to(device)", "batch.ids", STYLE
+        DistillationTargets._losses, "batch.ids.to(device)", "batch.ids", STYLE
     ),
     "teacher of the training": Bug(
-        DistillationTargets.losses,
+        DistillationTargets._losses,
         "[batch.rows].to(device)",
         "[batch.rows]",
         STYLE,
