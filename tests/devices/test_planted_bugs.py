@@ -114,7 +114,7 @@ BUGS = {
         _Batch.scatter, "values.to(states)", "values", CAPTURE, device=FULL
     ),
     "weights of a layer": Bug(
-        computable, "entry.read().to(device, dtype)", "entry.read().to(dtype)", CAPTURE
+        computable, "read().to(device, dtype)", "read().to(dtype)", CAPTURE, shown_in="layerwise.py"
     ),
     "inputs of the body": Bug(
         LayerwiseForward._record_calls, ", device=self.device)[None]", ")[None]", CAPTURE
@@ -142,7 +142,9 @@ BUGS = {
     ),
     "rows of a head": Bug(NormedRows.__getitem__, "self.device, ", "", HEAD),
     "next tokens": Bug(next_token_log_probs, "[rows + 1].to(device)", "[rows + 1]", HEAD),
-    "questions": Bug(AnswerWriter._answers, "ids=ids.to(self.decoding.device)", "ids=ids", CAPTURE),
+    "questions": Bug(
+        AnswerWriter._answers, "mask=mask.to(self.decoding.device)", "mask=mask", CAPTURE
+    ),
     "prefix of the questions": Bug(
         AnswerWriter._prefix_cache.func, ", device=self.decoding.device", "", CAPTURE
     ),
