@@ -112,7 +112,12 @@ def run(
     path: RecipePath,
     sets: Sets = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Use nothing that an earlier run made.")
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Make everything anew, the teacher's answers and the captured states too. What "
+            "is there is replaced as the run goes on.",
+        ),
     ] = False,
     unplanned: Annotated[
         bool,

@@ -95,7 +95,7 @@ class Executor:
         self.steps: dict[tuple[str, str], StepResult] = {}
         """(variant, step id) -> the finished step."""
         recipe, log = loaded.recipe, observer.log
-        store = ArtifactStore(root.resolve(), log)
+        store = ArtifactStore(root.resolve(), log, fresh)
         folder = loaded.folder(store.root)
         for recipe_step in loaded.steps:
             check_hook(recipe_step)

@@ -27,6 +27,7 @@ from rotdistill_core.planning.machine import HOST, Machine
 from rotdistill_core.planning.models import ModelInfo, model_info
 from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
+    FRESH,
     UNKNOWN,
     ReuseIndex,
     StepStatus,
@@ -231,6 +232,7 @@ def build_plan(
         recipe=loaded,
         run=folder.name,
         start=start,
+        fresh=fresh,
         machine=machine,
         teacher_device=machine.device_of(recipe.teacher.device),
         student_device=machine.device_of(recipe.student.device),
@@ -327,6 +329,8 @@ class _LineBuilder:
     """Name of the run."""
     start: CostContext
     """The models and texts before the first step."""
+    fresh: bool
+    """Whether nothing is reused."""
     machine: Machine
     teacher_device: str
     """Where the teacher computes: the host, or a GPU such as `cuda:0`."""
@@ -340,16 +344,11 @@ class _LineBuilder:
         """Yield the line of the teacher's own answers, if it has any to write."""
         if not self.start.texts.questions_asked:
             return
-        exists = self.start_key != UNKNOWN
-        line = PlanLine(
-            id="teacher's answers",
-            reused=exists,
-            why=(
-                "the same models and texts were run before"
-                if exists
-                else "not made before from these models and texts"
-            ),
-        )
+        known = self.start_key != UNKNOWN
+        why = "not made before from these models and texts"
+        if known:
+            why = FRESH if self.fresh else "the same models and texts were run before"
+        line = PlanLine(id="teacher's answers", reused=known and not self.fresh, why=why)
         yield self._with_cost(line, teacher_answers_cost(self.start))
 
     def step_lines(self) -> Iterator[PlanLine]:
@@ -395,11 +394,14 @@ class _LineBuilder:
             steps = (*edit.earlier, edit.recipe_step) if edit else ()
             state_key = edit.key if edit else self.start_key
             exists = self.index.has_checkpoint(self.run, variant, state_key, self.save_dtype)
+            why = "these steps have no checkpoint yet"
+            if exists:
+                why = FRESH if self.fresh else "in the run's folder"
             line = PlanLine(
                 id="checkpoints",
                 variants=[variant],
-                reused=exists,
-                why="in the run's folder" if exists else "these steps have no checkpoint yet",
+                reused=exists and not self.fresh,
+                why=why,
             )
             cost = checkpoint_cost(self._context_after(steps), DTYPE_BYTES[self.save_dtype])
             yield self._with_cost(line, cost)

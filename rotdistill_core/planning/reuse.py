@@ -55,6 +55,10 @@ class StepStatus:
         return None
 
 
+FRESH = "asked for with --fresh"
+"""Why a result is made that exists already."""
+
+
 class ReuseIndex:
     """All results in the ledgers whose files exist with their length."""
 
@@ -157,7 +161,7 @@ def _status(entry: KeyedStep, index: ReuseIndex, cause: str, fresh: bool) -> Ste
     existing = None if fresh else index.find(entry.key)
     reason = ""
     if fresh:
-        reason = "asked for with --fresh"
+        reason = FRESH
     elif not existing:
         reason = _reason(recipe_step, newest, cause)
     return StepStatus(

@@ -270,11 +270,22 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 class ArtifactStore:
-    """All runs in one folder: finds results by key, and verifies each file once per process."""
+    """All runs in one folder: finds results by key, and verifies each file once per process.
 
-    def __init__(self, root: Path, warn: Callable[[str], None] = lambda _: None) -> None:
+    Args:
+        root: the folder.
+        warn: takes one line about a file that is damaged.
+        fresh: find nothing but what this process has committed.
+    """
+
+    def __init__(
+        self, root: Path, warn: Callable[[str], None] = lambda _: None, fresh: bool = False
+    ) -> None:
         self.root = root
         self.warn = warn
+        self.fresh = fresh
+        self._made: set[CommittedFile] = set()
+        """What this process has committed."""
         self._verified: dict[CommittedFile, str] = {}
         """File -> what is wrong with it; empty if it hashes true."""
 
@@ -299,9 +310,15 @@ class ArtifactStore:
         """Return the newest checkpoint of a run with this key, if its files all hash true."""
         return self._newest(ledger.checkpoints, key)
 
+    def may_be_used(self, file: CommittedFile) -> bool:
+        """Return whether a run that starts afresh may take a file; any other run may."""
+        return not self.fresh or file in self._made
+
     def _newest(self, records: Sequence[KeyedRecord], key: str) -> KeyedRecord | None:
         for record in reversed(records):
             if record.key == key:
+                if not all(map(self.may_be_used, record.files)):
+                    return None
                 with ThreadPoolExecutor() as pool:  # hashing lets other threads run
                     intact = list(pool.map(self.verify, record.files))
                 return record if all(intact) else None
@@ -363,8 +380,9 @@ class ArtifactStore:
             return f"{path}: does not name the files of the checkpoint's record with their hashes."
         return ""
 
-    def forget(self, file: CommittedFile) -> None:
-        """Forget what was verified under a path that has just been written again."""
+    def committed(self, file: CommittedFile) -> None:
+        """Take note of a file that was written and committed just now."""
+        self._made.add(file)
         for known in [known for known in self._verified if known.path == file.path]:
             del self._verified[known]
 

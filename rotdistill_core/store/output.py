@@ -103,9 +103,12 @@ class StepOutput:
         return aside
 
     def find(self, name: str) -> Path | None:
-        """Return a file that this step committed before, if it still hashes true."""
+        """Return a file that this step committed before, if it still hashes true.
+
+        A run that starts afresh finds what it has committed itself.
+        """
         file = self._committed.get(name)
-        if file is None or not self.store.verify(file):
+        if file is None or not self.store.may_be_used(file) or not self.store.verify(file):
             return None
         self.used[file.path] = file
         return self.store.root / file.path
@@ -135,7 +138,7 @@ class StepOutput:
         self.ledger.append(
             FileRecord(key=self.key, name=name, path=path, bytes=size, sha256=sha256)
         )
-        self.store.forget(file)
+        self.store.committed(file)
         self._committed[name] = file
         self.used[path] = file
         return self.store.root / path

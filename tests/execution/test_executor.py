@@ -70,6 +70,30 @@ def test_a_finished_run_is_reused_and_fresh_makes_each_step_once(
     assert not any(step.reused for step in fresh.steps.values())
 
 
+@pytest.mark.slow
+def test_fresh_writes_every_file_of_a_step_again(executor: Open) -> None:
+    folder = executor("one").go().folder
+
+    def written() -> dict[Path, int]:
+        files = (path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = written()
+    executor("one").go()
+    assert written() == before
+    executor("one", fresh=True).go()
+    after = written()
+    kept = {path.relative_to(folder).as_posix() for path in before if after[path] == before[path]}
+    assert {path.relative_to(folder).parts[0] for path in before} >= {
+        "answers",
+        "checkpoints",
+        "shards",
+        "weights",
+    }
+    assert not kept
+    assert after.keys() == before.keys()
+
+
 def test_the_ledger_types_every_result(executor: Open) -> None:
     ledger = Ledger(executor("one").go().folder)
     results = {(record.id, record.variant): type(record.result) for record in ledger.steps}

@@ -58,7 +58,10 @@ def test_a_change_at_the_start_is_the_reason_of_the_first_step(
 
 
 def test_fresh_reuses_nothing(after_run: Path) -> None:
-    assert reasons(plan_of(fresh=True))["chop base"] == "asked for with --fresh"
+    plan = plan_of(fresh=True)
+    assert not any(line.reused for line in plan.lines)
+    assert {line.why for line in plan.lines} == {"asked for with --fresh"}
+    assert {line.id for line in plan.lines} >= {"teacher's answers", "checkpoints", "chop"}
 
 
 def test_a_changed_text_is_the_reason_of_everything(after_run: Path) -> None:

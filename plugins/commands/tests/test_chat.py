@@ -94,11 +94,20 @@ def test_mistakes_are_named(words: tuple[str, ...], code: int, message: str) -> 
     assert message in err
 
 
-def test_a_torn_checkpoint_is_an_error_of_the_environment(work: Path) -> None:
-    path = next((work / "runs").glob("*/checkpoints/full/model.safetensors"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints/full/model.safetensors",
+        "checkpoints/full/tokenizer.json",
+        "checkpoints/full/COMPLETE",
+        "system.md",
+    ],
+)
+def test_a_damaged_file_answers_nothing(work: Path, name: str) -> None:
+    [path] = (work / "runs").glob(f"*/{name}")
     data = path.read_bytes()
-    path.write_bytes(data[:100])
-    code, out, err = command_line("chat", "trial", "--prompt", QUESTION)
+    path.write_bytes(bytes([data[0] ^ 8]) + data[1:])
+    code, out, err = command_line("chat", "trial", "--prompt", QUESTION, "--variant", "full")
     path.write_bytes(data)
-    assert (code, out) == (3, "")
-    assert "full/model.safetensors: not a valid safetensors file" in err
+    assert (code, out) == (4, "")
+    assert f"{name}: does not match its sha256 in the ledger" in err

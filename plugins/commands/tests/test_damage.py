@@ -218,7 +218,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_refused(run: Path, name: s
     assert (code, f"{path}: is a folder where a file belongs" in said) == (4, True), said
     code, _, err = command_line("run", "trial.toml", "--no-plan")
     assert code == 3
-    assert "is a folder where a file belongs. Move it away" in err
+    assert "cannot be written: Is a directory. Move away what lies in its place" in err
     path.rmdir()
     heals(run, before)
 
@@ -230,3 +230,43 @@ def test_a_link_to_the_same_bytes_is_fine(run: Path) -> None:
         shutil.move(path, elsewhere)
         path.symlink_to(elsewhere)
     assert check(run)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"),
+    [
+        (("show", "trial"), "results.jsonl"),
+        (("show", "trial"), "recipe.resolved.json"),
+        (("diff", "trial", "trial"), "recipe.resolved.json"),
+        (("diff", "trial", "trial"), "results.jsonl"),
+        (("report", "trial"), "recipe.toml"),
+        (("report", "trial"), "results.jsonl"),
+    ],
+)
+def test_verbs_read_no_damaged_document(run: Path, verb: tuple[str, ...], name: str) -> None:
+    (run / name).write_bytes((run / name).read_bytes().replace(b"a", b"b", 1))
+    code, out, err = command_line(*verb)
+    assert (code, out) == (4, "")
+    assert f"{name}: does not match its sha256 in the ledger" in err
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "recipe.resolved.json", "ledger.jsonl"])
+def test_a_damaged_run_hides_no_other(run: Path, name: str) -> None:
+    other = run.with_name("another")
+    shutil.copytree(run, other)
+    (run / name).write_bytes(b"{" + (run / name).read_bytes()[:40])
+    code, out, err = command_line("runs", "--json")
+    listed = {each["run"]: each for each in json.loads(out)}
+    assert (code, listed.keys()) == (0, {run.name, other.name})
+    assert not listed[other.name]["damage"]
+    assert name in listed[run.name]["damage"][0]
+    code, out, err = command_line("runs")
+    assert "damaged" in out
+    assert str(run / name).removeprefix(f"{Path.cwd()}/") in err
+
+
+def test_a_ledger_that_cannot_be_read_hides_no_other_run(run: Path) -> None:
+    (run.with_name("folder") / "ledger.jsonl").mkdir(parents=True)
+    code, out, err = command_line("runs")
+    assert (code, run.name in out) == (0, True)
+    assert "folder/ledger.jsonl" in err

@@ -15,9 +15,9 @@ from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.plugin.registry import OBSERVERS, load_plugin, plugin_manager
 from rotdistill_core.recipe.document import Check
 from rotdistill_core.recipe.load import resolve_recipe
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.plain import read_text
 
 
 def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
@@ -30,13 +30,14 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
     Raises:
         RecipeError: the run is not finished.
         SetupError: one of its models cannot be opened any more.
+        CheckFailed: a document of the run is not what was committed.
     """
     if run.state != "done":
         raise RecipeError(
             f"{run.path}: is {run.state}; there is a report when its recipe has run to the end."
         )
     layout = run.layout
-    text = read_text(layout.recipe)
+    text = (run.read(RunLayout.RECIPE) or b"").decode()
     loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
     recipe = loaded.recipe
     rows = run.rows()

@@ -77,9 +77,9 @@ def chat(
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
     """  # noqa: E501  an example is one line
     folder = requested_run(run)
-    layout = folder.layout
-    folders = {variant: layout.checkpoints / variant for variant in _chosen(folder, variants or [])}
-    prompt = _system_prompt(layout, system)
+    chosen = _chosen(folder, variants or [])
+    prompt = _system_prompt(folder, system)
+    folders = {variant: folder.require_checkpoint(variant) for variant in chosen}
     if teacher:
         folders["teacher"] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
     from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
@@ -95,8 +95,7 @@ def chat(
 
 def _saved_variants(run: RunFolder) -> list[str]:
     """Return the variants that have a checkpoint, those of the recipe first and in its order."""
-    folders = run.layout.checkpoints.glob("*")
-    saved = {folder.name for folder in folders if (folder / RunLayout.CONFIG).is_file()}
+    saved = {variant for variant, each in run.checkpoints.items() if run.folder_of(each).is_dir()}
     named = [name for name in run.recipe.get("variants", {}) if name in saved]
     return named + sorted(saved - {*named})
 
@@ -118,20 +117,24 @@ def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(wanted or default))
 
 
-def _system_prompt(layout: RunLayout, given: Path | None) -> str:
+def _system_prompt(run: RunFolder, given: Path | None) -> str:
     """Return the system prompt in the file `given`, else the one that the run was made with.
 
     Raises:
         RecipeError: the file cannot be read.
+        CheckFailed: the run's own is not what was committed.
     """
-    path = given or layout.system_prompt
-    if given is None and not path.is_file():
-        log(f"{layout.folder}: keeps no system prompt, so none is used. --system FILE sets one.")
-        return ""
+    if given is None:
+        content = run.read(RunLayout.SYSTEM_PROMPT)
+        if content is None:
+            log(f"{run.path}: keeps no system prompt, so none is used. --system FILE sets one.")
+        return (content or b"").decode().strip()
     try:
-        return read_text(path).strip()
+        return read_text(given).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: the system prompt cannot be read: {error.args[-1]}.") from error
+        raise RecipeError(
+            f"{given}: the system prompt cannot be read: {error.args[-1]}."
+        ) from error
 
 
 def _typed_questions() -> Iterator[str]:

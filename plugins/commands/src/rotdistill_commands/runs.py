@@ -13,6 +13,7 @@ from rich.table import Column
 from rotdistill_commands._arguments import RunName, complete_run_names, log, requested_run
 from rotdistill_commands._removal import describe_files, files_to_delete, format_size, remove
 from rotdistill_core import hookimpl
+from rotdistill_core.errors import SetupError
 from rotdistill_core.evaluation.rows import overall_figures
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run, needed_by
 from rotdistill_core.store.layout import RUNS_FOLDER
@@ -37,24 +38,40 @@ def runs(as_json: Json = False) -> None:
 
       rotdistill runs --json
     """
-    every_run = all_runs(RUNS_FOLDER)
+    found = all_runs(RUNS_FOLDER)
+    for problem in filter(None, map(_unreadable, found)):
+        log(problem)
+    every_run = [run for run in found if not _unreadable(run)]
     rows = [_listing(run, every_run) for run in every_run]
     if as_json:
         print_json(rows)
     elif rows:
         stdout_console().print(_listing_table(rows))
+        for problem in (problem for row in rows for problem in row["damage"]):
+            log(problem)
     else:
         log(f"no runs in {RUNS_FOLDER}/; `rotdistill run RECIPE` makes one.")
 
 
+def _unreadable(run: RunFolder) -> str:
+    """Return why the ledger of a run cannot be read; empty if it can."""
+    try:
+        _ = run.ledger
+    except SetupError as error:
+        return str(error)
+    return ""
+
+
 def _listing(run: RunFolder, every_run: Sequence[RunFolder]) -> dict[str, Any]:
-    """Return a run as JSON values."""
+    """Return a run as JSON values. What is described by a damaged document is left out."""
     needed = [RUNS_FOLDER / path for path in needed_by(run, every_run)]
+    damage = run.damage
     return {
         "run": run.path.name,
-        "state": run.state,
-        "variants": list(run.recipe.get("variants", {})),
-        "best": _lowest_kl(run),
+        "state": f"{run.state}, damaged" if damage else run.state,
+        "damage": damage,
+        "variants": [] if damage else list(run.recipe.get("variants", {})),
+        "best": None if damage else _lowest_kl(run),
         "bytes": run.bytes,
         "shared_bytes": sum(path.stat().st_size for path in needed if path.is_file()),
         "changed": run.changed,
@@ -106,6 +123,7 @@ def show(run: RunName, as_json: Json = False) -> None:
     needed = needed_by(folder, all_runs(folder.path.parent))
     users = sorted({user for users in needed.values() for user in users})
     steps = _steps(folder)
+    rows = folder.rows()
     if as_json:
         document = {
             "run": folder.path.name,
@@ -115,7 +133,7 @@ def show(run: RunName, as_json: Json = False) -> None:
             "needed_by": users,
             "recipe": folder.recipe,
             "steps": steps,
-            "figures": overall_figures(folder.rows()),
+            "figures": overall_figures(rows),
         }
         print_json(document)
         return
@@ -130,7 +148,6 @@ def show(run: RunName, as_json: Json = False) -> None:
         names = literal(", ".join(users))
         console.print(f"{len(needed)} of its files are part of {names}; `rm` leaves those.")
     console.print(_step_table(folder, steps) if steps else "No step is finished yet.")
-    rows = folder.rows()
     if rows:
         console.print(results_table(rows))
 
