@@ -22,7 +22,7 @@ from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import facts_digest, read_questions
-from rotdistill_core.errors import CheckFailed
+from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
@@ -55,6 +55,7 @@ from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.presence import REMOVING, RUNNING, at_work, others_at_work
 from rotdistill_core.store.records import (
     RowsRef,
     StartRecord,
@@ -148,9 +149,16 @@ class Executor:
         Raises:
             RunFailed: variants break a check. The others are made; everything is evaluated and
                 reported.
+            SetupError: another process removes the run at this moment.
             RotdistillError: anything else went wrong. The next call finds what was committed.
         """
-        with full_float32_products():
+        with at_work(self.folder, RUNNING), full_float32_products():
+            removers = others_at_work(self.folder, REMOVING)
+            if removers:
+                raise SetupError(
+                    f"{self.folder}: is being removed by {', '.join(removers)}. Run the recipe "
+                    "again when that has ended."
+                )
             return self._carry_out()
 
     def _carry_out(self) -> RunResult:

@@ -18,6 +18,7 @@ from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
+from rotdistill_core.store.presence import RUNNING, others_at_work
 from rotdistill_core.store.records import CheckpointRecord, StepRecord
 
 
@@ -57,16 +58,24 @@ class RunFolder:
     def state(self) -> str:
         """How far the run is.
 
-        `done`; `unfinished`; `kept files`, if only files are left that other runs need; or
-        `copy of` another run, if somebody copied the folder.
+        `running`, if a process carries out its recipe at this moment; `done`; `unfinished`; `kept
+        files`, if only files are left that other runs need; or `copy of` another run, if somebody
+        copied the folder.
         """
         if self._owner:
             return f"copy of {self._owner}"
+        if self.runners:
+            return "running"
         root = self.path.parent
         names = {record.name for record in self.ledger.files if (root / record.path).is_file()}
         if RunLayout.RESULTS in names:
             return "done"
         return "unfinished" if RunLayout.RESOLVED_RECIPE in names else "kept files"
+
+    @property
+    def runners(self) -> list[str]:
+        """The processes that carry out its recipe at this moment, in words."""
+        return others_at_work(self.path, RUNNING)
 
     @property
     def _owner(self) -> str:

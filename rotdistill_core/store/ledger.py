@@ -45,6 +45,7 @@ from rotdistill_core.store.plain import (
     read_bytes,
     require_plain,
 )
+from rotdistill_core.store.presence import is_alive
 from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
@@ -391,7 +392,7 @@ class ArtifactStore:
         for path in folder.rglob("*.tmp"):
             # NAME.PID.RANDOM.tmp, as `write_file` names them
             pid = path.name.split(".")[-3] if path.name.count(".") >= 3 else ""
-            if pid.isdigit() and not _alive(int(pid)):
+            if pid.isdigit() and not is_alive(int(pid)):
                 path.unlink(missing_ok=True)
 
 
@@ -406,11 +407,3 @@ def _fault(path: Path, file: CommittedFile) -> str:
         return f"is {kind} where a file belongs"
     intact = status.st_size == file.bytes and sha256_of(path) == file.sha256
     return "" if intact else "does not match its sha256 in the ledger"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return True

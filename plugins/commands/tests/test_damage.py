@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.presence import at_work
 from rotdistill_core.testing import PicoWorkspace, command_line
 
 STEPS = """
@@ -270,3 +273,45 @@ def test_a_ledger_that_cannot_be_read_hides_no_other_run(run: Path) -> None:
     code, out, err = command_line("runs")
     assert (code, run.name in out) == (0, True)
     assert "folder/ledger.jsonl" in err
+
+
+@pytest.fixture
+def elsewhere(run: Path) -> Iterator[Callable[[str], int]]:
+    """Return a function that leaves the mark of a living process in the run's folder."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+
+        def leave(work: str) -> int:
+            with at_work(run, work) as own:
+                about = json.loads(own.read_text())
+            started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+            mark = run / f"{work}.{process.pid}.ab.tmp"
+            mark.write_text(json.dumps({**about, "started": started}))
+            return process.pid
+
+        yield leave
+        process.kill()
+
+
+def test_rm_refuses_a_run_in_progress(run: Path, elsewhere: Callable[[str], int]) -> None:
+    before, pid = hashes(run), elsewhere("running")
+    for words in (("rm", "trial"), ("rm", "trial", "--keep-checkpoints", "--yes")):
+        code, _, err = command_line(*words)
+        assert code == 3
+        assert f"is in progress: process {pid} carries out its recipe. Nothing was removed" in err
+    assert before.items() <= hashes(run).items()
+    assert json.loads(command_line("runs", "--json")[1])[0]["state"] == "running"
+
+
+def test_run_refuses_a_run_that_is_being_removed(
+    run: Path, elsewhere: Callable[[str], int]
+) -> None:
+    before, pid = hashes(run), elsewhere("removing")
+    code, _, err = command_line("run", "trial.toml", "--no-plan")
+    assert code == 3
+    assert f"is being removed by process {pid}. Run the recipe again when that has ended" in err
+    assert before.items() <= hashes(run).items()
+
+
+def test_rm_leaves_nothing(run: Path) -> None:
+    assert command_line("rm", "trial")[0] == 0
+    assert not run.exists()

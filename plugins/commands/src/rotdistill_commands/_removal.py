@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.presence import REMOVING, at_work
 from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
@@ -69,7 +71,26 @@ def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int
 
     The ledger goes last and keeps the records of the files that stay. So a removal that was
     interrupted can be repeated.
+
+    Raises:
+        SetupError: a process carries out the run's recipe at this moment.
     """
+    with at_work(run.path, REMOVING) as own_mark:
+        if run.runners:
+            raise SetupError(
+                f"{run.path}: is in progress: {', '.join(run.runners)} carries out its recipe. "
+                "Nothing was removed; stop that first, or wait for its end."
+            )
+        freed = _remove(
+            run, {*keep, own_mark.relative_to(run.path.parent).as_posix()}, keep_checkpoints
+        )
+    if not any(run.path.iterdir()):
+        run.path.rmdir()
+    return freed
+
+
+def _remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int:
+    """Delete files and rewrite or delete the ledger; return how many bytes that freed."""
     freed = 0
     for path in files_to_delete(run, keep, keep_checkpoints):
         freed += path.lstat().st_size
@@ -83,7 +104,6 @@ def remove(run: RunFolder, keep: Collection[str], keep_checkpoints: bool) -> int
         return freed
     freed += ledger.path.stat().st_size
     ledger.path.unlink()
-    run.path.rmdir()
     return freed
 
 
