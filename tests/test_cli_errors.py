@@ -178,7 +178,7 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
     "no tokenizer": (
         remove("model/tokenizer*"),
         3,
-        "tokenizer cannot be loaded",
+        "has no tokenizer",
     ),
     "no texts": (remove("texts/index.tsv"), 2, "index.tsv: cannot be read"),
     "other columns": (

@@ -131,7 +131,7 @@ def test_weights_that_give_nan_fail(before: Weights, layout: PackedTexts) -> Non
     after = before.fold(MAPS)
     name = "model.layers.0.mlp.down_proj.weight"
     broken = after.edit({name: torch.full((32, 48), torch.nan, dtype=torch.float64)})
-    with pytest.raises(CheckFailed, match="logits_float64 is nan"):
+    with pytest.raises(CheckFailed, match=f"{name}: 1536 of its 1536 numbers are NaN"):
         enforce(certify(before, broken, unfolded(after), layout, CPU))
 
 
