@@ -23,6 +23,7 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
+from rotdistill_soups import _adapter_config
 from rotdistill_soups._adapter_config import (
     IDLE_KEYS,
     NEUTRAL,
@@ -260,6 +261,26 @@ def test_a_malformed_value_is_refused_by_its_key(tmp_path: Path, key: str, value
     folder = write_config(tmp_path, **{key: value})
     with pytest.raises(SetupError, match=f"adapter_config.json has {key} = .*Correct the file"):
         read_adapter_config(folder)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules"])
+@pytest.mark.parametrize("pattern", [r"(?:\w|\.|..|...)*[^a-z._0-9]", r"(?:.|..|(?:\w+))*[^\w.]"])
+def test_a_pattern_that_does_not_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, pattern: str
+) -> None:
+    monkeypatch.setattr(_adapter_config, "PATTERN_SECONDS", 0.1)
+    module = "model.layers.0." + 20 * "deeper." + "q_proj"
+    folder = write_config(tmp_path, **{key: pattern if key == "target_modules" else {pattern: 4}})
+    config = read_adapter_config(folder)
+    with pytest.raises(SetupError, match=r"its pattern .* takes more than 0\.1 seconds"):
+        assert config.is_target(module) and config.scale_of(module)
+
+
+def test_a_pattern_that_peft_could_not_use_is_refused(tmp_path: Path) -> None:
+    # Valid by itself, but not inside the group that peft puts it into.
+    config = read_adapter_config(write_config(tmp_path, rank_pattern={r"((.)\2)*": 4}))
+    with pytest.raises(SetupError, match="is no pattern"):
+        config.rank_of("model.norm")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\udcff", "[" * 100_000, "{}" + " " * 2**21])

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import read_text
 
 ADAPTER_CONFIG = "adapter_config.json"
+PATTERN_SECONDS = 2
+"""Time in which a pattern has to match one name."""
 ALL_LINEAR = "all-linear"
 """A value of `target_modules`: every linear layer but the head."""
 MAX_BYTES = 1 << 20
@@ -134,7 +137,7 @@ class AdapterConfig:
         # The first number that follows a name, or that follows a named list of layers.
         patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_patterns]
         for pattern in patterns or [r".*?\.[^.]*"]:
-            match = re.match(rf"{pattern}\.(\d+)\.", module)
+            match = _match(rf"{pattern}\.(\d+)\..*", module)
             if match:
                 return int(match[1]) in self.layers
         return False
@@ -262,8 +265,8 @@ class _Reader:
 
     def _pattern(self, key: str, pattern: str) -> str:
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
+            regex.compile(pattern)
+        except (regex.error, RecursionError, OverflowError) as error:
             raise self._malformed(key, f"{pattern!r:.40} is no pattern ({error})") from error
         return pattern
 
@@ -274,7 +277,7 @@ class _Reader:
 def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     """Return the first pattern that matches the end of a name, as peft's `get_pattern_key`."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _match(rf"(.*\.)?({pattern})", module):
             return pattern
     return module
 
@@ -282,5 +285,24 @@ def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
 def _matches(names: Sequence[str] | str, module: str) -> bool:
     """Return whether a name matches a pattern whole, or ends in one of some names."""
     if isinstance(names, str):
-        return names == ALL_LINEAR or re.fullmatch(names, module) is not None
+        return names == ALL_LINEAR or _match(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _match(pattern: str, module: str) -> regex.Match[str] | None:
+    """Match a whole name. The pattern is somebody else's, and some patterns never end.
+
+    Raises:
+        SetupError: it took longer than `PATTERN_SECONDS`, or is valid only by itself.
+    """
+    try:
+        return regex.fullmatch(pattern, module, timeout=PATTERN_SECONDS)
+    except TimeoutError as error:
+        raise SetupError(
+            f"{ADAPTER_CONFIG}: its pattern {pattern!r:.80} takes more than {PATTERN_SECONDS} "
+            f"seconds to look for in {module}. Write names in its place."
+        ) from error
+    except regex.error as error:
+        raise SetupError(
+            f"{ADAPTER_CONFIG}: {pattern!r:.80} is no pattern ({error}). Correct the file."
+        ) from error
