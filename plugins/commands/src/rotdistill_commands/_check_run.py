@@ -70,15 +70,18 @@ def check_run(folder: Path) -> RunCheck:
     files = ledger.committed.values()
     check = RunCheck(run=folder.name, files=len(files))
     check.problems += [f"{ledger.path}: {fault}." for fault in ledger.faults]
+    not_finite: list[str] = []
     for file in files:
         fault = store.fault_of(file)
         if fault:
             check.problems.append(f"{store.root / file.path}: {fault}.")
+        else:
+            not_finite += _numbers_that_are_not_finite(store.root / file.path)
     check.problems += run_problems(run)
-    if check.problems:
+    damaged = bool(check.problems)
+    check.problems += not_finite
+    if damaged:
         return check
-    for file in files:
-        check.problems += _numbers_that_are_not_finite(store.root / file.path)
     found = len(check.problems)
     _check_models(run, check)
     if len(check.problems) > found:  # folds cannot be taken back to another student
