@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rotdistill_core.store.files import make_folder, unwritable
-from rotdistill_core.store.plain import read_text
+from rotdistill_core.store.plain import read_bytes, read_text
 
 RUNNING = "running"
 REMOVING = "removing"
@@ -89,7 +89,7 @@ def _started(pid: int) -> str:
     Ids are used again, so an id alone would not say that it is the same process.
     """
     try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+        status = read_bytes(Path(f"/proc/{pid}/stat")).decode(errors="replace")
     except OSError:
         return ""
     return status.rpartition(")")[2].split()[19]  # field 22 of proc(5); the name may hold blanks

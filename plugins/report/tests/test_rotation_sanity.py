@@ -122,9 +122,9 @@ def rewrite_ledger(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     for record in read_ledger(run):
         del record["mark"]
         change(record)
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
-        mark = hashlib.sha256(content).hexdigest()[:16]
-        lines.append(json.dumps({**record, "mark": mark}, ensure_ascii=False) + "\n")
+        body = json.dumps(record, ensure_ascii=False)[:-1]
+        mark = hashlib.sha256(body.encode()).hexdigest()[:16]
+        lines.append(f'{body}, "mark": "{mark}"}}\n')
     RunLayout(run).ledger.write_text("".join(lines), encoding="utf-8")
 
 
