@@ -13,6 +13,7 @@ from rotdistill_core.checkpoint.weights import Weights, open_folder
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.keys import checkpoint_key
 from rotdistill_core.execution.outcome import VariantState
+from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.store.files import Blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_text
@@ -63,7 +64,7 @@ def _write(
     for name, content in tokenizer_contents(run.pair.student.folder).items():
         write(name, [content])
     state.weights.save(write, dtype)
-    write(RunLayout.RECIPE, [run.loaded.text.encode()])
+    write(RunLayout.RECIPE, [resolved_toml(run.loaded).encode()])
 
     # The manifest comes last: a folder with a manifest is complete.
     manifest = out.json(RunLayout.checkpoint(variant, RunLayout.MANIFEST), hashes)

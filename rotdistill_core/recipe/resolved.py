@@ -119,11 +119,12 @@ class ResolvedRecipe:
 
         Args:
             narrow: checkpoints are saved in fewer than 32 bits. If the recipe has an exact fold, a
-                variant `round-trip` is then added, unless the recipe has one of that name.
+                variant `round-trip` is then added, unless the recipe has one of that name or of
+                those steps.
         """
         chains = {name: self.chain(name) for name in self.recipe.variants}
         exact = self.exact_chain() if narrow else ()
-        if exact and ROUND_TRIP not in chains:
+        if exact and ROUND_TRIP not in chains and exact not in chains.values():
             chains[ROUND_TRIP] = exact
         return chains
 

@@ -50,9 +50,20 @@ def test_steps_come_in_the_order_of_execution(loaded: ResolvedRecipe) -> None:
     ]
 
 
-def test_narrow_checkpoints_add_a_variant(loaded: ResolvedRecipe) -> None:
-    narrow = {step.variant for step in keyed_steps(loaded, "s", "bfloat16", "")}
-    assert narrow == {"base", "full", "round-trip"}
+def variants_of(loaded: ResolvedRecipe, dtype: str) -> set[str]:
+    return {step.variant for step in keyed_steps(loaded, "s", dtype, "")}
+
+
+def test_narrow_checkpoints_add_a_variant_of_the_exact_steps(tmp_path: Path) -> None:
+    head = '    { id = "head", use = "lm-head-ridge" },\n]'
+    styled = STEPS.replace('"fold"]', '"fold", "head"]').replace("\n]", f"\n{head}")
+    loaded = load_recipe(PicoWorkspace(tmp_path).recipe(styled))
+    assert variants_of(loaded, "float32") == {"base", "full"}
+    assert variants_of(loaded, "bfloat16") == {"base", "full", "round-trip"}
+
+
+def test_a_variant_of_the_exact_steps_is_not_made_twice(loaded: ResolvedRecipe) -> None:
+    assert variants_of(loaded, "bfloat16") == {"base", "full"}
 
 
 def test_a_key_depends_on_the_steps_before_it(loaded: ResolvedRecipe) -> None:
@@ -107,7 +118,7 @@ def test_keys_are_those_in_the_ledger_of_a_run(
         assert before[step.key] == step.before
         if step.recipe_step.stage != "evaluate":
             last[step.variant] = step.key
-    assert set(last) == {"base", "full", "round-trip"}
+    assert set(last) == {"base", "full"}
     saved = {record.variant: record.key for record in ledger.checkpoints}
     assert saved == {
         variant: checkpoint_key(variant, last[variant], "bfloat16") for variant in last

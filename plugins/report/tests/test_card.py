@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from rotdistill_report._card import licence_of, strictest
+from rotdistill_report._card import licence_of, public_name, strictest
 
+from rotdistill_core.recipe.as_toml import resolved_toml
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import PicoWorkspace, pico_model
 
 STEPS = """
@@ -103,7 +107,7 @@ def test_a_card_names_sources_results_and_how_to_undo_each_step(
         assert outcome.pair.teacher.sha256 in body
         kl = report["figures"][name]["kl"]
         assert f"| {kl['text']} | {kl['change']} |" in body
-        assert recipe.read_text(encoding="utf-8").rstrip() in body
+        assert resolved_toml(load_recipe(recipe)).rstrip() in body
     assert "Nothing was changed." in cards["base"]
     assert "basis-fold: exact, logits do not change." in cards["turned"]
     assert "cannot be undone" not in cards["turned"]
@@ -125,3 +129,64 @@ def test_a_rewritten_card_leaves_the_checkpoint_valid(
     assert card.is_file()
     assert weights.stat().st_mtime_ns == written[weights]
     assert "README.md" not in json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
+
+
+def test_a_card_shows_the_recipe_that_made_the_checkpoint(
+    workspace: PicoWorkspace, recipe: Path
+) -> None:
+    child = workspace.folder / "child.toml"
+    child.write_text(f'extends = "{recipe.name}"\nname = "child"\n', encoding="utf-8")
+    override = "lm-head-ridge.ridge=[7.0]"
+    outcome = workspace.run(child, [override])
+    folder = outcome.checkpoints["full"]
+    shown = re.search(r"```toml\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert shown
+    again = workspace.folder / "again.toml"
+    again.write_text(shown[1], encoding="utf-8")
+    assert load_recipe(again).digest() == load_recipe(child, [override]).digest()
+    assert (folder / "recipe.toml").read_text().rstrip() == shown[1].rstrip()
+    assert "ridge = [\n    7.0,\n]" in shown[1]
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-3B"),
+        ("run:tour-guide/full", "run:tour-guide/full"),
+        ("package:weights/model.gguf", "package:weights/model.gguf"),
+        ("/home/someone/models/mine", "mine"),
+        ("./models/mine", "mine"),
+        ("~/models/mine.gguf", "mine.gguf"),
+        (
+            "/home/someone/.cache/huggingface/hub/models--Qwen--Qwen2.5-3B/snapshots/0123",
+            "Qwen/Qwen2.5-3B",
+        ),
+    ],
+)
+def test_a_card_names_no_private_folder(reference: str, name: str) -> None:
+    assert public_name(ModelRef(model=reference)) == name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_not_shown_as_what_an_exact_step_changed(
+    workspace: PicoWorkspace, dtype: str
+) -> None:
+    steps = """
+    variants = { base = [], turned = ["rotate", "fold"] }
+    step = [
+        { use = "residuals" },
+        { id = "rotate", use = "procrustes" },
+        { id = "fold", use = "basis-fold" },
+        { use = "fidelity" },
+    ]
+    """
+    models = {"teacher": "teacher", "student": "student"}
+    recipe = workspace.recipe(steps, observers=("report",), **models)
+    outcome = workspace.run(recipe, [f"student.save_dtype={dtype}"])
+    report = json.loads((outcome.folder / "report.json").read_text(encoding="utf-8"))
+    assert set(report["figures"]) == {"base", "turned"}
+    assert report["verdict"] == (
+        f"Exact steps only: what differs from `base` is rounding of the {dtype} files."
+    )
+    [ablation] = report["ablations"]
+    assert f"what changes is rounding of the {dtype} files; in float32 the KL" in ablation

@@ -100,7 +100,7 @@ def rebuild(outcome: RunResult) -> ReportData:
         outcome.folder,
         results(outcome.folder),
         outcome.steps,
-        {},
+        outcome.checkpoints,
         [],
         model_parity={each.role: each.result for each in parities if each.role},
         parity={each.variant: each.result for each in parities if each.variant},
@@ -265,10 +265,6 @@ def test_facts_and_errors_stand_above_the_answers_that_state_them(outcome: RunRe
     text = re.sub(r"<[^>]*>", "", html_report(data, outcome.folder.parent))
     assert "teacher · names: stands hereHere." in text
     assert "full · wrongly: stands thereThere." in text
-
-
-def test_quoted_text_is_no_markup(page: str) -> None:
-    assert "# &lt;script&gt; of the recipe" in page
 
 
 def test_a_run_without_answers_has_no_section_of_them(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from rotdistill_commands._arguments import log, requested_run
-from rotdistill_commands._resolved import resolved_toml
 from rotdistill_core import hookimpl
 from rotdistill_core.data.questions import read_questions
 from rotdistill_core.errors import CheckFailed, RecipeError
+from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.terminal import Json, Sets, print_json, print_line

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import is_exact
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_bytes
@@ -56,6 +58,7 @@ def model_card(
 ) -> str:
     """Return the README.md of a variant's checkpoint."""
     models = _source_models(pair)
+    names = {role: public_name(model.ref) for role, model in models.items()}
     licences = {role: licence_of(model) for role, model in models.items()}
     kinds = {recipe_step.id: _kind(recipe_step) for recipe_step in _edits(recipe, variant)}
     languages = {row.language for row in outcome.rows if row.language}
@@ -63,6 +66,7 @@ def model_card(
         report=report,
         variant=variant,
         models=models,
+        names=names,
         licences=licences,
         licence=strictest(list(licences.values())),
         kinds=kinds,
@@ -70,6 +74,20 @@ def model_card(
         edits=[name for name, kind in kinds.items() if kind in ("fold", "style")],
         languages=sorted(code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)),
     )
+
+
+def public_name(ref: ModelRef) -> str:
+    """Return how a card names a model: without the folders of the machine that it lies on.
+
+    A snapshot in the hub's cache goes by its id, and a folder or file by its own name. What is no
+    path (a hub id, `run:...`, `package:...`) stays as the recipe has it.
+    """
+    path = Path(ref.model).expanduser()
+    of_hub = re.search(r"models--(.+?)--(.+?)/snapshots/", f"{path.as_posix()}/")
+    if of_hub:
+        return f"{of_hub[1]}/{of_hub[2]}"
+    is_path = path.exists() or path.is_absolute() or ref.model.startswith(".")
+    return path.resolve().name if is_path else ref.model
 
 
 def _source_models(pair: Pair) -> dict[str, Model]:

@@ -28,7 +28,9 @@ from rotdistill_core.evaluation.metrics import (
 from rotdistill_core.evaluation.rows import MetricRow, failed_variants, overall_figures
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
+from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
@@ -143,6 +145,9 @@ class ReportData:
     provenance: dict[str, Mapping[str, str | Source]]
     """Models, texts, recipe and versions that had a part in the run."""
     recipe_text: str
+    """The resolved recipe, as TOML that runs."""
+    saved_as: str
+    """Name of the dtype of the checkpoints; empty where it is not known."""
     parity: dict[str, Parity]
     """Variant -> how it compares with transformers."""
     model_parity: dict[str, Parity]
@@ -172,6 +177,11 @@ class ReportData:
     def as_json(self) -> dict[str, Any]:
         """Return everything as JSON values; a number that is not finite becomes text."""
         return {name: _json_value(value) for name, value in vars(self).items()}
+
+    @property
+    def saved_in_full_precision(self) -> bool:
+        """Whether checkpoints have 32 bits or more, so that rounding explains no change."""
+        return self.saved_as in ("float32", "float64")
 
 
 def _json_value(value: Any) -> Any:
@@ -220,10 +230,18 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         answers=answers,
         answer_variants=answer_variants(answered, baseline, recipe.headline),
         provenance=provenance(recipe, outcome),
-        recipe_text=recipe.text,
+        recipe_text=resolved_toml(recipe),
+        saved_as=_save_dtype(recipe, outcome),
         parity=outcome.parity,
         model_parity={**outcome.model_parity, **cut_parities(outcome)},
     )
+
+
+def _save_dtype(recipe: ResolvedRecipe, outcome: RunResult) -> str:
+    dtype: str = recipe.recipe.student.save_dtype
+    for folder in outcome.checkpoints.values():
+        dtype = str(json.loads(read_text(folder / RunLayout.CONFIG))["dtype"])
+    return dtype if dtype != "auto" else ""
 
 
 def with_interval(interval: Interval, metric: str, sign: str = "") -> str:

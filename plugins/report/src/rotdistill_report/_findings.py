@@ -7,7 +7,7 @@ changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult
         report,
         verdict=conclusion.sentence,
         tone=conclusion.tone,
-        issues=[*warnings, *collect_issues(report, recipe, outcome)],
+        issues=[*warnings, *collect_issues(report, recipe)],
         ablations=list(ablation_effects(report, recipe, outcome)),
         language_summary=language_summary(report.kl_by_language, report.baseline),
         answer_summary=answer_summary(report.estimates, report.answer_variants),
@@ -113,9 +113,7 @@ def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Iss
 # What went wrong.
 
 
-def collect_issues(
-    report: ReportData, recipe: ResolvedRecipe, outcome: RunResult
-) -> Iterator[Issue]:
+def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
     """Yield what failed, was refused or got worse, the gravest first."""
     for variant, failures in report.failures.items():
         for failure in failures:
@@ -123,7 +121,7 @@ def collect_issues(
     for step in report.steps:
         if step.refused:
             yield _refusal(step)
-    if _saved_in_full_precision(recipe, outcome):
+    if report.saved_in_full_precision:
         yield from _inexact_variants(report, recipe)
     for title, measured in report.diagnostics.items():
         for text in worse_alignments(measured.layers):
@@ -134,14 +132,6 @@ def collect_issues(
 def _refusal(step: StepSummary) -> Issue:
     subject = f"{step.step} (in {step.variant})"
     return Issue(IssueKind.REFUSED, subject, f"{step.refused}.")
-
-
-def _saved_in_full_precision(recipe: ResolvedRecipe, outcome: RunResult) -> bool:
-    """Return whether checkpoints have 32 bits or more, so that rounding explains no change."""
-    dtype = recipe.recipe.student.save_dtype
-    if dtype == "auto":
-        return outcome.pair is not None and outcome.pair.student.weights.dtype.itemsize >= 4
-    return dtype in ("float32", "float64")
 
 
 def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
@@ -292,7 +282,14 @@ def _verdict_of_changes(
     measured = report.estimates["kl"]
     reference = report.baseline if report.baseline in measured else next(iter(measured))
     unchanged = all(abs(change.value) <= EXACT_KL_TOLERANCE for change in changes.values())
-    if unchanged and not any(chain_difference(recipe, v, reference).inexact for v in changes):
+    exact = not any(chain_difference(recipe, v, reference).inexact for v in changes)
+    if exact and not report.saved_in_full_precision:
+        sentence = (
+            f"Exact steps only: what differs from `{reference}` is rounding of the "
+            f"{report.saved_as} files."
+        )
+        return Verdict(sentence, Tone.GOOD)
+    if exact and unchanged:
         sentence = f"Exact steps only: every variant scores as `{reference}`, as it must."
         return Verdict(sentence, Tone.GOOD)
     best = min(changes, key=lambda variant: changes[variant].value)
@@ -339,8 +336,21 @@ def ablation_effects(
                 effects += [_effect(metric, change)] if change else []
         difference = chain_difference(recipe, variant, parent)
         changed = "; ".join(effects) or "nothing was measured on both"
-        exact = "" if difference.inexact else " Exact steps: nothing should change."
+        exact = "" if difference.inexact else _exactness(report, outcome, variant, difference.added)
         yield f"`{variant}` = `{parent}` + {', '.join(difference.added)}: {changed}.{exact}"
+
+
+def _exactness(report: ReportData, outcome: RunResult, variant: str, added: Sequence[str]) -> str:
+    """Return what a reader should think of figures that exact steps changed."""
+    if report.saved_in_full_precision:
+        return " Exact steps: nothing should change."
+    sentence = f" Exact steps: what changes is rounding of the {report.saved_as} files"
+    results = (outcome.steps.get((variant, step)) for step in added)
+    proofs = [each.report.certificate for each in results if each and each.report.certificate]
+    if not proofs:
+        return f"{sentence}."
+    kl = max(proof.kl_float32 for proof in proofs)
+    return f"{sentence}; in float32 the KL between before and after is {kl:.1e} nats."
 
 
 def _effect(metric: str, change: Interval) -> str:
