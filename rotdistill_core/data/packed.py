@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 
@@ -188,6 +189,8 @@ class Samples:
     """The system prompt."""
     theirs: PackedTexts | None = None
     """As the teacher's tokenizer reads them; None if both models share a tokenizer."""
+    chat: ChatFormat | None = None
+    """How the conversations of `layout` are written; None for texts of tests, which have none."""
 
     @property
     def teacher(self) -> PackedTexts:

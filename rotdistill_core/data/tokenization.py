@@ -6,15 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
-
-
-def conversation(style: str, question: str) -> list[dict[str, str]]:
-    """Return the chat up to an answer: system prompt and question."""
-    return [{"role": "system", "content": style}, {"role": "user", "content": question}]
 
 
 def tokenize_texts(
@@ -23,6 +19,8 @@ def tokenize_texts(
     answers: Mapping[str, Sequence[int]],
     style: str,
     max_tokens: int,
+    chat: ChatFormat | None = None,
+    limit: int | None = None,
 ) -> Samples:
     """Tokenise all texts, conversations with their chat template, and pack them.
 
@@ -32,24 +30,25 @@ def tokenize_texts(
         answers: question id -> the teacher's tokens, for questions without an answer.
         style: the system prompt.
         max_tokens: conversations are cut after this many tokens; held-out ones never are.
+        chat: how conversations are written; by default as the tokenizer does it today.
+        limit: most tokens of a text outside the domain; by default they are not cut.
 
     Raises:
-        SetupError: the tokenizer has no chat template, or a text leaves no room for its answer.
+        SetupError: the tokenizer has no chat template, the template cannot write the texts, or a
+            text leaves no room for its answer.
     """
-    if not tokenizer.chat_template:
-        raise SetupError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; "
-            "use an instruction-tuned model."
-        )
+    asked = {q.id: q for q in questions if not q.split.outside_domain}
+    chat = chat or chat_format(tokenizer, style, questions)
+    prompts = prompt_tokens(tokenizer, style, {k: q.question for k, q in asked.items()}, chat)
+    answers = {**_written_answers(tokenizer, chat, style, asked, prompts), **answers}
     texts = []
     for q in questions:
         if q.split.outside_domain:
-            texts.append(_plain_text(tokenizer, q))
+            texts.append(_plain_text(tokenizer, q, limit))
         else:
-            texts.append(_conversation_text(tokenizer, q, answers, style, max_tokens))
-    prompts = [text.tokens[: text.answer] for text in texts if not text.plain]
-    layout = PackedTexts(tuple(texts), shared_prefix_length(prompts))
-    return Samples(layout, tuple(questions), style)
+            texts.append(_conversation_text(q, prompts[q.id], answers[q.id], max_tokens))
+    shared = shared_prefix_length(list(prompts.values())) if prompts else 0
+    return Samples(PackedTexts(tuple(texts), shared), tuple(questions), style, chat=chat)
 
 
 def tokenize_for_both(
@@ -59,6 +58,7 @@ def tokenize_for_both(
     answers: Mapping[str, Sequence[int]],
     style: str,
     max_tokens: int,
+    chats: tuple[ChatFormat | None, ChatFormat | None] = (None, None),
 ) -> Samples:
     """Tokenise all texts twice, for two models with different tokenizers.
 
@@ -72,18 +72,33 @@ def tokenize_for_both(
         answers: question id -> the teacher's tokens, for questions without an answer.
         style: the system prompt.
         max_tokens: conversations are cut after this many tokens of either tokenizer.
+        chats: how conversations are written for the student, and for the teacher.
 
     Raises:
         SetupError: see `tokenize_texts`.
     """
     questions = [q for q in questions if not q.split.outside_domain]
-    teacher_samples = tokenize_texts(teacher, questions, answers, style, max_tokens)
+    own, theirs = chats
+    teacher_samples = tokenize_texts(teacher, questions, answers, style, max_tokens, theirs)
     student_answers = {
         name: tokenize_answer(student, decode_answer(teacher, tokens))
         for name, tokens in answers.items()
     }
-    student_samples = tokenize_texts(student, questions, student_answers, style, max_tokens)
+    student_samples = tokenize_texts(student, questions, student_answers, style, max_tokens, own)
     return replace(student_samples, theirs=teacher_samples.layout)
+
+
+def chat_format(
+    tokenizer: Any, style: str, questions: Sequence[Question], date: str = ""
+) -> ChatFormat:
+    """Return how a tokenizer writes these questions under a system prompt.
+
+    Raises:
+        SetupError: it has no chat template, or the template cannot write them.
+    """
+    chat = ChatFormat.of(tokenizer, date)
+    asked = [q.question for q in questions if not q.split.outside_domain]
+    return chat.for_style(style, asked[0]) if asked else chat
 
 
 def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -97,17 +112,58 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
     return text.partition("\ufffd")[0].strip()
 
 
-def prompt_tokens(tokenizer: Any, style: str, question: str) -> list[int]:
-    """Return the tokens of system prompt and question, up to the first token of the answer."""
-    encoded = tokenizer.apply_chat_template(
-        conversation(style, question), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+def require_text_of_transformers(
+    chat: ChatFormat, tokenizer: Any, style: str, question: str
+) -> None:
+    """Check that transformers writes a prompt as we do; the template has ended under our limits.
+
+    Raises:
+        SetupError: it writes another text, or none.
+    """
+    messages = chat.messages(style, question)
+    (ours,) = chat.render([messages], generation=True)
+    try:
+        theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # Templates raise what they like, and so do libraries that read them.
+        raise SetupError(
+            f"{chat.source}: transformers cannot use its chat template: {error}."
+        ) from error
+    if theirs != ours:
+        raise SetupError(
+            f"{chat.source}: its chat template writes another text each time, or needs more than "
+            f"templates are given here. A question is {ours[:80]!r}, and {theirs[:80]!r} as "
+            "transformers writes it."
+        )
+
+
+def prompt_tokens(
+    tokenizer: Any, style: str, questions: Mapping[str, str], chat: ChatFormat
+) -> dict[str, list[int]]:
+    """Return the tokens of system prompt and question, up to the first token of the answer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        style: the system prompt.
+        questions: the questions by name.
+        chat: how conversations are written.
+
+    Raises:
+        SetupError: see `ChatFormat.prompts`.
+    """
+    texts = chat.prompts(style, questions.values())
+    return {name: _tokens_of(tokenizer, text) for name, text in zip(questions, texts, strict=True)}
+
+
+def _tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that has its special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def tokenize_answer(tokenizer: Any, answer: str) -> list[int]:
-    """Return the tokens of an answer by itself, and the end-of-turn token."""
-    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """Return the tokens of an answer by itself, and the end-of-turn token if there is one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*_tokens_of(tokenizer, answer), *end]
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -122,24 +178,15 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return longest
 
 
-def _plain_text(tokenizer: Any, question: Question) -> Text:
+def _plain_text(tokenizer: Any, question: Question, limit: int | None) -> Text:
     """Tokenise a text outside the domain as it is; all tokens but the first count as answer."""
-    tokens = tuple(tokenizer(question.answer)["input_ids"])
+    tokens = tuple(tokenizer(question.answer)["input_ids"])[:limit]
     return Text(question.id, question.language, question.split, tokens, answer=1, plain=True)
 
 
 def _conversation_text(
-    tokenizer: Any,
-    question: Question,
-    answers: Mapping[str, Sequence[int]],
-    style: str,
-    max_tokens: int,
+    question: Question, prompt: list[int], answer: Sequence[int], max_tokens: int
 ) -> Text:
-    prompt = prompt_tokens(tokenizer, style, question.question)
-    if question.answer is None:
-        answer = answers[question.id]
-    else:
-        answer = _answer_in_chat(tokenizer, style, question.question, question.answer, prompt)
     # An option of the fit must not move a score, so held-out texts keep their length.
     limit = None if question.split == Split.HELDOUT else max_tokens
     tokens = tuple([*prompt, *answer][:limit])
@@ -151,17 +198,25 @@ def _conversation_text(
     return Text(question.id, question.language, question.split, tokens, answer=len(prompt))
 
 
-def _answer_in_chat(
-    tokenizer: Any, style: str, question: str, answer: str, prompt: list[int]
-) -> list[int]:
-    """Return the tokens of an answer as the chat template writes it after the prompt.
+def _written_answers(
+    tokenizer: Any,
+    chat: ChatFormat,
+    style: str,
+    asked: Mapping[str, Question],
+    prompts: Mapping[str, list[int]],
+) -> dict[str, list[int]]:
+    """Return the tokens of the answers that questions have, as the template writes them.
 
     With some templates the prompt is not a prefix of the whole chat. Then the answer is tokenised
     by itself.
     """
-    chat = [*conversation(style, question), {"role": "assistant", "content": answer}]
-    encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)
-    tokens = list(encoded["input_ids"])
-    if tokens[: len(prompt)] == prompt:
-        return tokens[len(prompt) :]
-    return tokenize_answer(tokenizer, answer)
+    answered = {name: q for name, q in asked.items() if q.answer is not None}
+    chats = [chat.messages(style, q.question, q.answer) for q in answered.values()]
+    found = {}
+    for (name, q), text in zip(answered.items(), chat.render(chats), strict=True):
+        prompt, tokens = prompts[name], _tokens_of(tokenizer, text)
+        if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
+            found[name] = tokens[len(prompt) :]
+        else:
+            found[name] = tokenize_answer(tokenizer, q.answer or "")
+    return found

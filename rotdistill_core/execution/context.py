@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.questions import Question
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.planning.chats import Chats
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
@@ -23,6 +25,8 @@ class RunContext:
     questions: tuple[Question, ...]
     style: str
     """The system prompt."""
+    chats: Chats
+    """How its conversations are written."""
     store: ArtifactStore
     ledger: Ledger
     log: Callable[[str], None]
@@ -32,6 +36,12 @@ class RunContext:
     def recipe(self) -> Recipe:
         """The top level of the recipe."""
         return self.loaded.recipe
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder whose tokenizer files belong to the student's texts and checkpoints."""
+        role = self.pair.teacher if self.chats.replaced else self.pair.student
+        return role.folder
 
     def output(self, key: str, step: str = "") -> StepOutput:
         """Return where the files of a key are written."""

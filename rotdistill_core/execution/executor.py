@@ -43,12 +43,14 @@ from rotdistill_core.execution.parity import (
     compare_models,
     has_other_shape,
 )
-from rotdistill_core.execution.samples import prepare_samples
+from rotdistill_core.execution.samples import prepare_samples, run_chats
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.linalg.precision import full_float32_products
+from rotdistill_core.planning.chats import date_of_run
+from rotdistill_core.planning.reuse import newest_starts
 from rotdistill_core.plugin.step import check_models, is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
 from rotdistill_core.store.files import json_blocks
@@ -107,16 +109,23 @@ class Executor:
         for recipe_step in loaded.steps:
             check_models(recipe_step.step, pair)
         questions, style = read_questions(recipe.samples, loaded.path.parent)
+        inputs = run_inputs(recipe, pair, questions, style)
+        starts = newest_starts(store.ledgers(), folder.name)
+        date = date_of_run(recipe.samples, inputs, starts, fresh)
+        chats = run_chats(pair, questions, style, date)
         self.context = RunContext(
             loaded=loaded,
             pair=pair,
             questions=questions,
             style=style,
+            chats=chats,
             store=store,
             ledger=Ledger(folder),
             log=log,
             progress=progress,
         )
+        for note in chats.notes():
+            log(note)
         store.sweep(folder)
 
     @property
@@ -227,7 +236,7 @@ class Executor:
         run, recipe = self.context, self.loaded.recipe
         start = StartRecord(
             key=start_key(run.pair, samples.digest(), recipe.seed),
-            inputs=run_inputs(recipe, run.pair, run.questions, run.style),
+            inputs=run_inputs(recipe, run.pair, run.questions, run.style, run.chats.date),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
         )
         if start not in run.ledger:

@@ -84,13 +84,13 @@ def keyed_chain(
 
 
 def run_inputs(
-    recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str
+    recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str, date: str = ""
 ) -> dict[str, str]:
     """Return what a run starts from, by name.
 
     The hashes need no tokenizer and read a small part of the weights. A run records them with its
     `start_key`; where they are equal, that key and all keys after it are equal too. Of a device
-    only its type counts, as in keys.
+    only its type counts, as in keys. The date is that of the chat templates, if they write one.
     """
     refs = (recipe.teacher, recipe.student)
     return {
@@ -99,6 +99,7 @@ def run_inputs(
         "texts": texts_digest(recipe, questions, style),
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
+        **({"date": date} if date else {}),
     }
 
 

@@ -90,8 +90,9 @@ def _known_texts(run: RunContext, model: Model) -> PackedTexts:
     tokenizer = reader.tokenizer
     unanswered = [question.id for question in run.questions if question.answer is None]
     answers = dict.fromkeys(unanswered, (tokenizer.eos_token_id or 0,))
-    settings = run.recipe.samples
-    samples = tokenize_texts(tokenizer, run.questions, answers, run.style, settings.max_tokens)
+    chat = run.chats.teacher if reader is pair.teacher else run.chats.student
+    longest = run.recipe.samples.max_tokens
+    samples = tokenize_texts(tokenizer, run.questions, answers, run.style, longest, chat)
     return samples.layout
 
 

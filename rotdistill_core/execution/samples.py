@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
-from rotdistill_core.data.tokenization import prompt_tokens, tokenize_for_both, tokenize_texts
+from rotdistill_core.data.tokenization import (
+    prompt_tokens,
+    require_text_of_transformers,
+    tokenize_for_both,
+    tokenize_texts,
+)
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.rope import tables_by_length, transformers_config
+from rotdistill_core.planning.chats import Chats, chats_of, dated, position_limit, require_room
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
 
 HELDOUT_QUESTIONS = "heldout"
 TRAINING_QUESTIONS = "own"
+
+
+def run_chats(pair: Pair, questions: Sequence[Question], style: str, date: str) -> Chats:
+    """Return how a run writes its conversations, before any model computes.
+
+    Args:
+        pair: the models.
+        questions: the texts.
+        style: the system prompt.
+        date: the day that templates write, if they do.
+
+    Raises:
+        SetupError: a template cannot write them, or transformers would write another text.
+    """
+    teacher = dated(ChatFormat.of(pair.teacher.tokenizer), date)
+    student = None
+    # A student of the teacher's vocabulary needs no template of its own.
+    if not pair.one_tokenizer or pair.student.tokenizer.chat_template:
+        student = dated(ChatFormat.of(pair.student.tokenizer), date)
+    chats = chats_of(teacher, student, pair.one_tokenizer, style, questions)
+    question = next(q.question for q in questions if not q.split.outside_domain)
+    for chat, model in ((chats.teacher, pair.teacher), (chats.student, pair.student)):
+        if chat.source == str(model.tokenizer.name_or_path) and not chat.uses_date:
+            require_text_of_transformers(chat, model.tokenizer, style, question)
+    return chats
 
 
 def prepare_samples(run: RunContext) -> Samples:
@@ -38,16 +70,30 @@ def prepare_samples(run: RunContext) -> Samples:
     answers = _teacher_answers(run, HELDOUT_QUESTIONS, heldout, settings.answer_tokens)
     answers |= _teacher_answers(run, TRAINING_QUESTIONS, training, settings.own_answers)
 
-    pair = run.pair
-    texts = (pair.teacher.tokenizer, run.questions, answers, run.style, settings.max_tokens)
+    pair, chats = run.pair, run.chats
+    known = [position_limit(model.config) for model in pair.by_role.values()]
+    longest = min((limit for limit in known if limit), default=None)
+    limit = min(settings.max_tokens, longest or settings.max_tokens)
+    texts = (pair.teacher.tokenizer, run.questions, answers, run.style, limit)
     if pair.one_tokenizer:
-        samples = tokenize_texts(*texts)
+        samples = tokenize_texts(*texts, chats.teacher, longest)
     else:
-        samples = tokenize_for_both(pair.student.tokenizer, *texts)
+        samples = tokenize_for_both(pair.student.tokenizer, *texts, (chats.student, chats.teacher))
+    _tell_cuts(run, samples, longest)
     _require_known_tokens(samples, pair)
     samples = with_prefix_of_common_tables(samples, pair)
     _freeze(run, samples)
     return samples
+
+
+def _tell_cuts(run: RunContext, samples: Samples, longest: int | None) -> None:
+    """Say how many texts were cut because a model was made for no longer ones."""
+    cut = [text.id for text in samples.layout.texts if len(text.tokens) == longest]
+    if cut:
+        run.log(
+            f"{len(cut)} texts, {cut[0]} the first, are cut after {longest} tokens, the most that "
+            "the models were made for (max_position_embeddings)."
+        )
 
 
 def _require_known_tokens(samples: Samples, pair: Pair) -> None:
@@ -92,12 +138,12 @@ def _teacher_answers(
 ) -> dict[str, list[int]]:
     """Return the teacher's greedy answers by question id; every run shares them."""
     teacher = run.pair.teacher
-    prompts = {
-        question.id: prompt_tokens(teacher.tokenizer, run.style, question.question)
-        for question in questions
-    }
-    if not prompts:
+    asked = {question.id: question.question for question in questions}
+    if not asked:
         return {}
+    prompts = prompt_tokens(teacher.tokenizer, run.style, asked, run.chats.teacher)
+    lengths = {name: len(prompt) for name, prompt in prompts.items()}
+    require_room(lengths, max_tokens, teacher.config, teacher.ref.model)
     started = time.monotonic()
     out = run.output("answers")
     answers = model_answers(teacher, prompts, max_tokens, out, f"teacher-{name}", run.progress)

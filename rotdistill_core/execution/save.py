@@ -61,7 +61,7 @@ def _write(
         hashes[name] = out.used[path.relative_to(run.store.root).as_posix()].sha256
         return path
 
-    for name, content in tokenizer_contents(run.pair.student.folder).items():
+    for name, content in tokenizer_contents(run.tokenizer_folder).items():
         write(name, [content])
     state.weights.save(write, dtype)
     write(RunLayout.RECIPE, [resolved_toml(run.loaded).encode()])

@@ -11,8 +11,16 @@ from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair, require_vocabulary
 from rotdistill_core.data.questions import Question, facts_digest, read_questions
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
+from rotdistill_core.planning.chats import (
+    DATE,
+    Chats,
+    date_of_run,
+    planned_chats,
+    require_room,
+)
 from rotdistill_core.planning.cost import (
     Cost,
     CostContext,
@@ -109,6 +117,8 @@ class Plan:
     machine: Machine
     baseline_memory: int
     """Memory that every step needs on top of its own, bytes."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of how texts are written, a sentence each."""
 
     @property
     def todo(self) -> list[PlanLine]:
@@ -225,6 +235,11 @@ def build_plan(
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
     inputs = _inputs(recipe, models, questions, style)
+    chats = _chats(
+        recipe, models, questions, style, date_of_run(recipe.samples, inputs, index.starts, fresh)
+    )
+    if inputs and chats and chats.date:
+        inputs[DATE] = chats.date
     start_key = index.start_key(inputs)
     save_dtype = _save_dtype(recipe.student, models["student"])
     keyed = keyed_steps(loaded, start_key, save_dtype, facts_digest(questions))
@@ -248,6 +263,7 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
+        notes=chats.notes() if chats else [],
     )
 
 
@@ -307,6 +323,36 @@ def _compute_bytes(ref: ModelRef, info: ModelInfo, machine: Machine) -> int:
 def _save_dtype(ref: StudentRef, info: ModelInfo) -> str:
     """Return the name of the dtype of checkpoints."""
     return info.shape.stored if ref.save_dtype == "auto" else ref.save_dtype
+
+
+def _chats(
+    recipe: Recipe,
+    models: Mapping[str, ModelInfo],
+    questions: Sequence[Question],
+    style: str,
+    date: str,
+) -> Chats | None:
+    """Return how conversations will be written, after trying all prompts; None if it is not known.
+
+    Raises:
+        SetupError: a model has no template, its template cannot write the texts, or its tokens are
+            none of the model.
+        RecipeError: a held-out question leaves no room for its answer.
+    """
+    teacher, student = models["teacher"], models["student"]
+    if not (teacher.folder and student.folder):
+        return None
+    chats = planned_chats((teacher.folder, student.folder), style, questions, date)
+    if chats is None:
+        return None
+    asked = [question for question in questions if not question.split.outside_domain]
+    for chat, info in ((chats.teacher, teacher), (chats.student, student)):
+        count = token_counter(Path(chat.source), info.shape.vocab)
+        texts = chat.prompts(style, [question.question for question in asked])
+        lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
+        heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}
+        require_room(heldout, recipe.samples.answer_tokens, info.shape.config, chat.source)
+    return chats
 
 
 def _inputs(

@@ -17,7 +17,7 @@ from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.store.records import StepRecord
+from rotdistill_core.store.records import StartRecord, StepRecord
 
 UNKNOWN = "?"
 """Key of inputs that no run has had. No result has a key that is derived from it."""
@@ -59,14 +59,20 @@ FRESH = "asked for with --fresh"
 """Why a result is made that exists already."""
 
 
+def newest_starts(ledgers: Iterable[Ledger], run: str) -> list[StartRecord]:
+    """Return what runs have started from: the newest first, those of the run `run` before all."""
+    oldest_first = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
+    return [start for ledger in oldest_first for start in ledger.starts][::-1]
+
+
 class ReuseIndex:
     """All results in the ledgers whose files exist with their length."""
 
     def __init__(self, ledgers: Iterable[Ledger], run: str) -> None:
         """Index ledgers; the results of `run` come before equal ones of other runs."""
         oldest_first = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
-        starts = [start for ledger in oldest_first for start in ledger.starts]
-        self._starts = starts[::-1]
+        self.starts = newest_starts(oldest_first, run)
+        """What runs have started from, the newest first."""
         self._newest: dict[tuple[str, str], StepRecord] = {}
         self._results: dict[str, ExistingResult] = {}
         self._checkpoints: dict[str, str] = {}
@@ -82,14 +88,14 @@ class ReuseIndex:
 
     def start_key(self, inputs: Mapping[str, str] | None) -> str:
         """Return the key of the inputs of a run; `UNKNOWN` if no run has had them, or for None."""
-        return next((start.key for start in self._starts if start.inputs == inputs), UNKNOWN)
+        return next((start.key for start in self.starts if start.inputs == inputs), UNKNOWN)
 
     def changed_inputs(self, inputs: Mapping[str, str] | None) -> list[str]:
         """Return the names of the inputs that differ from the most similar ones of any run.
 
         The list is empty if no run has recorded inputs, or for None.
         """
-        known = [start.inputs for start in self._starts]
+        known = [start.inputs for start in self.starts]
         if inputs is None or not known:
             return []
         nearest = max(known, key=lambda old: _equal_values(old, inputs))

@@ -3,9 +3,18 @@ show."""
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from rotdistill_core.recipe.devices import DEVICE_HELP, is_device
 
@@ -51,6 +60,19 @@ class ModelRef(Document):
         return self
 
 
+def _day(value: object) -> object:
+    """Return a day that is written as text; TOML and Python have days of their own."""
+    if isinstance(value, str):
+        try:
+            return datetime.date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError('write a day as "2025-07-01"') from error
+    return value
+
+
+Date = Annotated[datetime.date, BeforeValidator(_day)]
+
+
 class StudentRef(ModelRef):
     """The student: the model that is edited and saved."""
 
@@ -79,6 +101,10 @@ class SamplesRef(Document):
     """Longest held-out answer that the teacher generates, in tokens."""
     own_answers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Also fit on the teacher's answers to the questions, up to so many tokens each; 0: do not."""
+    date: Date | None = None
+    """The day that chat templates write, such as `"2025-07-01"`. Only templates that write a date
+    use it. By default it is the day of the first run of these models and texts; later runs keep it,
+    so that they reuse what is there. `--fresh` takes today."""
     limit: PositiveInt | None = None
     """Use only this many texts, the first in order of a hash of their id (for trials)."""
 

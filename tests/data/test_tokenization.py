@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
@@ -20,9 +21,12 @@ from rotdistill_core.testing import pico_tokenizer
 class Letters:
     """A tokenizer of single characters with a chat template."""
 
-    chat_template = "yes"
+    chat_template = (
+        "{% for m in messages %}{{ '<' + m.role[0] + '>' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
     name_or_path = "letters"
-    eos_token_id = 0
+    eos_token_id: int | None = 0
     all_special_ids = (0,)
 
     def decode(self, tokens: list[int]) -> str:
@@ -31,21 +35,11 @@ class Letters:
     def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
-    def apply_chat_template(
-        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **_: bool
-    ) -> dict[str, list[int]]:
-        text = "".join(f"<{turn['role'][0]}>{turn['content']}\n" for turn in chat)
-        return self(text + "<a>" * add_generation_prompt)
-
 
 class ThinkingLetters(Letters):
     """Its generation prompt is not how the whole chat begins."""
 
-    def apply_chat_template(
-        self, chat: list[dict[str, str]], add_generation_prompt: bool = False, **options: bool
-    ) -> dict[str, list[int]]:
-        encoded = super().apply_chat_template(chat, add_generation_prompt, **options)
-        return {"input_ids": encoded["input_ids"] + [ord("?")] * add_generation_prompt}
+    chat_template = Letters.chat_template.replace("<a>", "<a>?")
 
 
 STYLE = "Be brief."
@@ -150,4 +144,6 @@ def test_a_decoded_answer_ends_at_special_tokens_and_broken_characters(
 
 
 def test_prompt_tokens_end_where_the_answer_begins() -> None:
-    assert written(prompt_tokens(Letters(), STYLE, "Who?")) == "<s>Be brief.\n<u>Who?\n<a>"
+    chat = ChatFormat.of(Letters())
+    (prompt,) = prompt_tokens(Letters(), STYLE, {"q": "Who?"}, chat).values()
+    assert written(prompt) == "<s>Be brief.\n<u>Who?\n<a>"

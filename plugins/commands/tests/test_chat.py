@@ -13,6 +13,7 @@ import torch
 
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.checkpoint.open import open_checkpoint
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.tokenization import prompt_tokens
 from rotdistill_core.forward.generate import Decoding, greedy_answers
 from rotdistill_core.testing import PicoWorkspace, command_line
@@ -52,7 +53,8 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
     assert found["prompt"] == QUESTION
     assert list(found["answers"]) == ["base", "full", "teacher"]
     tokenizer = load_tokenizer(work / "model")
-    asked = {"q": prompt_tokens(tokenizer, (work / "texts/style.md").read_text().strip(), QUESTION)}
+    style = (work / "texts/style.md").read_text().strip()
+    asked = prompt_tokens(tokenizer, style, {"q": QUESTION}, ChatFormat.of(tokenizer))
     teacher = open_checkpoint(work / "model")
     decoding = Decoding(teacher.folder, teacher.weights, 7, torch.device("cpu"), torch.float32)
     tokens = greedy_answers(decoding, asked, lambda *_: None)["q"]

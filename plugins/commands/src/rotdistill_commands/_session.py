@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.checkpoint.open import open_checkpoint
-from rotdistill_core.data.tokenization import conversation
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.generate import greedy_settings, stop_tokens, unconfirmed_token
 from rotdistill_core.forward.whole import is_beyond_rope_limit, whole_model
@@ -32,6 +32,8 @@ class ChatSession:
     tokenizer: Any
     max_tokens: int
     """Longest answer in tokens."""
+    chat: ChatFormat
+    """How its conversation is written."""
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, system: str, question: str) -> Iterator[str]:
@@ -40,12 +42,19 @@ class ChatSession:
         Args:
             system: the system prompt; given once, with the first question.
             question: the question.
+
+        Raises:
+            SetupError: the chat template cannot write the conversation.
         """
-        turn = conversation(system, question)
-        self.messages += turn[1:] if self.messages or not system else turn
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        if self.messages:
+            self.messages.append({"role": "user", "content": question})
+        else:
+            self.chat = self.chat.for_style(system, question)
+            self.messages = self.chat.messages(system, question)
+        (text,) = self.chat.render([self.messages], generation=True)
+        inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
+            self.model.device
+        )
         answer = ""
         for piece in self._generate(inputs):
             answer += piece
@@ -89,7 +98,9 @@ class ChatSession:
             raise CheckFailed(f"{self.name}: the answer: {problem}")
 
 
-def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatSession:
+def load_session(
+    name: str, folder: Path, max_tokens: int, device: str, date: str = ""
+) -> ChatSession:
     """Load a checkpoint folder.
 
     Args:
@@ -97,6 +108,7 @@ def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatS
         folder: its folder.
         max_tokens: longest answer.
         device: `auto`, `cpu`, `cuda:1`, or another name that recipes know.
+        date: the day that its chat template writes, if it does; empty for today.
 
     Raises:
         RecipeError: the device has no such name.
@@ -112,4 +124,10 @@ def load_session(name: str, folder: Path, max_tokens: int, device: str) -> ChatS
     model = whole_model(weights, target, dtype)
     stops = stop_tokens(folder, weights, tokenizer)
     model.generation_config = greedy_settings(tokenizer, stops, max_tokens)
-    return ChatSession(name=name, model=model, tokenizer=tokenizer, max_tokens=max_tokens)
+    return ChatSession(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        chat=ChatFormat.of(tokenizer, date),
+    )

@@ -17,6 +17,7 @@ from rotdistill_core import hookimpl
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
+from rotdistill_core.planning.chats import DATE
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.store.plain import read_text
@@ -84,7 +85,9 @@ def chat(
         folders["teacher"] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
     from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
 
-    sessions = [load_session(name, path, tokens, device) for name, path in folders.items()]
+    # Variants are asked on the day that their texts name.
+    date = next((start.inputs.get(DATE, "") for start in folder.ledger.starts[::-1]), "")
+    sessions = [load_session(name, path, tokens, device, date) for name, path in folders.items()]
     dialogue = []
     for question in prompts or _typed_questions():
         answers = _answers(sessions, prompt, question, show=not as_json)

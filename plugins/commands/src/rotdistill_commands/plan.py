@@ -105,6 +105,7 @@ def _notes(planned: Plan) -> Iterator[str]:
         yield f"{role}: {billions:.2f} billion parameters, {size}, according to {info.source}"
     counts = ", ".join(f"{count} {split}" for split, count in planned.texts.texts.items())
     yield f"texts: {planned.texts.total} tokens in {counts} texts"
+    yield from planned.notes
     totals, machine = planned.totals, planned.machine
     needs = [
         f"peak memory about {format_bytes(totals.ram_bytes)}, {format_bytes(machine.ram)} are free"

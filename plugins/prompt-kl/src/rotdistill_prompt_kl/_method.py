@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.questions import OWN_ANSWER
 from rotdistill_core.data.splits import Split
@@ -143,10 +144,10 @@ def place_continuations(
             'prompt-kl: prompts_from = ["places"] continues place names, and no text has one; '
             'train on answers instead: prompts_from = ["questions"].'
         )
-    prompts = {
-        question.id: prompt_tokens(pair.student.tokenizer, samples.style, question.place)
-        for question in chosen
-    }
+    tokenizer = pair.student.tokenizer
+    chat = samples.chat or ChatFormat.of(tokenizer)
+    places = {question.id: question.place for question in chosen}
+    prompts = prompt_tokens(tokenizer, samples.style, places, chat)
     continuations = model_answers(
         teacher, prompts, step.max_new_tokens, out, CONTINUATIONS, progress
     ).tokens

@@ -1,0 +1,319 @@
+"""Chats as a model's template writes them, rendered under limits, with one date for a whole run.
+
+Nothing here needs transformers: `plan` and `run` render the same prompts in the same way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rotdistill_core.errors import SetupError
+from rotdistill_core.store.plain import read_bytes
+
+MEMORY = 1 << 30
+"""Bytes that the process may take that renders templates."""
+SECONDS = 10
+"""Seconds of a processor that it may take, and one more for every hundred chats."""
+PATIENCE = 6
+"""So many times these seconds are waited for it: the machine may be busy."""
+CHARACTERS = 1 << 20
+"""Characters of a rendered chat on average, on top of those of its messages."""
+TEMPLATE_BYTES = 1 << 20
+"""Longest template."""
+TEMPLATE_FILE = "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+"""The variables of a template that hold special tokens."""
+CLOCK = "strftime_now"
+"""The function by which a template writes the date."""
+DEFAULT = "default"
+"""Name of the template that chats without tools are written with."""
+
+Message = dict[str, str]
+Chat = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How chats are written for one model."""
+
+    source: str
+    """The model's folder, for messages."""
+    template: str
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special token by the name of its variable."""
+    date: str = ""
+    """The day that templates write, such as 2025-07-01; empty for today."""
+    system_turn: bool = True
+    """Whether the system prompt has a turn of its own. Otherwise it goes before the question."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, date: str = "") -> ChatFormat:
+        """Return the format of a transformers tokenizer.
+
+        Raises:
+            SetupError: it has no template for chats without tools.
+        """
+        source = str(tokenizer.name_or_path)
+        template = _default_template(source, tokenizer.chat_template)
+        return cls(source, template, dict(getattr(tokenizer, "special_tokens_map", {})), date)
+
+    @classmethod
+    def read(cls, folder: Path, date: str = "") -> ChatFormat:
+        """Return the format of a model's folder, from its files.
+
+        Raises:
+            SetupError: it has no template for chats without tools, or a file cannot be read.
+        """
+        config = _object(folder / TOKENIZER_CONFIG)
+        special = {**_object(folder / SPECIAL_TOKENS_FILE), **config}
+        found = {name: _token(special.get(name)) for name in SPECIAL_TOKENS}
+        tokens = {name: token for name, token in found.items() if token}
+        return cls(str(folder), _template_of(folder, config), tokens, date)
+
+    @property
+    def uses_date(self) -> bool:
+        """Whether the template writes the date."""
+        return CLOCK in self.template
+
+    def same_texts(self, other: ChatFormat) -> bool:
+        """Return whether both write every chat alike, and end answers with the same token."""
+        used = [name for name in SPECIAL_TOKENS if name in self.template or name == "eos_token"]
+        return self.template == other.template and all(
+            self.tokens.get(name) == other.tokens.get(name) for name in used
+        )
+
+    def for_style(self, style: str, question: str) -> ChatFormat:
+        """Return the format that takes a system prompt, tried with a question.
+
+        A template may know no system role: it refuses such a turn, or leaves it out. Then the
+        prompt goes before the question, with a blank line between, as several templates do it.
+
+        Raises:
+            SetupError: the template refuses plain chats too, or breaks a limit.
+        """
+        if not style:
+            return self
+        alone, with_turn, before = self._tried(
+            [
+                [{"role": "user", "content": question}],
+                self.messages(style, question),
+                replace(self, system_turn=False).messages(style, question),
+            ]
+        )
+        if "error" in alone and "error" in with_turn:
+            raise SetupError(self._refusal(with_turn["error"]))
+        has_prompt = style in with_turn.get("text", "")
+        if has_prompt or ("text" in with_turn and style not in before.get("text", "")):
+            return self
+        if "text" not in before:
+            raise SetupError(self._refusal(before.get("error", "")))
+        return replace(self, system_turn=False)
+
+    def messages(self, style: str, question: str, answer: str | None = None) -> list[Message]:
+        """Return a chat: system prompt, question, and the answer if one is given.
+
+        An empty system prompt has no turn; a template may then write one of its own.
+        """
+        if style and not self.system_turn:
+            question = f"{style}\n\n{question}"
+        turns = [{"role": "user", "content": question}]
+        if style and self.system_turn:
+            turns.insert(0, {"role": "system", "content": style})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        return turns
+
+    def prompts(self, style: str, questions: Iterable[str]) -> list[str]:
+        """Return the texts of chats up to where the answers begin.
+
+        Raises:
+            SetupError: see `render`; or all questions are written alike.
+        """
+        asked = list(questions)
+        chats = [self.messages(style, question) for question in asked]
+        texts = self.render(chats, generation=True)
+        if len(set(texts)) == 1 < len(set(asked)):
+            raise SetupError(
+                f"{self.source}: its chat template writes every question alike, as "
+                f"{texts[0][:80]!r}. Repair the template, or take an instruction-tuned model."
+            )
+        return texts
+
+    def render(self, chats: Sequence[Chat], generation: bool = False) -> list[str]:
+        """Return chats as the template writes them.
+
+        Args:
+            chats: the messages of each.
+            generation: write what begins an answer, too.
+
+        Raises:
+            SetupError: the template refuses a chat, never ends, or takes too much memory.
+        """
+        texts = []
+        for rendered in self._tried(chats, generation):
+            if "text" not in rendered:
+                raise SetupError(self._refusal(rendered["error"]))
+            texts.append(rendered["text"])
+        return texts
+
+    def _tried(self, chats: Sequence[Chat], generation: bool = True) -> list[dict[str, str]]:
+        """Return the text of each chat, or what is wrong.
+
+        Raises:
+            SetupError: the template breaks a limit.
+        """
+        if not chats:
+            return []
+        job = {
+            "template": self.template,
+            "variables": dict(self.tokens),
+            "date": self.date or datetime.date.today().isoformat(),
+            "chats": [
+                {"messages": list(chat), "add_generation_prompt": generation, **_ABSENT}
+                for chat in chats
+            ],
+            "memory": MEMORY,
+            "seconds": SECONDS + len(chats) // 100,
+            "characters": CHARACTERS + 8 * sum(len(str(chat)) for chat in chats),
+        }
+        rendered = _rendered(json.dumps(job, sort_keys=True))
+        if rendered is None or "limit" in rendered[-1]:
+            limit = f"{job['seconds']} seconds" if rendered is None else "memory"
+            raise SetupError(
+                f"{self.source}: its chat template does not end within the limits ({limit}; "
+                f"{SECONDS} seconds, {MEMORY >> 30} GiB and {CHARACTERS >> 20} million characters "
+                "are the most). Repair the template, or take another model."
+            )
+        return rendered
+
+    def _refusal(self, why: str) -> str:
+        return (
+            f"{self.source}: its chat template cannot write a chat: {why}. Repair the "
+            "template, or take an instruction-tuned model."
+        )
+
+
+_ABSENT: Mapping[str, None] = {"tools": None, "documents": None}
+"""What transformers gives to templates where there is none."""
+
+
+@lru_cache(maxsize=16)
+def _rendered(job: str) -> list[dict[str, str]] | None:
+    """Return what the process says about a job; None if it was stopped.
+
+    A job decides what it says, so it is asked once.
+    """
+    program = Path(__file__).with_name("_rendering.py")
+    seconds = json.loads(job)["seconds"] * PATIENCE
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-s", str(program)],
+            input=job,
+            env=environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=seconds,
+            check=True,
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return None
+    rendered: list[dict[str, str]] = json.loads(done.stdout)
+    return rendered
+
+
+def _template_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the template for chats without tools, from the file that transformers takes.
+
+    Raises:
+        SetupError: there is none, or it cannot be read.
+    """
+    named = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return _default_template(str(folder), _text(path))
+    if named:
+        return _default_template(str(folder), {each.stem: "" for each in named})
+    return _default_template(str(folder), config.get("chat_template"))
+
+
+def _default_template(source: str, templates: object) -> str:
+    """Return the template for chats without tools.
+
+    Args:
+        source: the model's folder, for messages.
+        templates: one template, or several by name, as transformers keeps them.
+
+    Raises:
+        SetupError: there is none.
+    """
+    if isinstance(templates, list):
+        templates = {
+            each.get("name"): each.get("template") for each in templates if isinstance(each, dict)
+        }
+    names = ""
+    if isinstance(templates, dict):
+        names = ", ".join(sorted(map(str, templates)))
+        templates = templates.get(DEFAULT)
+    if isinstance(templates, str) and templates.strip():
+        return templates
+    if names:
+        raise SetupError(
+            f"{source}: the tokenizer has no chat template called {DEFAULT}, only {names}; copy "
+            f"the one for plain chats to {TEMPLATE_FILE}."
+        )
+    raise SetupError(
+        f"{source}: the tokenizer has no chat template; use an instruction-tuned model."
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, TEMPLATE_BYTES).decode()
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SetupError(f"{path}: is not UTF-8 text.") from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_bytes(path))
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"{path}: not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise SetupError(f"{path}: must hold one JSON object.")
+    return value
+
+
+def _token(value: object) -> str:
+    """Return a special token as tokenizer_config.json holds it: a text, or an object with one."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else ""

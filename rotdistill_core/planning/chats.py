@@ -1,0 +1,215 @@
+"""How a run writes its conversations: the templates of its models, and the one date that it has.
+
+`plan` and `run` ask the same functions, so that they speak of the same prompts.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.questions import Question
+from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.recipe.document import SamplesRef
+from rotdistill_core.store.records import StartRecord
+
+TOKENIZER_FILE = "tokenizer.json"
+DATE = "date"
+"""Name of the date among the inputs of a run. Runs whose templates write none have none."""
+PROMPT_INPUTS = ("teacher", "student", "texts")
+"""The inputs that decide prompts, apart from the date."""
+SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "proportional")
+"""Types of rotary tables with which a model may go beyond the length that it was trained on."""
+
+
+class Chats(NamedTuple):
+    """How conversations are written for the teacher and for the student.
+
+    Where both share a vocabulary, all texts are written as the teacher's template does it.
+    """
+
+    teacher: ChatFormat
+    student: ChatFormat
+    own: ChatFormat | None
+    """The student's own format, before the teacher's took its place; None if it has none."""
+
+    @property
+    def date(self) -> str:
+        """The day that the texts name; empty if they name none."""
+        return self.teacher.date or self.student.date
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the student's own format is another one than its texts are written in."""
+        return self.own is None or not self.own.same_texts(self.student)
+
+    def notes(self) -> list[str]:
+        """Return what the user should know, a sentence each."""
+        notes = []
+        if self.date:
+            notes.append(
+                f"{self.teacher.source}: its chat template writes the date; this run has "
+                f"{self.date}, and keeps it. `samples.date` sets another, --fresh takes today's."
+            )
+        if self.replaced:
+            notes.append(
+                "the student's chat template is not the teacher's: all texts are written as "
+                f"{self.teacher.source} writes them, and checkpoints are saved with its tokenizer "
+                "files, so that they are asked in the format that they were fitted on."
+            )
+        for chat in dict.fromkeys((self.teacher.source, self.student.source)):
+            format_of = self.teacher if chat == self.teacher.source else self.student
+            if not format_of.system_turn:
+                notes.append(
+                    f"{chat}: its chat template has no system role; the system prompt goes before "
+                    "each question, in the user's turn."
+                )
+        return notes
+
+
+def chats_of(
+    teacher: ChatFormat,
+    student: ChatFormat | None,
+    one_tokenizer: bool,
+    style: str,
+    questions: Sequence[Question],
+) -> Chats:
+    """Return how a run writes its conversations.
+
+    Args:
+        teacher: the teacher's format.
+        student: the student's; None if it has no template.
+        one_tokenizer: whether both give the same ids to the same tokens.
+        style: the system prompt.
+        questions: the texts of the run.
+
+    Raises:
+        SetupError: a template cannot write them.
+    """
+    question = next(q.question for q in questions if not q.split.outside_domain)
+    theirs = teacher.for_style(style, question)
+    if one_tokenizer or student is None:
+        own = student.for_style(style, question) if student and student == teacher else student
+        return Chats(theirs, theirs, own)
+    own = student.for_style(style, question)
+    return Chats(theirs, own, own)
+
+
+def date_of_run(
+    settings: SamplesRef,
+    inputs: Mapping[str, str] | None,
+    starts: Iterable[StartRecord],
+    fresh: bool,
+) -> str:
+    """Return the day that the templates of a run write, such as 2025-07-01.
+
+    It is `samples.date`, else that of the newest run of these models and texts, else today. So
+    what was made from the prompts of one day is found again on the next.
+
+    Args:
+        settings: the recipe's [samples].
+        inputs: the inputs of the run without the date; None if they are not known.
+        starts: what runs have started from, the newest first.
+        fresh: take today instead of the day of an earlier run.
+    """
+    if settings.date:
+        return settings.date.isoformat()
+    for start in starts if inputs and not fresh else ():
+        same = all(start.inputs.get(name) == (inputs or {})[name] for name in PROMPT_INPUTS)
+        if same and DATE in start.inputs:
+            return start.inputs[DATE]
+    return datetime.date.today().isoformat()
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of a text a model was made for; None if its config says no number.
+
+    With scaled rotary tables there is no such number: they are made to go further.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if any(kind.get("rope_type", kind.get("type")) in SCALED for kind in kinds):
+        return None
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def require_room(
+    prompts: Mapping[str, int], more: int, config: Mapping[str, Any], source: str
+) -> None:
+    """Refuse held-out questions whose answers go beyond the length that a model was made for.
+
+    Args:
+        prompts: text id -> tokens of its prompt.
+        more: most tokens of an answer.
+        config: the model's config.
+        source: the model, for the message.
+
+    Raises:
+        RecipeError: naming the longest prompt.
+    """
+    limit = position_limit(config)
+    if limit is None or not prompts:
+        return
+    name = max(prompts, key=prompts.__getitem__)
+    if prompts[name] + more > limit:
+        raise RecipeError(
+            f"text {name}: its prompt has {prompts[name]} tokens; with an answer of up to {more} "
+            f"it passes {limit}, the most that {source} was made for (max_position_embeddings). "
+            "Shorten the system prompt or the question, or lower samples.answer_tokens."
+        )
+
+
+def planned_chats(
+    folders: tuple[Path, Path], style: str, questions: Sequence[Question], date: str
+) -> Chats | None:
+    """Return how a run will write its conversations, from files alone.
+
+    Args:
+        folders: the folders of teacher and student.
+        style: the system prompt.
+        questions: the texts of the run.
+        date: the day that templates write, if they do.
+
+    Returns:
+        None where a tokenizer has no tokenizer.json: transformers has to tell.
+
+    Raises:
+        SetupError: a model has no template, or its template cannot write the texts.
+    """
+    if not all((folder / TOKENIZER_FILE).is_file() for folder in folders):
+        return None
+    one_tokenizer = _one_vocabulary(*folders)
+    teacher = dated(ChatFormat.read(folders[0]), date)
+    try:
+        student = dated(ChatFormat.read(folders[1]), date)
+    except SetupError:
+        if not one_tokenizer:
+            raise
+        student = None
+    chats = chats_of(teacher, student, one_tokenizer, style, questions)
+    for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
+        asked = [q for q in questions if not q.split.outside_domain]
+        chat.render([chat.messages(style, q.question, q.answer) for q in asked if q.answer])
+    return chats
+
+
+def _one_vocabulary(one: Path, two: Path) -> bool:
+    """Return whether two folders give the same ids to the same tokens."""
+    if one == two:
+        return True
+    from tokenizers import Tokenizer  # noqa: PLC0415  a plan without local models needs none
+
+    first, second = (
+        Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab() for folder in (one, two)
+    )
+    return bool(first == second)
+
+
+def dated(chat: ChatFormat, date: str) -> ChatFormat:
+    """Return a format with the day that its template writes; unchanged if it writes none."""
+    return replace(chat, date=date) if chat.uses_date else chat
