@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 
 from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import Pair
@@ -22,7 +23,7 @@ from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.questions import facts_digest, read_questions
-from rotdistill_core.errors import CheckFailed, SetupError
+from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
@@ -257,6 +258,24 @@ class Executor:
         """
         work = partial(self._edit, keyed.recipe_step, state, samples)
         record = self._find_or_make(keyed, work)
+        try:
+            return self._restored(record, keyed, state, samples)
+        except (KeyError, TypeError, ValueError, SafetensorError, RotdistillError) as error:
+            if not self.steps[keyed.variant, record.id].reused:
+                raise
+            self.context.log(
+                f'{self.ledger.path}: the record of step "{record.id}" does not describe its '
+                f"files ({type(error).__name__}: {error}); it is made again."
+            )
+        with self.observers.step(keyed.recipe_step, keyed.variant):
+            record = self._make(keyed, work)
+        self._note(keyed, record, reused=False)
+        return self._restored(record, keyed, state, samples)
+
+    def _restored(
+        self, record: StepRecord, keyed: KeyedStep, state: VariantState, samples: Samples
+    ) -> VariantState:
+        """Return the state after a step whose record is in the ledger."""
         after = replace(state, key=keyed.key, seconds=state.seconds + record.seconds)
         return restore_result(self.context, record.result, after, samples)
 
@@ -288,6 +307,8 @@ class Executor:
         recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
         made_here = key in {done.key for done in self.steps.values() if not done.reused}
         record = None if self.fresh and not made_here else self.store.find_step(key)
+        if record and (record.id, record.before) != (recipe_step.id, keyed.before):
+            record = None  # the key is right, and the record is not
         if record and not self._files_hold(key):
             record = None
         reused = record is not None
@@ -296,15 +317,19 @@ class Executor:
                 record = self._make(keyed, work)
         if record not in self.ledger:  # another run made it, and this run depends on it
             self.ledger.append(record)
-        self.steps[variant, recipe_step.id] = StepResult(
-            key=key,
-            reused=reused and not made_here,
+        self._note(keyed, record, reused and not made_here)
+        self.observers.after_step(recipe_step, variant, record.seconds, reused)
+        return record
+
+    def _note(self, keyed: KeyedStep, record: StepRecord, reused: bool) -> None:
+        """Keep the result of a step for observers."""
+        self.steps[keyed.variant, keyed.recipe_step.id] = StepResult(
+            key=keyed.key,
+            reused=reused,
             seconds=record.seconds,
             notes=record.notes,
             report=record.report,
         )
-        self.observers.after_step(recipe_step, variant, record.seconds, reused)
-        return record
 
     def _files_hold(self, key: str) -> bool:
         """Return whether every file that this run committed under a key still hashes true.

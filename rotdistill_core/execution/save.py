@@ -32,7 +32,7 @@ def save_variant(run: RunContext, variant: str, state: VariantState, dtype: torc
     """
     key = checkpoint_key(variant, state.key, dtype_name(dtype))
     record = run.store.find_checkpoint(key, run.ledger)
-    if record is None:
+    if record is None or record.variant != variant:
         record = _write(run, variant, state, dtype, key)
     return run.store.root / record.folder
 

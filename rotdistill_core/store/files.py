@@ -16,7 +16,9 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, Field
 
 from rotdistill_core.errors import SetupError
 
@@ -40,11 +42,27 @@ WIDTH = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 Blocks = Iterable[bytes | memoryview]
 
 
+def _inside_the_runs(path: str) -> str:
+    """Return a path of a ledger if it can be one: relative, and not out of the folder of runs."""
+    parts = path.removesuffix("/").split("/")
+    if not all(parts) or {".", ".."} & {*parts} or "\0" in path:
+        raise ValueError("is no path inside the folder of runs")
+    if max(len(part.encode(errors="replace")) for part in parts) > LONGEST_NAME:
+        raise ValueError(f"has a name of more than {LONGEST_NAME} bytes")
+    return path
+
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
+RunsPath = Annotated[str, Field(max_length=4000), AfterValidator(_inside_the_runs)]
+"""A path relative to the folder of all runs, as ledgers state it."""
+
+
 @dataclass(frozen=True)
 class CommittedFile:
     """A committed file: path relative to the folder of all runs, length and sha256."""
 
-    path: str
+    path: RunsPath
     bytes: int
     sha256: str
 

@@ -295,12 +295,27 @@ class ArtifactStore:
         return [Ledger(path.parent) for path in ledger_paths(self.root)]
 
     def find_step(self, key: str) -> StepRecord | None:
-        """Return a finished step with this key, from any run, whose files all hash true."""
-        for ledger in self.ledgers():
+        """Return a finished step with this key, from any run, whose files all hash true.
+
+        The files of earlier steps that its result refers to hash true, too.
+        """
+        ledgers = self.ledgers()
+        for ledger in ledgers:
             record = self._newest(ledger.steps, key)
-            if record is not None:
+            if record and record.is_whole and self._has_result(record, ledgers):
                 return record
         return None
+
+    def _has_result(self, record: StepRecord, ledgers: Sequence[Ledger]) -> bool:
+        """Return whether every file of a step's result is committed by some run, and true."""
+        elsewhere = {*record.result.paths()} - {file.path for file in record.files}
+        if not elsewhere:
+            return True
+        committed = [ledger.committed for ledger in ledgers]
+        return all(
+            any(path in files and not self.fault_of(files[path]) for files in committed)
+            for path in elsewhere
+        )
 
     def find_parity(self, key: str) -> Parity | None:
         """Return a comparison with transformers with this key, from any run."""
@@ -309,7 +324,8 @@ class ArtifactStore:
 
     def find_checkpoint(self, key: str, ledger: Ledger) -> CheckpointRecord | None:
         """Return the newest checkpoint of a run with this key, if its files all hash true."""
-        return self._newest(ledger.checkpoints, key)
+        record = self._newest(ledger.checkpoints, key)
+        return None if record is None or self.manifest_problem(record) else record
 
     def may_be_used(self, file: CommittedFile) -> bool:
         """Return whether a run that starts afresh may take a file; any other run may."""

@@ -10,10 +10,32 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
-from rotdistill_core.store.files import CommittedFile
+from rotdistill_core.store.files import CommittedFile, RunsPath
 from rotdistill_core.store.results import Parity, StepReport
+
+
+def _stored_map(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what is said of a stored map, if it names a file and the class of the map."""
+    if not isinstance(about.get("file"), str) or not isinstance(about.get("kind"), str):
+        raise ValueError("names no file, or no kind of map")
+    return about
+
+
+ROW_LENGTHS = range(3, 9)
+"""How many fields of a metric row are stated: variant, metric and value at least."""
+
+
+def _row(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the fields of a metric row, if they can be some."""
+    if len(row) not in ROW_LENGTHS:
+        raise ValueError("has not as many fields as a metric row")
+    variant, metric, value, *_ = row
+    is_number = isinstance(value, int | float)
+    if not isinstance(variant, str) or not isinstance(metric, str) or not is_number:
+        raise ValueError("is no variant, metric and number")
+    return row
 
 
 @dataclass(frozen=True)
@@ -52,9 +74,9 @@ class MapsRef(_Reference):
     """Where maps and their diagnostics lie; see `store_maps`."""
 
     kind: Literal["maps"] = "maps"
-    spaces: Mapping[str, Mapping[str, Any]]
+    spaces: Mapping[str, Annotated[Mapping[str, Any], AfterValidator(_stored_map)]]
     """Space -> `file`, `kind` (the class of the map) and its other fields."""
-    cards: Mapping[str, str]
+    cards: Mapping[Annotated[str, Field(pattern=r"^\d+$")], str]
     """Layer boundary -> the file of its diagnostics."""
 
     def paths(self) -> Iterator[str]:
@@ -75,7 +97,7 @@ class WeightsRef(_Reference):
     """For each layer boundary, its boundary in the original student."""
     basis: str | None
     """The file of the rotation from the original basis, if the basis has changed."""
-    tensors: Mapping[str, tuple[str, str]]
+    tensors: Annotated[Mapping[str, tuple[str, str]], Field(min_length=1)]
     """Parameter -> file and name in the file; an empty file stands for the opened student."""
     undo: str | None = None
     """The file of what takes the edit back (`Undo.tensors`); None unless the step is exact."""
@@ -96,7 +118,7 @@ class RowsRef:
     """What an evaluator measured. Rows are small, so the record holds them itself."""
 
     kind: Literal["rows"] = "rows"
-    rows: tuple[tuple[Any, ...], ...]
+    rows: tuple[Annotated[tuple[Any, ...], AfterValidator(_row)], ...]
     """The fields of each `MetricRow`."""
 
     def paths(self) -> Iterator[str]:
@@ -134,7 +156,7 @@ class FileRecord:
     """Key of the step, or of the content where steps and runs share the file."""
     name: str
     """The name by which the step finds it again."""
-    path: str
+    path: RunsPath
     bytes: int
     sha256: str
 
@@ -171,6 +193,12 @@ class StepRecord:
     """Free notes, for people."""
     report: StepReport
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a step that is proved exact says how it is undone."""
+        undo = self.result.undo if isinstance(self.result, WeightsRef) else None
+        return self.report.certificate is None or undo is not None
+
     def paths(self) -> Iterator[str]:
         """Yield the files of the step and those that its result consists of."""
         yield from (file.path for file in self.files)
@@ -184,7 +212,7 @@ class CheckpointRecord:
     kind: Literal["checkpoint"] = "checkpoint"
     key: str
     variant: str
-    folder: str
+    folder: RunsPath
     files: tuple[CommittedFile, ...]
 
     def paths(self) -> Iterator[str]:

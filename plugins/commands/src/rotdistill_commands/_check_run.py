@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rotdistill_commands._run_records import run_problems
 from rotdistill_core.checkpoint.file_hashes import FileHashes
@@ -88,11 +89,24 @@ def check_run(folder: Path) -> RunCheck:
         return check
     steps = {record.key: record for record in ledger.steps}
     for record in steps.values():
-        if isinstance(record.result, MapsRef):
-            _check_maps(record.id, record.result, store.root, check)
-        if record.report.certificate:
-            _check_fold(record, run, check)
+        try:
+            _check_result(record, run, check)
+        except (KeyError, TypeError, ValueError, SafetensorError, CheckFailed) as error:
+            check.problems.append(
+                str(error)
+                if isinstance(error, CheckFailed)
+                else f'step "{record.id}": its record does not describe its files '
+                f"({type(error).__name__}: {error})."
+            )
     return check
+
+
+def _check_result(record: StepRecord, run: RunFolder, check: RunCheck) -> None:
+    """Check the maps of a step, and the way back from it if it is exact."""
+    if isinstance(record.result, MapsRef):
+        _check_maps(record.id, record.result, run.store.root, check)
+    if record.report.certificate:
+        _check_fold(record, run, check)
 
 
 def _numbers_that_are_not_finite(path: Path) -> Iterator[str]:
@@ -113,12 +127,18 @@ def _student(run: RunFolder) -> Weights:
 def _check_models(run: RunFolder, check: RunCheck) -> None:
     """Compare the models with those that the run started from; nothing is downloaded."""
     recorded: dict[str, set[str]] = {}
-    for start in run.ledger.starts:
+    newest = {start.key: start for start in run.ledger.starts}
+    for start in newest.values():
         for role, sha256 in start.models.items():
             recorded.setdefault(role, set()).add(sha256)
     hashes = FileHashes()
     for role, expected in recorded.items():
         kind = StudentRef if role == "student" else ModelRef
+        if not run.recipe.get(role):
+            check.problems.append(
+                f"{run.ledger.path}: the run started from a {role}, and its recipe has none."
+            )
+            continue
         ref = kind(**run.recipe[role])
         where = f"{role} {ref.model}"
         try:
@@ -179,11 +199,7 @@ def _input_width(found: Map) -> int:
 
 def _check_fold(record: StepRecord, run: RunFolder, check: RunCheck) -> None:
     """Check the way back from one exact step."""
-    try:
-        error, allowed = unfold_error(record, run.ledger, _student(run), run.store.root)
-    except CheckFailed as problem:
-        check.problems.append(str(problem))
-        return
+    error, allowed = unfold_error(record, run.ledger, _student(run), run.store.root)
     check.unfolded[record.id] = error
     if not error <= allowed:
         check.problems.append(
@@ -244,7 +260,7 @@ def _weights_before(record: StepRecord, ledger: Ledger, student: Weights, root: 
         weights = _stored_weights(steps[key], student, root)
         if weights is not None:
             return weights
-        key = steps[key].before
+        key = steps.pop(key).before  # each once: a record could come after itself
     if key not in {start.key for start in ledger.starts}:
         raise CheckFailed(
             f'step "{record.id}": the record of what it started from is lost, so its way back '

@@ -80,6 +80,20 @@ def _missing_records(run: RunFolder) -> Iterator[str]:
         yield f"{ledger.path}: the record of step {name} is lost."
     if not lost:
         yield from _broken_chains(run, removed)
+    if not removed:
+        yield from _unknown_files(run)
+
+
+def _unknown_files(run: RunFolder) -> Iterator[str]:
+    """Yield the steps whose result refers to files that no line commits."""
+    committed = run.ledger.committed
+    for record in {record.key: record for record in run.ledger.steps}.values():
+        unknown = [path for path in record.result.paths() if path not in committed]
+        if unknown:
+            yield (
+                f'{run.ledger.path}: the record of step "{record.id}" refers to {unknown[0]}, '
+                "which no line commits."
+            )
 
 
 def _finished_chains(run: RunFolder) -> dict[str, list[str]]:
@@ -99,7 +113,8 @@ def _broken_chains(run: RunFolder, removed: Collection[str]) -> Iterator[str]:
     """Yield the steps of the run whose start is the result of a step that has no record."""
     ledger = run.ledger
     known = {record.key for record in ledger.steps} | {start.key for start in ledger.starts}
-    edits = [record for record in ledger.steps if not record.variant]
+    newest = {record.key: record for record in ledger.steps}
+    edits = [record for record in newest.values() if not record.variant]
     for record in edits:
         if record.before not in known and not removed:
             yield (
