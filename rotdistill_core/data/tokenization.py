@@ -10,6 +10,7 @@ from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.text_files import comparable
 from rotdistill_core.errors import SetupError
 
 
@@ -135,6 +136,22 @@ def require_text_of_transformers(
             f"templates are given here. A question is {ours[:80]!r}, and {theirs[:80]!r} as "
             "transformers writes it."
         )
+
+
+def texts_that_are_lost(tokenizer: Any, texts: Mapping[str, str]) -> list[str]:
+    """Return the names of the texts that a tokenizer does not give back.
+
+    It has no tokens for some of their characters. Letter case and blanks do not count.
+    """
+
+    def letters(text: str) -> str:
+        return "".join(comparable(text).split())
+
+    return [
+        name
+        for name, text in texts.items()
+        if letters(tokenizer.decode(_tokens_of(tokenizer, text))) != letters(text)
+    ]
 
 
 def prompt_tokens(

@@ -44,13 +44,13 @@ from rotdistill_core.execution.parity import (
     compare_models,
     has_other_shape,
 )
-from rotdistill_core.execution.samples import prepare_samples, run_chats
+from rotdistill_core.execution.samples import lost_texts_notes, prepare_samples, run_chats
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.linalg.precision import full_float32_products
-from rotdistill_core.planning.chats import date_of_run
+from rotdistill_core.planning.chats import date_of_run, ending_notes
 from rotdistill_core.planning.reuse import newest_starts
 from rotdistill_core.plugin.step import check_models, is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
@@ -125,7 +125,11 @@ class Executor:
             log=log,
             progress=progress,
         )
-        for note in chats.notes():
+        for note in (
+            *chats.notes(),
+            *ending_notes(chats, pair.teacher),
+            *lost_texts_notes(pair, questions, style),
+        ):
             log(note)
         store.sweep(folder)
 

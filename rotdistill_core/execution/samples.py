@@ -14,6 +14,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import (
     prompt_tokens,
     require_text_of_transformers,
+    texts_that_are_lost,
     tokenize_for_both,
     tokenize_texts,
 )
@@ -51,6 +52,22 @@ def run_chats(pair: Pair, questions: Sequence[Question], style: str, date: str) 
         if chat.source == str(model.tokenizer.name_or_path) and not chat.uses_date:
             require_text_of_transformers(chat, model.tokenizer, style, question)
     return chats
+
+
+def lost_texts_notes(pair: Pair, questions: Sequence[Question], style: str) -> list[str]:
+    """Return how many texts the tokenizers of a run do not hold, a sentence for each tokenizer."""
+    texts = {"the system prompt": style}
+    texts |= {q.id: f"{q.question}\n{q.answer or ''}" for q in questions}
+    notes = []
+    for model in (pair.teacher,) if pair.one_tokenizer else (pair.teacher, pair.student):
+        lost = texts_that_are_lost(model.tokenizer, texts)
+        if lost:
+            notes.append(
+                f"{model.ref.model}: its tokenizer does not give back {len(lost)} of {len(texts)} "
+                f"texts, {lost[0]} the first: it has no tokens for some of their characters, and "
+                "the models read something else."
+            )
+    return notes
 
 
 def prepare_samples(run: RunContext) -> Samples:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.checkpoint.models import Model, end_tokens
+from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
 from rotdistill_core.data.questions import Question
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
@@ -136,6 +137,35 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
         return None
     limit = config.get("max_position_embeddings")
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def ending_notes(chats: Chats, teacher: Model) -> list[str]:
+    """Return what the user should know of how the teacher's answers end."""
+    if chats.teacher.tokens.get("eos_token") or end_tokens(teacher.folder, teacher.config):
+        return []
+    return [
+        f"{teacher.ref.model}: names no token that ends an answer (eos_token in "
+        f"{TOKENIZER_CONFIG}, eos_token_id in generation_config.json); each answer goes on to its "
+        "greatest length."
+    ]
+
+
+def cut_notes(lengths: Iterable[int], most: int, config: Mapping[str, Any]) -> list[str]:
+    """Return how many texts to fit on are cut because the model was made for no longer ones.
+
+    Args:
+        lengths: tokens of each text to fit on.
+        most: `samples.max_tokens`, which cuts without a word.
+        config: the model's config.
+    """
+    limit = position_limit(config)
+    cut = sum(length > limit for length in lengths) if limit and limit < most else 0
+    if not cut:
+        return []
+    return [
+        f"{cut} texts are cut after {limit} tokens, the most that the model was made for "
+        "(max_position_embeddings)."
+    ]
 
 
 def require_room(

@@ -17,7 +17,9 @@ from rotdistill_core.execution.keys import keyed_steps, run_inputs
 from rotdistill_core.planning.chats import (
     DATE,
     Chats,
+    cut_notes,
     date_of_run,
+    ending_notes,
     planned_chats,
     require_room,
 )
@@ -235,7 +237,7 @@ def build_plan(
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
     inputs = _inputs(recipe, models, questions, style)
-    chats = _chats(
+    chats, notes = _chats(
         recipe, models, questions, style, date_of_run(recipe.samples, inputs, index.starts, fresh)
     )
     if inputs and chats and chats.date:
@@ -263,7 +265,7 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
-        notes=chats.notes() if chats else [],
+        notes=notes,
     )
 
 
@@ -331,28 +333,37 @@ def _chats(
     questions: Sequence[Question],
     style: str,
     date: str,
-) -> Chats | None:
-    """Return how conversations will be written, after trying all prompts; None if it is not known.
+) -> tuple[Chats | None, list[str]]:
+    """Return how conversations will be written, after trying all prompts, and notes on them.
+
+    There are none where the files of a model are not here.
 
     Raises:
         SetupError: a model has no template, its template cannot write the texts, or its tokens are
             none of the model.
         RecipeError: a held-out question leaves no room for its answer.
     """
-    teacher, student = models["teacher"], models["student"]
-    if not (teacher.folder and student.folder):
-        return None
+    teacher, student = models["teacher"].model, models["student"].model
+    if not (teacher and student):
+        return None, []
     chats = planned_chats((teacher.folder, student.folder), style, questions, date)
     if chats is None:
-        return None
+        return None, []
+    notes = [*chats.notes(), *ending_notes(chats, teacher)]
     asked = [question for question in questions if not question.split.outside_domain]
-    for chat, info in ((chats.teacher, teacher), (chats.student, student)):
-        count = token_counter(Path(chat.source), info.shape.vocab)
+    sides = {"teacher": chats.teacher, "student": chats.student}
+    # Loading a tokenizer takes most of a plan's time, so one that both share is loaded once.
+    for chat in {chat.source: chat for chat in sides.values()}.values():
+        shapes = [models[role].shape for role, own in sides.items() if own.source == chat.source]
+        count = token_counter(Path(chat.source), min(shape.vocab for shape in shapes))
         texts = chat.prompts(style, [question.question for question in asked])
         lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
         heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}
-        require_room(heldout, recipe.samples.answer_tokens, info.shape.config, chat.source)
-    return chats
+        fitted = [lengths[q.id] + count(q.answer) for q in asked if q.answer]
+        for shape in shapes:
+            require_room(heldout, recipe.samples.answer_tokens, shape.config, chat.source)
+            notes += cut_notes(fitted, recipe.samples.max_tokens, shape.config)
+    return chats, list(dict.fromkeys(notes))
 
 
 def _inputs(

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,3 +114,24 @@ def test_a_damaged_file_answers_nothing(work: Path, name: str) -> None:
     path.write_bytes(data)
     assert (code, out) == (4, "")
     assert f"{name}: does not match its sha256 in the ledger" in err
+
+
+def test_variants_are_asked_on_the_day_of_their_texts(
+    make_workspace: Callable[..., PicoWorkspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = make_workspace()
+    template = workspace.folder / "model/chat_template.jinja"
+    template.write_text("w{{ strftime_now('%d') | int }} " + template.read_text())
+    recipe = workspace.recipe('step = [{ use = "chop", layers = 1 }]', name="dated")
+    workspace.run(recipe, ["samples.date=2024-02-29"])
+    rendered: list[str] = []
+    render = ChatFormat.render
+
+    def watched(chat: ChatFormat, *words: Any, **more: Any) -> list[str]:
+        rendered.extend(render(chat, *words, **more))
+        return rendered[-1:]
+
+    monkeypatch.setattr(ChatFormat, "render", watched)
+    assert workspace.command("chat", "dated", "--prompt", QUESTION, "--tokens", "2")[0] == 0
+    assert rendered
+    assert all(text.startswith("w29 ") for text in rendered)
