@@ -235,7 +235,7 @@ def build_plan(
     _let_steps_check(loaded, models)
     start = _start_context(recipe, models, questions, style, machine)
     folder = loaded.folder(root)
-    index = ReuseIndex(ArtifactStore(root).ledgers(), folder.name)
+    index = ReuseIndex(ArtifactStore(root, log).ledgers(), folder.name)
     inputs = _inputs(recipe, models, questions, style)
     chats, notes = _chats(
         recipe, models, questions, style, date_of_run(recipe.samples, inputs, index.starts, fresh)

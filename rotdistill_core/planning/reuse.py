@@ -16,11 +16,16 @@ from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.files import CommittedFile
+from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.store.records import StartRecord, StepRecord
+from rotdistill_core.store.records import CheckpointRecord, StartRecord, StepRecord
 
 UNKNOWN = "?"
 """Key of inputs that no run has had. No result has a key that is derived from it."""
+
+
+HASHED_BYTES = 1 << 20
+"""Bytes of the largest file that a plan hashes."""
 
 
 class ExistingResult(NamedTuple):
@@ -66,7 +71,7 @@ def newest_starts(ledgers: Iterable[Ledger], run: str) -> list[StartRecord]:
 
 
 class ReuseIndex:
-    """All results in the ledgers whose files exist with their length."""
+    """All results in the ledgers whose files exist with their length; small ones are hashed."""
 
     def __init__(self, ledgers: Iterable[Ledger], run: str) -> None:
         """Index ledgers; the results of `run` come before equal ones of other runs."""
@@ -74,17 +79,15 @@ class ReuseIndex:
         self.starts = newest_starts(oldest_first, run)
         """What runs have started from, the newest first."""
         self._newest: dict[tuple[str, str], StepRecord] = {}
-        self._results: dict[str, ExistingResult] = {}
-        self._checkpoints: dict[str, str] = {}
+        self._results: dict[str, list[tuple[Path, ExistingResult]]] = {}
+        self._checkpoints: dict[str, list[tuple[Path, CheckpointRecord]]] = {}
         for ledger in oldest_first:
             name, root = ledger.folder.name, ledger.folder.parent
             for step in ledger.steps:
                 self._newest[step.id, step.variant] = step
-                if _all_exist(step.files, root):
-                    self._results[step.key] = ExistingResult(name, step)
+                self._results.setdefault(step.key, []).append((root, ExistingResult(name, step)))
             for checkpoint in ledger.checkpoints:
-                if _all_exist(checkpoint.files, root):
-                    self._checkpoints[checkpoint.key] = name
+                self._checkpoints.setdefault(checkpoint.key, []).append((root, checkpoint))
 
     def start_key(self, inputs: Mapping[str, str] | None) -> str:
         """Return the key of the inputs of a run; `UNKNOWN` if no run has had them, or for None."""
@@ -102,8 +105,11 @@ class ReuseIndex:
         return [name for name in inputs if nearest.get(name) != inputs[name]]
 
     def find(self, key: str) -> ExistingResult | None:
-        """Return the result of a step with a key."""
-        return self._results.get(key)
+        """Return the newest result of a step with a key whose files seem to hold."""
+        for root, result in reversed(self._results.get(key, [])):
+            if _seem_to_hold(result.record.files, root):
+                return result
+        return None
 
     def newest(self, step: str, variant: str = "") -> StepRecord | None:
         """Return the newest result of a step by its id, of an evaluator for one variant."""
@@ -118,18 +124,27 @@ class ReuseIndex:
             state_key: key of its last step before evaluation, or of the start if it has none.
             dtype: name of the dtype of the checkpoint.
         """
-        return self._checkpoints.get(checkpoint_key(variant, state_key, dtype)) == run
+        saved = self._checkpoints.get(checkpoint_key(variant, state_key, dtype), [])
+        return any(
+            record.folder.startswith(f"{run}/") and _seem_to_hold(record.files, root)
+            for root, record in saved
+        )
 
 
 def _equal_values(one: Mapping[str, str], two: Mapping[str, str]) -> int:
     return sum(one.get(name) == value for name, value in two.items())
 
 
-def _all_exist(files: Iterable[CommittedFile], root: Path) -> bool:
-    """Return whether all files exist with their length; their content is not read."""
+def _seem_to_hold(files: Iterable[CommittedFile], root: Path) -> bool:
+    """Return whether files exist with their length, and small ones with their hash.
+
+    A plan is to be quick, so the content of a large file is left to the run.
+    """
     for file in files:
         path = root / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
+            return False
+        if file.bytes <= HASHED_BYTES and sha256_of(path) != file.sha256:
             return False
     return True
 

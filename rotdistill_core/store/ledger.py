@@ -285,14 +285,27 @@ class ArtifactStore:
         self.root = root
         self.warn = warn
         self.fresh = fresh
+        self._unreadable: set[Path] = set()
+        """Ledgers of which it has been told that they cannot be read."""
         self._made: set[CommittedFile] = set()
         """What this process has committed."""
         self._verified: dict[CommittedFile, str] = {}
         """File -> what is wrong with it; empty if it hashes true."""
 
     def ledgers(self) -> list[Ledger]:
-        """Return the ledgers of all runs."""
-        return [Ledger(path.parent) for path in ledger_paths(self.root)]
+        """Return the ledgers of all runs.
+
+        One that cannot be read is told once and left out: other runs go on without its results.
+        """
+        found = []
+        for path in ledger_paths(self.root):
+            try:
+                found.append(Ledger(path.parent))
+            except SetupError as error:
+                if path not in self._unreadable:
+                    self._unreadable.add(path)
+                    self.warn(f"{error} Nothing of that run is used.")
+        return found
 
     def find_step(self, key: str) -> StepRecord | None:
         """Return a finished step with this key, from any run, whose files all hash true.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.store.files import (
     Blocks,
     CommittedFile,
@@ -161,6 +161,17 @@ class StepOutput:
             self.used[path] = file
             return self.store.root / path
         return self._commit(name, path, [content])
+
+    def committed(self, path: str) -> Path:
+        """Return where a file lies that the run commits, by its path in the ledger.
+
+        Raises:
+            CheckFailed: it does not hash true, or no line commits it.
+        """
+        file = self.ledger.committed.get(path)
+        if file is None:
+            raise CheckFailed(f"{self.ledger.path}: no line commits {path}.")
+        return self.store.require(file)
 
     def relative(self, path: Path) -> str:
         """Return the path of a file relative to the folder of all runs, as ledgers name it."""

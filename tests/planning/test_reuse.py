@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rotdistill_core.execution.keys import KeyedStep, checkpoint_key
+from rotdistill_core.planning import reuse
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.planning.reuse import UNKNOWN, ReuseIndex, step_statuses
@@ -19,6 +20,7 @@ from rotdistill_core.recipe import resolved
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import RecipeStep
 from rotdistill_core.store.files import CommittedFile
+from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import CheckpointRecord, RowsRef, StartRecord, StepRecord
 from rotdistill_core.store.results import StepReport
@@ -186,15 +188,32 @@ def test_inputs_are_known_only_when_all_are_equal(tmp_path: Path) -> None:
     assert index.changed_inputs(None) == []
 
 
-def test_a_result_with_a_file_of_another_length_does_not_exist(tmp_path: Path) -> None:
+def test_a_result_whose_file_is_not_as_committed_does_not_exist(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "one")
+    ledger.folder.mkdir()
+    path = ledger.folder / "file"
+    path.write_text("four")
+    files = {
+        "whole": CommittedFile("one/file", 4, sha256_of(path)),
+        "torn": CommittedFile("one/file", 9, sha256_of(path)),
+        "flipped": CommittedFile("one/file", 4, "0" * 64),
+        "gone": CommittedFile("one/other", 4, sha256_of(path)),
+    }
+    for key, file in files.items():
+        ledger.append(step_record(key, files=(file,)))
+    index = ReuseIndex([ledger], "one")
+    assert [key for key in files if index.find(key)] == ["whole"]
+
+
+def test_a_large_file_is_not_read_by_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reuse, "HASHED_BYTES", 3)
     ledger = Ledger(tmp_path / "one")
     ledger.folder.mkdir()
     (ledger.folder / "file").write_text("four")
-    for key, size in (("whole", 4), ("torn", 9)):
-        ledger.append(step_record(key, files=(CommittedFile("one/file", size, "sha256"),)))
-    index = ReuseIndex([ledger], "one")
-    assert index.find("whole") is not None
-    assert index.find("torn") is None
+    ledger.append(step_record("k", files=(CommittedFile("one/file", 4, "0" * 64),)))
+    assert ReuseIndex([ledger], "one").find("k") is not None
 
 
 def test_a_checkpoint_counts_in_the_folder_of_its_run_alone(tmp_path: Path) -> None:

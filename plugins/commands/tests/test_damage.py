@@ -315,3 +315,52 @@ def test_run_refuses_a_run_that_is_being_removed(
 def test_rm_leaves_nothing(run: Path) -> None:
     assert command_line("rm", "trial")[0] == 0
     assert not run.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 300 + b"\n", b"noise\n" * 3])
+def test_a_ledger_of_which_nothing_is_left_is_named_and_made_again(
+    run: Path, content: bytes
+) -> None:
+    before = hashes(run)
+    (run / RunLayout.LEDGER).write_bytes(content)
+    code, said = check(run)
+    assert (code, "ledger.jsonl: " in said) == (4, True)
+    heals(run, before)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_run_whose_ledger_cannot_be_read_stops_no_other(
+    run: Path, make: Callable[[Path], None]
+) -> None:
+    other = run.parent / "other-01234567"
+    other.mkdir()
+    make(other / RunLayout.LEDGER)
+    for words in (("runs",), ("show", run.name), ("plan", "trial.toml"), ("check", str(run))):
+        code, out, err = command_line(*words)
+        assert code == 0, out + err
+    said = carry_out()
+    assert said.count(f"{other.name}/ledger.jsonl: cannot be read") == 1
+    code, _, err = command_line("rm", run.name)
+    assert (code, "cannot be read" in err) == (3, True)  # which files that run needs is not known
+
+
+@pytest.mark.parametrize(
+    "name", ["rotations/*/layer_0.json", "checkpoints/full/config.json", "results.jsonl"]
+)
+def test_no_report_is_written_from_what_does_not_hold(run: Path, name: str) -> None:
+    [path] = run.glob(name)
+    flip(path, 12, 1)
+    code, out, err = command_line("report", run.name)
+    assert (code, str(path.relative_to(run)) in out + err) == (4, True), out + err
+
+
+def test_a_plan_reuses_nothing_that_does_not_hold(run: Path) -> None:
+    def to_do() -> set[str]:
+        code, out, _ = command_line("plan", "trial.toml", "--json")
+        assert code == 0
+        return {line["id"] for line in json.loads(out)["steps"] if not line["reused"]}
+
+    assert to_do() == set()
+    flip(run / "weights/fold/changed.safetensors", -3, 2)
+    flip(run / "checkpoints/base/model.safetensors", -3, 2)
+    assert to_do() == {"fold", "checkpoints"}

@@ -143,22 +143,27 @@ def test_no_text_changes_the_tags_of_the_page(
     outcome: RunResult, report: ReportData, attack: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_write, "plots", lambda *_: [])
-    require_same_tags(report, outcome.folder.parent, attack)
+    require_same_tags(report, outcome.folder, attack)
 
 
 def test_no_text_changes_the_tags_of_the_plots(outcome: RunResult, report: ReportData) -> None:
-    page = require_same_tags(report, outcome.folder.parent, PLOT_ATTACK)
+    page = require_same_tags(report, outcome.folder, PLOT_ATTACK)
     assert page.count("<svg ") >= 5
     # In the titles of plots, their names and their legends; the rest of the page has it, too.
     assert page.count("INJECTED") > 50
+
+
+def output_of(run: Path) -> StepOutput:
+    return StepOutput(ArtifactStore(run.parent), Ledger(run), "report")
 
 
 def require_same_tags(report: ReportData, folder: Path, attack: str) -> str:
     """Compare the tags of a hostile page with those of a plain one; return the hostile one."""
     # Backquotes in sentences stand for code, which is markup of ours.
     text = attack.replace("`", "'")
-    plain = Structure(html(hostile(report, "y" * 30), folder))
-    page = html(hostile(report, text), folder)
+    out = output_of(folder)
+    plain = Structure(html(hostile(report, "y" * 30), out))
+    page = html(hostile(report, text), out)
     found = Structure(page)
     if "<svg " in page:  # where matplotlib puts how many ticks depends on the width of labels
         assert {*found.tags} == {*plain.tags}
@@ -176,7 +181,7 @@ def require_same_tags(report: ReportData, folder: Path, attack: str) -> str:
 def test_the_page_forbids_scripts_and_whatever_it_would_load(
     outcome: RunResult, report: ReportData
 ) -> None:
-    page = html(report, outcome.folder.parent)
+    page = html(report, output_of(outcome.folder))
     policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
     assert policy
     assert policy.start() < page.index("<style>")

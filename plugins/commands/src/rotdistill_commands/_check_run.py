@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rotdistill_commands._run_records import run_problems
+from rotdistill_commands._run_records import has_documents, run_problems
 from rotdistill_core.checkpoint.file_hashes import FileHashes
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.open import open_model
@@ -65,7 +65,7 @@ def check_run(folder: Path) -> RunCheck:
     folder = folder.resolve()
     run = RunFolder(folder)
     ledger = run.ledger
-    if not ledger.records and not ledger.faults:
+    if not ledger.records and not ledger.faults and not has_documents(folder):
         raise RecipeError(f"{folder}: is not a run: it has no ledger.jsonl with a valid line.")
     store = run.store
     files = ledger.committed.values()

@@ -45,7 +45,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         folder=run.path,
         rows=rows,
         steps=_step_results(run),
-        checkpoints={variant: layout.checkpoints / variant for variant in run.chains()},
+        checkpoints=_checkpoints(run),
         summaries=[],
         pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
         model_parity={each.role: each.result for each in run.ledger.parities if each.role},
@@ -57,6 +57,19 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
     out = StepOutput(ArtifactStore(run.path.resolve().parent), run.ledger, "report")
     manager.hook.run_ended(recipe=loaded, result=outcome, out=out, log=log)
     return layout.report
+
+
+def _checkpoints(run: RunFolder) -> dict[str, Path]:
+    """Return variant -> folder of its checkpoint; the documents of each hash true.
+
+    Raises:
+        CheckFailed: one does not, or is gone.
+    """
+    for record in run.checkpoints.values():
+        for file in record.files:
+            if not file.path.endswith(".safetensors"):  # no report reads weights
+                run.store.require(file)
+    return {variant: run.folder_of(record) for variant, record in run.checkpoints.items()}
 
 
 def _step_results(run: RunFolder) -> dict[tuple[str, str], StepResult]:

@@ -25,9 +25,13 @@ LAST_DOCUMENTS = (
 )
 """What a run writes after its last step."""
 SUFFIXES = (".json", ".safetensors", ".tsv", ".md", ".toml")
-"""Of the files that steps write. Files of other kinds in the folders of a run are the user's."""
-FOLDERS = ("answers", "attention", "checkpoints", "frames", "rotations", "shards", "weights")
-"""Folders in a run that steps write to, and variants of their names."""
+"""Of the files in a checkpoint that runs write. Files of other kinds are the user's."""
+
+
+def has_documents(folder: Path) -> bool:
+    """Return whether a folder looks like a run, whatever its ledger says."""
+    is_there = [(folder / name).is_file() for name in (*FIRST_DOCUMENTS, RunLayout.LEDGER)]
+    return is_there[-1] and any(is_there[:-1])
 
 
 def run_problems(run: RunFolder) -> Iterator[str]:
@@ -37,6 +41,9 @@ def run_problems(run: RunFolder) -> Iterator[str]:
     lines committed.
     """
     ledger = run.ledger
+    if not ledger.records and not ledger.faults:
+        yield f"{ledger.path}: is empty; all its lines are lost."
+        return
     if not ledger.is_chained or run.is_copy:
         return  # of an older version, or of another folder
     if ledger.starts or ledger.steps or ledger.checkpoints:
@@ -138,9 +145,8 @@ def _own_files(folder: Path) -> Iterator[Path]:
     for name in (*FIRST_DOCUMENTS, *LAST_DOCUMENTS):
         if (folder / name).is_file():
             yield folder / name
-    for each in sorted(folder.iterdir()):
-        if each.name.partition("-")[0] in FOLDERS:
-            for path in sorted(each.rglob("*")):
-                named = path.suffix in SUFFIXES or path.name == RunLayout.MANIFEST
-                if named and path.is_file():
-                    yield path
+    # Files of steps are left out: where another run has made the same, nobody needs them again.
+    for path in sorted((folder / RunLayout.CHECKPOINTS).rglob("*")):
+        named = path.suffix in SUFFIXES or path.name == RunLayout.MANIFEST
+        if named and path.is_file():
+            yield path

@@ -120,7 +120,8 @@ def show(run: RunName, as_json: Json = False) -> None:
       rotdistill show tour-guide --json
     """
     folder = requested_run(run)
-    needed = needed_by(folder, all_runs(folder.path.parent))
+    others = [run for run in all_runs(folder.path.parent) if not _unreadable(run)]
+    needed = needed_by(folder, others)
     users = sorted({user for users in needed.values() for user in users})
     steps = _steps(folder)
     rows = folder.rows()

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from rotdistill_core.evaluation.intervals import (
@@ -371,7 +370,7 @@ def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, Step
         new: dict[int, dict[str, Any]] = {}
         stored: set[tuple[int, str, str]] = set()
         for layer, path in sorted(files[result.key].items()):
-            document = json.loads(read_text(out.store.root / path))
+            document = json.loads(read_text(out.committed(path)))
             figures = {(layer, name, str(value)): value for name, value in document.items()}
             new[layer] = {key[1]: value for key, value in figures.items() if key not in known}
             stored |= figures.keys()
@@ -384,10 +383,10 @@ def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, Step
     return diagnostics
 
 
-def _diagnostics_files(out: StepOutput) -> dict[str, dict[int, Path]]:
+def _diagnostics_files(out: StepOutput) -> dict[str, dict[int, str]]:
     """Return step key -> layer boundary -> file of its diagnostics, relative to all runs."""
     return {
-        record.key: {int(layer): Path(path) for layer, path in record.result.cards.items()}
+        record.key: {int(layer): path for layer, path in record.result.cards.items()}
         for record in out.ledger.steps
         if isinstance(record.result, MapsRef)
     }

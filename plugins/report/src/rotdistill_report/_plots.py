@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 
 from rotdistill_core.evaluation.metrics import Direction, metric_named
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.results import CURVE_OF_VARIANT, Curve
 from rotdistill_report._attention import draw_attention, shown_pairs
 from rotdistill_report._data import ReportData
@@ -116,7 +116,7 @@ DIAGNOSTIC_PLOTS = (
 )
 
 
-def plots(report: ReportData, runs_folder: Path) -> list[Plot]:
+def plots(report: ReportData, out: StepOutput) -> list[Plot]:
     """Return the plots for which there is something to show."""
     with matplotlib.rc_context(STYLE):
         return [
@@ -124,7 +124,7 @@ def plots(report: ReportData, runs_folder: Path) -> list[Plot]:
             *_layer_plots(report),
             *_interpolation_plots(report),
             *_alignment_plots(report),
-            *_attention_plots(report, runs_folder),
+            *_attention_plots(report, out),
             *_language_plot(report),
         ]
 
@@ -328,7 +328,7 @@ def _draw_spectra(axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
     draw_legend(axes, len(lines))
 
 
-def _attention_plots(report: ReportData, runs_folder: Path) -> Iterator[Plot]:
+def _attention_plots(report: ReportData, out: StepOutput) -> Iterator[Plot]:
     """Yield attention maps before and after a permutation of heads, where the step kept them.
 
     Of the layers whose heads moved; where none did, of one layer.
@@ -343,7 +343,7 @@ def _attention_plots(report: ReportData, runs_folder: Path) -> Iterator[Plot]:
         moved = [entry for entry in kept if entry[2].moved]
         for layer, path, heads in moved or kept[:1]:
             title = f"{step_title}: attention in layer {layer}"
-            draw = partial(draw_attention, path=runs_folder / path, heads=heads)
+            draw = partial(draw_attention, path=out.committed(path), heads=heads)
             caption = (
                 "One text: the teacher, and the student's heads in the same places before and "
                 f"after. {heads.moved} moved."

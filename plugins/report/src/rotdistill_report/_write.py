@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Group
 
 from rotdistill_core.checkpoint.models import Pair
@@ -29,7 +27,7 @@ def write_report(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) ->
     report = with_findings(collect(recipe, outcome, out), recipe, outcome)
     out.write(RunLayout.REPORT_MARKDOWN, [markdown(report).encode()])
     out.json(RunLayout.REPORT_JSON, report.as_json())
-    out.write(RunLayout.REPORT_HTML, [html(report, out.store.root).encode()])
+    out.write(RunLayout.REPORT_HTML, [html(report, out).encode()])
     if outcome.pair:
         _write_cards(report, recipe, outcome, outcome.pair, out)
     return terminal_summary(report)
@@ -45,11 +43,9 @@ def markdown(report: ReportData) -> str:
     return template("report.md.j2").render(report=report, draws=DRAWS, interval_metrics=measured)
 
 
-def html(report: ReportData, runs_folder: Path) -> str:
+def html(report: ReportData, out: StepOutput) -> str:
     """Return report.html: one file without script, which loads nothing."""
-    return template("report.html.j2").render(
-        report=report, draws=DRAWS, plots=plots(report, runs_folder)
-    )
+    return template("report.html.j2").render(report=report, draws=DRAWS, plots=plots(report, out))
 
 
 def _write_cards(
