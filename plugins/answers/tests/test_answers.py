@@ -21,6 +21,7 @@ from rotdistill_answers._method import (
     score_answer,
     similarity,
 )
+from rotdistill_answers._normalize import normalize
 from rotdistill_answers.step import Answers, steps
 
 from rotdistill_core.data.questions import Claim, Question
@@ -232,3 +233,18 @@ def test_an_answer_of_no_tokens_is_refused(tmp_path: Path) -> None:
     recipe = PicoWorkspace(tmp_path).recipe(STEPS)
     with pytest.raises(RecipeError, match="max_tokens"):
         load_recipe(recipe, ["answers.max_tokens=0"])
+
+
+@pytest.mark.parametrize(
+    "language", ["pt-BR", "zh-Hant-TW", "xx", "zzz-Latn", "EN", "12", "q!", ""]
+)
+def test_a_language_of_any_code_ends_no_run(language: str) -> None:
+    text = "Em 12 May 1900 custou 3 million km"
+    assert normalize(text, language)
+    assert LanguageIdentifier([language]).languages >= {"pt", "en"}
+
+
+def test_a_language_tag_is_read_as_its_language() -> None:
+    for text in ("a 14 de julho de 1789", "vinte e três", "3,2 milhões"):
+        assert normalize(text, "pt-BR") == normalize(text, "pt") != normalize(text, "xx")
+    assert "sw" in LanguageIdentifier(["sw-KE"]).languages
