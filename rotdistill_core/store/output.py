@@ -157,7 +157,8 @@ class StepOutput:
         path = f"{self.run_id}/{name}"
         file = CommittedFile(path, len(content), hashlib.sha256(content).hexdigest())
         newest = next((each for each in reversed(self.ledger.files) if each.path == path), None)
-        if newest and (newest.key, newest.file) == (self.key, file) and self.store.verify(file):
+        is_same = newest is not None and (newest.key, newest.file) == (self.key, file)
+        if is_same and self.store.may_be_used(file) and self.store.verify(file):
             self.used[path] = file
             return self.store.root / path
         return self._commit(name, path, [content])

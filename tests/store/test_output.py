@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from rotdistill_core.errors import CheckFailed
 from rotdistill_core.store.files import CommittedFile, json_blocks, write_file
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
@@ -86,3 +88,46 @@ def test_two_keys_with_one_name_keep_both_files(tmp_path: Path) -> None:
         assert open_output(tmp_path, key="222222bb").find(name) == second
         assert (json.loads(first.read_text()), json.loads(second.read_text())) == ("one", "two")
     assert (tmp_path / "run/maps-222222/a.json").is_file()
+
+
+def test_a_document_is_written_once_and_anew_when_it_changes(tmp_path: Path) -> None:
+    path = open_output(tmp_path).document("a.md", [b"one"])
+    before = path.stat().st_mtime_ns, len(Ledger(tmp_path / "run").records)
+    assert open_output(tmp_path).document("a.md", [b"o", b"ne"]) == path
+    assert (path.stat().st_mtime_ns, len(Ledger(tmp_path / "run").records)) == before
+    open_output(tmp_path).document("a.md", [b"two"])
+    assert path.read_bytes() == b"two"
+    open_output(tmp_path, key="other").document("a.md", [b"three"])  # of other inputs: same place
+    assert path.read_bytes() == b"three"
+    assert open_output(tmp_path).document("a.md", [b"two"]).read_bytes() == b"two"
+
+
+def test_a_damaged_document_is_told_and_written_anew(tmp_path: Path) -> None:
+    path = open_output(tmp_path).document("a.md", [b"text"])
+    flip_byte(path)
+    warnings: list[str] = []
+    open_output(tmp_path, warnings=warnings).document("a.md", [b"text"])
+    assert path.read_bytes() == b"text"
+    assert [str(path) in line for line in warnings] == [True]
+
+
+def test_a_fresh_run_writes_its_documents_once(tmp_path: Path) -> None:
+    path = open_output(tmp_path).document("a.md", [b"text"])
+    old = path.stat().st_ino
+    store = ArtifactStore(tmp_path, fresh=True)
+    out = StepOutput(store, Ledger(tmp_path / "run"), "key")
+    assert out.document("a.md", [b"text"]) == path
+    new = path.stat().st_ino
+    assert new != old
+    out.document("a.md", [b"text"])
+    assert path.stat().st_ino == new
+
+
+def test_a_committed_file_is_read_only_if_it_hashes_true(tmp_path: Path) -> None:
+    path = open_output(tmp_path).json("a.json", {"x": 1})
+    assert open_output(tmp_path).committed("run/a.json") == path
+    flip_byte(path)
+    with pytest.raises(CheckFailed, match=r"a\.json: does not match its sha256"):
+        open_output(tmp_path).committed("run/a.json")
+    with pytest.raises(CheckFailed, match="no line commits run/other"):
+        open_output(tmp_path).committed("run/other")
