@@ -86,8 +86,10 @@ class ChatFormat:
         """
         config = _object(folder / TOKENIZER_CONFIG)
         special = {**_object(folder / SPECIAL_TOKENS_FILE), **config}
-        found = {name: _token(special.get(name)) for name in SPECIAL_TOKENS}
-        tokens = {name: token for name, token in found.items() if token}
+        tokens = {}
+        for name in SPECIAL_TOKENS:
+            if special.get(name) is not None:
+                tokens[name] = _token(special[name], f"{folder / TOKENIZER_CONFIG}: `{name}`")
         return cls(str(folder), _template_of(folder, config), tokens, date)
 
     @property
@@ -313,7 +315,15 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _token(value: object) -> str:
-    """Return a special token as tokenizer_config.json holds it: a text, or an object with one."""
+def _token(value: object, where: str) -> str:
+    """Return a special token as tokenizer_config.json holds it: a text, or an object with one.
+
+    Raises:
+        SetupError: it is neither; `where` names it.
+    """
     content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, str):
+        raise SetupError(
+            f"{where}: must be a text, or an object with `content` (it is {value!r:.80})."
+        )
+    return content

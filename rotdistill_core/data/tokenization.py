@@ -174,7 +174,21 @@ def prompt_tokens(
 
 def _tokens_of(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text that has its special tokens."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encoded(tokenizer, text, add_special_tokens=False)
+
+
+def _encoded(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    """Return the tokens of a text.
+
+    Raises:
+        SetupError: the tokenizer has none for a part of it.
+    """
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # tokenizers raise plain ones
+        raise SetupError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot read the text {text[:80]!r}: {error}."
+        ) from error
 
 
 def tokenize_answer(tokenizer: Any, answer: str) -> list[int]:
@@ -197,7 +211,7 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
 
 def _plain_text(tokenizer: Any, question: Question, limit: int | None) -> Text:
     """Tokenise a text outside the domain as it is; all tokens but the first count as answer."""
-    tokens = tuple(tokenizer(question.answer)["input_ids"])[:limit]
+    tokens = tuple(_encoded(tokenizer, question.answer or ""))[:limit]
     return Text(question.id, question.language, question.split, tokens, answer=1, plain=True)
 
 

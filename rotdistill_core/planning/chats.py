@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
 from rotdistill_core.data.questions import Question
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 from rotdistill_core.store.records import StartRecord
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -226,6 +228,38 @@ def planned_chats(
         asked = [q for q in questions if not q.split.outside_domain]
         chat.render([chat.messages(style, q.question, q.answer) for q in asked if q.answer])
     return chats
+
+
+def require_end_token(chat: ChatFormat, rows: int) -> None:
+    """Refuse an end token that the tokenizer's file lacks and the model has no row for.
+
+    transformers gives such a token the next number.
+
+    Args:
+        chat: how conversations are written.
+        rows: of the model's embedding.
+
+    Raises:
+        SetupError: naming the token.
+    """
+    token = chat.tokens.get("eos_token", "")
+    path = Path(chat.source) / TOKENIZER_FILE
+    content = read_bytes(path, COLLECTION_BYTES)
+    # Few tokenizers have to be loaded to know.
+    if not token or any(
+        json.dumps(token, ensure_ascii=ascii_only).encode() in content
+        for ascii_only in (True, False)
+    ):
+        return
+    from tokenizers import Tokenizer  # noqa: PLC0415  as in `_one_vocabulary`
+
+    size = Tokenizer.from_file(str(path)).get_vocab_size()
+    if size >= rows:
+        raise SetupError(
+            f"{path}: lacks the end token {token!r} of {TOKENIZER_CONFIG}, which becomes "
+            f"token {size}, and the model has {rows} tokens. The tokenizer belongs to another "
+            "model, or the model was not resized when tokens were added."
+        )
 
 
 def _one_vocabulary(one: Path, two: Path) -> bool:

@@ -21,6 +21,7 @@ from rotdistill_core.planning.chats import (
     date_of_run,
     ending_notes,
     planned_chats,
+    require_end_token,
     require_room,
 )
 from rotdistill_core.planning.cost import (
@@ -355,7 +356,9 @@ def _chats(
     # Loading a tokenizer takes most of a plan's time, so one that both share is loaded once.
     for chat in {chat.source: chat for chat in sides.values()}.values():
         shapes = [models[role].shape for role, own in sides.items() if own.source == chat.source]
-        count = token_counter(Path(chat.source), min(shape.vocab for shape in shapes))
+        vocabulary = min(shape.vocab for shape in shapes)
+        require_end_token(chat, vocabulary)
+        count = token_counter(Path(chat.source), vocabulary)
         texts = chat.prompts(style, [question.question for question in asked])
         lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
         heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}

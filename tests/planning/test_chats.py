@@ -112,6 +112,12 @@ def test_a_token_without_a_row_is_named(work: PicoWorkspace) -> None:
         assert "token 64" in said
 
 
+def test_an_end_token_without_a_row_is_named(work: PicoWorkspace) -> None:
+    change(work.folder / "model/tokenizer_config.json", eos_token="<fin/é>")
+    for said in both(work, 3):
+        assert "token 64" in said
+
+
 def test_without_a_system_role_plan_and_run_say_where_the_prompt_goes(work: PicoWorkspace) -> None:
     put_template(work.folder / "model", NO_SYSTEM)
     for said in both(work, 0):
