@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.records import CheckpointRecord
+
 VERB = '''
 from typing import Annotated
 
@@ -58,10 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "site/somebody_where.py").write_text(VERB)
     (root / "recipe.toml").write_text(RECIPE)
+    ledger = Ledger(root / "runs/trial-1")
     for variant in ("base", "full"):
-        (root / f"runs/trial-1/checkpoints/{variant}").mkdir(parents=True)
-        (root / f"runs/trial-1/checkpoints/{variant}/config.json").write_text("{}")
-    (root / "runs/trial-1/ledger.jsonl").touch()
+        folder = f"trial-1/checkpoints/{variant}"
+        (root / "runs" / folder).mkdir(parents=True)
+        ledger.append(CheckpointRecord(key=variant, variant=variant, folder=folder, files=()))
     return root
 
 

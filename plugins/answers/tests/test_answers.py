@@ -214,13 +214,19 @@ def test_answers_are_generated_once(
     workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(workspace)
-    monkeypatch.setattr("rotdistill_answers._method.kept_answers", None)
-    # The scores do not depend on the files that would save work after a kill.
+    with monkeypatch.context() as patch:
+        patch.setattr("rotdistill_answers._method.kept_answers", None)
+        again = run(workspace)
+        assert again.rows == first.rows
+        assert answers_of(again, "cut") == answers_of(first, "cut") != {}
+        assert all(step.reused for step in again.steps.values())
+    # A run that has lost files makes them again, those too that only save work after a kill.
     shutil.rmtree(first.folder / "answers" / "variant-cut")
-    again = run(workspace)
-    assert again.rows == first.rows
-    assert answers_of(again, "cut") == answers_of(first, "cut") != {}
-    assert all(step.reused for step in again.steps.values())
+    healed = run(workspace)
+    assert healed.rows == first.rows
+    made = {key for key, step in healed.steps.items() if not step.reused}
+    assert made == {("cut", "answers")}
+    assert (first.folder / "answers" / "variant-cut").is_dir()
 
 
 def test_answers_can_be_shorter_than_the_teachers(workspace: PicoWorkspace) -> None:

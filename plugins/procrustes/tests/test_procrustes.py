@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 from rotdistill_procrustes.step import Procrustes, steps
+from safetensors.torch import save_file
 
 from rotdistill_core.alignment import streams
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -386,8 +387,10 @@ def test_rows_that_are_not_finite_stop_before_any_solve(
     pair, out = Pair(model, twin), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, twin.weights, samples, out)
     states = all_rows(activations, side)
-    states[1][40, 3], states[1][41, 2] = float("nan"), float("inf")
     broken = with_rows(activations, out, **{side: states})
+    states[1][40, 3], states[1][41, 2] = float("nan"), float("inf")
+    # The program itself writes no such file.
+    save_file({"rows": states[1]}, broken.root / broken.shards[side][1])
     for name in ("svd", "eigh"):
         monkeypatch.setattr(scipy.linalg, name, called)
         monkeypatch.setattr(torch.linalg, name, called)

@@ -17,6 +17,7 @@ from rotdistill_residuals._layer_map import (
     match_layers,
 )
 from rotdistill_residuals.step import Residuals
+from safetensors.torch import load_file, save_file
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.splits import Side
@@ -69,12 +70,15 @@ def planted(
         R = random_rotation(24, m).float()[:, :20]
         noise = 0.1 * torch.randn(layout.rows, 20, generator=generator)
         student.append(teacher[m] @ R + noise)
-    if broken:
-        student[1][5, 3] = torch.nan
     shards = {
         side: tuple(write_shard(out, side, b, X, X.dtype, {}) for b, X in enumerate(streams))
         for side, streams in ((Side.TEACHER, teacher), (Side.STUDENT, student))
     }
+    if broken:  # the program itself writes no such file
+        path = out.store.root / shards[Side.STUDENT][1]
+        tensors = load_file(path)
+        tensors["rows"][5, 3] = torch.nan
+        save_file(tensors, path)
     return ActivationStore(
         root=out.store.root,
         shards=shards,
