@@ -46,7 +46,8 @@ TOKENIZER_FILES = (
 )
 """How the names of files begin that belong to the tokenizer and to generation."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_DOCUMENTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+ADDED_TOKENS = "added_tokens.json"
+TOKENIZER_DOCUMENTS = (TOKENIZER_CONFIG, "special_tokens_map.json", ADDED_TOKENS)
 """What stands beside a vocabulary: each is one JSON object."""
 GENERATION_CONFIG = "generation_config.json"
 
@@ -308,7 +309,7 @@ def check_tokenizer(folder: Path) -> None:
 
     Raises:
         SetupError: a document beside its vocabulary is not one JSON object, or states a longest
-            text or a side that is none.
+            text, a side or the id of an added token that is none.
     """
     for name in TOKENIZER_DOCUMENTS:
         path = folder / name
@@ -323,6 +324,13 @@ def check_tokenizer(folder: Path) -> None:
                 raise SetupError(
                     f'{path}: `{key}` = {settings[key]!r:.40} must be "left" or "right".'
                 )
+    path = folder / ADDED_TOKENS
+    for token, number in (read_object(path) if path.is_file() else {}).items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise SetupError(
+                f"{path}: the token {token!r:.40} has the id {number!r:.40}; an id is a number "
+                "from 0 on."
+            )
 
 
 def end_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -85,6 +85,17 @@ def test_a_setting_of_a_tokenizer_that_it_cannot_have_is_refused(
         open_model(ModelRef(model=str(folder)))
 
 
+@pytest.mark.parametrize("number", ["\x1b]0;x\x07", "7", 1.5, -1, True, None, [3]])
+def test_an_added_token_without_an_id_is_refused(
+    llama: Model, tmp_path: Path, number: object
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(llama.folder, folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": number}))
+    with pytest.raises(SetupError, match=r"added_tokens.json: the token '<tool>' has the id"):
+        open_model(ModelRef(model=str(folder)))
+
+
 @pytest.mark.parametrize("value", [None, 512, 1e30])
 def test_a_longest_text_may_have_no_end(llama: Model, tmp_path: Path, value: object) -> None:
     folder = tmp_path / "copy"
