@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CASES = 70
+CASES = 35
 
 
 @pytest.mark.slow
