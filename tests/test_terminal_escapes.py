@@ -226,7 +226,9 @@ PRINTS = re.compile(
 )
 MAY_PRINT = {
     "rotdistill_core/terminal.py",
-    "rotdistill_report/rotation_sanity.py",  # talks to its parent process
+    # They answer their parent process.
+    "rotdistill_report/rotation_sanity.py",
+    "data/_rendering.py",
 }
 
 
