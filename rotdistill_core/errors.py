@@ -19,6 +19,10 @@ LONGEST_PROBLEM = 2000
 """Characters of one problem that are shown."""
 
 
+SHOWN_PROBLEMS = 8
+"""So many problems of one checkpoint are listed in an error."""
+
+
 class RotdistillError(Exception):
     """An unexpected failure inside rotdistill (exit code 1)."""
 
@@ -73,6 +77,13 @@ def shortened(problem: str) -> str:
         return problem
     start, end = problem[:LONGEST_PROBLEM], problem[-LONGEST_PROBLEM:]
     return f"{start} [... {left_out} characters ...] {end}"
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return the first `SHOWN_PROBLEMS` problems in one line, and how many more there are."""
+    shown = "; ".join(problems[:SHOWN_PROBLEMS])
+    more = len(problems) - SHOWN_PROBLEMS
+    return f"{shown}; and {more} more" if more > 0 else shown
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

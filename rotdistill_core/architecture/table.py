@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from rotdistill_core.errors import SetupError, suggest
+from rotdistill_core.errors import SHOWN_PROBLEMS, SetupError, listed, suggest
 
 Config = Mapping[str, Any]
 """A model's config.json."""
 
 LAYER = "{i}"
 """Placeholder of the layer's number in names of parameters and spaces."""
-SHOWN_PROBLEMS = 8
 WHOLE_HEADS = ("default", "proportional")
 """Types of rotary tables that turn whole heads, whatever share a config names; the others would
 make a table too narrow for attention that turns whole heads, and transformers fails."""
@@ -240,12 +239,9 @@ class Adapter:
         """
         problems = list(self._differences(config, self.unfused(config, shapes)))
         if problems:
-            shown = "; ".join(problems[:SHOWN_PROBLEMS])
-            if len(problems) > SHOWN_PROBLEMS:
-                shown += f"; and {len(problems) - SHOWN_PROBLEMS} more"
             raise SetupError(
                 f"{where}: the checkpoint does not fit the adapter for "
-                f"{'/'.join(self.model_types)}: {shown}."
+                f"{'/'.join(self.model_types)}: {listed(problems)}."
             )
 
     def uncovered(self, config: Config) -> Iterator[str]:

@@ -46,18 +46,40 @@ def tables_by_length(config: Any) -> TableOf:
         config: a transformers config.
     """
     longest = getattr(config, "max_position_embeddings", 0)
-    kinds = [
-        (str(values.get("rope_type")), values.get("original_max_position_embeddings") or longest)
-        for values in _rope_parameters(config)
-    ]
-    borders = sorted({original for kind, original in kinds if kind == "longrope"})
-    has_dynamic = any("dynamic" in kind for kind, _ in kinds)
+    borders = _longrope_borders(config)
+    has_dynamic = _has_dynamic(config)
 
     def table_of(length: int) -> Hashable:
         beyond = tuple(length > border for border in borders)
         return (*beyond, max(length, longest)) if has_dynamic else beyond
 
     return table_of
+
+
+def shortest_border(config: Any) -> int | None:
+    """Return the length beyond which the tables of a text depend on it; None if they never do.
+
+    Args:
+        config: a transformers config.
+    """
+    dynamic = [config.max_position_embeddings] if _has_dynamic(config) else []
+    return min(map(int, [*_longrope_borders(config), *dynamic]), default=None)
+
+
+def _longrope_borders(config: Any) -> list[int]:
+    """Return the lengths beyond which a `longrope` table is another one, in order."""
+    longest = getattr(config, "max_position_embeddings", 0)
+    return sorted(
+        {
+            values.get("original_max_position_embeddings") or longest
+            for values in _rope_parameters(config)
+            if values.get("rope_type") == "longrope"
+        }
+    )
+
+
+def _has_dynamic(config: Any) -> bool:
+    return any("dynamic" in str(values.get("rope_type")) for values in _rope_parameters(config))
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:

@@ -14,13 +14,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rotdistill_core.architecture.table import SHOWN_PROBLEMS
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.headers import config_items
 from rotdistill_core.checkpoint.lazy import LazyTensor
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
-from rotdistill_core.forward.rope import forget_lengths, transformers_config
+from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError, listed
+from rotdistill_core.forward.rope import forget_lengths, shortest_border, transformers_config
 from rotdistill_core.store.casts import is_finite
 from rotdistill_core.store.layout import RunLayout
 
@@ -162,7 +161,7 @@ def is_beyond_rope_limit(model: Any, prompt: int, more: int, where: str) -> bool
         SetupError: the tables would change while the answer grows, so that no one forward pass of
             the model gives it.
     """
-    limit = _rope_limit(model)
+    limit = shortest_border(model.config)
     if limit is None or prompt + more <= limit:
         return False
     if prompt > limit and "dynamic" not in str(model.config.rope_parameters):
@@ -172,20 +171,6 @@ def is_beyond_rope_limit(model: Any, prompt: int, more: int, where: str) -> bool
         f"{limit}, from where the rotary tables of this model depend on the length of the text. "
         "Ask for shorter answers, or shorten the prompt."
     )
-
-
-def _rope_limit(model: Any) -> int | None:
-    """Return the length of text beyond which rotary tables depend on it; None if they never do."""
-    config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = []
-    for settings in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-        kind = str(settings.get("rope_type", ""))
-        if kind == "longrope":
-            limits.append(int(settings["original_max_position_embeddings"]))
-        elif "dynamic" in kind:
-            limits.append(int(config.max_position_embeddings))
-    return min(limits, default=None)
 
 
 def _require_one_model(weights: Weights, model: Any) -> None:
@@ -206,13 +191,10 @@ def _require_one_model(weights: Weights, model: Any) -> None:
         if name in found and wanted[name] != found[name]
     ]
     if problems:
-        shown = "; ".join(problems[:SHOWN_PROBLEMS])
-        if len(problems) > SHOWN_PROBLEMS:
-            shown += f"; and {len(problems) - SHOWN_PROBLEMS} more"
         raise SetupError(
             f"{_place_of(weights)}: transformers makes another model of config.json than the "
-            f"checkpoint holds: {shown}. It would fill in or leave out such tensors; correct the "
-            "config (switches of biases and sizes) instead."
+            f"checkpoint holds: {listed(problems)}. It would fill in or leave out such tensors; "
+            "correct the config (switches of biases and sizes) instead."
         )
 
 

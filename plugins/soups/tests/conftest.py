@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,3 +77,11 @@ def merge(tmp_path: Path, student: Model) -> Callable[..., Merged]:
         return Merged(weights, out)
 
     return run
+
+
+@pytest.fixture
+def quiet_peft() -> Iterator[None]:
+    """Let peft warn of what is meant here, and ask for what transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,12 @@ from rotdistill_core.testing import (
     scramble,
 )
 
+pytestmark = pytest.mark.usefixtures("quiet_peft")
 Merge = Callable[..., Any]
 LAYOUT = pico_samples().layout
 IDS = torch.tensor([text.tokens[:10] for text in LAYOUT.texts[:4]])
 TENSORS = "adapter_model.safetensors"
 HEAD_COPY = "base_model.model.lm_head.base_layer.weight"
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # peft warns of much that is meant here, and asks for what transformers has renamed.
-        warnings.simplefilter("ignore")
-        yield
 
 
 @torch.no_grad()

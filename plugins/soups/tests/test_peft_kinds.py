@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import typing
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.errors import SetupError
 from rotdistill_core.testing import pico_model, save_folder
 
+pytestmark = pytest.mark.usefixtures("quiet_peft")
 Merge = Callable[..., Any]
 IDS = torch.tensor([[3, 9, 17, 25, 33, 41, 50, 58, 7, 12, 20, 30]])
 MODEL_TYPES = [
@@ -100,14 +100,6 @@ REFUSED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "repeated layers": ("layer_replication", {"layer_replication": [[0, 2], [1, 2]]}),
 }
 """Kind -> the key by which it is refused, and its options."""
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # peft warns of much that is meant here, and asks for what transformers has renamed.
-        warnings.simplefilter("ignore")
-        yield
 
 
 @torch.no_grad()
