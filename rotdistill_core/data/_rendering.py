@@ -5,7 +5,7 @@ text; it may still never end, or fill the memory. Only a process of its own can 
 it does, so this one runs under limits and imports nothing but jinja.
 
 The environment is that of transformers (`_compile_jinja_template`), apart from the clock, which
-stands still, and from random choices, which are always the same.
+stands still. A template that leaves anything to chance is refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ import sys
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes, pass_eval_context
+from jinja2 import Template, TemplateError, nodes, pass_eval_context
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+CHANCE = "it writes another text each time, by chance"
+"""What is said of a template that makes random choices."""
 
 
 class Generation(Extension):
@@ -38,6 +43,40 @@ class Generation(Extension):
     @pass_eval_context
     def _body(self, _: Any, caller: Any) -> Any:
         return caller()
+
+
+class TemplateDict:
+    """The function `dict` of templates, which has no methods but `fromkeys`."""
+
+    def __call__(self, *words: Any, **named: Any) -> dict[Any, Any]:
+        """Return a dict."""
+        return dict(*words, **named)
+
+    def fromkeys(self, *words: Any) -> dict[Any, Any]:
+        """Return a dict of keys."""
+        return dict.fromkeys(*words)
+
+
+class TemplateNamespace(Namespace):
+    """The class `namespace` of templates; no name in it begins with an underscore."""
+
+    def __init__(*words: Any, **named: Any) -> None:  # so that `self` may be one of the names
+        """Keep the values."""
+        own, rest = words[0], words[1:]
+        values = dict(*rest, **named)
+        for name in values:
+            _refuse_hidden(name)
+        Namespace.__init__(own, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Keep a value."""
+        _refuse_hidden(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_hidden(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"the attribute {name!r} of a namespace begins with an underscore")
 
 
 def _tojson(
@@ -73,15 +112,25 @@ def _environment(date: str) -> ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = now.strftime
+    environment.globals["dict"] = TemplateDict()
+    environment.globals["namespace"] = TemplateNamespace
     return environment
 
 
 def _limit(memory: int, seconds: int) -> None:
     """Limit this process. Beyond the memory it gets a MemoryError, beyond the time it is killed."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    _lower(resource.RLIMIT_CPU, seconds, seconds + 1)
     if sys.platform != "darwin":  # which does not know this limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _lower(resource.RLIMIT_AS, memory, memory)
+    _lower(resource.RLIMIT_CORE, 0, 0)
+
+
+def _lower(kind: int, soft: int, hard: int) -> None:
+    """Lower a limit. One that the system has set lower already stays."""
+    _, most = resource.getrlimit(kind)
+    if most != resource.RLIM_INFINITY:
+        soft, hard = min(soft, most), min(hard, most)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def main() -> None:
@@ -96,25 +145,46 @@ def main() -> None:
     except Exception as error:
         print(json.dumps([{"error": _words(error)}] * len(job["chats"])))
         return
-    rendered = []
+    rendered: list[dict[str, str]] = []
     left = job["characters"]
     for chat in job["chats"]:
-        random.seed(0)
+        variables = {**job["variables"], **chat}
         try:
-            # Piece by piece, so that a text without end is noticed.
-            pieces = []
-            for piece in template.generate(**job["variables"], **chat):
-                left -= len(piece)
-                if left < 0:
-                    raise MemoryError
-                pieces.append(piece)
-            rendered.append({"text": "".join(pieces)})
+            text = _written(template, variables, left, seed=0)
+            # Once is enough: what a template leaves to chance, it leaves to it in every chat.
+            if not rendered and text != _written(template, variables, left, seed=1):
+                raise TemplateError(CHANCE)
+            left -= len(text)
+            rendered.append({"text": text})
         except MemoryError:
             rendered.append({"limit": "memory"})
             break
         except Exception as error:
             rendered.append({"error": _words(error)})
     print(json.dumps(rendered))
+
+
+def _written(template: Template, variables: dict[str, Any], most: int, seed: int) -> str:
+    """Return a chat as the template writes it.
+
+    Args:
+        template: the template.
+        variables: messages, special tokens and the rest.
+        most: characters that the text may have.
+        seed: decides random choices.
+
+    Raises:
+        MemoryError: it is longer.
+    """
+    random.seed(seed)
+    # Piece by piece, so that a text without end is noticed.
+    pieces = []
+    for piece in template.generate(**variables):
+        most -= len(piece)
+        if most < 0:
+            raise MemoryError
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _words(error: Exception) -> str:

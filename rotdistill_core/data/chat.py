@@ -42,7 +42,13 @@ SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
-"""The variables of a template that hold special tokens."""
+"""The variables of a template that hold special tokens, in all models."""
+OWN_TOKENS = ("extra_special_tokens", "model_specific_special_tokens")
+"""Keys of a tokenizer's settings under which a model names further ones."""
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of tokenizers that have no special tokens but those in their files."""
+ADDED_TOKENS = "added_tokens_decoder"
+"""Key of the tokens that tokenizer_config.json lists."""
 CLOCK = "strftime_now"
 """The function by which a template writes the date."""
 DEFAULT = "default"
@@ -65,6 +71,9 @@ class ChatFormat:
     """The day that templates write, such as 2025-07-01; empty for today."""
     system_turn: bool = True
     """Whether the system prompt has a turn of its own. Otherwise it goes before the question."""
+    is_whole: bool = True
+    """Whether all is known that the template writes. It may write special tokens that no file of
+    the folder names: many classes of transformers have such ones."""
 
     @classmethod
     def of(cls, tokenizer: Any, date: str = "") -> ChatFormat:
@@ -85,12 +94,19 @@ class ChatFormat:
             SetupError: it has no template for chats without tools, or a file cannot be read.
         """
         config = _object(folder / TOKENIZER_CONFIG)
-        special = {**_object(folder / SPECIAL_TOKENS_FILE), **config}
-        tokens = {}
-        for name in SPECIAL_TOKENS:
-            if special.get(name) is not None:
-                tokens[name] = _token(special[name], f"{folder / TOKENIZER_CONFIG}: `{name}`")
-        return cls(str(folder), _template_of(folder, config), tokens, date)
+        # transformers reads the older file last, and only where the newer one lists no tokens.
+        older = {} if ADDED_TOKENS in config else _object(folder / SPECIAL_TOKENS_FILE)
+        special = {**config, **older}
+        template = _template_of(folder, config)
+        is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
+        return cls(
+            source=str(folder),
+            template=template,
+            tokens=_special_tokens(special, folder / TOKENIZER_CONFIG),
+            date=date,
+            is_whole=is_plain
+            or all(name in special for name in SPECIAL_TOKENS if name in template),
+        )
 
     @property
     def uses_date(self) -> bool:
@@ -99,9 +115,11 @@ class ChatFormat:
 
     def same_texts(self, other: ChatFormat) -> bool:
         """Return whether both write every chat alike, and end answers with the same token."""
-        used = [name for name in SPECIAL_TOKENS if name in self.template or name == "eos_token"]
+        names = {*self.tokens, *other.tokens}
         return self.template == other.template and all(
-            self.tokens.get(name) == other.tokens.get(name) for name in used
+            self.tokens.get(name) == other.tokens.get(name)
+            for name in names
+            if name in self.template or name == "eos_token"
         )
 
     def for_style(self, style: str, question: str) -> ChatFormat:
@@ -198,7 +216,7 @@ class ChatFormat:
             "seconds": SECONDS + len(chats) // 100,
             "characters": CHARACTERS + 8 * sum(len(str(chat)) for chat in chats),
         }
-        rendered = _rendered(json.dumps(job, sort_keys=True))
+        rendered = _rendered(self.source, json.dumps(job, sort_keys=True))
         if rendered is None or "limit" in rendered[-1]:
             limit = f"{job['seconds']} seconds" if rendered is None else "memory"
             raise SetupError(
@@ -220,10 +238,13 @@ _ABSENT: Mapping[str, None] = {"tools": None, "documents": None}
 
 
 @lru_cache(maxsize=16)
-def _rendered(job: str) -> list[dict[str, str]] | None:
-    """Return what the process says about a job; None if it was stopped.
+def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
+    """Return what the process says about a job; None if it was stopped by a limit.
 
     A job decides what it says, so it is asked once.
+
+    Raises:
+        SetupError: the process cannot work here; `source` is named.
     """
     program = Path(__file__).with_name("_rendering.py")
     seconds = json.loads(job)["seconds"] * PATIENCE
@@ -238,10 +259,19 @@ def _rendered(job: str) -> list[dict[str, str]] | None:
             text=True,
             encoding="utf-8",
             timeout=seconds,
-            check=True,
+            check=False,
         )
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except subprocess.TimeoutExpired:
         return None
+    if done.returncode:
+        *_, why = done.stderr.split("\n")[:-1] or [""]
+        # Signals end it at its limits, and an error that has no memory to be told.
+        if done.returncode < 0 or "MemoryError" in why:
+            return None
+        raise SetupError(
+            f"{source}: the process that renders its chat template has failed: {why[:300]}. Run "
+            f"`{sys.executable} -c 'import jinja2, resource'` to see whether Python is complete."
+        )
     rendered: list[dict[str, str]] = json.loads(done.stdout)
     return rendered
 
@@ -252,13 +282,42 @@ def _template_of(folder: Path, config: Mapping[str, Any]) -> str:
     Raises:
         SetupError: there is none, or it cannot be read.
     """
-    named = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
-    path = folder / TEMPLATE_FILE
+    files = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    named = {path.name.removesuffix(".jinja"): path for path in files}
+    path = named.get(DEFAULT, folder / TEMPLATE_FILE)
     if path.is_file():
         return _default_template(str(folder), _text(path))
     if named:
-        return _default_template(str(folder), {each.stem: "" for each in named})
+        return _default_template(str(folder), dict.fromkeys(named, ""))
     return _default_template(str(folder), config.get("chat_template"))
+
+
+def _special_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Return the special tokens that a tokenizer's settings name, by name.
+
+    Args:
+        settings: what tokenizer_config.json says, and what is beside it.
+        path: that file, for messages.
+
+    Raises:
+        SetupError: one is no text.
+    """
+    found = {name: settings.get(name) for name in SPECIAL_TOKENS}
+    # A model may name tokens of its own: `image_token`.
+    found |= {
+        name: value
+        for name, value in settings.items()
+        if name.endswith("_token")
+        and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+    }
+    for key in OWN_TOKENS:
+        own = settings.get(key)
+        found |= own if isinstance(own, dict) else {}
+    return {
+        name: _token(value, f"{path}: `{name}`")
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def _default_template(source: str, templates: object) -> str:

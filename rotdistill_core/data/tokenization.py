@@ -116,11 +116,18 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
 def require_text_of_transformers(
     chat: ChatFormat, tokenizer: Any, style: str, question: str
 ) -> None:
-    """Check that transformers writes a prompt as we do; the template has ended under our limits.
+    """Check that a tokenizer with its own way of writing chats writes a prompt as we do.
+
+    Others write it as the template says, and that runs nowhere but in its own process.
 
     Raises:
         SetupError: it writes another text, or none.
     """
+    from transformers import PreTrainedTokenizerBase  # noqa: PLC0415  (takes seconds)
+
+    own = type(tokenizer).apply_chat_template
+    if own is PreTrainedTokenizerBase.apply_chat_template:
+        return
     messages = chat.messages(style, question)
     (ours,) = chat.render([messages], generation=True)
     try:
@@ -132,9 +139,9 @@ def require_text_of_transformers(
         ) from error
     if theirs != ours:
         raise SetupError(
-            f"{chat.source}: its chat template writes another text each time, or needs more than "
-            f"templates are given here. A question is {ours[:80]!r}, and {theirs[:80]!r} as "
-            "transformers writes it."
+            f"{chat.source}: its tokenizer ({type(tokenizer).__name__}) does not write chats as "
+            f"its chat template does. A question is {ours[:80]!r}, and {theirs[:80]!r} as the "
+            "tokenizer writes it. Take a folder of the model with a tokenizer.json."
         )
 
 

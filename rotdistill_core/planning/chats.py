@@ -208,7 +208,8 @@ def planned_chats(
         date: the day that templates write, if they do.
 
     Returns:
-        None where a tokenizer has no tokenizer.json: transformers has to tell.
+        None where transformers has to tell: a tokenizer has no tokenizer.json, or a template that
+        fails names special tokens that are in no file.
 
     Raises:
         SetupError: a model has no template, or its template cannot write the texts.
@@ -223,11 +224,38 @@ def planned_chats(
         if not one_tokenizer:
             raise
         student = None
-    chats = chats_of(teacher, student, one_tokenizer, style, questions)
-    for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
-        asked = [q for q in questions if not q.split.outside_domain]
-        chat.render([chat.messages(style, q.question, q.answer) for q in asked if q.answer])
+    try:
+        chats = chats_of(teacher, student, one_tokenizer, style, questions)
+        for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
+            _write_all(chat, style, questions)
+    except SetupError:
+        if all(chat.is_whole for chat in (teacher, student) if chat):
+            raise
+        return None
     return chats
+
+
+def _write_all(chat: ChatFormat, style: str, questions: Sequence[Question]) -> None:
+    """Write all conversations once, without and with their answers."""
+    asked = [q for q in questions if not q.split.outside_domain]
+    chat.prompts(style, [q.question for q in asked])
+    chat.render([chat.messages(style, q.question, q.answer) for q in asked if q.answer])
+
+
+def planned_date(teacher: Path, chats: Chats | None, date: str) -> str:
+    """Return the date among the inputs of a planned run; empty if its templates write none.
+
+    Args:
+        teacher: the teacher's folder.
+        chats: how conversations will be written; None if only transformers can tell.
+        date: the day that templates write, if they do.
+    """
+    if chats:
+        return chats.date
+    try:
+        return dated(ChatFormat.read(teacher), date).date
+    except SetupError:  # a run says so
+        return ""
 
 
 def require_end_token(chat: ChatFormat, rows: int) -> None:

@@ -21,6 +21,7 @@ from rotdistill_core.planning.chats import (
     date_of_run,
     ending_notes,
     planned_chats,
+    planned_date,
     require_end_token,
     require_room,
 )
@@ -238,11 +239,11 @@ def build_plan(
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root, log).ledgers(), folder.name)
     inputs = _inputs(recipe, models, questions, style)
-    chats, notes = _chats(
-        recipe, models, questions, style, date_of_run(recipe.samples, inputs, index.starts, fresh)
-    )
-    if inputs and chats and chats.date:
-        inputs[DATE] = chats.date
+    day = date_of_run(recipe.samples, inputs, index.starts, fresh)
+    chats, notes = _chats(recipe, models, questions, style, day)
+    teacher = models["teacher"].folder
+    if inputs and teacher and (date := planned_date(teacher, chats, day)):
+        inputs[DATE] = date
     start_key = index.start_key(inputs)
     save_dtype = _save_dtype(recipe.student, models["student"])
     keyed = keyed_steps(loaded, start_key, save_dtype, facts_digest(questions))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rotdistill_core.data import chat as chat_module
+from rotdistill_core.data._rendering import _environment
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.tokenization import require_text_of_transformers
 from rotdistill_core.errors import SetupError
 from rotdistill_core.testing import pico_tokenizer
 
@@ -100,6 +106,12 @@ def test_an_empty_system_prompt_has_no_turn() -> None:
         ("{% include 'other' %}", "TypeError: no loader"),
         ("w1 w2", "writes every question alike, as 'w1 w2'"),
         ("{{ messages[0].role }}", "writes every question alike"),
+        (LOOP + "{{ range(10 ** 4) | random }}", "writes another text each time, by chance"),
+        (LOOP + "{{ ['random'] | map('length') | map('random') }}{{ lipsum() }}", "by chance"),
+        ("{% set n = namespace(_x=1) %}" + LOOP, "SecurityError: the attribute '_x'"),
+        ("{% set n = namespace({'__a': 1}) %}" + LOOP, "SecurityError: the attribute '__a'"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}" + LOOP, "SecurityError: the attribute"),
+        ("{{ dict.mro() }}" + LOOP, "UndefinedError: "),
     ],
 )
 def test_a_template_that_cannot_write_a_chat_says_why(template: str, message: str) -> None:
@@ -127,8 +139,8 @@ def test_a_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch, temp
     assert "does not end within the limits" in why or "Error" in why
 
 
-def test_the_date_is_that_of_the_run_and_chance_repeats_itself() -> None:
-    template = "{{ strftime_now('%d %B %Y %H:%M') }} {{ range(10 ** 4) | random }}" + LOOP
+def test_the_date_is_that_of_the_run() -> None:
+    template = "{{ strftime_now('%d %B %Y %H:%M') }} " + LOOP
     chat = ChatFormat("big", template, date="2025-07-01")
     assert chat.uses_date
     (one,) = chat.prompts("", [QUESTION])
@@ -156,6 +168,12 @@ def test_the_date_is_that_of_the_run_and_chance_repeats_itself() -> None:
         ),
         ({"tokenizer_config.json": {"chat_template": [{"name": "rag"}]}}, "", "only rag"),
         ({"additional_chat_templates/tool_use.jinja": "A"}, "", "only tool_use"),
+        (
+            {"additional_chat_templates/default.jinja": "A", "chat_template.jinja": "B"},
+            "A",
+            "",
+        ),
+        ({"additional_chat_templates/default.jinja": "A"}, "A", ""),
         ({}, "", "has no chat template"),
         ({"chat_template.jinja": " \n"}, "", "has no chat template"),
         ({"tokenizer_config.json": {"chat_template": 3}}, "", "has no chat template"),
@@ -179,7 +197,107 @@ def test_the_template_of_a_folder_is_that_of_transformers(
         assert ChatFormat.read(tmp_path).template == template
 
 
-def test_special_tokens_of_a_folder_are_those_of_its_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "older"),
+    [
+        ({}, {}),
+        ({"bos_token": "w1"}, {}),
+        ({"bos_token": "w1"}, {"bos_token": {"content": "w2"}}),
+        ({"bos_token": "w1", "added_tokens_decoder": {}}, {"bos_token": "w2"}),
+        ({"extra_special_tokens": {"image_token": "<end>"}}, {}),
+        ({"extra_special_tokens": ["<end>"], "add_bos_token": True}, {}),
+        ({"model_specific_special_tokens": {"audio_token": "w3"}}, {}),
+        ({"image_token": "w4", "eos_token": {"__type": "AddedToken", "content": "w5"}}, {}),
+    ],
+)
+def test_special_tokens_of_a_folder_are_those_of_its_tokenizer(
+    tmp_path: Path, settings: dict[str, Any], older: dict[str, Any]
+) -> None:
     pico_tokenizer(64).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    if older:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert ChatFormat.read(tmp_path).tokens == ChatFormat.of(tokenizer).tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_whole"),
+    [
+        ({"tokenizer_class": "TokenizersBackend"}, True),
+        ({"tokenizer_class": "LlamaTokenizer"}, False),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": None}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}, True),
+        ({}, False),
+    ],
+)
+def test_a_class_may_have_special_tokens_that_no_file_names(
+    tmp_path: Path, settings: dict[str, Any], is_whole: bool
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token + 'x' }}" + LOOP)
+    assert ChatFormat.read(tmp_path).is_whole is is_whole
+
+
+def test_templates_meet_the_environment_of_transformers() -> None:
+    theirs = _compile_jinja_template(LOOP).environment
+    ours = _environment("2025-07-01")
+    for part in ("filters", "globals", "tests"):
+        assert getattr(ours, part).keys() == getattr(theirs, part).keys()
+    assert len(ours.extensions) == len(theirs.extensions)
+    assert (ours.trim_blocks, ours.lstrip_blocks) == (theirs.trim_blocks, theirs.lstrip_blocks)
+
+
+def test_a_template_runs_nowhere_but_in_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it can tell apart, such as addresses and hashes, it could use to hang this one."""
+    tokenizer: Any = pico_tokenizer(64)
+    tokenizer.chat_template = LOOP
+
+    def never(*_: Any, **__: Any) -> str:
+        raise AssertionError("rendered here")
+
+    monkeypatch.setattr("transformers.tokenization_utils_base.render_jinja_template", never)
+    require_text_of_transformers(ChatFormat.of(tokenizer), tokenizer, STYLE, QUESTION)
+
+
+def test_a_tokenizer_that_writes_other_chats_than_its_template_is_refused() -> None:
+    class Own(PreTrainedTokenizerFast):
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            return "[INST]"
+
+    tokenizer: Any = Own(tokenizer_object=pico_tokenizer(64).backend_tokenizer)
+    tokenizer.chat_template = LOOP
+    with pytest.raises(SetupError, match=r"its tokenizer \(Own\) does not write chats as"):
+        require_text_of_transformers(ChatFormat.of(tokenizer), tokenizer, STYLE, QUESTION)
+
+
+def test_a_process_that_cannot_start_is_no_fault_of_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback >&2\necho 'ImportError: no jinja2' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(chat_module.sys, "executable", str(python))
+    with pytest.raises(SetupError, match=r"has failed: ImportError: no jinja2\. Run `"):
+        ChatFormat("big", LOOP).prompts("", ["Is jinja there?"])
+
+
+@pytest.mark.parametrize("kind", ["v", "t"])
+def test_lower_limits_of_the_machine_stay(kind: str, tmp_path: Path) -> None:
+    program = tmp_path / "limited.py"
+    program.write_text(
+        "from rotdistill_core.data.chat import ChatFormat\n"
+        f"print(ChatFormat('big', {LOOP!r}).prompts('', ['Who?']))\n"
+    )
+    most = {"v": 900_000, "t": 8}[kind]
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'ulimit -{kind} {most}; exec "$0" "$1"', sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.stdout == "['<user>Who?']\n", done.stderr

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning import chats as chats_module
-from rotdistill_core.planning.chats import position_limit
+from rotdistill_core.planning.chats import planned_date, position_limit
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.testing import PicoWorkspace, pico_tokenizer
@@ -85,6 +85,8 @@ def both(work: PicoWorkspace, code: int) -> list[str]:
         ("{% for m in messages %}{{ m.content ", "TemplateSyntaxError"),
         ("{{ who.is.this }}", "UndefinedError: 'who' is undefined"),
         ("w1", "writes every question alike"),
+        (TEMPLATE + "{{ range(10 ** 4) | random }}", "writes another text each time"),
+        ("{% set n = namespace(_a=1) %}" + TEMPLATE, "SecurityError: the attribute '_a'"),
         (TEMPLATE + "{{ messages[2].content.x.y if messages | length > 2 }}", "UndefinedError"),
     ],
 )
@@ -125,6 +127,43 @@ def test_without_a_system_role_plan_and_run_say_where_the_prompt_goes(work: Pico
     [folder] = work.runs.iterdir()
     rows = (folder / "samples.tsv").read_text().splitlines()
     assert len(rows) == 24
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        {"extra_special_tokens": {"image_token": "<end>"}},
+        {"model_specific_special_tokens": {"image_token": "<end>"}},
+        {"image_token": "<end>"},
+    ],
+)
+def test_tokens_that_a_model_names_itself_are_known_to_plan(
+    work: PicoWorkspace, tokens: dict[str, Any]
+) -> None:
+    put_template(work.folder / "model", "{{ image_token + ' ' }}" + TEMPLATE)
+    change(work.folder / "model/tokenizer_config.json", **tokens)
+    both(work, 0)
+
+
+def test_plan_refuses_no_token_that_only_a_class_of_transformers_names(
+    work: PicoWorkspace,
+) -> None:
+    put_template(work.folder / "model", "{{ bos_token + ' ' }}" + DATED)
+    change(work.folder / "model/tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    code, _, err = work.command("plan", "trial.toml")
+    assert code == 0, err
+    change(work.folder / "model/tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    code, _, err = work.command("plan", "trial.toml")
+    assert code == 3
+    assert "'bos_token' is undefined" in " ".join(err.split())
+
+
+def test_the_date_counts_where_only_transformers_knows_the_rest(tmp_path: Path) -> None:
+    assert planned_date(tmp_path, None, "2025-07-01") == ""
+    put_template(tmp_path, "{{ bos_token + ' ' }}" + DATED)
+    assert planned_date(tmp_path, None, "2025-07-01") == "2025-07-01"
+    put_template(tmp_path, "{{ bos_token + ' ' }}" + TEMPLATE)
+    assert planned_date(tmp_path, None, "2025-07-01") == ""
 
 
 def test_answers_without_an_end_are_announced(work: PicoWorkspace) -> None:
