@@ -13,6 +13,7 @@ from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import PicoWorkspace, pico_model
+from rotdistill_core.testing.pico import TEMPLATE
 
 STEPS = """
 variants.base = []
@@ -146,6 +147,47 @@ def test_a_card_shows_the_recipe_that_made_the_checkpoint(
     assert load_recipe(again).digest() == load_recipe(child, [override]).digest()
     assert (folder / "recipe.toml").read_text().rstrip() == shown[1].rstrip()
     assert "ridge = [\n    7.0,\n]" in shown[1]
+
+
+OTHER_TEMPLATE = "{% for m in messages %}<system> {{ m.content }} <end> {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        (OTHER_TEMPLATE, "those of the teacher, teacher, in whose format the texts of the run "),
+        (None, "were written; the student has no chat template."),
+        (TEMPLATE, None),
+    ],
+)
+def test_a_card_says_whose_chat_template_a_checkpoint_has(
+    workspace: PicoWorkspace, recipe: Path, template: str | None, sentence: str | None
+) -> None:
+    path = workspace.folder / "student/chat_template.jinja"
+    path.unlink()
+    if template:
+        path.write_text(template, encoding="utf-8")
+    card = (workspace.run(recipe).checkpoints["base"] / "README.md").read_text(encoding="utf-8")
+    assert ("those of the teacher" in card) is (sentence is not None)
+    assert sentence is None or sentence in card
+    assert "writes the date" not in card
+
+
+def test_a_card_says_on_which_day_the_texts_were_written(
+    workspace: PicoWorkspace, recipe: Path
+) -> None:
+    for role in ("teacher", "student"):
+        path = workspace.folder / role / "chat_template.jinja"
+        path.write_text("w{{ strftime_now('%d') | int }} " + TEMPLATE, encoding="utf-8")
+    outcome = workspace.run(recipe, ["samples.date=2025-07-01"])
+    path = outcome.checkpoints["base"] / "README.md"
+    card = path.read_text(encoding="utf-8")
+    assert "The texts of the run have 2025-07-01;" in card
+    assert "those of the teacher" not in card
+    # The verb that writes a report again knows the day, too.
+    path.unlink()
+    assert workspace.command("report", outcome.folder.name)[0] == 0
+    assert path.read_text(encoding="utf-8") == card
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import is_exact
 from rotdistill_core.recipe.document import ModelRef
@@ -54,9 +57,23 @@ def strictest(licences: list[str]) -> str:
 
 
 def model_card(
-    report: ReportData, recipe: ResolvedRecipe, outcome: RunResult, pair: Pair, variant: str
+    report: ReportData,
+    recipe: ResolvedRecipe,
+    outcome: RunResult,
+    pair: Pair,
+    variant: str,
+    date: str = "",
 ) -> str:
-    """Return the README.md of a variant's checkpoint."""
+    """Return the README.md of a variant's checkpoint.
+
+    Args:
+        report: the figures of the run.
+        recipe: its recipe.
+        outcome: what the run made.
+        pair: its models.
+        variant: the variant.
+        date: the day that chat templates wrote in the run, if they wrote one.
+    """
     models = _source_models(pair)
     names = {role: public_name(model.ref) for role, model in models.items()}
     licences = {role: licence_of(model) for role, model in models.items()}
@@ -72,6 +89,7 @@ def model_card(
         kinds=kinds,
         exact=[name for name, kind in kinds.items() if kind == "exact"],
         edits=[name for name, kind in kinds.items() if kind in ("fold", "style")],
+        asking=_asking(outcome.checkpoints[variant], pair, names, date),
         languages=sorted(code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)),
     )
 
@@ -88,6 +106,35 @@ def public_name(ref: ModelRef) -> str:
         return f"{of_hub[1]}/{of_hub[2]}"
     is_path = path.exists() or path.is_absolute() or ref.model.startswith(".")
     return path.resolve().name if is_path else ref.model
+
+
+def _asking(checkpoint: Path, pair: Pair, names: Mapping[str, str], date: str) -> list[str]:
+    """Return what a user should know of the checkpoint's chat template, a sentence each."""
+    asked = _chat_format(checkpoint)
+    if asked is None:  # only transformers can tell
+        return []
+    sentences = []
+    own = _chat_format(pair.student.folder)
+    if own is None or not own.same_texts(asked):
+        sentences.append(
+            "The chat template and the tokenizer files are those of the teacher, "
+            f"{names['teacher']}, in whose format the texts of the run were written; the student "
+            f"{'has another one' if own else 'has no chat template'}."
+        )
+    if asked.uses_date and date:
+        sentences.append(
+            f"The chat template writes the date. The texts of the run have {date}; in another "
+            "program they have the day on which the model is asked."
+        )
+    return sentences
+
+
+def _chat_format(folder: Path) -> ChatFormat | None:
+    """Return the format of a folder; None if its files do not tell it."""
+    try:
+        return ChatFormat.read(folder)
+    except SetupError:
+        return None
 
 
 def _source_models(pair: Pair) -> dict[str, Model]:

@@ -8,6 +8,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.evaluation.intervals import DRAWS
 from rotdistill_core.evaluation.metrics import is_answer_metric, is_teacher_metric
 from rotdistill_core.execution.outcome import RunResult
+from rotdistill_core.planning.chats import DATE
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -52,7 +53,8 @@ def _write_cards(
     report: ReportData, recipe: ResolvedRecipe, outcome: RunResult, pair: Pair, out: StepOutput
 ) -> None:
     """Write the model card of each checkpoint whose card is missing or changes."""
+    date = next((start.inputs.get(DATE, "") for start in out.ledger.starts[::-1]), "")
     for variant, folder in outcome.checkpoints.items():
-        card = model_card(report, recipe, outcome, pair, variant).encode()
+        card = model_card(report, recipe, outcome, pair, variant, date).encode()
         name = f"{folder.relative_to(outcome.folder).as_posix()}/{RunLayout.CARD}"
         out.document(name, [card])
