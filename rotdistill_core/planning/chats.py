@@ -54,9 +54,10 @@ class Chats(NamedTuple):
         """Return what the user should know, a sentence each."""
         notes = []
         if self.date:
+            writer = self.teacher if self.teacher.date else self.student
             notes.append(
-                f"{self.teacher.source}: its chat template writes the date; this run has "
-                f"{self.date}, and keeps it. `samples.date` sets another, --fresh takes today's."
+                f"{writer.source}: its chat template writes the date; this run has {self.date}, "
+                "and keeps it. `samples.date` sets another, --fresh takes today's."
             )
         if self.replaced:
             notes.append(
@@ -216,7 +217,7 @@ def planned_chats(
     """
     if not all((folder / TOKENIZER_FILE).is_file() for folder in folders):
         return None
-    one_tokenizer = _one_vocabulary(*folders)
+    one_tokenizer = one_vocabulary(*folders)
     teacher = dated(ChatFormat.read(folders[0]), date)
     try:
         student = dated(ChatFormat.read(folders[1]), date)
@@ -279,7 +280,7 @@ def require_end_token(chat: ChatFormat, rows: int) -> None:
         for ascii_only in (True, False)
     ):
         return
-    from tokenizers import Tokenizer  # noqa: PLC0415  as in `_one_vocabulary`
+    from tokenizers import Tokenizer  # noqa: PLC0415  as in `one_vocabulary`
 
     size = Tokenizer.from_file(str(path)).get_vocab_size()
     if size >= rows:
@@ -290,7 +291,7 @@ def require_end_token(chat: ChatFormat, rows: int) -> None:
         )
 
 
-def _one_vocabulary(one: Path, two: Path) -> bool:
+def one_vocabulary(one: Path, two: Path) -> bool:
     """Return whether two folders give the same ids to the same tokens."""
     if one == two:
         return True

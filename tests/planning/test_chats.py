@@ -99,7 +99,7 @@ def test_a_template_that_fails_ends_plan_and_run_with_3(
         (other / "chat_template.jinja").unlink()
     else:
         put_template(other, template)
-    work.recipe(STEPS.replace(', { use = "fidelity" }', ""), **{role: "other"})
+    work.recipe('step = [{ use = "chop", layers = 1 }]', **{role: "other"})
     for said in both(work, 3):
         assert message in said
         assert "other: " in said
@@ -271,6 +271,17 @@ def test_a_recipe_may_name_the_date(
 def test_a_date_that_is_none_is_refused(work: PicoWorkspace, written: str) -> None:
     with pytest.raises(RecipeError, match=r"samples\.date: "):
         load_recipe(work.folder / "trial.toml", [f"samples.date={written}"])
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_the_line_on_the_date_names_whose_template_writes_it(
+    work: PicoWorkspace, role: str
+) -> None:
+    put_template(work.model("other", vocab_size=56), DATED)
+    work.recipe('step = [{ use = "chop", layers = 1 }]', **{role: "other"})
+    for said in both(work, 0):
+        assert "other: its chat template writes the date; this run has " in said
+        assert "model: its chat template writes" not in said
 
 
 def test_a_template_without_a_date_has_none(

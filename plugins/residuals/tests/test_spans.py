@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rotdistill_residuals._spans import UNPAIRED, ByteSpan, PairedRows, pair_rows, token_bytes
+from rotdistill_residuals._tokenizers import require_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +20,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.outcome import RunResult
-from rotdistill_core.testing import PicoWorkspace
+from rotdistill_core.testing import PicoWorkspace, pico_tokenizer
 
 CORPUS = [
     "the tower was built in 1889",
@@ -198,6 +199,38 @@ def test_a_vocabulary_that_is_not_bytes_is_refused() -> None:
     inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     with pytest.raises(SetupError, match="its tokens are not bytes"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=inner))
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_plan_and_run_refuse_vocabularies_that_cannot_be_paired(tmp_path: Path, role: str) -> None:
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    workspace.model("model")
+    workspace.model("other", vocab_size=56)
+    names = {"teacher": "model", "student": "model", role: "other"}
+    recipe = workspace.recipe('step = [{ use = "residuals" }]', **names)
+    for verb in ("plan", "run"):
+        code, _, err = workspace.command(verb, recipe.name)
+        assert code == 3
+        assert "its tokens are not bytes (decoder null)" in " ".join(err.split())
+    assert not workspace.runs.exists()
+    # One vocabulary needs no pairs, nor does a class that knows its decoder by itself.
+    workspace.model("other", seed=3)
+    assert workspace.command("plan", recipe.name)[0] == 0
+
+
+def test_files_tell_nothing_of_classes_with_a_decoder_of_their_own(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    pico_tokenizer(64).save_pretrained(one)
+    pico_tokenizer(56).save_pretrained(two)
+    with pytest.raises(SetupError, match="its tokens are not bytes"):
+        require_pairs((one, two))
+    for folder in (one, two):
+        path = folder / "tokenizer_config.json"
+        path.write_text(path.read_text().replace("TokenizersBackend", "LlamaTokenizer"))
+    require_pairs((one, two))
+    (one / "tokenizer.json").unlink()
+    require_pairs((one, two))
 
 
 STEPS = """

@@ -13,7 +13,8 @@ from torch import Tensor
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.questions import Question
 from rotdistill_core.data.tokenization import decode_answer
-from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.errors import RecipeError
+from rotdistill_residuals._tokenizers import not_of_bytes
 
 UNPAIRED = (0, 1)
 """The span of a row without a pair. Row 0 belongs to the chat template in every layout, so no
@@ -102,10 +103,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     elif "ByteFallback" in decoder:
         pieces = [_bytes_with_fallback(name or "") for name in names]
     else:
-        raise SetupError(
-            f"{tokenizer.name_or_path}: its tokens are not bytes (decoder {decoder[:60]}); "
-            "it cannot be paired with another."
-        )
+        raise not_of_bytes(tokenizer.name_or_path, decoder)
     # Added tokens stand for themselves in every vocabulary.
     for token_id, token in tokenizer.added_tokens_decoder.items():
         pieces[token_id] = token.content.encode()

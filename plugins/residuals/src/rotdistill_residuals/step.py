@@ -13,6 +13,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import Cost, CostContext, capture_cost, shard_bytes
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.plugin.caveats import Caveat, CaveatKind
+from rotdistill_residuals._tokenizers import require_pairs
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -81,6 +82,14 @@ class Residuals:
         if self.control == "none":
             return []
         return [Caveat(CaveatKind.CONTROL, CONTROLS[self.control])]
+
+    def check_models(self, pair: Pair) -> None:
+        """Raise what pairing two vocabularies would end with, as far as files tell.
+
+        Raises:
+            SetupError: the vocabularies differ, and the tokens of one are not bytes.
+        """
+        require_pairs((pair.teacher.folder, pair.student.folder))
 
     @hookimpl
     def capture(
