@@ -54,6 +54,9 @@ CLOCK = "strftime_now"
 DEFAULT = "default"
 """Name of the template that chats without tools are written with."""
 
+INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+"""Variables without which some installations of Python do not start."""
+
 Message = dict[str, str]
 Chat = Sequence[Message]
 
@@ -249,7 +252,8 @@ def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
     program = Path(__file__).with_name("_rendering.py")
     seconds = json.loads(job)["seconds"] * PATIENCE
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment = {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    environment |= {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-s", str(program)],

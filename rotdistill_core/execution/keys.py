@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 
 EVERY_RESULT = (
+    "data._rendering",
     "execution.samples",
     "execution.artifacts",
     "execution.save",
     "execution.parity",
     "forward.certificate",
 )
-"""Modules of the core that every result passes through, whatever its step imports."""
+"""Modules of the core that every result passes through, whatever its step imports. The program
+that renders chat templates is imported by none."""
 
 
 class KeyedStep(NamedTuple):

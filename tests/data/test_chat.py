@@ -285,6 +285,18 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_template(
         ChatFormat("big", LOOP).prompts("", ["Is jinja there?"])
 
 
+@pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"])
+def test_the_process_finds_the_libraries_of_its_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "[{{\\"text\\": \\"${name} $HOME\\"}}]"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(chat_module.sys, "executable", str(python))
+    monkeypatch.setenv(name, "/opt/there")
+    assert ChatFormat(name, LOOP).prompts("", [f"Is {name} there?"]) == ["/opt/there "]
+
+
 @pytest.mark.parametrize("kind", ["v", "t"])
 def test_lower_limits_of_the_machine_stay(kind: str, tmp_path: Path) -> None:
     program = tmp_path / "limited.py"
