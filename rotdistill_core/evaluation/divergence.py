@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.errors import SetupError
+from rotdistill_core.data.vocabularies import different_vocabularies
 from rotdistill_core.forward.head import head_for, log_probs, widened_like
 
 BLOCK_ROWS = 256
@@ -48,11 +48,7 @@ def shared_vocabulary(pair: Pair) -> int:
     if not pair.one_tokenizer:
         teacher_ids = pair.teacher.tokenizer.get_vocab()
         differ = sum(teacher_ids.get(token) != i for token, i in ids.items())
-        raise SetupError(
-            f"{pair.teacher.ref.model} and {pair.student.ref.model} have different tokenizers: "
-            f"{differ} of {len(ids)} tokens of the student have another id or none in the teacher. "
-            "Their streams can be aligned, but their logits cannot be compared."
-        )
+        raise different_vocabularies(pair, differ, len(ids))
     return min(
         int(max(ids.values())) + 1,
         pair.teacher.weights.head().shape[0],

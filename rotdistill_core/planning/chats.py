@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from rotdistill_core.checkpoint.models import Model, end_tokens
 from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
 from rotdistill_core.data.questions import Question
+from rotdistill_core.data.vocabularies import TOKENIZER_FILE, have_vocabularies, one_vocabulary
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 from rotdistill_core.store.records import StartRecord
 
-TOKENIZER_FILE = "tokenizer.json"
 DATE = "date"
 """Name of the date among the inputs of a run. Runs whose templates write none have none."""
 PROMPT_INPUTS = ("teacher", "student", "texts")
@@ -215,7 +215,7 @@ def planned_chats(
     Raises:
         SetupError: a model has no template, or its template cannot write the texts.
     """
-    if not all((folder / TOKENIZER_FILE).is_file() for folder in folders):
+    if not have_vocabularies(*folders):
         return None
     one_tokenizer = one_vocabulary(*folders)
     teacher = dated(ChatFormat.read(folders[0]), date)
@@ -280,7 +280,7 @@ def require_end_token(chat: ChatFormat, rows: int) -> None:
         for ascii_only in (True, False)
     ):
         return
-    from tokenizers import Tokenizer  # noqa: PLC0415  as in `one_vocabulary`
+    from tokenizers import Tokenizer  # noqa: PLC0415  most plans need none
 
     size = Tokenizer.from_file(str(path)).get_vocab_size()
     if size >= rows:
@@ -289,18 +289,6 @@ def require_end_token(chat: ChatFormat, rows: int) -> None:
             f"token {size}, and the model has {rows} tokens. The tokenizer belongs to another "
             "model, or the model was not resized when tokens were added."
         )
-
-
-def one_vocabulary(one: Path, two: Path) -> bool:
-    """Return whether two folders give the same ids to the same tokens."""
-    if one == two:
-        return True
-    from tokenizers import Tokenizer  # noqa: PLC0415  a plan without local models needs none
-
-    first, second = (
-        Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab() for folder in (one, two)
-    )
-    return bool(first == second)
 
 
 def dated(chat: ChatFormat, date: str) -> ChatFormat:

@@ -105,6 +105,18 @@ def test_a_template_that_fails_ends_plan_and_run_with_3(
         assert "other: " in said
 
 
+@pytest.mark.parametrize("use", ["lm-head-ridge", "prompt-kl", "writer-refit"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_steps_that_compare_logits_refuse_two_vocabularies_before_any_work(
+    work: PicoWorkspace, role: str, use: str
+) -> None:
+    work.model("other", vocab_size=56)
+    work.recipe(f'step = [{{ use = "{use}" }}]', **{role: "other"})
+    for said in both(work, 3):
+        assert "have different tokenizers: " in said
+    assert not work.runs.exists()
+
+
 def test_a_token_without_a_row_is_named(work: PicoWorkspace) -> None:
     tokenizer: Any = pico_tokenizer(64)
     tokenizer.add_tokens(["<turn>"], special_tokens=True)

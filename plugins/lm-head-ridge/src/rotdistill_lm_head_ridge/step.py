@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.planning.cost import Cost, CostContext, converted_bytes, forward_cost
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
@@ -92,6 +93,14 @@ class LmHeadRidge:
     def caveats(self) -> list[Caveat]:
         """Return that the regression is not regularised, where its ridge is as good as none."""
         return ridge_caveats(self.ridge)
+
+    def check_models(self, pair: Pair) -> None:
+        """Raise what two tokenizers would end with.
+
+        Raises:
+            SetupError: they give different ids to the same tokens.
+        """
+        require_one_vocabulary(pair)
 
     @hookimpl
     def style(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_prompt_kl._cost import prompt_kl_cost
 
@@ -77,6 +78,14 @@ class PromptKl:
         if self.train == "head":
             return edited.with_student(tie_word_embeddings=False)
         return edited
+
+    def check_models(self, pair: Pair) -> None:
+        """Raise what two tokenizers would end with.
+
+        Raises:
+            SetupError: they give different ids to the same tokens.
+        """
+        require_one_vocabulary(pair)
 
     @hookimpl
     def style(

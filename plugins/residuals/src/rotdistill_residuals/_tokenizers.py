@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rotdistill_core.checkpoint.models import TOKENIZER_CONFIG
-from rotdistill_core.data.chat import PLAIN_CLASSES
+from rotdistill_core.data.chat import PLAIN_CLASSES, TOKENIZER_CONFIG
+from rotdistill_core.data.vocabularies import TOKENIZER_FILE, have_vocabularies, one_vocabulary
 from rotdistill_core.errors import SetupError
-from rotdistill_core.planning.chats import TOKENIZER_FILE, one_vocabulary
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 
 BYTE_DECODERS = ("ByteLevel", "ByteFallback")
@@ -26,7 +25,7 @@ def require_pairs(folders: tuple[Path, Path]) -> None:
     Raises:
         SetupError: they differ, and the tokens of one are not bytes.
     """
-    if len({*folders}) == 1 or not all((each / TOKENIZER_FILE).is_file() for each in folders):
+    if len({*folders}) == 1 or not have_vocabularies(*folders):
         return
     decoders = {folder: _decoder(folder) for folder in folders}
     refused = [folder for folder, decoder in decoders.items() if not is_of_bytes(decoder)]

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
@@ -114,6 +115,14 @@ class WriterRefit:
     def caveats(self) -> list[Caveat]:
         """Return that the regression is not regularised, where its ridge is as good as none."""
         return ridge_caveats(self.ridge)
+
+    def check_models(self, pair: Pair) -> None:
+        """Raise what two tokenizers would end with.
+
+        Raises:
+            SetupError: they give different ids to the same tokens.
+        """
+        require_one_vocabulary(pair)
 
     @hookimpl
     def fold(
