@@ -1,5 +1,5 @@
 # make demo: set up and run the tour guide; make test: set up and run the whole suite.
-# make faults: half an hour of kills, flipped bits and hostile inputs; writes the table of docs/reliability.md.
+# make faults: an hour of kills, flipped bits, hostile inputs and model settings; writes the table of docs/reliability.md.
 # make docs: rewrite what documents say of options, hooks and plugins; make wheels: build all distributions.
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +35,7 @@ test: setup
 faults: setup
 	$(BIN)/python -m tests.faults --write
 	FUZZ_EXAMPLES=500 $(BIN)/python -m pytest --numprocesses 2 tests/fuzz
+	EVERY_SETTING=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/forward/test_same_as_transformers.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -1,12 +1,15 @@
 """Logits are those of plain transformers on the same folder, for every mix of settings.
 
 Each model type is tried with every type of rotary tables; windows, a tied head, biases, the number
-of key/value heads and their width change from one to the next.
+of key/value heads and their width change from one to the next. With the environment variable
+`EVERY_SETTING`, every one is tried with every other: about ten minutes on one core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,7 @@ SWITCHES: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 """Model type -> what its config class can switch."""
-WIDTHS = (8, 12, 6, 8)
+WIDTHS = (8, 12, 6)
 GROUPS = (2, 1, 4)
 BORDER = 16
 
@@ -76,37 +79,67 @@ def rope(kind: str, width: int) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 500.0, **more.get(kind, {})}
 
 
-def settings_of(model_type: str, number: int, kind: str) -> dict[str, Any]:
+def settings_of(
+    model_type: str, kind: str, width: int, groups: int, tied: bool, switches: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the changes of the pico config of one model."""
-    width = WIDTHS[number % len(WIDTHS)]
-    if model_type == "phi3":
-        width = 8  # its config class takes factors for hidden_size / num_attention_heads only
     tables: dict[str, Any] = rope(kind, width)
     if model_type == "gemma3_text":
         tables = {FULL: tables, SLIDING: rope("default", width)}
     return {
         "head_dim": width,
-        "num_key_value_heads": GROUPS[number % len(GROUPS)],
-        "tie_word_embeddings": number % 2 == 0,
+        "num_key_value_heads": groups,
+        "tie_word_embeddings": tied,
         "max_position_embeddings": BORDER,
         "rope_parameters": tables,
         **({"original_max_position_embeddings": BORDER} if model_type == "phi3" else {}),
-        **SWITCHES[model_type][number % len(SWITCHES[model_type])],
+        **switches,
     }
 
 
 KINDS = ("default", *sorted(ROPE_INIT_FUNCTIONS))
-MODELS = [
-    pytest.param(
-        model_type,
-        settings_of(model_type, number, kind),
-        id=f"{model_type} {kind}",
-        marks=[] if number == 1 else [pytest.mark.slow],
-    )
-    for model_type in SWITCHES
-    for number, kind in enumerate(("default", "default", *sorted(ROPE_INIT_FUNCTIONS)))
-    if model_type != "phi3" or kind in ("default", "longrope")  # its config class takes no other
-]
+
+
+def kinds_of(model_type: str) -> tuple[str, ...]:
+    """Return the types of rotary tables that a model's config class takes."""
+    return ("default", "longrope") if model_type == "phi3" else KINDS
+
+
+def widths_of(model_type: str) -> tuple[int, ...]:
+    """Return widths of a head; phi3 takes factors for hidden_size / num_attention_heads only."""
+    return (8,) if model_type == "phi3" else WIDTHS
+
+
+def a_mix() -> Iterator[Any]:
+    """Yield models that have every setting of their type at least once."""
+    for model_type, switches in SWITCHES.items():
+        for number, kind in enumerate(("default", *KINDS)):
+            if kind not in kinds_of(model_type):
+                continue
+            widths = widths_of(model_type)
+            changes = settings_of(
+                model_type,
+                kind,
+                widths[number % len(widths)],
+                GROUPS[number % len(GROUPS)],
+                number % 2 == 0,
+                switches[number % len(switches)],
+            )
+            marks = [] if number == 1 else [pytest.mark.slow]
+            yield pytest.param(model_type, changes, id=f"{model_type} {kind}", marks=marks)
+
+
+def every_setting() -> Iterator[Any]:
+    """Yield every setting of a model type with every other."""
+    for model_type, switches in SWITCHES.items():
+        free = (widths_of(model_type), GROUPS, (True, False), range(len(switches)))
+        for kind, width, groups, tied, switch in product(kinds_of(model_type), *free):
+            changes = settings_of(model_type, kind, width, groups, tied, switches[switch])
+            name = f"{model_type} {kind} {width} {groups} {'tied' if tied else 'apart'} {switch}"
+            yield pytest.param(model_type, changes, id=name)
+
+
+MODELS = list(every_setting() if os.environ.get("EVERY_SETTING") else a_mix())
 
 
 def texts_on_both_sides() -> PackedTexts:
