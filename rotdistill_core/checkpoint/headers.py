@@ -211,21 +211,54 @@ def _two_readings(folder: Path, why: str) -> SetupError:
 
 def _indexed_shards(index: Path) -> list[str]:
     """Return the names of the shards that an index lists."""
-    try:
-        weight_map = json.loads(read_text(index))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("the name of a shard must be text")
-    except OSError as error:
-        raise SetupError(f"{index}: cannot be read: {error.strerror}.") from error
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise SetupError(f"{index}: not a valid shard index: {error}.") from error
+    names = sorted({*_weight_map(index).values()})
     for name in names:
         if Path(name).name != name or not is_file(index.parent / name):
             raise SetupError(
                 f'{index}: names the shard "{name}", which is not a file of this folder.'
             )
     return names
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the name of the shard of each tensor, as an index has them.
+
+    Raises:
+        SetupError: it cannot be read.
+    """
+    try:
+        weight_map: dict[str, str] = json.loads(read_text(index))["weight_map"]
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("the name of a shard must be text")
+    except OSError as error:
+        raise SetupError(f"{index}: cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise SetupError(f"{index}: not a valid shard index: {error}.") from error
+    return weight_map
+
+
+def _require_as_indexed(index: Path, headers: Mapping[str, Header]) -> None:
+    """Refuse shards whose tensors are not those that their index lists.
+
+    Some programs read what the index lists, others all that the files hold.
+
+    Raises:
+        SetupError: naming the first tensor that differs.
+    """
+    listed = {
+        name: shard for name, shard in _weight_map(index).items() if not ROTARY_BUFFER.search(name)
+    }
+    held = {name: header.file.name for name, header in headers.items()}
+    for name in sorted({*listed, *held}):
+        if listed.get(name) == held.get(name):
+            continue
+        says = f"in {listed[name]}" if name in listed else "in no shard"
+        is_in = f"in {held[name]}" if name in held else "in none"
+        raise SetupError(
+            f"{index}: the tensor {name} is {says} according to the index, and {is_in} of its "
+            "files. Which weights load would depend on the program. Take the index that belongs "
+            "to these files, or save the model once more."
+        )
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -262,15 +295,20 @@ def folder_headers(folder: Path, body: str = "") -> dict[str, Header]:
         body: module of the model without its head; see `lost_prefix`.
 
     Raises:
-        SetupError: see `read_header` and `shard_files`; or a tensor is in two shards.
+        SetupError: see `read_header` and `shard_files`; or a tensor is in two shards, or in
+            another one than the index says.
     """
     headers: dict[str, Header] = {}
-    for path in shard_files(folder):
+    files = shard_files(folder)
+    for path in files:
         for name, header in read_header(path).items():
             if name in headers:
                 raise SetupError(f"{path}: tensor {name} is also in {headers[name].file.name}.")
             if not ROTARY_BUFFER.search(name):
                 headers[name] = header
+    index = folder / SHARD_INDEX
+    if index.is_file() and files != [folder / WHOLE_FILE]:
+        _require_as_indexed(index, headers)
     prefix = lost_prefix(headers, body)
     return {prefix + name: header for name, header in headers.items()}
 

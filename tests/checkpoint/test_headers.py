@@ -219,6 +219,37 @@ def test_a_broken_shard_index_is_refused(tmp_path: Path, text: str) -> None:
     refusal(tmp_path / SHARD_INDEX, lambda path: shard_files(path.parent))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"b": "m-1.safetensors"}, "b is in m-1.safetensors according to the index, and in m-2."),
+        ({"a": "m-2.safetensors"}, "a is in m-2.safetensors according to the index, and in none"),
+        ({"c": None}, "c is in no shard according to the index, and in m-2.safetensors of its"),
+        ({"d": "m-1.safetensors"}, "d is in m-1.safetensors according to the index, and in none"),
+    ],
+)
+def test_an_index_that_differs_from_its_shards_is_refused(
+    tmp_path: Path, changes: dict[str, str | None], says: str
+) -> None:
+    save(tmp_path, "m-1.safetensors", "a")
+    save(tmp_path, "m-2.safetensors", "b", "c")
+    weight_map = {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors", **changes}
+    write_index(tmp_path, {name: shard for name, shard in weight_map.items() if shard})
+    refused = refusal(tmp_path / SHARD_INDEX, lambda path: folder_headers(path.parent))
+    assert f"the tensor {says}" in refused
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_index_may_leave_out_rotary_buffers_of_old_checkpoints(
+    tmp_path: Path, listed: bool
+) -> None:
+    buffer = "layers.0.rotary_emb.inv_freq"
+    save(tmp_path, "m-1.safetensors", "a", *([] if listed else [buffer]))
+    names = ["a", *([buffer] if listed else [])]
+    write_index(tmp_path, dict.fromkeys(names, "m-1.safetensors"))
+    assert set(folder_headers(tmp_path)) == {"a"}
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     save(tmp_path, "m-1.safetensors", "a", "b")
     save(tmp_path, "m-2.safetensors", "b", "c")
