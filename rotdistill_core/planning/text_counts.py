@@ -79,6 +79,9 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
 
         with reading(folder / "tokenizer.json", "the tokenizer"):
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # Its file may keep them from its training; transformers asks for neither in a run.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
 
         def count(text: str) -> int:
             with reading(folder / "tokenizer.json", "the tokens of a text"):

@@ -75,6 +75,27 @@ def test_the_tokenizer_of_the_folder_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "kept",
+    [
+        {"padding": {"strategy": {"Fixed": 64}, "direction": "Right", "pad_id": 0}},
+        {"truncation": {"max_length": 2, "strategy": "LongestFirst", "direction": "Right"}},
+    ],
+)
+def test_padding_and_truncation_in_a_tokenizers_file_count_in_no_plan(
+    tmp_path: Path, kept: dict[str, dict[str, object]]
+) -> None:
+    pico_tokenizer(64).save_pretrained(tmp_path)
+    plain = token_counter(tmp_path, 64)("w1 w2 w3 w4")
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(path.read_text())
+    more = {"pad_to_multiple_of": None, "pad_type_id": 0, "pad_token": "w0", "stride": 0}
+    for key, settings in kept.items():
+        document[key] = {**settings, **more}
+    path.write_text(json.dumps(document))
+    assert token_counter(tmp_path, 64)("w1 w2 w3 w4") == plain == 4
+
+
+@pytest.mark.parametrize(
     "model",
     [
         {"type": "WordLevel", "unk_token": "<nope>", "vocab": {"w1": 0}},
