@@ -221,7 +221,7 @@ DAMAGE: Mapping[str, tuple[Callable[[dict[str, torch.Tensor]], object], dict[str
             {f"{Q.removeprefix('base_model.model.')}.lora_A.weight": torch.ones(4, 32)}
         ),
         {},
-        "belongs to no linear layer",
+        r"lora_A\.weight does not begin with base_model\.model\., so peft would leave it out",
     ),
     "a linear layer as embedding": (
         lambda T: T.update({f"{Q}.lora_embedding_A": torch.ones(4, 32)}),

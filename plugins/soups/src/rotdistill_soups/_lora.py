@@ -153,6 +153,11 @@ def _halves(
     halves: dict[str, dict[str, Tensor]] = {}
     for key, entry in open_tensors(folder / ADAPTER_WEIGHTS).items():
         name = key.removeprefix(PREFIX)
+        if name == key:
+            raise SetupError(
+                f"{folder}: its tensor {key} does not begin with {PREFIX}, so peft would leave it "
+                "out. Save the adapter with peft, or rename its tensors."
+            )
         match = MATRICES.fullmatch(name)
         if match is None:
             _require_copy_of_base(folder, key, entry, [weights, *originals])
