@@ -15,7 +15,6 @@ LONGEST_FILES = (
     "tests/faults/test_faults.py",
     "tests/recipes/test_tour_guide.py",
     "tests/benchmarks/test_scramble.py",
-    "tests/execution/test_crash.py",
     "tests/execution/test_crash_answers.py",
     "tests/test_wheels.py",
     "tests/test_cli.py",
