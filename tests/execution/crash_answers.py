@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crash import forked  # this folder, of a script that runs by its path
 from transformers import GenerationMixin
 
 from rotdistill_core.forward import answers, generate
@@ -43,6 +42,19 @@ step = [
 
 Batch = list[str]
 """The hash of the prompts, and their number."""
+
+
+def forked(action: Callable[[], None]) -> int:
+    """Do something in a process of its own; return its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:

@@ -140,7 +140,7 @@ def covered_bytes(pairs: PairedRows) -> list[tuple[int, int]]:
     return [(int(row["bytes"]), int(row["covered"])) for row in cells]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)  # each renders its chats in a process of its own
 @given(
     st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4),
     st.sampled_from([(SMALL, LARGE), (LARGE, SMALL), (SMALL, FALLBACK), (FALLBACK, LARGE)]),
