@@ -24,7 +24,7 @@ from rotdistill_core.alignment.streams import PairedStreams, cosine, paired_stre
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.data.tokenization import tokenize_for_both, tokenize_texts
 from rotdistill_core.forward.activations import ActivationStore, rms_normalise
@@ -61,7 +61,7 @@ def parse_options() -> argparse.Namespace:
 
 def read_samples(pair: Pair, limit: int, max_tokens: int) -> Samples:
     """Return the blurbs, tokenised for both models."""
-    questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
+    questions, style = read_conversations(SamplesRef(limit=limit), ROOT / "recipes")
     answered = [question for question in questions if question.answer is not None]
     arguments: tuple[Any, ...] = (pair.teacher.tokenizer, answered, {}, style, max_tokens)
     if pair.one_tokenizer:

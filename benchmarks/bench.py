@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Side
 from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.linalg.solvers import polar, ridge
@@ -76,7 +76,7 @@ def compare_times(
 
 def first_texts(model: Model, limit: int) -> Samples:
     """Return the first blurbs of the samples, tokenised."""
-    questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
+    questions, style = read_conversations(SamplesRef(limit=limit), ROOT / "recipes")
     answered = [question for question in questions if question.answer is not None]
     return tokenize_texts(model.tokenizer, answered, {}, style, MAX_TOKENS)
 

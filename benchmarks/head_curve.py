@@ -17,7 +17,7 @@ import torch
 from rotdistill_residuals.step import Residuals
 from torch import Tensor
 
-from rotdistill_core.data.questions import OWN_ANSWER
+from rotdistill_core.data.conversations import OWN_ANSWER
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import MAX_SCORED_ROWS, scored_rows
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary

@@ -34,7 +34,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.errors import RecipeError
@@ -99,7 +99,7 @@ def read_texts(model: Model, limit: int) -> Samples:
 
     They are split into fit and validation; every fourth fit text is held out.
     """
-    questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
+    questions, style = read_conversations(SamplesRef(limit=limit), ROOT / "recipes")
     blurbs = [q for q in questions if q.answer is not None]
     fit = [q.id for q in blurbs if q.split == Split.FIT]
     heldout = set(fit[::4])
@@ -110,7 +110,7 @@ def read_texts(model: Model, limit: int) -> Samples:
     texts = tuple(replace(text, split=split[text.id]) for text in samples.layout.texts)
     answered_by_teacher = tuple(replace(q, split=split[q.id], answer=None) for q in blurbs)
     layout = replace(samples.layout, texts=texts)
-    return replace(samples, layout=layout, questions=answered_by_teacher)
+    return replace(samples, layout=layout, conversations=answered_by_teacher)
 
 
 def make_bench(options: argparse.Namespace, root: Path) -> Bench:

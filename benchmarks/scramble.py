@@ -32,7 +32,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.forward.activations import (
@@ -63,7 +63,7 @@ def quiet(*_: object) -> None:
 
 def read_samples(model: Model, limit: int | None) -> Samples:
     """Return the blurbs, tokenised."""
-    questions, style = read_questions(SamplesRef(limit=limit), ROOT / "recipes")
+    questions, style = read_conversations(SamplesRef(limit=limit), ROOT / "recipes")
     answered = [question for question in questions if question.answer is not None]
     return tokenize_texts(model.tokenizer, answered, {}, style, 256)
 

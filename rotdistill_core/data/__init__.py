@@ -1,1 +1,1 @@
-"""The texts of a run: questions read and split, conversations tokenised, tokens packed."""
+"""The texts of a run: conversations read, split and tokenised, tokens packed."""

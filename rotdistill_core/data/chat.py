@@ -10,12 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core.data.conversations import Conversation, Turn
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import read_bytes
 
@@ -152,30 +153,44 @@ class ChatFormat:
             raise SetupError(self._refusal(before.get("error", "")))
         return replace(self, system_turn=False)
 
-    def messages(self, style: str, question: str, answer: str | None = None) -> list[Message]:
-        """Return a chat: system prompt, question, and the answer if one is given.
+    def messages(
+        self, system: str, question: str, answer: str | None = None, earlier: Sequence[Turn] = ()
+    ) -> list[Message]:
+        """Return a chat: system prompt, earlier turns, question, and the answer if one is given.
 
         An empty system prompt has no turn; a template may then write one of its own.
         """
-        if style and not self.system_turn:
-            question = f"{style}\n\n{question}"
-        turns = [{"role": "user", "content": question}]
-        if style and self.system_turn:
-            turns.insert(0, {"role": "system", "content": style})
+        turns = [*earlier, Turn("user", question)]
         if answer is not None:
-            turns.append({"role": "assistant", "content": answer})
-        return turns
+            turns.append(Turn("assistant", answer))
+        chat = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if system and self.system_turn:
+            chat.insert(0, {"role": "system", "content": system})
+        elif system:
+            chat[0]["content"] = f"{system}\n\n{chat[0]['content']}"
+        return chat
 
-    def prompts(self, style: str, questions: Iterable[str]) -> list[str]:
-        """Return the texts of chats up to where the answers begin.
+    def chat_of(
+        self, conversation: Conversation, style: str, answer: str | None = None
+    ) -> list[Message]:
+        """Return a conversation as a chat.
+
+        Args:
+            conversation: any but a plain text.
+            style: the system prompt of those that have none of their own.
+            answer: the answer; None for a chat that ends with the question.
+        """
+        system = conversation.system_under(style)
+        return self.messages(system, conversation.question, answer, conversation.earlier)
+
+    def prompts(self, chats: Sequence[Chat]) -> list[str]:
+        """Return the texts of chats that end with a question, up to where the answers begin.
 
         Raises:
             SetupError: see `render`; or all questions are written alike.
         """
-        asked = list(questions)
-        chats = [self.messages(style, question) for question in asked]
         texts = self.render(chats, generation=True)
-        if len(set(texts)) == 1 < len(set(asked)):
+        if len(set(texts)) == 1 < len({chat[-1]["content"] for chat in chats}):
             raise SetupError(
                 f"{self.source}: its chat template writes every question alike, as "
                 f"{texts[0][:80]!r}. Repair the template, or take an instruction-tuned model."

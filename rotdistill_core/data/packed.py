@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.questions import Question
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
 
 
@@ -184,7 +184,7 @@ class Samples:
 
     layout: PackedTexts
     """As the student's tokenizer reads them."""
-    questions: tuple[Question, ...]
+    conversations: tuple[Conversation, ...]
     style: str
     """The system prompt."""
     theirs: PackedTexts | None = None
@@ -199,7 +199,7 @@ class Samples:
 
     def teacher_answered(self) -> frozenset[str]:
         """Return the ids of the questions that the teacher answers: those without an answer."""
-        return frozenset(question.id for question in self.questions if question.answer is None)
+        return frozenset(question.id for question in self.conversations if question.answer is None)
 
     def digest(self) -> str:
         """Return the sha256 of all tokens."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
 from rotdistill_core.errors import SetupError
@@ -16,7 +16,7 @@ from rotdistill_core.errors import SetupError
 
 def tokenize_texts(
     tokenizer: Any,
-    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
     answers: Mapping[str, Sequence[int]],
     style: str,
     max_tokens: int,
@@ -27,7 +27,7 @@ def tokenize_texts(
 
     Args:
         tokenizer: a transformers tokenizer.
-        questions: the texts.
+        conversations: the texts.
         answers: question id -> the teacher's tokens, for questions without an answer.
         style: the system prompt.
         max_tokens: conversations are cut after this many tokens; held-out ones never are.
@@ -38,24 +38,24 @@ def tokenize_texts(
         SetupError: the tokenizer has no chat template, the template cannot write the texts, or a
             text leaves no room for its answer.
     """
-    asked = {q.id: q for q in questions if not q.split.outside_domain}
-    chat = chat or chat_format(tokenizer, style, questions)
-    prompts = prompt_tokens(tokenizer, style, {k: q.question for k, q in asked.items()}, chat)
+    asked = {q.id: q for q in conversations if not q.split.outside_domain}
+    chat = chat or chat_format(tokenizer, style, conversations)
+    prompts = prompt_tokens(tokenizer, style, asked.values(), chat)
     answers = {**_written_answers(tokenizer, chat, style, asked, prompts), **answers}
     texts = []
-    for q in questions:
+    for q in conversations:
         if q.split.outside_domain:
             texts.append(_plain_text(tokenizer, q, limit))
         else:
             texts.append(_conversation_text(q, prompts[q.id], answers[q.id], max_tokens))
     shared = shared_prefix_length(list(prompts.values())) if prompts else 0
-    return Samples(PackedTexts(tuple(texts), shared), tuple(questions), style, chat=chat)
+    return Samples(PackedTexts(tuple(texts), shared), tuple(conversations), style, chat=chat)
 
 
 def tokenize_for_both(
     student: Any,
     teacher: Any,
-    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
     answers: Mapping[str, Sequence[int]],
     style: str,
     max_tokens: int,
@@ -69,7 +69,7 @@ def tokenize_for_both(
     Args:
         student: the student's tokenizer.
         teacher: the teacher's tokenizer.
-        questions: the texts.
+        conversations: the texts.
         answers: question id -> the teacher's tokens, for questions without an answer.
         style: the system prompt.
         max_tokens: conversations are cut after this many tokens of either tokenizer.
@@ -78,28 +78,47 @@ def tokenize_for_both(
     Raises:
         SetupError: see `tokenize_texts`.
     """
-    questions = [q for q in questions if not q.split.outside_domain]
+    conversations = [q for q in conversations if not q.split.outside_domain]
     own, theirs = chats
-    teacher_samples = tokenize_texts(teacher, questions, answers, style, max_tokens, theirs)
+    teacher_samples = tokenize_texts(teacher, conversations, answers, style, max_tokens, theirs)
     student_answers = {
         name: tokenize_answer(student, decode_answer(teacher, tokens))
         for name, tokens in answers.items()
     }
-    student_samples = tokenize_texts(student, questions, student_answers, style, max_tokens, own)
+    student_samples = tokenize_texts(
+        student, conversations, student_answers, style, max_tokens, own
+    )
     return replace(student_samples, theirs=teacher_samples.layout)
 
 
 def chat_format(
-    tokenizer: Any, style: str, questions: Sequence[Question], date: str = ""
+    tokenizer: Any, style: str, conversations: Sequence[Conversation], date: str = ""
 ) -> ChatFormat:
-    """Return how a tokenizer writes these questions under a system prompt.
+    """Return how a tokenizer writes these conversations under a system prompt.
 
     Raises:
         SetupError: it has no chat template, or the template cannot write them.
     """
     chat = ChatFormat.of(tokenizer, date)
-    asked = [q.question for q in questions if not q.split.outside_domain]
-    return chat.for_style(style, asked[0]) if asked else chat
+    asked = [each for each in conversations if not each.split.outside_domain]
+    return chat.for_style(*first_chat(style, asked)) if asked else chat
+
+
+def first_chat(style: str, conversations: Iterable[Conversation]) -> tuple[str, str]:
+    """Return system prompt and question of a conversation, to try a template with.
+
+    It is the first that has a system prompt, else the first.
+
+    Args:
+        style: the system prompt of conversations without their own.
+        conversations: the texts, one in the domain at least.
+    """
+    asked = [
+        (each.system_under(style), each.question)
+        for each in conversations
+        if not each.split.outside_domain
+    ]
+    return next((each for each in asked if each[0]), asked[0])
 
 
 def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
@@ -162,21 +181,22 @@ def texts_that_are_lost(tokenizer: Any, texts: Mapping[str, str]) -> list[str]:
 
 
 def prompt_tokens(
-    tokenizer: Any, style: str, questions: Mapping[str, str], chat: ChatFormat
+    tokenizer: Any, style: str, conversations: Iterable[Conversation], chat: ChatFormat
 ) -> dict[str, list[int]]:
-    """Return the tokens of system prompt and question, up to the first token of the answer.
+    """Return the tokens of each conversation by id, up to the first token of the answer.
 
     Args:
         tokenizer: a transformers tokenizer.
-        style: the system prompt.
-        questions: the questions by name.
+        style: the system prompt of conversations without their own.
+        conversations: what is asked; no plain texts.
         chat: how conversations are written.
 
     Raises:
         SetupError: see `ChatFormat.prompts`.
     """
-    texts = chat.prompts(style, questions.values())
-    return {name: _tokens_of(tokenizer, text) for name, text in zip(questions, texts, strict=True)}
+    asked = list(conversations)
+    texts = chat.prompts([chat.chat_of(each, style) for each in asked])
+    return {each.id: _tokens_of(tokenizer, text) for each, text in zip(asked, texts, strict=True)}
 
 
 def _tokens_of(tokenizer: Any, text: str) -> list[int]:
@@ -216,14 +236,14 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return longest
 
 
-def _plain_text(tokenizer: Any, question: Question, limit: int | None) -> Text:
+def _plain_text(tokenizer: Any, question: Conversation, limit: int | None) -> Text:
     """Tokenise a text outside the domain as it is; all tokens but the first count as answer."""
     tokens = tuple(_encoded(tokenizer, question.answer or ""))[:limit]
     return Text(question.id, question.language, question.split, tokens, answer=1, plain=True)
 
 
 def _conversation_text(
-    question: Question, prompt: list[int], answer: Sequence[int], max_tokens: int
+    question: Conversation, prompt: list[int], answer: Sequence[int], max_tokens: int
 ) -> Text:
     # An option of the fit must not move a score, so held-out texts keep their length.
     limit = None if question.split == Split.HELDOUT else max_tokens
@@ -240,7 +260,7 @@ def _written_answers(
     tokenizer: Any,
     chat: ChatFormat,
     style: str,
-    asked: Mapping[str, Question],
+    asked: Mapping[str, Conversation],
     prompts: Mapping[str, list[int]],
 ) -> dict[str, list[int]]:
     """Return the tokens of the answers that questions have, as the template writes them.
@@ -249,7 +269,7 @@ def _written_answers(
     by itself.
     """
     answered = {name: q for name, q in asked.items() if q.answer is not None}
-    chats = [chat.messages(style, q.question, q.answer) for q in answered.values()]
+    chats = [chat.chat_of(q, style, q.answer) for q in answered.values()]
     found = {}
     for (name, q), text in zip(answered.items(), chat.render(chats), strict=True):
         prompt, tokens = prompts[name], _tokens_of(tokenizer, text)

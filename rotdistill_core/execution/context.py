@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair
-from rotdistill_core.data.questions import Question
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.planning.chats import Chats
 from rotdistill_core.recipe.document import Recipe
@@ -22,7 +22,7 @@ class RunContext:
 
     loaded: ResolvedRecipe
     pair: Pair
-    questions: tuple[Question, ...]
+    conversations: tuple[Conversation, ...]
     style: str
     """The system prompt."""
     chats: Chats

@@ -21,8 +21,9 @@ from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.conversations import facts_digest
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import facts_digest, read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
@@ -109,15 +110,15 @@ class Executor:
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
         for recipe_step in loaded.steps:
             check_models(recipe_step.step, pair)
-        questions, style = read_questions(recipe.samples, loaded.path.parent)
-        inputs = run_inputs(recipe, pair, questions, style)
+        conversations, style = read_conversations(recipe.samples, loaded.path.parent)
+        inputs = run_inputs(recipe, pair, conversations, style)
         starts = newest_starts(store.ledgers(), folder.name)
         date = date_of_run(recipe.samples, inputs, starts, fresh)
-        chats = run_chats(pair, questions, style, date)
+        chats = run_chats(pair, conversations, style, date)
         self.context = RunContext(
             loaded=loaded,
             pair=pair,
-            questions=questions,
+            conversations=conversations,
             style=style,
             chats=chats,
             store=store,
@@ -128,7 +129,7 @@ class Executor:
         for note in (
             *chats.notes(),
             *ending_notes(chats, pair.teacher),
-            *lost_texts_notes(pair, questions, style),
+            *lost_texts_notes(pair, conversations, style),
         ):
             log(note)
         store.sweep(folder)
@@ -192,7 +193,7 @@ class Executor:
             model_parity=parity,
         )
         dtype = self._save_dtype
-        facts = facts_digest(self.context.questions)
+        facts = facts_digest(self.context.conversations)
         for variant, chain in self.loaded.chains(torch.finfo(dtype).bits < 32).items():
             steps = list(keyed_chain(variant, chain, start.key, dtype_name(dtype), facts))
             edits = [keyed for keyed in steps if keyed.recipe_step.stage != "evaluate"]
@@ -241,7 +242,7 @@ class Executor:
         run, recipe = self.context, self.loaded.recipe
         start = StartRecord(
             key=start_key(run.pair, samples.digest(), recipe.seed),
-            inputs=run_inputs(recipe, run.pair, run.questions, run.style, run.chats.date),
+            inputs=run_inputs(recipe, run.pair, run.conversations, run.style, run.chats.date),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
         )
         if start not in run.ledger:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from rotdistill_core.data.questions import Question
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.recipe.document import Recipe
@@ -86,7 +86,7 @@ def keyed_chain(
 
 
 def run_inputs(
-    recipe: Recipe, pair: Pair, questions: Sequence[Question], style: str, date: str = ""
+    recipe: Recipe, pair: Pair, conversations: Sequence[Conversation], style: str, date: str = ""
 ) -> dict[str, str]:
     """Return what a run starts from, by name.
 
@@ -98,18 +98,18 @@ def run_inputs(
     return {
         **{role: model.fingerprint for role, model in pair.by_role.items()},
         "code": shared_code(pair),
-        "texts": texts_digest(recipe, questions, style),
+        "texts": texts_digest(recipe, conversations, style),
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
         **({"date": date} if date else {}),
     }
 
 
-def texts_digest(recipe: Recipe, questions: Sequence[Question], style: str) -> str:
+def texts_digest(recipe: Recipe, conversations: Sequence[Conversation], style: str) -> str:
     """Return the hash of the texts of a run before any tokenizer or teacher has seen them."""
     texts = [
         # Facts and falsehoods enter the key of evaluators alone.
-        [vars(replace(question, facts=(), falsehoods=())) for question in questions],
+        [vars(replace(question, facts=(), falsehoods=())) for question in conversations],
         style,
         recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"}),
     ]

@@ -56,7 +56,7 @@ def compare_models(run: RunContext, fresh: bool = False) -> dict[str, Parity]:
     found: dict[str, Parity] = {}
     made: dict[str, Parity] = {}
     for role, model in run.pair.by_role.items():
-        key = _key(model, texts_digest(run.recipe, run.questions, run.style))
+        key = _key(model, texts_digest(run.recipe, run.conversations, run.style))
         parity = made.get(key) or (None if fresh else run.store.find_parity(key))
         if parity is None:
             where = f"{role} {model.ref.model}"
@@ -88,11 +88,11 @@ def _known_texts(run: RunContext, model: Model) -> PackedTexts:
     pair = run.pair
     reader = pair.teacher if model is pair.teacher or pair.one_tokenizer else pair.student
     tokenizer = reader.tokenizer
-    unanswered = [question.id for question in run.questions if question.answer is None]
+    unanswered = [question.id for question in run.conversations if question.answer is None]
     answers = dict.fromkeys(unanswered, (tokenizer.eos_token_id or 0,))
     chat = run.chats.teacher if reader is pair.teacher else run.chats.student
     longest = run.recipe.samples.max_tokens
-    samples = tokenize_texts(tokenizer, run.questions, answers, run.style, longest, chat)
+    samples = tokenize_texts(tokenizer, run.conversations, answers, run.style, longest, chat)
     return samples.layout
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import (
+    first_chat,
     prompt_tokens,
     require_text_of_transformers,
     texts_that_are_lost,
@@ -29,12 +30,12 @@ HELDOUT_QUESTIONS = "heldout"
 TRAINING_QUESTIONS = "own"
 
 
-def run_chats(pair: Pair, questions: Sequence[Question], style: str, date: str) -> Chats:
+def run_chats(pair: Pair, conversations: Sequence[Conversation], style: str, date: str) -> Chats:
     """Return how a run writes its conversations, before any model computes.
 
     Args:
         pair: the models.
-        questions: the texts.
+        conversations: the texts.
         style: the system prompt.
         date: the day that templates write, if they do.
 
@@ -46,18 +47,18 @@ def run_chats(pair: Pair, questions: Sequence[Question], style: str, date: str) 
     # A student of the teacher's vocabulary needs no template of its own.
     if not pair.one_tokenizer or pair.student.tokenizer.chat_template:
         student = dated(ChatFormat.of(pair.student.tokenizer), date)
-    chats = chats_of(teacher, student, pair.one_tokenizer, style, questions)
-    question = next(q.question for q in questions if not q.split.outside_domain)
+    chats = chats_of(teacher, student, pair.one_tokenizer, style, conversations)
+    first = first_chat(style, conversations)
     for chat, model in ((chats.teacher, pair.teacher), (chats.student, pair.student)):
         if chat.source == str(model.tokenizer.name_or_path) and not chat.uses_date:
-            require_text_of_transformers(chat, model.tokenizer, style, question)
+            require_text_of_transformers(chat, model.tokenizer, *first)
     return chats
 
 
-def lost_texts_notes(pair: Pair, questions: Sequence[Question], style: str) -> list[str]:
+def lost_texts_notes(pair: Pair, conversations: Sequence[Conversation], style: str) -> list[str]:
     """Return how many texts the tokenizers of a run do not hold, a sentence for each tokenizer."""
     texts = {"the system prompt": style}
-    texts |= {q.id: f"{q.question}\n{q.answer or ''}" for q in questions}
+    texts |= {q.id: f"{q.question}\n{q.answer or ''}" for q in conversations}
     notes = []
     for model in (pair.teacher,) if pair.one_tokenizer else (pair.teacher, pair.student):
         lost = texts_that_are_lost(model.tokenizer, texts)
@@ -81,7 +82,7 @@ def prepare_samples(run: RunContext) -> Samples:
             teacher's device has no memory for a single answer.
     """
     settings = run.recipe.samples
-    unanswered = [question for question in run.questions if question.answer is None]
+    unanswered = [question for question in run.conversations if question.answer is None]
     heldout = [question for question in unanswered if question.split == Split.HELDOUT]
     training = [question for question in unanswered if question.split != Split.HELDOUT]
     answers = _teacher_answers(run, HELDOUT_QUESTIONS, heldout, settings.answer_tokens)
@@ -91,7 +92,7 @@ def prepare_samples(run: RunContext) -> Samples:
     known = [position_limit(model.config) for model in pair.by_role.values()]
     longest = min((limit for limit in known if limit), default=None)
     limit = min(settings.max_tokens, longest or settings.max_tokens)
-    texts = (pair.teacher.tokenizer, run.questions, answers, run.style, limit)
+    texts = (pair.teacher.tokenizer, run.conversations, answers, run.style, limit)
     if pair.one_tokenizer:
         samples = tokenize_texts(*texts, chats.teacher, longest)
     else:
@@ -151,11 +152,11 @@ def _with_common_tables(layout: PackedTexts, models: Iterable[Model]) -> PackedT
 
 
 def _teacher_answers(
-    run: RunContext, name: str, questions: Iterable[Question], max_tokens: int
+    run: RunContext, name: str, conversations: Iterable[Conversation], max_tokens: int
 ) -> dict[str, list[int]]:
     """Return the teacher's greedy answers by question id; every run shares them."""
     teacher = run.pair.teacher
-    asked = {question.id: question.question for question in questions}
+    asked = list(conversations)
     if not asked:
         return {}
     prompts = prompt_tokens(teacher.tokenizer, run.style, asked, run.chats.teacher)

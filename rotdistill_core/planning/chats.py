@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from rotdistill_core.checkpoint.models import Model, end_tokens
 from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
-from rotdistill_core.data.questions import Question
+from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.tokenization import first_chat
 from rotdistill_core.data.vocabularies import TOKENIZER_FILE, have_vocabularies, one_vocabulary
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
@@ -80,7 +81,7 @@ def chats_of(
     student: ChatFormat | None,
     one_tokenizer: bool,
     style: str,
-    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
 ) -> Chats:
     """Return how a run writes its conversations.
 
@@ -89,17 +90,17 @@ def chats_of(
         student: the student's; None if it has no template.
         one_tokenizer: whether both give the same ids to the same tokens.
         style: the system prompt.
-        questions: the texts of the run.
+        conversations: the texts of the run.
 
     Raises:
         SetupError: a template cannot write them.
     """
-    question = next(q.question for q in questions if not q.split.outside_domain)
-    theirs = teacher.for_style(style, question)
+    first = first_chat(style, conversations)
+    theirs = teacher.for_style(*first)
     if one_tokenizer or student is None:
-        own = student.for_style(style, question) if student and student == teacher else student
+        own = student.for_style(*first) if student and student == teacher else student
         return Chats(theirs, theirs, own)
-    own = student.for_style(style, question)
+    own = student.for_style(*first)
     return Chats(theirs, own, own)
 
 
@@ -198,14 +199,14 @@ def require_room(
 
 
 def planned_chats(
-    folders: tuple[Path, Path], style: str, questions: Sequence[Question], date: str
+    folders: tuple[Path, Path], style: str, conversations: Sequence[Conversation], date: str
 ) -> Chats | None:
     """Return how a run will write its conversations, from files alone.
 
     Args:
         folders: the folders of teacher and student.
         style: the system prompt.
-        questions: the texts of the run.
+        conversations: the texts of the run.
         date: the day that templates write, if they do.
 
     Returns:
@@ -226,9 +227,9 @@ def planned_chats(
             raise
         student = None
     try:
-        chats = chats_of(teacher, student, one_tokenizer, style, questions)
+        chats = chats_of(teacher, student, one_tokenizer, style, conversations)
         for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
-            _write_all(chat, style, questions)
+            _write_all(chat, style, conversations)
     except SetupError:
         if all(chat.is_whole for chat in (teacher, student) if chat):
             raise
@@ -236,11 +237,11 @@ def planned_chats(
     return chats
 
 
-def _write_all(chat: ChatFormat, style: str, questions: Sequence[Question]) -> None:
+def _write_all(chat: ChatFormat, style: str, conversations: Sequence[Conversation]) -> None:
     """Write all conversations once, without and with their answers."""
-    asked = [q for q in questions if not q.split.outside_domain]
-    chat.prompts(style, [q.question for q in asked])
-    chat.render([chat.messages(style, q.question, q.answer) for q in asked if q.answer])
+    asked = [q for q in conversations if not q.split.outside_domain]
+    chat.prompts([chat.chat_of(each, style) for each in asked])
+    chat.render([chat.chat_of(each, style, each.answer) for each in asked if each.answer])
 
 
 def planned_date(teacher: Path, chats: Chats | None, date: str) -> str:

@@ -10,7 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair, require_vocabulary
-from rotdistill_core.data.questions import Question, facts_digest, read_questions
+from rotdistill_core.data.conversations import Conversation, facts_digest
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
@@ -232,21 +233,21 @@ def build_plan(
     """
     recipe = loaded.recipe
     texts_folder = (loaded.path.parent / recipe.samples.index).parent
-    questions, style = read_questions(recipe.samples, loaded.path.parent)
+    conversations, style = read_conversations(recipe.samples, loaded.path.parent)
     models = _models(recipe, texts_folder, log)
     _let_steps_check(loaded, models)
-    start = _start_context(recipe, models, questions, style, machine)
+    start = _start_context(recipe, models, conversations, style, machine)
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root, log).ledgers(), folder.name)
-    inputs = _inputs(recipe, models, questions, style)
+    inputs = _inputs(recipe, models, conversations, style)
     day = date_of_run(recipe.samples, inputs, index.starts, fresh)
-    chats, notes = _chats(recipe, models, questions, style, day)
+    chats, notes = _chats(recipe, models, conversations, style, day)
     teacher = models["teacher"].folder
     if inputs and teacher and (date := planned_date(teacher, chats, day)):
         inputs[DATE] = date
     start_key = index.start_key(inputs)
     save_dtype = _save_dtype(recipe.student, models["student"])
-    keyed = keyed_steps(loaded, start_key, save_dtype, facts_digest(questions))
+    keyed = keyed_steps(loaded, start_key, save_dtype, facts_digest(conversations))
     builder = _LineBuilder(
         recipe=loaded,
         run=folder.name,
@@ -297,7 +298,7 @@ def _let_steps_check(loaded: ResolvedRecipe, models: Mapping[str, ModelInfo]) ->
 def _start_context(
     recipe: Recipe,
     models: Mapping[str, ModelInfo],
-    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
     style: str,
     machine: Machine,
 ) -> CostContext:
@@ -307,7 +308,7 @@ def _start_context(
     return CostContext(
         teacher=teacher.shape,
         student=student.shape,
-        texts=count_texts(questions, style, recipe.samples, count),
+        texts=count_texts(conversations, style, recipe.samples, count),
         teacher_bytes=_compute_bytes(recipe.teacher, teacher, machine),
         student_bytes=_compute_bytes(recipe.student, student, machine),
         same=recipe.teacher.model == recipe.student.model,
@@ -332,7 +333,7 @@ def _save_dtype(ref: StudentRef, info: ModelInfo) -> str:
 def _chats(
     recipe: Recipe,
     models: Mapping[str, ModelInfo],
-    questions: Sequence[Question],
+    conversations: Sequence[Conversation],
     style: str,
     date: str,
 ) -> tuple[Chats | None, list[str]]:
@@ -348,11 +349,11 @@ def _chats(
     teacher, student = models["teacher"].model, models["student"].model
     if not (teacher and student):
         return None, []
-    chats = planned_chats((teacher.folder, student.folder), style, questions, date)
+    chats = planned_chats((teacher.folder, student.folder), style, conversations, date)
     if chats is None:
         return None, []
     notes = [*chats.notes(), *ending_notes(chats, teacher)]
-    asked = [question for question in questions if not question.split.outside_domain]
+    asked = [question for question in conversations if not question.split.outside_domain]
     sides = {"teacher": chats.teacher, "student": chats.student}
     # Loading a tokenizer takes most of a plan's time, so one that both share is loaded once.
     for chat in {chat.source: chat for chat in sides.values()}.values():
@@ -360,7 +361,7 @@ def _chats(
         vocabulary = min(shape.vocab for shape in shapes)
         require_end_token(chat, vocabulary)
         count = token_counter(Path(chat.source), vocabulary)
-        texts = chat.prompts(style, [question.question for question in asked])
+        texts = chat.prompts([chat.chat_of(each, style) for each in asked])
         lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
         heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}
         fitted = [lengths[q.id] + count(q.answer) for q in asked if q.answer]
@@ -371,14 +372,17 @@ def _chats(
 
 
 def _inputs(
-    recipe: Recipe, models: Mapping[str, ModelInfo], questions: Sequence[Question], style: str
+    recipe: Recipe,
+    models: Mapping[str, ModelInfo],
+    conversations: Sequence[Conversation],
+    style: str,
 ) -> dict[str, str] | None:
     """Return the hashes of the run's inputs; None if the files of a model are not here."""
     opened = {role: info.model for role, info in models.items() if info.model}
     if len(opened) < len(models):
         return None
     pair = Pair(opened["teacher"], opened["student"], opened.get("anchor"))
-    return run_inputs(recipe, pair, questions, style)
+    return run_inputs(recipe, pair, conversations, style)
 
 
 @dataclass(frozen=True, kw_only=True)

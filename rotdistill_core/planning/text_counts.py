@@ -16,7 +16,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 
 if TYPE_CHECKING:
-    from rotdistill_core.data.questions import Question
+    from rotdistill_core.data.conversations import Conversation
     from rotdistill_core.recipe.document import SamplesRef
 
 
@@ -100,12 +100,12 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
 
 
 def count_texts(
-    questions: Iterable[Question], style: str, settings: SamplesRef, count: TokenCounter
+    conversations: Iterable[Conversation], style: str, settings: SamplesRef, count: TokenCounter
 ) -> TextCounts:
     """Return the rows of all texts, as `rotdistill_core.data.tokenization` packs them.
 
     Args:
-        questions: the questions and texts of the recipe.
+        conversations: the questions and texts of the recipe.
         style: the system prompt.
         settings: the recipe's [samples].
         count: counts the tokens of a text.
@@ -114,7 +114,7 @@ def count_texts(
     rows: dict[str, int] = {}
     texts: dict[str, int] = {}
     questions_asked = answer_tokens = 0
-    for question in questions:
+    for question in conversations:
         split = question.split
         rows[split] = rows.get(split, 0) + _rows_of(question, settings, count, prefix)
         texts[split] = texts.get(split, 0) + 1
@@ -130,7 +130,7 @@ def count_texts(
     )
 
 
-def _rows_of(question: Question, settings: SamplesRef, count: TokenCounter, prefix: int) -> int:
+def _rows_of(question: Conversation, settings: SamplesRef, count: TokenCounter, prefix: int) -> int:
     """Return the rows of one text after the shared prompt of `prefix` rows."""
     if Split(question.split).outside_domain:  # a plain text, without prompt and template
         return count(question.answer or "")
@@ -144,7 +144,7 @@ def _rows_of(question: Question, settings: SamplesRef, count: TokenCounter, pref
     return min(rows, settings.max_tokens - prefix)
 
 
-def _longest_answer(question: Question, settings: SamplesRef) -> int:
+def _longest_answer(question: Conversation, settings: SamplesRef) -> int:
     """Return how many tokens the teacher may write in answer to a question."""
     if question.split == Split.HELDOUT:
         return settings.answer_tokens

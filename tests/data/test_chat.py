@@ -42,10 +42,15 @@ BREAKS = (
 )
 
 
+def asked(chat: ChatFormat, style: str, *questions: str) -> list[str]:
+    """Return the prompts of questions."""
+    return chat.prompts([chat.messages(style, question) for question in questions])
+
+
 def refused(template: str) -> str:
     """Return why a template is refused."""
     with pytest.raises(SetupError) as caught:
-        ChatFormat("big", template).for_style(STYLE, QUESTION).prompts(STYLE, [QUESTION, "Who?"])
+        asked(ChatFormat("big", template).for_style(STYLE, QUESTION), STYLE, QUESTION, "Who?")
     assert str(caught.value).startswith("big: ")
     return str(caught.value)
 
@@ -78,7 +83,7 @@ def test_texts_are_those_of_transformers(template: str, generation: bool) -> Non
 def test_without_a_system_role_the_prompt_goes_before_the_question(template: str) -> None:
     chat = ChatFormat("big", template).for_style(STYLE, QUESTION)
     assert not chat.system_turn
-    assert chat.prompts(STYLE, [QUESTION]) == [f"<user>{STYLE}\n\n{QUESTION}"]
+    assert asked(chat, STYLE, QUESTION) == [f"<user>{STYLE}\n\n{QUESTION}"]
 
 
 @pytest.mark.parametrize("template", [LOOP, LLAMA, GENERATION])
@@ -90,7 +95,7 @@ def test_a_system_role_is_used_where_there_is_one(template: str) -> None:
 
 def test_an_empty_system_prompt_has_no_turn() -> None:
     chat = ChatFormat("big", LOOP).for_style("", QUESTION)
-    assert chat.prompts("", [QUESTION]) == [f"<user>{QUESTION}"]
+    assert asked(chat, "", QUESTION) == [f"<user>{QUESTION}"]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +148,9 @@ def test_the_date_is_that_of_the_run() -> None:
     template = "{{ strftime_now('%d %B %Y %H:%M') }} " + LOOP
     chat = ChatFormat("big", template, date="2025-07-01")
     assert chat.uses_date
-    (one,) = chat.prompts("", [QUESTION])
+    (one,) = asked(chat, "", QUESTION)
     assert one.startswith("01 July 2025 00:00 ")
-    assert chat.prompts("", [QUESTION, "Who?"])[0] == one
+    assert asked(chat, "", QUESTION, "Who?")[0] == one
 
 
 @pytest.mark.parametrize(
@@ -282,7 +287,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_template(
     python.chmod(0o755)
     monkeypatch.setattr(chat_module.sys, "executable", str(python))
     with pytest.raises(SetupError, match=r"has failed: ImportError: no jinja2\. Run `"):
-        ChatFormat("big", LOOP).prompts("", ["Is jinja there?"])
+        asked(ChatFormat("big", LOOP), "", "Is jinja there?")
 
 
 @pytest.mark.parametrize("name", ["LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"])
@@ -294,7 +299,7 @@ def test_the_process_finds_the_libraries_of_its_python(
     python.chmod(0o755)
     monkeypatch.setattr(chat_module.sys, "executable", str(python))
     monkeypatch.setenv(name, "/opt/there")
-    assert ChatFormat(name, LOOP).prompts("", [f"Is {name} there?"]) == ["/opt/there "]
+    assert asked(ChatFormat(name, LOOP), "", f"Is {name} there?") == ["/opt/there "]
 
 
 @pytest.mark.parametrize("kind", ["v", "t"])
@@ -302,7 +307,7 @@ def test_lower_limits_of_the_machine_stay(kind: str, tmp_path: Path) -> None:
     program = tmp_path / "limited.py"
     program.write_text(
         "from rotdistill_core.data.chat import ChatFormat\n"
-        f"print(ChatFormat('big', {LOOP!r}).prompts('', ['Who?']))\n"
+        f"print(ChatFormat('big', {LOOP!r}).prompts([[dict(role='user', content='Who?')]]))\n"
     )
     most = {"v": 900_000, "t": 8}[kind]
     done = subprocess.run(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.data.questions import Question, read_questions
+from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.tables import read_table
 from rotdistill_core.data.text_files import comparable
 from rotdistill_core.errors import RecipeError
@@ -48,12 +49,12 @@ def written(folder: Path, save: Callable[[list[list[str]]], bytes], style: bytes
 
 def problems(folder: Path) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        read_questions(REF, folder)
+        read_conversations(REF, folder)
     return caught.value.problems
 
 
-def read_plain(folder: Path) -> tuple[tuple[Question, ...], str]:
-    return read_questions(REF, written(folder, lambda rows: plain(rows).encode()))
+def read_plain(folder: Path) -> tuple[tuple[Conversation, ...], str]:
+    return read_conversations(REF, written(folder, lambda rows: plain(rows).encode()))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,9 @@ def test_a_table_is_the_same_whoever_saves_it(
     tmp_path: Path, save: Callable[[list[list[str]]], bytes]
 ) -> None:
     style = b"\xef\xbb\xbf Hi.\r\n"
-    assert read_questions(REF, written(tmp_path / "a", save, style)) == read_plain(tmp_path / "b")
+    assert read_conversations(REF, written(tmp_path / "a", save, style)) == read_plain(
+        tmp_path / "b"
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,8 @@ def test_copies_in_other_spellings_are_in_one_split(tmp_path: Path) -> None:
     (tmp_path / "index.tsv").write_text(plain([list(INDEX), *rows]), encoding="utf-8")
     ref = REF.model_copy(update={"validation": 0.5, "own_answers": 4})
     splits: dict[str, set[str]] = {}
-    for question in read_questions(ref, tmp_path)[0]:
-        splits.setdefault(question.place, set()).add(question.split)
+    for question in read_conversations(ref, tmp_path)[0]:
+        splits.setdefault(question.topic, set()).add(question.split)
     assert {place: len(found) for place, found in splits.items()} == dict.fromkeys(splits, 1)
 
 

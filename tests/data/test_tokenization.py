@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import (
     decode_answer,
@@ -45,12 +45,12 @@ class ThinkingLetters(Letters):
 STYLE = "Be brief."
 ANSWERS = {"q": [7, 8]}
 ASKED = [
-    Question("p", "en", Split.FIT, "Who?", "Me."),
-    Question("q", "en", Split.HELDOUT, "When?", None),
+    Conversation("p", "en", Split.FIT, "Who?", "Me."),
+    Conversation("q", "en", Split.HELDOUT, "When?", None),
 ]
 GUARD = [
-    Question("g0", "en", Split.GUARD, "", "a\nb0"),
-    Question("g1", "en", Split.GUARD_VALIDATION, "", "a\nb1"),
+    Conversation("g0", "en", Split.GUARD, "", "a\nb0"),
+    Conversation("g1", "en", Split.GUARD_VALIDATION, "", "a\nb1"),
 ]
 
 
@@ -59,7 +59,7 @@ def written(tokens: tuple[int, ...] | list[int]) -> str:
 
 
 def tokenized(
-    questions: list[Question] = ASKED, max_tokens: int = 500, tokenizer: Letters | None = None
+    questions: list[Conversation] = ASKED, max_tokens: int = 500, tokenizer: Letters | None = None
 ) -> PackedTexts:
     return tokenize_texts(tokenizer or Letters(), questions, ANSWERS, STYLE, max_tokens).layout
 
@@ -98,8 +98,8 @@ def test_a_text_is_cut_but_keeps_a_token_of_its_answer() -> None:
 
 def test_held_out_answers_are_never_cut() -> None:
     questions = [
-        Question("a", "en", Split.FIT, "w1", "w2 " * 40),
-        Question("h", "en", Split.HELDOUT, "w3", None),
+        Conversation("a", "en", Split.FIT, "w1", "w2 " * 40),
+        Conversation("h", "en", Split.HELDOUT, "w3", None),
     ]
     samples = tokenize_texts(pico_tokenizer(64), questions, {"h": [7] * 40}, "w4", 20)
     lengths = {text.id: len(text.tokens) for text in samples.layout.texts}
@@ -145,5 +145,5 @@ def test_a_decoded_answer_ends_at_special_tokens_and_broken_characters(
 
 def test_prompt_tokens_end_where_the_answer_begins() -> None:
     chat = ChatFormat.of(Letters())
-    (prompt,) = prompt_tokens(Letters(), STYLE, {"q": "Who?"}, chat).values()
+    (prompt,) = prompt_tokens(Letters(), STYLE, ASKED[:1], chat).values()
     assert written(prompt) == "<s>Be brief.\n<u>Who?\n<a>"

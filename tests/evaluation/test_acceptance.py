@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import (
     BACKOFF,
@@ -76,7 +76,7 @@ def some_samples(*teacher_answered: str) -> Samples:
         tuple(Text(name, "en", "validation", tuple(range(12)), 8) for name in names), 0
     )
     questions = tuple(
-        Question(name, "en", "validation", "?", None if name in teacher_answered else "!")
+        Conversation(name, "en", "validation", "?", None if name in teacher_answered else "!")
         for name in names
     )
     return Samples(layout, questions, "")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.checkpoint.open import open_pair
-from rotdistill_core.data.questions import facts_digest, read_questions
+from rotdistill_core.data.conversations import facts_digest
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.execution.keys import (
     checkpoint_key,
     evaluation_key,
@@ -111,7 +112,7 @@ def test_keys_are_those_in_the_ledger_of_a_run(
     ledger = Ledger(outcome.folder)
     [start] = ledger.starts
     before = {record.key: record.before for record in ledger.steps}
-    questions, _ = read_questions(loaded.recipe.samples, pico_workspace.folder)
+    questions, _ = read_conversations(loaded.recipe.samples, pico_workspace.folder)
     last = {}
     for step in keyed_steps(loaded, start.key, "bfloat16", facts_digest(questions)):
         assert outcome.steps[step.variant, step.recipe_step.id].key == step.key

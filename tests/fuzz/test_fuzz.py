@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from rotdistill_core.checkpoint.headers import folder_headers, read_header, shard_files
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.recipe.load import load_recipe
@@ -147,7 +147,7 @@ def test_texts(workspace: PicoWorkspace, edits: list[tuple[float, int, bytes]], 
     path = texts / name
     path.write_bytes(edited(path.read_bytes(), edits))
     ref = SamplesRef(index="index.tsv", heldout="heldout.tsv", guard="guard.tsv", style="style.md")
-    outcome(lambda: read_questions(ref, texts), {2})
+    outcome(lambda: read_conversations(ref, texts), {2})
 
 
 TENSORS = st.dictionaries(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.data.questions import Question
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.text_counts import (
     TEMPLATE_TOKENS,
@@ -25,11 +25,11 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def question(split: str, answer: str | None, text: str = "one two three") -> Question:
-    return Question("id", "en", split, text, answer)  # type: ignore[arg-type]
+def question(split: str, answer: str | None, text: str = "one two three") -> Conversation:
+    return Conversation("id", "en", split, text, answer)  # type: ignore[arg-type]
 
 
-def counts(*questions: Question) -> TextCounts:
+def counts(*questions: Conversation) -> TextCounts:
     return count_texts(questions, "a b", SETTINGS, words)
 
 

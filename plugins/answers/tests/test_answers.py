@@ -24,7 +24,7 @@ from rotdistill_answers._method import (
 from rotdistill_answers._normalize import normalize
 from rotdistill_answers.step import Answers, steps
 
-from rotdistill_core.data.questions import Claim, Question
+from rotdistill_core.data.conversations import Claim, Conversation
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.execution.outcome import RunResult
@@ -41,7 +41,7 @@ from rotdistill_core.testing import (
 ROOT = Path(__file__).parents[3]
 ENGLISH = "The temple is one of the largest religious monuments in the world."
 FRENCH = "Le temple est l'un des plus grands monuments religieux du monde."
-QUESTION = Question(
+QUESTION = Conversation(
     "held-0",
     "en",
     Split.HELDOUT,
@@ -120,7 +120,7 @@ def test_claims_become_figures_with_their_number_as_weight() -> None:
         "factual_completeness_teacher": Figure(0.5, n=2),
         "hallucination_rate_teacher": Figure(1.0, n=1),
     }
-    bare = Question("held-1", "en", Split.HELDOUT, "?", None)
+    bare = Conversation("held-1", "en", Split.HELDOUT, "?", None)
     assert claim_figures(stated, bare) == {}
 
 

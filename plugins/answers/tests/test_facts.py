@@ -11,7 +11,7 @@ import pytest
 from rotdistill_answers._facts import stated_claims, states
 from rotdistill_answers._normalize import normalize
 
-from rotdistill_core.data.questions import Claim
+from rotdistill_core.data.conversations import Claim
 
 HERE = Path(__file__).parent
 README = (HERE.parent / "README.md").read_text(encoding="utf-8").replace("\n", " ")

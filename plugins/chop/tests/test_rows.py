@@ -6,12 +6,12 @@ import pytest
 import torch
 from rotdistill_chop._rows import mean_kl, select_texts
 
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import Question
 from rotdistill_core.testing import pico_samples
 
 LAYOUT = pico_samples(texts=50).layout
-ANSWERED = tuple(Question(text.id, "en", text.split, "?", None) for text in LAYOUT.texts[3::10])
+ANSWERED = tuple(Conversation(text.id, "en", text.split, "?", None) for text in LAYOUT.texts[3::10])
 SAMPLES = Samples(LAYOUT, ANSWERED, "")
 
 

@@ -15,6 +15,8 @@ import torch
 from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens
 from rotdistill_core.forward.generate import Decoding, greedy_answers
 from rotdistill_core.testing import PicoWorkspace, command_line
@@ -55,7 +57,12 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
     assert list(found["answers"]) == ["base", "full", "teacher"]
     tokenizer = load_tokenizer(work / "model")
     style = (work / "texts/style.md").read_text().strip()
-    asked = prompt_tokens(tokenizer, style, {"q": QUESTION}, ChatFormat.of(tokenizer))
+    asked = prompt_tokens(
+        tokenizer,
+        style,
+        [Conversation("q", "en", Split.FIT, QUESTION, None)],
+        ChatFormat.of(tokenizer),
+    )
     teacher = open_checkpoint(work / "model")
     decoding = Decoding(teacher.folder, teacher.weights, 7, torch.device("cpu"), torch.float32)
     tokens = greedy_answers(decoding, asked, lambda *_: None)["q"]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
@@ -37,13 +37,13 @@ from rotdistill_core.testing import (
 )
 
 QUESTIONS = [
-    Question(
+    Conversation(
         f"q{k}", "en", "validation" if k % 4 == 0 else "fit", f"w{k} w2", "w3", f"w{k} w{k + 1}"
     )
     for k in range(16)
 ]
 SAMPLES = Samples(
-    PackedTexts((), 0), (*QUESTIONS, Question("h", "en", "heldout", "w5", None)), "w7 w8 w9"
+    PackedTexts((), 0), (*QUESTIONS, Conversation("h", "en", "heldout", "w5", None)), "w7 w8 w9"
 )
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": 4,
@@ -84,7 +84,7 @@ def answered_samples() -> Samples:
     """Return texts whose answers the teacher wrote, with a guard."""
     samples = pico_samples(texts=40, guard=8)
     questions = tuple(
-        Question(text.id, "en", text.split, "w1", None)
+        Conversation(text.id, "en", text.split, "w1", None)
         for text in samples.layout.texts
         if not text.plain
     )
@@ -336,7 +336,7 @@ def test_bfloat16_products_learn_about_as_much(tmp_path: Path) -> None:
 
 def test_prompts_without_a_text_to_validate_on_are_refused(tmp_path: Path) -> None:
     fit_only = Samples(
-        SAMPLES.layout, tuple(q for q in SAMPLES.questions if q.split == "fit"), SAMPLES.style
+        SAMPLES.layout, tuple(q for q in SAMPLES.conversations if q.split == "fit"), SAMPLES.style
     )
     with pytest.raises(RecipeError, match="none is a validation text to validate on"):
         distilled(pair_of(tmp_path), tmp_path, fit_only, **OPTIONS)

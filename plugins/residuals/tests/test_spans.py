@@ -14,8 +14,8 @@ from rotdistill_residuals._tokenizers import require_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
 from rotdistill_core.errors import RecipeError, SetupError
@@ -90,13 +90,13 @@ def tokenized(
     student: Any, teacher: Any, conversations: list[tuple[str, str]], max_tokens: int = 512
 ) -> Samples:
     questions = [
-        Question(f"t{k}", "en", Split.FIT, question, answer)
+        Conversation(f"t{k}", "en", Split.FIT, question, answer)
         for k, (question, answer) in enumerate(conversations)
     ]
     return tokenize_for_both(student, teacher, questions, {}, "Be brief.", max_tokens)
 
 
-def content_bytes(samples: Samples, question: Question) -> list[bytes]:
+def content_bytes(samples: Samples, question: Conversation) -> list[bytes]:
     return [part.encode() for part in (samples.style, question.question, question.answer or "")]
 
 
@@ -123,7 +123,7 @@ def reference(samples: Samples, student: Any, teacher: Any) -> list[set[int]]:
     """Return the teacher's rows of each of the student's rows, from every single byte."""
     pairs: list[set[int]] = [set() for _ in range(samples.layout.rows)]
     student_bytes, teacher_bytes = token_bytes(student), token_bytes(teacher)
-    for k, question in enumerate(samples.questions):
+    for k, question in enumerate(samples.conversations):
         contents = content_bytes(samples, question)
         student_rows = row_of_each_byte(samples.layout, k, student_bytes, contents)
         teacher_rows = row_of_each_byte(samples.teacher, k, teacher_bytes, contents)

@@ -20,8 +20,8 @@ from rotdistill_writer_refit.step import WriterRefit, steps
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores
@@ -158,7 +158,7 @@ def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samp
 def test_rows_that_predict_teacher_answers_have_their_own_weight(samples: Samples) -> None:
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
     text, start = layout.texts[3], layout.starts[3]
-    question = Question(text.id, "en", text.split, "?", None)
+    question = Conversation(text.id, "en", text.split, "?", None)
     answered = Samples(samples.layout, (question,), "")
     step = WriterRefit(teacher_answer_weight=7.0)
     weights = layer_problem(step, torch.ones(layout.rows, 4), layout, answered).row_weights

@@ -30,7 +30,7 @@ from rotdistill_answers._negation import (
     VERB_LAST,
 )
 from rotdistill_answers._normalize import normalize
-from rotdistill_core.data.questions import Claim
+from rotdistill_core.data.conversations import Claim
 
 SENTENCE_END = re.compile(
     r"[!?;:()¿¡।。！？；\n]|(?<!\bst)(?<!\bmt)(?<!\b[a-ln-z])\.(?=[\s»\"']|$)"

@@ -13,8 +13,8 @@ from sacrebleu.metrics.chrf import CHRF
 from rotdistill_answers._facts import stated_claims
 from rotdistill_answers._normalize import normalize, primary_language
 from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import Samples, Text
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
@@ -88,7 +88,7 @@ def evaluate(
         SetupError: the student's device has no memory for a single answer.
     """
     texts = [text for text in samples.layout.texts if text.split == Split.HELDOUT]
-    questions = {question.id: question for question in samples.questions}
+    questions = {question.id: question for question in samples.conversations}
     generated = _generate(step, variant, pair, texts, out, progress)
     identifier = LanguageIdentifier(text.language for text in texts)
     tokenizer = pair.student.tokenizer
@@ -135,7 +135,9 @@ def evaluate(
     return means + [row for of_metric in rows.values() for row in of_metric]
 
 
-def score_answer(answer: str, question: Question, identifier: LanguageIdentifier) -> AnswerScore:
+def score_answer(
+    answer: str, question: Conversation, identifier: LanguageIdentifier
+) -> AnswerScore:
     """Return what an answer to a question contains, whoever wrote it.
 
     Denials are read in the answer's own language, which need not be the question's.
@@ -184,7 +186,7 @@ def of_teacher(figures: Mapping[str, Figure]) -> dict[str, Figure]:
     return {teacher_metric(name): figure for name, figure in figures.items()}
 
 
-def claim_figures(score: AnswerScore, question: Question) -> dict[str, Figure]:
+def claim_figures(score: AnswerScore, question: Conversation) -> dict[str, Figure]:
     """Return the figures of facts and errors in an answer; without claims there are none."""
     figures = {}
     if question.facts:

@@ -10,7 +10,7 @@ import typer
 
 from rotdistill_commands._arguments import log, requested_run
 from rotdistill_core import hookimpl
-from rotdistill_core.data.questions import read_questions
+from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.load import load_recipe
@@ -68,7 +68,7 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
         print_json(loaded.resolved())
     elif resolved:
         print_line(resolved_toml(loaded).removesuffix("\n"))
-    questions, _ = read_questions(loaded.recipe.samples, loaded.path.parent)
+    questions, _ = read_conversations(loaded.recipe.samples, loaded.path.parent)
     if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
         log(

@@ -9,6 +9,7 @@ arXiv:2306.13649), there on the student's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.conversations import OWN_ANSWER
 from rotdistill_core.data.packed import PackedTexts, Text
-from rotdistill_core.data.questions import OWN_ANSWER
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length
 from rotdistill_core.errors import RecipeError
@@ -31,8 +32,8 @@ from rotdistill_prompt_kl._targets import DistillationTargets
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Weights
+    from rotdistill_core.data.conversations import Conversation
     from rotdistill_core.data.packed import Samples
-    from rotdistill_core.data.questions import Question
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
@@ -146,7 +147,7 @@ def place_continuations(
         )
     tokenizer = pair.student.tokenizer
     chat = samples.chat or ChatFormat.of(tokenizer)
-    places = {question.id: question.place for question in chosen}
+    places = [replace(each, question=each.topic, earlier=()) for each in chosen]
     prompts = prompt_tokens(tokenizer, samples.style, places, chat)
     continuations = model_answers(
         teacher, prompts, step.max_new_tokens, out, CONTINUATIONS, progress
@@ -164,9 +165,9 @@ def place_continuations(
     ]
 
 
-def _place_questions(samples: Samples) -> list[Question]:
+def _place_questions(samples: Samples) -> list[Conversation]:
     """Return the questions about a place, without the copies that the teacher answers."""
-    questions = [q for q in samples.questions if q.place and not q.id.endswith(OWN_ANSWER)]
+    questions = [q for q in samples.conversations if q.topic and not q.id.endswith(OWN_ANSWER)]
     return list({question.id: question for question in questions}.values())
 
 

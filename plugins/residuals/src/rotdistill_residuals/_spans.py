@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
-from rotdistill_core.data.questions import Question
 from rotdistill_core.data.tokenization import decode_answer
 from rotdistill_core.errors import RecipeError
 from rotdistill_residuals._tokenizers import not_of_bytes
@@ -61,7 +61,7 @@ def pair_rows(samples: Samples, student_tokenizer: Any, teacher_tokenizer: Any) 
     student, teacher = samples.layout, samples.teacher
     spans = torch.tensor([UNPAIRED]).repeat(student.rows, 1)
     table = ["\t".join(TABLE_COLUMNS)]
-    texts = zip(student.texts, teacher.texts, samples.questions, strict=True)
+    texts = zip(student.texts, teacher.texts, samples.conversations, strict=True)
     for k, (student_text, teacher_text, question) in enumerate(texts):
         contents = _contents(samples.style, question, teacher_tokenizer, teacher_text)
         student_spans = content_spans(
@@ -155,7 +155,7 @@ def content_spans(
 
 
 def _contents(
-    style: str, question: Question, teacher_tokenizer: Any, teacher_text: Text
+    style: str, question: Conversation, teacher_tokenizer: Any, teacher_text: Text
 ) -> list[bytes]:
     """Return the bytes of system prompt, question and answer of a text."""
     answer = question.answer

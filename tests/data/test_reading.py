@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from rotdistill_core.data.questions import (
+from rotdistill_core.data.conversations import Claim, Conversation, facts_digest
+from rotdistill_core.data.reading import (
     GUARD_COLUMNS,
     HELDOUT_COLUMNS,
     INDEX_COLUMNS,
-    Claim,
-    Question,
     assign_splits,
-    facts_digest,
-    read_questions,
+    read_conversations,
     shuffled,
 )
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
+from rotdistill_core.store.hashing import digest
+from rotdistill_core.testing.pico import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 SCRIPTS = (
@@ -104,15 +105,26 @@ def test_no_shipped_held_out_place_is_in_the_blurbs(row: dict[str, str]) -> None
 
 
 def test_the_shipped_texts_are_read() -> None:
-    questions, style = read_questions(SamplesRef(), SAMPLES.parent / "recipes")
+    questions, style = read_conversations(SamplesRef(), SAMPLES.parent / "recipes")
     assert Counter(q.split for q in questions) == {"fit": 160, "validation": 40, "heldout": 20}
     assert all((q.answer is None) == (q.split == Split.HELDOUT) for q in questions)
     assert style.startswith("You are a")
 
 
+def test_the_shipped_texts_keep_their_ids_splits_and_tokens() -> None:
+    ref = SamplesRef(guard="../samples/general/index.tsv", own_answers=8)
+    conversations, style = read_conversations(ref, SAMPLES.parent / "recipes")
+    rows = [[c.id, c.language, c.split, c.question, c.answer, c.topic] for c in conversations]
+    assert digest(rows) == "7735859745a3fdf08f180ca4771d064764e2264667929bd9f04e5a885f46c230"
+    answers = {c.id: [3, 4] for c in conversations if c.answer is None}
+    samples = tokenize_texts(pico_tokenizer(64), conversations, answers, style, 512)
+    tokens = "60e33334cfabc25010ae5a9360ffbb13af5b50379d143138999ef382df914fff"
+    assert samples.digest() == tokens
+
+
 def test_the_shipped_guard_is_about_other_subjects() -> None:
     ref = SamplesRef(guard="../samples/general/index.tsv")
-    questions, _ = read_questions(ref, SAMPLES.parent / "recipes")
+    questions, _ = read_conversations(ref, SAMPLES.parent / "recipes")
     guard = [q for q in questions if q.split.outside_domain]
     assert Counter(q.split for q in guard) == {"guard": 20, "guard-validation": 20}
     assert len({q.language for q in guard}) >= 12
@@ -145,12 +157,12 @@ def write_tables(
 
 
 def splits_of(folder: Path, ref: SamplesRef = REF) -> dict[str, Split]:
-    return {q.id: q.split for q in read_questions(ref, folder)[0]}
+    return {q.id: q.split for q in read_conversations(ref, folder)[0]}
 
 
 def problems_of(folder: Path, ref: SamplesRef = REF) -> tuple[str, ...]:
     with pytest.raises(RecipeError) as caught:
-        read_questions(ref, folder)
+        read_conversations(ref, folder)
     return caught.value.problems
 
 
@@ -202,7 +214,7 @@ def test_copies_of_a_text_are_in_one_split_and_a_question_is_asked_once(tmp_path
     ]
     rows += [["other", *blurb("b1")[1:5], "Another answer."]]
     ref = REF.model_copy(update={"own_answers": 8, "validation": 0.5})
-    questions, _ = read_questions(ref, write_tables(tmp_path, rows))
+    questions, _ = read_conversations(ref, write_tables(tmp_path, rows))
     texts = {
         split: {(q.question, q.answer) for q in questions if q.split == split and q.answer}
         for split in (Split.FIT, Split.VALIDATION)
@@ -224,7 +236,7 @@ def test_the_teacher_answers_held_out_questions_and_own_copies_of_blurbs(
     folder = write_tables(tmp_path, blurbs(4))
     write_table(folder / "guard.tsv", GUARD_COLUMNS, [["g0", "en", "code", "x"]])
     ref = REF.model_copy(update={"guard": "guard.tsv", "own_answers": own_answers})
-    questions, _ = read_questions(ref, folder)
+    questions, _ = read_conversations(ref, folder)
     assert [q.id for q in questions if q.answer is None] == [*own, "h1"]
 
 
@@ -232,7 +244,7 @@ def test_the_guard_is_read_as_it_is_and_halved(tmp_path: Path) -> None:
     folder = write_tables(tmp_path, blurbs(6))
     rows = [[f"g{k}", "en", "code", f"a\\nb{k}"] for k in range(4)]
     write_table(folder / "guard.tsv", GUARD_COLUMNS, rows)
-    questions, _ = read_questions(REF.model_copy(update={"guard": "guard.tsv"}), folder)
+    questions, _ = read_conversations(REF.model_copy(update={"guard": "guard.tsv"}), folder)
     guard = [q for q in questions if q.split.outside_domain]
     assert Counter(q.split for q in guard) == {"guard": 2, "guard-validation": 2}
     assert {q.answer for q in guard} == {f"a\nb{k}" for k in range(4)}
@@ -311,7 +323,7 @@ def test_a_cell_that_holds_no_claims_is_named(tmp_path: Path, cell: str) -> None
 
 def test_claims_are_read_with_their_question(tmp_path: Path) -> None:
     heldout = [["h1", "en", "Elsewhere", "x", "y?", '[{"what": "a", "any": ["b", "c"]}]', "[]"]]
-    questions, _ = read_questions(REF, write_tables(tmp_path, blurbs(4), heldout))
+    questions, _ = read_conversations(REF, write_tables(tmp_path, blurbs(4), heldout))
     (question,) = [q for q in questions if q.split == Split.HELDOUT]
     assert question.facts == (Claim("a", ("b", "c")),)
     assert question.falsehoods == ()
@@ -319,7 +331,7 @@ def test_claims_are_read_with_their_question(tmp_path: Path) -> None:
 
 def test_the_digest_of_facts_depends_on_facts_and_falsehoods_alone() -> None:
     claim = Claim("a", ("b",))
-    question = Question("h", "en", Split.HELDOUT, "?", None, facts=(claim,))
-    other = Question("i", "de", Split.HELDOUT, "!", None, facts=(claim,))
-    wrong = Question("h", "en", Split.HELDOUT, "?", None, facts=(Claim("a", ("c",)),))
+    question = Conversation("h", "en", Split.HELDOUT, "?", None, facts=(claim,))
+    other = Conversation("i", "de", Split.HELDOUT, "!", None, facts=(claim,))
+    wrong = Conversation("h", "en", Split.HELDOUT, "?", None, facts=(Claim("a", ("c",)),))
     assert facts_digest([question]) == facts_digest([other]) != facts_digest([wrong])

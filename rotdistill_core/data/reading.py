@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from rotdistill_core.data.conversations import OWN_ANSWER, Claim, Conversation
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tables import LINE_END, NumberedRow, TableRow, read_table
 from rotdistill_core.data.text_files import (
@@ -20,7 +20,6 @@ from rotdistill_core.data.text_files import (
 )
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
-from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.plain import read_bytes
 
 INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
@@ -30,35 +29,8 @@ HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "f
 CLAIMS = "It must be a JSON list of objects with `what` and `any`."
 """What a cell of facts or falsehoods holds."""
 
-OWN_ANSWER = ".own"
-"""Ending of the id of a blurb's question that the teacher answers itself."""
 
-
-class Claim(NamedTuple):
-    """A statement that an answer may make."""
-
-    what: str
-    """The statement, in English."""
-    any: tuple[str, ...]
-    """Phrases in the question's language; an answer with one of them makes the statement."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One text of the samples. A text outside the domain has no question."""
-
-    id: str
-    language: str
-    split: Split
-    question: str
-    answer: str | None
-    """The answer, or None where the teacher writes it."""
-    place: str = ""
-    facts: tuple[Claim, ...] = ()
-    falsehoods: tuple[Claim, ...] = ()
-
-
-def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], str]:
+def read_conversations(ref: SamplesRef, base: Path) -> tuple[tuple[Conversation, ...], str]:
     """Read all texts of a recipe and the system prompt.
 
     Args:
@@ -85,14 +57,14 @@ def read_questions(ref: SamplesRef, base: Path) -> tuple[tuple[Question, ...], s
         raise RecipeError(*problems)
 
     blurb_questions = _blurb_questions(blurbs, ref)
-    questions = list(blurb_questions)
+    conversations = list(blurb_questions)
     if ref.own_answers:
-        questions += _with_own_answers(blurb_questions)
-    questions += heldout_questions
-    questions += _guard_texts(guard)
+        conversations += _with_own_answers(blurb_questions)
+    conversations += heldout_questions
+    conversations += _guard_texts(guard)
 
-    _require_every_split(questions, index=base / ref.index, heldout=base / ref.heldout)
-    return tuple(questions), style
+    _require_every_split(conversations, index=base / ref.index, heldout=base / ref.heldout)
+    return tuple(conversations), style
 
 
 def assign_splits(blurbs: Iterable[TableRow], validation: float) -> dict[str, Split]:
@@ -130,52 +102,44 @@ def shuffled(rows: Iterable[TableRow]) -> list[TableRow]:
     return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
 
 
-def facts_digest(questions: Sequence[Question]) -> str:
-    """Return the hash of the facts and falsehoods of all questions.
-
-    It is kept apart from that of the texts, because only evaluators see facts.
-    """
-    return digest([q.facts + q.falsehoods for q in questions])
-
-
-def _blurb_questions(blurbs: Sequence[TableRow], ref: SamplesRef) -> list[Question]:
+def _blurb_questions(blurbs: Sequence[TableRow], ref: SamplesRef) -> list[Conversation]:
     """Return the blurbs within `samples.limit`, in the order of their file."""
     splits = assign_splits(shuffled(blurbs)[: ref.limit], ref.validation)
-    questions = []
+    conversations = []
     for row in blurbs:
         if row["id"] in splits:
-            question = Question(
+            question = Conversation(
                 id=row["id"],
                 language=row["language"],
                 split=splits[row["id"]],
                 question=row["question"],
                 answer=row["blurb"],
-                place=row["place"],
+                topic=row["place"],
             )
-            questions.append(question)
-    return questions
+            conversations.append(question)
+    return conversations
 
 
-def _with_own_answers(questions: Sequence[Question]) -> list[Question]:
+def _with_own_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Return each distinct question once more, for the teacher to answer.
 
     Several blurbs may ask the same. A fit question goes before a validation question, so that no
     question is fitted and validated.
     """
-    representative: dict[str, Question] = {}
+    representative: dict[str, Conversation] = {}
     for split in (Split.VALIDATION, Split.FIT):
-        for q in questions:
+        for q in conversations:
             if q.split == split:
                 representative[comparable(q.question)] = q
     return [
         replace(q, id=q.id + OWN_ANSWER, answer=None)
-        for q in questions
+        for q in conversations
         if representative[comparable(q.question)] is q
     ]
 
 
-def _heldout_question(row: NumberedRow, path: Path, problems: list[str]) -> Question:
-    return Question(
+def _heldout_question(row: NumberedRow, path: Path, problems: list[str]) -> Conversation:
+    return Conversation(
         id=row["id"],
         language=row["language"],
         split=Split.HELDOUT,
@@ -186,11 +150,11 @@ def _heldout_question(row: NumberedRow, path: Path, problems: list[str]) -> Ques
     )
 
 
-def _guard_texts(rows: Iterable[TableRow]) -> list[Question]:
+def _guard_texts(rows: Iterable[TableRow]) -> list[Conversation]:
     """Return the texts outside the domain: every second one is scored, the others limit edits."""
     texts = []
     for number, row in enumerate(shuffled(rows)):
-        text = Question(
+        text = Conversation(
             id=row["id"],
             language=row["language"],
             split=Split.GUARD_VALIDATION if number % 2 else Split.GUARD,
@@ -201,13 +165,15 @@ def _guard_texts(rows: Iterable[TableRow]) -> list[Question]:
     return texts
 
 
-def _require_every_split(questions: Iterable[Question], *, index: Path, heldout: Path) -> None:
+def _require_every_split(
+    conversations: Iterable[Conversation], *, index: Path, heldout: Path
+) -> None:
     """Refuse texts of which a split in the domain has none.
 
     Raises:
         RecipeError: naming the file and the empty splits.
     """
-    empty = {Split.FIT, Split.VALIDATION, Split.HELDOUT} - {q.split for q in questions}
+    empty = {Split.FIT, Split.VALIDATION, Split.HELDOUT} - {q.split for q in conversations}
     if empty:
         path = heldout if empty == {Split.HELDOUT} else index
         raise RecipeError(f"{path}: too few different texts: {', '.join(sorted(empty))} has none.")

@@ -1,0 +1,78 @@
+"""Conversations: the texts of a run, whatever they are about and whatever file they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from rotdistill_core.data.splits import Split
+from rotdistill_core.store.hashing import digest
+
+OWN_ANSWER = ".own"
+"""Ending of the id of a conversation that the teacher answers once more, itself."""
+
+
+class Claim(NamedTuple):
+    """A statement that an answer may make."""
+
+    what: str
+    """The statement, in English."""
+    any: tuple[str, ...]
+    """Phrases in the question's language; an answer with one of them makes the statement."""
+
+
+class Turn(NamedTuple):
+    """What one side says."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One text of the samples: turns up to a question, and its answer.
+
+    Only the answer is learned and scored; the turns before it are its context. A plain text has no
+    question: models read its answer as it is, without a chat template.
+    """
+
+    id: str
+    language: str
+    split: Split
+    question: str
+    """The last turn before the answer, by the user; empty for a plain text."""
+    answer: str | None
+    """The answer, or None where the teacher writes it."""
+    topic: str = ""
+    """What it is about, such as the name of a place; empty if nobody says."""
+    earlier: tuple[Turn, ...] = ()
+    """The turns before the question: user and assistant in turn, the user first."""
+    system: str | None = None
+    """Its own system prompt; None for that of the samples."""
+    facts: tuple[Claim, ...] = ()
+    """What a complete answer states; for evaluators."""
+    falsehoods: tuple[Claim, ...] = ()
+    """Likely errors of an answer; for evaluators."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a plain text, which no template writes."""
+        return not self.question
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns before the answer, the question last; none of a plain text."""
+        return () if self.is_plain else (*self.earlier, Turn("user", self.question))
+
+    def system_under(self, style: str) -> str:
+        """Return its own system prompt, or that of the samples (`style`) if it has none."""
+        return style if self.system is None else self.system
+
+
+def facts_digest(conversations: Sequence[Conversation]) -> str:
+    """Return the hash of the facts and falsehoods of all conversations.
+
+    It is kept apart from that of the texts, because only evaluators see facts.
+    """
+    return digest([each.facts + each.falsehoods for each in conversations])
