@@ -104,6 +104,7 @@ class Executor:
         folder = loaded.folder(store.root)
         for recipe_step in loaded.steps:
             check_hook(recipe_step)
+        loaded.engine.check()
         self.observers = Observers(observer, recipe.observers, folder)
         for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
             resolve_device(ref.device)  # a missing one is an error now, not after a download
@@ -111,7 +112,8 @@ class Executor:
         for recipe_step in loaded.steps:
             check_models(recipe_step.step, pair)
         conversations, style = read_conversations(recipe.samples, loaded.path.parent)
-        inputs = run_inputs(recipe, pair, conversations, style)
+        engine = loaded.engine.key()
+        inputs = run_inputs(recipe, pair, conversations, style, engine)
         starts = newest_starts(store.ledgers(), folder.name)
         date = date_of_run(recipe.samples, inputs, starts, fresh)
         chats = run_chats(pair, conversations, style, date)
@@ -242,7 +244,14 @@ class Executor:
         run, recipe = self.context, self.loaded.recipe
         start = StartRecord(
             key=start_key(run.pair, samples.digest(), recipe.seed),
-            inputs=run_inputs(recipe, run.pair, run.conversations, run.style, run.chats.date),
+            inputs=run_inputs(
+                recipe,
+                run.pair,
+                run.conversations,
+                run.style,
+                self.loaded.engine.key(),
+                run.chats.date,
+            ),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
         )
         if start not in run.ledger:

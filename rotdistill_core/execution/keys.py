@@ -86,19 +86,26 @@ def keyed_chain(
 
 
 def run_inputs(
-    recipe: Recipe, pair: Pair, conversations: Sequence[Conversation], style: str, date: str = ""
+    recipe: Recipe,
+    pair: Pair,
+    conversations: Sequence[Conversation],
+    style: str,
+    engine: str,
+    date: str = "",
 ) -> dict[str, str]:
     """Return what a run starts from, by name.
 
     The hashes need no tokenizer and read a small part of the weights. A run records them with its
     `start_key`; where they are equal, that key and all keys after it are equal too. Of a device
-    only its type counts, as in keys. The date is that of the chat templates, if they write one.
+    only its type counts, as in keys. `engine` is the key of what answers in the teacher's name. The
+    date is that of the chat templates, if they write one.
     """
     refs = (recipe.teacher, recipe.student)
     return {
         **{role: model.fingerprint for role, model in pair.by_role.items()},
         "code": shared_code(pair),
         "texts": texts_digest(recipe, conversations, style),
+        "engine": engine,
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
         **({"date": date} if date else {}),

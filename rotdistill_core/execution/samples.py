@@ -20,9 +20,10 @@ from rotdistill_core.data.tokenization import (
     tokenize_texts,
 )
 from rotdistill_core.execution.context import RunContext
-from rotdistill_core.forward.answers import model_answers
+from rotdistill_core.execution.engines import teacher_answers
 from rotdistill_core.forward.rope import tables_by_length, transformers_config
 from rotdistill_core.planning.chats import Chats, chats_of, dated, position_limit, require_room
+from rotdistill_core.plugin.engine import Asked
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
 
@@ -152,19 +153,25 @@ def _with_common_tables(layout: PackedTexts, models: Iterable[Model]) -> PackedT
 
 
 def _teacher_answers(
-    run: RunContext, name: str, conversations: Iterable[Conversation], max_tokens: int
+    run: RunContext, name: str, conversations: Sequence[Conversation], max_tokens: int
 ) -> dict[str, list[int]]:
     """Return the teacher's greedy answers by question id; every run shares them."""
-    teacher = run.pair.teacher
-    asked = list(conversations)
-    if not asked:
+    if not conversations:
         return {}
-    prompts = prompt_tokens(teacher.tokenizer, run.style, asked, run.chats.teacher)
+    teacher, chat = run.pair.teacher, run.chats.teacher
+    prompts = prompt_tokens(teacher.tokenizer, run.style, conversations, chat)
     lengths = {name: len(prompt) for name, prompt in prompts.items()}
     require_room(lengths, max_tokens, teacher.config, teacher.ref.model)
+    asked = {
+        each.id: Asked(
+            prompt=tuple(prompts[each.id]),
+            max_tokens=max_tokens,
+            messages=tuple(chat.chat_of(each, run.style)),
+        )
+        for each in conversations
+    }
     started = time.monotonic()
-    out = run.output("answers")
-    answers = model_answers(teacher, prompts, max_tokens, out, f"teacher-{name}", run.progress)
+    answers = teacher_answers(run, asked, f"teacher-{name}")
     if answers.made:
         seconds = time.monotonic() - started
         run.log(f"  {'teacher':<12} {f'{answers.made} answers':<16} {seconds:6.1f} s")

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
@@ -28,11 +30,11 @@ from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.data.tokenization import shared_prefix_length
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.whole import has_window_below, is_beyond_rope_limit, whole_model
+from rotdistill_core.plugin.engine import Answer, Asked
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
     from rotdistill_core.checkpoint.weights import Weights
-    from rotdistill_core.forward.layerwise import Progress
 
 ROUNDING = 1e-3
 """Share of the largest logit by which a token may be below the best one; batches round."""
@@ -41,146 +43,136 @@ ROUNDING_STEPS = 8
 CONFIRMED_PER_CHUNK = 4
 """Answers of a chunk that a forward pass confirms."""
 
-Prompts = Mapping[str, Sequence[int]]
-"""Token ids by name."""
-
 
 @dataclass(frozen=True)
-class Decoding:
-    """Which model answers, where, and how long its answers may be."""
+class AnsweringModel:
+    """Which model answers or is answered for, and where it computes."""
 
     folder: Path
     """Its folder, for the tokenizer and the tokens that end an answer."""
     weights: Weights
-    """The model that answers."""
-    max_tokens: int
-    """Most tokens of an answer."""
+    """The model."""
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: Model, max_tokens: int) -> Decoding:
+    def of(cls, model: Model) -> AnsweringModel:
         """Return how an opened model answers by itself."""
-        return cls(model.folder, model.weights, max_tokens, model.device, model.dtype)
+        return cls(model.folder, model.weights, model.device, model.dtype)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return load_tokenizer(self.folder)
 
-class AnswerChunk(NamedTuple):
-    """Answers that are made and kept together."""
+    @cached_property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer; there may be none."""
+        return frozenset(stop_tokens(self.folder, self.weights, self.tokenizer))
 
-    answers: dict[str, list[int]]
-    """Name of the prompt -> tokens up to and with the first end-of-turn token."""
-    at_once: int
-    """Most prompts that were answered at once, at the end of the chunk."""
+    def require_known_tokens(self, tokens: Sequence[int], what: str) -> None:
+        """Refuse tokens that have no row in the embedding; `what` names the text.
 
-
-class _Loaded(NamedTuple):
-    """A model that is ready to answer."""
-
-    model: Any
-    stops: set[int]
-    """Tokens that end an answer."""
-    settings: GenerationConfig
-    one_length: bool
-    """Whether prompts of a batch must have one length, because padding would count."""
+        Raises:
+            SetupError: naming the token and the rows.
+        """
+        require_known_tokens(self.folder, self.weights, tokens, what)
 
 
 def greedy_answers(
-    decoding: Decoding, prompts: Prompts, progress: Progress
+    model: AnsweringModel, prompts: Mapping[str, Sequence[int]], max_tokens: int
 ) -> dict[str, list[int]]:
     """Return the greedy continuation of each prompt, and keep nothing on disk.
 
     `rotdistill_core.forward.answers` keeps what is made.
 
     Args:
-        decoding: the model and the length of its answers.
+        model: what answers.
         prompts: token ids by name; at least one prompt.
-        progress: called before each batch.
+        max_tokens: most tokens of an answer.
 
     Returns:
         The tokens of each answer, up to and with the first end-of-turn token.
 
     Raises:
-        SetupError, CheckFailed: see `AnswerWriter.write`.
+        SetupError, CheckFailed: see `AnswerWriter.answers`.
     """
+    asked = {name: Asked(tuple(prompt), max_tokens) for name, prompt in prompts.items()}
+    writer = AnswerWriter(model, lambda _: None)
     answers: dict[str, list[int]] = {}
-
-    def warn(line: str) -> None:
-        progress(len(answers), len(prompts), line)
-
-    writer = AnswerWriter(decoding, prompts, progress, warn)
-    at_once = ANSWERS_AT_ONCE
-    for names in chunks_of(prompts):
-        made, at_once = writer.write(names, at_once, done=len(answers))
-        answers |= made
+    for names in writer.chunks(asked):
+        for name, answer in writer.answers({name: asked[name] for name in names}):
+            answers[name] = list(answer.tokens)
     return answers
 
 
-def chunks_of(prompts: Prompts) -> list[list[str]]:
-    """Return the names of the prompts of each chunk, short prompts first."""
-    names = sorted(prompts, key=lambda name: len(prompts[name]))
-    return [names[k : k + ANSWERS_PER_CHUNK] for k in range(0, len(names), ANSWERS_PER_CHUNK)]
-
-
 class AnswerWriter:
-    """Answers prompts greedily. The model is loaded once, for the first chunk that is written.
+    """Answers prompts by a model in this process. It is loaded once, for the first answers.
 
-    The prefix that all prompts share (the system prompt) is computed once.
+    The prefix that all prompts of a chunk share (the system prompt) is computed once.
 
     Args:
-        decoding: the model and the length of its answers.
-        prompts: all prompts; at least one.
-        progress: called before each batch with the number of answers so far.
-        warn: takes one line when memory runs out.
+        model: what answers.
+        log: takes one line when memory runs out.
     """
 
-    def __init__(
-        self,
-        decoding: Decoding,
-        prompts: Prompts,
-        progress: Progress,
-        warn: Callable[[str], None],
-    ) -> None:
-        self.decoding = decoding
-        self.prompts = prompts
-        self.progress = progress
-        self.warn = warn
-        self._shared = shared_prefix_length(list(prompts.values()))
+    def __init__(self, model: AnsweringModel, log: Callable[[str], None]) -> None:
+        self.model = model
+        self.log = log
+        self.at_once = ANSWERS_AT_ONCE
+        self.about = {
+            "engine": "transformers",
+            "version": transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+        }
 
-    def write(self, names: Sequence[str], at_once: int, done: int) -> AnswerChunk:
-        """Answer the prompts of a chunk.
+    def chunks(self, asked: Mapping[str, Asked]) -> list[list[str]]:
+        """Return the names of the prompts of each chunk, short prompts first."""
+        names = sorted(asked, key=lambda name: len(asked[name].prompt))
+        return [names[k : k + ANSWERS_PER_CHUNK] for k in range(0, len(names), ANSWERS_PER_CHUNK)]
+
+    def answers(self, asked: Mapping[str, Asked]) -> Iterator[tuple[str, Answer]]:
+        """Yield the answers to the prompts of a chunk.
 
         When the memory of the device runs out, half as many prompts are answered at once from
         there on.
 
         Args:
-            names: the prompts, short ones first.
-            at_once: most prompts that are answered at once.
-            done: prompts that were answered before, for the progress.
+            asked: the prompts by name, short ones first.
 
         Raises:
             SetupError: the device has no memory for the model, or for a single prompt; the model
                 cannot be built; or a prompt has tokens, or a length, that it does not know.
             CheckFailed: an answer is not what the model's own forward pass gives.
         """
+        for name, each in asked.items():
+            self.model.require_known_tokens(each.prompt, f"the text {name!r}")
+        self._asked = asked
+        self._shared = shared_prefix_length([list(each.prompt) for each in asked.values()])
+        self.__dict__.pop("_prefix_cache", None)
         answers: dict[str, list[int]] = {}
         first_of_batches: list[str] = []
-        for group in self._groups(names):
+        for group in self._groups(list(asked)):
             waiting = group
             while waiting:
-                batch = waiting[:at_once]
-                done_now = done + len(answers)
-                self.progress(done_now, len(self.prompts), "questions are answered")
+                batch = waiting[: self.at_once]
                 made = self._answers_that_fit(batch)
                 if made is None:
-                    at_once = self._half_of(batch)
+                    self.at_once = self._half_of(batch)
                     continue
                 answers |= made
+                for name in batch:
+                    yield name, self._answer(made[name])
                 # The shortest prompt of a batch has the most padding.
                 first_of_batches.append(batch[0])
                 waiting = waiting[len(batch) :]
-        for name in _some_of([*first_of_batches, names[-1]]):
+        for name in _some_of([*first_of_batches, list(asked)[-1]]):
             self._confirm(name, answers[name])
-        return AnswerChunk(answers, at_once)
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        return Answer(tokens, "stop" if tokens[-1] in self.model.stops else "length")
 
     def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Yield the prompts that may share a batch.
@@ -188,19 +180,21 @@ class AnswerWriter:
         A sliding window counts padding as tokens: with one, they have one length. Prompts beyond
         the limit of the rotary tables have other tables than those below.
         """
-        loaded = self._loaded
+        asked = self._asked
+        longest = max(len(each.prompt) + each.max_tokens for each in asked.values())
+        one_length = has_window_below(self._loaded, longest)
 
-        def group(name: str) -> tuple[int, bool]:
-            length = len(self.prompts[name]) if loaded.one_length else 0
-            return length, self._is_beyond(name)
+        def group(name: str) -> tuple[int, bool, int]:
+            length = len(asked[name].prompt) if one_length else 0
+            return length, self._is_beyond(name), asked[name].max_tokens
 
         for _, members in groupby(names, group):
             yield list(members)
 
     def _is_beyond(self, name: str) -> bool:
-        prompt = len(self.prompts[name])
-        where = f"{self.decoding.folder}: text {name!r}"
-        return is_beyond_rope_limit(self._loaded.model, prompt, self.decoding.max_tokens, where)
+        asked = self._asked[name]
+        where = f"{self.model.folder}: text {name!r}"
+        return is_beyond_rope_limit(self._loaded, len(asked.prompt), asked.max_tokens, where)
 
     def _answers_that_fit(self, names: Sequence[str]) -> dict[str, list[int]] | None:
         """Return the answers to a batch; None if the device has no memory for it."""
@@ -217,36 +211,28 @@ class AnswerWriter:
             SetupError: it was a single prompt.
         """
         torch.cuda.empty_cache()  # so that blocks of other sizes fit; nothing without CUDA
-        decoding = self.decoding
         if len(names) == 1:
-            tokens = len(self.prompts[names[0]])
+            asked = self._asked[names[0]]
             raise _too_large(
-                decoding,
-                f"one prompt of {tokens} tokens with an answer of up to {decoding.max_tokens}",
+                self.model,
+                f"one prompt of {len(asked.prompt)} tokens with an answer of up to "
+                f"{asked.max_tokens}",
             )
         half = len(names) // 2
-        self.warn(
-            f"{decoding.folder}: the memory of {decoding.device} does not hold {len(names)} "
+        self.log(
+            f"{self.model.folder}: the memory of {self.model.device} does not hold {len(names)} "
             f"answers at once; it goes on with {half}."
         )
         return half
 
     @cached_property
-    def _loaded(self) -> _Loaded:
+    def _loaded(self) -> Any:
         disable_progress_bar()
-        decoding = self.decoding
-        for name, prompt in self.prompts.items():
-            require_known_tokens(decoding.folder, decoding.weights, prompt, f"the text {name!r}")
-        tokenizer = load_tokenizer(decoding.folder)
-        stops = stop_tokens(decoding.folder, decoding.weights, tokenizer)
+        model = self.model
         try:
-            model = whole_model(decoding.weights, decoding.device, decoding.dtype)
+            return whole_model(model.weights, model.device, model.dtype)
         except torch.OutOfMemoryError as error:
-            raise _too_large(decoding, "the model") from error
-        settings = greedy_settings(tokenizer, stops, decoding.max_tokens)
-        model.generation_config = settings
-        longest = max(map(len, self.prompts.values())) + decoding.max_tokens
-        return _Loaded(model, stops, settings, has_window_below(model, longest))
+            raise _too_large(model, "the model") from error
 
     @cached_property
     @torch.no_grad()
@@ -254,16 +240,17 @@ class AnswerWriter:
         """Keys and values of the tokens that all prompts share; None if they share none."""
         if not self._shared:
             return None
-        tokens = list(next(iter(self.prompts.values())))[: self._shared]
-        return self._loaded.model(
-            torch.tensor([tokens], device=self.decoding.device), use_cache=True
+        tokens = list(next(iter(self._asked.values())).prompt)[: self._shared]
+        return self._loaded(
+            torch.tensor([tokens], device=self.model.device), use_cache=True
         ).past_key_values
 
     @torch.no_grad()
     def _answers(self, names: Sequence[str]) -> dict[str, list[int]]:
         """Return the answers to a batch."""
-        model, stops, settings, *_ = self._loaded
-        prompts = [self.prompts[name] for name in names]
+        asked = [self._asked[name] for name in names]
+        prompts = [each.prompt for each in asked]
+        settings = greedy_settings(self.model.tokenizer, self.model.stops, asked[0].max_tokens)
         # Beyond the limit of the rotary tables, the prefix alone would have other ones.
         is_shared = not self._is_beyond(names[0])
         shared = self._shared if is_shared else 0
@@ -271,26 +258,26 @@ class AnswerWriter:
         cache = copy.deepcopy(self._prefix_cache) if is_shared else None
         if cache is not None:
             cache.batch_repeat_interleave(len(names))
-        generated = model.generate(
-            input_ids=ids.to(self.decoding.device),
-            attention_mask=mask.to(self.decoding.device),
+        generated = self._loaded.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
             past_key_values=cache,
             generation_config=settings,
         )
         continuations = generated[:, ids.shape[1] :].tolist()
         return {
-            name: _until_stop(tokens, stops)
+            name: _until_stop(tokens, self.model.stops)
             for name, tokens in zip(names, continuations, strict=True)
         }
 
     def _confirm(self, name: str, answer: Sequence[int]) -> None:
         try:
-            problem = unconfirmed_token(self._loaded.model, self.prompts[name], answer)
+            problem = unconfirmed_token(self._loaded, self._asked[name].prompt, answer)
         except torch.OutOfMemoryError as error:
-            tokens = len(self.prompts[name]) + len(answer)
-            raise _too_large(self.decoding, f"one text of {tokens} tokens") from error
+            tokens = len(self._asked[name].prompt) + len(answer)
+            raise _too_large(self.model, f"one text of {tokens} tokens") from error
         if problem:
-            raise CheckFailed(f"{self.decoding.folder}: the answer to {name!r}: {problem}")
+            raise CheckFailed(f"{self.model.folder}: the answer to {name!r}: {problem}")
 
 
 @torch.no_grad()
@@ -332,10 +319,10 @@ def _some_of(names: Sequence[str]) -> list[str]:
     return [different[k * (len(different) - 1) // (count - 1)] for k in range(count)]
 
 
-def _too_large(decoding: Decoding, what: str) -> SetupError:
+def _too_large(model: AnsweringModel, what: str) -> SetupError:
     """Return the error to raise when something does not fit into the memory of the device."""
     return SetupError(
-        f"{decoding.folder}: the memory of {decoding.device} does not hold {what}. Free memory "
+        f"{model.folder}: the memory of {model.device} does not hold {what}. Free memory "
         "there, ask for shorter answers, take a smaller model or dtype, or let this model compute "
         'on the CPU (device = "cpu").'
     )
@@ -347,7 +334,7 @@ def stop_tokens(folder: Path, weights: Weights, tokenizer: Any) -> set[int]:
     return ends if tokenizer.eos_token_id is None else {*ends, tokenizer.eos_token_id}
 
 
-def greedy_settings(tokenizer: Any, stops: set[int], max_tokens: int) -> GenerationConfig:
+def greedy_settings(tokenizer: Any, stops: AbstractSet[int], max_tokens: int) -> GenerationConfig:
     """Return settings of greedy generation; nothing of the folder's own settings is used.
 
     Args:
@@ -384,7 +371,7 @@ def _pad_after_prefix(
     return ids, mask
 
 
-def _until_stop(tokens: list[int], stops: set[int]) -> list[int]:
+def _until_stop(tokens: list[int], stops: AbstractSet[int]) -> list[int]:
     """Return the tokens up to and with the first stop token."""
     for j, token in enumerate(tokens):
         if token in stops:

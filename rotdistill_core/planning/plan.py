@@ -239,7 +239,8 @@ def build_plan(
     start = _start_context(recipe, models, conversations, style, machine)
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root, log).ledgers(), folder.name)
-    inputs = _inputs(recipe, models, conversations, style)
+    loaded.engine.check()
+    inputs = _inputs(loaded, models, conversations, style)
     day = date_of_run(recipe.samples, inputs, index.starts, fresh)
     chats, notes = _chats(recipe, models, conversations, style, day)
     teacher = models["teacher"].folder
@@ -372,7 +373,7 @@ def _chats(
 
 
 def _inputs(
-    recipe: Recipe,
+    loaded: ResolvedRecipe,
     models: Mapping[str, ModelInfo],
     conversations: Sequence[Conversation],
     style: str,
@@ -382,7 +383,7 @@ def _inputs(
     if len(opened) < len(models):
         return None
     pair = Pair(opened["teacher"], opened["student"], opened.get("anchor"))
-    return run_inputs(recipe, pair, conversations, style)
+    return run_inputs(loaded.recipe, pair, conversations, style, loaded.engine.key())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 
 A hook only ever gains arguments, and an implementation may take fewer than there are.
 
-Plugin modules implement `steps`, `adapters`, `commands` or `locate`. Step classes implement exactly
+Plugin modules implement `steps`, `adapters`, `engines`, `commands` or `locate`. Engine classes
+implement `connect`. Step classes implement exactly
 one of the six stage hooks (`capture`, `align`, `refine`, `fold`, `style`, `evaluate`); the executor
 calls it on the step of a recipe, and a result of None is an error. Observer modules implement the
 hooks from `before_step` on. They are ordinary pluggy hooks, so hook wrappers work. An observer that
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from rotdistill_core.evaluation.rows import MetricRow, Variant
     from rotdistill_core.execution.outcome import RunResult
     from rotdistill_core.forward.activations import ActivationStore
+    from rotdistill_core.forward.generate import AnsweringModel
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.linalg.maps import Maps
+    from rotdistill_core.plugin.engine import Answering
     from rotdistill_core.recipe.resolved import ResolvedRecipe
     from rotdistill_core.store.output import StepOutput
 
@@ -62,6 +65,23 @@ class HookSpecs:
 
         Called when a recipe's model starts or ends with the name of the plugin's entry point (group
         `rotdistill.sources`), such as `hub:` or `.gguf`. `log` prints one line for the user.
+        """
+
+    @hookspec
+    def engines(self) -> Sequence[type]:
+        """Return the engine classes of this plugin, each decorated with `@engine`.
+
+        Called once, when the table `[engine]` of a recipe names one of them.
+        """
+
+    @hookspec(firstresult=True)
+    def connect(self, model: AnsweringModel, folder: Path, log: Callable[[str], None]) -> Answering:
+        """Return the engine with a model, ready to answer.
+
+        Called on the engine of the recipe when answers of the teacher are missing. Nothing heavy
+        should happen before the first answer is asked for: weights are loaded and servers are
+        asked then. `model` is the teacher as it lies here; an engine that asks elsewhere needs its
+        tokenizer alone. Paths in options are relative to `folder`. `log` prints one line.
         """
 
     @hookspec(firstresult=True)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
+
+CORE_DISTRIBUTION = "rotdistill"
+"""The distribution of the core."""
+CORE_PACKAGE = "rotdistill_core"
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ def origin_of(point: EntryPoint) -> Origin:
     """Return the origin of an entry point; a question mark stands for what its distribution does
     not say."""
     installed = point.dist
+    if installed is None and point.module.partition(".")[0] == CORE_PACKAGE:
+        return Origin(point.name, CORE_DISTRIBUTION, version(CORE_DISTRIBUTION), point.value)
     return Origin(
         name=point.name,
         distribution=installed.name if installed else "?",

@@ -1,9 +1,10 @@
 """Which plugins are installed, and how one is loaded.
 
-Plugins are entry points in five groups: `rotdistill` (the name is a step's `use`),
+Plugins are entry points in six groups: `rotdistill` (the name is a step's `use`),
 `rotdistill.adapters` (a `model_type`), `rotdistill.sources` (an ending or a scheme of a model
-reference, like `.gguf` or `hub:`), `rotdistill.observers` and `rotdistill.commands` (a verb of the
-command line).
+reference, like `.gguf` or `hub:`), `rotdistill.engines` (an engine's `use`),
+`rotdistill.observers` and `rotdistill.commands` (a verb of the command line). One engine is of the
+core itself (`CORE_PLUGINS`).
 
 Only plugins that a recipe names are imported. An installed but broken or hostile plugin cannot
 touch a run that does not use it.
@@ -25,25 +26,35 @@ from rotdistill_core.plugin.step import use_of, validator_of
 
 if TYPE_CHECKING:
     from rotdistill_core.architecture.table import Adapter
+    from rotdistill_core.forward.generate import AnsweringModel
+    from rotdistill_core.plugin.engine import Answering
+    from rotdistill_core.recipe.resolved import RecipeEngine
 
 STEPS = "rotdistill"
 ADAPTERS = "rotdistill.adapters"
 SOURCES = "rotdistill.sources"
+ENGINES = "rotdistill.engines"
 OBSERVERS = "rotdistill.observers"
 COMMANDS = "rotdistill.commands"
 KINDS = {
     STEPS: "step",
     ADAPTERS: "adapter for model type",
     SOURCES: "source for models that are",
+    ENGINES: "engine",
     OBSERVERS: "observer",
     COMMANDS: "verb",
 }
 """Group of entry points -> what messages call its plugins."""
+CORE_PLUGINS = (
+    EntryPoint(name="transformers", value="rotdistill_core.forward.engine", group=ENGINES),
+)
+"""What the core offers itself. Variants are answered by this engine, whatever a recipe names."""
 INSTALL_ALL = "`pip install 'rotdistill[all]'` installs the plugins of this project."
 SHORT_KINDS = {
     STEPS: "step",
     ADAPTERS: "adapter",
     SOURCES: "source",
+    ENGINES: "engine",
     OBSERVERS: "observer",
     COMMANDS: "verb",
 }
@@ -58,7 +69,12 @@ def plugin_manager() -> pluggy.PluginManager:
 
 def installed_plugins(group: str) -> list[str]:
     """Return the names that installed distributions offer in `group`, imported or not."""
-    return sorted({point.name for point in entry_points(group=group)})
+    return sorted({point.name for point in _points(group)})
+
+
+def _points(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group, and what the core offers itself."""
+    return [*entry_points(group=group), *(each for each in CORE_PLUGINS if each.group == group)]
 
 
 def find_plugin(group: str, name: str) -> EntryPoint:
@@ -71,7 +87,8 @@ def find_plugin(group: str, name: str) -> EntryPoint:
     # The same distribution is listed twice when it is found through two entries of sys.path.
     points = {
         (origin_of(point).distribution, point.value): point
-        for point in entry_points(group=group, name=name)
+        for point in _points(group)
+        if point.name == name
     }
     if len(points) > 1:
         both = " and ".join(sorted({distribution for distribution, _ in points}))
@@ -128,7 +145,7 @@ def _offers(
     return offers, origin
 
 
-def _step_names(cls: type) -> list[str]:
+def _options_names(cls: type) -> list[str]:
     name = use_of(cls)
     validator_of(cls)  # options that cannot be validated are the plugin's fault, so they fail here
     return [name]
@@ -136,9 +153,17 @@ def _step_names(cls: type) -> list[str]:
 
 def step_class(name: str) -> tuple[type, Origin]:
     """Return the step class that recipes call `name`, and its origin."""
-    classes, origin = _offers(STEPS, name, "steps", _step_names)
+    classes, origin = _offers(STEPS, name, "steps", _options_names)
     if name not in classes:
         raise PluginError(f'plugin "{name}" of {origin.release} offers no step of that name.')
+    return classes[name], origin
+
+
+def engine_class(name: str) -> tuple[type, Origin]:
+    """Return the engine class that recipes call `name`, and its origin."""
+    classes, origin = _offers(ENGINES, name, "engines", _options_names)
+    if name not in classes:
+        raise PluginError(f'plugin "{name}" of {origin.release} offers no engine of that name.')
     return classes[name], origin
 
 
@@ -170,13 +195,33 @@ def locate_source(kind: str, reference: str, log: Callable[[str], None]) -> Path
     return manager.hook.locate(reference=reference, log=log)  # type: ignore[no-any-return]
 
 
+def connected_engine(
+    engine: RecipeEngine, model: AnsweringModel, log: Callable[[str], None]
+) -> Answering:
+    """Return the engine of a recipe with a model, ready to answer.
+
+    Raises:
+        PluginError: its hook gives None.
+        RotdistillError: it cannot answer in the name of this model.
+    """
+    manager = plugin_manager()
+    manager.register(engine.engine)
+    answering = manager.hook.connect(model=model, folder=engine.folder, log=log)
+    if answering is None:
+        raise PluginError(
+            f'engine "{engine.origin.name}" of {engine.origin.release}: `connect` gives None.'
+        )
+    return answering  # type: ignore[no-any-return]
+
+
 class InstalledPlugin(NamedTuple):
     """One line of the list of plugins."""
 
     kind: str
     origin: Origin
     content: type | str
-    """A step's class, the first line of another plugin's docstring, or why it cannot be loaded."""
+    """The class of a step or an engine, the first line of another plugin's docstring, or why it
+    cannot be loaded."""
 
 
 def iter_plugins() -> Iterator[InstalledPlugin]:
@@ -190,8 +235,8 @@ def iter_plugins() -> Iterator[InstalledPlugin]:
 
 
 def _described(group: str, kind: str, name: str) -> InstalledPlugin:
-    if group == STEPS:
-        cls, origin = step_class(name)
+    if group in (STEPS, ENGINES):
+        cls, origin = (step_class if group == STEPS else engine_class)(name)
         return InstalledPlugin(kind, origin, cls)
     module, origin = load_plugin(group, name)
     return InstalledPlugin(kind, origin, (module.__doc__ or "").strip().partition("\n")[0])

@@ -23,10 +23,8 @@ from urllib.parse import unquote
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from rotdistill_core.plugin.origin import Origin
+from rotdistill_core.plugin.origin import CORE_DISTRIBUTION, CORE_PACKAGE, Origin
 
-CORE_PACKAGE = "rotdistill_core"
-CORE_DISTRIBUTION = "rotdistill"
 NO_FIGURES = tuple(
     f"{CORE_PACKAGE}.{part}"
     for part in ("cli", "errors", "evaluation.metrics", "planning", "plugin", "terminal", "testing")

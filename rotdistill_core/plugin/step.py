@@ -76,16 +76,21 @@ def step(cls: type[StepType]) -> type[StepType]:
     Raises:
         PluginError: `cls` has no field `use`, or does not implement exactly one stage hook.
     """
+    made = options_class(cls)
+    use_of(made)
+    stage_of(made)
+    return made
+
+
+def options_class(cls: type[StepType]) -> type[StepType]:
+    """Make `cls` a frozen dataclass of keyword-only options that pydantic can validate strictly."""
     config = ConfigDict(
         extra="forbid",
         use_attribute_docstrings=True,
         arbitrary_types_allowed=True,
         allow_inf_nan=False,
     )
-    made = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(with_config(config)(cls))
-    use_of(made)
-    stage_of(made)
-    return made
+    return dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(with_config(config)(cls))
 
 
 def stage_of(cls: type) -> str:
@@ -140,10 +145,10 @@ def use_of(cls: type) -> str:
         PluginError: it is no step class, or has no such field.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise PluginError(f"{cls!r} is no step; a step is a class made with @step.")
+        raise PluginError(f"{cls!r} is no class made with @step or @engine.")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     if "use" not in fields or not isinstance(fields["use"].default, str):
-        raise PluginError(f'step {cls.__name__} needs a field `use: Literal["name"] = "name"`.')
+        raise PluginError(f'{cls.__name__} needs a field `use: Literal["name"] = "name"`.')
     return fields["use"].default
 
 
@@ -164,9 +169,7 @@ def _validator(cls: Any) -> TypeAdapter[Any]:
         adapter = TypeAdapter(cls)
         adapter.rebuild()  # pydantic defers types that it cannot resolve; here that must fail
     except (PydanticUserError, PydanticUndefinedAnnotation) as error:
-        raise PluginError(
-            f"the options of step {cls.__name__} cannot be validated: {error}"
-        ) from error
+        raise PluginError(f"the options of {cls.__name__} cannot be validated: {error}") from error
     return adapter
 
 

@@ -10,6 +10,10 @@ REPLACED_WHOLE = ("variants",)
 """Tables that a child replaces whole; it merges the others with its parent's, key by key."""
 
 
+ENGINE = "engine"
+"""The table whose keys are options of what its `use` names, as those of a step are."""
+
+
 @dataclass(frozen=True)
 class Inherited:
     """What the tables of a recipe no longer show about the recipe that it extends."""
@@ -64,8 +68,10 @@ def extended(child: Mapping[str, Any], parent: Mapping[str, Any]) -> dict[str, A
     """
     merged = {**parent, **child}
     for key in parent.keys() & child.keys() - {*REPLACED_WHOLE}:
-        if isinstance(parent[key], dict) and isinstance(child[key], dict):
-            merged[key] = {**parent[key], **child[key]}
+        own, other = child[key], parent[key]
+        if isinstance(other, dict) and isinstance(own, dict):
+            # Options of one engine mean nothing to another.
+            merged[key] = own if key == ENGINE and not _same_method(own, other) else other | own
     return merged
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from rotdistill_core.errors import (
     format_validation_errors,
     suggest,
 )
+from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.registry import (
+    ENGINES,
     OBSERVERS,
     STEPS,
+    engine_class,
     installed_plugins,
     load_plugin,
     step_class,
@@ -35,6 +38,7 @@ from rotdistill_core.plugin.registry import (
 from rotdistill_core.plugin.step import validator_of
 from rotdistill_core.recipe.document import NAME_PATTERN, Document, Recipe
 from rotdistill_core.recipe.extends import (
+    ENGINE,
     Inherited,
     extended,
     extended_steps,
@@ -42,7 +46,7 @@ from rotdistill_core.recipe.extends import (
     named_steps,
     step_id,
 )
-from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.recipe.resolved import RecipeEngine, RecipeStep, ResolvedRecipe
 from rotdistill_core.store.plain import read_bytes
 
 MAX_BYTES = 1_000_000
@@ -60,6 +64,15 @@ MIXED = (
     "over none."
 )
 """Added to what is wrong with a step that has options of two recipes."""
+
+DEFAULT_ENGINE = "transformers"
+SECRET_KEYS = {"key", "api_key", "apikey", "authorization", "bearer", "password", "secret", "token"}
+SECRET_VALUE = re.compile(r"(sk|pk|rk|hf|gsk|xai|ghp|nvapi)[-_]\S{8,}|Bearer\s", re.IGNORECASE)
+"""How keys of servers begin."""
+NO_SECRETS = (
+    "a secret has no place in a recipe, which every run keeps. Put it into an environment variable "
+    'and name that one: key_env = "NAME".'
+)
 
 Overrides = Sequence[str] | Mapping[str, object]
 """`["chop.layers=24"]` as on the command line, or `{"chop.layers": 24}`."""
@@ -123,21 +136,22 @@ def resolve_recipe(
     if len(left_out) == len(ids):
         problems.insert(0, NO_STEPS)
     tables.pop("step", None)
+    engine, engine_problems = _parse_engine(path.parent, tables.pop(ENGINE, {}))
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
         problems += format_validation_errors(error, tables, _known_keys())
     steps, step_problems = _parse_steps(step_tables, taken_over.mixed_steps)
-    problems += step_problems
+    problems += [*step_problems, *engine_problems]
     problems += first_few(_observer_problems(tables))
     problems += first_few(_variant_problems(tables, ids))
     if recipe is not None:
         problems += _marked_problems(recipe)
-    if problems or recipe is None:
+    if problems or recipe is None or engine is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
     kept = tuple(step for step in steps if step.id not in left_out)
-    return ResolvedRecipe(path, text, recipe, kept, left_out)
+    return ResolvedRecipe(path, text, recipe, kept, engine, left_out)
 
 
 def _read(path: Path) -> str:
@@ -289,8 +303,8 @@ def _override(
         return [_write_as(f"{where:.{LONGEST_NAME}}")]
     first, *rest = parts
     step = next((table for table in steps if step_id(table) == first), None)
-    if step is None and first not in Recipe.model_fields:
-        known = [*(str(step_id(table)) for table in steps), *Recipe.model_fields]
+    if step is None and first not in (*Recipe.model_fields, ENGINE):
+        known = [*(str(step_id(table)) for table in steps), *Recipe.model_fields, ENGINE]
         return [f'{where}: no step or table is called "{first}".{suggest(first, known)}']
     inner: Any = tables if step is None else step
     path = parts if step is None else rest
@@ -364,18 +378,66 @@ def _parse_step(name: str, use: str, options: Mapping[str, Any]) -> RecipeStep:
     Raises:
         RecipeError: no plugin offers it, or options are wrong.
     """
+    return RecipeStep(name, *_plugin_with_options(step_class, use, options))
+
+
+def _plugin_with_options(
+    class_of: Callable[[str], tuple[type, Origin]], use: str, options: Mapping[str, Any]
+) -> tuple[Any, Origin]:
+    """Return what a plugin offers, with its options validated, and its origin.
+
+    Raises:
+        RecipeError: no plugin offers it, or options are wrong.
+    """
     try:
-        cls, origin = step_class(use)
+        cls, origin = class_of(use)
     except PluginError as error:
         raise RecipeError(str(error)) from error
     try:
         # As JSON: strictly validated Python values may not be lists where a tuple is declared.
         document = json.dumps(options, default=str)
-        step: Any = validator_of(cls).validate_json(document, strict=True)
+        made: Any = validator_of(cls).validate_json(document, strict=True)
     except ValidationError as error:
         fields = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
         raise RecipeError(*format_validation_errors(error, options, {(): fields})) from error
-    return RecipeStep(name, step, origin)
+    return made, origin
+
+
+def _parse_engine(folder: Path, table: object) -> tuple[RecipeEngine | None, list[str]]:
+    """Return the engine of a recipe, or what is wrong with its table.
+
+    Args:
+        folder: that of the recipe.
+        table: what the recipe has under `engine`; empty for the default.
+    """
+    if not isinstance(table, dict):
+        return None, ['engine: must be a table, such as [engine] with use = "transformers".']
+    if secrets := first_few(_secret_problems(table, "engine")):
+        return None, secrets
+    options = {"use": DEFAULT_ENGINE, **table}
+    use = options["use"]
+    if not isinstance(use, str):
+        return None, [f"engine.use: must be one of {', '.join(installed_plugins(ENGINES))}."]
+    try:
+        engine = RecipeEngine(*_plugin_with_options(engine_class, use, options), folder)
+    except RecipeError as error:
+        return None, [f"engine: {problem}" for problem in error.problems]
+    return engine, []
+
+
+def _secret_problems(value: object, where: str) -> Iterator[str]:
+    """Yield the places of secrets below a table, without the secrets."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if str(key).lower().replace("-", "_") in SECRET_KEYS:
+                yield f"{where}.{key}: {NO_SECRETS}"
+            else:
+                yield from _secret_problems(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _secret_problems(inner, where)
+    elif isinstance(value, str) and SECRET_VALUE.match(value):
+        yield f"{where}: {NO_SECRETS}"
 
 
 def _variant_problems(tables: Mapping[str, Any], ids: Sequence[Any]) -> Iterator[str]:
@@ -409,7 +471,9 @@ def _marked_problems(recipe: Recipe) -> Iterator[str]:
 
 def _known_keys() -> dict[tuple[str, ...], list[str]]:
     """Return the keys that a recipe may have, by the path of their table."""
-    known: dict[tuple[str, ...], list[str]] = {(): [*Recipe.model_fields, "step", "extends"]}
+    known: dict[tuple[str, ...], list[str]] = {
+        (): [*Recipe.model_fields, ENGINE, "step", "extends"]
+    }
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Document):
             known[name,] = list(field.annotation.model_fields)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core.plugin.engine import HasInputs, HasOptionChecks, settings_of
 from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.source_code import source_digest
 from rotdistill_core.plugin.step import changes_behaviour, inputs_of, is_exact, options_of, stage_of
@@ -51,6 +52,44 @@ class RecipeStep:
 
 
 @dataclass(frozen=True)
+class RecipeEngine:
+    """The engine of a recipe, which answers in the teacher's name."""
+
+    engine: Any
+    """An instance of the engine class; its fields are the options."""
+    origin: Origin
+    folder: Path
+    """The folder of the recipe, for paths in options."""
+
+    def key(self) -> str:
+        """Return the key of its answers, apart from those of model and prompts.
+
+        It covers options (where a server is does not count), plugin version, all code that the
+        plugin can reach, and what the options name.
+
+        Raises:
+            RecipeError: a file that the options name cannot be read.
+        """
+        inputs = self.engine.inputs(self.folder) if isinstance(self.engine, HasInputs) else ()
+        return digest(
+            settings_of(self.engine),
+            self.origin.distribution,
+            self.origin.version,
+            source_digest(self.origin),
+            *inputs,
+        )
+
+    def check(self) -> None:
+        """Let the engine refuse options that cannot work, before any work.
+
+        Raises:
+            RotdistillError: as the engine would later.
+        """
+        if isinstance(self.engine, HasOptionChecks):
+            self.engine.check(self.folder)
+
+
+@dataclass(frozen=True)
 class ResolvedRecipe:
     """A valid recipe with its steps."""
 
@@ -59,6 +98,7 @@ class ResolvedRecipe:
     """The TOML document as it was written."""
     recipe: Recipe
     steps: tuple[RecipeStep, ...]
+    engine: RecipeEngine
     left_out: tuple[str, ...] = ()
     """Ids of toggles that new variants, under `extends` or in an override, no longer name."""
 
@@ -74,7 +114,8 @@ class ResolvedRecipe:
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as JSON values, after `extends`, `--set` and defaults."""
         steps = [{"id": step.id, **options_of(step.step)} for step in self.steps]
-        return {**self.recipe.model_dump(mode="json"), "step": steps}
+        engine = options_of(self.engine.engine)
+        return {**self.recipe.model_dump(mode="json"), "engine": engine, "step": steps}
 
     def document(self) -> dict[str, Any]:
         """Return what a run keeps of its recipe: resolved, with its baseline and its headline.
@@ -84,8 +125,9 @@ class ResolvedRecipe:
         return {"baseline": self.baseline, "headline": self.headline, **self.resolved()}
 
     def digest(self) -> str:
-        """Return the sha256 of the resolved recipe."""
-        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+        """Return the sha256 of the resolved recipe, without what changes no result."""
+        tables = {**self.resolved(), "engine": settings_of(self.engine.engine)}
+        return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
     def folder(self, root: Path) -> Path:
         """Return the run's folder below `root`. The same recipe and options always have the same

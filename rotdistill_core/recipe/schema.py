@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import PydanticUserError
 
 from rotdistill_core.errors import PluginError
-from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
+from rotdistill_core.plugin.origin import Origin
+from rotdistill_core.plugin.registry import (
+    ENGINES,
+    STEPS,
+    engine_class,
+    installed_plugins,
+    step_class,
+)
 from rotdistill_core.plugin.step import validator_of
 from rotdistill_core.recipe.document import Recipe
 
@@ -39,17 +46,19 @@ def recipe_schema() -> dict[str, Any]:
     document = Recipe.model_json_schema(ref_template="#/$defs/{model}")
     defs: dict[str, Any] = document.setdefault("$defs", {})
     references = []
-    for name in installed_plugins(STEPS):
-        try:
-            one = validator_of(step_class(name)[0]).json_schema(ref_template="#/$defs/{model}")
-        except (PluginError, PydanticUserError):
-            continue  # a broken plugin does not take the others' schema away
-        defs.update(one.pop("$defs", {}))
+    for name, one in _schemas(STEPS, step_class, defs):
         one["properties"] |= STEP_KEYS
-        one["required"] = sorted({*one.get("required", []), "use"})
         defs[f"step.{name}"] = one
         references.append({"$ref": f"#/$defs/step.{name}"})
     defs["extending step"] = EXTENDING_STEP
+    engines = []
+    for name, one in _schemas(ENGINES, engine_class, defs):
+        defs[f"engine.{name}"] = one
+        engines.append({"$ref": f"#/$defs/engine.{name}"})
+    document["properties"]["engine"] = {
+        "anyOf": engines,
+        "description": "What answers for the teacher; by default the teacher itself, here.",
+    }
     references.append({"$ref": "#/$defs/extending step"})
     document["properties"]["step"] = {"type": "array", "items": {"anyOf": references}}
     document["properties"]["extends"] = {
@@ -59,6 +68,20 @@ def recipe_schema() -> dict[str, Any]:
     }
     document.pop("required", None)
     return _enums(document)  # type: ignore[no-any-return]
+
+
+def _schemas(
+    group: str, class_of: Callable[[str], tuple[type, Origin]], defs: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the schema of the options of each plugin of a group; what they share goes to `defs`."""
+    for name in installed_plugins(group):
+        try:
+            one = validator_of(class_of(name)[0]).json_schema(ref_template="#/$defs/{model}")
+        except (PluginError, PydanticUserError):
+            continue  # a broken plugin does not take the others' schema away
+        defs.update(one.pop("$defs", {}))
+        one["required"] = sorted({*one.get("required", []), "use"})
+        yield name, one
 
 
 def _enums(node: Any) -> Any:

@@ -90,9 +90,14 @@ class RunLayout:
         return self.folder / self.CHECKPOINTS
 
     @staticmethod
-    def answers(series: str, chunk: int) -> str:
-        """Return the name of one chunk of a series of greedy answers; chunks count from 0."""
-        return f"answers/{series}/{chunk:05d}.json"
+    def answer_chunks(series: str) -> str:
+        """Return how the names of all chunks of a series of answers begin."""
+        return f"answers/{series}/"
+
+    @classmethod
+    def answers(cls, series: str, chunk: int) -> str:
+        """Return the name of one chunk of a series of answers; chunks count from 0."""
+        return f"{cls.answer_chunks(series)}{chunk:05d}.json"
 
     @staticmethod
     def shard(side: str, boundary: int) -> str:

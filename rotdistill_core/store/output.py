@@ -113,6 +113,10 @@ class StepOutput:
         self.used[file.path] = file
         return self.store.root / file.path
 
+    def names(self, beginning: str) -> list[str]:
+        """Return the names of this step's committed files that begin so, sorted."""
+        return sorted(name for name in self._committed if name.startswith(beginning))
+
     def write(self, name: str, blocks: Blocks) -> Path:
         """Commit a file of this step and return its path.
 

@@ -143,10 +143,10 @@ BUGS = {
     "rows of a head": Bug(NormedRows.__getitem__, "self.device, ", "", HEAD),
     "next tokens": Bug(next_token_log_probs, "[rows + 1].to(device)", "[rows + 1]", HEAD),
     "questions": Bug(
-        AnswerWriter._answers, "mask=mask.to(self.decoding.device)", "mask=mask", CAPTURE
+        AnswerWriter._answers, "mask=mask.to(self.model.device)", "mask=mask", CAPTURE
     ),
     "prefix of the questions": Bug(
-        AnswerWriter._prefix_cache.func, ", device=self.decoding.device", "", CAPTURE
+        AnswerWriter._prefix_cache.func, ", device=self.model.device", "", CAPTURE
     ),
     "confirmed answers": Bug(unconfirmed_token, ", device=model.device", "", CAPTURE),
     "texts of the training": Bug(

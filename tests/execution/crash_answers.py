@@ -60,7 +60,7 @@ def forked(action: Callable[[], None]) -> int:
 def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:
     """Run the recipe in small chunks, note each batch, and die in the batch of a number."""
     generate.ANSWERS_PER_CHUNK = CHUNK
-    answers.ANSWERS_AT_ONCE = AT_ONCE
+    answers.ANSWERS_AT_ONCE = generate.ANSWERS_AT_ONCE = AT_ONCE
     time.monotonic = lambda: 0.0  # what is measured of steps is in results.jsonl
     plain: Callable[..., Any] = GenerationMixin.generate
     batches: list[Batch] = []

@@ -97,7 +97,7 @@ def test_a_run_on_another_gpu_has_the_same_inputs(
 
     def inputs(device: str) -> dict[str, str]:
         student = recipe.student.model_copy(update={"device": device})
-        return run_inputs(recipe.model_copy(update={"student": student}), pair, [], "")
+        return run_inputs(recipe.model_copy(update={"student": student}), pair, [], "", "engine")
 
     assert inputs("cuda:0") == inputs("cuda:1") == inputs("cuda")
     changed = inputs("cpu")

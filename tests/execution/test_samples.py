@@ -31,7 +31,7 @@ def test_texts_are_frozen_with_hashes_and_answers_are_shared(
     def answer_again(*_: object) -> None:
         raise AssertionError("the teacher has answered these questions")
 
-    monkeypatch.setattr("rotdistill_core.forward.generate.AnswerWriter.write", answer_again)
+    monkeypatch.setattr("rotdistill_core.forward.generate.AnswerWriter.answers", answer_again)
     assert executor("two").samples().digest() == samples.digest()
 
 

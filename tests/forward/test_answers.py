@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.errors import SetupError
-from rotdistill_core.forward.answers import KeptAnswers, kept_answers, model_answers
-from rotdistill_core.forward.generate import Decoding, chunks_of, greedy_answers
+from rotdistill_core.forward.answers import (
+    KeptAnswers,
+    asked_greedily,
+    kept_answers,
+    model_answers,
+)
+from rotdistill_core.forward.generate import AnsweringModel, AnswerWriter, greedy_answers
 from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
@@ -26,6 +32,7 @@ from rotdistill_core.testing import pico_folder, pico_model, pico_output
 CPU = torch.device("cpu")
 PROMPTS = {f"q{k}": [10, 11, *range(20, 23 + k)] for k in range(10)}
 """Ten prompts of ten lengths."""
+ASKED = asked_greedily(PROMPTS, 3)
 
 
 @pytest.fixture
@@ -59,12 +66,18 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return limit
 
 
-def decoding_of(folder: Path) -> Decoding:
-    return Decoding(folder, open_checkpoint(folder).weights, 3, CPU, torch.float32)
+def model_of(folder: Path) -> AnsweringModel:
+    return AnsweringModel(folder, open_checkpoint(folder).weights, CPU, torch.float32)
+
+
+def chunks_of(prompts: dict[str, list[int]]) -> list[list[str]]:
+    """Return how prompts are divided; the model is not looked at."""
+    writer = AnswerWriter(cast("Any", SimpleNamespace(device=CPU, dtype="")), print)
+    return writer.chunks(asked_greedily(prompts, 3))
 
 
 def answer(folder: Path, out: StepOutput) -> KeptAnswers:
-    return kept_answers(decoding_of(folder), PROMPTS, out, "s", quiet)
+    return kept_answers(AnswerWriter, model_of(folder), ASKED, out, "s", quiet)
 
 
 def quiet(*_: object) -> None:
@@ -96,7 +109,7 @@ def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     whole = answer(folder, pico_output(tmp_path / "runs"))
-    assert whole == (greedy_answers(decoding_of(folder), PROMPTS, quiet), 10)
+    assert (whole.tokens, whole.made) == (greedy_answers(model_of(folder), PROMPTS, 3), 10)
     files = committed(tmp_path)
     (tmp_path / "runs/run/answers/s/00000.json").unlink()
     (tmp_path / "runs/run/answers/s/00002.json").write_text("torn")
@@ -108,28 +121,28 @@ def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
 
     monkeypatch.setattr("rotdistill_core.forward.generate.whole_model", counted)
     batches.clear()
-    assert answer(folder, pico_output(tmp_path / "runs")) == (whole.tokens, 6)
+    assert answer(folder, pico_output(tmp_path / "runs")) == KeptAnswers(whole.answers, 6)
     assert batches == [4, 2]
     assert len(loads) == 1
     assert committed(tmp_path) == files
-    assert answer(folder, pico_output(tmp_path / "runs")) == (whole.tokens, 0)
+    assert answer(folder, pico_output(tmp_path / "runs")) == KeptAnswers(whole.answers, 0)
     assert len(loads) == 1
 
 
 def test_progress_counts_all_prompts(tmp_path: Path, batches: list[int]) -> None:
     folder = pico_folder(tmp_path / "model")
-    decoding = decoding_of(folder)
+    model = model_of(folder)
     reports: list[tuple[int, int]] = []
 
     def progress(done: int, total: int, _: str) -> None:
         reports.append((done, total))
 
-    kept_answers(decoding, PROMPTS, pico_output(tmp_path / "runs"), "s", progress)
-    assert reports == [(0, 10), (4, 10), (8, 10)]
+    kept_answers(AnswerWriter, model, ASKED, pico_output(tmp_path / "runs"), "s", progress)
+    assert reports == [(done, 10) for done in range(11)]
     (tmp_path / "runs/run/answers/s/00002.json").unlink()
     reports.clear()
-    kept_answers(decoding, PROMPTS, pico_output(tmp_path / "runs"), "s", progress)
-    assert reports == [(8, 10)]
+    kept_answers(AnswerWriter, model, ASKED, pico_output(tmp_path / "runs"), "s", progress)
+    assert reports == [(8, 10), (9, 10), (10, 10)]
 
 
 def test_other_prompts_or_lengths_or_models_are_other_answers(
@@ -152,13 +165,14 @@ def test_a_batch_that_does_not_fit_is_halved(
     tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
 ) -> None:
     folder = pico_folder(tmp_path / "model")
-    expected = greedy_answers(decoding_of(folder), PROMPTS, quiet)
+    expected = greedy_answers(model_of(folder), PROMPTS, 3)
     memory_for(1)
     batches.clear()
     lines: list[str] = []
     root = tmp_path / "runs"
     out = StepOutput(ArtifactStore(root, lines.append), Ledger(root / "run"), "key")
-    assert answer(folder, out) == (expected, 10)
+    kept = answer(folder, out)
+    assert (kept.tokens, kept.made) == (expected, 10)
     assert batches == [1] * 10  # of the batches that were computed
     assert [line.partition("does not hold")[2] for line in lines] == [
         " 4 answers at once; it goes on with 2.",

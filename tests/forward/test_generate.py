@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.errors import CheckFailed, SetupError
-from rotdistill_core.forward.generate import Decoding, greedy_answers, unconfirmed_token
+from rotdistill_core.forward.generate import AnsweringModel, greedy_answers, unconfirmed_token
 from rotdistill_core.forward.whole import has_window_below, whole_model
 from rotdistill_core.testing import pico_folder
 from rotdistill_core.testing.pico import PICO
@@ -28,13 +28,10 @@ def prompts(shared: int) -> dict[str, list[int]]:
     return {f"q{k}": [*prefix, *range(20 + 7 * k, 20 + 7 * k + n)] for k, n in enumerate(lengths)}
 
 
-def decoding(folder: Path, tokens: int) -> Decoding:
-    """Return how the model of a folder answers on the CPU in float32."""
-    return Decoding(folder, open_checkpoint(folder).weights, tokens, CPU, torch.float32)
-
-
-def quiet(*_: object) -> None:
-    """Show nothing."""
+def answered(folder: Path, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
+    """Return what the model of a folder answers on the CPU in float32."""
+    model = AnsweringModel(folder, open_checkpoint(folder).weights, CPU, torch.float32)
+    return greedy_answers(model, prompts, tokens)
 
 
 def greedy_alone(folder: Path, prompt: list[int], tokens: int) -> list[int]:
@@ -74,7 +71,7 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
 ) -> None:
     folder = pico_folder(tmp_path / "model", model_type, **changes)
     asked = prompts(shared)
-    answers = greedy_answers(decoding(folder, 6), asked, quiet)
+    answers = answered(folder, asked, 6)
     assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
 
 
@@ -111,7 +108,7 @@ def test_an_answer_that_no_forward_pass_confirms_is_refused_by_text(
     monkeypatch.setattr("rotdistill_core.forward.generate.has_window_below", lambda *_: False)
     folder = pico_folder(tmp_path / "model", model_type, **WINDOWS[model_type])
     with pytest.raises(CheckFailed, match=r"model: the answer to 'q0': its token \d") as caught:
-        greedy_answers(decoding(folder, 6), prompts(4), quiet)
+        answered(folder, prompts(4), 6)
     assert caught.value.exit_code == 4
 
 
@@ -142,7 +139,7 @@ ROPES: dict[str, dict[str, Any]] = {
 def test_answers_below_the_limit_of_rotary_tables_are_plain(tmp_path: Path, rope: str) -> None:
     folder = rope_folder(tmp_path, rope)
     asked = {name: prompt for name, prompt in prompts(4).items() if len(prompt) <= 10}
-    answers = greedy_answers(decoding(folder, 6), asked, quiet)
+    answers = answered(folder, asked, 6)
     assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
 
 
@@ -152,13 +149,13 @@ def test_an_answer_that_passes_the_limit_of_rotary_tables_is_refused(
 ) -> None:
     folder = rope_folder(tmp_path, rope)
     with pytest.raises(SetupError, match=r"text 'q3': has a prompt of 13 tokens.* passes 16"):
-        greedy_answers(decoding(folder, 6), prompts(4), quiet)
+        answered(folder, prompts(4), 6)
 
 
 def test_prompts_beyond_the_limit_have_the_long_tables_throughout(tmp_path: Path) -> None:
     folder = rope_folder(tmp_path, "longrope")
     asked = {"short": [10, 11, 12, 13], "long": list(range(10, 30)), "longer": list(range(10, 33))}
-    answers = greedy_answers(decoding(folder, 6), asked, quiet)
+    answers = answered(folder, asked, 6)
     assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
 
 
@@ -174,7 +171,7 @@ def rope_folder(root: Path, rope: str) -> Path:
 def test_tokens_beyond_the_embedding_are_refused_by_text(tmp_path: Path) -> None:
     folder = pico_folder(tmp_path / "model")
     with pytest.raises(SetupError, match=r"token 64 of the text 'b', and its embedding has 64"):
-        greedy_answers(decoding(folder, 2), {"a": [10, 63], "b": [10, 64]}, quiet)
+        answered(folder, {"a": [10, 63], "b": [10, 64]}, 2)
 
 
 @pytest.mark.parametrize("ends", [None, [], 2, [2, 3]], ids=str)
@@ -185,7 +182,7 @@ def test_end_tokens_may_be_missing_one_or_several(tmp_path: Path, ends: object) 
         path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": ends}))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": None}))
-    answers = greedy_answers(decoding(folder, 4), {"q": [10, 11, 12]}, quiet)
+    answers = answered(folder, {"q": [10, 11, 12]}, 4)
     assert 1 <= len(answers["q"]) <= 4
 
 
@@ -218,19 +215,6 @@ def test_answer_ends_with_the_first_end_token(tmp_path: Path) -> None:
     settings = GenerationConfig.from_pretrained(folder)
     settings.eos_token_id = end
     settings.save_pretrained(folder)
-    answers = greedy_answers(decoding(folder, 6), {"q": [10, 11, 12]}, quiet)
+    answers = answered(folder, {"q": [10, 11, 12]}, 6)
     assert answers == {"q": tokens[: tokens.index(end) + 1]}
     assert len(answers["q"]) < len(tokens)
-
-
-def test_progress_counts_answers(tmp_path: Path) -> None:
-    reports: list[tuple[int, int]] = []
-
-    def progress(done: int, total: int, _: str) -> None:
-        reports.append((done, total))
-
-    folder = pico_folder(tmp_path / "model")
-    asked = {f"q{k}": [10 + k % 40, 12, 13] for k in range(70)}
-    answers = greedy_answers(decoding(folder, 2), asked, progress)
-    assert reports == [(0, 70), (64, 70)]
-    assert answers.keys() == asked.keys()

@@ -18,7 +18,7 @@ from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens
-from rotdistill_core.forward.generate import Decoding, greedy_answers
+from rotdistill_core.forward.generate import AnsweringModel, greedy_answers
 from rotdistill_core.testing import PicoWorkspace, command_line
 
 STEPS = """
@@ -64,8 +64,8 @@ def test_answers_are_those_of_plain_generation(work: Path) -> None:
         ChatFormat.of(tokenizer),
     )
     teacher = open_checkpoint(work / "model")
-    decoding = Decoding(teacher.folder, teacher.weights, 7, torch.device("cpu"), torch.float32)
-    tokens = greedy_answers(decoding, asked, lambda *_: None)["q"]
+    model = AnsweringModel(teacher.folder, teacher.weights, torch.device("cpu"), torch.float32)
+    tokens = greedy_answers(model, asked, 7)["q"]
     # The fold is exact, so that both variants answer as the student does, which is the teacher.
     answer = tokenizer.decode(tokens, skip_special_tokens=True)
     assert set(found["answers"].values()) == {answer}

@@ -12,7 +12,7 @@ from rotdistill_gemma3_adapter.table import GEMMA3
 
 from rotdistill_core.checkpoint.open import open_checkpoint, open_model
 from rotdistill_core.errors import PluginError, SetupError
-from rotdistill_core.forward.generate import Decoding, greedy_answers
+from rotdistill_core.forward.generate import AnsweringModel, greedy_answers
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
     logits,
@@ -83,8 +83,8 @@ def test_answers_in_a_batch_are_those_of_every_prompt_alone(tmp_path: Path) -> N
 
     def answers(asked: dict[str, list[int]]) -> dict[str, list[int]]:
         weights = open_checkpoint(folder).weights
-        decoding = Decoding(folder, weights, 12, torch.device("cpu"), torch.float32)
-        return greedy_answers(decoding, asked, lambda *_: None)
+        model = AnsweringModel(folder, weights, torch.device("cpu"), torch.float32)
+        return greedy_answers(model, asked, 12)
 
     alone = {name: answers({name: prompt})[name] for name, prompt in prompts.items()}
     assert answers(prompts) == alone

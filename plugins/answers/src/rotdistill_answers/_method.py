@@ -18,8 +18,8 @@ from rotdistill_core.data.packed import Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
-from rotdistill_core.forward.answers import kept_answers
-from rotdistill_core.forward.generate import Decoding
+from rotdistill_core.forward.answers import asked_greedily, kept_answers
+from rotdistill_core.forward.generate import AnsweringModel, AnswerWriter
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.results import Answer
@@ -214,15 +214,12 @@ def _generate(
     """Return the tokens of the variant's answer to each question."""
     prompts = {text.id: text.tokens[: text.answer] for text in texts}
     longest_of_teacher = max(len(text.tokens) - text.answer for text in texts)
-    decoding = Decoding(
-        folder=variant.folder,
-        weights=variant.weights,
-        max_tokens=step.max_tokens or longest_of_teacher,
-        device=pair.student.device,
-        dtype=pair.student.dtype,
-    )
+    asked = asked_greedily(prompts, step.max_tokens or longest_of_teacher)
+    student = pair.student
+    model = AnsweringModel(variant.folder, variant.weights, student.device, student.dtype)
     # The scores and the text of every answer are in the ledger; the files only survive a kill.
-    return kept_answers(decoding, prompts, out.aside(), f"variant-{variant.name}", progress).tokens
+    aside, series = out.aside(), f"variant-{variant.name}"
+    return kept_answers(AnswerWriter, model, asked, aside, series, progress).tokens
 
 
 def _mean(rows: Sequence[MetricRow]) -> MetricRow:

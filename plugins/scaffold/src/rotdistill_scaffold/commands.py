@@ -110,7 +110,7 @@ def _write(files: Mapping[str, str], into: Path) -> list[Path]:
 
 
 def plugins(as_json: Json = False) -> None:
-    """List installed steps, adapters, sources, observers and verbs, broken ones too.
+    """List installed steps, adapters, sources, engines, observers and verbs, broken ones too.
 
     Examples:
 
@@ -135,7 +135,7 @@ def _row(plugin: InstalledPlugin) -> dict[str, str]:
     """Return one line of the list of plugins."""
     content = plugin.content
     if isinstance(content, type):
-        stage = stage_of(content)
+        stage = stage_of(content) if plugin.kind == "step" else plugin.kind
         about = (content.__doc__ or "").strip().splitlines()[0]
     else:
         stage = "broken" if plugin.kind == "step" else plugin.kind
