@@ -66,8 +66,13 @@ class Conversation:
         return () if self.is_plain else (*self.earlier, Turn("user", self.question))
 
     def system_under(self, style: str) -> str:
-        """Return its own system prompt, or that of the samples (`style`) if it has none."""
-        return style if self.system is None else self.system
+        """Return its own system prompt, else that of the samples (`style`).
+
+        Texts outside the domain have none but their own.
+        """
+        if self.system is None:
+            return "" if self.split.outside_domain else style
+        return self.system
 
 
 def facts_digest(conversations: Sequence[Conversation]) -> str:

@@ -27,7 +27,8 @@ class Text:
     answer: int
     """Index of the first answer token."""
     plain: bool = False
-    """The text has no chat template around it, and does not begin with the shared prefix."""
+    """The text does not begin with the shared prefix, because it is outside the domain. Most such
+    texts have no chat template around them."""
 
 
 @dataclass(frozen=True)

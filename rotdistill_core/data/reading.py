@@ -1,238 +1,271 @@
-"""The tables of a recipe's `[samples]`: read, checked, and split by a hash of their ids."""
+"""The texts of a recipe's `[samples]`: read, checked, completed and split."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from rotdistill_core.data.conversations import OWN_ANSWER, Claim, Conversation
+from rotdistill_core.data.conversations import OWN_ANSWER, Conversation
+from rotdistill_core.data.drafts import Draft, Use, drafts_of
+from rotdistill_core.data.files import read_rows, text_path
+from rotdistill_core.data.hub import HUB
+from rotdistill_core.data.languages import told_languages
+from rotdistill_core.data.partition import assign_splits, shuffled
 from rotdistill_core.data.splits import Split
-from rotdistill_core.data.tables import LINE_END, NumberedRow, TableRow, read_table
 from rotdistill_core.data.text_files import (
+    LINE_END,
     NotUtf8Error,
     comparable,
     decode_utf8,
     foreign_characters,
 )
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.errors import RecipeError, first_few
 from rotdistill_core.recipe.document import SamplesRef
 from rotdistill_core.store.plain import read_bytes
 
-INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
-GUARD_COLUMNS = ("id", "language", "kind", "text")
-HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
+Log = Callable[[str], None]
 
-CLAIMS = "It must be a JSON list of objects with `what` and `any`."
-"""What a cell of facts or falsehoods holds."""
+ID_DIGITS = 12
+"""Hexadecimal digits of an id that is the hash of its text."""
 
 
-def read_conversations(ref: SamplesRef, base: Path) -> tuple[tuple[Conversation, ...], str]:
+def read_conversations(
+    ref: SamplesRef, base: Path, log: Log = lambda _: None
+) -> tuple[tuple[Conversation, ...], str]:
     """Read all texts of a recipe and the system prompt.
 
     Args:
         ref: names the files.
         base: folder of the recipe, to which the names are relative.
+        log: receives lines on what was decided where rows leave it open.
 
     Returns:
-        The texts (blurbs in the order of their file, the teacher's own answers to them, held-out
-        questions, texts outside the domain), and the system prompt.
+        The texts (those to fit on in the order of their file, the teacher's own answers to them,
+        held-out questions, texts outside the domain), and the system prompt; empty for none.
 
     Raises:
         RecipeError: naming file, line and column of everything that is wrong.
+        SetupError: a form of file needs a library that is not installed, or the hub does not give
+            a dataset.
     """
     problems: list[str] = []
-    blurbs = read_table(base / ref.index, INDEX_COLUMNS, problems)
-    heldout = read_table(base / ref.heldout, HELDOUT_COLUMNS, problems)
-    guard = read_table(base / ref.guard, GUARD_COLUMNS, problems) if ref.guard else []
-    style = _read_system_prompt(base / ref.style, problems)
-    problems += _heldout_overlaps(blurbs, heldout, base / ref.heldout)
-    if ref.guard:
-        problems += _repeated_ids(guard, (*blurbs, *heldout), base / ref.guard)
-    heldout_questions = [_heldout_question(row, base / ref.heldout, problems) for row in heldout]
+    index = _read(ref.index, "index", base, problems, log)
+    heldout = _read(ref.heldout, "heldout", base, problems, log) if ref.heldout else []
+    guard = _read(ref.guard, "guard", base, problems, log) if ref.guard else []
+    style = _read_system_prompt(base / ref.style, problems) if ref.style else ""
+    problems += first_few(_overlaps(index, heldout))
+    problems += first_few(_repeated_ids(guard, (*index, *heldout)))
+    if not ref.own_answers:
+        problems += first_few(_unanswered(index))
     if problems:
         raise RecipeError(*problems)
 
-    blurb_questions = _blurb_questions(blurbs, ref)
-    conversations = list(blurb_questions)
+    conversations = _of_index(index, ref)
     if ref.own_answers:
-        conversations += _with_own_answers(blurb_questions)
-    conversations += heldout_questions
+        conversations += _with_own_answers(conversations)
+    conversations = [each for each in conversations if _is_complete(each)]
+    conversations += [_conversation(draft, Split.HELDOUT) for draft in heldout]
     conversations += _guard_texts(guard)
 
-    _require_every_split(conversations, index=base / ref.index, heldout=base / ref.heldout)
+    in_file = text_path(ref.heldout, base) if ref.heldout else None
+    _require_every_split(conversations, index=text_path(ref.index, base), heldout=in_file)
     return tuple(conversations), style
 
 
-def assign_splits(blurbs: Iterable[TableRow], validation: float) -> dict[str, Split]:
-    """Assign blurbs to the splits `fit` and `validation`.
+# From rows to drafts that lack nothing.
 
-    Copies of a text (the same question with the same answer, in any spelling that `comparable`
-    takes for the same) go to the same split. Otherwise validation would score a fitted text.
 
-    Args:
-        blurbs: rows of the index in shuffled order; the first texts are for validation.
-        validation: share of the distinct texts that is for validation.
+def _read(reference: str, use: Use, base: Path, problems: list[str], log: Log) -> list[Draft]:
+    """Return the conversations of a file, each with an id and a language.
 
-    Returns:
-        Blurb id -> split.
+    Rows of a dataset of the hub cannot be repaired, so those that cannot be read are left out.
     """
-    copies: dict[tuple[str, str], list[str]] = {}
-    for row in blurbs:
-        text = (comparable(row["question"]), comparable(row["blurb"]))
-        copies.setdefault(text, []).append(row["id"])
-    validation_count = round(len(copies) * validation)
-    splits: dict[str, Split] = {}
-    for number, ids in enumerate(copies.values()):
-        split = Split.VALIDATION if number < validation_count else Split.FIT
-        for blurb_id in ids:
-            splits[blurb_id] = split
-    return splits
+    path = text_path(reference, base)
+    found: list[str] = []
+    drafts = drafts_of(read_rows(reference, base, found), use, found)
+    if found and drafts and reference.startswith(HUB):
+        log(f"{path}: {len(found)} rows are left out, the first: {found[0]}")
+        found = []
+    named = _with_ids(drafts, found)
+    problems += first_few(found)
+    return _with_languages(named, path, log)
 
 
-def shuffled(rows: Iterable[TableRow]) -> list[TableRow]:
-    """Return rows in the order of the sha256 of their ids.
+def _with_ids(drafts: Iterable[Draft], problems: list[str]) -> list[Draft]:
+    """Return drafts with ids: their own, or the hash of their text.
 
-    The order is the same on every machine. It depends neither on the order of the file nor on the
-    texts, so a corrected text stays in its split.
+    Copies of a text without ids are numbered. `problems` takes ids that are used twice.
     """
-    return sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
+    seen: set[str] = set()
+    copies: Counter[str] = Counter()
+    named = []
+    for draft in drafts:
+        name = draft.id
+        if not name:
+            content = [draft.system, draft.earlier, draft.question, draft.answer]
+            text = json.dumps(content, ensure_ascii=False)
+            name = hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+            copies[name] += 1
+            name += f"-{copies[name]}" if copies[name] > 1 else ""
+        if comparable(name) in seen:
+            problems.append(f"{draft.where}: the id {name} is already used.")
+            continue
+        seen.add(comparable(name))
+        named.append(replace(draft, id=name))
+    return named
 
 
-def _blurb_questions(blurbs: Sequence[TableRow], ref: SamplesRef) -> list[Conversation]:
-    """Return the blurbs within `samples.limit`, in the order of their file."""
-    splits = assign_splits(shuffled(blurbs)[: ref.limit], ref.validation)
-    conversations = []
-    for row in blurbs:
-        if row["id"] in splits:
-            question = Conversation(
-                id=row["id"],
-                language=row["language"],
-                split=splits[row["id"]],
-                question=row["question"],
-                answer=row["blurb"],
-                topic=row["place"],
-            )
-            conversations.append(question)
-    return conversations
+def _with_languages(drafts: list[Draft], path: str, log: Log) -> list[Draft]:
+    """Return drafts with languages: their own, or those that their texts are told to be in."""
+    unknown = {draft.id: _words(draft) for draft in drafts if not draft.language}
+    if not unknown:
+        return drafts
+    told = told_languages(unknown, {draft.language for draft in drafts if draft.language})
+    counts = Counter(told.values()).most_common()
+    log(
+        f"{path}: the language of {len(told)} of {len(drafts)} texts is told by their words: "
+        f"{', '.join(f'{language} {count}' for language, count in counts)}. A column `language` "
+        "says it."
+    )
+    return [replace(draft, language=draft.language or told[draft.id]) for draft in drafts]
+
+
+def _words(draft: Draft) -> str:
+    """Return all that is said in a text."""
+    turns = (turn.content for turn in draft.earlier)
+    return "\n".join((*turns, draft.question, draft.answer or ""))
+
+
+# From drafts to conversations.
+
+
+def _conversation(draft: Draft, split: Split) -> Conversation:
+    """Return a draft as a conversation; the teacher answers the held-out ones itself."""
+    return Conversation(
+        id=draft.id,
+        language=draft.language,
+        split=split,
+        question=draft.question,
+        answer=None if split == Split.HELDOUT else draft.answer,
+        topic=draft.topic,
+        earlier=draft.earlier,
+        system=draft.system,
+        facts=draft.facts,
+        falsehoods=draft.falsehoods,
+    )
+
+
+def _of_index(index: Sequence[Draft], ref: SamplesRef) -> list[Conversation]:
+    """Return the texts within `samples.limit`, in the order of their file."""
+    share = None if ref.heldout else ref.heldout_share
+    splits = assign_splits(shuffled(index)[: ref.limit], ref.validation, share)
+    return [_conversation(draft, splits[draft.id]) for draft in index if draft.id in splits]
+
+
+def _is_complete(conversation: Conversation) -> bool:
+    """Return whether a text of the index has an answer, or is one that the teacher answers."""
+    return (
+        conversation.answer is not None
+        or conversation.split == Split.HELDOUT
+        or conversation.id.endswith(OWN_ANSWER)
+    )
 
 
 def _with_own_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Return each distinct question once more, for the teacher to answer.
 
-    Several blurbs may ask the same. A fit question goes before a validation question, so that no
+    Several texts may ask the same. A fit question goes before a validation question, so that no
     question is fitted and validated.
     """
-    representative: dict[str, Conversation] = {}
+    representative: dict[tuple[str, ...], Conversation] = {}
     for split in (Split.VALIDATION, Split.FIT):
-        for q in conversations:
-            if q.split == split:
-                representative[comparable(q.question)] = q
+        for each in conversations:
+            if each.split == split:
+                representative[_asked(each)] = each
     return [
-        replace(q, id=q.id + OWN_ANSWER, answer=None)
-        for q in conversations
-        if representative[comparable(q.question)] is q
+        replace(each, id=each.id + OWN_ANSWER, answer=None)
+        for each in conversations
+        if representative.get(_asked(each)) is each
     ]
 
 
-def _heldout_question(row: NumberedRow, path: Path, problems: list[str]) -> Conversation:
-    return Conversation(
-        id=row["id"],
-        language=row["language"],
-        split=Split.HELDOUT,
-        question=row["question"],
-        answer=None,
-        facts=_claims(row, "facts", path, problems),
-        falsehoods=_claims(row, "falsehoods", path, problems),
-    )
+def _asked(conversation: Conversation) -> tuple[str, ...]:
+    """Return what is asked, in a form in which spellings are equal."""
+    turns = (turn.content for turn in conversation.turns)
+    return tuple(comparable(text) for text in (conversation.system or "", *turns))
 
 
-def _guard_texts(rows: Iterable[TableRow]) -> list[Conversation]:
+def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:
     """Return the texts outside the domain: every second one is scored, the others limit edits."""
-    texts = []
-    for number, row in enumerate(shuffled(rows)):
-        text = Conversation(
-            id=row["id"],
-            language=row["language"],
-            split=Split.GUARD_VALIDATION if number % 2 else Split.GUARD,
-            question="",
-            answer=row["text"].replace("\\n", "\n"),
-        )
-        texts.append(text)
-    return texts
+    return [
+        _conversation(draft, Split.GUARD_VALIDATION if number % 2 else Split.GUARD)
+        for number, draft in enumerate(shuffled(drafts))
+    ]
+
+
+# Checks over several rows.
+
+
+def _unanswered(index: Iterable[Draft]) -> Iterable[str]:
+    """Yield a problem for each text of the index that nobody answers."""
+    for draft in index:
+        if draft.answer is None:
+            yield (
+                f"{draft.where}: has no answer; write one, or let the teacher: "
+                "samples.own_answers = 64."
+            )
 
 
 def _require_every_split(
-    conversations: Iterable[Conversation], *, index: Path, heldout: Path
+    conversations: Iterable[Conversation], *, index: str, heldout: str | None
 ) -> None:
     """Refuse texts of which a split in the domain has none.
 
     Raises:
         RecipeError: naming the file and the empty splits.
     """
-    empty = {Split.FIT, Split.VALIDATION, Split.HELDOUT} - {q.split for q in conversations}
+    empty = {Split.FIT, Split.VALIDATION, Split.HELDOUT} - {each.split for each in conversations}
     if empty:
-        path = heldout if empty == {Split.HELDOUT} else index
-        raise RecipeError(f"{path}: too few different texts: {', '.join(sorted(empty))} has none.")
+        path = heldout if heldout and empty == {Split.HELDOUT} else index
+        raise RecipeError(
+            f"{path}: too few different texts: {', '.join(sorted(empty))} has none. Copies, and "
+            "texts of one topic, stay together."
+        )
 
 
-def _heldout_overlaps(
-    blurbs: Iterable[TableRow], heldout: Iterable[NumberedRow], path: Path
-) -> list[str]:
-    """Return a problem for what held-out questions share with the blurbs: ids, places, questions.
+def _overlaps(index: Iterable[Draft], heldout: Iterable[Draft]) -> Iterable[str]:
+    """Yield a problem for what held-out texts share with the index: ids, topics, questions.
 
     Spellings of one name are one name; see `comparable`.
     """
-    rows = list(blurbs)
-    seen = {column: _forms(rows, column) for column in ("id", "place", "question")}
-    problems = []
-    for row in heldout:
-        where = f"{path}: line {row.line}"
-        if comparable(row["id"]) in seen["id"]:
-            problems.append(f"{where}: the id {row['id']} is also in the blurbs.")
-        for column in ("place", "question"):
-            if comparable(row[column]) in seen[column]:
-                problems.append(f"{where}: {column}: {row[column]} is also in the blurbs.")
-    return problems
+    texts = list(index)
+    ids = {comparable(draft.id) for draft in texts}
+    topics = {comparable(draft.topic) for draft in texts if draft.topic}
+    asked = {draft.asked[1:] for draft in texts}  # under any system prompt
+    for draft in heldout:
+        if comparable(draft.id) in ids:
+            yield f"{draft.where}: the id {draft.id} is also in the texts to fit on."
+        if draft.topic and comparable(draft.topic) in topics:
+            yield (
+                f"{draft.where}: {'topic' if draft.has_group else 'place'}: {draft.topic} is also "
+                "in the texts to fit on."
+            )
+        if draft.asked[1:] in asked:
+            yield (
+                f"{draft.where}: question: {draft.question:.200} is also in the texts to fit on."
+            )
 
 
-def _forms(rows: Iterable[TableRow], column: str) -> set[str]:
-    """Return the cells of a column in the form in which spellings of one name are equal."""
-    return {comparable(row[column]) for row in rows}
-
-
-def _repeated_ids(rows: Iterable[NumberedRow], others: Iterable[TableRow], path: Path) -> list[str]:
-    """Return a problem for each id that another file has too."""
-    ids = _forms(others, "id")
-    return [
-        f"{path}: line {row.line}: the id {row['id']} is also in another file."
-        for row in rows
-        if comparable(row["id"]) in ids
-    ]
-
-
-def _claims(row: NumberedRow, column: str, path: Path, problems: list[str]) -> tuple[Claim, ...]:
-    """Return the claims in a cell; where they cannot be read, none, and a problem says why."""
-    where = f"{path}: line {row.line}: {column}"
-    try:
-        claims = TypeAdapter(tuple[Claim, ...]).validate_json(row[column])
-    except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"])
-        problems.append(f"{where}{f', at {at}' if at else ''}: {first['msg']}. {CLAIMS}")
-        return ()
-    texts = [text for claim in claims for text in (claim.what, *claim.any)]
-    foreign = sorted({name for text in texts for name in foreign_characters(text)})
-    if foreign:
-        problems.append(
-            f"{where}: holds {', '.join(foreign)}, which is no character of a text; remove it."
-        )
-    if not all(text.strip() for text in texts) or not all(claim.any for claim in claims):
-        problems.append(f"{where}: an empty statement or phrase is found in no answer. {CLAIMS}")
-    return claims
+def _repeated_ids(drafts: Iterable[Draft], others: Iterable[Draft]) -> Iterable[str]:
+    """Yield a problem for each id that another file has too."""
+    ids = {comparable(draft.id) for draft in others}
+    for draft in drafts:
+        if comparable(draft.id) in ids:
+            yield f"{draft.where}: the id {draft.id} is also in another file."
 
 
 def _read_system_prompt(path: Path, problems: list[str]) -> str:

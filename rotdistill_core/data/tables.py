@@ -6,76 +6,79 @@ ones that spreadsheets put around a cell whose own marks they double.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rotdistill_core.data.text_files import (
-    NotUtf8Error,
-    comparable,
-    decode_utf8,
-    foreign_characters,
-)
-from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
+from rotdistill_core.data.rows import KEYS, Row
+from rotdistill_core.data.text_files import LINE_END, decode_file, foreign_characters
+from rotdistill_core.errors import first_few, suggest
 
-LINE_END = re.compile(r"\r\n|\r|\n")
 VERBATIM = ("text",)
 """Columns whose cells keep the blanks around them, because models read them as they are."""
-LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}")
-"""A language as in BCP 47: a code of ISO 639, and subtags such as `pt-BR` has."""
-RESERVED_ENDINGS = (".own", ".place")
-"""Ends of the ids of texts that are made from others."""
-
-LONGEST_CELL = 131_072
-"""Characters of a cell. More is not one text, but a table whose line ends are lost."""
-
-TableRow = Mapping[str, str]
-"""Column -> cell."""
+NESTED = ("messages", "conversations")
+"""Columns that no cell can hold."""
+ASKING = ("question", "prompt", "instruction", "text")
+"""Columns of which a table has one: those of questions, and that of texts outside the domain."""
 
 
-class NumberedRow(dict[str, str]):
-    """A row of a table: column -> cell, and the number of its line."""
-
-    def __init__(self, line: int, cells: Mapping[str, str]) -> None:
-        super().__init__(cells)
-        self.line = line
-
-
-def read_table(path: Path, columns: Sequence[str], problems: list[str]) -> list[NumberedRow]:
-    """Return the rows of a table that has these columns.
+def read_table(path: Path, problems: list[str]) -> list[Row]:
+    """Return the rows of a table; a line break in a cell of `text` is written `\\n`.
 
     Args:
         path: the file.
-        columns: the names in its first line.
         problems: takes what is wrong, a sentence each that names file, line and column.
     """
-    try:
-        text = decode_utf8(read_bytes(path, COLLECTION_BYTES))
-    except NotUtf8Error as error:
-        problems.append(f"{path}: {error}. The recipe names it under [samples].")
-        return []
-    except OSError as error:
-        problems.append(
-            f"{path}: cannot be read: {error.strerror}. The recipe names it under [samples]."
-        )
+    text = decode_file(path, problems)
+    if text is None:
         return []
     first, *others = LINE_END.split(text)
-    header = _cells(first, columns)
-    if header != list(columns):
-        problems.append(f"{path}: line 1: the columns must be {', '.join(columns)}.")
+    header = _header(first)
+    faults = first_few(_header_faults(header))
+    if faults:
+        problems += [f"{path}: line 1: {fault}" for fault in faults]
         return []
-    rows: dict[str, NumberedRow] = {}
+    rows = []
     for number, line in enumerate(others, 2):
         if not line.strip():
             continue  # at the end of most files, and between paragraphs of some
-        cells = _cells(line, columns)
-        found = list(_row_problems(cells, columns))
-        if not found and comparable(cells[0]) in rows:
-            found.append(f"the id {cells[0]} is already used.")
-        problems += [f"{path}: line {number}: {problem}" for problem in found]
-        if not found:
-            rows[comparable(cells[0])] = _row(number, cells, columns)
-    return list(rows.values())
+        where = f"{path}: line {number}"
+        cells = _cells(line, header)
+        if len(cells) != len(header):
+            problems.append(f"{where}: needs {len(header)} cells, has {len(cells)}.{_torn(cells)}")
+            continue
+        rows.append(Row(where, _values(header, cells)))
+    return rows
+
+
+def _header(line: str) -> list[str]:
+    """Return the names of the columns, without empty ones behind the last."""
+    names = [_unquoted(cell).strip() for cell in line.split("\t")]
+    while names and not names[-1]:
+        names.pop()
+    return names
+
+
+def _header_faults(header: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the names of the columns, a sentence each."""
+    if not header:
+        yield "the columns must be named here, with a tab between."
+    if len(header) == 1 and any(sign in header[0] for sign in ",;{"):
+        yield (
+            f"is no tab-separated header ({header[0]!r:.60}). Save the table with tabs, or call a "
+            "file of JSON lines `.jsonl`."
+        )
+        return
+    if header and not {*ASKING} & {*header}:
+        yield f"has none of the columns {', '.join(ASKING)}; the first three hold what is asked."
+    for name, times in Counter(header).items():
+        shown = "".join(c for c in name if not [*foreign_characters(c)])[:60]
+        if times > 1:
+            yield f"has the column {shown} twice."
+        if name in NESTED:
+            yield f"a table holds no {name}; write them as JSON lines (.jsonl)."
+        elif name not in KEYS:
+            yield f"the column {shown!r} is unknown.{suggest(name, sorted(KEYS))}"
 
 
 def _cells(line: str, columns: Sequence[str]) -> list[str]:
@@ -83,8 +86,16 @@ def _cells(line: str, columns: Sequence[str]) -> list[str]:
     cells = [_unquoted(cell) for cell in line.split("\t")]
     while len(cells) > len(columns) and not cells[-1].strip():
         cells.pop()
-    verbatim = {k for k, column in enumerate(columns) if column in VERBATIM}
-    return [cell if k in verbatim else cell.strip() for k, cell in enumerate(cells)]
+    return cells
+
+
+def _values(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """Return column -> cell, without empty cells."""
+    values = {}
+    for column, cell in zip(columns, cells, strict=True):
+        if cell.strip():
+            values[column] = cell.replace("\\n", "\n") if column in VERBATIM else cell.strip()
+    return values
 
 
 def _unquoted(cell: str) -> str:
@@ -97,37 +108,6 @@ def _unquoted(cell: str) -> str:
     if len(cell.strip()) < 2 or cell.strip() != f'"{inner}"' or '"' in inner.replace('""', ""):
         return cell
     return inner.replace('""', '"')
-
-
-def _row(number: int, cells: Sequence[str], columns: Sequence[str]) -> NumberedRow:
-    row = dict(zip(columns, cells, strict=True))
-    primary, dash, subtags = row["language"].partition("-")
-    # Case means nothing in a language tag, and results are grouped by it.
-    return NumberedRow(number, {**row, "language": f"{primary.lower()}{dash}{subtags}"})
-
-
-def _row_problems(cells: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the cells of one line."""
-    filled = sum(bool(cell.strip()) for cell in cells)
-    if len(cells) != len(columns) or filled != len(cells):
-        yield f"needs {len(columns)} non-empty cells, has {filled}.{_torn(cells)}"
-        return
-    for column, cell in zip(columns, cells, strict=True):
-        if len(cell) > LONGEST_CELL:
-            yield f"{column}: has {len(cell)} characters; {LONGEST_CELL} are the most."
-        foreign = sorted(set(foreign_characters(cell)))
-        if foreign:
-            yield (
-                f"{column}: holds {', '.join(foreign)}, which is no character of a text; remove it."
-            )
-    row = dict(zip(columns, cells, strict=True))
-    if not LANGUAGE.fullmatch(row["language"]):
-        yield (
-            f"language: must be a code of ISO 639 such as en, or a tag such as pt-BR (it is "
-            f"{row['language']!r:.40})."
-        )
-    if row["id"].endswith(RESERVED_ENDINGS):
-        yield f"id: {row['id']} must not end with {' or '.join(RESERVED_ENDINGS)}, which are ours."
 
 
 def _torn(cells: Sequence[str]) -> str:

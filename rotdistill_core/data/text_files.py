@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from collections.abc import Iterator
+from pathlib import Path
 
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
+
+LINE_END = re.compile(r"\r\n|\r|\n")
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -43,6 +48,19 @@ def decode_utf8(data: bytes) -> str:
             f"is not UTF-8 text ({error.reason} at byte {error.start}, line {line}); "
             "save it as UTF-8"
         ) from error
+
+
+def decode_file(path: Path, problems: list[str]) -> str | None:
+    """Return the text of a file of texts; None, with a problem that says why, if it has none."""
+    try:
+        return decode_utf8(read_bytes(path, COLLECTION_BYTES))
+    except NotUtf8Error as error:
+        problems.append(f"{path}: {error}. The recipe names it under [samples].")
+    except OSError as error:
+        problems.append(
+            f"{path}: cannot be read: {error.strerror}. The recipe names it under [samples]."
+        )
+    return None
 
 
 def foreign_characters(text: str, allowed: str = "") -> Iterator[str]:

@@ -32,23 +32,28 @@ def tokenize_texts(
         style: the system prompt.
         max_tokens: conversations are cut after this many tokens; held-out ones never are.
         chat: how conversations are written; by default as the tokenizer does it today.
-        limit: most tokens of a text outside the domain; by default they are not cut.
+        limit: most tokens of a text outside the domain, plain or a conversation; by default they
+            are not cut.
 
     Raises:
         SetupError: the tokenizer has no chat template, the template cannot write the texts, or a
             text leaves no room for its answer.
     """
-    asked = {q.id: q for q in conversations if not q.split.outside_domain}
+    asked = {each.id: each for each in conversations if not each.is_plain}
     chat = chat or chat_format(tokenizer, style, conversations)
     prompts = prompt_tokens(tokenizer, style, asked.values(), chat)
     answers = {**_written_answers(tokenizer, chat, style, asked, prompts), **answers}
     texts = []
-    for q in conversations:
-        if q.split.outside_domain:
-            texts.append(_plain_text(tokenizer, q, limit))
+    for each in conversations:
+        if each.is_plain:
+            texts.append(_plain_text(tokenizer, each, limit))
+        elif each.split.outside_domain:
+            texts.append(_conversation_text(each, prompts[each.id], answers[each.id], limit))
         else:
-            texts.append(_conversation_text(q, prompts[q.id], answers[q.id], max_tokens))
-    shared = shared_prefix_length(list(prompts.values())) if prompts else 0
+            most = None if each.split == Split.HELDOUT else max_tokens
+            texts.append(_conversation_text(each, prompts[each.id], answers[each.id], most))
+    in_domain = [prompts[q.id] for q in asked.values() if not q.split.outside_domain]
+    shared = shared_prefix_length(in_domain) if in_domain else 0
     return Samples(PackedTexts(tuple(texts), shared), tuple(conversations), style, chat=chat)
 
 
@@ -243,17 +248,33 @@ def _plain_text(tokenizer: Any, question: Conversation, limit: int | None) -> Te
 
 
 def _conversation_text(
-    question: Conversation, prompt: list[int], answer: Sequence[int], max_tokens: int
+    question: Conversation, prompt: list[int], answer: Sequence[int], limit: int | None
 ) -> Text:
-    # An option of the fit must not move a score, so held-out texts keep their length.
-    limit = None if question.split == Split.HELDOUT else max_tokens
+    """Return a tokenised conversation; its last answer alone counts as answer.
+
+    Args:
+        question: the conversation.
+        prompt: its tokens up to the answer.
+        answer: the tokens of the answer.
+        limit: most tokens; None for held-out texts, whose scores no option of the fit may move.
+
+    Raises:
+        SetupError: the prompt alone is longer.
+    """
     tokens = tuple([*prompt, *answer][:limit])
     if len(tokens) <= len(prompt):
         raise SetupError(
             f"text {question.id}: its prompt alone has {len(prompt)} tokens; "
-            f"raise samples.max_tokens above {max_tokens}."
+            f"raise samples.max_tokens above {limit}."
         )
-    return Text(question.id, question.language, question.split, tokens, answer=len(prompt))
+    return Text(
+        question.id,
+        question.language,
+        question.split,
+        tokens,
+        answer=len(prompt),
+        plain=question.split.outside_domain,
+    )
 
 
 def _written_answers(

@@ -111,7 +111,7 @@ class Executor:
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
         for recipe_step in loaded.steps:
             check_models(recipe_step.step, pair)
-        conversations, style = read_conversations(recipe.samples, loaded.path.parent)
+        conversations, style = read_conversations(recipe.samples, loaded.path.parent, log)
         engine = loaded.engine.key()
         inputs = run_inputs(recipe, pair, conversations, style, engine)
         starts = newest_starts(store.ledgers(), folder.name)

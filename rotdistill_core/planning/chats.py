@@ -239,7 +239,7 @@ def planned_chats(
 
 def _write_all(chat: ChatFormat, style: str, conversations: Sequence[Conversation]) -> None:
     """Write all conversations once, without and with their answers."""
-    asked = [q for q in conversations if not q.split.outside_domain]
+    asked = [each for each in conversations if not each.is_plain]
     chat.prompts([chat.chat_of(each, style) for each in asked])
     chat.render([chat.chat_of(each, style, each.answer) for each in asked if each.answer])
 

@@ -233,7 +233,7 @@ def build_plan(
     """
     recipe = loaded.recipe
     texts_folder = (loaded.path.parent / recipe.samples.index).parent
-    conversations, style = read_conversations(recipe.samples, loaded.path.parent)
+    conversations, style = read_conversations(recipe.samples, loaded.path.parent, log)
     models = _models(recipe, texts_folder, log)
     _let_steps_check(loaded, models)
     start = _start_context(recipe, models, conversations, style, machine)

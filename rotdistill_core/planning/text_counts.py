@@ -132,14 +132,17 @@ def count_texts(
 
 def _rows_of(question: Conversation, settings: SamplesRef, count: TokenCounter, prefix: int) -> int:
     """Return the rows of one text after the shared prompt of `prefix` rows."""
-    if Split(question.split).outside_domain:  # a plain text, without prompt and template
+    if question.is_plain:  # without prompt and template
         return count(question.answer or "")
     if question.answer is None:
         answer = _longest_answer(question, settings)
     else:
         answer = count(question.answer) + 1  # and the token that ends it
-    rows = count(question.question) + TEMPLATE_TOKENS + answer
-    if question.split == Split.HELDOUT:  # held-out answers are never cut
+    texts = [turn.content for turn in question.turns]
+    if question.system:  # the shared prompt does not stand for it
+        texts.append(question.system)
+    rows = sum(count(text) + TEMPLATE_TOKENS for text in texts) + answer
+    if question.split == Split.HELDOUT or question.split.outside_domain:  # these are never cut
         return rows
     return min(rows, settings.max_tokens - prefix)
 

@@ -4,7 +4,7 @@ show."""
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -81,20 +81,36 @@ class StudentRef(ModelRef):
     and an exact step, a variant `round-trip` is added that measures what the rounding costs."""
 
 
+SHIPPED_INDEX = "../samples/index.tsv"
+SHIPPED_STYLE = "../samples/tour_guide.md"
+SHIPPED_HELDOUT = "../samples/heldout.tsv"
+"""The texts of a recipe that names none, relative to the folder of the shipped recipes."""
+
+
 class SamplesRef(Document):
     """The texts; paths are relative to the recipe."""
 
-    index: str = "../samples/index.tsv"
-    """Texts to fit on, with their questions: id, language, place, country, question, blurb."""
-    style: str = "../samples/tour_guide.md"
-    """The system prompt."""
-    heldout: str = "../samples/heldout.tsv"
-    """Held-out questions. The teacher answers them, and variants are scored on its answers."""
+    index: str = SHIPPED_INDEX
+    """Conversations to fit on: a tab-separated table, `.jsonl`, `.parquet`, or
+    `hub:owner/name`."""
+    style: str | None = None
+    """The system prompt of conversations that have none of their own. By default there is none;
+    without `index` it is `../samples/tour_guide.md`."""
+    heldout: str | None = None
+    """Held-out questions, in the forms of `index`. The teacher answers them, and variants are
+    scored on its answers. By default a share of `index` is held out; without `index` it is
+    `../samples/heldout.tsv`."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the texts of `index` that is held out where `heldout` names no file."""
     guard: str | None = None
-    """Texts outside the domain: id, language, kind, text. They limit and show what the domain
-    costs."""
+    """Texts outside the domain, in the forms of `index` or with a column `text`. They limit and
+    show what the domain costs."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the texts on which options are chosen; split by a hash of the id."""
+    """Share of the texts on which options are chosen; split by a hash of the id. Texts of one
+    `topic` stay together."""
+    thinking: bool = False
+    """Let models think before they answer, where their chat template knows how to
+    (`enable_thinking`). By default answers are written and learned without."""
     max_tokens: Annotated[int, Field(ge=16)] = 512
     """Longest text to fit on, in tokens; longer ones are cut. Held-out answers are never cut."""
     answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
@@ -107,6 +123,15 @@ class SamplesRef(Document):
     so that they reuse what is there. `--fresh` takes today."""
     limit: PositiveInt | None = None
     """Use only this many texts, the first in order of a hash of their id (for trials)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped_texts(cls, values: Any) -> Any:
+        """Fill in prompt and held-out questions that belong to the shipped index."""
+        if not isinstance(values, dict) or values.get("index", SHIPPED_INDEX) != SHIPPED_INDEX:
+            return values
+        held = {} if "heldout_share" in values else {"heldout": SHIPPED_HELDOUT}
+        return {"style": SHIPPED_STYLE, **held, **values}
 
 
 class Check(Document):

@@ -6,18 +6,16 @@ import csv
 import json
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rotdistill_core.data.conversations import Claim, Conversation, facts_digest
+from rotdistill_core.data.drafts import Draft
+from rotdistill_core.data.partition import assign_splits, shuffled
 from rotdistill_core.data.reading import (
-    GUARD_COLUMNS,
-    HELDOUT_COLUMNS,
-    INDEX_COLUMNS,
-    assign_splits,
     read_conversations,
-    shuffled,
 )
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_texts
@@ -27,6 +25,9 @@ from rotdistill_core.store.hashing import digest
 from rotdistill_core.testing.pico import pico_tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples"
+INDEX_COLUMNS = ("id", "language", "place", "country", "question", "blurb")
+GUARD_COLUMNS = ("id", "language", "kind", "text")
+HELDOUT_COLUMNS = ("id", "language", "place", "country", "question", "facts", "falsehoods")
 SCRIPTS = (
     "LATIN",
     "CYRILLIC",
@@ -114,7 +115,8 @@ def test_the_shipped_texts_are_read() -> None:
 def test_the_shipped_texts_keep_their_ids_splits_and_tokens() -> None:
     ref = SamplesRef(guard="../samples/general/index.tsv", own_answers=8)
     conversations, style = read_conversations(ref, SAMPLES.parent / "recipes")
-    rows = [[c.id, c.language, c.split, c.question, c.answer, c.topic] for c in conversations]
+    topics = {c.id: "" if c.split == Split.HELDOUT else c.topic for c in conversations}
+    rows = [[c.id, c.language, c.split, c.question, c.answer, topics[c.id]] for c in conversations]
     assert digest(rows) == "7735859745a3fdf08f180ca4771d064764e2264667929bd9f04e5a885f46c230"
     answers = {c.id: [3, 4] for c in conversations if c.answer is None}
     samples = tokenize_texts(pico_tokenizer(64), conversations, answers, style, 512)
@@ -166,28 +168,29 @@ def problems_of(folder: Path, ref: SamplesRef = REF) -> tuple[str, ...]:
     return caught.value.problems
 
 
+def draft(name: str, question: str = "?", topic: str = "", answer: str = "Yes.") -> Draft:
+    return Draft("", name, "en", question, answer, topic, has_group=bool(topic))
+
+
 def test_shuffling_follows_ids_alone() -> None:
-    rows = [{"id": f"b{k}", "question": "?"} for k in range(12)]
-    order = [row["id"] for row in shuffled(rows)]
+    rows = [draft(f"b{k}") for k in range(12)]
+    order = [row.id for row in shuffled(rows)]
     assert sorted(order) != order
-    assert [row["id"] for row in shuffled(rows[::-1])] == order
-    assert [row["id"] for row in shuffled({**row, "question": "!"} for row in rows)] == order
+    assert [row.id for row in shuffled(rows[::-1])] == order
+    assert [row.id for row in shuffled(replace(row, question="!") for row in rows)] == order
 
 
 def test_the_first_share_of_texts_is_for_validation() -> None:
-    rows = [{"id": f"b{k}", "question": f"{k}?", "blurb": "Yes."} for k in range(10)]
+    rows = [draft(f"b{k}", f"{k}?") for k in range(10)]
     validation = {f"b{k}": Split.VALIDATION for k in range(3)}
     fit = {f"b{k}": Split.FIT for k in range(3, 10)}
     assert assign_splits(rows, 0.3) == validation | fit
 
 
 def test_copies_of_a_text_get_the_split_of_their_first() -> None:
-    rows = [
-        {"id": f"b{k}", "question": question, "blurb": "Yes."}
-        for k, question in enumerate("abcabd")
-    ]
+    rows = [draft(f"b{k}", question) for k, question in enumerate("abcabd")]
     splits = assign_splits(rows, 0.25)
-    assert splits.keys() == {row["id"] for row in rows}
+    assert splits.keys() == {row.id for row in rows}
     assert {name for name, split in splits.items() if split == Split.VALIDATION} == {"b0", "b3"}
 
 
@@ -253,14 +256,15 @@ def test_the_guard_is_read_as_it_is_and_halved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (["b9", "en", "", "x", "y", "z"], "line 4: needs 6 non-empty cells, has 5"),
-        (["b9", "en", " ", "x", "y", "z"], "line 4: needs 6 non-empty cells, has 5"),
-        (["b9", "en", "w", "x", "y"], "line 4: needs 6 non-empty cells, has 5"),
-        (["b9", "en", "w", "x", "y", "z", "more"], "line 4: needs 6 non-empty cells, has 7"),
+        (["b9", "en", "w", "x", "", "z"], "line 4: has no question"),
+        (["b9", "en", "w", "x", " ", "z"], "line 4: has no question"),
+        (["b9", "en", "w", "x", "y", ""], "line 4: has no answer; write one, or let the teacher"),
+        (["b9", "en", "w", "x", "y"], "line 4: needs 6 cells, has 5"),
+        (["b9", "en", "w", "x", "y", "z", "more"], "line 4: needs 6 cells, has 7"),
         (blurb("b1"), "line 4: the id b1 is already used"),
         (["b9", "en", "w", "x", "y", "z" * 200_000], "line 4: blurb: has 200000 characters"),
     ],
-    ids=["empty cell", "blank cell", "short", "long", "duplicate", "huge cell"],
+    ids=["empty cell", "blank cell", "no answer", "short", "long", "duplicate", "huge cell"],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: list[str], message: str) -> None:
     index = [blurb("b0"), blurb("b1"), row, blurb("b2"), blurb("b3")]
@@ -269,13 +273,19 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, row: list[str], mes
 
 
 @pytest.mark.parametrize(
-    "text", ["", "id\tlanguage\n", "id,language,place,country,question,blurb\n"]
+    ("text", "message"),
+    [
+        ("", "the columns must be named here"),
+        ("id,language,place,country,question,blurb\n", "is no tab-separated header"),
+        ("id\tprompt\tquestoin\n", "the column 'questoin' is unknown. Did you mean \"question"),
+        ("id\tquestion\tid\n", "has the column id twice"),
+        ("id\tlanguage\n", "has none of the columns question, prompt, instruction, text"),
+        ("question\tmessages\n", "a table holds no messages; write them as JSON lines"),
+    ],
 )
-def test_wrong_columns_are_named_by_file_and_line(tmp_path: Path, text: str) -> None:
+def test_wrong_columns_are_named_by_file_and_line(tmp_path: Path, text: str, message: str) -> None:
     (write_tables(tmp_path, blurbs(1)) / "index.tsv").write_text(text)
-    assert problems_of(tmp_path)[0].startswith(
-        f"{tmp_path / 'index.tsv'}: line 1: the columns must be id, language"
-    )
+    assert problems_of(tmp_path)[0].startswith(f"{tmp_path / 'index.tsv'}: line 1: {message}")
 
 
 def test_every_missing_file_is_named(tmp_path: Path) -> None:
@@ -287,13 +297,13 @@ def test_every_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_held_out_place_among_the_blurbs_is_refused(tmp_path: Path) -> None:
     heldout = [["h1", "en", "place B0", "x", "y?", "[]", "[]"]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
-    assert "heldout.tsv: line 2: place: place B0 is also in the blurbs" in problem
+    assert "heldout.tsv: line 2: place: place B0 is also in the texts to fit on" in problem
 
 
 def test_an_id_in_both_tables_is_refused(tmp_path: Path) -> None:
     heldout = [["b0", "en", "Elsewhere", "x", "y?", "[]", "[]"]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
-    assert "heldout.tsv: line 2: the id b0 is also in the blurbs" in problem
+    assert "heldout.tsv: line 2: the id b0 is also in the texts to fit on" in problem
 
 
 def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
@@ -318,7 +328,7 @@ def test_a_cell_that_holds_no_claims_is_named(tmp_path: Path, cell: str) -> None
     heldout = [["h1", "en", "Elsewhere", "x", "y?", "[]", cell]]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), heldout))
     assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: line 2: falsehoods")
-    assert "must be a JSON list of objects with `what` and `any`" in problem
+    assert "It must be a JSON list of objects with `what` and `any`" in problem
 
 
 def test_claims_are_read_with_their_question(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.drafts import drafts_of
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.tables import read_table
 from rotdistill_core.data.text_files import comparable
@@ -107,18 +108,18 @@ def test_a_table_is_the_same_whoever_saves_it(
 def test_only_the_quotation_marks_of_a_spreadsheet_are_taken_off(
     tmp_path: Path, cell: str, text: str | None
 ) -> None:
-    (tmp_path / "t.tsv").write_text(f"id\tlanguage\tblurb\na\ten\t{cell}\n")
+    (tmp_path / "t.tsv").write_text(f"question\tblurb\nWhy?\t{cell}\n")
     found: list[str] = []
-    rows = read_table(tmp_path / "t.tsv", ("id", "language", "blurb"), found)
-    assert [row["blurb"] for row in rows] == ([] if text is None else [text])
-    assert bool(found) == (text is None)
+    (row,) = read_table(tmp_path / "t.tsv", found)
+    assert row.values.get("blurb") == text
+    assert not found
 
 
 def test_texts_outside_the_domain_keep_their_blanks(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text("id\tlanguage\ttext\na\ten\t  return x \n")
-    (row,) = read_table(tmp_path / "t.tsv", ("id", "language", "text"), [])
-    assert row["text"] == "  return x "
-    assert row.line == 2
+    (row,) = read_table(tmp_path / "t.tsv", [])
+    assert row.values["text"] == "  return x "
+    assert row.where == f"{tmp_path / 't.tsv'}: line 2"
 
 
 @pytest.mark.parametrize(
@@ -132,14 +133,14 @@ def test_texts_outside_the_domain_keep_their_blanks(tmp_path: Path) -> None:
         (lambda b: b.replace(b"Place 1", b"a\0b"), "index.tsv: line 3: place: holds U+0000"),
         (lambda b: b.replace(b"b1\t", b"b\x1b[31m\t"), "index.tsv: line 3: id: holds U+001B"),
         (lambda b: b.replace(b"is 1,", b"is\xc2\x85"), "index.tsv: line 3: blurb: holds U+0085"),
-        (lambda b: b.replace(b"Land", b"\xef\xbb\xbfL", 1), "line 2: country: holds U+FEFF"),
+        (lambda b: b.replace(b"Place 1", b"\xef\xbb\xbfL"), "line 3: place: holds U+FEFF"),
         (lambda b: b.replace(b"\ten", b"\t??", 2), "index.tsv: line 2: language: must be"),
         (lambda b: b.replace(b"\ten", b"\tenglish", 2), "line 2: language: must be a code"),
         (lambda b: b.replace(b"\ten", b"\ten_US", 2), "line 2: language: must be a code"),
         (lambda b: b.replace(b"\ten", b"\t\xd0\xb5\xd0\xbd", 2), "line 2: language: must be"),
         (lambda b: b.replace(b"b1\t", b"b0.own\t"), "line 3: id: b0.own must not end with"),
         (lambda b: b.replace(b"b1\t", b"B0\t"), "line 3: the id B0 is already used"),
-        (lambda b: b.replace(b"It is 1", b'"It\nis 1'), "line 4: needs 6 non-empty cells, has 1"),
+        (lambda b: b.replace(b"It is 1", b'"It\nis 1'), "line 4: needs 6 cells, has 1"),
         (lambda b: b.replace(b"It is 1", b'"It\tis 1'), "inside quotation marks neither"),
     ],
 )
@@ -154,9 +155,9 @@ def test_what_is_wrong_is_named_by_file_line_and_column(
 
 @pytest.mark.parametrize("language", ["pt-BR", "zh-Hant-TW", "fil", "EN", "sr-Latn"])
 def test_language_tags_are_taken(tmp_path: Path, language: str) -> None:
-    (tmp_path / "t.tsv").write_text(f"id\tlanguage\na\t{language}\n")
-    (row,) = read_table(tmp_path / "t.tsv", ("id", "language"), [])
-    assert row["language"] == {"EN": "en"}.get(language, language)
+    (tmp_path / "t.tsv").write_text(f"id\tlanguage\tquestion\na\t{language}\tWhy?\n")
+    (draft,) = drafts_of(read_table(tmp_path / "t.tsv", []), "index", [])
+    assert draft.language == {"EN": "en"}.get(language, language)
 
 
 SAME = [
@@ -172,7 +173,7 @@ SAME = [
 
 @pytest.mark.parametrize("column", ["place", "question", "id"])
 @pytest.mark.parametrize("spelling", SAME)
-def test_a_held_out_text_in_another_spelling_is_found_among_the_blurbs(
+def test_a_held_out_text_in_another_spelling_is_found_among_the_others(
     tmp_path: Path, column: str, spelling: str
 ) -> None:
     read_plain(tmp_path)
@@ -186,7 +187,7 @@ def test_a_held_out_text_in_another_spelling_is_found_among_the_blurbs(
         path.write_text("\n".join("\t".join(cells) for cells in lines), encoding="utf-8")
     (problem,) = problems(tmp_path)
     assert problem.startswith(f"{tmp_path / 'heldout.tsv'}: line 2: ")
-    assert problem.endswith("is also in the blurbs.")
+    assert problem.endswith("is also in the texts to fit on.")
 
 
 def test_other_names_stay_apart() -> None:

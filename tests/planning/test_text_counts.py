@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.text_counts import (
     TEMPLATE_TOKENS,
@@ -26,7 +27,7 @@ def words(text: str) -> int:
 
 
 def question(split: str, answer: str | None, text: str = "one two three") -> Conversation:
-    return Conversation("id", "en", split, text, answer)  # type: ignore[arg-type]
+    return Conversation("id", "en", Split(split), text, answer)
 
 
 def counts(*questions: Conversation) -> TextCounts:

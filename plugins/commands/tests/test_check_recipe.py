@@ -135,7 +135,7 @@ def own(pico_workspace: PicoWorkspace) -> PicoWorkspace:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("index.tsv", b"id\tlanguage\n", "index.tsv: line 1: the columns must be id, language"),
+        ("index.tsv", b"id\tlanguage\n", "index.tsv: line 1: has none of the columns"),
         ("heldout.tsv", b"\xff\xfei\0d\0", "heldout.tsv: is not UTF-8 text but UTF-16"),
         ("style.md", b"Be\x1b[31m brief.", "style.md: line 1: holds U+001B"),
     ],

@@ -68,7 +68,7 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
         print_json(loaded.resolved())
     elif resolved:
         print_line(resolved_toml(loaded).removesuffix("\n"))
-    questions, _ = read_conversations(loaded.recipe.samples, loaded.path.parent)
+    questions, _ = read_conversations(loaded.recipe.samples, loaded.path.parent, log)
     if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
         log(

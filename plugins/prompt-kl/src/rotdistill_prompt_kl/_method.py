@@ -166,8 +166,14 @@ def place_continuations(
 
 
 def _place_questions(samples: Samples) -> list[Conversation]:
-    """Return the questions about a place, without the copies that the teacher answers."""
-    questions = [q for q in samples.conversations if q.topic and not q.id.endswith(OWN_ANSWER)]
+    """Return the texts about a place, without held-out ones and the teacher's own answers."""
+    questions = [
+        each
+        for each in samples.conversations
+        if each.topic
+        and each.split in (Split.FIT, Split.VALIDATION)
+        and not each.id.endswith(OWN_ANSWER)
+    ]
     return list({question.id: question for question in questions}.values())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rotdistill_core.data.hub import HUB
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.hashing import sha256_of
@@ -63,13 +64,16 @@ def _models(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, Source]:
 def _texts(recipe: ResolvedRecipe, outcome: RunResult) -> dict[str, Source]:
     samples = recipe.recipe.samples
     files = {
-        "blurbs": samples.index,
+        "texts to fit on": samples.index,
         "held-out questions": samples.heldout,
         "system prompt": samples.style,
+        "guard": samples.guard,
     }
-    if samples.guard:
-        files["guard"] = samples.guard
-    texts = {name: Source(Path(file).name) for name, file in files.items()}
+    texts = {
+        name: Source(file if file.startswith(HUB) else Path(file).name)
+        for name, file in files.items()
+        if file
+    }
     frozen = RunLayout(outcome.folder).texts
     if frozen.is_file():
         texts["tokens of each"] = Source(frozen.name, sha256_of(frozen))

@@ -48,7 +48,7 @@ class PairedRows(NamedTuple):
 
 
 def pair_rows(samples: Samples, student_tokenizer: Any, teacher_tokenizer: Any) -> PairedRows:
-    """Pair rows by the bytes of system prompt, question and answer.
+    """Pair rows by the bytes of system prompt, turns and answer.
 
     Tokens that the chat templates put around these are not paired: each model has its own.
 
@@ -118,7 +118,7 @@ def content_spans(
     Args:
         text: the tokenised conversation.
         bytes_of: the bytes of every token id.
-        contents: system prompt, question and answer, in the order of the conversation.
+        contents: system prompt, turns and answer, in the order of the conversation.
         tokenizer_name: for the error.
 
     Returns:
@@ -157,11 +157,12 @@ def content_spans(
 def _contents(
     style: str, question: Conversation, teacher_tokenizer: Any, teacher_text: Text
 ) -> list[bytes]:
-    """Return the bytes of system prompt, question and answer of a text."""
+    """Return the bytes of system prompt, turns and answer of a text."""
     answer = question.answer
     if answer is None:
         answer = decode_answer(teacher_tokenizer, teacher_text.tokens[teacher_text.answer :])
-    return [part.encode() for part in (style, question.question, answer)]
+    turns = (turn.content for turn in question.turns)
+    return [part.encode() for part in (question.system_under(style), *turns, answer)]
 
 
 def _start_of_cut(content: bytes, whole: bytes, first: int) -> int:

@@ -1,0 +1,374 @@
+"""What a row says, before ids, languages and splits are settled: its conversation, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NoReturn
+
+from pydantic import TypeAdapter, ValidationError
+
+from rotdistill_core.data.conversations import Claim, Turn
+from rotdistill_core.data.rows import Row
+from rotdistill_core.data.text_files import LINE_END, comparable, foreign_characters
+
+Use = Literal["index", "heldout", "guard"]
+"""The key of `[samples]` that names a file: it decides what a row needs."""
+
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}")
+"""A language as in BCP 47: a code of ISO 639, and subtags such as `pt-BR` has."""
+RESERVED_ENDINGS = (".own", ".place")
+"""Ends of the ids of texts that are made from others."""
+LONGEST_CELL = 131_072
+"""Characters of a text. More is not one text, but a file whose line ends are lost."""
+CLAIMS = "It must be a JSON list of objects with `what` and `any`."
+"""What a value of facts or falsehoods holds."""
+PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("question", "blurb"),
+    ("instruction", "output"),
+)
+"""Columns of question and answer. The first pair of which a row has the question counts."""
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+"""Role in a file -> role of a chat; `human` and `gpt` are those of ShareGPT."""
+_CLAIMS: TypeAdapter[tuple[Claim, ...]] = TypeAdapter(tuple[Claim, ...])
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One row's conversation."""
+
+    where: str
+    """File and line, or file and row."""
+    id: str
+    """Empty if the row names none, as is `language`."""
+    language: str
+    question: str
+    """Empty for a plain text."""
+    answer: str | None
+    topic: str = ""
+    has_group: bool = False
+    """Whether texts of its topic stay together: it stands in a column `topic`, not `place`."""
+    earlier: tuple[Turn, ...] = ()
+    system: str | None = None
+    facts: tuple[Claim, ...] = ()
+    falsehoods: tuple[Claim, ...] = ()
+
+    @cached_property
+    def asked(self) -> tuple[str, ...]:
+        """System prompt and turns before the answer, in a form in which spellings are equal."""
+        turns = (turn.content for turn in self.earlier)
+        return tuple(comparable(text) for text in (self.system or "", *turns, self.question))
+
+    @cached_property
+    def text_key(self) -> tuple[str, ...]:
+        """What copies of it have in common: `asked`, and the answer in the same form."""
+        return (*self.asked, comparable(self.answer or ""))
+
+
+class BadRowError(ValueError):
+    """What is wrong with a row: `column: sentence`."""
+
+
+def drafts_of(rows: Iterable[Row], use: Use, problems: list[str]) -> list[Draft]:
+    """Return the conversations in the rows of a file.
+
+    Args:
+        rows: the rows.
+        use: what they are for.
+        problems: takes what is wrong, a sentence each that names file, line and column.
+    """
+    drafts = []
+    for row in rows:
+        try:
+            drafts.append(_draft(row, use))
+        except BadRowError as error:
+            problems.append(f"{row.where}: {error}")
+    return drafts
+
+
+def _draft(row: Row, use: Use) -> Draft:
+    """Return the conversation in a row.
+
+    Raises:
+        BadRowError: it holds none.
+    """
+    name = _name(row, "id")
+    if name.endswith(RESERVED_ENDINGS):
+        raise BadRowError(
+            f"id: {name} must not end with {' or '.join(RESERVED_ENDINGS)}, which are ours."
+        )
+    system, turns, answer = _plain_text(row) if _is_plain(row, use) else _chat(row, use)
+    return Draft(
+        where=row.where,
+        id=name,
+        language=_language(row),
+        question=turns[-1].content if turns else "",
+        answer=answer,
+        topic=_name(row, "topic") or _name(row, "place"),
+        has_group=row.has("topic"),
+        earlier=tuple(turns[:-1]),
+        system=system,
+        facts=_claims(row, "facts"),
+        falsehoods=_claims(row, "falsehoods"),
+    )
+
+
+def _is_plain(row: Row, use: Use) -> bool:
+    return use == "guard" and row.has("text")
+
+
+def _plain_text(row: Row) -> tuple[None, tuple[Turn, ...], str]:
+    """Return a text that models read as it is, in the form of `_chat`.
+
+    Raises:
+        BadRowError: it cannot be read.
+    """
+    return None, (), _text(row.values["text"], "text", verbatim=True)
+
+
+# Messages.
+
+
+def _chat(row: Row, use: Use) -> tuple[str | None, tuple[Turn, ...], str | None]:
+    """Return system prompt, turns up to the question, and answer of a row.
+
+    Raises:
+        BadRowError: it has no conversation, or one that cannot be read.
+    """
+    own = _system(row.values["system"], "system") if row.has("system") else None
+    if row.has("messages"):
+        system, turns = _turns(row.values["messages"], "messages", "role", "content")
+    elif row.has("conversations"):
+        system, turns = _turns(row.values["conversations"], "conversations", "from", "value")
+    else:
+        system, turns = _pair(row, use)
+    answer = turns.pop().content if turns[-1].role == "assistant" else None
+    if own is not None and system is not None and own != system:
+        raise BadRowError("system: the messages have another system prompt; leave one of them out.")
+    if answer is None and use == "guard":
+        raise BadRowError("has no answer; a conversation outside the domain needs one.")
+    return (own if system is None else system), tuple(turns), answer
+
+
+def _pair(row: Row, use: Use) -> tuple[str | None, list[Turn]]:
+    """Return system prompt and turns of a row with question and answer in columns of their own.
+
+    Raises:
+        BadRowError: there is no question.
+    """
+    pairs = [pair for pair in PAIRS if pair[0] in row.values]
+    if not pairs:
+        _refuse_without_question(row, use)
+    first = next((pair for pair in pairs if row.has(*pair)), pairs[0])
+    question, answer = (row.values.get(key) for key in first)
+    if isinstance(question, list | tuple):  # the chat format in two parts
+        whole = [*question, *(answer if isinstance(answer, list | tuple) else [])]
+        if isinstance(answer, str):
+            whole.append({"role": "assistant", "content": answer})
+        return _turns(whole, first[0], "role", "content")
+    asked = _text(question, first[0])
+    if first[0] == "instruction" and _is_filled(row.values.get("input")):
+        asked = f"{asked}\n\n{_text(row.values['input'], 'input')}"
+    turns = [Turn("user", asked)]
+    if answer is not None:
+        turns.append(Turn("assistant", _text(answer, first[1])))
+    return None, turns
+
+
+def _is_filled(value: object) -> bool:
+    return value is not None and value != ""
+
+
+def _refuse_without_question(row: Row, use: Use) -> NoReturn:
+    has = ", ".join(sorted(row.values)) or "nothing that is read"
+    wanted = "messages, question or prompt" + (", or text" if use == "guard" else "")
+    raise BadRowError(f"has no question; it needs {wanted} (it has {has}).")
+
+
+def _turns(
+    messages: object, key: str, role_key: str, content_key: str
+) -> tuple[str | None, list[Turn]]:
+    """Return system prompt and turns of a list of messages.
+
+    Args:
+        messages: the value of the column.
+        key: the name of the column, for errors.
+        role_key, content_key: the keys of a message.
+
+    Raises:
+        BadRowError: naming the message that cannot be read.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise BadRowError(f"{key}: must be a list of messages (it is {messages!r:.40}).")
+    system = None
+    turns: list[Turn] = []
+    for number, message in enumerate(messages):
+        where = f"{key}.{number}"
+        role, content = _message(message, where, role_key, content_key)
+        if role == "system":
+            if number:
+                raise BadRowError(f"{where}.{role_key}: a system prompt stands first, and once.")
+            system = content
+            continue
+        wanted = "assistant" if len(turns) % 2 else "user"
+        if role != wanted:
+            raise BadRowError(
+                f"{where}.{role_key}: must be {wanted} (it is {role}): user and assistant speak in "
+                "turn, the user first."
+            )
+        turns.append(Turn("assistant" if len(turns) % 2 else "user", content))
+    if not turns:
+        raise BadRowError(f"{key}: has no turn of a user.")
+    return system, turns
+
+
+def _message(message: object, where: str, role_key: str, content_key: str) -> tuple[str, str]:
+    """Return role and content of a message.
+
+    Raises:
+        BadRowError: it has none that is read.
+    """
+    if not isinstance(message, Mapping):
+        raise BadRowError(f"{where}: must be an object with {role_key} and {content_key}.")
+    role = message.get(role_key)
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRowError(
+            f"{where}.{role_key}: must be system, user or assistant (it is {role!r:.40})."
+        )
+    if message.get("tool_calls"):
+        raise BadRowError(f"{where}.tool_calls: calls of tools are not read; leave the row out.")
+    content = message.get(content_key)
+    if isinstance(content, list | tuple):
+        content = _joined(content, f"{where}.{content_key}")
+    read = _system if role == "system" else _text
+    return ROLES[role], read(content, f"{where}.{content_key}")
+
+
+def _joined(parts: Sequence[Any], where: str) -> str:
+    """Return the texts of a content that comes in parts.
+
+    Raises:
+        BadRowError: a part is no text.
+    """
+    texts = []
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise BadRowError(
+                f"{where}.{number}: must be a text, as {{'type': 'text', 'text': ...}} (its type "
+                f"is {kind!r:.40}); images and sounds are not read."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+# Single values.
+
+
+def _text(value: object, where: str, verbatim: bool = False) -> str:
+    """Return a text without the blanks around it, its line ends as `\\n`.
+
+    Args:
+        value: what the row holds.
+        where: the column, for errors.
+        verbatim: keep the blanks.
+
+    Raises:
+        BadRowError: it is no text, is empty or too long, or holds what no text holds.
+    """
+    if not isinstance(value, str):
+        raise BadRowError(f"{where}: must be a text (it is {value!r:.40}).")
+    if len(value) > LONGEST_CELL:
+        raise BadRowError(f"{where}: has {len(value)} characters; {LONGEST_CELL} are the most.")
+    text = LINE_END.sub("\n", value)
+    _require_characters(text, where, allowed="\n\t")
+    if not text.strip():
+        raise BadRowError(f"{where}: is empty.")
+    return text if verbatim else text.strip()
+
+
+def _system(value: object, where: str) -> str:
+    """Return a system prompt; an empty one says that the text has none.
+
+    Raises:
+        BadRowError: it is no text.
+    """
+    return "" if value == "" else _text(value, where)
+
+
+def _name(row: Row, key: str) -> str:
+    """Return a value of one line; empty if the row has none.
+
+    Raises:
+        BadRowError: it is no text, or holds what no line holds.
+    """
+    value = row.values.get(key, "")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadRowError(f"{key}: must be a text (it is {value!r:.40}).")
+    if len(value) > LONGEST_CELL:
+        raise BadRowError(f"{key}: has {len(value)} characters; {LONGEST_CELL} are the most.")
+    _require_characters(value, key)
+    return value.strip()
+
+
+def _require_characters(text: str, where: str, allowed: str = "") -> None:
+    foreign = sorted(set(foreign_characters(text, allowed)))
+    if foreign:
+        raise BadRowError(
+            f"{where}: holds {', '.join(foreign)}, which is no character of a text; remove it."
+        )
+
+
+def _language(row: Row) -> str:
+    """Return the language that a row names, in lower case up to its subtags; empty if none.
+
+    Raises:
+        BadRowError: it is no code of a language.
+    """
+    language = _name(row, "language")
+    if language and not LANGUAGE.fullmatch(language):
+        raise BadRowError(
+            "language: must be a code of ISO 639 such as en, or a tag such as pt-BR (it is "
+            f"{language!r:.40})."
+        )
+    primary, dash, subtags = language.partition("-")
+    # Case means nothing in a language tag, and results are grouped by it.
+    return f"{primary.lower()}{dash}{subtags}"
+
+
+def _claims(row: Row, column: str) -> tuple[Claim, ...]:
+    """Return the claims of a row; none if it has none.
+
+    Raises:
+        BadRowError: they cannot be read.
+    """
+    value = row.values.get(column)
+    if value is None:
+        return ()
+    read = _CLAIMS.validate_json if isinstance(value, str) else _CLAIMS.validate_python
+    try:
+        claims = read(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"])
+        where = f"{column}{f', at {at}' if at else ''}"
+        raise BadRowError(f"{where}: {first['msg']}. {CLAIMS}") from error
+    texts = [text for claim in claims for text in (claim.what, *claim.any)]
+    for text in texts:
+        _require_characters(text, column)
+    if not all(text.strip() for text in texts) or not all(claim.any for claim in claims):
+        raise BadRowError(f"{column}: an empty statement or phrase is found in no answer. {CLAIMS}")
+    return claims

@@ -1,0 +1,108 @@
+"""Which split a text is in: by a hash of its id, with its copies and the texts of its topic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterable, Sequence
+
+from rotdistill_core.data.drafts import Draft
+from rotdistill_core.data.splits import Split
+from rotdistill_core.data.text_files import comparable
+
+
+def shuffled(drafts: Iterable[Draft]) -> list[Draft]:
+    """Return drafts in the order of the sha256 of their ids.
+
+    The order is the same on every machine. It depends neither on the order of the file nor on the
+    texts, so a corrected text stays in its split.
+    """
+    return sorted(drafts, key=lambda draft: hashlib.sha256(draft.id.encode()).hexdigest())
+
+
+def assign_splits(
+    drafts: Sequence[Draft], validation: float, heldout: float | None = None
+) -> dict[str, Split]:
+    """Assign the texts of the index to splits.
+
+    Copies of a text (the same question with the same answer, in any spelling that `comparable`
+    takes for the same) go to the same split, and so do the texts of one topic. Otherwise validation
+    would score a fitted text.
+
+    Args:
+        drafts: the texts in shuffled order; the first are for validation.
+        validation: share of the distinct texts that is for validation.
+        heldout: share that is held out, before validation takes its own; None where the held-out
+            texts have a file of their own. Texts with the same question then stay together too.
+
+    Returns:
+        Id -> split.
+    """
+    groups = _groups(drafts, by_question=heldout is not None)
+    total = sum(map(_distinct, groups))
+    splits: dict[str, Split] = {}
+    if heldout is not None:
+        taken, groups = _taken(groups, max(round(total * heldout), 1))
+        splits |= _in_split(taken, Split.HELDOUT)
+    taken, groups = _taken(groups, round(total * validation))
+    return splits | _in_split(taken, Split.VALIDATION) | _in_split(groups, Split.FIT)
+
+
+def _in_split(groups: Iterable[Sequence[Draft]], split: Split) -> dict[str, Split]:
+    return {draft.id: split for group in groups for draft in group}
+
+
+def _taken(
+    groups: Sequence[list[Draft]], texts: int
+) -> tuple[list[list[Draft]], list[list[Draft]]]:
+    """Return the first groups that have at most so many texts together, and the other groups.
+
+    If each has more, the smallest is taken.
+    """
+    taken, left = [], []
+    for group in groups:
+        if _distinct(group) <= texts:
+            taken.append(group)
+            texts -= _distinct(group)
+        else:
+            left.append(group)
+    if not taken and left and texts:
+        smallest = min(left, key=_distinct)
+        taken.append(smallest)
+        left.remove(smallest)
+    return taken, left
+
+
+def _distinct(group: Sequence[Draft]) -> int:
+    """Return how many different texts a group has."""
+    return len({draft.text_key for draft in group})
+
+
+def _groups(drafts: Iterable[Draft], by_question: bool) -> list[list[Draft]]:
+    """Return the texts that must stay together, each group at the place of its first."""
+    root: dict[Hashable, Hashable] = {}
+
+    def find(key: Hashable) -> Hashable:
+        while (parent := root.setdefault(key, key)) != key:
+            root[key] = root[parent]  # halves the path
+            key = parent
+        return key
+
+    ordered = list(drafts)
+    for draft in ordered:
+        first, *others = _keys(draft, by_question)
+        for key in others:
+            root[find(key)] = find(first)
+    groups: dict[Hashable, list[Draft]] = {}
+    for draft in ordered:
+        groups.setdefault(find(_keys(draft, by_question)[0]), []).append(draft)
+    return list(groups.values())
+
+
+def _keys(draft: Draft, by_question: bool) -> list[Hashable]:
+    """Return the names of what ties a text to others."""
+    keys: list[Hashable] = [("text", draft.text_key)]
+    if by_question:
+        keys.append(("question", draft.asked))
+    if draft.has_group:
+        keys.append(("topic", comparable(draft.topic)))
+    return keys
