@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.conversations import Conversation, Turn
+from rotdistill_core.data.vocabularies import TOKENIZER_FILE, tokenizer_of
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import read_bytes
 
@@ -54,6 +57,21 @@ CLOCK = "strftime_now"
 """The function by which a template writes the date."""
 DEFAULT = "default"
 """Name of the template that chats without tools are written with."""
+THINKING = {
+    "enable_thinking": re.compile(r"\benable_thinking\b"),
+    "thinking": re.compile(r"\b(if|elif|and|or|not) +\(?thinking\b"),
+}
+"""Variables by which templates let models think before they answer, as they stand there. A message
+may have a field of the second name."""
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}User: {{ m.content }}\n"
+    "{% else %}Assistant: {{ m.content }}{{ eos_token }}{{ '' if loop.last else '\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""How chats are written for a model without a chat template."""
 
 INHERITED = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
 """Variables without which some installations of Python do not start."""
@@ -75,42 +93,65 @@ class ChatFormat:
     """The day that templates write, such as 2025-07-01; empty for today."""
     system_turn: bool = True
     """Whether the system prompt has a turn of its own. Otherwise it goes before the question."""
+    thinking: bool = False
+    """Whether models are let to think before they answer, where the template has a switch."""
     is_whole: bool = True
     """Whether all is known that the template writes. It may write special tokens that no file of
     the folder names: many classes of transformers have such ones."""
 
     @classmethod
-    def of(cls, tokenizer: Any, date: str = "") -> ChatFormat:
-        """Return the format of a transformers tokenizer.
+    def of(cls, tokenizer: Any, date: str = "", thinking: bool = False) -> ChatFormat:
+        """Return the format of a transformers tokenizer; the plain one if it has no template.
 
         Raises:
-            SetupError: it has no template for chats without tools.
+            SetupError: it has templates, but none for chats without tools.
         """
         source = str(tokenizer.name_or_path)
+        tokens = dict(getattr(tokenizer, "special_tokens_map", {}))
         template = _default_template(source, tokenizer.chat_template)
-        return cls(source, template, dict(getattr(tokenizer, "special_tokens_map", {})), date)
+        if template is None:
+            first = list(tokenizer("")["input_ids"])[:1]
+            names = [tokenizer.convert_ids_to_tokens(token) for token in first]
+            template = _plain_template(names, tokens)
+        return cls(source, template, tokens, date, thinking=thinking)
 
     @classmethod
-    def read(cls, folder: Path, date: str = "") -> ChatFormat:
-        """Return the format of a model's folder, from its files.
+    def read(cls, folder: Path, date: str = "", thinking: bool = False) -> ChatFormat:
+        """Return the format of a model's folder, from its files; see `of`.
 
         Raises:
-            SetupError: it has no template for chats without tools, or a file cannot be read.
+            SetupError: it has templates, but none for chats without tools, or a file cannot be
+                read.
         """
         config = _object(folder / TOKENIZER_CONFIG)
         # transformers reads the older file last, and only where the newer one lists no tokens.
         older = {} if ADDED_TOKENS in config else _object(folder / SPECIAL_TOKENS_FILE)
         special = {**config, **older}
+        tokens = _special_tokens(special, folder / TOKENIZER_CONFIG)
         template = _template_of(folder, config)
+        if template is None:
+            template = _plain_template(_first_tokens(folder), tokens)
         is_plain = config.get("tokenizer_class") in PLAIN_CLASSES
         return cls(
             source=str(folder),
             template=template,
-            tokens=_special_tokens(special, folder / TOKENIZER_CONFIG),
+            tokens=tokens,
             date=date,
+            thinking=thinking,
             is_whole=is_plain
             or all(name in special for name in SPECIAL_TOKENS if name in template),
         )
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the model has no chat template, so that chats are written plainly."""
+        return self.template.endswith(PLAIN_TEMPLATE)
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """Variable of the template -> whether models think, for those that it has."""
+        names = (name for name, pattern in THINKING.items() if pattern.search(self.template))
+        return dict.fromkeys(names, self.thinking)
 
     @property
     def uses_date(self) -> bool:
@@ -227,7 +268,12 @@ class ChatFormat:
             "variables": dict(self.tokens),
             "date": self.date or datetime.date.today().isoformat(),
             "chats": [
-                {"messages": list(chat), "add_generation_prompt": generation, **_ABSENT}
+                {
+                    "messages": list(chat),
+                    "add_generation_prompt": generation,
+                    **_ABSENT,
+                    **self.switches,
+                }
                 for chat in chats
             ],
             "memory": MEMORY,
@@ -295,11 +341,36 @@ def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
     return rendered
 
 
-def _template_of(folder: Path, config: Mapping[str, Any]) -> str:
+def _plain_template(first: Sequence[str], tokens: Mapping[str, str]) -> str:
+    """Return the template of a model that has none.
+
+    Args:
+        first: the tokens with which its tokenizer begins every text.
+        tokens: its special tokens by name.
+    """
+    begins = [*first][:1] == [tokens.get("bos_token")]
+    return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+
+
+def _first_tokens(folder: Path) -> list[str]:
+    """Return the tokens that the tokenizer of a folder makes of an empty text.
+
+    Raises:
+        SetupError: it cannot be loaded.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return []
+    with reading(path, "the tokenizer"):
+        tokens: list[str] = tokenizer_of(folder).encode("").tokens
+    return tokens
+
+
+def _template_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the template for chats without tools, from the file that transformers takes.
 
     Raises:
-        SetupError: there is none, or it cannot be read.
+        SetupError: there are others alone, or it cannot be read.
     """
     files = sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
     named = {path.name.removesuffix(".jinja"): path for path in files}
@@ -339,16 +410,18 @@ def _special_tokens(settings: Mapping[str, Any], path: Path) -> dict[str, str]:
     }
 
 
-def _default_template(source: str, templates: object) -> str:
-    """Return the template for chats without tools.
+def _default_template(source: str, templates: object) -> str | None:
+    """Return the template for chats without tools; None if there is no template at all.
 
     Args:
         source: the model's folder, for messages.
         templates: one template, or several by name, as transformers keeps them.
 
     Raises:
-        SetupError: there is none.
+        SetupError: there are others alone.
     """
+    if templates is None:
+        return None
     if isinstance(templates, list):
         templates = {
             each.get("name"): each.get("template") for each in templates if isinstance(each, dict)
@@ -365,7 +438,8 @@ def _default_template(source: str, templates: object) -> str:
             f"the one for plain chats to {TEMPLATE_FILE}."
         )
     raise SetupError(
-        f"{source}: the tokenizer has no chat template; use an instruction-tuned model."
+        f"{source}: its chat template is no text, or a blank one. Repair or remove it; without "
+        "any, conversations are written plainly."
     )
 
 

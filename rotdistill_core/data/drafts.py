@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
@@ -40,6 +40,9 @@ ROLES = {
     "gpt": "assistant",
 }
 """Role in a file -> role of a chat; `human` and `gpt` are those of ShareGPT."""
+THOUGHT = "<think>"
+"""Beginning of what an assistant thinks before it answers."""
+THOUGHTS = re.compile(r"\A<think>.*?(</think>\s*|\Z)", re.DOTALL)
 _CLAIMS: TypeAdapter[tuple[Claim, ...]] = TypeAdapter(tuple[Claim, ...])
 
 
@@ -79,18 +82,22 @@ class BadRowError(ValueError):
     """What is wrong with a row: `column: sentence`."""
 
 
-def drafts_of(rows: Iterable[Row], use: Use, problems: list[str]) -> list[Draft]:
+def drafts_of(
+    rows: Iterable[Row], use: Use, problems: list[str], thinking: bool = False
+) -> list[Draft]:
     """Return the conversations in the rows of a file.
 
     Args:
         rows: the rows.
         use: what they are for.
         problems: takes what is wrong, a sentence each that names file, line and column.
+        thinking: keep what an assistant thinks before it answers.
     """
     drafts = []
     for row in rows:
         try:
-            drafts.append(_draft(row, use))
+            draft = _draft(row, use)
+            drafts.append(draft if thinking else _without_thoughts(draft))
         except BadRowError as error:
             problems.append(f"{row.where}: {error}")
     return drafts
@@ -134,6 +141,29 @@ def _plain_text(row: Row) -> tuple[None, tuple[Turn, ...], str]:
         BadRowError: it cannot be read.
     """
     return None, (), _text(row.values["text"], "text", verbatim=True)
+
+
+def _without_thoughts(draft: Draft) -> Draft:
+    """Return a draft without what the assistant thinks in it.
+
+    Raises:
+        BadRowError: a turn holds nothing else.
+    """
+    turns = [draft.answer or "", *(turn.content for turn in draft.earlier)]
+    if not any(turn.startswith(THOUGHT) for turn in turns) or not draft.question:
+        return draft
+    answer, *earlier = (THOUGHTS.sub("", turn) for turn in turns)
+    said = [turn for turn, before in zip([answer, *earlier], turns, strict=True) if before]
+    if not all(said):
+        raise BadRowError("a turn of the assistant holds thoughts and no answer.")
+    return replace(
+        draft,
+        answer=answer if draft.answer else None,
+        earlier=tuple(
+            turn._replace(content=content) if turn.role == "assistant" else turn
+            for turn, content in zip(draft.earlier, earlier, strict=True)
+        ),
+    )
 
 
 # Messages.

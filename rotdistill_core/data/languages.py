@@ -7,7 +7,7 @@ from typing import Any
 
 SURE = 0.9
 """Probability above which a text alone decides which languages there are."""
-UNKNOWN = "und"
+NO_LANGUAGE = "und"
 """Code of a text whose language nobody can tell."""
 
 
@@ -30,7 +30,7 @@ def told_languages(texts: Mapping[str, str], known: Iterable[str] = ()) -> dict[
     codes = {language.partition("-")[0] for language in known}
     candidates = sorted((sure | codes) & set(model.labels))
     if not candidates:
-        return dict.fromkeys(texts, UNKNOWN)
+        return dict.fromkeys(texts, NO_LANGUAGE)
     model.set_languages(candidates)
     return {
         name: str(first[name][0] if first[name][1] >= SURE else model.classify(text)[0])

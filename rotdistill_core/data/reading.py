@@ -53,9 +53,10 @@ def read_conversations(
             a dataset.
     """
     problems: list[str] = []
-    index = _read(ref.index, "index", base, problems, log)
-    heldout = _read(ref.heldout, "heldout", base, problems, log) if ref.heldout else []
-    guard = _read(ref.guard, "guard", base, problems, log) if ref.guard else []
+    how = (base, problems, log, ref.thinking)
+    index = _read(ref.index, "index", *how)
+    heldout = _read(ref.heldout, "heldout", *how) if ref.heldout else []
+    guard = _read(ref.guard, "guard", *how) if ref.guard else []
     style = _read_system_prompt(base / ref.style, problems) if ref.style else ""
     problems += first_few(_overlaps(index, heldout))
     problems += first_few(_repeated_ids(guard, (*index, *heldout)))
@@ -79,14 +80,16 @@ def read_conversations(
 # From rows to drafts that lack nothing.
 
 
-def _read(reference: str, use: Use, base: Path, problems: list[str], log: Log) -> list[Draft]:
+def _read(
+    reference: str, use: Use, base: Path, problems: list[str], log: Log, thinking: bool
+) -> list[Draft]:
     """Return the conversations of a file, each with an id and a language.
 
     Rows of a dataset of the hub cannot be repaired, so those that cannot be read are left out.
     """
     path = text_path(reference, base)
     found: list[str] = []
-    drafts = drafts_of(read_rows(reference, base, found), use, found)
+    drafts = drafts_of(read_rows(reference, base, found), use, found, thinking)
     if found and drafts and reference.startswith(HUB):
         log(f"{path}: {len(found)} rows are left out, the first: {found[0]}")
         found = []

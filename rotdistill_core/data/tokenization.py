@@ -36,7 +36,7 @@ def tokenize_texts(
             are not cut.
 
     Raises:
-        SetupError: the tokenizer has no chat template, the template cannot write the texts, or a
+        SetupError: the chat template cannot write the texts, or a
             text leaves no room for its answer.
     """
     asked = {each.id: each for each in conversations if not each.is_plain}
@@ -102,7 +102,7 @@ def chat_format(
     """Return how a tokenizer writes these conversations under a system prompt.
 
     Raises:
-        SetupError: it has no chat template, or the template cannot write them.
+        SetupError: its chat template cannot write them.
     """
     chat = ChatFormat.of(tokenizer, date)
     asked = [each for each in conversations if not each.split.outside_domain]
@@ -150,12 +150,14 @@ def require_text_of_transformers(
     from transformers import PreTrainedTokenizerBase  # noqa: PLC0415  (takes seconds)
 
     own = type(tokenizer).apply_chat_template
-    if own is PreTrainedTokenizerBase.apply_chat_template:
+    if own is PreTrainedTokenizerBase.apply_chat_template or chat.is_ours:
         return
     messages = chat.messages(style, question)
     (ours,) = chat.render([messages], generation=True)
     try:
-        theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        theirs = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **chat.switches
+        )
     except Exception as error:
         # Templates raise what they like, and so do libraries that read them.
         raise SetupError(

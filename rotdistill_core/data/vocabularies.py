@@ -19,7 +19,7 @@ def one_vocabulary(one: Path, two: Path) -> bool:
     """Return whether two folders give the same ids to the same tokens."""
     if one == two:
         return True
-    first, second = (_tokenizer(folder).get_vocab() for folder in (one, two))
+    first, second = (tokenizer_of(folder).get_vocab() for folder in (one, two))
     return bool(first == second)
 
 
@@ -37,7 +37,7 @@ def require_one_vocabulary(pair: Any) -> None:
     teacher, student = pair.teacher, pair.student
     if teacher.folder == student.folder or not have_vocabularies(teacher.folder, student.folder):
         return
-    one, two = _tokenizer(student.folder), _tokenizer(teacher.folder)
+    one, two = tokenizer_of(student.folder), tokenizer_of(teacher.folder)
     differ = _missing(one, two)
     if differ or _missing(two, one):
         raise different_vocabularies(pair, differ, one.get_vocab_size(with_added_tokens=False))
@@ -65,7 +65,8 @@ def _missing(one: Any, two: Any) -> int:
     return sum(others.get(token) != number for token, number in own.items())
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer of a folder with a tokenizer.json, without transformers."""
     from tokenizers import Tokenizer  # noqa: PLC0415  most plans need none
 
     return Tokenizer.from_file(str(folder / TOKENIZER_FILE))

@@ -116,7 +116,7 @@ class Executor:
         inputs = run_inputs(recipe, pair, conversations, style, engine)
         starts = newest_starts(store.ledgers(), folder.name)
         date = date_of_run(recipe.samples, inputs, starts, fresh)
-        chats = run_chats(pair, conversations, style, date)
+        chats = run_chats(pair, conversations, style, date, recipe.samples.thinking)
         self.context = RunContext(
             loaded=loaded,
             pair=pair,

@@ -118,7 +118,9 @@ def texts_digest(recipe: Recipe, conversations: Sequence[Conversation], style: s
         # Facts and falsehoods enter the key of evaluators alone.
         [vars(replace(question, facts=(), falsehoods=())) for question in conversations],
         style,
-        recipe.samples.model_dump(include={"max_tokens", "answer_tokens", "own_answers"}),
+        recipe.samples.model_dump(
+            include={"max_tokens", "answer_tokens", "own_answers", "thinking"}
+        ),
     ]
     return digest(texts)
 

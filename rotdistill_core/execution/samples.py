@@ -19,6 +19,7 @@ from rotdistill_core.data.tokenization import (
     tokenize_for_both,
     tokenize_texts,
 )
+from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.engines import teacher_answers
 from rotdistill_core.forward.rope import tables_by_length, transformers_config
@@ -31,7 +32,13 @@ HELDOUT_QUESTIONS = "heldout"
 TRAINING_QUESTIONS = "own"
 
 
-def run_chats(pair: Pair, conversations: Sequence[Conversation], style: str, date: str) -> Chats:
+def run_chats(
+    pair: Pair,
+    conversations: Sequence[Conversation],
+    style: str,
+    date: str,
+    thinking: bool = False,
+) -> Chats:
     """Return how a run writes its conversations, before any model computes.
 
     Args:
@@ -39,15 +46,19 @@ def run_chats(pair: Pair, conversations: Sequence[Conversation], style: str, dat
         conversations: the texts.
         style: the system prompt.
         date: the day that templates write, if they do.
+        thinking: let models think, where their templates know how to.
 
     Raises:
         SetupError: a template cannot write them, or transformers would write another text.
     """
-    teacher = dated(ChatFormat.of(pair.teacher.tokenizer), date)
-    student = None
-    # A student of the teacher's vocabulary needs no template of its own.
-    if not pair.one_tokenizer or pair.student.tokenizer.chat_template:
-        student = dated(ChatFormat.of(pair.student.tokenizer), date)
+    teacher = dated(ChatFormat.of(pair.teacher.tokenizer, thinking=thinking), date)
+    try:
+        student = dated(ChatFormat.of(pair.student.tokenizer, thinking=thinking), date)
+    except SetupError:
+        # A student of the teacher's vocabulary needs no template of its own.
+        if not pair.one_tokenizer:
+            raise
+        student = None
     chats = chats_of(teacher, student, pair.one_tokenizer, style, conversations)
     first = first_chat(style, conversations)
     for chat, model in ((chats.teacher, pair.teacher), (chats.student, pair.student)):
@@ -79,8 +90,8 @@ def prepare_samples(run: RunContext) -> Samples:
     questions of the blurbs.
 
     Raises:
-        SetupError: a tokenizer has no chat template, a text leaves no room for its answer, or the
-            teacher's device has no memory for a single answer.
+        SetupError: a chat template cannot write the texts, a text leaves no room for its answer, or
+            the teacher's device has no memory for a single answer.
     """
     settings = run.recipe.samples
     unanswered = [question for question in run.conversations if question.answer is None]

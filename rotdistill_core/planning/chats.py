@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,14 +66,27 @@ class Chats(NamedTuple):
                 f"{self.teacher.source} writes them, and checkpoints are saved with its tokenizer "
                 "files, so that they are asked in the format that they were fitted on."
             )
-        for chat in dict.fromkeys((self.teacher.source, self.student.source)):
-            format_of = self.teacher if chat == self.teacher.source else self.student
-            if not format_of.system_turn:
-                notes.append(
-                    f"{chat}: its chat template has no system role; the system prompt goes before "
-                    "each question, in the user's turn."
-                )
-        return notes
+        formats = {chat.source: chat for chat in (self.student, self.teacher)}
+        return [*notes, *(note for chat in formats.values() for note in _notes_on(chat))]
+
+
+def _notes_on(chat: ChatFormat) -> Iterator[str]:
+    """Yield what the user should know of how one model's conversations are written."""
+    if chat.is_ours:
+        yield (
+            f"{chat.source}: has no chat template; conversations are written plainly, as `User: "
+            "...` and `Assistant: ...` on lines of their own."
+        )
+    if not chat.system_turn:
+        yield (
+            f"{chat.source}: its chat template has no system role; the system prompt goes before "
+            "each question, in the user's turn."
+        )
+    if chat.switches and not chat.thinking:
+        yield (
+            f"{chat.source}: its chat template lets models think before they answer; texts are "
+            "written without that. `samples.thinking = true` lets them think."
+        )
 
 
 def chats_of(
@@ -199,7 +212,11 @@ def require_room(
 
 
 def planned_chats(
-    folders: tuple[Path, Path], style: str, conversations: Sequence[Conversation], date: str
+    folders: tuple[Path, Path],
+    style: str,
+    conversations: Sequence[Conversation],
+    date: str,
+    thinking: bool = False,
 ) -> Chats | None:
     """Return how a run will write its conversations, from files alone.
 
@@ -208,20 +225,21 @@ def planned_chats(
         style: the system prompt.
         conversations: the texts of the run.
         date: the day that templates write, if they do.
+        thinking: let models think, where their templates know how to.
 
     Returns:
         None where transformers has to tell: a tokenizer has no tokenizer.json, or a template that
         fails names special tokens that are in no file.
 
     Raises:
-        SetupError: a model has no template, or its template cannot write the texts.
+        SetupError: the template of a model cannot be read, or cannot write the texts.
     """
     if not have_vocabularies(*folders):
         return None
     one_tokenizer = one_vocabulary(*folders)
-    teacher = dated(ChatFormat.read(folders[0]), date)
+    teacher = dated(ChatFormat.read(folders[0], thinking=thinking), date)
     try:
-        student = dated(ChatFormat.read(folders[1]), date)
+        student = dated(ChatFormat.read(folders[1], thinking=thinking), date)
     except SetupError:
         if not one_tokenizer:
             raise

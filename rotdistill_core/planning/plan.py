@@ -350,7 +350,8 @@ def _chats(
     teacher, student = models["teacher"].model, models["student"].model
     if not (teacher and student):
         return None, []
-    chats = planned_chats((teacher.folder, student.folder), style, conversations, date)
+    folders = (teacher.folder, student.folder)
+    chats = planned_chats(folders, style, conversations, date, recipe.samples.thinking)
     if chats is None:
         return None, []
     notes = [*chats.notes(), *ending_notes(chats, teacher)]

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from rotdistill_core.data import chat as chat_module
 from rotdistill_core.data._rendering import _environment
-from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.chat import PLAIN_TEMPLATE, ChatFormat
+from rotdistill_core.data.conversations import Turn
 from rotdistill_core.data.tokenization import require_text_of_transformers
 from rotdistill_core.errors import SetupError
 from rotdistill_core.testing import pico_tokenizer
@@ -179,9 +181,9 @@ def test_the_date_is_that_of_the_run() -> None:
             "",
         ),
         ({"additional_chat_templates/default.jinja": "A"}, "A", ""),
-        ({}, "", "has no chat template"),
-        ({"chat_template.jinja": " \n"}, "", "has no chat template"),
-        ({"tokenizer_config.json": {"chat_template": 3}}, "", "has no chat template"),
+        ({}, PLAIN_TEMPLATE, ""),
+        ({"chat_template.jinja": " \n"}, "", "is no text, or a blank one"),
+        ({"tokenizer_config.json": {"chat_template": 3}}, "", "is no text, or a blank one"),
         ({"tokenizer_config.json": [1]}, "", "must hold one JSON object"),
         ({"tokenizer_config.json": "{"}, "", "not valid JSON"),
         ({"chat_template.jinja": "é".encode("latin-1")}, "", "is not UTF-8 text"),
@@ -318,3 +320,74 @@ def test_lower_limits_of_the_machine_stay(kind: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout == "['<user>Who?']\n", done.stderr
+
+
+# Models without a template, and models that think.
+
+
+def plain_tokenizer(bos: bool) -> Any:
+    """Return a tokenizer without a template, which may begin texts with a token."""
+    tokenizer: Any = pico_tokenizer(64)
+    tokenizer.chat_template = None
+    if bos:
+        tokenizer.add_special_tokens({"bos_token": "<system>"})
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<system> $A", special_tokens=[("<system>", 3)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("bos", "begin"), [(False, ""), (True, "<system>")])
+def test_without_a_template_chats_are_written_plainly(
+    tmp_path: Path, bos: bool, begin: str
+) -> None:
+    tokenizer = plain_tokenizer(bos)
+    tokenizer.save_pretrained(tmp_path)
+    earlier = (Turn("user", "Hi."), Turn("assistant", "Hello."))
+    for chat in (ChatFormat.of(tokenizer), ChatFormat.read(tmp_path)):
+        assert chat.is_ours
+        assert chat.for_style(STYLE, QUESTION).system_turn
+        asked_with = chat.messages(STYLE, QUESTION, earlier=earlier)
+        answered = chat.messages(STYLE, QUESTION, "There.", earlier)
+        shared = f"{begin}{STYLE}\n\nUser: Hi.\nAssistant: Hello.<end>\nUser: {QUESTION}\n"
+        assert chat.prompts([asked_with]) == [f"{shared}Assistant:"]
+        assert chat.render([answered]) == [f"{shared}Assistant: There.<end>"]
+        assert asked(chat, "", QUESTION) == [f"{begin}User: {QUESTION}\nAssistant:"]
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if enable_thinking is defined and not "
+    "enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("thinking", "end"), [(False, "<think></think>"), (True, "")])
+def test_models_think_only_if_they_are_let_to(tmp_path: Path, thinking: bool, end: str) -> None:
+    tokenizer: Any = pico_tokenizer(64)
+    tokenizer.chat_template = THINKS
+    tokenizer.save_pretrained(tmp_path)
+    for chat in (ChatFormat.of(tokenizer, "", thinking), ChatFormat.read(tmp_path, "", thinking)):
+        assert chat.switches == {"enable_thinking": thinking}
+        assert asked(chat, "", QUESTION) == [f"<user>{QUESTION}<assistant>{end}"]
+        theirs = tokenizer.apply_chat_template(
+            chat.messages("", QUESTION),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        assert asked(chat, "", QUESTION) == [theirs]
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        (LOOP, []),
+        ("{% if message.thinking and 'thinking' in message %}thinking{% endif %}", []),
+        ("{%- if thinking %}<think>{% endif %}", ["thinking"]),
+        ("{%- if enable_thinking is defined %}<think>{% endif %}", ["enable_thinking"]),
+    ],
+)
+def test_only_variables_of_a_template_are_its_switches(template: str, names: list[str]) -> None:
+    chat = ChatFormat("big", template, thinking=True)
+    assert chat.switches == dict.fromkeys(names, True)

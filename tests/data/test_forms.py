@@ -227,6 +227,26 @@ def test_a_row_has_its_own_system_prompt_or_that_of_the_recipe(
     assert {each.system_under("w9") for each in read(tmp_path, "i.jsonl")} == {prompt}
 
 
+THOUGHT = [
+    {"role": "user", "content": "w1"},
+    {"role": "assistant", "content": "<think>\nw2\n</think>\n\nw3"},
+    {"role": "user", "content": "w4"},
+    {"role": "assistant", "content": "<think>w5</think>w6"},
+]
+
+
+def test_thoughts_of_the_assistant_are_left_out_or_kept(tmp_path: Path) -> None:
+    rows = [{**row, "topic": None} for row in ROWS]
+    write_jsonl(tmp_path / "i.jsonl", [{"id": "t", "language": "en", "messages": THOUGHT}, *rows])
+    write_jsonl(tmp_path / "h.jsonl", HELDOUT)
+    (plain,) = [each for each in read(tmp_path, "i.jsonl", "h.jsonl") if each.id == "t"]
+    assert ([turn.content for turn in plain.earlier], plain.answer) == (["w1", "w3"], "w6")
+    found = read(tmp_path, "i.jsonl", "h.jsonl", thinking=True)
+    (whole,) = [each for each in found if each.id == "t"]
+    assert whole.answer == "<think>w5</think>w6"
+    assert whole.earlier[1].content == "<think>\nw2\n</think>\n\nw3"
+
+
 def test_without_style_there_is_no_system_prompt(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "i.jsonl", ROWS)
     assert read_conversations(SamplesRef(index="i.jsonl"), tmp_path)[1] == ""

@@ -108,6 +108,10 @@ LINES = {
     ),
     "an empty turn": (chat(turn("user", " "), ASSISTANT), ": messages.0.content: is empty"),
     "no content": (chat(turn("user", None)), ": messages.0.content: must be a text (it is None)"),
+    "nothing but thoughts": (
+        chat(USER, turn("assistant", "<think>Why indeed?")),
+        ": a turn of the assistant holds thoughts and no answer",
+    ),
     "a call of a tool": (
         chat(USER, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}),
         ": messages.1.tool_calls: calls of tools are not read",

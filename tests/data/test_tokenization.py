@@ -107,11 +107,12 @@ def test_held_out_answers_are_never_cut() -> None:
     assert lengths["h"] > 40
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+def test_a_tokenizer_without_a_chat_template_writes_plainly() -> None:
     tokenizer = Letters()
-    tokenizer.chat_template = ""
-    with pytest.raises(SetupError, match="letters: the tokenizer has no chat template"):
-        tokenized(tokenizer=tokenizer)
+    tokenizer.chat_template = None
+    (text, _) = tokenized(tokenizer=tokenizer).texts
+    assert written(text.tokens) == f"{STYLE}\n\nUser: Who?\nAssistant: Me."
+    assert written(text.tokens[text.answer :]) == " Me."
 
 
 def test_texts_outside_the_domain_have_no_chat_and_are_not_cut() -> None:

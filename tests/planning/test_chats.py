@@ -81,7 +81,7 @@ def both(work: PicoWorkspace, code: int) -> list[str]:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "has no chat template"),
+        (" ", "is no text, or a blank one"),
         ("{% for m in messages %}{{ m.content ", "TemplateSyntaxError"),
         ("{{ who.is.this }}", "UndefinedError: 'who' is undefined"),
         ("w1", "writes every question alike"),
@@ -91,14 +91,11 @@ def both(work: PicoWorkspace, code: int) -> list[str]:
     ],
 )
 def test_a_template_that_fails_ends_plan_and_run_with_3(
-    work: PicoWorkspace, role: str, template: str | None, message: str
+    work: PicoWorkspace, role: str, template: str, message: str
 ) -> None:
     # With a vocabulary of its own the student needs its own template.
     other = work.model("other", vocab_size=56)
-    if template is None:
-        (other / "chat_template.jinja").unlink()
-    else:
-        put_template(other, template)
+    put_template(other, template)
     work.recipe('step = [{ use = "chop", layers = 1 }]', **{role: "other"})
     for said in both(work, 3):
         assert message in said

@@ -99,7 +99,12 @@ class ChatSession:
 
 
 def load_session(
-    name: str, folder: Path, max_tokens: int, device: str, date: str = ""
+    name: str,
+    folder: Path,
+    max_tokens: int,
+    device: str,
+    date: str = "",
+    thinking: bool = False,
 ) -> ChatSession:
     """Load a checkpoint folder.
 
@@ -109,6 +114,7 @@ def load_session(
         max_tokens: longest answer.
         device: `auto`, `cpu`, `cuda:1`, or another name that recipes know.
         date: the day that its chat template writes, if it does; empty for today.
+        thinking: let it think before it answers, where its chat template knows how to.
 
     Raises:
         RecipeError: the device has no such name.
@@ -129,5 +135,5 @@ def load_session(
         model=model,
         tokenizer=tokenizer,
         max_tokens=max_tokens,
-        chat=ChatFormat.of(tokenizer, date),
+        chat=ChatFormat.of(tokenizer, date, thinking),
     )

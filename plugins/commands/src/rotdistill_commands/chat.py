@@ -87,7 +87,10 @@ def chat(
 
     # Variants are asked on the day that their texts name.
     date = next((start.inputs.get(DATE, "") for start in folder.ledger.starts[::-1]), "")
-    sessions = [load_session(name, path, tokens, device, date) for name, path in folders.items()]
+    thinking = bool(folder.recipe.get("samples", {}).get("thinking"))
+    sessions = [
+        load_session(name, path, tokens, device, date, thinking) for name, path in folders.items()
+    ]
     dialogue = []
     for question in prompts or _typed_questions():
         answers = _answers(sessions, prompt, question, show=not as_json)

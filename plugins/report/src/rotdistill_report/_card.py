@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.languages import NO_LANGUAGE
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import is_exact
@@ -79,6 +80,7 @@ def model_card(
     licences = {role: licence_of(model) for role, model in models.items()}
     kinds = {recipe_step.id: _kind(recipe_step) for recipe_step in _edits(recipe, variant)}
     languages = {row.language for row in outcome.rows if row.language}
+    thinking = recipe.recipe.samples.thinking
     return template("card.md.j2").render(
         report=report,
         variant=variant,
@@ -89,8 +91,10 @@ def model_card(
         kinds=kinds,
         exact=[name for name, kind in kinds.items() if kind == "exact"],
         edits=[name for name, kind in kinds.items() if kind in ("fold", "style")],
-        asking=_asking(outcome.checkpoints[variant], pair, names, date),
-        languages=sorted(code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)),
+        asking=_asking(outcome.checkpoints[variant], pair, names, date, thinking),
+        languages=sorted(
+            code for code in languages if re.fullmatch(r"[a-z]{2,3}", code) and code != NO_LANGUAGE
+        ),
     )
 
 
@@ -108,18 +112,32 @@ def public_name(ref: ModelRef) -> str:
     return path.resolve().name if is_path else ref.model
 
 
-def _asking(checkpoint: Path, pair: Pair, names: Mapping[str, str], date: str) -> list[str]:
+def _asking(
+    checkpoint: Path, pair: Pair, names: Mapping[str, str], date: str, thinking: bool
+) -> list[str]:
     """Return what a user should know of the checkpoint's chat template, a sentence each."""
-    asked = _chat_format(checkpoint)
+    asked = _chat_format(checkpoint, thinking)
     if asked is None:  # only transformers can tell
         return []
     sentences = []
-    own = _chat_format(pair.student.folder)
+    own = _chat_format(pair.student.folder, thinking)
     if own is None or not own.same_texts(asked):
         sentences.append(
             "The chat template and the tokenizer files are those of the teacher, "
             f"{names['teacher']}, in whose format the texts of the run were written; the student "
-            f"{'has another one' if own else 'has no chat template'}."
+            f"{'has another one' if own and not own.is_ours else 'has no chat template'}."
+        )
+    if asked.is_ours:
+        sentences.append(
+            "The model has no chat template. The texts of the run were written plainly: the system "
+            "prompt, a blank line, `User: ` and the question, and on the next line `Assistant:`, "
+            "which the answer follows."
+        )
+    if asked.switches:
+        switches = ", ".join(f"`{name}={value}`" for name, value in asked.switches.items())
+        sentences.append(
+            f"The texts of the run were written with {switches} in the chat template. Ask the "
+            "model so."
         )
     if asked.uses_date and date:
         sentences.append(
@@ -129,10 +147,10 @@ def _asking(checkpoint: Path, pair: Pair, names: Mapping[str, str], date: str) -
     return sentences
 
 
-def _chat_format(folder: Path) -> ChatFormat | None:
+def _chat_format(folder: Path, thinking: bool) -> ChatFormat | None:
     """Return the format of a folder; None if its files do not tell it."""
     try:
-        return ChatFormat.read(folder)
+        return ChatFormat.read(folder, thinking=thinking)
     except SetupError:
         return None
 
