@@ -233,7 +233,8 @@ def build_plan(
     """
     recipe = loaded.recipe
     texts_folder = (loaded.path.parent / recipe.samples.index).parent
-    conversations, style = read_conversations(recipe.samples, loaded.path.parent, log)
+    read: list[str] = []
+    conversations, style = read_conversations(recipe.samples, loaded.path.parent, read.append)
     models = _models(recipe, texts_folder, log)
     _let_steps_check(loaded, models)
     start = _start_context(recipe, models, conversations, style, machine)
@@ -269,7 +270,7 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
-        notes=notes,
+        notes=[*read, *notes],
     )
 
 

@@ -131,6 +131,9 @@ def evaluate(
     unidentified = sorted(asked - identifier.languages)
     if unidentified:
         out.notes["languages that cannot be identified"] = unidentified
+    without_facts = sum(not questions[text.id].facts for text in texts)
+    if without_facts:
+        out.notes["questions without facts, which no score of facts counts"] = without_facts
     means = [_mean(of_metric) for of_metric in rows.values()]
     return means + [row for of_metric in rows.values() for row in of_metric]
 
