@@ -76,7 +76,7 @@ def some_samples(*teacher_answered: str) -> Samples:
         tuple(Text(name, "en", "validation", tuple(range(12)), 8) for name in names), 0
     )
     questions = tuple(
-        Conversation(name, "en", "validation", "?", None if name in teacher_answered else "!")
+        Conversation(name, "en", Split.VALIDATION, "?", None if name in teacher_answered else "!")
         for name in names
     )
     return Samples(layout, questions, "")

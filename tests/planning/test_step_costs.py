@@ -208,7 +208,7 @@ def test_a_head_that_trains_is_untied_and_keeps_no_layers(deep: CostContext) -> 
     assert head.operations < lora.operations
 
 
-def test_places_need_the_whole_teacher_to_write(deep: CostContext) -> None:
+def test_topics_need_the_whole_teacher_to_write(deep: CostContext) -> None:
     large = replace(deep, teacher=deep.teacher.changed(num_hidden_layers=800))
     whole = large.teacher.parameters() * large.teacher_bytes
     assert cost_of("prompt-kl", large).teacher_device_bytes > whole

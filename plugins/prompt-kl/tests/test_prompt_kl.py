@@ -38,12 +38,17 @@ from rotdistill_core.testing import (
 
 QUESTIONS = [
     Conversation(
-        f"q{k}", "en", "validation" if k % 4 == 0 else "fit", f"w{k} w2", "w3", f"w{k} w{k + 1}"
+        f"q{k}",
+        "en",
+        Split.FIT if k % 4 else Split.VALIDATION,
+        f"w{k} w2",
+        "w3",
+        f"w{k} w{k + 1}",
     )
     for k in range(16)
 ]
 SAMPLES = Samples(
-    PackedTexts((), 0), (*QUESTIONS, Conversation("h", "en", "heldout", "w5", None)), "w7 w8 w9"
+    PackedTexts((), 0), (*QUESTIONS, Conversation("h", "en", Split.HELDOUT, "w5", None)), "w7 w8 w9"
 )
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": 4,
@@ -314,9 +319,11 @@ def test_missing_samples_are_named(tmp_path: Path, options: dict[str, Any], reme
         distilled(pair_of(tmp_path), tmp_path, **OPTIONS, **options)
 
 
-def test_texts_without_places_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["topics", "places"])
+def test_texts_without_topics_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RecipeError, match="no text has one"):
-        distilled(pair_of(tmp_path), tmp_path, answered_samples(), **OPTIONS)
+        options = {**OPTIONS, "prompts_from": (name,)}
+        distilled(pair_of(tmp_path), tmp_path, answered_samples(), **options)
 
 
 def test_a_student_with_fused_projections_is_refused(tmp_path: Path) -> None:

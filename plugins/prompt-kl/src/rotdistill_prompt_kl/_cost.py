@@ -21,8 +21,8 @@ from rotdistill_core.planning.shape import ModelShape
 if TYPE_CHECKING:
     from rotdistill_prompt_kl.step import PromptKl
 
-PLACE_TOKENS = 12
-"""Tokens of a place name with the chat template around it."""
+TOPIC_TOKENS = 12
+"""Tokens of a topic with the chat template around it."""
 LORA_STATE = 5
 """Copies of a LoRA: itself, its gradient, two moments of AdamW, and the best one so far."""
 
@@ -30,8 +30,8 @@ LORA_STATE = 5
 class TrainingTexts(NamedTuple):
     """The texts that a step trains and validates on."""
 
-    places: float
-    """Continuations of place names."""
+    topics: float
+    """Continuations of topics."""
     answers: float
     """The teacher's answers to questions that are not held out."""
     fit_share: float
@@ -47,27 +47,27 @@ class TrainingTexts(NamedTuple):
 
 
 def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
-    """Return the texts; questions that the teacher does not answer count as those with a place."""
+    """Return the texts; questions that the teacher does not answer count as those with a topic."""
     texts = context.texts
     fit, validation = (texts.texts.get(s, 0) for s in (Split.FIT, Split.VALIDATION))
     in_both = fit + validation
     answered = min(max(texts.questions_asked - texts.texts.get(Split.HELDOUT, 0), 0), in_both)
     mean = (texts.rows_of(Split.FIT, Split.VALIDATION) - texts.prefix) / max(in_both, 1)
-    places = min(step.max_prompts, in_both - answered) if "places" in step.prompts_from else 0
+    topics = min(step.max_prompts, in_both - answered) if step.continues_topics else 0
     answers = answered if "questions" in step.prompts_from else 0
-    place_rows = PLACE_TOKENS + step.max_new_tokens
-    own_rows = places * place_rows + answers * mean
+    topic_rows = TOPIC_TOKENS + step.max_new_tokens
+    own_rows = topics * topic_rows + answers * mean
     # An answer is shorter than its text, whose mean length stands for both.
     longest = mean if answers else 0.0
     longest_answer = longest
-    if places:
-        longest = max(longest, place_rows)
+    if topics:
+        longest = max(longest, topic_rows)
         longest_answer = max(longest_answer, step.max_new_tokens)
     return TrainingTexts(
-        places=places,
+        topics=topics,
         answers=answers,
         fit_share=fit / max(in_both, 1),
-        tokens=own_rows + (places + answers) * texts.prefix,
+        tokens=own_rows + (topics + answers) * texts.prefix,
         rows=texts.prefix + round(own_rows),
         longest=texts.prefix + longest,
         longest_answer=longest_answer,
@@ -82,18 +82,18 @@ def prompt_kl_cost(step: PromptKl, context: CostContext) -> Cost:
 
 
 def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
-    """Return the cost of the whole teacher that continues places, and of its pass over texts."""
+    """Return the cost of the whole teacher that continues topics, and of its pass over texts."""
     rows = texts.rows
     if step.guard:
         rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
     key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
     cost = teacher_states_cost(context, rows, key)
-    if texts.places:
+    if texts.topics:
         cost += generation_cost(
             context.teacher,
             context.texts,
-            round(texts.places),
-            round(texts.places * step.max_new_tokens),
+            round(texts.topics),
+            round(texts.topics * step.max_new_tokens),
             context.teacher_bytes,
         ).on_teacher()
     return cost

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rotdistill_prompt_kl.step import PromptKl
 
 CONTINUATIONS = "continuations"
-"""Names the files of what the teacher wrote after place names."""
+"""Names the files of what the teacher wrote after topics."""
 
 
 def distil(
@@ -84,7 +84,7 @@ def training_texts(
     """Return the teacher's continuations and answers, and the guard's texts if there is a guard.
 
     Raises:
-        RecipeError: the samples lack places, answers or guard texts that the options need, or
+        RecipeError: the samples lack topics, answers or guard texts that the options need, or
             the student has fused projections.
     """
     if pair.student.adapter.fused:
@@ -108,8 +108,8 @@ def training_texts(
                 "prompt-kl: guard needs texts outside the domain; name them as samples.guard."
             )
     continuations: list[Text] = []
-    if "places" in step.prompts_from:
-        continuations = place_continuations(step, pair, samples, out, progress)
+    if step.continues_topics:
+        continuations = topic_continuations(step, pair, samples, out, progress)
     own = (*continuations, *answers)
     for split, use in ((Split.FIT, "train"), (Split.VALIDATION, "validate")):
         if not any(text.split == split for text in own):
@@ -127,28 +127,28 @@ def _teacher_answers(samples: Samples) -> list[Text]:
     return [text for text in samples.layout.texts if text.id in ids and text.split != Split.HELDOUT]
 
 
-def place_continuations(
+def topic_continuations(
     step: PromptKl, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
 ) -> list[Text]:
-    """Return the teacher's greedy continuations of the system prompt and place names.
+    """Return the teacher's greedy continuations of the system prompt and topics.
 
     The teacher writes them once; every run under the same folder finds them again.
 
     Raises:
-        RecipeError: no text has a place.
+        RecipeError: no text has a topic.
         SetupError: the teacher's device has no memory for a single continuation.
     """
     teacher = pair.teacher
-    chosen = _place_questions(samples)[: step.max_prompts]
+    chosen = _texts_with_topics(samples)[: step.max_prompts]
     if not chosen:
         raise RecipeError(
-            'prompt-kl: prompts_from = ["places"] continues place names, and no text has one; '
+            'prompt-kl: prompts_from = ["topics"] continues topics, and no text has one; '
             'train on answers instead: prompts_from = ["questions"].'
         )
     tokenizer = pair.student.tokenizer
     chat = samples.chat or ChatFormat.of(tokenizer)
-    places = [replace(each, question=each.topic, earlier=()) for each in chosen]
-    prompts = prompt_tokens(tokenizer, samples.style, places, chat)
+    topics = [replace(each, question=each.topic, earlier=()) for each in chosen]
+    prompts = prompt_tokens(tokenizer, samples.style, topics, chat)
     continuations = model_answers(
         teacher, prompts, step.max_new_tokens, out, CONTINUATIONS, progress
     ).tokens
@@ -165,8 +165,8 @@ def place_continuations(
     ]
 
 
-def _place_questions(samples: Samples) -> list[Conversation]:
-    """Return the texts about a place, without held-out ones and the teacher's own answers."""
+def _texts_with_topics(samples: Samples) -> list[Conversation]:
+    """Return the texts with a topic, without held-out ones and the teacher's own answers."""
     questions = [
         each
         for each in samples.conversations

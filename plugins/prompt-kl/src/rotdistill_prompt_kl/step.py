@@ -30,18 +30,19 @@ class PromptKl:
     which is untied first."""
     rank: PositiveInt = 16
     """Rank of the LoRA `B A`. Its scale s is 2."""
-    prompts_from: Annotated[tuple[Literal["places", "questions"], ...], Field(min_length=1)] = (
-        "places",
-    )
-    """What the teacher continues: `"places"` (system prompt and a place name), `"questions"` (its
-    answers to the questions of the texts, `samples.own_answers`), or both."""
+    prompts_from: Annotated[
+        tuple[Literal["topics", "questions", "places"], ...], Field(min_length=1)
+    ] = ("topics",)
+    """What the teacher continues: `"topics"` (system prompt and a topic, such as the name of a
+    place; `"places"` is its older name), `"questions"` (its answers to the questions of the texts,
+    `samples.own_answers`), or both."""
     shard: tuple[PositiveInt, PositiveInt] = (1, 1)
     """Train on the k-th of n shards of the fit texts: `[2, 3]` is the second third. Steps trained
     on different shards can be merged (`soups`)."""
     max_prompts: PositiveInt = 200
-    """Most place names, of fit and validation texts together."""
+    """Most topics, of fit and validation texts together."""
     max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 32
-    """Most tokens of a continuation of a place name."""
+    """Most tokens of a continuation of a topic."""
     max_epochs: PositiveInt = 3
     """Most passes over the continuations; `patience` may end training earlier."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -67,6 +68,11 @@ class PromptKl:
         k, n = self.shard
         if k > n:
             raise ValueError(f"shard: there is no shard {k} of {n}")
+
+    @property
+    def continues_topics(self) -> bool:
+        """Whether the teacher continues topics."""
+        return not {"topics", "places"}.isdisjoint(self.prompts_from)
 
     def cost(self, context: CostContext) -> Cost:
         """The teacher writes and is run, the whole student trains, and the result is scored."""
