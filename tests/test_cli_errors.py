@@ -184,7 +184,7 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
     "other columns": (
         put("texts/index.tsv", "id\ttext\n1\thello\n"),
         2,
-        "line 1: the columns must be id, language",
+        "texts/index.tsv: line 2: has no question",
     ),
     "too few texts": (
         put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -73,6 +73,23 @@ class Conversation:
         if self.system is None:
             return "" if self.split.outside_domain else style
         return self.system
+
+
+def first_chat(style: str, conversations: Iterable[Conversation]) -> tuple[str, str]:
+    """Return system prompt and question of a conversation, to try a template with.
+
+    It is the first that has a system prompt, else the first.
+
+    Args:
+        style: the system prompt of conversations without their own.
+        conversations: the texts, one in the domain at least.
+    """
+    asked = [
+        (each.system_under(style), each.question)
+        for each in conversations
+        if not each.split.outside_domain
+    ]
+    return next((each for each in asked if each[0]), asked[0])
 
 
 def facts_digest(conversations: Sequence[Conversation]) -> str:

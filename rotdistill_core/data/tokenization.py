@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.conversations import Conversation, first_chat
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
@@ -107,23 +107,6 @@ def chat_format(
     chat = ChatFormat.of(tokenizer, date)
     asked = [each for each in conversations if not each.split.outside_domain]
     return chat.for_style(*first_chat(style, asked)) if asked else chat
-
-
-def first_chat(style: str, conversations: Iterable[Conversation]) -> tuple[str, str]:
-    """Return system prompt and question of a conversation, to try a template with.
-
-    It is the first that has a system prompt, else the first.
-
-    Args:
-        style: the system prompt of conversations without their own.
-        conversations: the texts, one in the domain at least.
-    """
-    asked = [
-        (each.system_under(style), each.question)
-        for each in conversations
-        if not each.split.outside_domain
-    ]
-    return next((each for each in asked if each[0]), asked[0])
 
 
 def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.conversations import Conversation, first_chat
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import (
-    first_chat,
     prompt_tokens,
     require_text_of_transformers,
     texts_that_are_lost,

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from rotdistill_core.checkpoint.models import Model, end_tokens
 from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
-from rotdistill_core.data.conversations import Conversation
-from rotdistill_core.data.tokenization import first_chat
+from rotdistill_core.data.conversations import Conversation, first_chat
 from rotdistill_core.data.vocabularies import TOKENIZER_FILE, have_vocabularies, one_vocabulary
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
