@@ -1,18 +1,20 @@
-"""Greedy answers by plain transformers generation.
+"""Answers of a model in this process, by transformers.
 
-Prompts are answered in chunks, and a chunk in batches. Which prompts go together follows from the
-prompts alone, so a chunk that is made again holds the same tokens: a batch of another shape rounds
-differently, and a greedy answer may then take another turn.
+Prompts are answered in chunks. What is answered at once follows from the prompts of a chunk alone,
+so a chunk that is made again holds the same tokens: another number of rows rounds differently, and
+a greedy answer may then take another turn.
 
-Some answers of each chunk are confirmed by a forward pass of one text alone, without padding and
-cache: each of their tokens must be its best one, up to rounding.
+Some greedy answers of each chunk are confirmed by a forward pass of one text alone, without padding
+and cache, with the attention of transformers: each of their tokens must be its best one, up to
+rounding.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -21,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,7 +30,9 @@ from rotdistill_core.checkpoint.models import end_tokens, load_tokenizer, requir
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, ANSWERS_PER_CHUNK
 from rotdistill_core.data.tokenization import shared_prefix_length
 from rotdistill_core.errors import CheckFailed, SetupError
-from rotdistill_core.forward.whole import has_window_below, is_beyond_rope_limit, whole_model
+from rotdistill_core.forward.growth import Growth, one_by_one
+from rotdistill_core.forward.slots import fits_slots, use_onednn
+from rotdistill_core.forward.whole import is_beyond_rope_limit, whole_model
 from rotdistill_core.plugin.engine import Answer, Asked
 
 if TYPE_CHECKING:
@@ -40,6 +43,10 @@ ROUNDING = 1e-3
 """Share of the largest logit by which a token may be below the best one; batches round."""
 ROUNDING_STEPS = 8
 """Steps of the dtype that it may be below, where they are coarser."""
+CHUNK_WORK = 4e12
+"""Parameters times tokens of a chunk of answers on a CPU, at most: minutes of a core."""
+LEAST_PER_CHUNK = 32
+"""Answers of a chunk, however long they take: fewer at once would use the processor badly."""
 CONFIRMED_PER_CHUNK = 4
 """Answers of a chunk that a forward pass confirms."""
 
@@ -64,6 +71,11 @@ class AnsweringModel:
     def tokenizer(self) -> Any:
         """Its tokenizer."""
         return load_tokenizer(self.folder)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(entry.shape) for entry in self.weights.entries.values())
 
     @cached_property
     def stops(self) -> frozenset[int]:
@@ -109,7 +121,8 @@ def greedy_answers(
 class AnswerWriter:
     """Answers prompts by a model in this process. It is loaded once, for the first answers.
 
-    The prefix that all prompts of a chunk share (the system prompt) is computed once.
+    Each answer grows in a slot of its own, and one that ends makes room for the next prompt. The
+    prefix that the prompts of a chunk share (the system prompt) is computed once.
 
     Args:
         model: what answers.
@@ -129,9 +142,17 @@ class AnswerWriter:
         }
 
     def chunks(self, asked: Mapping[str, Asked]) -> list[list[str]]:
-        """Return the names of the prompts of each chunk, short prompts first."""
+        """Return the names of the prompts of each chunk, short prompts first.
+
+        Chunks of a large model, or of long answers, on a CPU are smaller.
+        """
         names = sorted(asked, key=lambda name: len(asked[name].prompt))
-        return [names[k : k + ANSWERS_PER_CHUNK] for k in range(0, len(names), ANSWERS_PER_CHUNK)]
+        size = ANSWERS_PER_CHUNK
+        if self.model.device.type == "cpu":
+            longest = max(each.max_tokens for each in asked.values())
+            work = self.model.parameters * longest
+            size = min(size, max(LEAST_PER_CHUNK, int(CHUNK_WORK // work)))
+        return [names[k : k + size] for k in range(0, len(names), size)]
 
     def answers(self, asked: Mapping[str, Asked]) -> Iterator[tuple[str, Answer]]:
         """Yield the answers to the prompts of a chunk.
@@ -149,132 +170,87 @@ class AnswerWriter:
         """
         for name, each in asked.items():
             self.model.require_known_tokens(each.prompt, f"the text {name!r}")
-        self._asked = asked
-        self._shared = shared_prefix_length([list(each.prompt) for each in asked.values()])
-        self.__dict__.pop("_prefix_cache", None)
-        answers: dict[str, list[int]] = {}
-        first_of_batches: list[str] = []
-        for group in self._groups(list(asked)):
+        found: dict[str, list[int]] = {}
+        for group in self._groups(asked):
             waiting = group
             while waiting:
-                batch = waiting[: self.at_once]
-                made = self._answers_that_fit(batch)
-                if made is None:
-                    self.at_once = self._half_of(batch)
-                    continue
-                answers |= made
-                for name in batch:
-                    yield name, self._answer(made[name])
-                # The shortest prompt of a batch has the most padding.
-                first_of_batches.append(batch[0])
-                waiting = waiting[len(batch) :]
-        for name in _some_of([*first_of_batches, list(asked)[-1]]):
-            self._confirm(name, answers[name])
+                width = min(self.at_once, len(waiting))
+                with suppress(torch.OutOfMemoryError):
+                    for name, tokens in self._grown(waiting, width):
+                        found[name] = tokens
+                        yield name, self._answer(tokens)
+                # The error would hold on to what the call had allocated.
+                waiting = {name: each for name, each in waiting.items() if name not in found}
+                if waiting:
+                    self.at_once = self._half_of(width, waiting)
+        greedy = [name for name, each in asked.items() if not each.temperature]
+        for name in _some_of(greedy):
+            self._confirm(name, asked[name], found[name])
 
     def _answer(self, tokens: list[int]) -> Answer:
         return Answer(tokens, "stop" if tokens[-1] in self.model.stops else "length")
 
-    def _groups(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """Yield the prompts that may share a batch.
+    def _groups(self, asked: Mapping[str, Asked]) -> Iterator[dict[str, Asked]]:
+        """Yield the prompts that may be answered at once.
 
-        A sliding window counts padding as tokens: with one, they have one length. Prompts beyond
-        the limit of the rotary tables have other tables than those below.
+        Prompts beyond the limit of the rotary tables have other tables than those below.
         """
-        asked = self._asked
-        longest = max(len(each.prompt) + each.max_tokens for each in asked.values())
-        one_length = has_window_below(self._loaded, longest)
+        for _, names in groupby(asked, lambda name: self._is_beyond(name, asked[name])):
+            yield {name: asked[name] for name in names}
 
-        def group(name: str) -> tuple[int, bool, int]:
-            length = len(asked[name].prompt) if one_length else 0
-            return length, self._is_beyond(name), asked[name].max_tokens
-
-        for _, members in groupby(names, group):
-            yield list(members)
-
-    def _is_beyond(self, name: str) -> bool:
-        asked = self._asked[name]
+    def _is_beyond(self, name: str, asked: Asked) -> bool:
         where = f"{self.model.folder}: text {name!r}"
         return is_beyond_rope_limit(self._loaded, len(asked.prompt), asked.max_tokens, where)
 
-    def _answers_that_fit(self, names: Sequence[str]) -> dict[str, list[int]] | None:
-        """Return the answers to a batch; None if the device has no memory for it."""
-        try:
-            return self._answers(names)
-        except torch.OutOfMemoryError:
-            # The error holds on to what the call had allocated until this handler is left.
-            return None
+    def _grown(self, asked: Mapping[str, Asked], width: int) -> Iterator[tuple[str, list[int]]]:
+        """Yield the tokens of answers as they end, so many at once."""
+        model = self._loaded
+        if not fits_slots(model):
+            yield from one_by_one(model, asked, self.model.stops)
+            return
+        # Beyond the limit of the rotary tables, the prefix alone would have other ones.
+        first = next(iter(asked))
+        is_beyond = self._is_beyond(first, asked[first])
+        prompts = [list(each.prompt) for each in asked.values()]
+        shared = 0 if is_beyond else shared_prefix_length(prompts)
+        yield from Growth(model, asked, width, shared, self.model.stops).run()
 
-    def _half_of(self, names: Sequence[str]) -> int:
-        """Return how many prompts to answer at once after a batch that did not fit.
+    def _half_of(self, width: int, waiting: Mapping[str, Asked]) -> int:
+        """Return how many prompts to answer at once when so many did not fit.
 
         Raises:
             SetupError: it was a single prompt.
         """
         torch.cuda.empty_cache()  # so that blocks of other sizes fit; nothing without CUDA
-        if len(names) == 1:
-            asked = self._asked[names[0]]
+        if width == 1:
+            asked = next(iter(waiting.values()))
             raise _too_large(
                 self.model,
                 f"one prompt of {len(asked.prompt)} tokens with an answer of up to "
                 f"{asked.max_tokens}",
             )
-        half = len(names) // 2
         self.log(
-            f"{self.model.folder}: the memory of {self.model.device} does not hold {len(names)} "
-            f"answers at once; it goes on with {half}."
+            f"{self.model.folder}: the memory of {self.model.device} does not hold {width} "
+            f"answers at once; it goes on with {width // 2}."
         )
-        return half
+        return width // 2
 
     @cached_property
     def _loaded(self) -> Any:
         disable_progress_bar()
         model = self.model
         try:
-            return whole_model(model.weights, model.device, model.dtype)
+            whole = whole_model(model.weights, model.device, model.dtype)
         except torch.OutOfMemoryError as error:
             raise _too_large(model, "the model") from error
+        use_onednn(whole, model.device, model.dtype)
+        return whole
 
-    @cached_property
-    @torch.no_grad()
-    def _prefix_cache(self) -> Any:
-        """Keys and values of the tokens that all prompts share; None if they share none."""
-        if not self._shared:
-            return None
-        tokens = list(next(iter(self._asked.values())).prompt)[: self._shared]
-        return self._loaded(
-            torch.tensor([tokens], device=self.model.device), use_cache=True
-        ).past_key_values
-
-    @torch.no_grad()
-    def _answers(self, names: Sequence[str]) -> dict[str, list[int]]:
-        """Return the answers to a batch."""
-        asked = [self._asked[name] for name in names]
-        prompts = [each.prompt for each in asked]
-        settings = greedy_settings(self.model.tokenizer, self.model.stops, asked[0].max_tokens)
-        # Beyond the limit of the rotary tables, the prefix alone would have other ones.
-        is_shared = not self._is_beyond(names[0])
-        shared = self._shared if is_shared else 0
-        ids, mask = _pad_after_prefix(prompts, shared, settings.pad_token_id)
-        cache = copy.deepcopy(self._prefix_cache) if is_shared else None
-        if cache is not None:
-            cache.batch_repeat_interleave(len(names))
-        generated = self._loaded.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            past_key_values=cache,
-            generation_config=settings,
-        )
-        continuations = generated[:, ids.shape[1] :].tolist()
-        return {
-            name: _until_stop(tokens, self.model.stops)
-            for name, tokens in zip(names, continuations, strict=True)
-        }
-
-    def _confirm(self, name: str, answer: Sequence[int]) -> None:
+    def _confirm(self, name: str, asked: Asked, answer: Sequence[int]) -> None:
         try:
-            problem = unconfirmed_token(self._loaded, self._asked[name].prompt, answer)
+            problem = unconfirmed_token(self._loaded, asked.prompt, answer)
         except torch.OutOfMemoryError as error:
-            tokens = len(self._asked[name].prompt) + len(answer)
+            tokens = len(asked.prompt) + len(answer)
             raise _too_large(self.model, f"one text of {tokens} tokens") from error
         if problem:
             raise CheckFailed(f"{self.model.folder}: the answer to {name!r}: {problem}")
@@ -349,31 +325,3 @@ def greedy_settings(tokenizer: Any, stops: AbstractSet[int], max_tokens: int) ->
         pad_token_id=next(pad for pad in pads if pad is not None),
         eos_token_id=sorted(stops) or None,
     )
-
-
-def _pad_after_prefix(
-    prompts: Sequence[Sequence[int]], shared: int, pad: int
-) -> tuple[Tensor, Tensor]:
-    """Return token ids and attention mask [B, S]; padding lies between shared prefix and the rest.
-
-    So the prefix stays in the columns of its cache, and all prompts end in the last column.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens = torch.tensor(list(prompt))
-        rest = longest - len(prompt) + shared
-        ids[row, :shared] = tokens[:shared]
-        ids[row, rest:] = tokens[shared:]
-        mask[row, :shared] = 1
-        mask[row, rest:] = 1
-    return ids, mask
-
-
-def _until_stop(tokens: list[int], stops: AbstractSet[int]) -> list[int]:
-    """Return the tokens up to and with the first stop token."""
-    for j, token in enumerate(tokens):
-        if token in stops:
-            return tokens[: j + 1]
-    return tokens

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.headers import config_items
@@ -129,23 +129,6 @@ def _unfit(name: str, entry: LazyTensor, problem: str) -> RotdistillError:
     if entry.stored is None:
         return CheckFailed(f"{name}: {problem} Or a step made them.")
     return SetupError(f"{entry.stored.file}: tensor {name}: {problem}")
-
-
-def has_window_below(model: Any, length: int) -> bool:
-    """Return whether a layer attends through a window that texts of some length can outgrow.
-
-    Configs tell it in several forms: types of layers, or a window alone, which then holds for all.
-    """
-    config = model.config
-    types = {*(getattr(config, "layer_types", None) or ())}
-    if types - {"full_attention"}:
-        return True
-    window = getattr(config, "sliding_window", None)
-    if types or window is None:
-        return any(
-            getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers
-        )
-    return bool(window < length)
 
 
 def is_beyond_rope_limit(model: Any, prompt: int, more: int, where: str) -> bool:

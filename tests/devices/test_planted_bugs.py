@@ -25,9 +25,11 @@ from rotdistill_writer_refit._targets import TeacherTargets
 
 from rotdistill_core.evaluation.divergence import compare_logits
 from rotdistill_core.forward.certificate import _compare
-from rotdistill_core.forward.generate import AnswerWriter, unconfirmed_token
+from rotdistill_core.forward.generate import unconfirmed_token
+from rotdistill_core.forward.growth import Growth
 from rotdistill_core.forward.head import final_norm, widened_like
 from rotdistill_core.forward.layerwise import LayerwiseForward, _Batch
+from rotdistill_core.forward.slots import Slots
 from rotdistill_core.forward.whole import computable
 from rotdistill_core.forward.writer_moments import writer_moments
 from rotdistill_core.testing import (
@@ -142,11 +144,16 @@ BUGS = {
     ),
     "rows of a head": Bug(NormedRows.__getitem__, "self.device, ", "", HEAD),
     "next tokens": Bug(next_token_log_probs, "[rows + 1].to(device)", "[rows + 1]", HEAD),
-    "questions": Bug(
-        AnswerWriter._answers, "mask=mask.to(self.model.device)", "mask=mask", CAPTURE
+    "questions": Bug(Growth._logits, "ids.to(self.model.device)", "ids", CAPTURE),
+    "columns of questions": Bug(
+        Growth._read_prompts, "columns.to(self.model.device)", "columns", CAPTURE
     ),
+    "columns of answers": Bug(Growth._grow, "columns.to(self.model.device)", "columns", CAPTURE),
     "prefix of the questions": Bug(
-        AnswerWriter._prefix_cache.func, ", device=self.model.device", "", CAPTURE
+        Slots.begin_shared, ", device=device", "", CAPTURE, shown_in="growth.py"
+    ),
+    "what a question may see": Bug(
+        Slots.hidden_columns, ", device=self.positions.device", "", CAPTURE
     ),
     "confirmed answers": Bug(unconfirmed_token, ", device=model.device", "", CAPTURE),
     "texts of the training": Bug(

@@ -1,9 +1,10 @@
-"""Driver of the crash test of greedy answers: kills a pico run in the second batch of a chunk.
+"""Driver of the crash test of greedy answers: kills a pico run in the middle of a chunk.
 
     python tests/execution/crash_answers.py WORK_FOLDER
 
-Prints one JSON document: for an undisturbed run its batches and the hashes of all its files; for
-each kill the batches before and after it, and the hashes of the run that went on.
+Prints one JSON document: for an undisturbed run the prompts in the order in which a model reads
+them, and the hashes of all its files; for each kill the prompts before and after it, and the hashes
+of the run that went on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationMixin
 
 from rotdistill_core.forward import answers, generate
+from rotdistill_core.forward.growth import Growth
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.testing import PicoWorkspace
 from rotdistill_core.testing.runs import run_recipe
@@ -28,9 +27,8 @@ from rotdistill_core.testing.runs import run_recipe
 QUESTIONS = 10
 AT_ONCE = 2
 CHUNK = 4
-BATCHES = QUESTIONS // AT_ONCE
 SERIES = ("held-out questions", "own questions", "places", "answers of base", "answers of taught")
-SECOND_OF_SECOND_CHUNK = 3
+THIRD_OF_SECOND_CHUNK = 6
 STEPS = """
 variants = { base = [], taught = ["lesson"] }
 step = [
@@ -39,9 +37,6 @@ step = [
     { use = "answers" },
 ]
 """
-
-Batch = list[str]
-"""The hash of the prompts, and their number."""
 
 
 def forked(action: Callable[[], None]) -> int:
@@ -58,30 +53,30 @@ def forked(action: Callable[[], None]) -> int:
 
 
 def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:
-    """Run the recipe in small chunks, note each batch, and die in the batch of a number."""
+    """Run the recipe in small chunks, note each prompt, and die before the one of a number."""
     generate.ANSWERS_PER_CHUNK = CHUNK
     answers.ANSWERS_AT_ONCE = generate.ANSWERS_AT_ONCE = AT_ONCE
     time.monotonic = lambda: 0.0  # what is measured of steps is in results.jsonl
-    plain: Callable[..., Any] = GenerationMixin.generate
-    batches: list[Batch] = []
+    plain = Growth._read_prompts
+    read: list[str] = []
 
-    def noted(model: Any, **inputs: Any) -> Any:
-        rows = inputs["input_ids"].tolist()
-        batches.append([digest(rows), len(rows)])
-        log.write_text(json.dumps(batches))
-        if len(batches) - 1 == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(model, **inputs)
+    def noted(growth: Growth, count: int) -> None:
+        for each in growth.waiting[:count]:
+            read.append(digest(list(each.asked.prompt)))
+            log.write_text(json.dumps(read))
+            if len(read) - 1 == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        plain(growth, count)
 
-    GenerationMixin.generate = noted
+    Growth._read_prompts = noted
     run_recipe(recipe)
 
 
 def outcome(recipe: Path, kill_at: int | None = None) -> dict[str, object]:
-    """Carry out a recipe in a child process; return how it ended and its batches."""
-    log = recipe.with_suffix(".batches")
+    """Carry out a recipe in a child process; return how it ended and what was read."""
+    log = recipe.with_suffix(".read")
     code = forked(partial(carry_out, recipe, log, kill_at))
-    return {"code": code, "batches": json.loads(log.read_text())}
+    return {"code": code, "read": json.loads(log.read_text())}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -105,7 +100,7 @@ def main() -> None:
     kills = []
     for number, series in enumerate(SERIES):
         recipe = recipe_in(f"kill-{number}")
-        killed = outcome(recipe, number * BATCHES + SECOND_OF_SECOND_CHUNK)
+        killed = outcome(recipe, number * QUESTIONS + THIRD_OF_SECOND_CHUNK)
         again = outcome(recipe)
         kill = {"series": series, "killed": killed, "again": again, "files": hashes(recipe.parent)}
         kills.append(kill)

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationMixin
 
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_checkpoint
@@ -24,6 +23,7 @@ from rotdistill_core.forward.answers import (
     model_answers,
 )
 from rotdistill_core.forward.generate import AnsweringModel, AnswerWriter, greedy_answers
+from rotdistill_core.forward.growth import Growth
 from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
@@ -36,32 +36,32 @@ ASKED = asked_greedily(PROMPTS, 3)
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Cut chunks of four, and return the sizes of all batches that are tried, as they come."""
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Cut chunks of four, and return how many answers grow at once, as they are begun."""
     monkeypatch.setattr("rotdistill_core.forward.generate.ANSWERS_PER_CHUNK", 4)
     sizes: list[int] = []
-    plain = GenerationMixin.generate
+    plain = Growth.run
 
-    def noted(model: Any, **inputs: Any) -> Any:
-        sizes.append(len(inputs["input_ids"]))
-        return plain(model, **inputs)
+    def noted(growth: Growth) -> Any:
+        sizes.append(growth.width)
+        return plain(growth)
 
-    monkeypatch.setattr(GenerationMixin, "generate", noted)
+    monkeypatch.setattr(Growth, "run", noted)
     return sizes
 
 
 @pytest.fixture
 def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return a function that pretends a device on which only so many prompts fit."""
-    plain = GenerationMixin.generate
+    """Return a function that pretends a device on which only so many answers fit."""
+    plain = Growth._grow
 
     def limit(most: int) -> None:
-        def generate(model: Any, **inputs: Any) -> Any:
-            if len(inputs["input_ids"]) > most:
+        def grow(growth: Growth) -> None:
+            if growth.width > most:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return plain(model, **inputs)
+            plain(growth)
 
-        monkeypatch.setattr(GenerationMixin, "generate", generate)
+        monkeypatch.setattr(Growth, "_grow", grow)
 
     return limit
 
@@ -70,9 +70,10 @@ def model_of(folder: Path) -> AnsweringModel:
     return AnsweringModel(folder, open_checkpoint(folder).weights, CPU, torch.float32)
 
 
-def chunks_of(prompts: dict[str, list[int]]) -> list[list[str]]:
+def chunks_of(prompts: dict[str, list[int]], size: float = 1.0) -> list[list[str]]:
     """Return how prompts are divided; the model is not looked at."""
-    writer = AnswerWriter(cast("Any", SimpleNamespace(device=CPU, dtype="")), print)
+    model: Any = SimpleNamespace(device=CPU, dtype="", parameters=size)
+    writer = AnswerWriter(model, print)
     return writer.chunks(asked_greedily(prompts, 3))
 
 
@@ -89,13 +90,13 @@ def committed(root: Path) -> dict[str, Any]:
     return {path.name: json.loads(path.read_text()) for path in root.glob("runs/run/answers/s/*")}
 
 
-def test_chunks_are_made_of_prompts_from_short_to_long(batches: list[int]) -> None:
+def test_chunks_are_made_of_prompts_from_short_to_long(widths: list[int]) -> None:
     shuffled = {name: PROMPTS[name] for name in sorted(PROMPTS, reverse=True)}
     assert [len(chunk) for chunk in chunks_of(shuffled)] == [4, 4, 2]
     assert list(chain.from_iterable(chunks_of(shuffled))) == list(PROMPTS)
 
 
-def test_chunks_do_not_cut_the_usual_batches() -> None:
+def test_chunks_do_not_cut_the_usual_widths() -> None:
     assert ANSWERS_PER_CHUNK % ANSWERS_AT_ONCE == 0
     prompts = {f"q{k}": [1] * (1 + k % 7) for k in range(600)}
     ordered = sorted(prompts, key=lambda name: len(prompts[name]))
@@ -104,8 +105,14 @@ def test_chunks_do_not_cut_the_usual_batches() -> None:
     assert [len(chunk) for chunk in chunks] == [256, 256, 88]
 
 
+def test_chunks_of_slow_answers_are_smaller() -> None:
+    prompts = {f"q{k}": [1] for k in range(600)}
+    lengths = [[len(chunk) for chunk in chunks_of(prompts, size)] for size in (1e9, 2e10, 1e13)]
+    assert [max(chunk) for chunk in lengths] == [256, 66, 32]
+
+
 def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
-    tmp_path: Path, batches: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, widths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     whole = answer(folder, pico_output(tmp_path / "runs"))
@@ -120,16 +127,16 @@ def test_only_missing_chunks_are_generated_by_a_model_that_loads_once(
         return whole_model(*args)
 
     monkeypatch.setattr("rotdistill_core.forward.generate.whole_model", counted)
-    batches.clear()
+    widths.clear()
     assert answer(folder, pico_output(tmp_path / "runs")) == KeptAnswers(whole.answers, 6)
-    assert batches == [4, 2]
+    assert widths == [4, 2]
     assert len(loads) == 1
     assert committed(tmp_path) == files
     assert answer(folder, pico_output(tmp_path / "runs")) == KeptAnswers(whole.answers, 0)
     assert len(loads) == 1
 
 
-def test_progress_counts_all_prompts(tmp_path: Path, batches: list[int]) -> None:
+def test_progress_counts_all_prompts(tmp_path: Path, widths: list[int]) -> None:
     folder = pico_folder(tmp_path / "model")
     model = model_of(folder)
     reports: list[tuple[int, int]] = []
@@ -146,7 +153,7 @@ def test_progress_counts_all_prompts(tmp_path: Path, batches: list[int]) -> None
 
 
 def test_other_prompts_or_lengths_or_models_are_other_answers(
-    tmp_path: Path, batches: list[int]
+    tmp_path: Path, widths: list[int]
 ) -> None:
     models = [pico_model(tmp_path / f"m{seed}", seed=seed) for seed in (0, 1)]
 
@@ -162,18 +169,18 @@ def test_other_prompts_or_lengths_or_models_are_other_answers(
 
 
 def test_a_batch_that_does_not_fit_is_halved(
-    tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
+    tmp_path: Path, widths: list[int], memory_for: Callable[[int], None]
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     expected = greedy_answers(model_of(folder), PROMPTS, 3)
     memory_for(1)
-    batches.clear()
+    widths.clear()
     lines: list[str] = []
     root = tmp_path / "runs"
     out = StepOutput(ArtifactStore(root, lines.append), Ledger(root / "run"), "key")
     kept = answer(folder, out)
     assert (kept.tokens, kept.made) == (expected, 10)
-    assert batches == [1] * 10  # of the batches that were computed
+    assert widths == [4, 2, *[1] * 3]
     assert [line.partition("does not hold")[2] for line in lines] == [
         " 4 answers at once; it goes on with 2.",
         " 2 answers at once; it goes on with 1.",
@@ -183,7 +190,7 @@ def test_a_batch_that_does_not_fit_is_halved(
 
 
 def test_a_resumed_run_goes_on_with_as_many_answers_at_once(
-    tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
+    tmp_path: Path, widths: list[int], memory_for: Callable[[int], None]
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     memory_for(2)
@@ -191,16 +198,16 @@ def test_a_resumed_run_goes_on_with_as_many_answers_at_once(
     files = committed(tmp_path)
     (tmp_path / "runs/run/answers/s/00001.json").unlink()
     memory_for(64)  # a larger device would take four
-    batches.clear()
+    widths.clear()
     out = pico_output(tmp_path / "runs")
     assert answer(folder, out).made == 4
-    assert batches == [2, 2]
+    assert widths == [2]
     assert committed(tmp_path) == files
     assert out.notes == {"answers at once, for want of memory": 2}
 
 
 def test_notes_reach_the_step_whose_answers_they_are(
-    tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
+    tmp_path: Path, widths: list[int], memory_for: Callable[[int], None]
 ) -> None:
     model = pico_model(tmp_path / "model")
     memory_for(3)
@@ -215,7 +222,7 @@ def test_notes_reach_the_step_whose_answers_they_are(
 
 
 def test_a_device_without_memory_for_one_prompt_is_named(
-    tmp_path: Path, batches: list[int], memory_for: Callable[[int], None]
+    tmp_path: Path, widths: list[int], memory_for: Callable[[int], None]
 ) -> None:
     folder = pico_folder(tmp_path / "model")
     memory_for(0)

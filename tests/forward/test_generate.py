@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.errors import CheckFailed, SetupError
-from rotdistill_core.forward.generate import AnsweringModel, greedy_answers, unconfirmed_token
-from rotdistill_core.forward.whole import has_window_below, whole_model
+from rotdistill_core.forward.generate import (
+    AnsweringModel,
+    AnswerWriter,
+    greedy_answers,
+    unconfirmed_token,
+)
+from rotdistill_core.forward.growth import GrowingAnswer, Growth, add_tokens
+from rotdistill_core.forward.slots import Slots, fits_slots
+from rotdistill_core.forward.whole import whole_model
+from rotdistill_core.plugin.engine import Asked
 from rotdistill_core.testing import pico_folder
 from rotdistill_core.testing.pico import PICO
 
@@ -28,10 +36,13 @@ def prompts(shared: int) -> dict[str, list[int]]:
     return {f"q{k}": [*prefix, *range(20 + 7 * k, 20 + 7 * k + n)] for k, n in enumerate(lengths)}
 
 
+def model_in(folder: Path) -> AnsweringModel:
+    return AnsweringModel(folder, open_checkpoint(folder).weights, CPU, torch.float32)
+
+
 def answered(folder: Path, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
     """Return what the model of a folder answers on the CPU in float32."""
-    model = AnsweringModel(folder, open_checkpoint(folder).weights, CPU, torch.float32)
-    return greedy_answers(model, prompts, tokens)
+    return greedy_answers(model_in(folder), prompts, tokens)
 
 
 def greedy_alone(folder: Path, prompt: list[int], tokens: int) -> list[int]:
@@ -48,7 +59,10 @@ def greedy_alone(folder: Path, prompt: list[int], tokens: int) -> list[int]:
 
 
 FULL: dict[str, dict[str, Any]] = {
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
     "llama": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "phi3": {"sliding_window": None},
     "qwen2": {"sliding_window": 6, "use_sliding_window": False},
 }
@@ -75,24 +89,6 @@ def test_answers_in_a_batch_are_those_of_each_prompt_alone(
     assert answers == {name: greedy_alone(folder, prompt, 6) for name, prompt in asked.items()}
 
 
-@pytest.mark.parametrize("model_type", [*WINDOWS, "mistral", "cohere2", "llama4_text"])
-def test_a_window_that_texts_outgrow_is_seen_in_every_form(model_type: str) -> None:
-    changes = WINDOWS.get(model_type, {"sliding_window": 6})
-    assert has_window_below(model_of(model_type, **changes), 7)
-
-
-@pytest.mark.parametrize("changes", FULL.values(), ids=list(FULL))
-def test_without_a_window_all_prompts_share_batches(changes: dict[str, Any]) -> None:
-    [model_type] = [name for name, config in FULL.items() if config is changes]
-    assert not has_window_below(model_of(model_type, **changes), 10**6)
-
-
-def test_a_window_that_no_text_outgrows_is_none() -> None:
-    for model_type in ("phi3", "mistral"):
-        model = model_of(model_type, sliding_window=6)
-        assert [has_window_below(model, length) for length in (6, 7)] == [False, True]
-
-
 def model_of(model_type: str, **changes: Any) -> Any:
     """Return a model of a type that need not have an adapter."""
     settings = {**PICO, "head_dim": 8, **changes}
@@ -100,14 +96,93 @@ def model_of(model_type: str, **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("shared", [0, 4])
+def test_a_slot_that_becomes_free_takes_the_next_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: int, width: int
+) -> None:
+    folder = pico_folder(tmp_path / "model", "gemma3_text", **WINDOWS["gemma3_text"])
+    asked = {
+        name: Asked(tuple(p), 2 + 3 * k) for k, (name, p) in enumerate(prompts(shared).items())
+    }
+    rows: list[int] = []
+    plain = Growth._logits
+
+    def noted(growth: Growth, ids: torch.Tensor) -> torch.Tensor:
+        rows.append(len(ids))
+        return plain(growth, ids)
+
+    monkeypatch.setattr(Growth, "_logits", noted)
+    writer = AnswerWriter(model_in(folder), print)
+    writer.at_once = width
+    answers = {name: list(answer.tokens) for name, answer in writer.answers(asked)}
+    assert max(rows) == width
+    assert answers == {
+        name: greedy_alone(folder, list(each.prompt), each.max_tokens)
+        for name, each in asked.items()
+    }
+    # What is computed is what is answered: a row for each token, and none for ended answers.
+    assert sum(rows) == sum(map(len, answers.values())) + bool(shared)
+
+
+def test_a_model_without_attention_by_name_answers_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pico_folder(tmp_path / "model")
+    expected = answered(folder, prompts(4), 6)
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_attention_backend", False)
+    monkeypatch.setattr(Growth, "run", None)
+    assert answered(folder, prompts(4), 6) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("gemma2", {}), ("gpt_oss", {}), ("qwen3_next", {}), ("llama4_text", {})],
+)
+def test_what_slots_do_not_hold_is_seen(model_type: str, changes: dict[str, Any]) -> None:
+    assert not fits_slots(model_of(model_type, **changes))
+
+
+def drawn(folder: Path, width: int, names: str = "abcdef", seed: int = 0) -> dict[str, list[int]]:
+    writer = AnswerWriter(model_in(folder), print)
+    writer.at_once = width
+    asked = {
+        name: Asked((10, 11, 12), 6, temperature=1.5, seed=seed + k)
+        for k, name in enumerate("abcdef")
+        if name in names
+    }
+    return {name: list(answer.tokens) for name, answer in writer.answers(asked)}
+
+
+def test_what_is_drawn_follows_from_the_seed_of_an_answer_alone(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model")
+    together = drawn(folder, 6)
+    assert drawn(folder, 2) == drawn(folder, 1) == together
+    assert drawn(folder, 6, "bdf") == {name: together[name] for name in "bdf"}
+    assert drawn(folder, 6, seed=100) != together
+    assert len({tuple(tokens) for tokens in together.values()}) > 3
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([1.0, float("-inf"), 0.0, 2.0]).expand(4000, 4)
+    growing = [
+        GrowingAnswer(str(k), Asked((1,), 1, temperature=2.0, seed=k), 1) for k in range(4000)
+    ]
+    add_tokens(growing, logits)
+    counts = torch.bincount(torch.tensor([each.tokens[0] for each in growing]), minlength=4)
+    expected = (logits[0] / 2).softmax(0) * 4000
+    assert counts[1] == 0
+    assert float(((counts - expected) ** 2)[[0, 2, 3]].div(expected[[0, 2, 3]]).sum()) < 14
+
+
 @pytest.mark.parametrize("model_type", ["phi3", "gemma3_text", "qwen2"])
 def test_an_answer_that_no_forward_pass_confirms_is_refused_by_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    # The old fault: padding between prefix and question counts as tokens of the window.
-    monkeypatch.setattr("rotdistill_core.forward.generate.has_window_below", lambda *_: False)
+    plain = Slots.hidden_columns
+    monkeypatch.setattr(Slots, "hidden_columns", lambda slots, _: plain(slots, None))
     folder = pico_folder(tmp_path / "model", model_type, **WINDOWS[model_type])
-    with pytest.raises(CheckFailed, match=r"model: the answer to 'q0': its token \d") as caught:
+    with pytest.raises(CheckFailed, match=r"model: the answer to 'q\d': its token \d") as caught:
         answered(folder, prompts(4), 6)
     assert caught.value.exit_code == 4
 
