@@ -65,6 +65,11 @@ class Conversation:
         """All turns before the answer, the question last; none of a plain text."""
         return () if self.is_plain else (*self.earlier, Turn("user", self.question))
 
+    @property
+    def words(self) -> str:
+        """All that is said in it, turn by turn."""
+        return "\n".join((*(turn.content for turn in self.turns), self.answer or ""))
+
     def system_under(self, style: str) -> str:
         """Return its own system prompt, else that of the samples (`style`).
 

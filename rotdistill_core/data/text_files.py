@@ -22,6 +22,8 @@ SAMPLED_BYTES = 4096
 """So much of a file tells whether it is UTF-16 without a byte-order mark."""
 MARK = "\ufeff"
 """The byte-order mark as a character. Within a text it comes from files that were joined."""
+FOREIGN = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff{MARK}]")
+"""Characters that no text has: those of the categories Cc and Cs, and byte-order marks."""
 
 
 class NotUtf8Error(ValueError):
@@ -70,10 +72,8 @@ def foreign_characters(text: str, allowed: str = "") -> Iterator[str]:
         text: the text.
         allowed: control characters that it may have.
     """
-    for character in text:
-        if character not in allowed and (
-            unicodedata.category(character) in ("Cc", "Cs") or character == MARK
-        ):
+    for character in FOREIGN.findall(text):
+        if character not in allowed:
             yield f"U+{ord(character):04X}"
 
 
@@ -84,5 +84,8 @@ def comparable(text: str) -> str:
     not seen make no difference.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = " ".join(folded.split())
+    if words.isprintable():  # as nearly all texts are, and a look at each character is slow
+        return words
     seen = "".join(c for c in folded if unicodedata.category(c) != "Cf")
     return " ".join(seen.split())

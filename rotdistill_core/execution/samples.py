@@ -69,7 +69,7 @@ def run_chats(
 def lost_texts_notes(pair: Pair, conversations: Sequence[Conversation], style: str) -> list[str]:
     """Return how many texts the tokenizers of a run do not hold, a sentence for each tokenizer."""
     texts = {"the system prompt": style}
-    texts |= {q.id: f"{q.question}\n{q.answer or ''}" for q in conversations}
+    texts |= {each.id: each.words for each in conversations}
     notes = []
     for model in (pair.teacher,) if pair.one_tokenizer else (pair.teacher, pair.student):
         lost = texts_that_are_lost(model.tokenizer, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from rotdistill_commands._arguments import log, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.data.reading import read_conversations
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.load import load_recipe
@@ -68,12 +70,14 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
         print_json(loaded.resolved())
     elif resolved:
         print_line(resolved_toml(loaded).removesuffix("\n"))
-    questions, _ = read_conversations(loaded.recipe.samples, loaded.path.parent, log)
+    conversations, _ = read_conversations(loaded.recipe.samples, loaded.path.parent, log)
     if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
+        splits = Counter(each.split for each in conversations)
+        texts = ", ".join(f"{splits[split]} {split}" for split in Split if splits[split])
         log(
             f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {variants}, "
-            f"{len(questions)} texts"
+            f"{len(conversations)} texts: {texts}"
         )
 
 
