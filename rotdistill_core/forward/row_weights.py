@@ -47,7 +47,8 @@ def row_weights(
         states: the stream `[rows, d]`, from which sinks are recognised.
         layout: the texts of the rows.
         prompt: weight of a row of the shared prompt.
-        sink: weight of position 0 and of massive activations, above all other kinds.
+        sink: weight of position 0 and of massive activations, above all other kinds. Texts that do
+            not begin with the shared prefix have a sink each, and share one weight.
         teacher_answer: weight of a row that predicts an answer written by the teacher.
         teacher_answered: ids of the texts with such an answer.
     """
@@ -55,11 +56,23 @@ def row_weights(
     weights[: layout.prefix] = prompt
     for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
         if text.id in teacher_answered:
-            first = max(start, start + text.answer - 1 - layout.prefix)
+            first = max(start, start + text.answer - 1 - layout.prefix_length(text))
             weights[first:end] = teacher_answer
     sinks = massive_activation_mask(states).index_fill(0, torch.zeros(1, dtype=torch.long), True)
     weights[sinks] = sink
+    apart = sinks & _apart(layout)
+    # All texts of the prefix share one sink, and one sink is what those without it share, too.
+    weights[apart] = sink / max(int(apart.sum()), 1)
     return weights
+
+
+def _apart(layout: PackedTexts) -> Tensor:
+    """Return the mask [rows] of texts that do not begin with the shared prefix."""
+    mask = torch.zeros(layout.rows, dtype=torch.bool)
+    if layout.prefix:
+        for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
+            mask[start:end] = text.plain
+    return mask
 
 
 def over_mean_square(weights: Tensor, states: Tensor) -> Tensor:
