@@ -12,6 +12,9 @@ from rotdistill_core.store.hashing import digest
 OWN_ANSWER = ".own"
 """Ending of the id of a conversation that the teacher answers once more, itself."""
 
+LESSON = ".lesson"
+"""Ending of the id of a lesson: a conversation or text that the teacher writes itself."""
+
 
 class Claim(NamedTuple):
     """A statement that an answer may make."""

@@ -19,7 +19,7 @@ Use = Literal["index", "heldout", "guard"]
 
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,3}")
 """A language as in BCP 47: a code of ISO 639, and subtags such as `pt-BR` has."""
-RESERVED_ENDINGS = (".own", ".place")
+RESERVED_ENDINGS = (".own", ".place", ".lesson")
 """Ends of the ids of texts that are made from others."""
 LONGEST_CELL = 131_072
 """Characters of a text. More is not one text, but a file whose line ends are lost."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import Conversation, first_chat
+from rotdistill_core.data.conversations import LESSON, Conversation, first_chat
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
@@ -46,14 +46,14 @@ def tokenize_texts(
     texts = []
     for each in conversations:
         if each.is_plain:
-            texts.append(_plain_text(tokenizer, each, limit))
+            texts.append(_plain_text(tokenizer, each, answers.get(each.id), limit))
         elif each.split.outside_domain:
             texts.append(_conversation_text(each, prompts[each.id], answers[each.id], limit))
         else:
             most = None if each.split == Split.HELDOUT else max_tokens
             texts.append(_conversation_text(each, prompts[each.id], answers[each.id], most))
-    in_domain = [prompts[q.id] for q in asked.values() if not q.split.outside_domain]
-    shared = shared_prefix_length(in_domain) if in_domain else 0
+    sharing = [prompts[each.id] for each in asked.values() if not _is_apart(each)]
+    shared = shared_prefix_length(sharing) if sharing else 0
     return Samples(PackedTexts(tuple(texts), shared), tuple(conversations), style, chat=chat)
 
 
@@ -83,7 +83,7 @@ def tokenize_for_both(
     Raises:
         SetupError: see `tokenize_texts`.
     """
-    conversations = [q for q in conversations if not q.split.outside_domain]
+    conversations = [q for q in conversations if not q.is_plain]
     own, theirs = chats
     teacher_samples = tokenize_texts(teacher, conversations, answers, style, max_tokens, theirs)
     student_answers = {
@@ -166,7 +166,7 @@ def texts_that_are_lost(tokenizer: Any, texts: Mapping[str, str]) -> list[str]:
     return [
         name
         for name, text in texts.items()
-        if letters(tokenizer.decode(_tokens_of(tokenizer, text))) != letters(text)
+        if letters(tokenizer.decode(tokens_of(tokenizer, text))) != letters(text)
     ]
 
 
@@ -186,11 +186,15 @@ def prompt_tokens(
     """
     asked = list(conversations)
     texts = chat.prompts([chat.chat_of(each, style) for each in asked])
-    return {each.id: _tokens_of(tokenizer, text) for each, text in zip(asked, texts, strict=True)}
+    return {each.id: tokens_of(tokenizer, text) for each, text in zip(asked, texts, strict=True)}
 
 
-def _tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text that has its special tokens."""
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that has its special tokens.
+
+    Raises:
+        SetupError: the tokenizer has none for a part of it.
+    """
     return _encoded(tokenizer, text, add_special_tokens=False)
 
 
@@ -211,7 +215,7 @@ def _encoded(tokenizer: Any, text: str, **options: bool) -> list[int]:
 def tokenize_answer(tokenizer: Any, answer: str) -> list[int]:
     """Return the tokens of an answer by itself, and the end-of-turn token if there is one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*_tokens_of(tokenizer, answer), *end]
+    return [*tokens_of(tokenizer, answer), *end]
 
 
 def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
@@ -226,9 +230,29 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
     return longest
 
 
-def _plain_text(tokenizer: Any, question: Conversation, limit: int | None) -> Text:
-    """Tokenise a text outside the domain as it is; all tokens but the first count as answer."""
-    tokens = tuple(_encoded(tokenizer, question.answer or ""))[:limit]
+def _is_apart(conversation: Conversation) -> bool:
+    """Return whether a conversation is outside the domain, and packed without the shared prefix.
+
+    A lesson without system prompt shares no more than the first tokens of a template with the
+    others, and would leave no prefix.
+    """
+    is_lesson = conversation.id.endswith(LESSON)
+    return conversation.split.outside_domain or (is_lesson and conversation.system == "")
+
+
+def _plain_text(
+    tokenizer: Any, question: Conversation, written: Sequence[int] | None, limit: int | None
+) -> Text:
+    """Tokenise a plain text as it is; all tokens but the first count as answer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        question: the text.
+        written: its tokens, if the teacher wrote it.
+        limit: most tokens.
+    """
+    encoded = written or _encoded(tokenizer, question.answer or "")
+    tokens = tuple(encoded)[:limit]
     return Text(question.id, question.language, question.split, tokens, answer=1, plain=True)
 
 
@@ -258,7 +282,7 @@ def _conversation_text(
         question.split,
         tokens,
         answer=len(prompt),
-        plain=question.split.outside_domain,
+        plain=_is_apart(question),
     )
 
 
@@ -278,7 +302,7 @@ def _written_answers(
     chats = [chat.chat_of(q, style, q.answer) for q in answered.values()]
     found = {}
     for (name, q), text in zip(answered.items(), chat.render(chats), strict=True):
-        prompt, tokens = prompts[name], _tokens_of(tokenizer, text)
+        prompt, tokens = prompts[name], tokens_of(tokenizer, text)
         if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
             found[name] = tokens[len(prompt) :]
         else:

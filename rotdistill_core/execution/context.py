@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.lessons import NO_LESSON_TEXTS, LessonTexts
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.planning.chats import Chats
 from rotdistill_core.recipe.document import Recipe
@@ -31,6 +32,8 @@ class RunContext:
     ledger: Ledger
     log: Callable[[str], None]
     progress: Progress
+    lesson_texts: LessonTexts = NO_LESSON_TEXTS
+    """The files that the recipe names for its lessons."""
 
     @property
     def recipe(self) -> Recipe:

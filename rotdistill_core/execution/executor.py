@@ -22,6 +22,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import facts_digest
+from rotdistill_core.data.lessons import checked_lesson_texts
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
@@ -112,8 +113,9 @@ class Executor:
         for recipe_step in loaded.steps:
             check_models(recipe_step.step, pair)
         conversations, style = read_conversations(recipe.samples, loaded.path.parent, log)
+        lesson_texts = checked_lesson_texts(recipe, loaded.path.parent, conversations)
         engine = loaded.engine.key()
-        inputs = run_inputs(recipe, pair, conversations, style, engine)
+        inputs = run_inputs(recipe, pair, conversations, style, engine, lesson_texts=lesson_texts)
         starts = newest_starts(store.ledgers(), folder.name)
         date = date_of_run(recipe.samples, inputs, starts, fresh)
         chats = run_chats(pair, conversations, style, date, recipe.samples.thinking)
@@ -127,6 +129,7 @@ class Executor:
             ledger=Ledger(folder),
             log=log,
             progress=progress,
+            lesson_texts=lesson_texts,
         )
         for note in (
             *chats.notes(),
@@ -251,6 +254,7 @@ class Executor:
                 run.style,
                 self.loaded.engine.key(),
                 run.chats.date,
+                run.lesson_texts,
             ),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
         )

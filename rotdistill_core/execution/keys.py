@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.lessons import NO_LESSON_TEXTS, LessonTexts
 from rotdistill_core.planning.shape import DTYPE_BYTES
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.recipe.document import Recipe
@@ -92,6 +93,7 @@ def run_inputs(
     style: str,
     engine: str,
     date: str = "",
+    lesson_texts: LessonTexts = NO_LESSON_TEXTS,
 ) -> dict[str, str]:
     """Return what a run starts from, by name.
 
@@ -104,7 +106,7 @@ def run_inputs(
     return {
         **{role: model.fingerprint for role, model in pair.by_role.items()},
         "code": shared_code(pair),
-        "texts": texts_digest(recipe, conversations, style),
+        "texts": texts_digest(recipe, conversations, style, lesson_texts),
         "engine": engine,
         "seed": str(recipe.seed),
         "compute": " ".join(f"{ref.dtype} {ref.device.partition(':')[0]}" for ref in refs),
@@ -112,9 +114,14 @@ def run_inputs(
     }
 
 
-def texts_digest(recipe: Recipe, conversations: Sequence[Conversation], style: str) -> str:
+def texts_digest(
+    recipe: Recipe,
+    conversations: Sequence[Conversation],
+    style: str,
+    lesson_texts: LessonTexts = NO_LESSON_TEXTS,
+) -> str:
     """Return the hash of the texts of a run before any tokenizer or teacher has seen them."""
-    texts = [
+    texts: list[object] = [
         # Facts and falsehoods enter the key of evaluators alone.
         [vars(replace(question, facts=(), falsehoods=())) for question in conversations],
         style,
@@ -122,6 +129,9 @@ def texts_digest(recipe: Recipe, conversations: Sequence[Conversation], style: s
             include={"max_tokens", "answer_tokens", "own_answers", "thinking"}
         ),
     ]
+    if recipe.lessons.count:
+        # What the files say counts, and not where they are.
+        texts += [recipe.lessons.model_dump(exclude={"forms", "topics"}), lesson_texts]
     return digest(texts)
 
 

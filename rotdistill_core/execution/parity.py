@@ -56,7 +56,7 @@ def compare_models(run: RunContext, fresh: bool = False) -> dict[str, Parity]:
     found: dict[str, Parity] = {}
     made: dict[str, Parity] = {}
     for role, model in run.pair.by_role.items():
-        key = _key(model, texts_digest(run.recipe, run.conversations, run.style))
+        key = _key(model, texts_digest(run.recipe, run.conversations, run.style, run.lesson_texts))
         parity = made.get(key) or (None if fresh else run.store.find_parity(key))
         if parity is None:
             where = f"{role} {model.ref.model}"

@@ -21,6 +21,7 @@ from rotdistill_core.data.tokenization import (
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.engines import teacher_answers
+from rotdistill_core.execution.lessons import write_lessons
 from rotdistill_core.forward.rope import tables_by_length, transformers_config
 from rotdistill_core.planning.chats import Chats, chats_of, dated, position_limit, require_room
 from rotdistill_core.plugin.engine import Asked
@@ -86,7 +87,7 @@ def prepare_samples(run: RunContext) -> Samples:
     """Tokenise the texts of a run, the teacher's answers among them, and freeze them.
 
     The teacher answers the held-out questions. With `samples.own_answers` it also answers the
-    questions of the blurbs.
+    questions of the blurbs. With `[lessons]` it writes more texts to fit on, which come last.
 
     Raises:
         SetupError: a chat template cannot write the texts, a text leaves no room for its answer, or
@@ -103,7 +104,10 @@ def prepare_samples(run: RunContext) -> Samples:
     known = [position_limit(model.config) for model in pair.by_role.values()]
     longest = min((limit for limit in known if limit), default=None)
     limit = min(settings.max_tokens, longest or settings.max_tokens)
-    texts = (pair.teacher.tokenizer, run.conversations, answers, run.style, limit)
+    lessons = write_lessons(run, limit)
+    answers |= {lesson.conversation.id: lesson.tokens for lesson in lessons}
+    conversations = (*run.conversations, *(lesson.conversation for lesson in lessons))
+    texts = (pair.teacher.tokenizer, conversations, answers, run.style, limit)
     if pair.one_tokenizer:
         samples = tokenize_texts(*texts, chats.teacher, longest)
     else:

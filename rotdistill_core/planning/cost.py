@@ -281,6 +281,17 @@ def teacher_answers_cost(context: CostContext) -> Cost:
     ).on_teacher()
 
 
+def lessons_cost(context: CostContext) -> Cost:
+    """Return the cost of the lessons that the teacher writes; what is done with them counts in the
+    steps that fit on them."""
+    texts = context.texts
+    if not texts.lessons:
+        return Cost()
+    return generation_cost(
+        context.teacher, texts, texts.lessons, texts.lesson_tokens, context.teacher_bytes
+    ).on_teacher()
+
+
 def checkpoint_cost(context: CostContext, number: int) -> Cost:
     """Return the cost of saving a variant in numbers of `number` bytes, tensor by tensor."""
     student = context.student

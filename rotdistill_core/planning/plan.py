@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair, require_vocabulary
 from rotdistill_core.data.conversations import Conversation, facts_digest
+from rotdistill_core.data.lessons import LessonTexts, checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SetupError
@@ -32,6 +33,7 @@ from rotdistill_core.planning.cost import (
     baseline_memory,
     checkpoint_cost,
     context_after,
+    lessons_cost,
     states_cost,
     step_cost,
     teacher_answers_cost,
@@ -235,13 +237,14 @@ def build_plan(
     texts_folder = (loaded.path.parent / recipe.samples.index).parent
     read: list[str] = []
     conversations, style = read_conversations(recipe.samples, loaded.path.parent, read.append)
+    lesson_texts = checked_lesson_texts(recipe, loaded.path.parent, conversations)
     models = _models(recipe, texts_folder, log)
     _let_steps_check(loaded, models)
     start = _start_context(recipe, models, conversations, style, machine)
     folder = loaded.folder(root)
     index = ReuseIndex(ArtifactStore(root, log).ledgers(), folder.name)
     loaded.engine.check()
-    inputs = _inputs(loaded, models, conversations, style)
+    inputs = _inputs(loaded, models, conversations, style, lesson_texts)
     day = date_of_run(recipe.samples, inputs, index.starts, fresh)
     chats, notes = _chats(recipe, models, conversations, style, day)
     teacher = models["teacher"].folder
@@ -270,7 +273,7 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
-        notes=[*read, *notes],
+        notes=[*read, *notes, *lesson_notes(recipe, conversations, lesson_texts)],
     )
 
 
@@ -310,7 +313,7 @@ def _start_context(
     return CostContext(
         teacher=teacher.shape,
         student=student.shape,
-        texts=count_texts(conversations, style, recipe.samples, count),
+        texts=count_texts(conversations, style, recipe.samples, count, recipe.lessons),
         teacher_bytes=_compute_bytes(recipe.teacher, teacher, machine),
         student_bytes=_compute_bytes(recipe.student, student, machine),
         same=recipe.teacher.model == recipe.student.model,
@@ -379,13 +382,15 @@ def _inputs(
     models: Mapping[str, ModelInfo],
     conversations: Sequence[Conversation],
     style: str,
+    lesson_texts: LessonTexts,
 ) -> dict[str, str] | None:
     """Return the hashes of the run's inputs; None if the files of a model are not here."""
     opened = {role: info.model for role, info in models.items() if info.model}
     if len(opened) < len(models):
         return None
     pair = Pair(opened["teacher"], opened["student"], opened.get("anchor"))
-    return run_inputs(loaded.recipe, pair, conversations, style, loaded.engine.key())
+    engine = loaded.engine.key()
+    return run_inputs(loaded.recipe, pair, conversations, style, engine, lesson_texts=lesson_texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,15 +414,18 @@ class _LineBuilder:
     statuses: list[StepStatus]
 
     def answer_lines(self) -> Iterator[PlanLine]:
-        """Yield the line of the teacher's own answers, if it has any to write."""
-        if not self.start.texts.questions_asked:
-            return
+        """Yield the lines of what the teacher writes itself: its answers, and lessons."""
         known = self.start_key != UNKNOWN
         why = "not made before from these models and texts"
         if known:
             why = FRESH if self.fresh else "the same models and texts were run before"
-        line = PlanLine(id="teacher's answers", reused=known and not self.fresh, why=why)
-        yield self._with_cost(line, teacher_answers_cost(self.start))
+        texts = self.start.texts
+        if texts.questions_asked:
+            line = PlanLine(id="teacher's answers", reused=known and not self.fresh, why=why)
+            yield self._with_cost(line, teacher_answers_cost(self.start))
+        if texts.lessons:
+            line = PlanLine(id=f"{texts.lessons} lessons", reused=known and not self.fresh, why=why)
+            yield self._with_cost(line, lessons_cost(self.start))
 
     def step_lines(self) -> Iterator[PlanLine]:
         """Yield a line for each result of a step.

@@ -7,7 +7,7 @@ transformers is not loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,13 @@ from rotdistill_core.errors import SetupError
 
 if TYPE_CHECKING:
     from rotdistill_core.data.conversations import Conversation
-    from rotdistill_core.recipe.document import SamplesRef
+    from rotdistill_core.recipe.document import Lessons, SamplesRef
 
 
 TEMPLATE_TOKENS = 8
 """Tokens that a chat template puts around one message."""
+QUESTION_TOKENS = 24
+"""Tokens of a lesson's question."""
 BYTES_PER_TOKEN = {100_000: 3.5, 0: 2.5}
 """Smallest vocabulary -> bytes of UTF-8 in a token, over the fourteen shipped languages."""
 
@@ -42,6 +44,10 @@ class TextCounts:
     """Questions that the teacher answers itself."""
     answer_tokens: int
     """Tokens that it may write in all these answers together."""
+    lessons: int = 0
+    """Lessons that it writes; their texts and rows count as fit texts."""
+    lesson_tokens: int = 0
+    """Tokens that it may write for them, proposed questions included."""
 
     def rows_of(self, *splits: str, limit: int | None = None) -> int:
         """Return the rows of some splits, with the shared prompt.
@@ -100,7 +106,11 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
 
 
 def count_texts(
-    conversations: Iterable[Conversation], style: str, settings: SamplesRef, count: TokenCounter
+    conversations: Iterable[Conversation],
+    style: str,
+    settings: SamplesRef,
+    count: TokenCounter,
+    lessons: Lessons | None = None,
 ) -> TextCounts:
     """Return the rows of all texts, as `rotdistill_core.data.tokenization` packs them.
 
@@ -109,6 +119,7 @@ def count_texts(
         style: the system prompt.
         settings: the recipe's [samples].
         count: counts the tokens of a text.
+        lessons: the recipe's [lessons], if it has any.
     """
     prefix = count(style) + TEMPLATE_TOKENS
     rows: dict[str, int] = {}
@@ -121,12 +132,31 @@ def count_texts(
         if question.answer is None and not Split(split).outside_domain:
             questions_asked += 1
             answer_tokens += _longest_answer(question, settings)
-    return TextCounts(
+    counts = TextCounts(
         prefix=prefix,
         rows=rows,
         texts=texts,
         questions_asked=questions_asked,
         answer_tokens=answer_tokens,
+    )
+    return _with_lessons(counts, lessons, settings) if lessons and lessons.count else counts
+
+
+def _with_lessons(counts: TextCounts, lessons: Lessons, settings: SamplesRef) -> TextCounts:
+    """Return the counts with lessons, each as long as it may be; see `execution.lessons`."""
+    general = int(lessons.count * lessons.general)
+    texts = general if lessons.general_from == "texts" else 0
+    asked = lessons.count - texts
+    proposed = texts + (asked if lessons.source == "teacher" else general - texts)
+    row = min(QUESTION_TOKENS + TEMPLATE_TOKENS + lessons.tokens, settings.max_tokens)
+    rows = asked * row + texts * (lessons.tokens + 1)
+    fit = Split.FIT.value
+    return replace(
+        counts,
+        rows={**counts.rows, fit: counts.rows.get(fit, 0) + rows},
+        texts={**counts.texts, fit: counts.texts.get(fit, 0) + lessons.count},
+        lessons=lessons.count,
+        lesson_tokens=asked * lessons.tokens + proposed * max(lessons.tokens, QUESTION_TOKENS),
     )
 
 

@@ -134,6 +134,43 @@ class SamplesRef(Document):
         return {"style": SHIPPED_STYLE, **held, **values}
 
 
+class Lessons(Document):
+    """Lessons: more texts to fit on, which the teacher writes before anything is captured."""
+
+    count: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """How many. They are fitted on; none is held out or validated, and none is about a topic that
+    is. 0: none."""
+    source: Annotated[Literal["questions", "topics", "teacher"], Field(alias="from")] = "questions"
+    """Where questions come from. `"questions"`: forms (those of `forms`, and each question of the
+    index that names its topic) with the topics of the index. `"topics"`: the forms of `forms` with
+    `topics`. `"teacher"`: the teacher proposes them itself, after two questions of the index."""
+    general: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of lessons outside the domain, against forgetting."""
+    general_from: Literal["texts", "questions"] = "texts"
+    """What they are. `"texts"`: plain texts, which the teacher writes from a random token on.
+    `"questions"`: questions that it proposes and answers without the system prompt; always so for
+    a student of another vocabulary, which no plain text teaches."""
+    tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Temperature of answers in the domain; 0 takes the best token. Proposed questions and general
+    texts are always drawn at temperature 1."""
+    forms: str | None = None
+    """A table of forms of question, relative to the recipe: language, and form with {topic} in it.
+    """
+    topics: str | None = None
+    """A file of topics, relative to the recipe: one a line, with a language after a tab or none.
+    Default: the topics of the index."""
+
+    @model_validator(mode="after")
+    def _topics_need_forms(self) -> Self:
+        if self.source == "topics" and self.count and not self.forms:
+            raise ValueError(
+                'from = "topics" needs questions to ask about them; name a table as lessons.forms'
+            )
+        return self
+
+
 class Check(Document):
     """Tolerances. A variant that breaks one is marked as failed; the run ends with exit code 4."""
 
@@ -169,6 +206,8 @@ class Recipe(Document):
     teacher."""
     samples: SamplesRef = SamplesRef()
     """The texts."""
+    lessons: Lessons = Lessons()
+    """How many more texts the teacher writes."""
     check: Check = Check()
     """Tolerances."""
     observers: Annotated[list[str], Field(exclude=True)] = ["report"]

@@ -476,5 +476,7 @@ def _known_keys() -> dict[tuple[str, ...], list[str]]:
     }
     for name, field in Recipe.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Document):
-            known[name,] = list(field.annotation.model_fields)
+            known[name,] = [
+                inner.alias or key for key, inner in field.annotation.model_fields.items()
+            ]
     return known

@@ -115,7 +115,8 @@ class ResolvedRecipe:
         """Return the recipe as JSON values, after `extends`, `--set` and defaults."""
         steps = [{"id": step.id, **options_of(step.step)} for step in self.steps]
         engine = options_of(self.engine.engine)
-        return {**self.recipe.model_dump(mode="json"), "engine": engine, "step": steps}
+        tables = self.recipe.model_dump(mode="json", by_alias=True)
+        return {**tables, "engine": engine, "step": steps}
 
     def document(self) -> dict[str, Any]:
         """Return what a run keeps of its recipe: resolved, with its baseline and its headline.

@@ -22,6 +22,7 @@ class RunLayout:
     RESOLVED_RECIPE = "recipe.resolved.json"
     SYSTEM_PROMPT = "system.md"
     TEXTS = "samples.tsv"
+    LESSONS = "lessons.json"
     LEDGER = "ledger.jsonl"
     RESULTS = "results.jsonl"
     REPORT_HTML = "report.html"
@@ -68,6 +69,11 @@ class RunLayout:
     def texts(self) -> Path:
         """The texts of the run with their hashes, frozen."""
         return self.folder / self.TEXTS
+
+    @property
+    def lessons(self) -> Path:
+        """How many lessons the teacher wrote, what was dropped and why, and some of them."""
+        return self.folder / self.LESSONS
 
     @property
     def ledger(self) -> Path:

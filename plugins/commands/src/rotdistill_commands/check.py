@@ -11,6 +11,7 @@ import typer
 
 from rotdistill_commands._arguments import log, requested_run
 from rotdistill_core import hookimpl
+from rotdistill_core.data.lessons import checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import CheckFailed, RecipeError
@@ -71,6 +72,9 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
     elif resolved:
         print_line(resolved_toml(loaded).removesuffix("\n"))
     conversations, _ = read_conversations(loaded.recipe.samples, loaded.path.parent, log)
+    lesson_texts = checked_lesson_texts(loaded.recipe, loaded.path.parent, conversations)
+    for note in lesson_notes(loaded.recipe, conversations, lesson_texts):
+        log(note)
     if not as_json and not resolved:
         variants = ", ".join(loaded.recipe.variants)
         splits = Counter(each.split for each in conversations)
