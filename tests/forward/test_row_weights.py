@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rotdistill_core.data.packed import PackedTexts
@@ -55,6 +57,25 @@ def test_each_kind_of_row_has_its_weight() -> None:
     kinds[sink] = False
     kinds[first:end] = False
     assert (weights[kinds] == 1).all()
+
+
+def test_texts_without_the_prefix_share_one_sink_and_keep_their_teacher_answers() -> None:
+    shared = packed()
+    plain = tuple(
+        replace(text, id=f"p{k}", tokens=text.tokens[:9], answer=1, plain=True)
+        for k, text in enumerate(shared.texts[:2])
+    )
+    layout = PackedTexts((*shared.texts, *plain), shared.prefix)
+    first, second = layout.starts[-3:-1]
+    rows = rows_with_a_sink(layout, first)
+    rows[second] *= 100
+    weights = row_weights(
+        rows, layout, prompt=30.0, sink=1000.0, teacher_answer=4.0, teacher_answered={"p0"}
+    )
+    assert weights[0] == 1000
+    assert weights[first] == weights[second] == 500
+    assert (weights[first + 1 : second] == 4).all()
+    assert (weights[second + 1 :] == 1).all()
 
 
 def test_only_the_massive_row_is_a_sink() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import ReferenceType, ref
@@ -233,6 +234,30 @@ def test_answers_to_questions_are_learned_too(tmp_path: Path) -> None:
     assert out.notes["texts"] == sum(
         text.split in (Split.FIT, Split.VALIDATION) for text in samples.layout.texts
     )
+
+
+def test_general_lessons_are_learned_and_leave_the_others_their_prefix(tmp_path: Path) -> None:
+    pair, samples = pair_of(tmp_path), answered_samples()
+    first = samples.layout.texts[0]
+    text = replace(first, id="1.lesson", tokens=(9, 8, 7, 6), answer=1, plain=True)
+        samples.layout.texts[0], id="1.lesson", tokens=(9, 8, 7, 6), answer=1, plain=True
+    )
+    layout = PackedTexts((*samples.layout.texts, text), samples.layout.prefix)
+    lesson = Conversation(text.id, "und", Split.FIT, "", None)
+    with_lesson = replace(samples, layout=layout, conversations=(*samples.conversations, lesson))
+    out = pico_output(tmp_path / "runs")
+    step = PromptKl(**ON_ANSWERS)
+    layout = _method.training_texts(step, pair, with_lesson, out, quiet)
+    assert text in layout.texts
+    assert layout.prefix >= samples.layout.prefix
+    made, _ = distilled(pair, tmp_path, with_lesson, **ON_ANSWERS, learning_rate=5e-3)
+    assert made is not pair.student.weights
+
+
+def test_lessons_are_no_topics(tmp_path: Path) -> None:
+    lesson = Conversation("1.lesson", "en", Split.FIT, "w1 w2", None, "w1")
+    samples = Samples(SAMPLES.layout, (*SAMPLES.conversations, lesson), SAMPLES.style)
+    assert lesson not in _method._texts_with_topics(samples)
 
 
 def test_shards_have_different_texts_and_together_all(

@@ -51,7 +51,8 @@ def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
     texts = context.texts
     fit, validation = (texts.texts.get(s, 0) for s in (Split.FIT, Split.VALIDATION))
     in_both = fit + validation
-    answered = min(max(texts.questions_asked - texts.texts.get(Split.HELDOUT, 0), 0), in_both)
+    own = texts.questions_asked + texts.lessons - texts.texts.get(Split.HELDOUT, 0)
+    answered = min(max(own, 0), in_both)
     mean = (texts.rows_of(Split.FIT, Split.VALIDATION) - texts.prefix) / max(in_both, 1)
     topics = min(step.max_prompts, in_both - answered) if step.continues_topics else 0
     answers = answered if "questions" in step.prompts_from else 0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import OWN_ANSWER
+from rotdistill_core.data.conversations import LESSON, OWN_ANSWER
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length
@@ -98,7 +98,7 @@ def training_texts(
         if not answers:
             raise RecipeError(
                 'prompt-kl: prompts_from = ["questions"] trains on the teacher\'s answers; '
-                "let it write some: samples.own_answers = 64."
+                "let it write some: samples.own_answers = 64, or lessons.count."
             )
     outside: list[Text] = []
     if step.guard:
@@ -117,7 +117,8 @@ def training_texts(
                 f"prompt-kl: of {len(own)} prompts none is a {split.value} text to {use} on; "
                 "give it more texts, or raise max_prompts."
             )
-    prompts = [text.tokens[: text.answer] for text in own]
+    # General lessons begin otherwise, and would leave no prefix to the others.
+    prompts = [text.tokens[: text.answer] for text in own if not text.plain]
     return PackedTexts((*continuations, *answers, *outside), shared_prefix_length(prompts))
 
 
@@ -166,13 +167,13 @@ def topic_continuations(
 
 
 def _texts_with_topics(samples: Samples) -> list[Conversation]:
-    """Return the texts with a topic, without held-out ones and the teacher's own answers."""
+    """Return the texts with a topic, without held-out ones and those that the teacher wrote."""
     questions = [
         each
         for each in samples.conversations
         if each.topic
         and each.split in (Split.FIT, Split.VALIDATION)
-        and not each.id.endswith(OWN_ANSWER)
+        and not each.id.endswith((OWN_ANSWER, LESSON))
     ]
     return list({question.id: question for question in questions}.values())
 
