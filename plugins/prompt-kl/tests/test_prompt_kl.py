@@ -240,8 +240,6 @@ def test_general_lessons_are_learned_and_leave_the_others_their_prefix(tmp_path:
     pair, samples = pair_of(tmp_path), answered_samples()
     first = samples.layout.texts[0]
     text = replace(first, id="1.lesson", tokens=(9, 8, 7, 6), answer=1, plain=True)
-        samples.layout.texts[0], id="1.lesson", tokens=(9, 8, 7, 6), answer=1, plain=True
-    )
     layout = PackedTexts((*samples.layout.texts, text), samples.layout.prefix)
     lesson = Conversation(text.id, "und", Split.FIT, "", None)
     with_lesson = replace(samples, layout=layout, conversations=(*samples.conversations, lesson))
