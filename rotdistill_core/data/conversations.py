@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from rotdistill_core.data.splits import Split
@@ -72,6 +72,10 @@ class Conversation:
     def words(self) -> str:
         """All that is said in it, turn by turn."""
         return "\n".join((*(turn.content for turn in self.turns), self.answer or ""))
+
+    def without_system_prompt(self) -> Conversation:
+        """Return it with no system prompt, whatever that of the samples is."""
+        return replace(self, system="")
 
     def system_under(self, style: str) -> str:
         """Return its own system prompt, else that of the samples (`style`).

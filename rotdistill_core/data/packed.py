@@ -107,13 +107,14 @@ class PackedTexts:
 
         It keeps the prefix unless all of its texts are plain.
         """
-        return self._with_texts(tuple(text for text in self.texts if text.split in splits)[:limit])
+        return self.of(tuple(text for text in self.texts if text.split in splits)[:limit])
 
     def where(self, keep: Callable[[Text], bool]) -> PackedTexts:
         """Return the packing of the texts to keep; the prefix stays unless all are plain."""
-        return self._with_texts(tuple(text for text in self.texts if keep(text)))
+        return self.of(tuple(text for text in self.texts if keep(text)))
 
-    def _with_texts(self, texts: tuple[Text, ...]) -> PackedTexts:
+    def of(self, texts: tuple[Text, ...]) -> PackedTexts:
+        """Return the packing of these texts; the prefix stays unless all are plain."""
         all_plain = bool(texts) and all(text.plain for text in texts)
         return PackedTexts(texts, 0 if all_plain else self.prefix)
 
@@ -137,9 +138,12 @@ class PackedTexts:
 
     def _rows(self, k: int, positions: slice) -> Tensor:
         """Return the rows of a run of token positions of text k."""
-        at = torch.arange(positions.start, positions.stop)
+        return self.rows_at(k, torch.arange(positions.start, positions.stop))
+
+    def rows_at(self, k: int, positions: Tensor) -> Tensor:
+        """Return the rows of the tokens at some positions [n] of text k, `[n]`."""
         prefix = self.prefix_length(self.texts[k])
-        return torch.where(at < prefix, at, at - prefix + self.starts[k])
+        return torch.where(positions < prefix, positions, positions - prefix + self.starts[k])
 
     def batches(
         self, budget: int = 1536, apart: Callable[[Text], Hashable] = lambda _: None
@@ -189,14 +193,25 @@ class Samples:
     style: str
     """The system prompt."""
     theirs: PackedTexts | None = None
-    """As the teacher's tokenizer reads them; None if both models share a tokenizer."""
+    """As the teacher reads them: by its own tokenizer, or with a system prompt that the student's
+    texts lack (`baked`). None if both models read the same."""
     chat: ChatFormat | None = None
     """How the conversations of `layout` are written; None for texts of tests, which have none."""
+    baked: bool = False
+    """Whether `layout` leaves out the system prompt, and `theirs` has it, in one vocabulary; see
+    `samples.bake_prompt`."""
 
     @property
     def teacher(self) -> PackedTexts:
         """The texts as the teacher reads them."""
         return self.theirs or self.layout
+
+    def read_by_teacher(self, layout: PackedTexts) -> PackedTexts:
+        """Return some texts of `layout` as the teacher reads them, in the same order."""
+        if self.theirs is None:
+            return layout
+        theirs = {text.id: text for text in self.theirs.texts}
+        return self.theirs.of(tuple(theirs[text.id] for text in layout.texts))
 
     def teacher_answered(self) -> frozenset[str]:
         """Return the ids of the questions that the teacher answers: those without an answer."""

@@ -33,4 +33,5 @@ class Side(StrEnum):
     ANCHOR = "anchor"
     """The reference that aligners align the student to, in place of the teacher."""
     SPANS = "spans"
-    """Row pairs of two tokenizers: for each row of the student, the teacher's rows [start, end)."""
+    """Row pairs where the two read different tokens: for each row of the student, the teacher's
+    rows [start, end)."""

@@ -96,6 +96,41 @@ def tokenize_for_both(
     return replace(student_samples, theirs=teacher_samples.layout)
 
 
+def without_system_prompt(samples: Samples, tokenizer: Any) -> Samples:
+    """Return samples whose conversations the student reads without the system prompt.
+
+    The teacher reads them as they are. A conversation without a system turn is what the template
+    makes of it, a system prompt of its own included. Answers are the same tokens in both. Texts
+    outside the domain stay as they are.
+
+    Args:
+        samples: texts that both models read alike.
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        SetupError: the template cannot write a conversation without a system turn.
+    """
+    chat = samples.chat or ChatFormat.of(tokenizer)
+    asked = [
+        each.without_system_prompt()
+        for each in samples.conversations
+        if not each.is_plain and not each.split.outside_domain
+    ]
+    prompts = prompt_tokens(tokenizer, samples.style, asked, chat)
+    texts = tuple(
+        with_prompt(text, prompts[text.id]) if text.id in prompts else text
+        for text in samples.layout.texts
+    )
+    sharing = [text.tokens[: text.answer] for text in texts if not text.plain]
+    layout = PackedTexts(texts, shared_prefix_length(sharing) if sharing else 0)
+    return replace(samples, layout=layout, theirs=samples.layout, baked=True)
+
+
+def with_prompt(text: Text, prompt: Sequence[int]) -> Text:
+    """Return a text with other tokens before its answer."""
+    return replace(text, tokens=(*prompt, *text.tokens[text.answer :]), answer=len(prompt))
+
+
 def chat_format(
     tokenizer: Any, style: str, conversations: Sequence[Conversation], date: str = ""
 ) -> ChatFormat:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.plugin.source_code import core_digest
@@ -64,6 +65,27 @@ def teacher_final_states(
             progress(layer + 1, teacher.depth, f"teacher on {size}")
         path = shared.tensors(RunLayout.FINAL_STATES, {"rows": forward.states.cpu()})
     return open_tensors(path)["rows"].read()
+
+
+def paired_final_states(
+    teacher: Model, samples: Samples, layout: PackedTexts, out: StepOutput, progress: Progress
+) -> Tensor:
+    """Return the teacher's final states for the rows of texts as the student reads them.
+
+    Args:
+        teacher: the teacher, of the student's vocabulary.
+        samples: all texts, in both readings.
+        layout: texts of `samples.layout`.
+        out: takes what has to be computed; see `teacher_final_states`.
+        progress: called once for each layer.
+
+    Returns:
+        A row for each row of `layout`, `[rows, d_t]`. With a baked system prompt it is that of the
+        same token after the prompt; rows of the template alone have none of their own.
+    """
+    read = samples.read_by_teacher(layout)
+    states = teacher_final_states(teacher, read, out, progress)
+    return states if read is layout else states[pair_tokens(layout, read)[:, 0]]
 
 
 class ScoredRows(NamedTuple):

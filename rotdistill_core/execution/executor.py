@@ -118,7 +118,8 @@ class Executor:
         inputs = run_inputs(recipe, pair, conversations, style, engine, lesson_texts=lesson_texts)
         starts = newest_starts(store.ledgers(), folder.name)
         date = date_of_run(recipe.samples, inputs, starts, fresh)
-        chats = run_chats(pair, conversations, style, date, recipe.samples.thinking)
+        settings = recipe.samples
+        chats = run_chats(pair, conversations, style, date, settings.thinking, settings.bake_prompt)
         self.context = RunContext(
             loaded=loaded,
             pair=pair,

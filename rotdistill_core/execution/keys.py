@@ -126,7 +126,7 @@ def texts_digest(
         [vars(replace(question, facts=(), falsehoods=())) for question in conversations],
         style,
         recipe.samples.model_dump(
-            include={"max_tokens", "answer_tokens", "own_answers", "thinking"}
+            include={"max_tokens", "answer_tokens", "own_answers", "thinking", "bake_prompt"}
         ),
     ]
     if recipe.lessons.count:

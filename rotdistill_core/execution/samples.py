@@ -17,6 +17,7 @@ from rotdistill_core.data.tokenization import (
     texts_that_are_lost,
     tokenize_for_both,
     tokenize_texts,
+    without_system_prompt,
 )
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.context import RunContext
@@ -38,6 +39,7 @@ def run_chats(
     style: str,
     date: str,
     thinking: bool = False,
+    bake: bool = False,
 ) -> Chats:
     """Return how a run writes its conversations, before any model computes.
 
@@ -47,9 +49,12 @@ def run_chats(
         style: the system prompt.
         date: the day that templates write, if they do.
         thinking: let models think, where their templates know how to.
+        bake: whether the student reads no system prompt (`samples.bake_prompt`).
 
     Raises:
-        SetupError: a template cannot write them, or transformers would write another text.
+        SetupError: a template cannot write them, or transformers would write another text; see
+            `chats_of`.
+        RecipeError: there is no system prompt to bake in.
     """
     teacher = dated(ChatFormat.of(pair.teacher.tokenizer, thinking=thinking), date)
     try:
@@ -59,7 +64,7 @@ def run_chats(
         if not pair.one_tokenizer:
             raise
         student = None
-    chats = chats_of(teacher, student, pair.one_tokenizer, style, conversations)
+    chats = chats_of(teacher, student, pair.one_tokenizer, style, conversations, bake)
     first = first_chat(style, conversations)
     for chat, model in ((chats.teacher, pair.teacher), (chats.student, pair.student)):
         if chat.source == str(model.tokenizer.name_or_path) and not chat.uses_date:
@@ -110,6 +115,8 @@ def prepare_samples(run: RunContext) -> Samples:
     texts = (pair.teacher.tokenizer, conversations, answers, run.style, limit)
     if pair.one_tokenizer:
         samples = tokenize_texts(*texts, chats.teacher, longest)
+        if settings.bake_prompt:
+            samples = without_system_prompt(samples, pair.teacher.tokenizer)
     else:
         samples = tokenize_for_both(pair.student.tokenizer, *texts, (chats.student, chats.teacher))
     _tell_cuts(run, samples, longest)

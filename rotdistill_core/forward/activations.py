@@ -38,8 +38,9 @@ class ActivationStore:
     shards: Mapping[str, tuple[str, ...]]
     """Side -> shard of each boundary 0..L.
 
-    With two tokenizers there are `Side.SPANS` too: for each of the student's rows the teacher's
-    rows [start, end) that it is paired with, `[rows, 2]`. An unpaired row has the span (0, 1).
+    Where the two read different tokens (two tokenizers, or a system prompt that only the teacher
+    reads) there are `Side.SPANS` too: for each of the student's rows the teacher's rows
+    [start, end) that it is paired with, `[rows, 2]`. The span of an unpaired row is empty.
     """
     layouts: Mapping[str, PackedTexts]
     """Side -> the texts whose rows its shards hold."""
@@ -71,21 +72,35 @@ class ActivationStore:
     def teacher_rows(self, layout: PackedTexts, boundary: int) -> Tensor:
         """Return the teacher's stream at one of its boundaries, for rows of the student's texts.
 
-        With two tokenizers a row is the mean over the span of teacher tokens paired with it.
+        Where the two read different tokens, a row is the mean over the span of teacher tokens
+        paired with it; an unpaired row is the teacher's row 0, see `paired_mask`.
         """
         T = self.rows(Side.TEACHER, boundary)
         if Side.SPANS not in self.shards:
             return T[layout.row_indices_in(self.layouts[Side.TEACHER])]
         start, end = self._spans(layout).T
+        end = torch.maximum(end, start + 1)
         spans = zip(start.tolist(), end.tolist(), strict=True)
         rows = torch.cat([torch.arange(first, last) for first, last in spans])
         return torch.segment_reduce(T[rows], "mean", lengths=end - start, axis=0)
 
     def paired_mask(self, layout: PackedTexts) -> Tensor:
-        """Return the mask [rows] of rows with teacher rows: all rows if both share a tokenizer."""
+        """Return the mask [rows] of rows with teacher rows: all rows if both read the same."""
         if Side.SPANS not in self.shards:
             return torch.ones(layout.rows, dtype=torch.bool)
-        return self._spans(layout)[:, 0] > 0
+        start, end = self._spans(layout).T
+        return end > start
+
+    def paired_rows(self, layout: PackedTexts) -> tuple[Tensor, Tensor]:
+        """Return rows of `layout` that have a row of the teacher, and the first such row of each.
+
+        Returns:
+            Rows of `layout` [n], and rows of the teacher's texts [n].
+        """
+        if Side.SPANS not in self.shards:
+            return torch.arange(layout.rows), layout.row_indices_in(self.layouts[Side.TEACHER])
+        rows = self.paired_mask(layout).nonzero().flatten()
+        return rows, self._spans(layout)[rows, 0]
 
     def _spans(self, layout: PackedTexts) -> Tensor:
         return self.rows(Side.SPANS, 0)[layout.row_indices_in(self.layouts[Side.SPANS])]

@@ -39,6 +39,9 @@ class Chats(NamedTuple):
     student: ChatFormat
     own: ChatFormat | None
     """The student's own format, before the teacher's took its place; None if it has none."""
+    opening: str | None = None
+    """What the template writes before a question without a system prompt, where the student reads
+    none (`samples.bake_prompt`); None where it reads the teacher's."""
 
     @property
     def date(self) -> str:
@@ -64,6 +67,12 @@ class Chats(NamedTuple):
                 "the student's chat template is not the teacher's: all texts are written as "
                 f"{self.teacher.source} writes them, and checkpoints are saved with its tokenizer "
                 "files, so that they are asked in the format that they were fitted on."
+            )
+        if self.opening is not None:
+            notes.append(
+                "samples.bake_prompt: the teacher reads the system prompt, the student does not. "
+                f"Before a question the student reads {self.opening!r}, as the chat template "
+                "begins without one."
             )
         formats = {chat.source: chat for chat in (self.student, self.teacher)}
         return [*notes, *(note for chat in formats.values() for note in _notes_on(chat))]
@@ -94,6 +103,7 @@ def chats_of(
     one_tokenizer: bool,
     style: str,
     conversations: Sequence[Conversation],
+    bake: bool = False,
 ) -> Chats:
     """Return how a run writes its conversations.
 
@@ -103,17 +113,48 @@ def chats_of(
         one_tokenizer: whether both give the same ids to the same tokens.
         style: the system prompt.
         conversations: the texts of the run.
+        bake: whether the student reads no system prompt (`samples.bake_prompt`).
 
     Raises:
-        SetupError: a template cannot write them.
+        SetupError: a template cannot write them; or the student reads no system prompt, and the
+            vocabularies differ.
+        RecipeError: there is no system prompt to leave out.
     """
     first = first_chat(style, conversations)
     theirs = teacher.for_style(*first)
     if one_tokenizer or student is None:
         own = student.for_style(*first) if student and student == teacher else student
-        return Chats(theirs, theirs, own)
+        opening = _opening(theirs, style, conversations) if bake else None
+        return Chats(theirs, theirs, own, opening)
+    if bake:
+        raise SetupError(
+            f"{teacher.source} and {student.source} have different tokenizers: samples.bake_prompt "
+            "pairs the rows of both models token by token, which needs one vocabulary. Take models "
+            "of one family, or leave bake_prompt out."
+        )
     own = student.for_style(*first)
     return Chats(theirs, own, own)
+
+
+def _opening(chat: ChatFormat, style: str, conversations: Sequence[Conversation]) -> str:
+    """Return what a template writes before a question without a system prompt.
+
+    All conversations are written so once.
+
+    Raises:
+        SetupError: the template cannot write them.
+        RecipeError: there is no system prompt.
+    """
+    asked = [each for each in conversations if not each.is_plain]
+    if not any(each.system_under(style) for each in asked):
+        raise RecipeError(
+            "samples.bake_prompt: there is no system prompt to bake in. Name a file with one as "
+            "samples.style, or leave bake_prompt out."
+        )
+    bare = [each.without_system_prompt() for each in asked]
+    return chat.prompts([chat.chat_of(each, style) for each in bare])[0].partition(
+        bare[0].turns[0].content
+    )[0]
 
 
 def date_of_run(
@@ -216,6 +257,7 @@ def planned_chats(
     conversations: Sequence[Conversation],
     date: str,
     thinking: bool = False,
+    bake: bool = False,
 ) -> Chats | None:
     """Return how a run will write its conversations, from files alone.
 
@@ -225,13 +267,16 @@ def planned_chats(
         conversations: the texts of the run.
         date: the day that templates write, if they do.
         thinking: let models think, where their templates know how to.
+        bake: whether the student reads no system prompt.
 
     Returns:
         None where transformers has to tell: a tokenizer has no tokenizer.json, or a template that
         fails names special tokens that are in no file.
 
     Raises:
-        SetupError: the template of a model cannot be read, or cannot write the texts.
+        SetupError: the template of a model cannot be read, or cannot write the texts; or a system
+            prompt cannot be baked in.
+        RecipeError: there is no system prompt to bake in.
     """
     if not have_vocabularies(*folders):
         return None
@@ -244,7 +289,7 @@ def planned_chats(
             raise
         student = None
     try:
-        chats = chats_of(teacher, student, one_tokenizer, style, conversations)
+        chats = chats_of(teacher, student, one_tokenizer, style, conversations, bake)
         for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
             _write_all(chat, style, conversations)
     except SetupError:

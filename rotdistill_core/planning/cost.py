@@ -269,7 +269,7 @@ def generation_cost(
 
 def teacher_answers_cost(context: CostContext) -> Cost:
     """Return the cost of the teacher's own answers, which it writes before the first step."""
-    texts = context.texts
+    texts = context.texts.as_teacher_reads
     if not texts.questions_asked:
         return Cost()
     return generation_cost(
@@ -375,7 +375,7 @@ def capture_cost(context: CostContext, student_rows: int | None = None) -> Cost:
     """
     if student_rows is None:
         student_rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
-    total, number = context.texts.total, context.student_bytes
+    total, number = context.texts.as_teacher_reads.total, context.student_bytes
     cost = forward_cost(context.teacher, total, context.teacher_bytes).on_teacher()
     cost += forward_cost(context.student, student_rows, number)
     shards = shard_bytes(context.teacher, total, context.teacher_bytes)

@@ -355,7 +355,10 @@ def _chats(
     if not (teacher and student):
         return None, []
     folders = (teacher.folder, student.folder)
-    chats = planned_chats(folders, style, conversations, date, recipe.samples.thinking)
+    settings = recipe.samples
+    chats = planned_chats(
+        folders, style, conversations, date, settings.thinking, settings.bake_prompt
+    )
     if chats is None:
         return None, []
     notes = [*chats.notes(), *ending_notes(chats, teacher)]

@@ -35,7 +35,8 @@ class TextCounts:
     """Token rows and texts by split. An answer that the teacher has yet to write counts in full."""
 
     prefix: int
-    """Rows of the system prompt, which all texts share and which counts once."""
+    """Rows of the system prompt, which all texts share and which counts once. Where it is baked in,
+    the student reads those of the template alone."""
     rows: dict[str, int]
     """Split -> rows of its texts, without the shared prompt."""
     texts: dict[str, int]
@@ -48,6 +49,8 @@ class TextCounts:
     """Lessons that it writes; their texts and rows count as fit texts."""
     lesson_tokens: int = 0
     """Tokens that it may write for them, proposed questions included."""
+    teacher_prefix: int | None = None
+    """Rows of the system prompt as the teacher reads it; None if the student reads the same."""
 
     def rows_of(self, *splits: str, limit: int | None = None) -> int:
         """Return the rows of some splits, with the shared prompt.
@@ -66,6 +69,11 @@ class TextCounts:
     def total(self) -> int:
         """Rows of all splits, with the shared prompt."""
         return self.rows_of(*self.rows)
+
+    @property
+    def as_teacher_reads(self) -> TextCounts:
+        """The same texts as the teacher reads them."""
+        return self if self.teacher_prefix is None else replace(self, prefix=self.teacher_prefix)
 
 
 def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
@@ -133,11 +141,12 @@ def count_texts(
             questions_asked += 1
             answer_tokens += _longest_answer(question, settings)
     counts = TextCounts(
-        prefix=prefix,
+        prefix=TEMPLATE_TOKENS if settings.bake_prompt else prefix,
         rows=rows,
         texts=texts,
         questions_asked=questions_asked,
         answer_tokens=answer_tokens,
+        teacher_prefix=prefix if settings.bake_prompt else None,
     )
     return _with_lessons(counts, lessons, settings) if lessons and lessons.count else counts
 

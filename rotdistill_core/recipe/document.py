@@ -117,6 +117,10 @@ class SamplesRef(Document):
     """Longest held-out answer that the teacher generates, in tokens."""
     own_answers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Also fit on the teacher's answers to the questions, up to so many tokens each; 0: do not."""
+    bake_prompt: bool = False
+    """Teach the student to answer without the system prompt as the teacher does with it: the
+    teacher reads it, the student does not, and their rows are paired token by token. Variants are
+    then scored and asked without it. Both models need one vocabulary."""
     date: Date | None = None
     """The day that chat templates write, such as `"2025-07-01"`. Only templates that write a date
     use it. By default it is the day of the first run of these models and texts; later runs keep it,

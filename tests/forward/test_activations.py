@@ -71,7 +71,7 @@ def test_rows_of_two_tokenizers_are_means_over_spans(out: StepOutput) -> None:
     student = PackedTexts((replace(text, tokens=text.tokens[:3], plain=True),), 0)
     teacher = PackedTexts((replace(text, tokens=text.tokens[:5], plain=True),), 0)
     T = torch.arange(10.0).reshape(5, 2)
-    spans = torch.tensor([[0, 1], [1, 3], [3, 5]])
+    spans = torch.tensor([[0, 0], [1, 3], [3, 5]])
     shards = {
         side: (write_shard(out, side, 0, rows, rows.dtype, {}),)
         for side, rows in ((Side.TEACHER, T), (Side.SPANS, spans))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.acceptance import teacher_final_states
 from rotdistill_core.evaluation.divergence import BLOCK_ROWS, compare_logits, shared_vocabulary
+from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.head import head_for, log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
@@ -50,6 +52,8 @@ def score_variant(
         progress(layer + 1, weights.depth, f"{len(layout.texts)} held-out texts")
     rows = prediction_rows(variant, pair, activations, forward, by_layer)
     rows += out_of_domain_rows(variant, pair, activations, forward)
+    if samples.baked:
+        rows += unprompted_teacher_rows(variant, pair, activations, samples, out, progress)
     rows.append(MetricRow(variant.name, "parameters", float(weights.parameters)))
     rows.append(MetricRow(variant.name, "seconds", variant.seconds))
     return rows + by_layer if step.per_layer else rows
@@ -172,6 +176,32 @@ def out_of_domain_rows(
     return [
         *by_text(variant.name, "guard_kl", compared.kl, texts),
         MetricRow(variant.name, "guard_perplexity", perplexity, Split.GUARD, n=len(rows)),
+    ]
+
+
+def unprompted_teacher_rows(
+    variant: Variant,
+    pair: Pair,
+    activations: ActivationStore,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+) -> list[MetricRow]:
+    """Return how far the teacher without its system prompt is from itself with it.
+
+    That is what the prompt's absence costs before anything is taught. Every variant has the same
+    rows, and the teacher's pass is made once.
+    """
+    layout = samples.layout.select(Split.HELDOUT)
+    rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
+    teacher = pair.teacher.weights
+    S = teacher_final_states(pair.teacher, layout, out, progress)[rows]
+    T = activations.teacher_states(layout, pair.student.depth)[rows]
+    S = S.to(pair.student.device)
+    compared = compare_logits(teacher, T, teacher, S, targets, shared_vocabulary(pair))
+    return [
+        *by_text(variant.name, teacher_metric("kl"), compared.kl, texts),
+        *by_text(variant.name, teacher_metric("top1"), compared.top1, texts),
     ]
 
 

@@ -6,7 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.planning.cost import FLOAT64_BYTES, Cost, CostContext, evaluation_cost
+from rotdistill_core.data.splits import Split
+from rotdistill_core.planning.cost import (
+    FLOAT64_BYTES,
+    Cost,
+    CostContext,
+    evaluation_cost,
+    teacher_states_cost,
+)
 
 if TYPE_CHECKING:
     from rotdistill_core import (
@@ -36,6 +43,10 @@ class Fidelity:
     Outside the domain, on the guard's reported half: `guard_kl` and `guard_perplexity` of every
     token.
 
+    With `samples.bake_prompt`, variants read no system prompt, and the teacher they are compared
+    with does. `kl_teacher` and `top1_teacher` compare the teacher without the prompt with itself:
+    what the prompt's absence costs before anything is taught.
+
     Size and time: `parameters`, `seconds`.
 
     `kl`, `top1` and `guard_kl` are reported by text too. From these rows of `results.jsonl` the
@@ -52,11 +63,14 @@ class Fidelity:
         Variants share the rotations in which hidden states of two bases are compared.
         """
         cost = evaluation_cost(context)
+        if context.texts.teacher_prefix is not None:
+            rows = context.texts.rows_of(Split.HELDOUT)
+            cost += teacher_states_cost(context, rows, "without the system prompt")
         if context.same:
             return cost
         student, teacher = context.student, context.teacher
         rotations = (student.depth + 1) * student.width * teacher.width * FLOAT64_BYTES
-        return replace(cost, shared_files={"fidelity frames": rotations})
+        return replace(cost, shared_files={**cost.shared_files, "fidelity frames": rotations})
 
     @hookimpl
     def evaluate(

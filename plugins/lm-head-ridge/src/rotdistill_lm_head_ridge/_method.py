@@ -130,6 +130,8 @@ class TeacherHead(NamedTuple):
     """On the student's rows `[rows, d_t]`."""
     head: Tensor
     """`[V, d_t]`, without padding tokens."""
+    paired: Tensor
+    """Mask of the student's rows that have a row of the teacher `[rows]`."""
 
     def head_for(self, problem: HeadProblem) -> Tensor:
         """Return the head whose products with the teacher's rows a student's should be `[V, d_t]`.
@@ -276,7 +278,7 @@ def _teacher_head(
     """Return the teacher's states on the rows of a layout, and its head on the student's device."""
     states = activations.teacher_states(layout, pair.student.depth)
     rows = NormedRows(pair.teacher.weights, states, pair.student.device, dtype)
-    return TeacherHead(rows, rows.head(vocabulary))
+    return TeacherHead(rows, rows.head(vocabulary), activations.paired_mask(layout))
 
 
 def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
@@ -316,7 +318,7 @@ def choose_ridge_head(
     """
     X, H_s = problem.X, problem.head
     T, H_t = teacher.rows, teacher.head_for(problem)
-    fit = problem.layout.split(Split.FIT).nonzero().flatten()
+    fit = (problem.layout.split(Split.FIT) & teacher.paired).nonzero().flatten()
     solutions = ridge_solutions(fit_moments(X, T, fit), step.ridge, X.device)
     rows = problem.validation
     scores = {OWN_HEAD: before.kl}

@@ -84,7 +84,8 @@ def prompt_kl_cost(step: PromptKl, context: CostContext) -> Cost:
 
 def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
     """Return the cost of the whole teacher that continues topics, and of its pass over texts."""
-    rows = texts.rows
+    read = context.texts.as_teacher_reads
+    rows = texts.rows - context.texts.prefix + read.prefix
     if step.guard:
         rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
     key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
@@ -92,7 +93,7 @@ def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) ->
     if texts.topics:
         cost += generation_cost(
             context.teacher,
-            context.texts,
+            read,
             round(texts.topics),
             round(texts.topics * step.max_new_tokens),
             context.teacher_bytes,

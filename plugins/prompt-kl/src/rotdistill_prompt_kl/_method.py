@@ -8,7 +8,7 @@ arXiv:2306.13649), there on the student's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.conversations import LESSON, OWN_ANSWER
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
-from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length
+from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length, with_prompt
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
-from rotdistill_prompt_kl._targets import DistillationTargets
+from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
 
+OF_PLACE = ".place"
+"""Ends the id of a text that continues a place name."""
 CONTINUATIONS = "continuations"
 """Names the files of what the teacher wrote after topics."""
 
@@ -58,12 +60,12 @@ def distil(
         RecipeError: the samples lack what the options ask for, or the student is fused.
         SetupError: teacher and student have different tokenizers.
     """
-    layout = training_texts(step, pair, samples, out, progress)
+    texts = training_texts(step, pair, samples, out, progress)
     vocabulary = shared_vocabulary(pair)
     targets = DistillationTargets(
-        pair, layout, vocabulary, out, progress, step.bfloat16, activations
+        pair, texts, vocabulary, out, progress, step.bfloat16, activations
     )
-    out.notes["texts"] = len([text for text in layout.texts if not text.plain])
+    out.notes["texts"] = len([text for text in texts.student.texts if not text.plain])
     # The guard's forward passes need memory: the model that trained is gone when this returns.
     trained = trained_weights(step, weights, pair, targets, out, progress)
     if trained is None:
@@ -80,7 +82,7 @@ def distil(
 
 def training_texts(
     step: PromptKl, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
-) -> PackedTexts:
+) -> TrainingTexts:
     """Return the teacher's continuations and answers, and the guard's texts if there is a guard.
 
     Raises:
@@ -117,15 +119,41 @@ def training_texts(
                 f"prompt-kl: of {len(own)} prompts none is a {split.value} text to {use} on; "
                 "give it more texts, or raise max_prompts."
             )
+    read = _packed(own, outside)
+    if not samples.baked:
+        return TrainingTexts(read, read)
+    ids = {answer.id for answer in answers}
+    student = [
+        *_without_system_prompt(continuations, pair, samples),
+        *(text for text in samples.layout.texts if text.id in ids),
+    ]
+    return TrainingTexts(_packed(student, outside), read)
+
+
+def _packed(own: Sequence[Text], outside: Sequence[Text]) -> PackedTexts:
+    """Return conversations and plain texts, packed."""
     # General lessons begin otherwise, and would leave no prefix to the others.
     prompts = [text.tokens[: text.answer] for text in own if not text.plain]
-    return PackedTexts((*continuations, *answers, *outside), shared_prefix_length(prompts))
+    return PackedTexts((*own, *outside), shared_prefix_length(prompts))
 
 
 def _teacher_answers(samples: Samples) -> list[Text]:
-    """Return the teacher's own answers to questions that are not held out."""
+    """Return the teacher's own answers to questions that are not held out, as it reads them."""
     ids = samples.teacher_answered()
-    return [text for text in samples.layout.texts if text.id in ids and text.split != Split.HELDOUT]
+    texts = samples.teacher.texts
+    return [text for text in texts if text.id in ids and text.split != Split.HELDOUT]
+
+
+def _without_system_prompt(
+    continuations: Sequence[Text], pair: Pair, samples: Samples
+) -> Iterator[Text]:
+    """Yield continuations of topics as a student reads them that has no system prompt."""
+    tokenizer = pair.student.tokenizer
+    chat = samples.chat or ChatFormat.of(tokenizer)
+    named = [_naming(q).without_system_prompt() for q in _texts_with_topics(samples)]
+    prompts = prompt_tokens(tokenizer, samples.style, named, chat)
+    for text in continuations:
+        yield with_prompt(text, prompts[text.id.removesuffix(OF_PLACE)])
 
 
 def topic_continuations(
@@ -148,14 +176,13 @@ def topic_continuations(
         )
     tokenizer = pair.student.tokenizer
     chat = samples.chat or ChatFormat.of(tokenizer)
-    topics = [replace(each, question=each.topic, earlier=()) for each in chosen]
-    prompts = prompt_tokens(tokenizer, samples.style, topics, chat)
+    prompts = prompt_tokens(tokenizer, samples.style, map(_naming, chosen), chat)
     continuations = model_answers(
         teacher, prompts, step.max_new_tokens, out, CONTINUATIONS, progress
     ).tokens
     return [
         Text(
-            id=f"{question.id}.place",
+            id=f"{question.id}{OF_PLACE}",
             language=question.language,
             split=question.split,
             tokens=(*prompts[question.id], *continuations[question.id]),
@@ -164,6 +191,11 @@ def topic_continuations(
         for question in chosen
         if continuations[question.id]
     ]
+
+
+def _naming(conversation: Conversation) -> Conversation:
+    """Return a conversation that names a topic, and asks nothing."""
+    return replace(conversation, question=conversation.topic, earlier=())
 
 
 def _texts_with_topics(samples: Samples) -> list[Conversation]:

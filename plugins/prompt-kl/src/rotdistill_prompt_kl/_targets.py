@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, scores_by_text
 from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
 from rotdistill_core.forward.head import head_for, log_probs, logits_of
@@ -23,7 +25,7 @@ from rotdistill_prompt_kl._teacher_states import states_of_teacher
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Weights
-    from rotdistill_core.data.packed import PackedTexts, Samples
+    from rotdistill_core.data.packed import Samples
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
@@ -46,13 +48,22 @@ class Batch(NamedTuple):
     """Rows of the layout at these positions [n]."""
 
 
+class TrainingTexts(NamedTuple):
+    """The texts that a LoRA is trained and validated on; both readings have the same order."""
+
+    student: PackedTexts
+    """As the student reads them."""
+    teacher: PackedTexts
+    """As the teacher reads them: the same ones, or with the system prompt that is baked in."""
+
+
 class DistillationTargets:
     """Continuations, and the teacher's final states at their tokens (not its logits)."""
 
     def __init__(
         self,
         pair: Pair,
-        layout: PackedTexts,
+        texts: TrainingTexts,
         vocabulary: int,
         out: StepOutput,
         progress: Progress,
@@ -60,10 +71,13 @@ class DistillationTargets:
         activations: ActivationStore | None = None,
     ) -> None:
         self.pair = pair
-        self.layout = layout
+        self.layout = texts.student
         self.vocabulary = vocabulary
         self.bfloat16 = bfloat16
-        self.states = states_of_teacher(pair, layout, activations, out, progress)
+        self.states = states_of_teacher(pair, texts.teacher, activations, out, progress)
+        if texts.teacher is not texts.student:
+            # For each row of the student, that of the same token after the system prompt.
+            self.states = self.states[pair_tokens(texts.student, texts.teacher)[:, 0]]
         device = pair.student.device
         self.head = head_for(pair.teacher.weights, self.states[:0].to(device), vocabulary)
 

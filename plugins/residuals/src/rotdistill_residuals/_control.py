@@ -46,7 +46,8 @@ def replace_teacher_rows(
             T = T.index_copy(0, fitted, activations.rows(Side.TEACHER, last - boundary)[fitted])
         else:
             S = activations.rows(Side.STUDENT, activations.depths.index(boundary))
-            T = T.index_copy(0, activations.layouts[Side.STUDENT].row_indices_in(layout), S.to(T))
+            own, paired = activations.paired_rows(activations.layouts[Side.STUDENT])
+            T = T.index_copy(0, paired, S[own].to(T))
         shards.append(write_shard(out, control, boundary, T, T.dtype, sidecar))
     return replace(activations, shards={**activations.shards, Side.TEACHER: tuple(shards)})
 

@@ -14,6 +14,7 @@ from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.forward.activations import ActivationStore, write_shard
@@ -23,7 +24,7 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_residuals._control import replace_teacher_rows
 from rotdistill_residuals._layer_map import match_layers
-from rotdistill_residuals._spans import UNPAIRED, pair_rows
+from rotdistill_residuals._spans import pair_rows
 
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
@@ -249,12 +250,19 @@ def _continued(progress: Progress, done: int, total: int) -> Progress:
 
 
 def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
-    """Commit the row pairs of two tokenizers and a table of the texts; return the shard."""
-    pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
-    out.write(RunLayout.PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
-    paired_count = int((pairs.spans[:, 0] > UNPAIRED[0]).sum())
-    out.notes["paired rows"] = f"{paired_count} of {len(pairs.spans)}"
-    shard = out.tensors(RunLayout.ROW_PAIRS, {"rows": pairs.spans})
+    """Commit the row pairs of texts that the two models read differently; return the shard.
+
+    With two tokenizers they are paired by bytes, and a table of the texts is committed too.
+    """
+    if samples.baked:
+        spans = pair_tokens(samples.layout, samples.teacher)
+    else:
+        pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
+        out.write(RunLayout.PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
+        spans = pairs.spans
+    paired_count = int((spans[:, 1] > spans[:, 0]).sum())
+    out.notes["paired rows"] = f"{paired_count} of {len(spans)}"
+    shard = out.tensors(RunLayout.ROW_PAIRS, {"rows": spans})
     return out.relative(shard)
 
 

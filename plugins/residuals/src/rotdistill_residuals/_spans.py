@@ -12,13 +12,10 @@ from torch import Tensor
 
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
+from rotdistill_core.data.pairing import UNPAIRED
 from rotdistill_core.data.tokenization import decode_answer
 from rotdistill_core.errors import RecipeError
 from rotdistill_residuals._tokenizers import not_of_bytes
-
-UNPAIRED = (0, 1)
-"""The span of a row without a pair. Row 0 belongs to the chat template in every layout, so no
-content is paired with it."""
 
 TABLE_COLUMNS = ("id", "bytes", "tokens", "teacher_tokens", "paired_tokens", "covered")
 

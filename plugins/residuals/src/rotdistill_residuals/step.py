@@ -64,7 +64,7 @@ class Residuals:
         rows = texts.rows_of(Split.FIT, Split.VALIDATION, limit=self.student_texts)
         student_number = DTYPE_BYTES.get(self.dtype, context.student_bytes)
         teacher_number = DTYPE_BYTES.get(self.dtype, context.teacher_bytes)
-        teacher_shards = shard_bytes(teacher, texts.total, teacher_number)
+        teacher_shards = shard_bytes(teacher, texts.as_teacher_reads.total, teacher_number)
         student_shards = shard_bytes(student, rows, student_number)
         control_shards = teacher_shards if self.control != "none" else 0
         shared: dict[Hashable, float] = {("teacher states", self.dtype): teacher_shards}

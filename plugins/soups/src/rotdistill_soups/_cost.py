@@ -123,7 +123,8 @@ def _alignment_cost(context: CostContext, count: int) -> Cost:
 
 
 def _teacher_cost(context: CostContext, split: str) -> Cost:
-    return teacher_states_cost(context, context.texts.rows_of(split), ("soups", split))
+    rows = context.texts.as_teacher_reads.rows_of(split)
+    return teacher_states_cost(context, rows, ("soups", split))
 
 
 def _score_cost(context: CostContext, split: str) -> Cost:

@@ -7,9 +7,9 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.evaluation.acceptance import (
     TextScores,
+    paired_final_states,
     scored_rows,
     scores_by_text,
-    teacher_final_states,
 )
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
@@ -27,7 +27,7 @@ class KLScorer:
         self.tokens = shared_vocabulary(pair)
         self.layout = _scored_texts(samples, split)
         self.rows, self.targets, self.text = scored_rows(self.layout, samples, split, SCORED_ROWS)
-        states = teacher_final_states(pair.teacher, self.layout, out, progress)
+        states = paired_final_states(pair.teacher, samples, self.layout, out, progress)
         self.states = states[self.rows]
 
     def __call__(self, view: Weights) -> TextScores:

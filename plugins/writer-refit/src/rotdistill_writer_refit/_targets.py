@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.maps import Maps
+
+
+class CapturedRows(NamedTuple):
+    """The rows of some texts on which the student was captured."""
+
+    mask: Tensor
+    """Mask of these rows `[rows]`."""
+    states: Tensor
+    """Their states `[n, d_s]`."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +41,20 @@ class TeacherTargets:
         """Return the targets `[rows, d_s]` of a boundary of the student, for all rows of `layout`.
 
         A student cut from the teacher shares its basis. Otherwise the aligner's map of this
-        boundary carries the teacher's rows back.
+        boundary carries the teacher's rows back. A row that is paired with none of the teacher's
+        keeps the student's own state: what a template writes where the student has no system
+        prompt is read by every token after it.
 
         Raises:
-            RecipeError: the bases differ, and no aligner ran before this step.
+            RecipeError: the bases differ, and no aligner ran before this step; or an unpaired row
+                was not captured.
         """
         lineage = self.weights.lineage
         depth = lineage.depths[boundary]
         T = self.activations.teacher_states(layout, depth).double()
         if not self.pair.same:
             T = self._carried_back(T, layout, depth)
+        T = self._with_own_rows(T, layout, depth)
         if lineage.basis is not None:
             T = T @ lineage.basis.to(T)
         return T if self.weights.dtype == torch.float64 else T.float()
@@ -63,16 +77,42 @@ class TeacherTargets:
         scaled = T * (lengths / T.norm(dim=-1).clamp_min(1e-12))[:, None]
         return torch.where(lengths.isnan()[:, None], T, scaled)
 
+    def _with_own_rows(self, T: Tensor, layout: PackedTexts, depth: int) -> Tensor:
+        """Return targets `[rows, d_s]` in which unpaired rows are the student's own.
+
+        Raises:
+            RecipeError: one of these rows was not captured.
+        """
+        unpaired = ~self.activations.paired_mask(layout)
+        if not unpaired.any():
+            return T
+        captured = self._captured(layout, self.activations.depths.index(depth))
+        if captured.states.shape[1] != T.shape[1] or not captured.mask[unpaired].all():
+            raise RecipeError(
+                "writer-refit: some rows of the student's texts have no row of the teacher, and "
+                "the student was not captured on them; capture it on all texts: leave out "
+                "student_texts of the capture."
+            )
+        own = torch.zeros_like(T)
+        own[captured.mask] = captured.states.to(T)
+        return torch.where(unpaired[:, None], own, T)
+
     def _student_lengths(self, layout: PackedTexts, boundary: int) -> Tensor:
         """Return the norm of the student's captured row for each row of `layout`, or NaN."""
+        captured = self._captured(layout, boundary)
+        lengths = torch.full((layout.rows,), torch.nan, dtype=torch.float64)
+        lengths[captured.mask] = captured.states.double().norm(dim=-1)
+        return lengths
+
+    def _captured(self, layout: PackedTexts, boundary: int) -> CapturedRows:
+        """Return the student's captured rows among those of `layout`."""
         student = self.activations.layouts[Side.STUDENT]
         texts = tuple(text for text in student.texts if text in layout.texts)
         common = replace(student, texts=texts)
-        rows = self.activations.rows(Side.STUDENT, boundary)
-        lengths = torch.full((layout.rows,), torch.nan, dtype=torch.float64)
-        captured = rows.double().norm(dim=-1)[common.row_indices_in(student)]
-        lengths[common.row_indices_in(layout)] = captured
-        return lengths
+        place = torch.full((layout.rows,), -1)
+        place[common.row_indices_in(layout)] = common.row_indices_in(student)
+        mask = place >= 0
+        return CapturedRows(mask, self.activations.rows(Side.STUDENT, boundary)[place[mask]])
 
     def reached_by_student(self, samples: Samples, boundary: int) -> bool:
         """Whether the student's stream is still the teacher's at a boundary, on two texts.
