@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +17,8 @@ from rich.segment import Segment
 from rich.table import Table
 
 from rotdistill_core.characters import visible, visible_json
-from rotdistill_core.evaluation.metrics import FAILED, METRICS
-from rotdistill_core.evaluation.rows import MetricRow, overall_figures
+from rotdistill_core.evaluation.metrics import FAILED, METRICS, UNPROMPTED_TEACHER
+from rotdistill_core.evaluation.rows import MetricRow, overall_figures, unprompted_teacher
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.load import load_recipe
@@ -225,10 +225,17 @@ def results_table(rows: Sequence[MetricRow]) -> WideTable:
     finite_kl = [row["kl"] for row in figures.values() if math.isfinite(row.get("kl", math.nan))]
     lowest_kl = min(finite_kl, default=None)
     table = WideTable("variant", *(METRICS[name].column_header for name in TABLE_METRICS))
+    unprompted = unprompted_teacher(figures)
+    if unprompted:
+        table.add_row(literal(UNPROMPTED_TEACHER), *_figure_cells(unprompted))
     for variant, row in figures.items():
-        cells = [
-            format(row[name], METRICS[name].format) if name in row else "" for name in TABLE_METRICS
-        ]
         title = literal(f"{variant} (failed)" if FAILED in row else variant)
-        table.add_row(title, *cells, style="bold" if row.get("kl") == lowest_kl else None)
+        style = "bold" if row.get("kl") == lowest_kl else None
+        table.add_row(title, *_figure_cells(row), style=style)
     return table
+
+
+def _figure_cells(row: Mapping[str, float]) -> list[str]:
+    return [
+        format(row[name], METRICS[name].format) if name in row else "" for name in TABLE_METRICS
+    ]

@@ -42,12 +42,15 @@ def pair_tokens(student: PackedTexts, teacher: PackedTexts) -> Tensor:
 
 
 def _common_ends(one: Text, two: Text) -> tuple[int, int]:
-    """Return how many tokens two readings share at their beginning, and then at their end."""
+    """Return how many tokens two readings share at their beginning, and at their end.
+
+    No token counts twice. The end goes first: it has the answer, whose rows are what is learned.
+    """
     shorter = min(len(one.tokens), len(two.tokens))
-    first = 0
-    while first < shorter and one.tokens[first] == two.tokens[first]:
-        first += 1
     last = 0
-    while last < shorter - first and one.tokens[-1 - last] == two.tokens[-1 - last]:
+    while last < shorter and one.tokens[-1 - last] == two.tokens[-1 - last]:
         last += 1
+    first = 0
+    while first < shorter - last and one.tokens[first] == two.tokens[first]:
+        first += 1
     return first, last

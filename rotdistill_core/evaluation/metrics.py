@@ -15,6 +15,10 @@ FAILED = "failed"
 """Pseudo metric of a variant that broke a check; its value is the number of broken checks."""
 TEACHER_SUFFIX = "_teacher"
 """Ends the name of a metric that measures the teacher instead of the variant."""
+UNPROMPTED_TEACHER = "teacher, no prompt"
+"""Title of the teacher that is asked as the variants are, where the system prompt is baked in."""
+UNPROMPTED_METRICS = ("kl", "top1")
+"""The metrics by which it is compared with itself under the prompt."""
 ANSWER_PREFIX = "answer_"
 """Begins the name of a metric that compares generated answers with the teacher's."""
 

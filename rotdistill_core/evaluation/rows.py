@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rotdistill_core.evaluation.metrics import FAILED
+from rotdistill_core.evaluation.metrics import FAILED, UNPROMPTED_METRICS, teacher_metric
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
@@ -73,6 +73,22 @@ def overall_figures(rows: Iterable[MetricRow]) -> dict[str, dict[str, float]]:
         if row.is_overall:
             table.setdefault(row.variant, {})[row.metric] = row.value
     return table
+
+
+def unprompted_teacher(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return metric -> figure of the teacher without its system prompt, compared with itself.
+
+    Args:
+        figures: `overall_figures` of a run. Only one that bakes a prompt in has such figures, and
+            each variant has the same.
+    """
+    names = {metric: teacher_metric(metric) for metric in UNPROMPTED_METRICS}
+    return {
+        metric: row[name]
+        for row in figures.values()
+        for metric, name in names.items()
+        if name in row
+    }
 
 
 def failure_row(variant: str, broken_checks: Sequence[str]) -> MetricRow:

@@ -88,7 +88,7 @@ class ActivationStore:
         """Return the mask [rows] of rows with teacher rows: all rows if both read the same."""
         if Side.SPANS not in self.shards:
             return torch.ones(layout.rows, dtype=torch.bool)
-        start, end = self._spans(layout).T
+        start, end = self._spans(layout).unbind(1)
         return end > start
 
     def paired_rows(self, layout: PackedTexts) -> tuple[Tensor, Tensor]:

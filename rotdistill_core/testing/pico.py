@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.data.tokenization import with_prompt
 from rotdistill_core.forward.activations import ActivationStore, write_shard
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.recipe.document import ModelRef
@@ -124,6 +126,21 @@ def pico_samples(
         split = Split.GUARD_VALIDATION if k % 2 else Split.GUARD
         made.append(Text(f"g{k}", "en", split, tuple(tokens(8 + k)), 1, plain=True))
     return Samples(PackedTexts(tuple(made), prefix), (), "")
+
+
+def pico_baked(samples: Samples) -> Samples:
+    """Return samples whose shared prefix the teacher reads, and the student only its first token.
+
+    With `samples.bake_prompt` a run has such texts.
+    """
+    shared = samples.layout.prefix
+    texts = tuple(
+        text
+        if text.plain
+        else with_prompt(text, (text.tokens[0], *text.tokens[shared : text.answer]))
+        for text in samples.layout.texts
+    )
+    return replace(samples, layout=PackedTexts(texts, 1), theirs=samples.layout, baked=True)
 
 
 def pico_output(root: Path, step: str = "step") -> StepOutput:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rotdistill_prompt_kl import _method
 from rotdistill_prompt_kl._lora import lora_products, with_lora
-from rotdistill_prompt_kl._targets import DistillationTargets
+from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
 from rotdistill_prompt_kl.step import PromptKl, steps
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from rotdistill_core.testing import (
     logits,
     options_survive_toml_and_json,
     parametrize_with_checks,
+    pico_baked,
     pico_model,
     pico_output,
     pico_samples,
@@ -123,8 +124,8 @@ def test_folded_weights_have_the_kl_that_was_trained(
 
     again = pico_output(tmp_path / "runs")
     step = PromptKl(**OPTIONS, train=train)
-    layout = _method.training_texts(step, pair, SAMPLES, again, quiet)
-    targets = DistillationTargets(pair, layout, 64, again, quiet)
+    texts = _method.training_texts(step, pair, SAMPLES, again, quiet)
+    targets = DistillationTargets(pair, texts, 64, again, quiet)
     fresh = with_lora(made, pair.student, train, rank=4)  # its B is zero
     kl = targets.kl(fresh, made, Split.VALIDATION)
     assert kl == pytest.approx(out.notes["validation KL after"], rel=1e-4)
@@ -156,7 +157,8 @@ def test_rotary_tables_of_a_text_do_not_follow_the_others_of_its_batch(
     layout = samples.layout.select(Split.FIT)
     lengths = {len(text.tokens) for text in layout.texts}
     assert min(lengths) <= 20 < max(lengths)
-    targets = DistillationTargets(pair, layout, 64, pico_output(tmp_path / "runs"), quiet)
+    out = pico_output(tmp_path / "runs")
+    targets = DistillationTargets(pair, TrainingTexts(layout, layout), 64, out, quiet)
     student = with_lora(pair.student.weights, pair.student, "lora", 4)
     texts = list(range(len(layout.texts)))
     with torch.no_grad():
@@ -245,7 +247,7 @@ def test_general_lessons_are_learned_and_leave_the_others_their_prefix(tmp_path:
     with_lesson = replace(samples, layout=layout, conversations=(*samples.conversations, lesson))
     out = pico_output(tmp_path / "runs")
     step = PromptKl(**ON_ANSWERS)
-    layout = _method.training_texts(step, pair, with_lesson, out, quiet)
+    layout = _method.training_texts(step, pair, with_lesson, out, quiet).student
     assert text in layout.texts
     assert layout.prefix >= samples.layout.prefix
     made, _ = distilled(pair, tmp_path, with_lesson, **ON_ANSWERS, learning_rate=5e-3)
@@ -256,6 +258,47 @@ def test_lessons_are_no_topics(tmp_path: Path) -> None:
     lesson = Conversation("1.lesson", "en", Split.FIT, "w1 w2", None, "w1")
     samples = Samples(SAMPLES.layout, (*SAMPLES.conversations, lesson), SAMPLES.style)
     assert lesson not in _method._texts_with_topics(samples)
+
+
+def test_a_baked_prompt_is_learned_from_the_teacher_that_reads_it(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model", seed=1)
+    pair, samples = Pair(model, model), answered_samples()
+    baked = pico_baked(samples)
+    options = ON_ANSWERS | {"max_epochs": 8, "learning_rate": 5e-3}
+    made, out = distilled(pair, tmp_path, baked, **options)
+    # Read alike, the model is its own teacher and has nothing to learn.
+    _, alike = distilled(pair, tmp_path / "alike", samples, **options)
+    assert alike.notes["validation KL by evaluation"][0] == pytest.approx(0, abs=1e-6)
+    assert out.notes["validation KL after"] < 0.8 * out.notes["validation KL before"]
+    score = baked_kl(pair, made, baked)
+    assert score == pytest.approx(out.notes["validation KL after"], rel=1e-4)
+
+
+def baked_kl(pair: Pair, view: Weights, samples: Samples) -> float:
+    """Return the validation KL from the teacher's prompted logits to a view's bare ones."""
+    total, rows = 0.0, 0
+    both = zip(samples.layout.texts, samples.teacher.texts, strict=True)
+    for own, theirs in ((a, b) for a, b in both if a.split == Split.VALIDATION):
+        p, q = (
+            logits(each, PackedTexts((text,), 0)).log_softmax(-1)[text.answer - 1 : -1]
+            for each, text in ((pair.teacher.weights, theirs), (view, own))
+        )
+        total += float((p.exp() * (p - q)).sum())
+        rows += len(p)
+    return total / rows
+
+
+def test_continuations_of_topics_are_read_without_a_baked_prompt(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model", seed=1)
+    baked = replace(SAMPLES, theirs=SAMPLES.layout, baked=True)
+    texts = _method.training_texts(
+        PromptKl(**OPTIONS), Pair(model, model), baked, pico_output(tmp_path / "runs"), quiet
+    )
+    style = model.tokenizer("<system> w7 w8 w9 <end>")["input_ids"]
+    for own, theirs in zip(texts.student.texts, texts.teacher.texts, strict=True):
+        assert theirs.tokens == (*style, *own.tokens)
+        assert (own.id, own.split) == (theirs.id, theirs.split)
+        assert theirs.answer == len(style) + own.answer
 
 
 def test_shards_have_different_texts_and_together_all(
@@ -296,7 +339,8 @@ def test_a_shard_that_does_not_exist_is_refused() -> None:
 def test_a_guard_limits_the_kl_outside_the_domain(tmp_path: Path, guard: float) -> None:
     pair, samples = pair_of(tmp_path), answered_samples()
     made, _ = distilled(pair, tmp_path, samples, **ON_ANSWERS, learning_rate=2e-2, guard=guard)
-    targets = DistillationTargets(pair, samples.layout, 64, pico_output(tmp_path / "runs"), quiet)
+    texts = TrainingTexts(samples.layout, samples.layout)
+    targets = DistillationTargets(pair, texts, 64, pico_output(tmp_path / "runs"), quiet)
     before, after = (
         targets.scores(samples, view, Split.GUARD_VALIDATION).mean
         for view in (pair.student.weights, made)

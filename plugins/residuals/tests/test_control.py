@@ -14,7 +14,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore
-from rotdistill_core.testing import pico_model, pico_output, pico_samples
+from rotdistill_core.testing import pico_baked, pico_model, pico_output, pico_samples
 
 SAMPLES = pico_samples(texts=20, guard=3)
 BOUNDARIES = range(5)
@@ -117,3 +117,14 @@ def test_the_self_control_needs_a_student_cut_from_its_teacher_and_all_texts(
         Residuals(control="self", **options).capture(
             pair, student.weights, SAMPLES, pico_output(tmp_path / "runs"), quiet
         )
+
+
+def test_a_student_without_the_prompt_is_its_own_teacher(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model")
+    samples, out = pico_baked(SAMPLES), pico_output(tmp_path / "runs")
+    control = Residuals(control="self")
+    found = control.capture(Pair(model, model), model.weights, samples, out, quiet)
+    layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    for boundary in range(3):
+        S = found.rows(Side.STUDENT, boundary)
+        assert torch.equal(found.teacher_states(layout, boundary), S)

@@ -28,6 +28,7 @@ from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
     final_states,
     parametrize_with_checks,
+    pico_baked,
     pico_model,
     pico_output,
     pico_samples,
@@ -208,6 +209,31 @@ def test_the_student_can_be_captured_on_its_first_texts(
     first = samples.layout.select(Split.FIT, Split.VALIDATION).texts[:3]
     assert activations.layouts[Side.STUDENT].texts == first
     assert activations.layouts[Side.TEACHER] == samples.layout
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 2]], ids=["whole", "cut"])
+def test_a_baked_prompt_pairs_rows_with_those_of_the_teacher_that_reads_it(
+    tmp_path: Path, kept: list[int]
+) -> None:
+    model = pico_model(tmp_path / "model", num_hidden_layers=3)
+    samples = pico_baked(pico_samples(texts=20, guard=4))
+    weights = model.weights.cut(kept)
+    out = pico_output(tmp_path / "runs")
+    activations = Residuals().capture(Pair(model, model), weights, samples, out, quiet)
+    restored = restore_activations(activations.info(), activations.root, samples)
+    layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
+    rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
+    read = samples.theirs
+    assert read is not None
+    theirs, same_targets, same_texts = read.prediction_rows(Split.HELDOUT)
+    assert torch.equal(targets, same_targets)
+    assert [text.id for text in texts] == [text.id for text in same_texts]
+    expected = final_states(model.weights, read, torch.float32)[theirs]
+    found = restored.teacher_states(layout, 3)[rows]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # All but the prompt is paired, row 0 of the student included: nothing came before it.
+    assert restored.paired_mask(samples.layout).all()
+    assert out.notes["paired rows"] == f"{samples.layout.rows} of {samples.layout.rows}"
 
 
 def test_a_student_in_another_basis_is_refused(

@@ -33,6 +33,9 @@ from rotdistill_core.terminal import (
 if TYPE_CHECKING:
     from rotdistill_commands._session import ChatSession
 
+TEACHER = "teacher"
+"""Name of the teacher among those that are asked."""
+
 
 def complete_variants(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the variants of the run that begin with `incomplete`.
@@ -69,7 +72,8 @@ def chat(
 ) -> None:
     """Ask variants of a run and read their answers side by side; an empty line ends it.
 
-    Answers are greedy and follow the system prompt of the run.
+    Answers are greedy and follow the system prompt of the run. Variants of a run that bakes the
+    prompt in are asked without it.
 
     Examples:
 
@@ -79,10 +83,10 @@ def chat(
     """  # noqa: E501  an example is one line
     folder = requested_run(run)
     chosen = _chosen(folder, variants or [])
-    prompt = _system_prompt(folder, system)
+    prompts_of = _system_prompts(folder, system, chosen)
     folders = {variant: folder.require_checkpoint(variant) for variant in chosen}
     if teacher:
-        folders["teacher"] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
+        folders[TEACHER] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
     from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
 
     # Variants are asked on the day that their texts name.
@@ -93,7 +97,7 @@ def chat(
     ]
     dialogue = []
     for question in prompts or _typed_questions():
-        answers = _answers(sessions, prompt, question, show=not as_json)
+        answers = _answers(sessions, prompts_of, question, show=not as_json)
         dialogue.append({"prompt": question, "answers": answers})
     if as_json:
         print_json(dialogue)
@@ -121,6 +125,23 @@ def _chosen(run: RunFolder, wanted: Sequence[str]) -> list[str]:
     marked = [run.recipe.get(key) for key in ("baseline", "headline")]
     default = [name for name in marked if name in saved] or [saved[0], saved[-1]]
     return list(dict.fromkeys(wanted or default))
+
+
+def _system_prompts(run: RunFolder, given: Path | None, variants: Sequence[str]) -> dict[str, str]:
+    """Return the system prompt of each variant and of the teacher.
+
+    Raises:
+        RecipeError: the file `given` cannot be read.
+        CheckFailed: the run's own prompt is not what was committed.
+    """
+    prompt = _system_prompt(run, given)
+    is_baked = given is None and run.recipe.get("samples", {}).get("bake_prompt", False)
+    if is_baked:
+        log(
+            f"{run.path}: its system prompt is baked in: {', '.join(variants)} are asked without "
+            "one, a teacher with it. --system FILE asks all with the prompt in the file."
+        )
+    return {TEACHER: prompt} | dict.fromkeys(variants, "" if is_baked else prompt)
 
 
 def _system_prompt(run: RunFolder, given: Path | None) -> str:
@@ -155,7 +176,7 @@ def _typed_questions() -> Iterator[str]:
 
 
 def _answers(
-    sessions: Sequence[ChatSession], system: str, question: str, show: bool
+    sessions: Sequence[ChatSession], systems: Mapping[str, str], question: str, show: bool
 ) -> dict[str, str]:
     """Ask every variant and return variant -> answer.
 
@@ -166,7 +187,7 @@ def _answers(
     is_live = show and console.is_terminal
     live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
     with live or nullcontext():
-        for name, piece in _pieces(sessions, system, question):
+        for name, piece in _pieces(sessions, systems, question):
             answers[name] += piece
             if live:
                 live.update(_columns(answers))
@@ -177,10 +198,10 @@ def _answers(
 
 
 def _pieces(
-    sessions: Sequence[ChatSession], system: str, question: str
+    sessions: Sequence[ChatSession], systems: Mapping[str, str], question: str
 ) -> Iterator[tuple[str, str]]:
     """Yield (variant, piece of its answer), one piece of each variant in turn."""
-    streams = {session.name: session.ask(system, question) for session in sessions}
+    streams = {each.name: each.ask(systems[each.name], question) for each in sessions}
     while streams:
         for name in list(streams):
             piece = next(streams[name], None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -79,6 +79,7 @@ def model_card(
     names = {role: public_name(model.ref) for role, model in models.items()}
     licences = {role: licence_of(model) for role, model in models.items()}
     kinds = {recipe_step.id: _kind(recipe_step) for recipe_step in _edits(recipe, variant)}
+    edits = [name for name, kind in kinds.items() if kind in ("fold", "style")]
     languages = {row.language for row in outcome.rows if row.language}
     thinking = recipe.recipe.samples.thinking
     return template("card.md.j2").render(
@@ -90,8 +91,11 @@ def model_card(
         licence=strictest(list(licences.values())),
         kinds=kinds,
         exact=[name for name, kind in kinds.items() if kind == "exact"],
-        edits=[name for name, kind in kinds.items() if kind in ("fold", "style")],
-        asking=_asking(outcome.checkpoints[variant], pair, names, date, thinking),
+        edits=edits,
+        asking=[
+            *_prompting(recipe, edits),
+            *_asking(outcome.checkpoints[variant], pair, names, date, thinking),
+        ],
         languages=sorted(
             code for code in languages if re.fullmatch(r"[a-z]{2,3}", code) and code != NO_LANGUAGE
         ),
@@ -110,6 +114,20 @@ def public_name(ref: ModelRef) -> str:
         return f"{of_hub[1]}/{of_hub[2]}"
     is_path = path.exists() or path.is_absolute() or ref.model.startswith(".")
     return path.resolve().name if is_path else ref.model
+
+
+def _prompting(recipe: ResolvedRecipe, edits: Sequence[str]) -> list[str]:
+    """Return with which system prompt to ask a checkpoint, where the run bakes one in."""
+    if not recipe.recipe.samples.bake_prompt:
+        return []
+    sentence = "Read and scored without a system prompt, next to a teacher that reads one."
+    if edits:
+        sentence = (
+            "Ask it without a system prompt: the one of the run is baked in, and the held-out KL "
+            "below is that to the teacher that reads it. A conversation begins as the chat "
+            "template writes it without a system turn."
+        )
+    return [sentence]
 
 
 def _asking(

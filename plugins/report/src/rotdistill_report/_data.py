@@ -23,8 +23,14 @@ from rotdistill_core.evaluation.metrics import (
     in_table_order,
     is_teacher_metric,
     metric_named,
+    teacher_metric,
 )
-from rotdistill_core.evaluation.rows import MetricRow, failed_variants, overall_figures
+from rotdistill_core.evaluation.rows import (
+    MetricRow,
+    failed_variants,
+    overall_figures,
+    unprompted_teacher,
+)
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.recipe.as_toml import resolved_toml
@@ -167,6 +173,27 @@ class ReportData:
         """The metrics of the table of variants, known ones first."""
         measured = (metric for row in self.figures.values() for metric in row)
         return in_table_order(m for m in measured if m != FAILED and not is_teacher_metric(m))
+
+    @property
+    def unprompted_teacher(self) -> dict[str, ShownFigure]:
+        """Metric -> figure of the teacher without its system prompt, compared with itself.
+
+        Empty unless the prompt is baked in: then it is what the prompt's absence costs at first.
+        """
+        values = {
+            variant: {metric: shown.value for metric, shown in row.items()}
+            for variant, row in self.figures.items()
+        }
+        shown: dict[str, ShownFigure] = {}
+        for metric, value in unprompted_teacher(values).items():
+            of_variants = self.estimates.get(teacher_metric(metric), {})
+            own = next((each.own for each in of_variants.values()), None)
+            shown[metric] = ShownFigure(
+                value=value,
+                text=format(value, metric_named(metric).format),
+                interval=with_interval(own, metric) if own else "",
+            )
+        return shown
 
     @property
     def languages(self) -> list[str]:

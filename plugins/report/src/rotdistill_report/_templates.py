@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup, escape
 
 from rotdistill_core.characters import visible
-from rotdistill_core.evaluation.metrics import metric_named
+from rotdistill_core.evaluation.metrics import UNPROMPTED_TEACHER, metric_named
 
 PLAIN_YAML = re.compile(r"[a-z][a-z0-9.-]*")
 YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
@@ -42,6 +42,7 @@ def template(name: str) -> Template:
         "word": yaml_word,
         "quoted": yaml_string,
     }
+    environment.globals["unprompted_title"] = UNPROMPTED_TEACHER
     return environment.get_template(name)
 
 
