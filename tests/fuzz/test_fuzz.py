@@ -25,6 +25,7 @@ from rotdistill_core.checkpoint.headers import folder_headers, read_header, shar
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.reading import read_conversations
+from rotdistill_core.data.rows import KEYS
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.recipe.load import load_recipe
@@ -148,6 +149,37 @@ def test_texts(workspace: PicoWorkspace, edits: list[tuple[float, int, bytes]], 
     path.write_bytes(edited(path.read_bytes(), edits))
     ref = SamplesRef(index="index.tsv", heldout="heldout.tsv", guard="guard.tsv", style="style.md")
     outcome(lambda: read_conversations(ref, texts), {2})
+
+
+COLUMNS = st.sampled_from(sorted(KEYS)) | TEXT
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["system", "user", "assistant"]) | JSON,
+            "content": TEXT | JSON,
+        },
+    ),
+    max_size=4,
+)
+ROWS = st.lists(st.dictionaries(COLUMNS, TEXT | MESSAGES | JSON, max_size=5), max_size=4)
+
+
+@fuzzed
+@given(ROWS, EDITS, st.booleans())
+@example([{"messages": [{"role": "assistant"}]}], [(0.0, 0, b"\xef\xbb\xbf")], True)
+def test_json_lines(
+    workspace: PicoWorkspace,
+    rows: list[dict[str, Any]],
+    edits: list[tuple[float, int, bytes]],
+    thinking: bool,
+) -> None:
+    good = [{"id": f"c{k}", "language": "en", "prompt": "w1", "completion": "w2"} for k in range(4)]
+    text = "\n".join(json.dumps(row) for row in [*good, *rows])
+    path = workspace.folder / "fuzzed.jsonl"
+    path.write_bytes(edited(text.encode(), edits))
+    ref = SamplesRef(index=path.name, guard=path.name, thinking=thinking)
+    outcome(lambda: read_conversations(ref, workspace.folder), {2})
 
 
 TENSORS = st.dictionaries(

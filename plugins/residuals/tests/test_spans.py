@@ -14,7 +14,7 @@ from rotdistill_residuals._tokenizers import require_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.conversations import Conversation, Turn
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
@@ -163,6 +163,18 @@ def test_spans_are_those_of_the_bytes_and_every_byte_is_covered(
     again = pair_rows(samples, *tokenizers)
     assert torch.equal(pairs.spans, again.spans)
     assert pairs.table == again.table
+
+
+@pytest.mark.parametrize("tokenizers", [(SMALL, LARGE), (FALLBACK, SMALL)])
+def test_every_turn_and_its_own_system_prompt_are_paired(tokenizers: tuple[Any, Any]) -> None:
+    earlier = (Turn("user", "the tower"), Turn("assistant", "the two towers"))
+    chat = Conversation("t1", "en", Split.FIT, "the third", "no third", "", earlier, "Say the.")
+    plain = Conversation("t2", "en", Split.FIT, "the other", "two others")
+    samples = tokenize_for_both(*tokenizers, [chat, plain], {}, "Be brief.", 512)
+    pairs = pair_rows(samples, *tokenizers)
+    texts = ("Say the.", "the tower", "the two towers", "the third", "no third")
+    sizes = [sum(map(len, texts)), len("Be brief." + "the other" + "two others")]
+    assert covered_bytes(pairs) == [(size, size) for size in sizes]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def evaluate(
         student = score_answer(student_answer, question, identifier)
         out.report.answers[text.id] = Answer(
             language=text.language,
-            question=question.question,
+            question=_as_asked(question),
             teacher=teacher.answer,
             student=student.answer,
             teacher_facts=teacher.facts,
@@ -136,6 +136,12 @@ def evaluate(
         out.notes["questions without facts, which no score of facts counts"] = without_facts
     means = [_mean(of_metric) for of_metric in rows.values()]
     return means + [row for of_metric in rows.values() for row in of_metric]
+
+
+def _as_asked(question: Conversation) -> str:
+    """Return a question as a report shows it; turns before it are counted, not shown."""
+    turns = len(question.earlier)
+    return f"[after {turns} turns] {question.question}" if turns else question.question
 
 
 def score_answer(
