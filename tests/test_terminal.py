@@ -51,6 +51,13 @@ def test_the_results_table_has_one_row_per_variant() -> None:
     assert cells[9] == ["90", "", ""]
 
 
+def test_a_baked_prompt_adds_the_teacher_without_it() -> None:
+    teacher = [MetricRow("base", "kl_teacher", 0.1239), MetricRow("full", "kl_teacher", 0.1239)]
+    cells = [list(column.cells) for column in results_table([*ROWS, *teacher]).columns]
+    assert cells[0] == ["teacher, no prompt", "base", "full", "broken (failed)"]
+    assert cells[1][:2] == ["0.1239", "4.2369"]
+
+
 def test_the_lowest_finite_kl_is_bold() -> None:
     assert [row.style for row in results_table(ROWS).rows] == [None, "bold", None]
 

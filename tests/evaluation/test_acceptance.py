@@ -18,12 +18,19 @@ from rotdistill_core.evaluation.acceptance import (
     accept_if_better,
     interpolate,
     largest_allowed_share,
+    paired_final_states,
     scored_rows,
     scores_by_text,
     significantly_lower,
     teacher_final_states,
 )
-from rotdistill_core.testing import final_states, pico_model, pico_output, pico_samples
+from rotdistill_core.testing import (
+    final_states,
+    pico_baked,
+    pico_model,
+    pico_output,
+    pico_samples,
+)
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 
@@ -202,3 +209,18 @@ def test_an_edit_without_gain_is_refused_with_both_figures(tmp_path: Path) -> No
     kept = accept_if_better(before, after, score, None, out)
     assert kept is before
     assert "from 1.0000 to 1.5000" in out.report.refused
+
+
+def test_rows_of_a_baked_prompt_are_those_of_the_teacher_that_reads_it(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model")
+    samples = pico_baked(pico_samples(texts=10, guard=2))
+    layout = samples.layout.select(Split.VALIDATION, Split.GUARD)
+    out = pico_output(tmp_path / "runs")
+    found = paired_final_states(model, samples, layout, out, lambda *_: None)
+    read = samples.read_by_teacher(layout)
+    assert [text.id for text in read.texts] == [text.id for text in layout.texts]
+    whole = final_states(model.weights, read, torch.float32)
+    for split in (Split.VALIDATION, Split.GUARD):
+        own, theirs = (each.prediction_rows(split)[0] for each in (layout, read))
+        torch.testing.assert_close(found[own], whole[theirs], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[1:], final_states(model.weights, layout, torch.float32)[1:])

@@ -42,6 +42,16 @@ def test_the_shared_prompt_counts_once() -> None:
     assert found.total == found.prefix + 2 * one
 
 
+def test_a_baked_prompt_is_read_by_the_teacher_alone() -> None:
+    baked = SETTINGS.model_copy(update={"bake_prompt": True})
+    questions = [question("fit", "x y"), question("fit", "x y")]
+    found, alike = count_texts(questions, "a b", baked, words), counts(*questions)
+    assert found.rows == alike.rows
+    assert found.prefix == TEMPLATE_TOKENS
+    assert found.as_teacher_reads.total == alike.total
+    assert alike.as_teacher_reads is alike
+
+
 def test_an_answer_that_the_teacher_writes_counts_in_full() -> None:
     found = counts(question("heldout", None), question("fit", None))
     assert (found.questions_asked, found.answer_tokens) == (2, 30 + 10)
