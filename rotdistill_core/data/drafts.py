@@ -12,7 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from rotdistill_core.data.conversations import Claim, Turn
 from rotdistill_core.data.rows import Row
-from rotdistill_core.data.text_files import LINE_END, comparable, foreign_characters
+from rotdistill_core.data.text_files import (
+    LINE_END,
+    comparable,
+    comparable_name,
+    foreign_characters,
+)
 
 Use = Literal["index", "heldout", "guard"]
 """The key of `[samples]` that names a file: it decides what a row needs."""
@@ -70,7 +75,7 @@ class Draft:
     def asked(self) -> tuple[str, ...]:
         """System prompt and turns before the answer, in a form in which spellings are equal."""
         turns = (turn.content for turn in self.earlier)
-        return tuple(comparable(text) for text in (self.system or "", *turns, self.question))
+        return tuple(comparable_name(text) for text in (self.system or "", *turns, self.question))
 
     @cached_property
     def text_key(self) -> tuple[str, ...]:

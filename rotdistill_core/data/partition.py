@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from rotdistill_core.data.drafts import Draft
 from rotdistill_core.data.splits import Split
-from rotdistill_core.data.text_files import comparable
+from rotdistill_core.data.text_files import comparable_name
 
 
 def shuffled(drafts: Iterable[Draft]) -> list[Draft]:
@@ -104,5 +104,5 @@ def _keys(draft: Draft, by_question: bool) -> list[Hashable]:
     if by_question:
         keys.append(("question", draft.asked))
     if draft.has_group:
-        keys.append(("topic", comparable(draft.topic)))
+        keys.append(("topic", comparable_name(draft.topic)))
     return keys

@@ -20,6 +20,7 @@ from rotdistill_core.data.text_files import (
     LINE_END,
     NotUtf8Error,
     comparable,
+    comparable_name,
     decode_utf8,
     foreign_characters,
 )
@@ -199,7 +200,7 @@ def _with_own_answers(conversations: Sequence[Conversation]) -> list[Conversatio
 def _asked(conversation: Conversation) -> tuple[str, ...]:
     """Return what is asked, in a form in which spellings are equal."""
     turns = (turn.content for turn in conversation.turns)
-    return tuple(comparable(text) for text in (conversation.system or "", *turns))
+    return tuple(comparable_name(text) for text in (conversation.system or "", *turns))
 
 
 def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:
@@ -243,16 +244,16 @@ def _require_every_split(
 def _overlaps(index: Iterable[Draft], heldout: Iterable[Draft]) -> Iterable[str]:
     """Yield a problem for what held-out texts share with the index: ids, topics, questions.
 
-    Spellings of one name are one name; see `comparable`.
+    Spellings of one name are one name; see `comparable_name`.
     """
     texts = list(index)
     ids = {comparable(draft.id) for draft in texts}
-    topics = {comparable(draft.topic) for draft in texts if draft.topic}
+    topics = {comparable_name(draft.topic) for draft in texts if draft.topic}
     asked = {draft.asked[1:] for draft in texts}  # under any system prompt
     for draft in heldout:
         if comparable(draft.id) in ids:
             yield f"{draft.where}: the id {draft.id} is also in the texts to fit on."
-        if draft.topic and comparable(draft.topic) in topics:
+        if draft.topic and comparable_name(draft.topic) in topics:
             yield (
                 f"{draft.where}: {'topic' if draft.has_group else 'place'}: {draft.topic} is also "
                 "in the texts to fit on."

@@ -25,6 +25,18 @@ MARK = "\ufeff"
 FOREIGN = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff{MARK}]")
 """Characters that no text has: those of the categories Cc and Cs, and byte-order marks."""
 
+PLAIN_MARKS = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb", '"')
+    | dict.fromkeys("\u2010\u2012\u2013\u2014\u2015\u2212", "-")
+)
+"""Apostrophes, quotation marks and dashes as a plain keyboard has them. Spreadsheets and word
+processors replace those of a plain keyboard by themselves."""
+DOTTED_I = "i\u0307"
+"""What the upper-case I with a dot is in lower case: the letter i."""
+STOPS = ".!?\u2026\u3002\uff0e\u061f\u037e;"
+"""Marks that end a sentence, some of which a name or question may lack in one of two files."""
+
 
 class NotUtf8Error(ValueError):
     """A file that is no UTF-8 text. The message says why, and how to save it."""
@@ -80,12 +92,18 @@ def foreign_characters(text: str, allowed: str = "") -> Iterator[str]:
 def comparable(text: str) -> str:
     """Return the form in which two spellings of one name are equal.
 
-    Composed and decomposed letters, letter case, kinds and runs of blanks, and characters that are
-    not seen make no difference.
+    Composed and decomposed letters, letter case, kinds and runs of blanks, kinds of apostrophes,
+    quotation marks and dashes, and characters that are not seen make no difference.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = " ".join(folded.split())
+    words = " ".join(folded.translate(PLAIN_MARKS).replace(DOTTED_I, "i").split())
     if words.isprintable():  # as nearly all texts are, and a look at each character is slow
         return words
-    seen = "".join(c for c in folded if unicodedata.category(c) != "Cf")
+    seen = "".join(c for c in words if unicodedata.category(c) != "Cf")
     return " ".join(seen.split())
+
+
+def comparable_name(text: str) -> str:
+    """Return the `comparable` form of a name or question, without the stop at its end."""
+    form = comparable(text)
+    return form.rstrip(STOPS + " ") or form

@@ -7,6 +7,7 @@ recorded, and not compared again.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
@@ -174,10 +175,15 @@ def _checked(parity: Parity, weights: Weights, where: str) -> Parity:
 
 @contextmanager
 def _what_the_run_made(where: str) -> Iterator[None]:
-    """Turn an error of opening a model that the run itself has made into a check that fails."""
+    """Turn an error of opening a model that the run itself has made into a check that fails.
+
+    Where the system let no file be read, the model was not looked at, and the error stands.
+    """
     try:
         yield
     except SetupError as error:
+        if _is_of_the_system(error):
+            raise
         raise CheckFailed(f"{where} is no model that transformers opens: {error}") from error
 
 
@@ -201,3 +207,15 @@ def _timed(run: RunContext, subject: str, compare: Callable[[], Parity]) -> Pari
     seconds = time.monotonic() - started
     run.log(f"  {subject:<12} {'as transformers':<16} {seconds:6.1f} s")
     return parity
+
+
+def _is_of_the_system(error: BaseException | None) -> bool:
+    """Return whether an error comes from a call of the system, and not from a file that is gone.
+
+    Libraries raise OSErrors of their own, which have no number.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -37,7 +37,7 @@ ROWS = [
 FACTS = [{"what": "It is one", "any": ["w1", "w2"]}]
 HELDOUT = [
     {"id": "h0", "language": "en", "topic": "other", "question": "w9 w9", "facts": FACTS},
-    {"id": "h1", "language": "de", "question": "w8 w9"},
+    {"id": "h1", "language": "de", "question": "w28 w9"},
 ]
 
 

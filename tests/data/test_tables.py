@@ -14,7 +14,7 @@ from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.drafts import drafts_of
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.tables import read_table
-from rotdistill_core.data.text_files import comparable
+from rotdistill_core.data.text_files import comparable, comparable_name
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.recipe.document import SamplesRef
 
@@ -169,17 +169,32 @@ SAME = [
     unicodedata.normalize("NFD", "SÃO TOMÉ"),
     "Ｓão Tomé",
 ]
+SAME_WITH_MARKS = [
+    ("Hawa'i", "Hawa\u2019i"),
+    ("Côte-d'Or", "Côte\u2013d\u2018Or"),
+    ('the "Old Town"', "the \u201cOld Town\u201d"),
+    ("İstanbul", "istanbul"),
+    ("Why so high", "why so high?"),
+    ("Washington D.C", "Washington D.C."),
+    ("どこですか", "どこですか？"),
+]
 
 
-@pytest.mark.parametrize("column", ["place", "question", "id"])
-@pytest.mark.parametrize("spelling", SAME)
+@pytest.mark.parametrize(
+    ("column", "heldout", "spelling"),
+    [
+        *((column, "São Tomé", same) for column in ("place", "question", "id") for same in SAME),
+        *((column, *pair) for column in ("place", "question") for pair in SAME_WITH_MARKS),
+        *((column, *pair[::-1]) for column in ("place", "question") for pair in SAME_WITH_MARKS),
+    ],
+)
 def test_a_held_out_text_in_another_spelling_is_found_among_the_others(
-    tmp_path: Path, column: str, spelling: str
+    tmp_path: Path, column: str, heldout: str, spelling: str
 ) -> None:
     read_plain(tmp_path)
     for path, columns, text in (
         (tmp_path / "index.tsv", INDEX, spelling),
-        (tmp_path / "heldout.tsv", HELDOUT, "São Tomé"),
+        (tmp_path / "heldout.tsv", HELDOUT, heldout),
     ):
         lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
         lines[1][columns.index("place")] = "Nowhere" if columns == INDEX else "Elsewhere"
@@ -246,3 +261,11 @@ def test_a_system_prompt_that_is_no_text_is_named(
     (tmp_path / "style.md").write_bytes(style)
     (problem,) = problems(tmp_path)
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("C", "C++"), ("2 + 2", "2 - 2"), ("Who?", "Whom?"), ("!", "?"), ("résumé", "resume")],
+)
+def test_names_that_differ_stay_apart(one: str, other: str) -> None:
+    assert comparable_name(one) != comparable_name(other)

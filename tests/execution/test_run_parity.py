@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from rotdistill_core.architecture.rope_decoder import rope_decoder
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint import open as opening
 from rotdistill_core.checkpoint import weights as views
+from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution import parity as run_parity
@@ -298,6 +301,24 @@ def test_one_wrong_checkpoint_leaves_the_others(
     assert set(outcome.checkpoints) == {"base"}
     assert {row.variant for row in outcome.rows if row.metric == "kl"} == {"base"}
     assert {r.variant for r in Ledger(outcome.folder).parities} == {"", "base"}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO])
+def test_a_checkpoint_that_the_system_lets_nobody_read_is_not_called_wrong(
+    executor: Open, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    compare = parity_module.logits_of_folder
+
+    def unreadable(folder: Path, *rest: Any) -> Any:
+        if folder.name == "full":
+            with reading(folder, "the model"):
+                raise OSError(number, os.strerror(number), str(folder / "config.json"))
+        return compare(folder, *rest)
+
+    monkeypatch.setattr(run_parity, "logits_of_folder", unreadable)
+    with pytest.raises(SetupError, match=os.strerror(number)) as caught:
+        executor("trial").go()
+    assert caught.value.exit_code == 3
 
 
 def test_a_wrong_checkpoint_is_compared_again_by_the_next_run(
