@@ -43,9 +43,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "t
 ADAPTER_CONFIG = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Names of files of a distributed checkpoint, which transformers prefers to all others."""
-ROTARY_BUFFER = re.compile(r"rotary_emb\.inv_freq")
-"""Buffers that old checkpoints hold. transformers computes them from the config, whatever the file
-says."""
+OLD_BUFFER = re.compile(r"rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)$|attn\.masked_bias$")
+"""Buffers that old checkpoints hold. transformers computes what they hold from the config, whatever
+the file says."""
 KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 """Parts of config keys that choose which kernel computes."""
 KERNEL = re.compile(r"(paged\|)?\w*")
@@ -246,7 +246,7 @@ def _require_as_indexed(index: Path, headers: Mapping[str, Header]) -> None:
         SetupError: naming the first tensor that differs.
     """
     listed = {
-        name: shard for name, shard in _weight_map(index).items() if not ROTARY_BUFFER.search(name)
+        name: shard for name, shard in _weight_map(index).items() if not OLD_BUFFER.search(name)
     }
     held = {name: header.file.name for name, header in headers.items()}
     for name in sorted({*listed, *held}):
@@ -304,7 +304,7 @@ def folder_headers(folder: Path, body: str = "") -> dict[str, Header]:
         for name, header in read_header(path).items():
             if name in headers:
                 raise SetupError(f"{path}: tensor {name} is also in {headers[name].file.name}.")
-            if not ROTARY_BUFFER.search(name):
+            if not OLD_BUFFER.search(name):
                 headers[name] = header
     index = folder / SHARD_INDEX
     if index.is_file() and files != [folder / WHOLE_FILE]:

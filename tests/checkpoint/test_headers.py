@@ -239,11 +239,19 @@ def test_an_index_that_differs_from_its_shards_is_refused(
     assert f"the tensor {says}" in refused
 
 
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        "layers.0.rotary_emb.inv_freq",
+        "layers.0.self_attn.rotary_emb.cos_cached",
+        "layers.0.self_attn.rotary_emb.sin_cached",
+        "layers.0.self_attn.masked_bias",
+    ],
+)
 @pytest.mark.parametrize("listed", [True, False])
-def test_an_index_may_leave_out_rotary_buffers_of_old_checkpoints(
-    tmp_path: Path, listed: bool
+def test_an_index_may_leave_out_buffers_of_old_checkpoints(
+    tmp_path: Path, buffer: str, listed: bool
 ) -> None:
-    buffer = "layers.0.rotary_emb.inv_freq"
     save(tmp_path, "m-1.safetensors", "a", *([] if listed else [buffer]))
     names = ["a", *([buffer] if listed else [])]
     write_index(tmp_path, dict.fromkeys(names, "m-1.safetensors"))
