@@ -145,7 +145,7 @@ class _Writer:
         step = max(len(lessons) // SHOWN, 1)
         tokenizer = self.run.pair.teacher.tokenizer
         return {
-            "asked for": self._settings.count,
+            "asked_for": self._settings.count,
             "written": len(lessons),
             "kinds": by_kind,
             "tried": self.tried,

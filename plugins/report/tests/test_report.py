@@ -327,3 +327,39 @@ def test_observers_load_without_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lessons_are_shown_with_what_was_dropped(tmp_path: Path) -> None:
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    (tmp_path / "forms.tsv").write_text("en\tw1 {topic} <b>\nen\tw2 {topic}\n", encoding="utf-8")
+    model = workspace.model()
+    lessons = '[lessons]\ncount = 12\ntokens = 6\nforms = "forms.tsv"\n'
+    steps = STEPS.format(answers="", variants=VARIANTS) + lessons
+    recipe = workspace.recipe(
+        steps, name="taught", teacher=model, student=model, observers=["report"]
+    )
+    outcome = workspace.run(recipe)
+    read = {
+        name: (outcome.folder / name).read_text(encoding="utf-8")
+        for name in (RunLayout.REPORT_MARKDOWN, RunLayout.REPORT_HTML, RunLayout.LESSONS)
+    }
+    summary = json.loads(read[RunLayout.LESSONS])
+    assert summary["written"] == 12
+    told = "The teacher wrote 12 of 12 texts that were asked for"
+    assert told in read[RunLayout.REPORT_MARKDOWN]
+    assert told in read[RunLayout.REPORT_HTML]
+    assert "&lt;b&gt;" in read[RunLayout.REPORT_HTML]
+    for lesson in summary["examples"]:
+        assert lesson["id"] in read[RunLayout.REPORT_MARKDOWN]
+        assert lesson["id"] in read[RunLayout.REPORT_HTML]
+    for reason, dropped in summary["dropped"].items():
+        line = f"- {dropped['count']}: {reason}, such as "
+        assert line in read[RunLayout.REPORT_MARKDOWN]
+    card = (outcome.checkpoints["full"] / RunLayout.CARD).read_text(encoding="utf-8")
+    assert "12 of the texts that it was fitted on were written by the teacher" in card
+
+
+def test_without_lessons_nothing_is_said_of_them(markdown: str, page: str) -> None:
+    assert "Lessons" not in markdown
+    assert "Lessons" not in page

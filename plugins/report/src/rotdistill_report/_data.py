@@ -157,6 +157,8 @@ class ReportData:
     """Variant -> how it compares with transformers."""
     model_parity: dict[str, Parity]
     """The same for each opened model, and after each step that cuts."""
+    lessons: Mapping[str, Any] | None = None
+    """What `lessons.json` says of the texts that the teacher wrote; None without lessons."""
     verdict: str = ""
     """In one sentence: whether the run worked."""
     tone: Tone = Tone.NEUTRAL
@@ -260,7 +262,19 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         saved_as=_save_dtype(recipe, outcome),
         parity=outcome.parity,
         model_parity={**outcome.model_parity, **cut_parities(outcome)},
+        lessons=written_lessons(recipe, outcome, out),
     )
+
+
+def written_lessons(
+    recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput
+) -> Mapping[str, Any] | None:
+    """Return what the run's folder says of its lessons; None if the recipe asks for none."""
+    if not recipe.recipe.lessons.count:
+        return None
+    path = out.committed(f"{outcome.folder.name}/{RunLayout.LESSONS}")
+    found: dict[str, Any] = json.loads(read_text(path))
+    return found
 
 
 def _save_dtype(recipe: ResolvedRecipe, outcome: RunResult) -> str:
