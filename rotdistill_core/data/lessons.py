@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from rotdistill_core.data.conversations import LESSON, Conversation
 from rotdistill_core.data.drafts import LANGUAGE
+from rotdistill_core.data.languages import NO_LANGUAGE
 from rotdistill_core.data.names import folded
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import (
@@ -34,8 +35,6 @@ SLOT = "{topic}"
 """What a form has in place of a topic."""
 FORM_COLUMNS = ("language", "form")
 TOPIC_COLUMNS = ("topic", "language")
-UNDETERMINED = "und"
-"""The language of a text that nobody names, as in BCP 47."""
 TRIES = 4
 """Most candidates that are tried for each lesson that is asked for."""
 LATIN = "LATIN"
@@ -254,7 +253,7 @@ def candidates(
     for number in count():
         if int((number + 1) * lessons.general) > general:
             general += 1
-            yield Candidate(number, outside, UNDETERMINED)
+            yield Candidate(number, outside, NO_LANGUAGE)
             continue
         found = balance.draw(asked)
         if found is None:

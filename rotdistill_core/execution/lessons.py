@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from rotdistill_core.data.chat import Message
 from rotdistill_core.data.conversations import Conversation, Turn
+from rotdistill_core.data.languages import NO_LANGUAGE, told_languages
 from rotdistill_core.data.lesson_gate import Gate, Reason, one_line
 from rotdistill_core.data.lessons import (
     TRIES,
@@ -169,15 +170,39 @@ class _Writer:
         proposed = self._proposed(block)
         texts: list[Lesson] = []
         asked: dict[str, Conversation] = {}
+        questions = {
+            each.id: each.question or self._question(proposed[each.id])
+            for each in block
+            if each.kind != LessonKind.TEXT
+        }
+        foreign = self._foreign(block, questions)
         for candidate in block:
             if candidate.kind == LessonKind.TEXT:
                 texts += self._text(candidate, proposed[candidate.id])
                 continue
-            question = candidate.question or self._question(proposed[candidate.id])
-            if self._gate.admits(candidate, question):
+            question = questions[candidate.id]
+            if candidate.id in foreign:
+                self._gate.drop(Reason.OTHER_LANGUAGE, f"{candidate.language}: {question}")
+            elif self._gate.admits(candidate, question):
                 asked[candidate.id] = _conversation(candidate, question)
         answered = self._answered(asked)
         return sorted([*texts, *answered], key=lambda lesson: lesson.conversation.id)
+
+    def _foreign(self, block: Sequence[Candidate], questions: Mapping[str, str]) -> set[str]:
+        """Return the candidates whose proposed question is not in the language that was wanted."""
+        wanted = {
+            each.id: each.language
+            for each in block
+            if each.kind == LessonKind.DOMAIN and not each.question and questions[each.id]
+        }
+        if not wanted:
+            return set()
+        told = told_languages({name: questions[name] for name in wanted}, self._domain.languages)
+        return {
+            name
+            for name, language in wanted.items()
+            if told[name] not in (language.partition("-")[0], NO_LANGUAGE)
+        }
 
     def _proposed(self, block: Sequence[Candidate]) -> dict[str, Answer]:
         """Return what the teacher proposes: questions, and plain texts."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.languages import NO_LANGUAGE
 from rotdistill_core.data.lessons import (
-    UNDETERMINED,
     Candidate,
     LessonKind,
     LessonTexts,
@@ -82,7 +82,7 @@ def test_languages_and_general_share_are_balanced_in_every_beginning() -> None:
         domain = Counter(each.language for each in beginning if each.kind == LessonKind.DOMAIN)
         assert abs(domain["en"] - 0.75 * (length - general)) <= 1
     assert {each.kind for each in found} == {LessonKind.DOMAIN, LessonKind.TEXT}
-    assert {each.language for each in found if each.kind != LessonKind.DOMAIN} == {UNDETERMINED}
+    assert {each.language for each in found if each.kind != LessonKind.DOMAIN} == {NO_LANGUAGE}
 
 
 def test_a_longer_list_begins_with_the_shorter_one_and_a_seed_makes_another() -> None:

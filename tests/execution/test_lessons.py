@@ -210,3 +210,21 @@ def test_lessons_are_fitted_on(executor: Callable[..., Executor]) -> None:
     keys = [outcome.steps["full", "refit"].key for outcome in (plain, taught)]
     assert keys[0] != keys[1]
     assert {row.metric for row in taught.rows} == {row.metric for row in plain.rows}
+
+
+def test_questions_in_another_language_are_dropped(
+    executor: Callable[..., Executor],
+    teacher: Callable[[Write], list[Asked]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(texts: Mapping[str, str], _: object) -> dict[str, str]:
+        return {name: "fr" if int(name[:6]) % 2 else "en" for name in texts}
+
+    monkeypatch.setattr("rotdistill_core.execution.lessons.told_languages", told)
+    teacher(lambda name, _: [*own(name), END])
+    run = executor("run", *sets(12, general=0.0), "lessons.from=teacher")
+    lessons = [each.id for each in run.samples().layout.texts if each.id.endswith(".lesson")]
+    assert len(lessons) == 12
+    assert not any(int(name[:6]) % 2 for name in lessons)
+    summary = json.loads(RunLayout(run.folder).lessons.read_text(encoding="utf-8"))
+    assert "the question is in another language" in summary["dropped"]
