@@ -176,7 +176,7 @@ def test_every_key_of_a_recipe_is_documented(key: str) -> None:
     assert key in {name.strip("[]") for name in KEYS}
 
 
-@pytest.mark.parametrize("table", ["StudentRef", "SamplesRef", "Check"])
+@pytest.mark.parametrize("table", ["StudentRef", "SamplesRef", "Lessons", "Check"])
 def test_keys_of_a_recipe_are_written_by_the_program(table: str) -> None:
     assert f"<!-- keys of {table} -->\n| key | type | default | meaning |\n" in read(RECIPES)
 
