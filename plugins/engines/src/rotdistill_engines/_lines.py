@@ -1,0 +1,146 @@
+"""Answers in a file of JSON lines, found by id, prompt or messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rotdistill_core.data.text_files import NotUtf8Error, decode_utf8
+from rotdistill_core.errors import FEW, RecipeError
+from rotdistill_core.plugin.engine import Answer, Asked
+from rotdistill_core.store.hashing import sha256_of
+from rotdistill_engines._reading import AnswerReader, UnusableAnswer
+
+if TYPE_CHECKING:
+    from rotdistill_core.forward.generate import AnsweringModel
+
+NAMES = ("id", "prompt", "messages")
+"""Keys by one of which a line names what it answers."""
+ANSWERS = ("answer", "tokens")
+HOW_LINES_LOOK = (
+    'A line is one JSON object with "id", "prompt" or "messages", and with "answer" (text) or '
+    '"tokens" (ids).'
+)
+
+
+class FileOfAnswers:
+    """A file that answers in the teacher's name; see `Answering`.
+
+    Args:
+        path: the file.
+        model: the teacher.
+        log: takes one line about lines that nobody asked for.
+
+    Raises:
+        RecipeError: the file cannot be read, a line is no answer, or two answer the same.
+    """
+
+    def __init__(self, path: Path, model: AnsweringModel, log: Callable[[str], None]) -> None:
+        self.path = path
+        self.log = log
+        self.reader = AnswerReader(model)
+        self.at_once = 0
+        self.about: dict[str, Any] = {
+            "engine": "file",
+            "version": version("rotdistill-engines"),
+            "file": path.name,
+            "sha256": sha256_of(path),
+        }
+        self._lines = dict(self._read())
+
+    def chunks(self, _: Mapping[str, Asked]) -> None:
+        """Return None: each answer stands for itself."""
+
+    def answers(self, asked: Mapping[str, Asked]) -> Iterator[tuple[str, Answer]]:
+        """Yield the answer of each prompt.
+
+        Raises:
+            RecipeError: the file does not answer some prompts; it names them.
+        """
+        places = {name: self._place_of(name, each) for name, each in asked.items()}
+        missing = [name for name, place in places.items() if place is None]
+        if missing:
+            more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
+            raise RecipeError(
+                f"{self.path}: does not answer {len(missing)} of {len(asked)} texts: "
+                f"{', '.join(missing[:FEW])}{more}. Add a line for each. {HOW_LINES_LOOK}"
+            )
+        for name, place in places.items():
+            if place is not None:
+                number, line = place
+                yield name, self._answer(number, line, asked[name])
+
+    def _place_of(self, name: str, asked: Asked) -> tuple[int, dict[str, Any]] | None:
+        """Return number and content of the line that answers a prompt."""
+        text = self.reader.tokenizer.decode(list(asked.prompt), clean_up_tokenization_spaces=False)
+        messages = [dict(message) for message in asked.messages]
+        keys = (("id", name), ("prompt", list(asked.prompt)), ("prompt", text))
+        for kind, value in (*keys, ("messages", messages)):
+            if found := self._lines.get(_key(kind, value)):
+                return found
+        return None
+
+    def _answer(self, number: int, line: Mapping[str, Any], asked: Asked) -> Answer:
+        ended = line.get("finish_reason", "stop") != "length"
+        try:
+            if "tokens" not in line:
+                return self.reader.of_text(line["answer"], ended, asked)
+            tokens = line["tokens"]
+            whole = len(tokens) <= asked.max_tokens
+            text = line.get("answer") if whole else None
+            return self.reader.of_tokens(tokens[: asked.max_tokens], text, ended and whole, asked)
+        except UnusableAnswer as error:
+            raise self._wrong(number, f"its answer cannot be used: {error}") from error
+
+    def _read(self) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
+        """Yield the lines by what they answer.
+
+        Raises:
+            RecipeError: see the class.
+        """
+        try:
+            text = decode_utf8(self.path.read_bytes())
+        except OSError as error:
+            raise RecipeError(f"{self.path}: cannot be read: {error.strerror}.") from error
+        except NotUtf8Error as error:
+            raise RecipeError(f"{self.path}: {error}.") from error
+        first: dict[str, int] = {}
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            content = self._parsed(number, line)
+            for kind in NAMES:
+                if kind not in content:
+                    continue
+                key = _key(kind, content[kind])
+                if key in first:
+                    raise self._wrong(
+                        number, f"answers the same {kind} as line {first[key]}. Remove one of them"
+                    )
+                first[key] = number
+                yield key, (number, content)
+
+    def _parsed(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(number, f"is no JSON: {error}") from error
+        if not isinstance(content, dict) or not {*NAMES} & content.keys():
+            raise self._wrong(number, f"does not say what it answers. {HOW_LINES_LOOK[:-1]}")
+        if not {*ANSWERS} & content.keys():
+            raise self._wrong(number, f"has no answer. {HOW_LINES_LOOK[:-1]}")
+        if not isinstance(content.get("answer", ""), str):
+            raise self._wrong(number, '"answer" is no text')
+        if not isinstance(content.get("tokens", []), list):
+            raise self._wrong(number, '"tokens" is no list of token ids')
+        return content
+
+    def _wrong(self, number: int, problem: str) -> RecipeError:
+        return RecipeError(f"{self.path}, line {number}: {problem}.")
+
+
+def _key(kind: str, value: object) -> str:
+    return json.dumps([kind, value], sort_keys=True)
