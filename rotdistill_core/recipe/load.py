@@ -69,6 +69,8 @@ DEFAULT_ENGINE = "transformers"
 SECRET_KEYS = {"key", "api_key", "apikey", "authorization", "bearer", "password", "secret", "token"}
 SECRET_VALUE = re.compile(r"(sk|pk|rk|hf|gsk|xai|ghp|nvapi)[-_]\S{8,}|Bearer\s", re.IGNORECASE)
 """How keys of servers begin."""
+SECRET_IN_URL = re.compile(r"//[^/\s]*@|[?&][\w-]*(key|token|secret|password)=", re.IGNORECASE)
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 NO_SECRETS = (
     "a secret has no place in a recipe, which every run keeps. Put it into an environment variable "
     'and name that one: key_env = "NAME".'
@@ -431,13 +433,22 @@ def _secret_problems(value: object, where: str) -> Iterator[str]:
         for key, inner in value.items():
             if str(key).lower().replace("-", "_") in SECRET_KEYS:
                 yield f"{where}.{key}: {NO_SECRETS}"
+            elif str(key).endswith("_env") and not _is_variable(inner):
+                yield (
+                    f"{where}.{key}: must be the name of an environment variable, in capitals, "
+                    "such as SERVER_KEY. Its value, a secret, has no place in a recipe."
+                )
             else:
                 yield from _secret_problems(inner, f"{where}.{key}")
     elif isinstance(value, list):
         for inner in value:
             yield from _secret_problems(inner, where)
-    elif isinstance(value, str) and SECRET_VALUE.match(value):
+    elif isinstance(value, str) and (SECRET_VALUE.match(value) or SECRET_IN_URL.search(value)):
         yield f"{where}: {NO_SECRETS}"
+
+
+def _is_variable(value: object) -> bool:
+    return isinstance(value, str) and bool(VARIABLE.fullmatch(value))
 
 
 def _variant_problems(tables: Mapping[str, Any], ids: Sequence[Any]) -> Iterator[str]:

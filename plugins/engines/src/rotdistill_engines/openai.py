@@ -19,13 +19,13 @@ def _plain_url(url: str) -> str:
     """Return a URL without its last slash.
 
     Raises:
-        ValueError: it is no plain address; a secret in it would be kept with the recipe.
+        ValueError: it is no plain address.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError('write an address such as "http://localhost:8000/v1"')
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("write a plain address, without a user, a password, ? and #")
+    if parts.query or parts.fragment:
+        raise ValueError("write a plain address, without ? and #")
     return url.rstrip("/")
 
 
@@ -42,7 +42,7 @@ class OpenAi:
     """Addresses up to `/v1`. Several share the work, and one may die."""
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     """Name of the model, as the servers know it."""
-    key_env: Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")] | None = None
+    key_env: str | None = None
     """Name of the environment variable that holds the key of the servers, in capitals."""
     prompts: Literal["ids", "text"] = "ids"
     """How prompts are sent: as token ids, or as text to servers that take no ids."""

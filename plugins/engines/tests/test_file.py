@@ -1,0 +1,125 @@
+"""Answers that were made elsewhere: found by id, prompt or messages, or refused with their line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rotdistill_engines.file import File
+
+from rotdistill_core.checkpoint.open import open_checkpoint
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.forward.generate import AnsweringModel
+from rotdistill_core.plugin.engine import Answer, Asked
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.testing import PicoWorkspace, pico_folder
+
+MESSAGES = ({"role": "user", "content": "where"},)
+ASKED = {
+    "a": Asked((7, 8, 9), 4),
+    "b": Asked((7, 8, 10), 4),
+    "c": Asked((7, 8, 11), 4),
+    "d": Asked((7, 8, 12), 4, messages=MESSAGES),
+}
+END = 2
+Lines = list[Mapping[str, Any] | str]
+
+
+@pytest.fixture
+def answer(tmp_path: Path) -> Callable[[Lines], dict[str, Answer]]:
+    """Return a function that answers all prompts from a file of lines."""
+    folder = pico_folder(tmp_path / "model")
+    weights = open_checkpoint(folder).weights
+    model = AnsweringModel(folder, weights, torch.device("cpu"), torch.float32)
+
+    def answered(lines: Lines) -> dict[str, Answer]:
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (tmp_path / "answers.jsonl").write_text("\n".join(texts), encoding="utf-8")
+        engine = File(path="answers.jsonl")
+        return dict(engine.connect(model, tmp_path, print).answers(ASKED))
+
+    return answered
+
+
+ALL: Lines = [
+    {"id": "a", "answer": "w10 w11"},
+    {"prompt": [7, 8, 10], "tokens": [20, 21, END]},
+    {"prompt": "w1 w2 w5", "answer": "w10", "finish_reason": "length"},
+    {"messages": list(MESSAGES), "tokens": [20, 21, 22, 23, 24, END]},
+    {"id": "of nobody", "answer": "w1"},
+]
+
+
+def test_answers_are_found_by_id_prompt_and_messages(
+    answer: Callable[[Lines], dict[str, Answer]],
+) -> None:
+    assert answer(ALL) == {
+        "a": Answer([16, 17, END], "stop"),
+        "b": Answer([20, 21, END], "stop"),
+        "c": Answer([16], "length"),
+        "d": Answer([20, 21, 22, 23], "length"),
+    }
+
+
+WRONG: dict[str, tuple[Lines, str]] = {
+    "no JSON": ([*ALL[:2], "{"], r"answers.jsonl, line 3: is no JSON"),
+    "a list": (["[]"], r"line 1: does not say what it answers. A line is"),
+    "nothing asked": ([{"answer": "w1"}], "line 1: does not say what it answers"),
+    "no answer": ([{"id": "a"}], "line 1: has no answer"),
+    "a number": ([{"id": "a", "answer": 1}], 'line 1: "answer" is no text'),
+    "no list": ([{"id": "a", "tokens": "x"}], 'line 1: "tokens" is no list'),
+    "twice": ([*ALL, "", {"id": "a", "answer": "w1"}], "line 7: answers the same id as line 1"),
+    "missing": (ALL[:1], "does not answer 3 of 4 texts: b, c, d"),
+    "foreign text": ([{"id": "a", "answer": "☃"}, *ALL[1:]], "line 1: its answer cannot be used"),
+    "foreign ids": ([{"id": "a", "tokens": [64]}, *ALL[1:]], "line 1: .*64 is no token id"),
+    "empty": ([{"id": "a", "tokens": []}, *ALL[1:]], "line 1: its answer cannot be used|empty"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_refused_with_its_line(
+    answer: Callable[[Lines], dict[str, Answer]], name: str
+) -> None:
+    lines, problem = WRONG[name]
+    if name == "empty":
+        lines = [{"id": "a", "tokens": [], "finish_reason": "length"}, *ALL[1:]]
+    with pytest.raises(RecipeError, match=problem):
+        answer(lines)
+
+
+def test_a_file_that_is_not_utf8_is_refused(
+    tmp_path: Path, answer: Callable[[Lines], dict[str, Answer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Path.write_text
+
+    def written(path: Path, text: str, encoding: str) -> int:
+        return plain(path, text, encoding="latin-1")
+
+    monkeypatch.setattr(Path, "write_text", written)
+    with pytest.raises(RecipeError, match=r"answers.jsonl: "):
+        answer([{"id": "a"}, '{"id": "a", "answer": "\xff"}'])
+
+
+def test_a_run_takes_its_answers_from_a_file(pico_workspace: PicoWorkspace) -> None:
+    pico_workspace.texts(blurbs=3, questions=3)
+    pico_workspace.model()
+    step = 'step = [{ use = "chop", layers = 1 }]'
+    table = 'engine = { use = "file", path = "made.jsonl" }'
+    recipe = pico_workspace.recipe(step, tables=table)
+    code, _, err = pico_workspace.command("plan", str(recipe))
+    assert (code, "made.jsonl: there is no such file" in err) == (2, True)
+    plain = pico_workspace.run(pico_workspace.recipe(step, name="plain"))
+    [chunk] = plain.folder.glob("answers/teacher-heldout/*.json")
+    answers = json.loads(chunk.read_text())["answers"]
+    made = [{"id": name, "tokens": each["tokens"]} for name, each in answers.items()]
+    path = pico_workspace.folder / "made.jsonl"
+    path.write_text("\n".join(map(json.dumps, made)))
+    outcome = pico_workspace.run(recipe)
+    assert outcome.rows == plain.rows
+    first = load_recipe(recipe).engine.key()
+    path.write_text("\n".join(map(json.dumps, made)) + "\n")
+    assert load_recipe(recipe).engine.key() != first
