@@ -76,7 +76,7 @@ class Answering(Protocol):
     """What wrote the answers, for the record: engine, version, model, settings; JSON values."""
     at_once: int
     """Most prompts that are answered at once. A resumed series sets it to what the chunk before
-    ended with; engines without such a limit ignore it."""
+    ended with; engines that memory does not limit have 0."""
 
     def chunks(self, asked: Mapping[str, Asked]) -> Sequence[Sequence[str]] | None:
         """Return the names of the prompts that are answered and kept together, chunk by chunk.
