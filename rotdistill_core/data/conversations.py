@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from rotdistill_core.data.splits import Split
+from rotdistill_core.errors import SetupError
 from rotdistill_core.store.hashing import digest
 
 OWN_ANSWER = ".own"
@@ -102,6 +103,19 @@ def first_chat(style: str, conversations: Iterable[Conversation]) -> tuple[str, 
         if not each.split.outside_domain
     ]
     return next((each for each in asked if each[0]), asked[0])
+
+
+def prompt_is_too_long(name: str, tokens: int, most: int) -> SetupError:
+    """Return the error of a text whose prompt leaves no room for its answer.
+
+    Args:
+        name: its id.
+        tokens: tokens of its prompt.
+        most: `samples.max_tokens`.
+    """
+    return SetupError(
+        f"text {name}: its prompt alone has {tokens} tokens; raise samples.max_tokens above {most}."
+    )
 
 
 def facts_digest(conversations: Sequence[Conversation]) -> str:

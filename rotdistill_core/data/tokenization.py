@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import LESSON, Conversation, first_chat
+from rotdistill_core.data.conversations import LESSON, Conversation, first_chat, prompt_is_too_long
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
@@ -307,10 +307,7 @@ def _conversation_text(
     """
     tokens = tuple([*prompt, *answer][:limit])
     if len(tokens) <= len(prompt):
-        raise SetupError(
-            f"text {question.id}: its prompt alone has {len(prompt)} tokens; "
-            f"raise samples.max_tokens above {limit}."
-        )
+        raise prompt_is_too_long(question.id, len(prompt), limit or len(tokens))
     return Text(
         question.id,
         question.language,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from rotdistill_core.checkpoint.models import Model, end_tokens
 from rotdistill_core.data.chat import TOKENIZER_CONFIG, ChatFormat
-from rotdistill_core.data.conversations import Conversation, first_chat
+from rotdistill_core.data.conversations import Conversation, first_chat, prompt_is_too_long
+from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import TOKENIZER_FILE, have_vocabularies, one_vocabulary
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.recipe.document import SamplesRef
@@ -189,6 +190,8 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
     With scaled rotary tables there is no such number: they are made to go further.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):  # opening the model refuses it
+        return None
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     if any(kind.get("rope_type", kind.get("type")) in SCALED for kind in kinds):
         return None
@@ -249,6 +252,24 @@ def require_room(
             f"it passes {limit}, the most that {source} was made for (max_position_embeddings). "
             "Shorten the system prompt or the question, or lower samples.answer_tokens."
         )
+
+
+def require_room_to_fit(
+    asked: Sequence[Conversation], lengths: Mapping[str, int], most: int
+) -> None:
+    """Refuse a text to fit on that is cut before its answer begins.
+
+    Args:
+        asked: the conversations.
+        lengths: id -> tokens of its prompt.
+        most: `samples.max_tokens`, which cuts every text but held-out ones.
+
+    Raises:
+        SetupError: naming the first one.
+    """
+    for each in asked:
+        if each.split != Split.HELDOUT and lengths[each.id] >= most:
+            raise prompt_is_too_long(each.id, lengths[each.id], most)
 
 
 def planned_chats(

@@ -82,11 +82,22 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _cached_folder(ref: ModelRef) -> Path | None:
-    """Return the folder of a Hugging Face model in the local cache, whole or not."""
+    """Return the folder of a Hugging Face model in the local cache, whole or not.
+
+    Raises:
+        SetupError: the name is none that a model on Hugging Face can have.
+    """
     # Loading it takes longer than the rest of a plan for local models.
     from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
 
-    config = try_to_load_from_cache(ref.model, RunLayout.CONFIG, revision=ref.revision)
+    try:
+        config = try_to_load_from_cache(ref.model, RunLayout.CONFIG, revision=ref.revision)
+    except HFValidationError as error:
+        raise SetupError(
+            f"{ref.model}: is no folder here, and no id of Hugging Face: {error} A revision has "
+            "a key of its own, `revision`."
+        ) from error
     return Path(config).parent if isinstance(config, str) else None
 
 

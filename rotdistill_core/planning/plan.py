@@ -26,6 +26,7 @@ from rotdistill_core.planning.chats import (
     planned_date,
     require_end_token,
     require_room,
+    require_room_to_fit,
 )
 from rotdistill_core.planning.cost import (
     Cost,
@@ -373,6 +374,7 @@ def _chats(
         texts = chat.prompts([chat.chat_of(each, style) for each in asked])
         lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
         heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}
+        require_room_to_fit(asked, lengths, recipe.samples.max_tokens)
         fitted = [lengths[q.id] + count(q.answer) for q in asked if q.answer]
         for shape in shapes:
             require_room(heldout, recipe.samples.answer_tokens, shape.config, chat.source)

@@ -259,7 +259,7 @@ def _kept_folder(refused: Ended, path: Path) -> str:
     of_report = path.name.startswith("report.") or path.name == RunLayout.CARD
     if wrong := unsound(refused, {0, 3} if of_report else {3}):
         return f"a folder in its place: {wrong}"
-    told = path.name in refused.err and "folder" in refused.err
+    told = path.name in refused.err and ("folder" in refused.err or "directory" in refused.err)
     return "" if told else "the folder in its place is not told"
 
 
@@ -356,7 +356,7 @@ READERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("show reads", ("show", "RUN"), ("results.jsonl",)),
     ("diff reads", ("diff", "RUN", "RUN"), ("results.jsonl",)),
     ("chat reads", ("chat", "RUN"), (WEIGHTS, "system.md", "checkpoints/full/tokenizer.json")),
-    ("report reads", ("report", "RUN"), ("results.jsonl", WEIGHTS)),
+    ("report reads", ("report", "RUN"), ("results.jsonl", "checkpoints/full/config.json")),
     ("a run reads", ("run", "next.toml", "--no-plan"), (WEIGHTS, "checkpoints/full/config.json")),
     ("a plan reads", ("plan", "next.toml"), (WEIGHTS, "checkpoints/full/config.json")),
 )

@@ -196,6 +196,20 @@ def test_texts_beyond_the_length_of_a_model_are_cut_or_refused(work: PicoWorkspa
         )
 
 
+def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_by_plan_as_by_run(
+    work: PicoWorkspace,
+) -> None:
+    work.recipe(STEPS, tables="samples.max_tokens = 16")
+    (index,) = work.folder.rglob("index.tsv")
+    header, first, *others = index.read_text(encoding="utf-8").split("\n")
+    cells = first.split("\t")
+    cells[header.split("\t").index("question")] += " w1" * 20
+    index.write_text("\n".join([header, "\t".join(cells), *others]), encoding="utf-8")
+    for said in both(work, 3):
+        assert "its prompt alone has" in said
+        assert "raise samples.max_tokens above 16" in said
+
+
 @pytest.mark.parametrize(
     ("rope", "limit"),
     [
@@ -204,9 +218,11 @@ def test_texts_beyond_the_length_of_a_model_are_cut_or_refused(work: PicoWorkspa
         ({"rope_type": "yarn", "factor": 4.0}, None),
         ({"type": "linear", "factor": 2.0}, None),
         ({"full_attention": {"rope_type": "dynamic", "factor": 2.0}}, None),
+        (1, None),
+        (["yarn"], None),
     ],
 )
-def test_scaled_tables_have_no_limit(rope: dict[str, Any], limit: int | None) -> None:
+def test_scaled_tables_have_no_limit(rope: Any, limit: int | None) -> None:
     assert position_limit({"max_position_embeddings": 64, "rope_parameters": rope}) == limit
     assert position_limit({"rope_scaling": rope}) is None
 

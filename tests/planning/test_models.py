@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.models import ModelNotAvailable, model_info
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import pico_model, save_folder
@@ -36,3 +37,9 @@ def test_a_shipped_config_describes_a_model_that_is_not_here(tmp_path: Path) -> 
 def test_a_model_that_is_neither_here_nor_described_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotAvailable, match=r"^nobody/nothing: .*nobody/nothing\.json"):
         model_info(ModelRef(model="nobody/nothing"), tmp_path, print)
+
+
+@pytest.mark.parametrize("name", ["owner/name@x", "owner/na me", "-owner/name", f"o/{'n' * 200}"])
+def test_a_name_that_no_model_can_have_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SetupError, match="is no folder here, and no id of Hugging Face"):
+        model_info(ModelRef(model=name), tmp_path, print)

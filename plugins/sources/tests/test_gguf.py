@@ -178,7 +178,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a norm lost": ({"lost": ["blk.0.attn_norm"]}, r"missing: model.layers.0.input_layernorm"),
     "the last norm lost": ({"lost": ["output_norm"]}, r"missing: model.norm"),
     "the embedding lost": ({"lost": ["token_embd"]}, r"pico\.gguf"),
-    "a layer more in the header": ({"blocks": 3}, r"missing: model.layers.2.* and 3 more"),
+    "a layer more in the header": ({"blocks": 3}, "holds 2 layers, and its header states 3"),
+    "very many in the header": ({"blocks": 10**9}, "holds 2 layers, and its header states 1000"),
     "a layer less in the header": ({"blocks": 1}, "holds 2 layers, and its header states 1"),
     "another shape": ({"wrong": "blk.0.attn_q"}, r"self_attn.q_proj"),
 }

@@ -99,10 +99,11 @@ def _require_one_model(gguf: Path) -> None:
         (_number(reader, name, held) for name in reader.fields if name.endswith(".block_count")),
         held,
     )
-    if held > stated:
+    if held != stated:
+        what = "leave the others out" if held > stated else "make random ones"
         raise SetupError(
             f"{gguf}: holds {held} layers, and its header states {stated}; transformers would "
-            "leave the others out. Get the whole file."
+            f"{what}. Get the whole file."
         )
 
 
