@@ -157,7 +157,8 @@ def _with_lessons(counts: TextCounts, lessons: Lessons, settings: SamplesRef) ->
     texts = general if lessons.general_from == "texts" else 0
     asked = lessons.count - texts
     proposed = texts + (asked if lessons.source == "teacher" else general - texts)
-    row = min(QUESTION_TOKENS + TEMPLATE_TOKENS + lessons.tokens, settings.max_tokens)
+    longest = max(settings.max_tokens - counts.prefix, 1)
+    row = min(QUESTION_TOKENS + TEMPLATE_TOKENS + lessons.tokens, longest)
     rows = asked * row + texts * (lessons.tokens + 1)
     fit = Split.FIT.value
     return replace(

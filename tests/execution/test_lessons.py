@@ -228,3 +228,16 @@ def test_questions_in_another_language_are_dropped(
     assert not any(int(name[:6]) % 2 for name in lessons)
     summary = json.loads(RunLayout(run.folder).lessons.read_text(encoding="utf-8"))
     assert "the question is in another language" in summary["dropped"]
+
+
+def test_a_base_model_without_a_template_proposes_questions_too(
+    executor: Callable[..., Executor],
+    teacher: Callable[[Write], list[Asked]],
+    work: Path,
+) -> None:
+    (work / "model" / "chat_template.jinja").unlink()
+    heard = teacher(lambda name, _: [*own(name), END])
+    samples = executor("run", *sets(6, general=0.5), "lessons.from=teacher").samples()
+    lessons = [text for text in samples.layout.texts if text.id.endswith(".lesson")]
+    assert len(lessons) == 6
+    assert all(each.prompt for each in heard)

@@ -210,6 +210,27 @@ def test_a_plan_lists_what_the_run_then_makes(before_run: Path) -> None:
     assert {"teacher's answers", "chop", "fidelity"} <= {line.id for line in again.lines}
 
 
+@pytest.mark.usefixtures("before_run")
+def test_lessons_are_planned_with_what_they_cost_and_how_many_there_can_be() -> None:
+    def planned(*sets: str) -> Plan:
+        loaded = load_recipe(Path("trial.toml"), [f"lessons.{each}" for each in sets])
+        return build_plan(loaded, Path("runs"), CPU)
+
+    without, few = planned(), planned("count=10", "from=teacher")
+    assert not any("lessons" in line.id for line in without.lines)
+    [line] = [line for line in few.lines if line.id == "10 lessons"]
+    assert line.seconds > 0 or line.ram_bytes > 0
+    assert few.texts.texts["fit"] == without.texts.texts["fit"] + 10
+    assert capture_bytes(few)["residuals"] > capture_bytes(without)["residuals"]
+    Path("forms.tsv").write_text("en\tw1 {topic}\n", encoding="utf-8")
+    [note] = [
+        note
+        for note in planned("count=5000", "forms=forms.tsv", "general=0.0").notes
+        if note.startswith("lessons:")
+    ]
+    assert "of the 5000 that lessons.count asks for can be made at most" in note
+
+
 def test_a_reused_result_costs_nothing(after_run: Path) -> None:
     planned = plan_of()
     assert planned.lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,13 @@ from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.text_counts import (
+    QUESTION_TOKENS,
     TEMPLATE_TOKENS,
     TextCounts,
     count_texts,
     token_counter,
 )
-from rotdistill_core.recipe.document import SamplesRef
+from rotdistill_core.recipe.document import Lessons, SamplesRef
 from rotdistill_core.testing import pico_tokenizer
 
 SETTINGS = SamplesRef(max_tokens=40, answer_tokens=30, own_answers=10)
@@ -57,6 +59,34 @@ def test_an_answer_that_the_teacher_writes_counts_in_full() -> None:
     assert (found.questions_asked, found.answer_tokens) == (2, 30 + 10)
     assert found.rows["heldout"] == 3 + TEMPLATE_TOKENS + 30
     assert found.rows["fit"] == 3 + TEMPLATE_TOKENS + 10
+
+
+@pytest.mark.parametrize(
+    ("options", "texts", "proposed"),
+    [
+        ({"general": 0.0}, 0, 0),
+        ({"general": 0.2}, 2, 2),
+        ({"general": 0.2, "general_from": "questions"}, 0, 2),
+        ({"general": 0.2, "from": "teacher"}, 2, 10),
+    ],
+)
+def test_lessons_are_fit_texts_that_the_teacher_writes(
+    options: dict[str, Any], texts: int, proposed: int
+) -> None:
+    lessons = Lessons.model_validate({"count": 10, "tokens": 7, **options})
+    plain = counts(question("fit", "x y"))
+    found = count_texts([question("fit", "x y")], "a b", SETTINGS, words, lessons)
+    row = min(QUESTION_TOKENS + TEMPLATE_TOKENS + 7, SETTINGS.max_tokens - plain.prefix)
+    assert found.rows["fit"] - plain.rows["fit"] == (10 - texts) * row + texts * (7 + 1)
+    assert found.texts["fit"] == 11
+    assert found.lessons == 10
+    assert found.lesson_tokens == (10 - texts) * 7 + proposed * QUESTION_TOKENS
+    assert found.questions_asked == plain.questions_asked
+
+
+def test_no_lessons_change_nothing() -> None:
+    found = count_texts([question("fit", "x y")], "a b", SETTINGS, words, Lessons(general=0.5))
+    assert found == counts(question("fit", "x y"))
 
 
 def test_long_texts_are_cut_and_heldout_ones_are_not() -> None:
