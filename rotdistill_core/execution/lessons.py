@@ -33,7 +33,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import decode_answer, prompt_tokens, tokens_of
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.context import RunContext
-from rotdistill_core.execution.engines import teacher_answers
+from rotdistill_core.execution.engines import connected_once, teacher_answers
 from rotdistill_core.plugin.engine import Answer, Asked
 from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.hashing import digest
@@ -109,6 +109,7 @@ class _Writer:
         """Answers and proposals that were made now."""
         self.tried = 0
         """Candidates that were tried."""
+        self._connect = connected_once(run)
         self._heads: dict[tuple[LessonKind, Examples], str] = {}
         self._settings = run.recipe.lessons
         self._domain = domain_of(run.conversations, self._settings, run.lesson_texts)
@@ -326,7 +327,7 @@ class _Writer:
         """Return what the teacher writes after prompts, in their order."""
         if not asked:
             return {}
-        kept = teacher_answers(self.run, asked, series)
+        kept = teacher_answers(self.run, asked, series, self._connect)
         self.made += kept.made
         return {name: kept.answers[name] for name in asked}
 

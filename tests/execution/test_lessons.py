@@ -12,8 +12,10 @@ import pytest
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.lessons import _Writer
 from rotdistill_core.forward.generate import AnswerWriter
 from rotdistill_core.plugin.engine import Answer, Asked
+from rotdistill_core.plugin.registry import connected_engine
 from rotdistill_core.store.layout import RunLayout
 
 FORMS = "language\tform\nen\tw1 {topic} w2\nen\tw3 w4 {topic}\n"
@@ -70,6 +72,25 @@ def test_lessons_are_found_again_and_follow_the_seed(
 
     monkeypatch.setattr(AnswerWriter, "answers", write_again)
     assert executor("two", *sets(8, general=0.5)).samples().digest() == made.digest()
+
+
+def test_the_engine_is_connected_once_for_all_blocks(
+    executor: Callable[..., Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotdistill_core.execution.lessons.LESSONS_PER_BLOCK", 4)
+    run = executor("run", *sets(12, general=0.5))
+    writer = _Writer(run.context, 512)
+    made: list[object] = []
+
+    def connected(*arguments: Any) -> Any:
+        made.append(connected_engine(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("rotdistill_core.execution.engines.connected_engine", connected)
+    lessons = writer.lessons()
+    assert len(lessons) == 12
+    assert writer.made >= 12
+    assert len(made) == 1
 
 
 def test_settings_of_lessons_count_only_with_lessons(
