@@ -44,7 +44,10 @@ WRAPPED: Mapping[str, tuple[str, ...]] = {
         "rotdistill_core.forward.layerwise:LayerwiseForward.__init__",
         "rotdistill_core.forward.layerwise:LayerwiseForward.run",
     ),
-    "answers, token by token": ("transformers:GenerationMixin.generate",),
+    "answers, token by token": (
+        "rotdistill_core.forward.growth:Growth._logits",
+        "transformers:GenerationMixin.generate",
+    ),
     "logits and KL": (
         "rotdistill_core.forward.head:head_logits",
         "rotdistill_core.forward.head:log_probs",

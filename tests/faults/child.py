@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from rotdistill_core import cli
 from rotdistill_core.execution import executor
 
@@ -159,6 +161,9 @@ def _become(
     """Turn this child into the command line; it never returns."""
     code = 1
     try:
+        # After a fork torch makes its pool of threads anew, when a thread first computes. Two that
+        # begin together would meet half of it, so the only thread does it now.
+        torch.set_num_threads(1)
         os.chdir(folder)
         for number, stream in enumerate(streams, start=1):
             os.dup2(stream, number)

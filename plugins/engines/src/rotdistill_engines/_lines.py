@@ -12,6 +12,7 @@ from rotdistill_core.data.text_files import NotUtf8Error, decode_utf8
 from rotdistill_core.errors import FEW, RecipeError
 from rotdistill_core.plugin.engine import Answer, Asked
 from rotdistill_core.store.hashing import sha256_of
+from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 from rotdistill_engines._reading import AnswerReader, UnusableAnswer
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class FileOfAnswers:
             RecipeError: see the class.
         """
         try:
-            text = decode_utf8(self.path.read_bytes())
+            text = decode_utf8(read_bytes(self.path, COLLECTION_BYTES))
         except OSError as error:
             raise RecipeError(f"{self.path}: cannot be read: {error.strerror}.") from error
         except NotUtf8Error as error:
