@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 FEW_TEXTS = (
     "--set",
-    "samples.limit=40",
+    "samples.limit=28",
     "--set",
     "samples.own_answers=8",
     "--set",
@@ -91,7 +91,13 @@ def processor_seconds() -> float:
 
 
 def run(where: Path, recipe: str, *words: str) -> Called:
-    few = (*FEW_TEXTS, "--set", f"samples.guard={where / 'guard.tsv'}")
+    few = (
+        *FEW_TEXTS,
+        "--set",
+        f"samples.guard={where / 'guard.tsv'}",
+        "--set",
+        f"samples.heldout={where / 'heldout.tsv'}",
+    )
     done = rotdistill(where, "run", str(ROOT / "recipes" / recipe), *few, *words)
     assert done.code == 0, done.err
     return done
@@ -100,8 +106,9 @@ def run(where: Path, recipe: str, *words: str) -> Called:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     where = tmp_path_factory.mktemp("job")
-    head, *guard = (ROOT / "samples/general/index.tsv").read_text(encoding="utf-8").splitlines()
-    (where / "guard.tsv").write_text("\n".join([head, *guard[::4], ""]), encoding="utf-8")
+    for name, file, step in (("guard", "general/index.tsv", 4), ("heldout", "heldout.tsv", 2)):
+        head, *rows = (ROOT / "samples" / file).read_text(encoding="utf-8").splitlines()
+        (where / f"{name}.tsv").write_text("\n".join([head, *rows[::step], ""]), encoding="utf-8")
     done = run(where, "tour_guide.toml", "--json")
     document = json.loads(done.out)
     return Job(where, Path(document["run_dir"]), figures(document["results"]), done.seconds)
