@@ -38,7 +38,7 @@ def run(
     recipe: str | Path | ResolvedRecipe,
     *,
     set: Mapping[str, object] | None = None,  # noqa: A002  as `--set` on the command line
-    runs: Path = RUNS_FOLDER,
+    runs: str | Path = RUNS_FOLDER,
     fresh: bool = False,
     observer: RunObserver | None = None,
 ) -> RunResult:
@@ -60,14 +60,14 @@ def run(
 
     watching = observer or QuietObserver()
     resolved = _resolve(recipe, set or {})
-    return Executor(resolved, runs, watching, watching.progress, fresh).go()
+    return Executor(resolved, Path(runs), watching, watching.progress, fresh).go()
 
 
 def plan(
     recipe: str | Path | ResolvedRecipe,
     *,
     set: Mapping[str, object] | None = None,  # noqa: A002  as `--set` on the command line
-    runs: Path = RUNS_FOLDER,
+    runs: str | Path = RUNS_FOLDER,
     fresh: bool = False,
     machine: Machine | None = None,
     log: Callable[[str], None] = lambda _: None,
@@ -86,7 +86,8 @@ def plan(
         RotdistillError: the recipe is wrong, or its models or texts are missing or do not fit.
     """
     resolved = _resolve(recipe, set or {})
-    return build_plan(resolved, runs, machine or this_machine(runs), fresh, log)
+    folder = Path(runs)
+    return build_plan(resolved, folder, machine or this_machine(folder), fresh, log)
 
 
 def _resolve(

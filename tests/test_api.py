@@ -77,7 +77,9 @@ def test_a_run_returns_typed_results_and_prints_nothing(
 
 def test_an_observer_gets_lines_progress_and_events(work: Path) -> None:
     watch = Watch()
-    run(work / "trial.toml", runs=work / "other", fresh=True, observer=watch)
+    # A folder of runs may be named by text, as a recipe may.
+    result = run(work / "trial.toml", runs=str(work / "other"), fresh=True, observer=watch)
+    assert result.folder.parent == work / "other"
     assert watch.steps[:3] == ["base chop", "base residuals", "base fidelity"]
     assert any("answers" in line for line in watch.lines)
     assert watch.notes
@@ -96,7 +98,7 @@ def test_a_failed_variant_carries_the_result(work: Path) -> None:
 @pytest.mark.parametrize("load", [str, Path, load_recipe])
 def test_overrides_are_python_values(work: Path, load: Callable[[Path], Any]) -> None:
     values = {"chop.layers": 1, "refit.ridge": (0.5, 2.0), "seed": 3, "variants.full": []}
-    planned = plan(load(work / "trial.toml"), set=values)
+    planned = plan(load(work / "trial.toml"), set=values, runs=str(work / "runs"))
     words = ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3", "variants.full=[]"]
     expected = load_recipe(work / "trial.toml", words)
     assert planned.folder.name == expected.folder(Path("runs")).name
