@@ -13,6 +13,7 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -114,38 +115,54 @@ def _imported_by(paths: Iterable[Path]) -> Iterator[str]:
 def _core_modules(names: Iterable[str]) -> set[Path]:
     """Return the files of the core that these dotted names lead to, directly or not."""
     public = _public_names()
+    there = _core_files()
     found: set[Path] = set()
     waiting = set(names)
     followed: set[str] = set()
     while waiting:
         name = waiting.pop()
         followed.add(name)
-        path = _core_file(name, public)
+        path = _core_file(name, public, there)
         if path and path not in found:
             found.add(path)
             waiting |= {*_parsed(path).imports} - followed
     return found
 
 
-def _core_file(name: str, public: Mapping[str, str]) -> Path | None:
+def _core_files() -> dict[str, Path]:
+    """Return the files of the core by the dotted name of each module, relative to the core.
+
+    A digest asks for some 200 names: to list the folders once costs less than to look for each.
+    """
+    files: dict[str, Path] = {}
+    for folder, _, names in os.walk(CORE_FOLDER):
+        package = os.path.relpath(folder, CORE_FOLDER).replace(os.sep, ".").strip(".")
+        for name in names:
+            module, dot, ending = name.partition(".")
+            if dot and ending == "py":
+                dotted = package if module == "__init__" else f"{package}.{module}".strip(".")
+                files[dotted] = Path(folder, name)
+    return files
+
+
+def _core_file(name: str, public: Mapping[str, str], there: Mapping[str, Path]) -> Path | None:
     """Return the file of the core that defines a dotted name; None where figures cannot depend on
     it.
 
-    `public` are the names that the core exports lazily, with the dotted name of each.
+    `public` are the names that the core exports lazily, with the dotted name of each; `there` are
+    the files of the core.
     """
     package, _, rest = name.partition(".")
     if package != CORE_PACKAGE:
         return None
     if rest in public:  # `from rotdistill_core import Maps`
-        return _core_file(public[rest], public)
+        return _core_file(public[rest], public, there)
     if any(name == part or name.startswith(f"{part}.") for part in NO_FIGURES):
         return None
-    parts = rest.split(".")
-    for length in range(len(parts), 0, -1):
-        module = CORE_FOLDER.joinpath(*parts[:length])
-        for path in (module.with_suffix(".py"), module / "__init__.py"):
-            if path.is_file():
-                return path
+    while rest:
+        if rest in there:
+            return there[rest]
+        rest = rest.rpartition(".")[0]
     return None
 
 
