@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.checkpoint.headers import config_items
@@ -35,10 +36,12 @@ def empty_model(weights: Weights, dtype: torch.dtype) -> Any:
     with reading(path, "the model that it describes"):
         try:
             config = transformers_config(weights.config)
-            with init_empty_weights(include_buffers=False):
+            # Random numbers for parameters that have no memory would be most of the time.
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 model: Any = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, trust_remote_code=False
                 )
+            model.tie_weights(recompute_mapping=False)
         except KeyError as error:
             [word] = error.args or [""]
             keys = [key for key, value in config_items(weights.config) if value == word]
