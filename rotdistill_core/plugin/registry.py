@@ -12,7 +12,9 @@ touch a run that does not use it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,7 +76,29 @@ def installed_plugins(group: str) -> list[str]:
 
 def _points(group: str) -> list[EntryPoint]:
     """Return the entry points of a group, and what the core offers itself."""
-    return [*entry_points(group=group), *(each for each in CORE_PLUGINS if each.group == group)]
+    own = (each for each in CORE_PLUGINS if each.group == group)
+    return [*_installed(group, tuple(map(_last_change, sys.path))), *own]
+
+
+@lru_cache(maxsize=32)
+def _installed(group: str, _folders: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """Return the entry points of a group.
+
+    They are read again when an entry of `sys.path` has changed: what is installed or removed adds
+    or removes a folder there. A run asks several times, and each reading opens a file of every
+    distribution.
+    """
+    return tuple(entry_points(group=group))
+
+
+def _last_change(path: str) -> tuple[str, int]:
+    """Return the folder of an entry of `sys.path`, and when it changed last in nanoseconds; -1
+    where there is none."""
+    folder = Path(path).absolute()
+    try:
+        return str(folder), folder.stat().st_mtime_ns
+    except OSError:
+        return str(folder), -1
 
 
 def find_plugin(group: str, name: str) -> EntryPoint:

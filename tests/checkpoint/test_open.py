@@ -85,7 +85,7 @@ def test_a_kind_without_a_source_is_refused_with_what_to_do(model: str, wanted: 
 
 
 def test_without_any_source_a_hub_id_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotdistill_core.plugin.registry.entry_points", lambda **_: ())
+    monkeypatch.setattr("rotdistill_core.plugin.registry._points", lambda _: [])
     with pytest.raises(PluginError, match=r"opens ids of a model hub .* None is installed"):
         located("owner/model")
 

@@ -359,3 +359,15 @@ def test_one_verb_in_two_distributions_names_both(install: Install) -> None:
 def test_a_verb_of_the_core_is_not_replaced(install: Install) -> None:
     install("acme-check", "check", VERB, COMMANDS)
     assert "hop" not in command_line("check", "--help")[1]
+
+
+def test_what_is_installed_while_the_program_runs_is_found(
+    install: Callable[..., str], tmp_path: Path
+) -> None:
+    install("acme-spin", "spin", "x = 1\n")
+    assert "turn" not in installed_plugins(STEPS)
+    info = tmp_path / "acme-spin" / "acme_turn-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-turn\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{STEPS}]\nturn = fake_acme_spin\n")
+    assert "turn" in installed_plugins(STEPS)

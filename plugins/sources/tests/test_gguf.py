@@ -168,7 +168,7 @@ def test_a_file_that_is_nowhere_is_refused() -> None:
 
 
 def test_without_the_plugin_the_reference_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rotdistill_core.plugin.registry.entry_points", lambda **_: ())
+    monkeypatch.setattr("rotdistill_core.plugin.registry._points", lambda _: [])
     with pytest.raises(PluginError, match=r'"\.gguf"'):
         locate_model(ModelRef(model="some.gguf"))
 
