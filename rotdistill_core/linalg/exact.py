@@ -1,0 +1,197 @@
+"""Sums of float64 tensors that do not depend on the order of their terms.
+
+A float64 sum changes its last bits with the order and the grouping of its terms, and so with the
+number of processes that share the work. Here each term is written in fixed point, as two int64
+limbs, before it is added. Integers add up to the same bits in any order and any grouping.
+
+Fixed point: a term `m` becomes `hi + lo · 2^-40` in units of `2^-scale`, with `hi` the nearest
+integer and `|lo| <= 2^39`. A term of at least `2^12` units is kept bit by bit, because a float64 of
+that size has no digit below `2^-40`. Smaller terms are off by at most `2^-41` units. With `scale`
+from the bound B of the sum, the first are all terms above `2^-48 B`, and the others are off by less
+than `2^-100 B`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from rotdistill_core.errors import RotdistillError
+from rotdistill_core.linalg.precision import SUM_DTYPE, sum_device
+from rotdistill_core.linalg.solvers import require_finite
+
+LOW_BITS = 40
+"""Binary digits of the lower limb."""
+HIGH_BITS = 62
+"""The terms of the upper limb add up to at most `2^62` in size: no partial sum leaves an int64."""
+MAX_TERMS = 1 << 22
+"""Terms of a sum. The lower limbs of so many add up to at most `2^61`."""
+MAX_EXPONENT = 900
+"""Bounds between `2^-900` and `2^900` have a unit that float64 can hold."""
+
+
+class Sum(Protocol):
+    """A sum of tensors of one shape that can be joined with another."""
+
+    def add(self, term: Tensor) -> None:
+        """Add a tensor, on its device."""
+
+    def merge(self, other: Self) -> None:
+        """Add the terms of another sum of the same kind."""
+
+    def value(self) -> Tensor:
+        """Return the sum in float64, on the host."""
+
+
+class FloatSum:
+    """A sum in float64, whose last bits depend on the order of its terms."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._total = torch.zeros(tuple(shape), dtype=SUM_DTYPE)
+
+    def add(self, term: Tensor) -> None:
+        """Add a tensor. The sum moves to its device, or to the host without float64."""
+        self._total = self._total.to(sum_device(term.device))
+        self._total += term.to(self._total)
+
+    def merge(self, other: FloatSum) -> None:
+        """Add the terms of another sum."""
+        self.add(other._total)
+
+    def value(self) -> Tensor:
+        """Return the sum in float64, on the host."""
+        self._total = self._total.cpu()
+        return self._total
+
+
+@dataclass(frozen=True)
+class ExactState:
+    """All of an `ExactSum`, to be stored or sent. States of one scale add up field by field."""
+
+    limbs: Tensor
+    """`[2, *shape]`, int64: upper and lower limbs, on the host."""
+    scale: int
+    """The unit is `2^-scale`."""
+    terms: int
+    """Number of terms."""
+    size: int
+    """Upper bound of what the upper limbs of the terms add up to in size."""
+
+
+class ExactSum:
+    """A sum in fixed point: the same bits in any order and any grouping of its terms.
+
+    The bound has to be the same wherever parts of one sum are added up, so it comes from the
+    problem and not from the data: n rows of width d and RMS 1 have products of at most `n d`.
+    """
+
+    def __init__(self, shape: Sequence[int], bound: float, where: str = "sum") -> None:
+        """Begin an empty sum.
+
+        Args:
+            shape: of all terms.
+            bound: what the largest entries of all terms add up to in size, at most.
+            where: names the place in errors.
+
+        Raises:
+            ValueError: the bound is not a positive number between `2^-900` and `2^900`.
+        """
+        exponent = math.frexp(bound)[1] if bound > 0 and math.isfinite(bound) else None
+        if exponent is None or abs(exponent) > MAX_EXPONENT:
+            raise ValueError(f"{where}: no sum can have the bound {bound}.")
+        # One digit is left for what rounding adds, and for a bound that is close.
+        self._begin(torch.zeros(2, *shape, dtype=torch.int64), HIGH_BITS - 1 - exponent, where)
+
+    def _begin(self, limbs: Tensor, scale: int, where: str) -> None:
+        self._limbs = limbs
+        self._scale = scale
+        self._where = where
+        self._terms = 0
+        self._size = 0
+
+    def add(self, term: Tensor) -> None:
+        """Add a tensor of the shape of the sum; the sum moves to its device.
+
+        Raises:
+            RotdistillError: a value is NaN or Inf, or the sum could leave its limbs. The sum stays
+                as it was.
+            ValueError: the shape is another.
+        """
+        if term.shape != self._limbs.shape[1:]:
+            raise ValueError(
+                f"{self._where}: a term of shape {tuple(term.shape)} in a sum of shape "
+                f"{tuple(self._limbs.shape[1:])}."
+            )
+        require_finite(term, self._where)
+        device = sum_device(term.device)
+        # Exact: a power of two changes only the exponent.
+        scaled = term.to(device, SUM_DTYPE) * 2.0**self._scale
+        largest = float(scaled.abs().max()) if scaled.numel() else 0.0
+        # What is Inf in these units has no size; it needs more room than there is.
+        size = math.ceil(largest) + 1 if math.isfinite(largest) else (1 << HIGH_BITS) + 1
+        self._require_room(1, size)
+        hi = scaled.round()
+        # Exact: the difference to the nearest integer has the digits of `scaled` after the point.
+        lo = ((scaled - hi) * 2.0**LOW_BITS).round()
+        self._limbs = self._limbs.to(device)
+        self._limbs[0] += hi.to(torch.int64)
+        self._limbs[1] += lo.to(torch.int64)
+        self._terms += 1
+        self._size += size
+
+    def merge(self, other: ExactSum) -> None:
+        """Add the terms of another sum.
+
+        Raises:
+            RotdistillError: the two together could leave their limbs. The sum stays as it was.
+            ValueError: the two have different shapes or bounds.
+        """
+        if (self._limbs.shape, self._scale) != (other._limbs.shape, other._scale):
+            raise ValueError(f"{self._where}: sums of different shapes or bounds are not one sum.")
+        self._require_room(other._terms, other._size)
+        self._limbs += other._limbs.to(self._limbs.device)
+        self._terms += other._terms
+        self._size += other._size
+
+    def _require_room(self, terms: int, size: int) -> None:
+        """Raise unless so many terms of this size in all fit into the limbs."""
+        if self._size + size > 1 << HIGH_BITS:
+            raise RotdistillError(
+                f"{self._where}: the terms are larger than the bound of their exact sum allows; "
+                f"the largest sum is {2.0 ** (HIGH_BITS - self._scale):.3g}. Nothing was added."
+            )
+        if self._terms + terms > MAX_TERMS:
+            raise RotdistillError(
+                f"{self._where}: an exact sum takes {MAX_TERMS:,} terms at most; nothing was added."
+            )
+
+    def value(self) -> Tensor:
+        """Return the sum in float64, on the host, with a relative error of at most 2.3e-16.
+
+        It is a function of the limbs' integer alone, so it has the same bits wherever that has.
+        """
+        hi, lo = self._limbs.cpu()
+        # Carry what the lower limb has above its digits. Then its rest is exact in float64.
+        carry = (lo + (1 << (LOW_BITS - 1))) >> LOW_BITS
+        rest = lo - (carry << LOW_BITS)
+        units = (hi + carry).to(SUM_DTYPE) + rest.to(SUM_DTYPE) * 2.0**-LOW_BITS
+        return units * 2.0**-self._scale
+
+    def state(self) -> ExactState:
+        """Return a copy of everything, on the host."""
+        limbs = self._limbs.to("cpu", copy=True)
+        return ExactState(limbs, self._scale, self._terms, self._size)
+
+    @classmethod
+    def restore(cls, state: ExactState, where: str = "sum") -> ExactSum:
+        """Return the sum that `state` described; further terms can be added to it."""
+        restored = cls.__new__(cls)
+        restored._begin(state.limbs.clone(), state.scale, where)
+        restored._terms = state.terms
+        restored._size = state.size
+        return restored
