@@ -175,7 +175,7 @@ class ExactSum:
 
         It is a function of the limbs' integer alone, so it has the same bits wherever that has.
         """
-        hi, lo = self._limbs.cpu()
+        hi, lo = self._limbs.cpu().unbind(0)
         # Carry what the lower limb has above its digits. Then its rest is exact in float64.
         carry = (lo + (1 << (LOW_BITS - 1))) >> LOW_BITS
         rest = lo - (carry << LOW_BITS)
