@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from rotdistill_core.linalg.precision import CPU, SUM_DTYPE, sum_device, widened
+from rotdistill_core.linalg.exact import ExactSum, FloatSum, Sum
+from rotdistill_core.linalg.precision import SUM_DTYPE, sum_device, widened
 
 
 class Moments:
@@ -14,53 +17,86 @@ class Moments:
     `xx = Σ w x xᵀ [d_x, d_x]`, `xy = Σ w x yᵀ [d_x, d_y]`, `yy = Σ w ‖y‖²`, `weight = Σ w`. They
     are additive, batch after batch, in any order. Products are taken in float32 at least, sums in
     float64. They are kept on the device of the rows. Reading them copies them to the host, once.
+
+    Moments made by `exact` have the same bits in any order and any grouping of the batches.
     """
 
     def __init__(self, d_x: int, d_y: int) -> None:
-        self._xx = torch.zeros(d_x, d_x, dtype=SUM_DTYPE)
-        self._xy = torch.zeros(d_x, d_y, dtype=SUM_DTYPE)
-        self._yy = torch.zeros((), dtype=SUM_DTYPE)
-        self._weight = torch.zeros((), dtype=SUM_DTYPE)
+        self._xx: Sum = FloatSum((d_x, d_x))
+        self._xy: Sum = FloatSum((d_x, d_y))
+        self._yy: Sum = FloatSum(())
+        self._weight: Sum = FloatSum(())
+
+    @classmethod
+    def exact(cls, d_x: int, d_y: int, bound: float, where: str = "moments") -> Self:
+        """Return moments whose bits do not depend on the order of the batches; see `ExactSum`.
+
+        Args:
+            d_x: width of x.
+            d_y: width of y.
+            bound: what `Σ w max(‖x‖², ‖y‖², 1)` is at most. No entry of a sum is larger.
+            where: names the place in errors.
+
+        Raises:
+            ValueError: no sum can have this bound.
+        """
+        moments = cls(d_x, d_y)
+        moments._xx = ExactSum((d_x, d_x), bound, f"{where}, xx")
+        moments._xy = ExactSum((d_x, d_y), bound, f"{where}, xy")
+        moments._yy = ExactSum((), bound, f"{where}, yy")
+        moments._weight = ExactSum((), bound, f"{where}, weight")
+        return moments
 
     def add(self, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1)."""
+        """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1).
+
+        Raises:
+            RotdistillError: the moments are exact, and a sum is not finite or beyond the bound.
+                They then hold a part of the batch and are of no further use.
+        """
         X = widened(X)
         w = torch.ones_like(X[:, 0]) if weights is None else weights.to(X)
         # The root of the weight on both sides, so that each product carries the weight once.
         root = w.sqrt()[:, None]
         X, Y = X * root, Y.to(X) * root
-        self._move(sum_device(X.device))
-        self._xx += (X.T @ X).to(self._xx)
-        self._xy += (X.T @ Y).to(self._xy)
-        self._yy += Y.to(self._yy).pow(2).sum()
-        self._weight += w.sum().to(self._weight)
+        self._xx.add(X.T @ X)
+        self._xy.add(X.T @ Y)
+        self._yy.add(Y.to(sum_device(Y.device), SUM_DTYPE).pow(2).sum())
+        self._weight.add(w.sum())
 
-    def _move(self, device: torch.device) -> None:
-        """Keep the sums on a device from now on."""
-        self._xx, self._xy = self._xx.to(device), self._xy.to(device)
-        self._yy, self._weight = self._yy.to(device), self._weight.to(device)
+    def merge(self, other: Moments) -> None:
+        """Add the rows of other moments of the same widths, both exact or neither.
+
+        Raises:
+            RotdistillError: exact sums go beyond the bound together.
+            ValueError: one of the two is exact, or they have different widths or bounds.
+        """
+        if type(self._xx) is not type(other._xx):
+            raise ValueError("Exact moments and others have no sum that is exact.")
+        self._xx.merge(other._xx)
+        self._xy.merge(other._xy)
+        self._yy.merge(other._yy)
+        self._weight.merge(other._weight)
 
     @property
     def xx(self) -> Tensor:
         """`Σ w x xᵀ [d_x, d_x]`, float64, on the host."""
-        self._move(CPU)
-        return self._xx
+        return self._xx.value()
 
     @property
     def xy(self) -> Tensor:
         """`Σ w x yᵀ [d_x, d_y]`, float64, on the host."""
-        self._move(CPU)
-        return self._xy
+        return self._xy.value()
 
     @property
     def yy(self) -> float:
         """`Σ w ‖y‖²`."""
-        return float(self._yy)
+        return float(self._yy.value())
 
     @property
     def weight(self) -> float:
         """`Σ w`."""
-        return float(self._weight)
+        return float(self._weight.value())
 
     def error(self, B: Tensor) -> float:
         """Return `Σ w ‖y - x B‖²` for `B [d_x, d_y]`, from the sums alone."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rotdistill_core.errors import RotdistillError
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.solvers import ridge
 
@@ -88,3 +89,67 @@ def test_products_of_narrow_rows_are_those_of_float64(dtype: torch.dtype) -> Non
     B = ridge(moments.xx, moments.xy, 0.003, "here")
     exact = ridge(exact_xx, exact_xy, 0.003, "here")
     assert float((B - exact).norm() / exact.norm()) < 1e-3
+
+
+def exact_moments(X: Tensor, Y: Tensor, w: Tensor, bound: float = 1e4) -> Moments:
+    moments = Moments.exact(X.shape[1], Y.shape[1], bound)
+    moments.add(X, Y, w)
+    return moments
+
+
+@few
+@given(seeds, widths, widths, st.permutations(range(6)), st.integers(1, 5))
+def test_exact_moments_have_the_same_bits_in_any_order_and_grouping(
+    seed: int, d: int, e: int, order: list[int], cut: int
+) -> None:
+    X, Y = randn(seed, 6, 5, d), randn(seed + 1, 6, 5, e)
+    w = randn(seed + 2, 6, 5).abs()
+    in_order = Moments.exact(d, e, 1e4)
+    for k in range(6):
+        in_order.add(X[k], Y[k], w[k])
+    first, second = Moments.exact(d, e, 1e4), Moments.exact(d, e, 1e4)
+    for k in order[:cut]:
+        first.add(X[k], Y[k], w[k])
+    for k in order[cut:]:
+        second.merge(exact_moments(X[k], Y[k], w[k]))
+    second.merge(first)
+    assert torch.equal(second.xx, in_order.xx)
+    assert torch.equal(second.xy, in_order.xy)
+    assert (second.yy, second.weight) == (in_order.yy, in_order.weight)
+
+
+@few
+@given(seeds, widths, widths)
+def test_exact_moments_agree_with_others(seed: int, d: int, e: int) -> None:
+    X, Y, w = randn(seed, 9, d), randn(seed + 1, 9, e), randn(seed + 2, 9).abs()
+    exact, plain = exact_moments(X, Y, w), filled(X, Y, w)
+    for one, two in ((exact.xx, plain.xx), (exact.xy, plain.xy)):
+        assert float((one - two).norm()) <= 1e-15 * float(two.norm())
+    assert exact.yy == pytest.approx(plain.yy, rel=1e-15)
+    assert exact.weight == pytest.approx(plain.weight, rel=1e-15)
+
+
+def test_merged_moments_are_those_of_all_rows() -> None:
+    X, Y = randn(0, 10, 3), randn(1, 10, 2)
+    merged = filled(X[:4], Y[:4])
+    merged.merge(filled(X[4:], Y[4:]))
+    assert_same(merged, filled(X, Y))
+
+
+def test_merging_leaves_the_other_moments_as_they_were() -> None:
+    one, two = filled(randn(0, 4, 3), randn(1, 4, 2)), filled(randn(2, 4, 3), randn(3, 4, 2))
+    before = two.xx.clone()
+    one.merge(two)
+    assert torch.equal(two.xx, before)
+
+
+def test_exact_moments_and_others_are_not_merged() -> None:
+    X, Y, w = randn(0, 4, 3), randn(1, 4, 2), torch.ones(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Exact moments and others"):
+        exact_moments(X, Y, w).merge(filled(X, Y))
+
+
+def test_exact_moments_beyond_their_bound_are_refused() -> None:
+    X, Y, w = randn(0, 40, 3), randn(1, 40, 2), torch.ones(40, dtype=torch.float64)
+    with pytest.raises(RotdistillError, match=r"moments, xx: the terms are larger than the bound"):
+        exact_moments(X, Y, w, bound=1.0)
