@@ -82,7 +82,7 @@ def random_recipe(draw: random.Random, model: str, count: int, name: str, guard:
         "ridge": [power(draw, -6, 6)],
         "writers": draw.choice([["neurons"], ["heads"], ["heads", "neurons"]]),
         "alpha": draw.choice([0.25, 1.0]),
-        "sink_weight": draw.choice([1.0, 1000.0]),
+        "sink_weight": draw.choice([0.003, 3.125]),
     }
     head = {
         "ridge": [power(draw, -6, 6)],

@@ -78,7 +78,7 @@ def test_no_draw_leaves_the_student_worse(teacher: Model, tmp_path: Path, seed: 
         ridge=(10 ** draw.uniform(-6, 6),),
         writers=draw.choice([("neurons",), ("heads",), ("heads", "neurons")]),
         alpha=draw.choice([0.25, 1.0]),
-        sink_weight=draw.choice([1.0, 1000.0]),
+        sink_weight=draw.choice([0.003, 3.125]),
     )
     head = LmHeadRidge(
         ridge=(10 ** draw.uniform(-6, 6),),

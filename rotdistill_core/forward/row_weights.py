@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.activations import massive_activation_mask, mean_square
 
 SINK_RMS = 10.0
@@ -47,8 +48,9 @@ def row_weights(
         states: the stream `[rows, d]`, from which sinks are recognised.
         layout: the texts of the rows.
         prompt: weight of a row of the shared prompt.
-        sink: weight of position 0 and of massive activations, above all other kinds. Texts that do
-            not begin with the shared prefix have a sink each, and share one weight.
+        sink: weight of position 0 and of massive activations, above all other kinds. The sink of a
+            text that does not begin with the shared prefix is read by that text alone, so it has
+            one text's share of this weight.
         teacher_answer: weight of a row that predicts an answer written by the teacher.
         teacher_answered: ids of the texts with such an answer.
     """
@@ -60,10 +62,13 @@ def row_weights(
             weights[first:end] = teacher_answer
     sinks = massive_activation_mask(states).index_fill(0, torch.zeros(1, dtype=torch.long), True)
     weights[sinks] = sink
-    apart = sinks & _apart(layout)
-    # All texts of the prefix share one sink, and one sink is what those without it share, too.
-    weights[apart] = sink / max(int(apart.sum()), 1)
+    weights[sinks & _apart(layout)] = sink / max(sharing_texts(layout), 1)
     return weights
+
+
+def sharing_texts(layout: PackedTexts) -> int:
+    """Return how many texts to fit on begin with the shared prefix."""
+    return sum(text.split == Split.FIT and not text.plain for text in layout.texts)
 
 
 def _apart(layout: PackedTexts) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.activations import massive_activation_mask, rms_normalise
 from rotdistill_core.forward.row_weights import (
     SINK_RMS,
@@ -59,7 +60,7 @@ def test_each_kind_of_row_has_its_weight() -> None:
     assert (weights[kinds] == 1).all()
 
 
-def test_texts_without_the_prefix_share_one_sink_and_keep_their_teacher_answers() -> None:
+def test_texts_without_the_prefix_have_a_texts_share_of_a_sink_and_keep_their_answers() -> None:
     shared = packed()
     plain = tuple(
         replace(text, id=f"p{k}", tokens=text.tokens[:9], answer=1, plain=True)
@@ -73,7 +74,8 @@ def test_texts_without_the_prefix_share_one_sink_and_keep_their_teacher_answers(
         rows, layout, prompt=30.0, sink=1000.0, teacher_answer=4.0, teacher_answered={"p0"}
     )
     assert weights[0] == 1000
-    assert weights[first] == weights[second] == 500
+    fitted = sum(text.split == Split.FIT for text in shared.texts)
+    assert weights[first] == weights[second] == 1000 / fitted
     assert (weights[first + 1 : second] == 4).all()
     assert (weights[second + 1 :] == 1).all()
 

@@ -29,7 +29,12 @@ from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
-from rotdistill_core.forward.row_weights import clip_sinks, over_mean_square, row_weights
+from rotdistill_core.forward.row_weights import (
+    clip_sinks,
+    over_mean_square,
+    row_weights,
+    sharing_texts,
+)
 from rotdistill_core.forward.writer_moments import writer_moments
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.store.layout import RunLayout
@@ -146,11 +151,13 @@ def layer_problem(
     """Return the regression towards `targets` `[rows, d]` with its row weights."""
     if step.row_weighting == "rms":
         targets = clip_sinks(targets)
+        # Every text attends to these rows, so they count more where there are more texts.
+        readers = sharing_texts(layout)
         counts = row_weights(
             targets,
             layout,
-            prompt=step.prompt_weight,
-            sink=step.sink_weight,
+            prompt=readers * step.prompt_weight,
+            sink=readers * step.sink_weight,
             teacher_answer=step.teacher_answer_weight,
             teacher_answered=samples.teacher_answered(),
         )

@@ -53,12 +53,12 @@ class WriterRefit:
     """`"rms"`: weight a row by 1/RMS² of its target, shorten sinks, and weight shared prompt,
     sinks and teacher answers as below. `"plain"`: every token of every text counts 1, so the shared
     prompt counts once for each text. `"distinct"`: the same, but the shared prompt counts once."""
-    prompt_weight: Annotated[float, Field(ge=0)] = 30.0
-    """Weight of a row of the shared prompt, which is stored once and attended to by every text.
+    prompt_weight: Annotated[float, Field(ge=0)] = 0.09375
+    """Weight of a row of the shared prompt for each text to fit on: the row is stored once and
+    attended to by every text. Only with `row_weighting = "rms"`."""
+    sink_weight: Annotated[float, Field(ge=0)] = 3.125
+    """Weight of an attention sink (position 0 and massive activations) for each text to fit on.
     Only with `row_weighting = "rms"`."""
-    sink_weight: Annotated[float, Field(ge=0)] = 1000.0
-    """Weight of an attention sink (position 0 and massive activations). Only with
-    `row_weighting = "rms"`."""
     teacher_answer_weight: Annotated[float, Field(ge=0)] = 4.0
     """Weight of a row that predicts an answer written by the teacher (`samples.own_answers`).
     Only with `row_weighting = "rms"`."""
