@@ -107,7 +107,8 @@ class TeacherTargets:
     def _captured(self, layout: PackedTexts, boundary: int) -> CapturedRows:
         """Return the student's captured rows among those of `layout`."""
         student = self.activations.layouts[Side.STUDENT]
-        texts = tuple(text for text in student.texts if text in layout.texts)
+        wanted = frozenset(layout.texts)
+        texts = tuple(text for text in student.texts if text in wanted)
         common = replace(student, texts=texts)
         place = torch.full((layout.rows,), -1)
         place[common.row_indices_in(layout)] = common.row_indices_in(student)
