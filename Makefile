@@ -10,7 +10,7 @@ empty :=
 space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,. benchmarks $(wildcard plugins/*/src))
 
-.PHONY: setup demo test faults bench docs wheels
+.PHONY: setup demo test types suite faults bench docs wheels
 
 setup: $(STAMP)
 
@@ -28,8 +28,13 @@ demo: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory --jobs 2 types suite
+
+types:
+	$(BIN)/mypy
+
+suite:
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup

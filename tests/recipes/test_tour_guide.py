@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -165,13 +164,6 @@ def test_the_certificate_is_in_the_ledger(job: Job) -> None:
     assert certificate["unfold"] <= 1e-12
 
 
-def test_the_published_form_is_farther(job: Job) -> None:
-    done = run(job.where, "replaceme.toml", "--set", 'variants.published=["refit"]', "--json")
-    assert "published    residuals        reused" in done.err
-    published = figures(json.loads(done.out)["results"])["published"]
-    assert job.table["full"]["kl"] < 0.5 * published["kl"]
-
-
 def test_a_second_run_recomputes_nothing(job: Job) -> None:
     results = results_in(job.folder / "ledger.jsonl")
     before = {p: p.stat().st_mtime_ns for p in (job.folder / "checkpoints").rglob("*")}
@@ -205,20 +197,9 @@ def test_every_checkpoint_loads_without_rotdistill(job: Job, tmp_path: Path) -> 
         assert (folder / "COMPLETE").is_file()
 
 
-def test_check_recomputes_and_a_flipped_byte_is_made_again(job: Job) -> None:
+def test_check_recomputes_the_whole_run(job: Job) -> None:
     whole = rotdistill(job.where, "check", str(job.folder))
     assert (whole.code, whole.err.strip().rpartition(" files, ")[2]) == (
         0,
         "2 models, 23 maps, 1 folds undone, 0 problems",
     )
-    shard = job.folder / "shards/student/residual/00003.safetensors"
-    data = bytearray(shard.read_bytes())
-    data[-5] ^= 1
-    shard.write_bytes(data)
-    weights = load_file(job.folder / "checkpoints/full/model.safetensors")
-    again = run(job.where, "tour_guide.toml")
-    assert "student/residual/00003.safetensors" in again.err
-    data[-5] ^= 1
-    assert shard.read_bytes() == bytes(data)  # made again, the same
-    after = load_file(job.folder / "checkpoints/full/model.safetensors")
-    assert all(weights[name].equal(after[name]) for name in weights)
