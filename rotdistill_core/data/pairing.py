@@ -6,12 +6,10 @@ answer and what the template writes after them are the same tokens at other plac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.packed import PackedTexts, Text
 
 UNPAIRED = (0, 0)
 """The span of a row without a pair: it holds no row."""
@@ -33,7 +31,7 @@ def pair_tokens(student: PackedTexts, teacher: PackedTexts) -> Tensor:
     """
     spans = torch.tensor([UNPAIRED]).repeat(student.rows, 1)
     for k, (own, theirs) in enumerate(zip(student.texts, teacher.texts, strict=True)):
-        first, last = common_ends(own.tokens, theirs.tokens)
+        first, last = _common_ends(own, theirs)
         shift = len(theirs.tokens) - len(own.tokens)
         pairs = [(at, at) for at in range(first)]
         pairs += [(at, at + shift) for at in range(len(own.tokens) - last, len(own.tokens))]
@@ -43,16 +41,16 @@ def pair_tokens(student: PackedTexts, teacher: PackedTexts) -> Tensor:
     return spans
 
 
-def common_ends(one: Sequence[int], two: Sequence[int]) -> tuple[int, int]:
+def _common_ends(one: Text, two: Text) -> tuple[int, int]:
     """Return how many tokens two readings share at their beginning, and at their end.
 
     No token counts twice. The end goes first: it has the answer, whose rows are what is learned.
     """
-    shorter = min(len(one), len(two))
+    shorter = min(len(one.tokens), len(two.tokens))
     last = 0
-    while last < shorter and one[-1 - last] == two[-1 - last]:
+    while last < shorter and one.tokens[-1 - last] == two.tokens[-1 - last]:
         last += 1
     first = 0
-    while first < shorter - last and one[first] == two[first]:
+    while first < shorter - last and one.tokens[first] == two.tokens[first]:
         first += 1
     return first, last

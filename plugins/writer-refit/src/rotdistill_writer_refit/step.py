@@ -1,4 +1,4 @@
-"""The steps `writer-refit` and `prompt-rows`: their options and costs, without mathematics."""
+"""The step `writer-refit`: its options and its cost. The mathematics is in `_method`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from rotdistill_core.planning.cost import (
     Cost,
     CostContext,
     acceptance_cost,
-    converted_bytes,
     forward_cost,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
@@ -142,81 +141,7 @@ class WriterRefit:
         return solve(self, weights, maps, activations, pair, samples, out, progress)
 
 
-@step
-class PromptRows:
-    """Bake a system prompt into the rows of the chat template, in closed form.
-
-    For `samples.bake_prompt`, where teacher and student are one model. The rows that the template
-    always writes take the states of those rows of the prompt that are attended to most; the down
-    projections are edited so that all other rows stay nearly as they are. No capture is needed. The
-    weights do not change if validation KL does not fall by more than chance.
-    """
-
-    use: Literal["prompt-rows"] = "prompt-rows"
-    first: Annotated[int, Field(ge=0)] = 5
-    """First layer to edit, counted from 0. A later one disturbs other rows less, as a row there
-    holds more than its token; layers before it read the template as it is."""
-    ridge: Positive = 1.0
-    """λ, as a multiple of the mean diagonal of the second moments of all rows."""
-    texts: Annotated[int, Field(ge=1)] = 16
-    """Conversations in which attention to the prompt's rows is measured, at most."""
-    guard: Annotated[float, Field(ge=1)] | None = None
-    """Largest KL allowed on the guard's validation half, as a multiple of the KL before. The edit
-    is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped. A student that is its teacher
-    has a KL of 0 before, and no edit would be left."""
-
-    exact: ClassVar[bool] = False
-
-    def cost(self, context: CostContext) -> Cost:
-        """The whole teacher, two passes of the fit texts, one solve a layer, and the scores."""
-        student, teacher, number = context.student, context.teacher, context.student_bytes
-        width, neurons = student.width, student.neurons
-        rows = context.texts.rows_of(Split.FIT)
-        forward = forward_cost(student, rows, number)
-        edited = max(student.depth - self.first, 0)
-        writer_bytes = edited * neurons * width * number
-        prefix = context.texts.prefix
-        solve = 2.0 * rows * neurons**2 + neurons**3 / 3 + 4.0 * neurons**2 * prefix
-        moments = (4 * neurons**2 + 4 * neurons * (width + prefix)) * FLOAT64_BYTES
-        asked = context.texts.as_teacher_reads.rows_of(Split.FIT, limit=self.texts)
-        attention = forward_cost(teacher, asked, context.teacher_bytes)
-        whole = converted_bytes(teacher, context.teacher_bytes)
-        scores = acceptance_cost(context, self.guard is not None)
-        return Cost(
-            host_bytes=max(forward.host_bytes + moments, scores.host_bytes, whole) + writer_bytes,
-            device_bytes=max(forward.device_bytes, scores.device_bytes, whole),
-            operations=2 * forward.operations
-            + attention.operations
-            + edited * solve
-            + scores.operations,
-            read_bytes=forward.read_bytes + attention.read_bytes + scores.read_bytes,
-            traffic_bytes=2 * forward.traffic_bytes + scores.traffic_bytes,
-        )
-
-    def check_models(self, pair: Pair) -> None:
-        """Raise what two tokenizers would end with.
-
-        Raises:
-            SetupError: they give different ids to the same tokens.
-        """
-        require_one_vocabulary(pair)
-
-    @hookimpl
-    def style(
-        self,
-        weights: Weights,
-        pair: Pair,
-        samples: Samples,
-        out: StepOutput,
-        progress: Progress,
-    ) -> Weights:
-        """See `HookSpecs.style`."""
-        from rotdistill_writer_refit._prompt_rows import fold_prompt
-
-        return fold_prompt(self, weights, pair, samples, out, progress)
-
-
 @hookimpl
 def steps() -> list[type]:
-    """Offer the steps."""
-    return [WriterRefit, PromptRows]
+    """Offer the step."""
+    return [WriterRefit]
