@@ -1,6 +1,7 @@
 """Atomic, durable writes, and the formats that runs are written in.
 
-A file is written to a unique temporary name in its folder and hashed on the way. Then follow fsync,
+A file is written to a unique temporary name in its folder (see `rotdistill_core.store.place`) and
+hashed on the way. Then follow fsync,
 rename, and fsync of the folder; a new folder is synced into its parent first. A crash leaves the
 old file or the new one, never a mixture. Only a line of the ledger commits a file; see
 `rotdistill_core.store.ledger`.
@@ -12,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field
 
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.place import this_place
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def write_file(path: Path, blocks: Blocks) -> tuple[int, str]:
     Raises:
         SetupError: the disk refuses (full, read-only). No file appears under the final name.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = this_place().temporary(path, os.getpid())
     digest, size = hashlib.sha256(), 0
     try:
         make_folder(path.parent)

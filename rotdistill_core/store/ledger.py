@@ -38,6 +38,7 @@ from rotdistill_core.store.files import (
 )
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout, ledger_paths
+from rotdistill_core.store.place import this_place
 from rotdistill_core.store.plain import (
     COLLECTION_BYTES,
     KINDS,
@@ -45,7 +46,6 @@ from rotdistill_core.store.plain import (
     read_bytes,
     require_plain,
 )
-from rotdistill_core.store.presence import is_alive
 from rotdistill_core.store.records import (
     CheckpointRecord,
     FileRecord,
@@ -417,12 +417,13 @@ class ArtifactStore:
             del self._verified[known]
 
     def sweep(self, folder: Path) -> None:
-        """Remove temporary files that a dead process left in a run."""
-        for path in folder.rglob("*.tmp"):
-            # NAME.PID.RANDOM.tmp, as `write_file` names them
-            pid = path.name.split(".")[-3] if path.name.count(".") >= 3 else ""
-            if pid.isdigit() and not is_alive(int(pid)):
-                path.unlink(missing_ok=True)
+        """Remove temporary files that dead processes of this place left in a run.
+
+        Those of another host or container stay: only its system knows whether somebody writes them.
+        """
+        here = this_place()
+        for path in filter(here.has_left, folder.rglob("*.tmp")):
+            path.unlink(missing_ok=True)
 
 
 def _fault(path: Path, file: CommittedFile) -> str:

@@ -1,20 +1,21 @@
 """Who works in a run's folder at this moment: processes that run its recipe, or that remove it.
 
-Each leaves a file with its host and process id there while it works. A file whose process is gone
-says nothing; the next run sweeps it. No lock is held, since some file systems have none.
+Each leaves a file there while it works, named after its place and process id. A file whose process
+is gone says nothing; the next run at the same place sweeps it. No lock is held, since some file
+systems have none.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rotdistill_core.store.files import make_folder, unwritable
+from rotdistill_core.store.place import is_alive, pid_in_name, this_place
 from rotdistill_core.store.plain import read_bytes, read_text
 
 RUNNING = "running"
@@ -39,7 +40,7 @@ def at_work(folder: Path, work: str) -> Iterator[Path]:
         SetupError: the disk refuses.
     """
     # Named like the temporary files of `write_file`, so that it is swept like them.
-    path = folder / f"{work}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    path = this_place().temporary(folder / work, os.getpid())
     about = {"host": socket.gethostname(), "started": _started(os.getpid())}
     try:
         make_folder(folder)
@@ -55,32 +56,26 @@ def at_work(folder: Path, work: str) -> Iterator[Path]:
 def others_at_work(folder: Path, work: str) -> list[str]:
     """Return the other processes that do something in a run's folder, in words.
 
-    Of a process on another host nothing is known but that it has not ended in order.
+    Of a process on another host, or in another container, nothing is known but that it has not
+    ended in order.
     """
     others = []
+    here = this_place()
     for path in sorted(folder.glob(f"{work}.*.tmp")):
-        pid = path.name.split(".")[1]
-        if not pid.isdigit() or int(pid) == os.getpid():
+        pid, local = pid_in_name(path), here.pid_of(path)
+        if pid is None or local == os.getpid():
             continue
         try:
             about = json.loads(read_text(path))
             host, started = str(about["host"]), about["started"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it has ended since, or was killed while it wrote this
-        if host != socket.gethostname():
-            others.append(f"process {pid} on {host} (if that has ended, remove {path})")
-        elif is_alive(int(pid)) and started == _started(int(pid)):
+        if local is None and not here.has_left(path):
+            where = host if host != socket.gethostname() else f"{host}, in another container"
+            others.append(f"process {pid} on {where} (if that has ended, remove {path})")
+        elif local is not None and is_alive(local) and started == _started(local):
             others.append(f"process {pid}")
     return others
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether there is a process with this id."""
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return True
 
 
 def _started(pid: int) -> str:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = re.compile(r"\.\d+\.[0-9a-f]+\.tmp$")
+TEMPORARY = re.compile(r"(\.[0-9a-f]{16})?\.\d+\.[0-9a-f]+\.tmp$")
 
 
 @dataclass(frozen=True)

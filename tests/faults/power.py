@@ -61,7 +61,7 @@ class Journal:
     def _written(self, name: str) -> Path:
         """Return the file that was just synced: a temporary one, or the file itself."""
         path = self.root / name
-        mine = sorted(path.parent.glob(f"{path.name}.{os.getpid()}.*.tmp"))
+        mine = sorted(path.parent.glob(f"{path.name}.*.{os.getpid()}.*.tmp"))
         return mine[-1] if mine else path
 
     def _keep(self, path: Path) -> None:

@@ -20,6 +20,7 @@ from rotdistill_core.store.chain import SCHEMA
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.place import Place, this_place
 from rotdistill_core.store.records import (
     ActivationsRef,
     CheckpointRecord,
@@ -299,9 +300,12 @@ def test_checkpoints_are_found_in_their_own_run_only(tmp_path: Path) -> None:
 def test_sweep_removes_temporary_files_of_dead_processes_only(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", ""])
     child.wait()
-    dead = tmp_path / "shards" / f"a.safetensors.{child.pid}.0badcafe.tmp"
-    alive = tmp_path / f"a.json.{os.getpid()}.0badcafe.tmp"
+    here = this_place()
+    dead = here.temporary(tmp_path / "shards" / "a.safetensors", child.pid)
+    alive = here.temporary(tmp_path / "a.json", os.getpid())
     foreign = [tmp_path / "notes.tmp", tmp_path / "a.b.c.tmp", tmp_path / "a.json"]
+    container = Place.of("worker", "", "boot", "pid:[4026532001]")
+    foreign.append(container.temporary(tmp_path / "a.json", child.pid))
     dead.parent.mkdir()
     for path in (dead, alive, *foreign):
         path.write_text("")

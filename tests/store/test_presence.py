@@ -12,6 +12,7 @@ import pytest
 
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.ledger import ArtifactStore
+from rotdistill_core.store.place import Place, this_place
 from rotdistill_core.store.presence import REMOVING, RUNNING, at_work, others_at_work
 
 WORKER = """
@@ -65,7 +66,7 @@ def test_another_process_with_the_same_id_is_not_mistaken(
 
 
 def test_a_process_on_another_host_is_named_with_its_file(tmp_path: Path) -> None:
-    mark = tmp_path / "running.1234567.ab.tmp"
+    mark = Place.of("elsewhere", "", "boot", "").temporary(tmp_path / RUNNING, 1234567)
     mark.write_text(json.dumps({"host": "elsewhere", "started": "1"}))
     [found] = others_at_work(tmp_path, RUNNING)
     assert found == f"process 1234567 on elsewhere (if that has ended, remove {mark})"
@@ -73,7 +74,7 @@ def test_a_process_on_another_host_is_named_with_its_file(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}'])
 def test_a_torn_file_says_nothing(tmp_path: Path, content: str) -> None:
-    (tmp_path / "running.1234567.ab.tmp").write_text(content)
+    this_place().temporary(tmp_path / RUNNING, 1234567).write_text(content)
     assert others_at_work(tmp_path, RUNNING) == []
 
 

@@ -16,6 +16,7 @@ import pytest
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import Ledger
+from rotdistill_core.store.place import this_place
 from rotdistill_core.store.presence import at_work
 from rotdistill_core.testing import command_line
 
@@ -252,7 +253,7 @@ def elsewhere(run: Path) -> Iterator[Callable[[str], int]]:
             with at_work(run, work) as own:
                 about = json.loads(own.read_text())
             started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
-            mark = run / f"{work}.{process.pid}.ab.tmp"
+            mark = this_place().temporary(run / work, process.pid)
             mark.write_text(json.dumps({**about, "started": started}))
             return process.pid
 
