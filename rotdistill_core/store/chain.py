@@ -6,6 +6,9 @@ if two processes appended at once. So an edited line has a wrong mark, and a lin
 moved is missing in the `after` of a later one. A line that no later one names can be lost unseen:
 only the last of the file is.
 
+Lines of processes that a launcher restarts have `launch` and `generation` too: each restart is a
+generation, and one that has been replaced commits nothing more.
+
 Lines of schema 3 have no `after`. They count, and their marks are checked.
 """
 
@@ -30,7 +33,17 @@ MARK_LENGTH = 16
 MEND = "mend"
 """Kind of a line that names damage which has been told."""
 _SEPARATOR = b', "mark": "'
-_ABOUT_THE_LINE = ("schema", "after", "mark")
+_ABOUT_THE_LINE = ("schema", "after", "launch", "generation", "mark")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Which processes of a launch write: those of the first start, or of a restart."""
+
+    launch: str
+    """Names the launch; no other launch has this name."""
+    number: int
+    """How often the launcher had restarted them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,8 @@ class Chain:
         """Marks of the lines that no line names yet."""
         self.is_chained = False
         """Whether a line that counts names others."""
+        self.generations: dict[str, int] = {}
+        """Launch -> the newest generation that wrote a line."""
         self._lines = 0
         self._marks: set[str] = set()
         self._named: set[str] = set()
@@ -96,6 +111,7 @@ class Chain:
             self.is_chained = True
             if mark in self._marks:
                 return None
+            self._note_generation(raw)
         for lost in [each for each in after if each not in self._marks]:
             self._add("follows a line that is missing, damaged or moved", lost, is_gap=True)
         self._marks.add(mark)
@@ -107,6 +123,14 @@ class Chain:
             self._mended.update(map(str, content.get("faults", ())))
             return None
         return Entry(record, digest(content))
+
+    def _note_generation(self, raw: bytes) -> None:
+        if b'"generation": ' not in raw:  # most lines; some are long
+            return
+        values = json.loads(raw)
+        launch, number = values.get("launch"), values.get("generation")
+        if isinstance(launch, str) and isinstance(number, int):
+            self.generations[launch] = max(number, self.generations.get(launch, 0))
 
     def _add(self, reason: str, identity: str, is_gap: bool = False) -> None:
         """Note a fault of the line that was read last. Its number makes its id unique."""
@@ -143,12 +167,20 @@ def mending(faults: Iterable[LedgerFault]) -> dict[str, Any]:
     return {"kind": MEND, "faults": [fault.id for fault in faults]}
 
 
-def chained_lines(contents: Iterable[Mapping[str, Any]], tips: Sequence[str]) -> bytes:
+def chained_lines(
+    contents: Iterable[Mapping[str, Any]],
+    tips: Sequence[str],
+    generation: Generation | None = None,
+) -> bytes:
     """Return lines, each after the one before it; the first comes after `tips`."""
     lines = []
     after = list(tips)
+    writer: dict[str, Any] = {}
+    if generation:
+        writer = {"launch": generation.launch, "generation": generation.number}
     for content in contents:
-        text = json.dumps({"schema": SCHEMA, "after": after, **content}, ensure_ascii=False)
+        about = {"schema": SCHEMA, "after": after, **writer}
+        text = json.dumps({**about, **content}, ensure_ascii=False)
         body = text.encode()[:-1]  # without the brace, which comes after the mark
         mark = _mark(body)
         lines.append(body + _SEPARATOR + mark.encode() + b'"}\n')

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.store.chain import (
     Chain,
+    Generation,
     LedgerFault,
     chained_lines,
     content_digest,
@@ -69,12 +70,17 @@ KeyedRecord = TypeVar("KeyedRecord", StepRecord, CheckpointRecord)
 class Ledger:
     """The records of one run, in the order in which they were committed.
 
+    Args:
+        folder: the run's folder.
+        generation: which processes of a launch write; None for one that no launcher restarts.
+
     Raises:
         SetupError: the file is there and cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, generation: Generation | None = None) -> None:
         self.folder = folder
+        self._generation = generation
         self.path = RunLayout(folder).ledger
         self.records: list[LedgerRecord] = []
         self._chain = Chain()
@@ -152,7 +158,8 @@ class Ledger:
         """Append one durable line; return the record as a later process reads it.
 
         Raises:
-            SetupError: the disk refuses. Half a line may be left, which commits nothing.
+            SetupError: the disk refuses. Half a line may be left, which commits nothing. Or the
+                launcher has replaced this process by a newer generation.
         """
         content = content_of(record)
         self._append([content])
@@ -167,6 +174,14 @@ class Ledger:
             SetupError: the disk refuses.
         """
         self._append([])
+
+    def begin_generation(self) -> None:
+        """Append a line that says that this generation writes from now on, and no older one.
+
+        Raises:
+            SetupError: the disk refuses, or a newer generation writes already.
+        """
+        self._append([mending(())])
 
     def rewrite(self, records: Iterable[LedgerRecord]) -> None:
         """Replace all lines by those of `records`, atomically.
@@ -202,10 +217,13 @@ class Ledger:
             try:
                 _lock(handle)
                 self._catch_up(handle)
+                self._require_newest_generation()
                 torn = self._end_torn_line(handle)
                 faults = torn if contents else self._chain.faults
                 mend = [mending(faults)] if faults else []
-                _write_all(handle, chained_lines([*mend, *contents], self._chain.tips))
+                _write_all(
+                    handle, chained_lines([*mend, *contents], self._chain.tips, self._generation)
+                )
                 os.fsync(handle)
                 self._catch_up(handle)
             finally:
@@ -213,6 +231,19 @@ class Ledger:
             sync_folder(self.folder)
         except OSError as error:
             raise unwritable(self.path, error) from error
+
+    def _require_newest_generation(self) -> None:
+        """Raise SetupError if the launcher has replaced this process."""
+        if self._generation is None:
+            return
+        own = self._generation.number
+        newest = self._chain.generations.get(self._generation.launch, own)
+        if newest > own:
+            raise SetupError(
+                f"{self.path}: this process is of generation {own}, and its launcher has started "
+                f"generation {newest} since, which carries on with the run. Nothing was committed "
+                "by this process; end it if it goes on."
+            )
 
     def _end_torn_line(self, handle: int) -> list[LedgerFault]:
         """End a line that a crash tore. Return its fault, which is ordinary and not told."""

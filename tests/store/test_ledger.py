@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.errors import SetupError
-from rotdistill_core.store.chain import SCHEMA
+from rotdistill_core.store.chain import SCHEMA, Generation
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
@@ -295,6 +295,38 @@ def test_checkpoints_are_found_in_their_own_run_only(tmp_path: Path) -> None:
     assert store.find_checkpoint("other", out.ledger) is None
     assert store.find_checkpoint("k", Ledger(tmp_path / "b")) is None
     assert store.find_step("k") is None
+
+
+def step_of(name: str) -> FileRecord:
+    return FileRecord(key="k", name=name, path=f"a/{name}", bytes=1, sha256="0")
+
+
+def test_a_process_that_its_launcher_replaced_commits_nothing_more(tmp_path: Path) -> None:
+    old = Ledger(tmp_path / "a", Generation("launch", 0))
+    old.append(step_of("first"))
+    new = Ledger(tmp_path / "a", Generation("launch", 1))
+    new.begin_generation()
+    before = new.path.read_bytes()
+    with pytest.raises(SetupError, match=r"of generation 0, and its launcher has started gen.* 1"):
+        old.append(step_of("late"))
+    assert new.path.read_bytes() == before
+    new.append(step_of("second"))
+    assert [record.name for record in Ledger(tmp_path / "a").files] == ["first", "second"]
+    assert Ledger(tmp_path / "a").faults == []
+
+
+@pytest.mark.parametrize("other", [None, Generation("another", 0)])
+def test_processes_of_other_launches_go_on(tmp_path: Path, other: Generation | None) -> None:
+    restarted = Ledger(tmp_path / "a", Generation("launch", 3))
+    restarted.begin_generation()
+    Ledger(tmp_path / "a", other).append(step_of("other"))
+    restarted.append(step_of("own"))
+    assert [record.name for record in Ledger(tmp_path / "a").files] == ["other", "own"]
+
+
+def test_a_record_is_the_same_in_any_generation(tmp_path: Path) -> None:
+    Ledger(tmp_path / "a", Generation("launch", 3)).append(step_of("one"))
+    assert step_of("one") in Ledger(tmp_path / "a")
 
 
 def test_sweep_removes_temporary_files_of_dead_processes_only(tmp_path: Path) -> None:
