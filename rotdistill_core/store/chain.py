@@ -43,7 +43,7 @@ class Generation:
     launch: str
     """Names the launch; no other launch has this name."""
     number: int
-    """How often the launcher had restarted them."""
+    """How many generations of this launch had written to the ledger before."""
 
 
 @dataclass(frozen=True)

@@ -70,17 +70,14 @@ KeyedRecord = TypeVar("KeyedRecord", StepRecord, CheckpointRecord)
 class Ledger:
     """The records of one run, in the order in which they were committed.
 
-    Args:
-        folder: the run's folder.
-        generation: which processes of a launch write; None for one that no launcher restarts.
-
     Raises:
         SetupError: the file is there and cannot be read.
     """
 
-    def __init__(self, folder: Path, generation: Generation | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._generation = generation
+        self._generation: Generation | None = None
+        """Which processes of a launch write; None for one that no launcher restarts."""
         self.path = RunLayout(folder).ledger
         self.records: list[LedgerRecord] = []
         self._chain = Chain()
@@ -175,12 +172,17 @@ class Ledger:
         """
         self._append([])
 
-    def begin_generation(self) -> None:
-        """Append a line that says that this generation writes from now on, and no older one.
+    def begin_generation(self, launch: str) -> None:
+        """Append a line that says that this process writes for a launch from now on.
+
+        No process that wrote for it before can append anything more: its launcher has replaced it.
 
         Raises:
-            SetupError: the disk refuses, or a newer generation writes already.
+            SetupError: the disk refuses.
         """
+        self.refresh()
+        number = self._chain.generations.get(launch, -1) + 1
+        self._generation = Generation(launch, number)
         self._append([mending(())])
 
     def rewrite(self, records: Iterable[LedgerRecord]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.errors import SetupError
-from rotdistill_core.store.chain import SCHEMA, Generation
+from rotdistill_core.store.chain import SCHEMA
 from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
@@ -297,36 +297,41 @@ def test_checkpoints_are_found_in_their_own_run_only(tmp_path: Path) -> None:
     assert store.find_step("k") is None
 
 
-def step_of(name: str) -> FileRecord:
+def file_called(name: str) -> FileRecord:
     return FileRecord(key="k", name=name, path=f"a/{name}", bytes=1, sha256="0")
 
 
 def test_a_process_that_its_launcher_replaced_commits_nothing_more(tmp_path: Path) -> None:
-    old = Ledger(tmp_path / "a", Generation("launch", 0))
-    old.append(step_of("first"))
-    new = Ledger(tmp_path / "a", Generation("launch", 1))
-    new.begin_generation()
+    old, new = Ledger(tmp_path / "a"), Ledger(tmp_path / "a")
+    old.begin_generation("launch")
+    old.append(file_called("first"))
+    new.begin_generation("launch")
     before = new.path.read_bytes()
     with pytest.raises(SetupError, match=r"of generation 0, and its launcher has started gen.* 1"):
-        old.append(step_of("late"))
+        old.append(file_called("late"))
     assert new.path.read_bytes() == before
-    new.append(step_of("second"))
+    new.append(file_called("second"))
     assert [record.name for record in Ledger(tmp_path / "a").files] == ["first", "second"]
     assert Ledger(tmp_path / "a").faults == []
 
 
-@pytest.mark.parametrize("other", [None, Generation("another", 0)])
-def test_processes_of_other_launches_go_on(tmp_path: Path, other: Generation | None) -> None:
-    restarted = Ledger(tmp_path / "a", Generation("launch", 3))
-    restarted.begin_generation()
-    Ledger(tmp_path / "a", other).append(step_of("other"))
-    restarted.append(step_of("own"))
+@pytest.mark.parametrize("launch", ["", "another"])
+def test_processes_of_other_launches_go_on(tmp_path: Path, launch: str) -> None:
+    other, restarted = Ledger(tmp_path / "a"), Ledger(tmp_path / "a")
+    if launch:
+        other.begin_generation(launch)
+    for _ in range(3):
+        restarted.begin_generation("launch")
+    other.append(file_called("other"))
+    restarted.append(file_called("own"))
     assert [record.name for record in Ledger(tmp_path / "a").files] == ["other", "own"]
 
 
 def test_a_record_is_the_same_in_any_generation(tmp_path: Path) -> None:
-    Ledger(tmp_path / "a", Generation("launch", 3)).append(step_of("one"))
-    assert step_of("one") in Ledger(tmp_path / "a")
+    ledger = Ledger(tmp_path / "a")
+    ledger.begin_generation("launch")
+    ledger.append(file_called("one"))
+    assert file_called("one") in Ledger(tmp_path / "a")
 
 
 def test_sweep_removes_temporary_files_of_dead_processes_only(tmp_path: Path) -> None:
