@@ -326,23 +326,29 @@ class _Balance:
 
 
 def _asked(domain: Domain, language: str, seed: int) -> list[_Drawn]:
-    """Return the questions of a language: given forms before derived ones, else in hashed order."""
+    """Return the questions of a language, each group in hashed order.
 
-    def place(entry: tuple[bool, str, str]) -> tuple[bool, str]:
-        derived, form, topic = entry
-        return derived, _hash(seed, language, form, topic)
+    A topic is asked in its own language before it is asked in others: that is what users do, and a
+    small teacher answers such questions best. Given forms come before derived ones.
+    """
 
+    def place(entry: tuple[bool, bool, str, str]) -> tuple[bool, bool, str]:
+        borrowed, derived, form, topic = entry
+        return borrowed, derived, _hash(seed, language, form, topic)
+
+    own = {topic for origin, topic in domain.topics if origin in ("", language)}
     usable = [
         topic
-        for origin, topic in domain.topics
-        if origin in ("", language) or _fits(topic, domain.scripts[language])
+        for _, topic in domain.topics
+        if topic in own or _fits(topic, domain.scripts[language])
     ]
-    pairs = [
-        (derived, form, topic)
+    entries = [
+        (topic not in own, derived, form, topic)
         for derived, form in domain.forms.get(language, ())
         for topic in dict.fromkeys(usable)
     ]
-    return [(form.replace(SLOT, topic), topic, ()) for _, form, topic in sorted(pairs, key=place)]
+    ordered = sorted(entries, key=place)
+    return [(form.replace(SLOT, topic), topic, ()) for _, _, form, topic in ordered]
 
 
 def _proposed(domain: Domain, language: str, seed: int) -> Iterator[_Drawn]:

@@ -67,10 +67,25 @@ def test_questions_are_forms_with_topics_to_fit_on() -> None:
     assert Counter(each.language for each in found) == {"en": 24, "de": 24}
 
 
-def test_given_forms_come_before_derived_ones() -> None:
+def test_own_topics_come_before_borrowed_ones_and_given_forms_before_derived_ones() -> None:
     english = [each.question for each in drawn(lessons(), 1000) if each.language == "en"]
-    assert all(question.startswith("Tell me about") for question in english[:12])
-    assert all(question.startswith("What of") for question in english[12:])
+    groups = [
+        ("Tell me about Town", 9),
+        ("What of Town", 9),
+        ("Tell me about Stadt", 3),
+        ("What of Stadt", 3),
+    ]
+    for beginning, length in groups:
+        assert all(question.startswith(beginning) for question in english[:length])
+        english = english[length:]
+    assert not english
+
+
+def test_topics_of_no_language_are_own_topics_of_all() -> None:
+    texts = LessonTexts(FORMS.forms, topics=(("de", "Dorf"), ("", "Fjord"), ("en", "Hamlet")))
+    english = [each.topic for each in drawn(lessons(), 1000, texts=texts) if each.language == "en"]
+    assert set(english[:-2]) == {"Fjord", "Hamlet"}
+    assert english[-2:] == ["Dorf", "Dorf"]
 
 
 def test_languages_and_general_share_are_balanced_in_every_beginning() -> None:
