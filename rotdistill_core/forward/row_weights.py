@@ -39,18 +39,20 @@ def row_weights(
     *,
     prompt: float,
     sink: float,
+    own_sink: float,
     teacher_answer: float = 1.0,
     teacher_answered: Set[str] = frozenset(),
 ) -> Tensor:
     """Return the weight of each row [rows], on the host; a row of none of these kinds has weight 1.
 
+    Sinks are position 0 and massive activations. Their weight is above that of all other kinds.
+
     Args:
         states: the stream `[rows, d]`, from which sinks are recognised.
         layout: the texts of the rows.
-        prompt: weight of a row of the shared prompt.
-        sink: weight of position 0 and of massive activations, above all other kinds. The sink of a
-            text that does not begin with the shared prefix is read by that text alone, so it has
-            one text's share of this weight.
+        prompt: weight of a row of the shared prefix.
+        sink: weight of a sink in the shared prefix, which every text reads that begins with it.
+        own_sink: weight of any other sink, which only its own text reads.
         teacher_answer: weight of a row that predicts an answer written by the teacher.
         teacher_answered: ids of the texts with such an answer.
     """
@@ -61,23 +63,15 @@ def row_weights(
             first = max(start, start + text.answer - 1 - layout.prefix_length(text))
             weights[first:end] = teacher_answer
     sinks = massive_activation_mask(states).index_fill(0, torch.zeros(1, dtype=torch.long), True)
-    weights[sinks] = sink
-    weights[sinks & _apart(layout)] = sink / max(sharing_texts(layout), 1)
+    shared = torch.arange(len(states)) < layout.prefix
+    weights[sinks & shared] = sink
+    weights[sinks & ~shared] = own_sink
     return weights
 
 
 def sharing_texts(layout: PackedTexts) -> int:
     """Return how many texts to fit on begin with the shared prefix."""
     return sum(text.split == Split.FIT and not text.plain for text in layout.texts)
-
-
-def _apart(layout: PackedTexts) -> Tensor:
-    """Return the mask [rows] of texts that do not begin with the shared prefix."""
-    mask = torch.zeros(layout.rows, dtype=torch.bool)
-    if layout.prefix:
-        for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
-            mask[start:end] = text.plain
-    return mask
 
 
 def over_mean_square(weights: Tensor, states: Tensor) -> Tensor:

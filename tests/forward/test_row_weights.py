@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from rotdistill_core.data.packed import PackedTexts
-from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.activations import massive_activation_mask, rms_normalise
 from rotdistill_core.forward.row_weights import (
     SINK_RMS,
     clip_sinks,
     over_mean_square,
     row_weights,
+    sharing_texts,
 )
 from rotdistill_core.testing import pico_samples
 
@@ -46,12 +46,18 @@ def test_each_kind_of_row_has_its_weight() -> None:
     rows = rows_with_a_sink(layout, sink)
     text, start, end = layout.texts[3], layout.starts[3], layout.starts[4]
     weights = row_weights(
-        rows, layout, prompt=30.0, sink=1000.0, teacher_answer=4.0, teacher_answered={text.id}
+        rows,
+        layout,
+        prompt=30.0,
+        sink=1000.0,
+        own_sink=8.0,
+        teacher_answer=4.0,
+        teacher_answered={text.id},
     )
     first = start + text.answer - 1 - layout.prefix
     assert weights[0] == 1000  # position 0 is a sink whatever its length
     assert (weights[1 : layout.prefix] == 30).all()
-    assert weights[sink] == 1000
+    assert weights[sink] == 8
     assert (weights[first:end] == 4).all()
     kinds = torch.ones(layout.rows, dtype=torch.bool)
     kinds[: layout.prefix] = False
@@ -60,7 +66,7 @@ def test_each_kind_of_row_has_its_weight() -> None:
     assert (weights[kinds] == 1).all()
 
 
-def test_texts_without_the_prefix_have_a_texts_share_of_a_sink_and_keep_their_answers() -> None:
+def test_the_sink_of_a_text_without_the_prefix_is_its_own_and_its_answer_counts() -> None:
     shared = packed()
     plain = tuple(
         replace(text, id=f"p{k}", tokens=text.tokens[:9], answer=1, plain=True)
@@ -71,13 +77,29 @@ def test_texts_without_the_prefix_have_a_texts_share_of_a_sink_and_keep_their_an
     rows = rows_with_a_sink(layout, first)
     rows[second] *= 100
     weights = row_weights(
-        rows, layout, prompt=30.0, sink=1000.0, teacher_answer=4.0, teacher_answered={"p0"}
+        rows,
+        layout,
+        prompt=30.0,
+        sink=1000.0,
+        own_sink=8.0,
+        teacher_answer=4.0,
+        teacher_answered={"p0"},
     )
     assert weights[0] == 1000
-    fitted = sum(text.split == Split.FIT for text in shared.texts)
-    assert weights[first] == weights[second] == 1000 / fitted
+    assert weights[first] == weights[second] == 8
     assert (weights[first + 1 : second] == 4).all()
     assert (weights[second + 1 :] == 1).all()
+
+
+def test_without_a_prefix_position_0_is_the_sink_of_one_text() -> None:
+    shared = packed()
+    plain = tuple(replace(text, plain=True) for text in shared.texts)
+    layout = PackedTexts(plain, 0)
+    rows = rows_with_a_sink(layout, layout.starts[2])
+    weights = row_weights(rows, layout, prompt=30.0, sink=1000.0, own_sink=8.0)
+    assert (weights == 8).nonzero().flatten().tolist() == [0, layout.starts[2]]
+    assert weights.sum() == layout.rows - 2 + 2 * 8
+    assert sharing_texts(layout) == 0
 
 
 def test_only_the_massive_row_is_a_sink() -> None:

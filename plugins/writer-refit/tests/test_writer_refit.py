@@ -6,6 +6,7 @@ Planted edits are undone, and what does not help is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import Conversation
-from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores
@@ -153,6 +154,29 @@ def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samp
     assert (plain.row_weights[: layout.prefix] == texts).all()
     assert (plain.row_weights[layout.prefix :] == 1).all()
     assert torch.equal(plain.fit, layout.split(Split.FIT))
+
+
+def test_shared_rows_count_for_each_text_to_fit_on(samples: Samples) -> None:
+    few = samples.layout.select(Split.FIT, Split.VALIDATION)
+    again = tuple(replace(text, id=f"{text.id} again") for text in few.texts)
+    many = PackedTexts((*few.texts, *again), few.prefix)
+    step = WriterRefit(prompt_weight=0.5, sink_weight=3.0)
+    for layout in (few, many):
+        texts = sum(text.split == Split.FIT for text in layout.texts)
+        targets = torch.ones(layout.rows, 4)
+        weights = layer_problem(step, targets, layout, samples).row_weights
+        assert weights[0] == 3.0 * texts
+        assert (weights[1 : layout.prefix] == 0.5 * texts).all()
+        assert (weights[layout.prefix :] == 1).all()
+
+
+def test_a_sink_of_a_text_without_the_shared_prompt_counts_once(samples: Samples) -> None:
+    plain = tuple(replace(text, plain=True) for text in samples.layout.texts)
+    layout = PackedTexts(plain, 0)
+    targets = torch.ones(layout.rows, 4)
+    weights = layer_problem(WriterRefit(sink_weight=3.0), targets, layout, samples).row_weights
+    assert weights[0] == 3
+    assert (weights[1:] == 1).all()
 
 
 def test_rows_that_predict_teacher_answers_have_their_own_weight(samples: Samples) -> None:

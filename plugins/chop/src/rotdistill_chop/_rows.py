@@ -14,7 +14,9 @@ from rotdistill_core.forward.row_weights import clip_sinks, over_mean_square, ro
 PROMPT_WEIGHT = 30.0
 """Weight of a row of the shared prompt, as in `writer-refit`."""
 SINK_WEIGHT = 1000.0
-"""Weight of an attention sink, as in `writer-refit`."""
+"""Weight of an attention sink in the shared prompt, as in `writer-refit`."""
+OWN_SINK_WEIGHT = 3.125
+"""Weight of a sink that only its own text attends to, as in `writer-refit`."""
 
 
 def select_texts(samples: Samples, split: str, max_rows: int) -> PackedTexts:
@@ -48,7 +50,9 @@ def mean_kl(p: Tensor, q: Tensor) -> float:
 
 def token_weights(states: Tensor, layout: PackedTexts) -> Tensor:
     """Return how much each token counts [rows]: shared prompt and sinks more than all others."""
-    return row_weights(states, layout, prompt=PROMPT_WEIGHT, sink=SINK_WEIGHT)
+    return row_weights(
+        states, layout, prompt=PROMPT_WEIGHT, sink=SINK_WEIGHT, own_sink=OWN_SINK_WEIGHT
+    )
 
 
 def regression_weights(forward: LayerwiseForward) -> Tensor:

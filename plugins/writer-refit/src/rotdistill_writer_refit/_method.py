@@ -151,13 +151,14 @@ def layer_problem(
     """Return the regression towards `targets` `[rows, d]` with its row weights."""
     if step.row_weighting == "rms":
         targets = clip_sinks(targets)
-        # Every text attends to these rows, so they count more where there are more texts.
+        # Every text attends to the shared rows: they count more where there are more texts.
         readers = sharing_texts(layout)
         counts = row_weights(
             targets,
             layout,
             prompt=readers * step.prompt_weight,
             sink=readers * step.sink_weight,
+            own_sink=step.sink_weight,
             teacher_answer=step.teacher_answer_weight,
             teacher_answered=samples.teacher_answered(),
         )

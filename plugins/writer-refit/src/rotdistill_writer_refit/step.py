@@ -57,8 +57,9 @@ class WriterRefit:
     """Weight of a row of the shared prompt for each text to fit on: the row is stored once and
     attended to by every text. Only with `row_weighting = "rms"`."""
     sink_weight: Annotated[float, Field(ge=0)] = 3.125
-    """Weight of an attention sink (position 0 and massive activations) for each text to fit on.
-    Only with `row_weighting = "rms"`."""
+    """Weight of an attention sink (position 0 and massive activations) for each text to fit on that
+    attends to it: all of them in the shared prompt, one elsewhere. Only with
+    `row_weighting = "rms"`."""
     teacher_answer_weight: Annotated[float, Field(ge=0)] = 4.0
     """Weight of a row that predicts an answer written by the teacher (`samples.own_answers`).
     Only with `row_weighting = "rms"`."""
