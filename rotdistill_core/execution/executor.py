@@ -258,6 +258,7 @@ class Executor:
                 run.lesson_texts,
             ),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
+            recipe=str(self.loaded.path),
         )
         if start not in run.ledger:
             run.ledger.append(start)

@@ -150,6 +150,24 @@ def kept_answers(
     return KeptAnswers({name: kept.answers[name] for name in asked}, len(missing))
 
 
+def answered_once(engine: Answering, wanted: Mapping[str, Asked]) -> Iterator[tuple[str, Answer]]:
+    """Yield what an engine answers, each prompt exactly once.
+
+    Raises:
+        SetupError: the engine cannot answer a prompt.
+        PluginError: it answers what was not asked, twice, with too many tokens or none, or leaves
+            a prompt out.
+    """
+    waiting = dict(wanted)
+    for name, answer in engine.answers(wanted):
+        asked = waiting.pop(name, None)
+        if asked is None or not 0 < len(answer.tokens) <= asked.max_tokens:
+            raise _wrong(engine, f"does not answer {name!r} once with 1 to max_tokens tokens")
+        yield name, answer
+    if waiting:
+        raise _wrong(engine, f"leaves out {len(waiting)} prompts: {next(iter(waiting))!r}")
+
+
 @dataclass
 class _Series:
     """The answers of a series while they are collected."""
@@ -197,7 +215,7 @@ class _Series:
             for name in wanted:
                 self.answers.pop(name, None)
             made = {}
-            for name, answer in self._answers(engine, wanted):
+            for name, answer in answered_once(engine, wanted):
                 made[name] = answer
                 self._tell_progress(len(made))
             self._commit(number, engine, made)
@@ -210,7 +228,7 @@ class _Series:
         made: dict[str, Answer] = {}
         oldest = 0.0
         try:
-            for name, answer in self._answers(engine, self.missing()):
+            for name, answer in answered_once(engine, self.missing()):
                 oldest = oldest if made else time.monotonic()
                 made[name] = answer
                 self._tell_progress(len(made))
@@ -221,24 +239,6 @@ class _Series:
         finally:
             if made:
                 self._commit(self.chunks, engine, made)
-
-    def _answers(
-        self, engine: Answering, wanted: Mapping[str, Asked]
-    ) -> Iterator[tuple[str, Answer]]:
-        """Yield what an engine answers, each prompt exactly once.
-
-        Raises:
-            PluginError: the engine answers what was not asked, twice, with too many tokens or
-                none, or leaves a prompt out.
-        """
-        waiting = dict(wanted)
-        for name, answer in engine.answers(wanted):
-            asked = waiting.pop(name, None)
-            if asked is None or not 0 < len(answer.tokens) <= asked.max_tokens:
-                raise _wrong(engine, f"does not answer {name!r} once with 1 to max_tokens tokens")
-            yield name, answer
-        if waiting:
-            raise _wrong(engine, f"leaves out {len(waiting)} prompts: {next(iter(waiting))!r}")
 
     def _commit(self, number: int, engine: Answering, made: Mapping[str, Answer]) -> None:
         content = {

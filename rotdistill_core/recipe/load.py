@@ -405,6 +405,25 @@ def _plugin_with_options(
     return made, origin
 
 
+def engine_of_run(table: Mapping[str, Any], folder: Path) -> RecipeEngine:
+    """Return the engine that a run was made with.
+
+    Args:
+        table: the table [engine] of its resolved recipe; an empty one for the default.
+        folder: the folder of the recipe, for paths in options.
+
+    Raises:
+        RecipeError: no plugin offers it now, an option is wrong, or it cannot work.
+    """
+    # The resolved recipe has options without a value, too.
+    given = {key: value for key, value in table.items() if value is not None}
+    engine, problems = _parse_engine(folder, given)
+    if engine is None:
+        raise RecipeError(*problems)
+    engine.check()
+    return engine
+
+
 def _parse_engine(folder: Path, table: object) -> tuple[RecipeEngine | None, list[str]]:
     """Return the engine of a recipe, or what is wrong with its table.
 

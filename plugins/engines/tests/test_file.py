@@ -123,3 +123,33 @@ def test_a_run_takes_its_answers_from_a_file(pico_workspace: PicoWorkspace) -> N
     first = load_recipe(recipe).engine.key()
     path.write_text("\n".join(map(json.dumps, made)) + "\n")
     assert load_recipe(recipe).engine.key() != first
+
+
+def test_chat_finds_the_answer_of_the_teacher_in_the_file(pico_workspace: PicoWorkspace) -> None:
+    pico_workspace.texts(blurbs=3, questions=1)
+    pico_workspace.model()
+    messages = [{"role": "user", "content": "w3 w4"}]
+    system = (pico_workspace.folder / "texts/style.md").read_text().strip()
+    with_system = [{"role": "system", "content": system}, *messages]
+    lines = [
+        {"id": "held-0", "answer": "w9"},
+        {"messages": messages, "answer": "w10 w11"},
+        {"messages": with_system, "answer": "w12 w13"},
+    ]
+    path = pico_workspace.folder / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    table = 'engine = { use = "file", path = "answers.jsonl" }'
+    step = 'step = [{ use = "chop", layers = 1 }]'
+    pico_workspace.run(pico_workspace.recipe(step, tables=table))
+    words = ("chat", "trial", "--teacher", "--tokens", "3", "--prompt")
+    code, out, err = pico_workspace.command(*words, "w3 w4", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)[0]["answers"]["teacher"] == "w12 w13"
+    code, out, err = pico_workspace.command(*words, "w5")
+    assert code == 2
+    assert "answers.jsonl: does not answer 1 of 1 texts: w5. Add a line" in err
+    assert out.startswith("full: ")
+    path.unlink()
+    code, out, err = pico_workspace.command(*words, "w3 w4")
+    assert (code, out) == (2, "")
+    assert "there is no such file" in err

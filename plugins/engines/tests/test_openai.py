@@ -432,3 +432,31 @@ def test_a_run_is_answered_by_a_server(
     assert json.loads(chunk.read_text())["engine"]["engine"] == "openai"
     moved = pico_workspace.run(recipe, {"engine.urls": ["http://127.0.0.1:1/v1"]})
     assert moved.folder == outcome.folder
+
+
+def test_chat_asks_the_server_for_the_teacher(
+    pico_workspace: PicoWorkspace, serve: Callable[..., Stub]
+) -> None:
+    pico_workspace.texts(blurbs=3, questions=1)
+    pico_workspace.model()
+    stub = serve(good)
+    table = f'engine = {{ use = "openai", urls = ["{stub.url}"], model = "m" }}'
+    step = 'step = [{ use = "chop", layers = 1 }]'
+    pico_workspace.run(pico_workspace.recipe(step, tables=table))
+    stub.bodies.clear()
+    words = ("chat", "trial", "--teacher", "--tokens", "4", "--json")
+    code, out, err = pico_workspace.command(*words, "--prompt", "w3", "--prompt", "w4 w5")
+    assert (code, err) == (0, "")
+    tokenizer = open_checkpoint(pico_workspace.folder / "model").tokenizer
+    first, second = (body["prompt"] for body in stub.bodies)
+    answers = [tokenizer.decode(right(body), skip_special_tokens=True) for body in stub.bodies]
+    assert [turn["answers"]["teacher"] for turn in json.loads(out)] == answers
+    # The second prompt holds the first one, and its answer.
+    assert second[: len(first) + 2] == [*first, *right(stub.bodies[0])[:2]]
+    assert {body["max_tokens"] for body in stub.bodies} == {4}
+    stub.behave = lambda *_: 400
+    code, out, err = pico_workspace.command(*words, "--prompt", "w3")
+    assert code == 3
+    assert "the text 'w3' got no usable answer" in err
+    [turn] = json.loads(out)
+    assert list(turn["answers"]) == ["full"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.live import Live
@@ -15,10 +16,11 @@ from rich.table import Table
 from rotdistill_commands._arguments import RunName, log, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.checkpoint.open import open_model
-from rotdistill_core.errors import RecipeError, suggest
+from rotdistill_core.errors import RecipeError, RotdistillError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
 from rotdistill_core.planning.chats import DATE
 from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.recipe.load import DEFAULT_ENGINE, engine_of_run
 from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.terminal import (
@@ -73,7 +75,7 @@ def chat(
     """Ask variants of a run and read their answers side by side; an empty line ends it.
 
     Answers are greedy and follow the system prompt of the run. Variants of a run that bakes the
-    prompt in are asked without it.
+    prompt in are asked without it. The teacher answers through the engine of the run's recipe.
 
     Examples:
 
@@ -85,22 +87,48 @@ def chat(
     chosen = _chosen(folder, variants or [])
     prompts_of = _system_prompts(folder, system, chosen)
     folders = {variant: folder.require_checkpoint(variant) for variant in chosen}
-    if teacher:
-        folders[TEACHER] = open_model(ModelRef(**folder.recipe["teacher"]), log).folder
-    from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
-
     # Variants are asked on the day that their texts name.
     date = next((start.inputs.get(DATE, "") for start in folder.ledger.starts[::-1]), "")
     thinking = bool(folder.recipe.get("samples", {}).get("thinking"))
-    sessions = [
-        load_session(name, path, tokens, device, date, thinking) for name, path in folders.items()
-    ]
-    dialogue = []
-    for question in prompts or _typed_questions():
-        answers = _answers(sessions, prompts_of, question, show=not as_json)
-        dialogue.append({"prompt": question, "answers": answers})
-    if as_json:
-        print_json(dialogue)
+    asked = (tokens, device, date, thinking)
+    writers = [_teacher(folder, *asked)] if teacher else []
+    from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
+
+    sessions = [load_session(name, path, *asked) for name, path in folders.items()]
+    sessions += [connect() for connect in writers]
+    dialogue: list[dict[str, Any]] = []
+    try:
+        for question in prompts or _typed_questions():
+            answers = dict.fromkeys([session.name for session in sessions], "")
+            dialogue.append({"prompt": question, "answers": answers})
+            _ask(sessions, prompts_of, question, answers, show=not as_json)
+    finally:
+        # What was answered before somebody failed is not lost.
+        if as_json and dialogue:
+            print_json(dialogue)
+
+
+def _teacher(
+    run: RunFolder, tokens: int, device: str, date: str, thinking: bool
+) -> Callable[[], ChatSession]:
+    """Return what connects the engine of a run's recipe, which answers for the teacher.
+
+    Everything that needs no weights is looked at before variants are loaded.
+
+    Raises:
+        RotdistillError: the teacher is not here, or the engine cannot work.
+    """
+    recipe = next((start.recipe for start in run.ledger.starts[::-1]), "")
+    engine = engine_of_run(run.recipe.get("engine", {}), Path(recipe).parent)
+    model = open_model(ModelRef(**run.recipe["teacher"]), log)
+    from rotdistill_commands._session import (  # noqa: PLC0415  loads transformers
+        engine_session,
+        load_session,
+    )
+
+    if engine.origin.name == DEFAULT_ENGINE:  # it answers here, word by word, as variants do
+        return partial(load_session, TEACHER, model.folder, tokens, device, date, thinking)
+    return partial(engine_session, TEACHER, engine, model, tokens, log, date, thinking)
 
 
 def _saved_variants(run: RunFolder) -> list[str]:
@@ -175,40 +203,56 @@ def _typed_questions() -> Iterator[str]:
         yield line
 
 
-def _answers(
-    sessions: Sequence[ChatSession], systems: Mapping[str, str], question: str, show: bool
-) -> dict[str, str]:
-    """Ask every variant and return variant -> answer.
+def _ask(
+    sessions: Sequence[ChatSession],
+    systems: Mapping[str, str],
+    question: str,
+    answers: dict[str, str],
+    show: bool,
+) -> None:
+    """Ask every session, and write what it answers into `answers`.
 
-    With `show`, answers appear as they come on a terminal, and at the end elsewhere.
+    With `show`, answers appear as they come on a terminal, and at the end elsewhere. The answer of
+    one that fails is taken out.
+
+    Raises:
+        RotdistillError: one has failed; the others have answered.
     """
     console = stdout_console()
-    answers = {session.name: "" for session in sessions}
     is_live = show and console.is_terminal
     live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
+    failures: list[RotdistillError] = []
     with live or nullcontext():
         for name, piece in _pieces(sessions, systems, question):
-            answers[name] += piece
+            if isinstance(piece, RotdistillError):
+                del answers[name]
+                failures.append(piece)
+            else:
+                answers[name] += piece
             if live:
                 live.update(_columns(answers))
+    answers.update({name: text.strip() for name, text in answers.items()})
     if show and not live:
         for name, text in answers.items():
             print_line(f"{name}: {' '.join(text.split())}")
-    return {name: text.strip() for name, text in answers.items()}
+    if failures:
+        raise failures[0]
 
 
 def _pieces(
     sessions: Sequence[ChatSession], systems: Mapping[str, str], question: str
-) -> Iterator[tuple[str, str]]:
-    """Yield (variant, piece of its answer), one piece of each variant in turn."""
+) -> Iterator[tuple[str, str | RotdistillError]]:
+    """Yield (name, piece of its answer), one piece of each in turn; at last why one has failed."""
     streams = {each.name: each.ask(systems[each.name], question) for each in sessions}
     while streams:
         for name in list(streams):
-            piece = next(streams[name], None)
-            if piece is None:
+            try:
+                yield name, next(streams[name])
+            except StopIteration:
                 del streams[name]
-            else:
-                yield name, piece
+            except RotdistillError as error:
+                del streams[name]
+                yield name, error
 
 
 def _columns(answers: Mapping[str, str]) -> Table:
