@@ -16,6 +16,7 @@ from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
+from rotdistill_core.planning.answering import Asking, HasOutlook, Questions
 from rotdistill_core.planning.chats import (
     DATE,
     Chats,
@@ -73,10 +74,11 @@ class PlanLine:
 
     id: str
     use: str = ""
-    """Name of the step's method; empty if the result is not of a step."""
+    """Name of the step's method, or of the engine that answers; empty for a checkpoint."""
     stage: str = ""
+    """Stage of the step; empty if the result is not of a step."""
     plugin: str = ""
-    """Distribution of the step, and its version."""
+    """Distribution of the step or engine, and its version."""
     needs: list[str] = field(default_factory=list)
     """Results of earlier steps that it takes: captured states, maps."""
     variants: list[str] = field(default_factory=list)
@@ -97,6 +99,12 @@ class PlanLine:
     """Bytes copied between host and GPU; 0 without a GPU."""
     seconds: float = 0.0
     """As measured before with the same options, or estimated."""
+    prompts: int = 0
+    """Prompts that the engine answers."""
+    answer_tokens: int = 0
+    """Most tokens of these answers together."""
+    missing: list[str] = field(default_factory=list)
+    """Names of prompts that the engine cannot answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +203,12 @@ class Plan:
             needed = format_bytes(totals.ram_bytes)
             memory = f"memory about {needed}, {format_bytes(machine.ram)} are free"
         reused, results = len(self.lines) - len(todo), len(self.lines)
+        missing = sum(len(line.missing) for line in todo)
+        lacks = f"; the engine lacks {missing} answers" if missing else ""
         return (
             f"plan: {reused} of {results} results are there; {memory}; "
             f"disk {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free; "
-            f"takes {time_class(totals.seconds)}"
+            f"takes {time_class(totals.seconds)}{lacks}"
         )
 
     def require_resources(self, recipe: Path) -> None:
@@ -265,6 +275,15 @@ def build_plan(
         index=index,
         start_key=start_key,
         save_dtype=save_dtype,
+        asking=Asking(
+            recipe=recipe,
+            conversations=conversations,
+            style=style,
+            lesson_texts=lesson_texts,
+            chats=chats,
+            teacher=teacher,
+            context=start,
+        ),
         statuses=step_statuses(keyed, index, index.changed_inputs(inputs), fresh),
     )
     return Plan(
@@ -416,21 +435,50 @@ class _LineBuilder:
     index: ReuseIndex
     start_key: str
     save_dtype: str
+    asking: Asking
+    """What the engine is asked."""
     statuses: list[StepStatus]
 
     def answer_lines(self) -> Iterator[PlanLine]:
-        """Yield the lines of what the teacher writes itself: its answers, and lessons."""
+        """Yield the lines of what is written in the teacher's name: its answers, and lessons.
+
+        Raises:
+            RotdistillError: the engine cannot work.
+        """
         known = self.start_key != UNKNOWN
         why = "not made before from these models and texts"
         if known:
             why = FRESH if self.fresh else "the same models and texts were run before"
         texts = self.start.texts
+        engine = self.recipe.engine
+        line = PlanLine(
+            id="teacher's answers",
+            use=engine.engine.use,
+            plugin=engine.origin.release,
+            reused=known and not self.fresh,
+            why=why,
+        )
         if texts.questions_asked:
-            line = PlanLine(id="teacher's answers", reused=known and not self.fresh, why=why)
-            yield self._with_cost(line, teacher_answers_cost(self.start))
+            yield self._answered(line, self.asking.answers(), teacher_answers_cost(self.start))
         if texts.lessons:
-            line = PlanLine(id=f"{texts.lessons} lessons", reused=known and not self.fresh, why=why)
-            yield self._with_cost(line, lessons_cost(self.start))
+            lessons = replace(line, id=f"{texts.lessons} lessons")
+            yield self._answered(lessons, self.asking.lessons(), lessons_cost(self.start))
+
+    def _answered(self, line: PlanLine, questions: Questions, here: Cost) -> PlanLine:
+        """Return a line with what its answers cost.
+
+        Args:
+            line: the line.
+            questions: what is asked.
+            here: the cost if the teacher answers in this process.
+        """
+        line = replace(line, prompts=questions.count, answer_tokens=questions.tokens)
+        engine = self.recipe.engine
+        if line.reused or not isinstance(engine.engine, HasOutlook):
+            return self._with_cost(line, here)
+        outlook = engine.engine.outlook(self.start, questions, engine.folder)
+        line = replace(line, note=outlook.note, missing=list(outlook.missing))
+        return self._with_cost(line, outlook.cost)
 
     def step_lines(self) -> Iterator[PlanLine]:
         """Yield a line for each result of a step.

@@ -49,6 +49,8 @@ class TextCounts:
     """Lessons that it writes; their texts and rows count as fit texts."""
     lesson_tokens: int = 0
     """Tokens that it may write for them, proposed questions included."""
+    lesson_prompts: int = 0
+    """Prompts that it is given for them: those of proposals, and those of answers."""
     teacher_prefix: int | None = None
     """Rows of the system prompt as the teacher reads it; None if the student reads the same."""
 
@@ -166,6 +168,7 @@ def _with_lessons(counts: TextCounts, lessons: Lessons, settings: SamplesRef) ->
         rows={**counts.rows, fit: counts.rows.get(fit, 0) + rows},
         texts={**counts.texts, fit: counts.texts.get(fit, 0) + lessons.count},
         lessons=lessons.count,
+        lesson_prompts=asked + proposed,
         lesson_tokens=asked * lessons.tokens + proposed * max(lessons.tokens, QUESTION_TOKENS),
     )
 

@@ -9,7 +9,9 @@ Besides these an engine class may have the members
 - `logistics: ClassVar[frozenset[str]]`: options that change no answer, such as where a server is;
   keys and the names of runs leave them out;
 - `inputs(folder)`: hashes of files that its options name, versions of libraries (`HasInputs`);
-- `check(folder)`: refuses options that cannot work, before any work (`HasOptionChecks`).
+- `check(folder)`: refuses options that cannot work, before any work (`HasOptionChecks`);
+- `outlook(context, questions, folder)`: what its answers cost, and which it cannot give
+  (`rotdistill_core.planning.answering.HasOutlook`).
 
 Paths in options are relative to `folder`, that of the recipe.
 """

@@ -183,6 +183,9 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
         "read_bytes",
         "traffic_bytes",
         "seconds",
+        "prompts",
+        "answer_tokens",
+        "missing",
     }
     assert steps["fold"]["needs"] == ["captured states", "maps"]
     assert document["shortfalls"] == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import pytest
 import torch
 from rotdistill_engines.file import File
 
+from rotdistill_core.checkpoint.models import load_tokenizer
 from rotdistill_core.checkpoint.open import open_checkpoint
+from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.reading import read_conversations
+from rotdistill_core.data.tokenization import tokens_of
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.generate import AnsweringModel
 from rotdistill_core.plugin.engine import Answer, Asked
@@ -153,3 +159,54 @@ def test_chat_finds_the_answer_of_the_teacher_in_the_file(pico_workspace: PicoWo
     code, out, err = pico_workspace.command(*words, "w3 w4")
     assert (code, out) == (2, "")
     assert "there is no such file" in err
+
+
+def test_a_plan_says_which_answers_the_file_has(pico_workspace: PicoWorkspace) -> None:
+    pico_workspace.texts(blurbs=3, questions=5)
+    model = pico_workspace.model()
+    step = 'step = [{ use = "chop", layers = 1 }]'
+    recipe = pico_workspace.recipe(step, tables='engine = { use = "file", path = "a.jsonl" }')
+    tokenizer = load_tokenizer(model)
+    chat = ChatFormat.of(tokenizer)
+    conversations, style = read_conversations(load_recipe(recipe).recipe.samples, recipe.parent)
+    asked = [each for each in conversations if each.answer is None]
+    prompts = chat.prompts([chat.chat_of(each, style) for each in asked])
+    lines = [
+        {"id": asked[0].id, "answer": "w9"},
+        {"messages": chat.chat_of(asked[1], style), "answer": "w9"},
+        {"prompt": prompts[2], "answer": "w9"},
+        {"prompt": tokens_of(tokenizer, prompts[3]), "answer": "w9"},
+    ]
+    path = pico_workspace.folder / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    words = ("plan", recipe.name, "--json")
+    code, out, _ = pico_workspace.command(*words)
+    line = next(each for each in json.loads(out)["steps"] if each["id"] == "teacher's answers")
+    assert code == 0
+    assert (line["use"], line["prompts"], line["answer_tokens"]) == ("file", 5, 20)
+    assert line["missing"] == [asked[4].id]
+    assert line["note"] == f"4 of 5 answers are in a.jsonl, not {asked[4].id}"
+    assert (line["ram_bytes"], line["seconds"], line["read_bytes"]) == (path.stat().st_size, 0, 0)
+    assert "the engine lacks 1 answers" in pico_workspace.command(*words[:2], "--short")[2]
+    # What the teacher proposes has no text yet, so an id alone can be known.
+    more = ("--set", "lessons.count=4", "--set", "lessons.from=teacher")
+    path.write_text(path.read_text() + '\n{"id": "000001.lesson", "answer": "w9"}')
+    line = json.loads(pico_workspace.command(*words, *more)[1])["steps"][1]
+    assert line["id"] == "4 lessons"
+    assert line["missing"] == [f"{k:06d}.lesson" for k in (0, 2, 3)]
+    path.write_text("{")
+    code, out, err = pico_workspace.command(*words)
+    assert (code, out) == (2, "")
+    assert "a.jsonl, line 1: is no JSON" in err
+
+
+@pytest.mark.parametrize("engine", ["file", "openai"])
+def test_the_module_of_an_engine_is_light(engine: str) -> None:
+    script = (
+        f"import rotdistill_engines.{engine}, sys; "
+        "print(sorted({'torch', 'transformers', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

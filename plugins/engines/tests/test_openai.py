@@ -460,3 +460,28 @@ def test_chat_asks_the_server_for_the_teacher(
     assert "the text 'w3' got no usable answer" in err
     [turn] = json.loads(out)
     assert list(turn["answers"]) == ["full"]
+
+
+def test_a_plan_counts_what_servers_are_asked_and_nothing_of_the_teacher(
+    pico_workspace: PicoWorkspace,
+) -> None:
+    pico_workspace.texts(blurbs=3, questions=3)
+    pico_workspace.model()
+    step = 'step = [{ use = "chop", layers = 1 }]'
+    urls = '["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"]'
+    tables = f'engine = {{ use = "openai", urls = {urls}, model = "m" }}'
+    recipe = pico_workspace.recipe(step, tables=tables)
+    words = ("plan", recipe.name, "--json", "--set", "lessons.count=10")
+    words = (*words, "--set", "lessons.from=teacher", "--set", "lessons.general=0")
+    answers, lessons, *_ = json.loads(pico_workspace.command(*words)[1])["steps"]
+    for line, prompts, tokens in ((answers, 3, 12), (lessons, 20, 10 * 64 + 10 * 64)):
+        assert (line["use"], line["prompts"], line["answer_tokens"]) == ("openai", prompts, tokens)
+        sizes = ("ram_bytes", "disk_bytes", "read_bytes", "traffic_bytes", "seconds")
+        assert [line[size] for size in sizes] == [0] * 5
+    assert answers["note"] == (
+        "3 prompts and up to 12 tokens of answers for 2 servers, whose time is not counted"
+    )
+    table = ("--set", "engine={ use = 'transformers' }")
+    answers, lessons, *_ = json.loads(pico_workspace.command(*words, *table)[1])["steps"]
+    assert answers["ram_bytes"] > 0 < lessons["read_bytes"]
+    assert (answers["note"], answers["prompts"]) == ("", 3)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,52 @@ HOW_LINES_LOOK = (
     'A line is one JSON object with "id", "prompt" or "messages", and with "answer" (text) or '
     '"tokens" (ids).'
 )
+
+
+@dataclass(frozen=True)
+class AnswerLines:
+    """The lines of a file of answers, by what they answer."""
+
+    path: Path
+    bytes: int
+    """Size of the file."""
+    _lines: Mapping[str, tuple[int, dict[str, Any]]]
+    """What a line answers -> its number and its content."""
+
+    @classmethod
+    def read(cls, path: Path) -> AnswerLines:
+        """Return the lines of a file.
+
+        Raises:
+            RecipeError: it cannot be read, a line is no answer, or two answer the same.
+        """
+        try:
+            data = read_bytes(path, COLLECTION_BYTES)
+            text = decode_utf8(data)
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from error
+        except NotUtf8Error as error:
+            raise RecipeError(f"{path}: {error}.") from error
+        return cls(path, len(data), dict(_read(path, text)))
+
+    def find(
+        self,
+        name: str,
+        prompts: Iterable[str | Sequence[int]],
+        messages: Iterable[Mapping[str, str]],
+    ) -> tuple[int, dict[str, Any]] | None:
+        """Return number and content of the line that answers a prompt; None if there is none.
+
+        Args:
+            name: its id.
+            prompts: forms of it, as text and as token ids; empty ones are in no line.
+            messages: the conversation that it is written from; none if there is none.
+        """
+        keys = [("id", name), *(("prompt", prompt) for prompt in prompts)]
+        for kind, value in (*keys, ("messages", [dict(message) for message in messages])):
+            if found := value and self._lines.get(_key(kind, value)):
+                return found
+        return None
 
 
 class FileOfAnswers:
@@ -50,7 +97,7 @@ class FileOfAnswers:
             "file": path.name,
             "sha256": sha256_of(path),
         }
-        self._lines = dict(self._read())
+        self._lines = AnswerLines.read(path)
 
     def chunks(self, _: Mapping[str, Asked]) -> None:
         """Return None: each answer stands for itself."""
@@ -64,10 +111,9 @@ class FileOfAnswers:
         places = {name: self._place_of(name, each) for name, each in asked.items()}
         missing = [name for name, place in places.items() if place is None]
         if missing:
-            more = f" and {len(missing) - FEW} more" if len(missing) > FEW else ""
             raise RecipeError(
                 f"{self.path}: does not answer {len(missing)} of {len(asked)} texts: "
-                f"{', '.join(missing[:FEW])}{more}. Add a line for each. {HOW_LINES_LOOK}"
+                f"{listed_names(missing)}. Add a line for each. {HOW_LINES_LOOK}"
             )
         for name, place in places.items():
             if place is not None:
@@ -77,12 +123,7 @@ class FileOfAnswers:
     def _place_of(self, name: str, asked: Asked) -> tuple[int, dict[str, Any]] | None:
         """Return number and content of the line that answers a prompt."""
         text = self.reader.tokenizer.decode(list(asked.prompt), clean_up_tokenization_spaces=False)
-        messages = [dict(message) for message in asked.messages]
-        keys = (("id", name), ("prompt", list(asked.prompt)), ("prompt", text))
-        for kind, value in (*keys, ("messages", messages)):
-            if found := self._lines.get(_key(kind, value)):
-                return found
-        return None
+        return self._lines.find(name, (asked.prompt, text), asked.messages)
 
     def _answer(self, number: int, line: Mapping[str, Any], asked: Asked) -> Answer:
         ended = line.get("finish_reason", "stop") != "length"
@@ -94,53 +135,58 @@ class FileOfAnswers:
             text = line.get("answer") if whole else None
             return self.reader.of_tokens(tokens[: asked.max_tokens], text, ended and whole, asked)
         except UnusableAnswer as error:
-            raise self._wrong(number, f"its answer cannot be used: {error}") from error
+            raise _wrong(self.path, number, f"its answer cannot be used: {error}") from error
 
-    def _read(self) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
-        """Yield the lines by what they answer.
 
-        Raises:
-            RecipeError: see the class.
-        """
-        try:
-            text = decode_utf8(read_bytes(self.path, COLLECTION_BYTES))
-        except OSError as error:
-            raise RecipeError(f"{self.path}: cannot be read: {error.strerror}.") from error
-        except NotUtf8Error as error:
-            raise RecipeError(f"{self.path}: {error}.") from error
-        first: dict[str, int] = {}
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
+def listed_names(names: Sequence[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return f"{', '.join(names[:FEW])}{more}"
+
+
+def _read(path: Path, text: str) -> Iterator[tuple[str, tuple[int, dict[str, Any]]]]:
+    """Yield the lines by what they answer.
+
+    Raises:
+        RecipeError: a line is no answer, or two answer the same.
+    """
+    first: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        content = _parsed(path, number, line)
+        for kind in NAMES:
+            if kind not in content:
                 continue
-            content = self._parsed(number, line)
-            for kind in NAMES:
-                if kind not in content:
-                    continue
-                key = _key(kind, content[kind])
-                if key in first:
-                    raise self._wrong(
-                        number, f"answers the same {kind} as line {first[key]}. Remove one of them"
-                    )
-                first[key] = number
-                yield key, (number, content)
+            key = _key(kind, content[kind])
+            if key in first:
+                raise _wrong(
+                    path,
+                    number,
+                    f"answers the same {kind} as line {first[key]}. Remove one of them",
+                )
+            first[key] = number
+            yield key, (number, content)
 
-    def _parsed(self, number: int, line: str) -> dict[str, Any]:
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise self._wrong(number, f"is no JSON: {error}") from error
-        if not isinstance(content, dict) or not {*NAMES} & content.keys():
-            raise self._wrong(number, f"does not say what it answers. {HOW_LINES_LOOK[:-1]}")
-        if not {*ANSWERS} & content.keys():
-            raise self._wrong(number, f"has no answer. {HOW_LINES_LOOK[:-1]}")
-        if not isinstance(content.get("answer", ""), str):
-            raise self._wrong(number, '"answer" is no text')
-        if not isinstance(content.get("tokens", []), list):
-            raise self._wrong(number, '"tokens" is no list of token ids')
-        return content
 
-    def _wrong(self, number: int, problem: str) -> RecipeError:
-        return RecipeError(f"{self.path}, line {number}: {problem}.")
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, number, f"is no JSON: {error}") from error
+    if not isinstance(content, dict) or not {*NAMES} & content.keys():
+        raise _wrong(path, number, f"does not say what it answers. {HOW_LINES_LOOK[:-1]}")
+    if not {*ANSWERS} & content.keys():
+        raise _wrong(path, number, f"has no answer. {HOW_LINES_LOOK[:-1]}")
+    if not isinstance(content.get("answer", ""), str):
+        raise _wrong(path, number, '"answer" is no text')
+    if not isinstance(content.get("tokens", []), list):
+        raise _wrong(path, number, '"tokens" is no list of token ids')
+    return content
+
+
+def _wrong(path: Path, number: int, problem: str) -> RecipeError:
+    return RecipeError(f"{path}, line {number}: {problem}.")
 
 
 def _key(kind: str, value: object) -> str:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rotdistill_core import hookimpl
+from rotdistill_core import Cost, CostContext, hookimpl
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.planning.answering import Outlook, Questions
 from rotdistill_core.plugin.engine import Answering, engine
 from rotdistill_core.store.hashing import sha256_of
+from rotdistill_engines._lines import AnswerLines, FileOfAnswers, listed_names
 
 if TYPE_CHECKING:
     from rotdistill_core.forward.generate import AnsweringModel
@@ -55,6 +57,25 @@ class File:
         """Return the path of the file; `folder` is that of the recipe."""
         return folder / Path(self.path).expanduser()
 
+    def outlook(self, _: CostContext, questions: Questions, folder: Path) -> Outlook:
+        """Return how many answers the file has, and which it lacks.
+
+        Raises:
+            RecipeError: it cannot be read, or a line of it is no answer.
+        """
+        path = self.file_in(folder)
+        lines = AnswerLines.read(path)
+        asked = questions.by_name
+        missing = tuple(
+            name
+            for name, each in asked.items()
+            if not lines.find(name, (each.tokens, each.prompt), each.messages)
+        )
+        note = f"{len(asked) - len(missing)} of {len(asked)} answers are in {path.name}"
+        if missing:
+            note += f", not {listed_names(missing)}"
+        return Outlook(cost=Cost(host_bytes=lines.bytes), note=note, missing=missing)
+
     @hookimpl
     def connect(self, model: AnsweringModel, folder: Path, log: Callable[[str], None]) -> Answering:
         """See `HookSpecs.connect`.
@@ -62,8 +83,6 @@ class File:
         Raises:
             RecipeError: the file cannot be read, or a line of it is no answer.
         """
-        from rotdistill_engines._lines import FileOfAnswers  # noqa: PLC0415  loads torch
-
         return FileOfAnswers(self.file_in(folder), model, log)
 
 

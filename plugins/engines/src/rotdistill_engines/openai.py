@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
-from rotdistill_core import hookimpl
+from rotdistill_core import Cost, CostContext, hookimpl
+from rotdistill_core.planning.answering import Outlook, Questions
 from rotdistill_core.plugin.engine import Answering, engine
 
 if TYPE_CHECKING:
@@ -57,6 +59,15 @@ class OpenAi:
     logistics: ClassVar[frozenset[str]] = frozenset(
         {"urls", "key_env", "at_once", "timeout", "retries"}
     )
+
+    def outlook(self, _: CostContext, questions: Questions, __: Path) -> Outlook:
+        """Return that nothing is computed here; what servers take is not known."""
+        servers = f"{len(self.urls)} servers" if len(self.urls) > 1 else self.urls[0]
+        note = (
+            f"{questions.count} prompts and up to {questions.tokens} tokens of answers for "
+            f"{servers}, whose time is not counted"
+        )
+        return Outlook(cost=Cost(), note=note)
 
     @hookimpl
     def connect(self, model: AnsweringModel, log: Callable[[str], None]) -> Answering:
