@@ -25,9 +25,10 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.reading import read_conversations
-from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both, tokenize_texts
-from rotdistill_core.forward.activations import ActivationStore, rms_normalise
+from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.row_rms import rms_normalise
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.linalg.solvers import polar, ridge
@@ -143,7 +144,7 @@ def print_explanation(activations: ActivationStore, pair: Pair) -> None:
     every map from d_s channels. Tokens are `seen` if they occur in the fit texts.
     """
     boundaries = list(range(len(activations.depths)))
-    layout = activations.layouts[Side.STUDENT]
+    layout = activations.sample
     fit_tokens = layout.tokens[layout.split(Split.FIT)]
     fit = paired_streams(activations, pair, boundaries, Split.FIT, "explain")
     fitted = {streams.boundary: fit_maps(streams) for streams in fit}

@@ -35,13 +35,10 @@ from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.data.tokenization import tokenize_texts
-from rotdistill_core.forward.activations import (
-    ActivationStore,
-    massive_activation_mask,
-    rms_normalise,
-)
+from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.head import log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.row_rms import massive_activation_mask, rms_normalise
 from rotdistill_core.linalg.maps import Map, Maps, Permutation, Rotation
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.testing import logits, pico_output, save_folder, scramble

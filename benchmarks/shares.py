@@ -55,7 +55,7 @@ WRAPPED: Mapping[str, tuple[str, ...]] = {
     ),
     "products (moments)": (
         "rotdistill_core.linalg.moments:Moments.add",
-        "rotdistill_core.alignment.streams:sum_streams",
+        "rotdistill_core.alignment.streams:sum_fit_rows",
     ),
     "solves": (
         "rotdistill_core.linalg.solvers:ridge",

@@ -6,9 +6,10 @@ and massive-activation rows are left out, because they would dominate every sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import reduce
+from operator import add
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,16 +19,13 @@ from rotdistill_core.architecture.spaces import residual
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.forward.activations import (
-    CHUNK_ROWS,
-    ActivationStore,
-    massive_activation_mask,
-    rms_normalise,
-)
+from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.forward.row_rms import rms_normalise
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps, Rotation
-from rotdistill_core.linalg.precision import CPU, SUM_DTYPE, float64_device
+from rotdistill_core.linalg.paired_sums import RowSums
+from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import require_finite
 
 
@@ -68,6 +66,22 @@ class StreamSums:
     device: torch.device = CPU
     """The device of the student, where solves may run. The sums themselves are on the host."""
 
+    @classmethod
+    def of(cls, boundaries: Sequence[RowSums], device: torch.device = CPU) -> StreamSums:
+        """Return the sums of a stage from those of its boundaries."""
+        rows = torch.tensor([float(each.rows) for each in boundaries], dtype=torch.float64)
+        return cls(
+            C_st=reduce(add, (each.C_st for each in boundaries)),
+            C_st_shuffled=reduce(add, (each.C_st_shuffled for each in boundaries)),
+            C_ss=reduce(add, (each.C_ss for each in boundaries)),
+            C_tt=reduce(add, (each.C_tt for each in boundaries)),
+            student_energy=float(sum(each.student_energy for each in boundaries)),
+            rows=rows,
+            student_means=torch.stack([each.student_sum / each.rows for each in boundaries]),
+            teacher_means=torch.stack([each.teacher_sum / each.rows for each in boundaries]),
+            device=device,
+        )
+
     def shuffled(self) -> StreamSums:
         """Return the sums of the shuffled rows."""
         return replace(self, C_st=self.C_st_shuffled, C_st_shuffled=self.C_st)
@@ -87,71 +101,6 @@ class StreamSums:
             (self.C_st - self.student_means.T @ t) / n,
             (self.C_tt - self.teacher_means.T @ t) / n,
         )
-
-
-class RowChunk(NamedTuple):
-    """Paired rows in float64, each divided by its RMS."""
-
-    student: Tensor
-    """`[n, d_s]`."""
-    teacher: Tensor
-    """`[n, d_t]`."""
-    other_teacher: Tensor
-    """`[n, d_t]`: teacher rows of other tokens, for the null."""
-
-
-def sum_streams(
-    boundaries: Iterable[Iterable[RowChunk]],
-    d_s: int,
-    d_t: int,
-    squares: bool = True,
-    device: torch.device = CPU,
-) -> StreamSums:
-    """Return the sums over the chunks of each boundary.
-
-    Args:
-        boundaries: for each boundary its chunks of rows.
-        d_s: width of the student's stream.
-        d_t: width of the teacher's stream.
-        squares: whether to add up C_ss and C_tt too.
-        device: the student's device. Chunks are on its `float64_device`, and so are sums until
-            the end.
-    """
-    place = float64_device(device)
-    zeros = partial(torch.zeros, dtype=SUM_DTYPE, device=place)
-    C_st, C_st_shuffled = zeros(d_s, d_t), zeros(d_s, d_t)
-    C_ss, C_tt = zeros(d_s, d_s), zeros(d_t, d_t)
-    energy = zeros(())
-    rows: list[float] = []
-    student_means: list[Tensor] = []
-    teacher_means: list[Tensor] = []
-    for chunks in boundaries:
-        n = 0
-        student_sum, teacher_sum = zeros(d_s), zeros(d_t)
-        for S, T, T_other in chunks:
-            C_st += S.T @ T
-            C_st_shuffled += S.T @ T_other
-            if squares:
-                C_ss += S.T @ S
-                C_tt += T.T @ T
-            n += len(S)
-            student_sum += S.sum(0)
-            teacher_sum += T.sum(0)
-            energy += S.pow(2).sum()
-        rows.append(float(n))
-        student_means.append(student_sum / n)
-        teacher_means.append(teacher_sum / n)
-    return StreamSums(
-        C_st=C_st.cpu(),
-        C_st_shuffled=C_st_shuffled.cpu(),
-        C_ss=C_ss.cpu(),
-        C_tt=C_tt.cpu(),
-        student_energy=float(energy),
-        rows=torch.tensor(rows, dtype=torch.float64),
-        student_means=torch.stack(student_means).cpu(),
-        teacher_means=torch.stack(teacher_means).cpu(),
-        device=device,
-    )
 
 
 def solve_stages(
@@ -252,57 +201,56 @@ def paired_streams(
 ) -> Iterator[PairedStreams]:
     """Yield the streams of one boundary after the other, with their rows of a split.
 
+    The rows are those of the sample that every capture keeps (`ActivationStore.sample`).
+
     Raises:
         RotdistillError: a stream is not finite.
         RecipeError: no row of this split is left.
     """
-    layout = activations.layouts[Side.STUDENT]
+    sample = activations.sample
+    wanted = sample.split(split) & activations.paired_mask(sample)
+    wanted[0] = False
     for boundary in boundaries:
-        depth = activations.depths[boundary]
-        S = activations.rows(Side.STUDENT, boundary)
-        T = activations.teacher_states(layout, depth)
-        teacher_boundary = activations.teacher_boundaries[depth]
-        _require_finite_stream(S, f"{use}: student {pair.student.ref.model}", boundary)
-        _require_finite_stream(T, f"{use}: teacher {pair.teacher.ref.model}", teacher_boundary)
-        mask = (
-            layout.split(split)
-            & ~massive_activation_mask(S)
-            & ~massive_activation_mask(T)
-            & activations.paired_mask(layout)
-        )
-        mask[0] = False
+        thresholds = activations.thresholds(boundary)
+        S, T = activations.paired(sample, boundary)
+        numbers = (boundary, activations.teacher_boundaries[activations.depths[boundary]])
+        for X, name, number in zip((S, T), _names(pair, use), numbers, strict=True):
+            require_finite(X, f"{name}, layer boundary {number}, site residual")
+        mask = wanted & thresholds.usable(S, T)
         if not mask.any():
-            raise RecipeError(
-                f"{use}: boundary {boundary} has no {split} rows to work on; "
-                "capture the student on more texts."
-            )
+            raise _no_rows(use, boundary, split)
         yield PairedStreams(boundary, S, T, mask.nonzero().flatten())
 
 
-def _require_finite_stream(X: Tensor, whose: str, boundary: int) -> None:
-    require_finite(X, f"{whose}, layer boundary {boundary}, site residual")
+def _names(pair: Pair, use: str) -> tuple[str, str]:
+    """Return how errors of a step name the streams of both models."""
+    return f"{use}: student {pair.student.ref.model}", f"{use}: teacher {pair.teacher.ref.model}"
+
+
+def _no_rows(use: str, boundary: int, split: Split) -> RecipeError:
+    return RecipeError(
+        f"{use}: boundary {boundary} has no {split} rows to work on; "
+        "capture the student on more texts."
+    )
 
 
 def sum_fit_rows(
     activations: ActivationStore, pair: Pair, boundaries: list[int], use: str, squares: bool
 ) -> StreamSums:
-    """Return the sums over the fit rows of some boundaries; see `sum_streams`."""
-    streams = paired_streams(activations, pair, boundaries, Split.FIT, use)
-    device = pair.student.device
-    chunks = (_chunks(each, float64_device(device)) for each in streams)
-    width = activations.width(Side.STUDENT)
-    return sum_streams(chunks, width, pair.teacher.width, squares, device)
+    """Return the sums over the fit rows of some boundaries; see `ActivationStore.sums`.
 
-
-def _chunks(streams: PairedStreams, device: torch.device) -> Iterator[RowChunk]:
-    """Yield the rows to take, some at a time; the null pairs rows that are half of all apart."""
-    _, S, T, taken = streams
-    shuffled = taken.roll(len(taken) // 2)
-    for start in range(0, len(taken), CHUNK_ROWS):
-        here = taken[start : start + CHUNK_ROWS]
-        elsewhere = shuffled[start : start + CHUNK_ROWS]
-        rows = (S[here], T[here], T[elsewhere])
-        yield RowChunk(*(rms_normalise(X.to(device)) for X in rows))
+    Raises:
+        RotdistillError: a stream is not finite.
+        RecipeError: a boundary has no fit rows.
+    """
+    device, names = pair.student.device, _names(pair, use)
+    found: list[RowSums] = []
+    for boundary in boundaries:
+        sums = activations.sums(boundary, squares=squares, device=device, names=names)
+        if not sums.rows:
+            raise _no_rows(use, boundary, Split.FIT)
+        found.append(sums)
+    return StreamSums.of(found, device)
 
 
 def spectral_gap(spectrum: Tensor, k: int) -> float:

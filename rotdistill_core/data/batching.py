@@ -10,3 +10,8 @@ ANSWERS_PER_CHUNK = 256
 """Answers that are committed together, a whole number of batches: the most that a kill costs."""
 LOGIT_ROWS = 256
 """Rows whose logits are compared at once."""
+BLOCK_TEXTS = 64
+"""Texts to fit on whose sums are added up together, whatever the machine: the unit of work."""
+SAMPLE_TEXTS = 32
+"""Texts to fit on, and as many for validation, whose rows every capture keeps. What needs rows and
+not sums is taken from these: thresholds, layer maps, principal frames and diagnostics."""

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.batching import BLOCK_TEXTS, SAMPLE_TEXTS
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
@@ -118,12 +119,41 @@ class PackedTexts:
         all_plain = bool(texts) and all(text.plain for text in texts)
         return PackedTexts(texts, 0 if all_plain else self.prefix)
 
+    def sample(self) -> PackedTexts:
+        """Return the texts whose rows every capture keeps.
+
+        Those are the first `SAMPLE_TEXTS` to fit on and as many for validation, and all others. Of
+        a sample it is the sample itself. Texts are in shuffled order, so the first are any.
+        """
+        room = {Split.FIT: SAMPLE_TEXTS, Split.VALIDATION: SAMPLE_TEXTS}
+        kept = []
+        for text in self.texts:
+            if text.split in room:
+                if not room[text.split]:
+                    continue
+                room[text.split] -= 1
+            kept.append(text)
+        return self.of(tuple(kept))
+
+    def fit_blocks(self) -> list[PackedTexts]:
+        """Return the texts to fit on in blocks of `BLOCK_TEXTS`; a function of the texts alone.
+
+        Each block begins with the shared prefix, unless all of its texts are plain.
+        """
+        texts = tuple(text for text in self.texts if text.split == Split.FIT)
+        return [self.of(texts[k : k + BLOCK_TEXTS]) for k in range(0, len(texts), BLOCK_TEXTS)]
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Id of each text -> its number."""
+        return {text.id: k for k, text in enumerate(self.texts)}
+
     def row_indices_in(self, full: PackedTexts) -> Tensor:
         """Return the row in `full` of each row here `[rows]`; `full` holds all of these texts.
 
         The two may share prefixes of different length.
         """
-        index = {text.id: k for k, text in enumerate(full.texts)}
+        index = full.numbers
         parts = []
         if self.prefix:
             first = next((index[text.id] for text in self.texts if not text.plain), None)

@@ -1,13 +1,25 @@
 """Captured activations: the residual stream of each model at every layer boundary.
 
-Rows lie in safetensors shards, one for each side and boundary, each with a JSON sidecar.
+Rows lie in safetensors shards, one for each side and boundary, each with a JSON sidecar. A capture
+keeps the rows of all texts, or, with `store = "moments"`, the rows of a sample of them
+(`PackedTexts.sample`) and the sums over all rows to fit on. What a step needs decides whether it
+can do with the latter:
+
+- Sums of fit rows: aligners and refiners of the stream (`procrustes`, `cca`, `householder`), the
+  frames of `fidelity`.
+- Rows of the sample, from either store: thresholds of massive activations, the layer map,
+  diagnostics, the teacher's principal frame of `basis-fold`.
+- Rows of held-out texts and of the guard, which are always kept: `fidelity`.
+- The teacher's final states of texts to fit on, which are computed where they were not captured:
+  `lm-head-ridge`, `prompt-kl`.
+- Rows of all texts: `writer-refit`, and the controls of the capture.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +29,24 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Side
-from rotdistill_core.linalg.precision import sum_device
+from rotdistill_core.errors import RecipeError
+from rotdistill_core.forward.boundary_sums import (
+    BoundarySums,
+    Kinds,
+    Thresholds,
+    read_sums,
+    rows_of_blocks,
+)
+from rotdistill_core.linalg.paired_sums import RowSums
+from rotdistill_core.linalg.precision import CPU, float64_device
+from rotdistill_core.linalg.solvers import require_finite
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 
-MASSIVE = 8.0
-"""A row of massive activations has an RMS above this multiple of the median row's."""
-CHUNK_ROWS = 4096
-"""Rows that are widened to float64 at a time."""
+ROWS_REMEDY = 'Set store = "rows" in the capture step, which keeps the rows of all texts.'
+"""What to do where rows are missing."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +68,116 @@ class ActivationStore:
     """For each captured student boundary, its boundary in the original student."""
     teacher_boundaries: tuple[int, ...] = ()
     """For each boundary of the original student, the teacher's boundary matched with it."""
+    summed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Side that the student is paired with -> the file of the sums of each captured student
+    boundary. Empty where the rows of all texts are kept, from which sums are made when asked."""
+
+    @property
+    def sample(self) -> PackedTexts:
+        """The student's texts whose rows every capture keeps."""
+        return self.layouts[Side.STUDENT].sample()
 
     def rows(self, side: str, boundary: int) -> Tensor:
-        """Return one side's raw stream `[rows, d]` at a boundary (0: embeddings), memory-mapped."""
+        """Return one side's raw stream `[rows, d]` at a boundary (0: embeddings), memory-mapped.
+
+        The rows are those of `layouts[side]`, which with `store = "moments"` is a sample.
+        """
         return open_tensors(self.root / self.shards[side][boundary])["rows"].read()
+
+    def paired(self, layout: PackedTexts, boundary: int) -> tuple[Tensor, Tensor]:
+        """Return both raw streams at a boundary of the student, for rows of captured texts.
+
+        Returns:
+            The student's rows `[rows, d_s]`, and the teacher's row of each `[rows, d_t]`; see
+            `paired_mask` for rows that have none.
+        """
+        own = self.layouts[Side.STUDENT]
+        S = self.rows(Side.STUDENT, boundary)
+        S = S if layout == own else S[self._places(layout, Side.STUDENT)]
+        return S, self.teacher_states(layout, self.depths[boundary])
+
+    def thresholds(self, boundary: int) -> Thresholds:
+        """Return the RMS above which paired rows are massive activations, from the sample's rows.
+
+        Rows of all texts are held to the same, whatever the capture keeps of them.
+        """
+        sample = self.sample
+        S, T = self.paired(sample, boundary)
+        paired = self.paired_mask(sample)
+        return Thresholds.of(S[paired], T[paired])
+
+    def sums(
+        self,
+        boundary: int,
+        *,
+        squares: bool,
+        device: torch.device = CPU,
+        names: tuple[str, str] = ("student", "teacher"),
+    ) -> RowSums:
+        """Return the sums over the fit rows of a boundary, each row divided by its RMS.
+
+        Massive activations, position 0 and unpaired rows are left out. The sums are the same from
+        either store: `BoundarySums` adds the same blocks when the rows are captured, or here.
+
+        Args:
+            boundary: a captured boundary of the student.
+            squares: whether C_ss and C_tt are asked for.
+            device: the student's; sums are made there where its float64 is fast.
+            names: names both streams in errors.
+
+        Raises:
+            RotdistillError: a stream is not finite.
+        """
+        kinds = Kinds(squares=squares)
+        return self._sums(boundary, "unit", kinds, device, names)
+
+    def raw_sums(self, boundary: int, device: torch.device = CPU) -> RowSums:
+        """Return the sums over the same rows as they are; C_ss, C_tt and the null are zero.
+
+        Raises:
+            RotdistillError: a stream is not finite.
+        """
+        kinds = Kinds(unit=False, raw=True)
+        return self._sums(boundary, "raw", kinds, device, ("student", "teacher"))
+
+    def _sums(
+        self, boundary: int, kind: str, kinds: Kinds, device: torch.device, names: tuple[str, str]
+    ) -> RowSums:
+        if self.summed:
+            path = self.root / self.summed[Side.TEACHER][boundary]
+            return read_sums(open_tensors(path), kind, squares=kinds.squares)
+        thresholds = self.thresholds(boundary)
+        layout = self.layouts[Side.STUDENT]
+        S, T = self.paired(layout, boundary)
+        numbers = (boundary, self.teacher_boundaries[self.depths[boundary]])
+        for X, name, number in zip((S, T), names, numbers, strict=True):
+            require_finite(X, f"{name}, layer boundary {number}, site residual")
+        paired = self.paired_mask(layout)
+        where = f"boundary {boundary}"
+        sums = BoundarySums(S.shape[1], T.shape[1], layout.rows, thresholds, kinds, where)
+        for _, block in rows_of_blocks(layout):
+            rows = block.in_layout
+            sums.add(S, T, rows[paired[rows]], float64_device(device))
+        return sums.value(kind)
+
+    def _places(self, layout: PackedTexts, side: str) -> Tensor:
+        """Return the row among one side's of each row of `layout` `[rows]`.
+
+        Raises:
+            RecipeError: the rows of a text were not kept.
+        """
+        kept = self.layouts[side]
+        missing = [text.id for text in layout.texts if text.id not in kept.numbers]
+        if missing:
+            raise RecipeError(
+                f"rows of {len(missing)} texts are asked for that the capture has not kept, the "
+                f'first is "{missing[0]}". {ROWS_REMEDY}'
+            )
+        return layout.row_indices_in(kept)
+
+    def holds(self, side: str, layout: PackedTexts) -> bool:
+        """Return whether one side's rows of all these texts were kept."""
+        return all(text.id in self.layouts[side].numbers for text in layout.texts)
 
     def width(self, side: str) -> int:
         """Return the width of one side's stream when it was captured, from a shard's header."""
@@ -77,12 +203,8 @@ class ActivationStore:
         """
         T = self.rows(Side.TEACHER, boundary)
         if Side.SPANS not in self.shards:
-            return T[layout.row_indices_in(self.layouts[Side.TEACHER])]
-        start, end = self._spans(layout).T
-        end = torch.maximum(end, start + 1)
-        spans = zip(start.tolist(), end.tolist(), strict=True)
-        rows = torch.cat([torch.arange(first, last) for first, last in spans])
-        return torch.segment_reduce(T[rows], "mean", lengths=end - start, axis=0)
+            return T[self._places(layout, Side.TEACHER)]
+        return span_means(T, self._spans(layout))
 
     def paired_mask(self, layout: PackedTexts) -> Tensor:
         """Return the mask [rows] of rows with teacher rows: all rows if both read the same."""
@@ -98,12 +220,12 @@ class ActivationStore:
             Rows of `layout` [n], and rows of the teacher's texts [n].
         """
         if Side.SPANS not in self.shards:
-            return torch.arange(layout.rows), layout.row_indices_in(self.layouts[Side.TEACHER])
+            return torch.arange(layout.rows), self._places(layout, Side.TEACHER)
         rows = self.paired_mask(layout).nonzero().flatten()
         return rows, self._spans(layout)[rows, 0]
 
     def _spans(self, layout: PackedTexts) -> Tensor:
-        return self.rows(Side.SPANS, 0)[layout.row_indices_in(self.layouts[Side.SPANS])]
+        return self.rows(Side.SPANS, 0)[self._places(layout, Side.SPANS)]
 
     def digest(self) -> str:
         """Return the hash of all rows and of how they are paired, from the shards' sidecars."""
@@ -112,7 +234,11 @@ class ActivationStore:
             for side, shards in self.shards.items()
         }
         layouts = {side: layout.digest() for side, layout in self.layouts.items()}
-        return digest(hashes, layouts, self.depths, self.teacher_boundaries)
+        sums = {
+            side: [sha256_of(self.root / path) for path in paths]
+            for side, paths in self.summed.items()
+        }
+        return digest(hashes, layouts, self.depths, self.teacher_boundaries, sums)
 
     def sidecar(self, side: str, boundary: int) -> dict[str, Any]:
         """Return what is recorded of a shard: model, side, layout, dtype, sha256."""
@@ -137,6 +263,7 @@ class ActivationStore:
             },
             depths=self.depths,
             teacher_boundaries=tuple(range(len(self.teacher_boundaries))),
+            summed={Side.TEACHER: self.summed[Side.ANCHOR]} if self.summed else {},
         )
 
     def info(self) -> dict[str, Any]:
@@ -148,6 +275,7 @@ class ActivationStore:
             },
             "depths": list(self.depths),
             "partners": list(self.teacher_boundaries),
+            "sums": {side: list(paths) for side, paths in self.summed.items()},
         }
 
 
@@ -164,7 +292,20 @@ def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -
         layouts=layouts,
         depths=tuple(info["depths"]),
         teacher_boundaries=tuple(info["partners"]),
+        summed={side: tuple(paths) for side, paths in info["sums"].items()},
     )
+
+
+def span_means(T: Tensor, spans: Tensor) -> Tensor:
+    """Return the mean of the rows of `T [m, d]` in each span `[start, end)` of `spans [n, 2]`.
+
+    That of an empty span is the row at its start. Returns `[n, d]`.
+    """
+    start, end = spans.T
+    end = torch.maximum(end, start + 1)
+    pairs = zip(start.tolist(), end.tolist(), strict=True)
+    rows = torch.cat([torch.arange(first, last) for first, last in pairs])
+    return torch.segment_reduce(T[rows], "mean", lengths=end - start, axis=0)
 
 
 def _shard_digest(shard: Path) -> str:
@@ -211,31 +352,3 @@ def write_shard(
     }
     out.json(f"{name}.json", sidecar)
     return shard
-
-
-def rms_normalise(X: Tensor) -> Tensor:
-    """Divide each row by its RMS, in float64: a reader's view of the stream, without norm gains."""
-    X = X.double()
-    return X * torch.rsqrt(X.pow(2).mean(-1, keepdim=True).clamp_min(1e-30))
-
-
-def mean_square(X: Tensor) -> Tensor:
-    """Return the mean square of each row of `X [rows, d]`, `[rows]`, float64, on the host.
-
-    Some rows are widened at a time, where they are.
-    """
-    if not len(X):
-        return torch.zeros(0, dtype=torch.float64)
-    X = X.to(sum_device(X.device))
-    chunks = (X[k : k + CHUNK_ROWS] for k in range(0, len(X), CHUNK_ROWS))
-    return torch.cat([chunk.double().pow(2).mean(-1) for chunk in chunks]).cpu()
-
-
-def massive_activation_mask(X: Tensor, factor: float = MASSIVE) -> Tensor:
-    """Return the mask [rows] of massive activations (attention sinks), on the host.
-
-    These are rows whose RMS exceeds `factor` times the median row's. (Sun et al., Massive
-    Activations in Large Language Models, arXiv:2402.17762.)
-    """
-    rms = mean_square(X).sqrt()
-    return rms > factor * rms.median()

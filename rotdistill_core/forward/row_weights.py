@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Split
-from rotdistill_core.forward.activations import massive_activation_mask, mean_square
+from rotdistill_core.forward.row_rms import massive_activation_mask, mean_square
 
 SINK_RMS = 10.0
 """Largest RMS of a target, in medians of all rows.

@@ -62,11 +62,13 @@ class ActivationsRef(_Reference):
     """For each captured student boundary, its boundary in the original student."""
     partners: tuple[int, ...]
     """For each boundary of the original student, the teacher's boundary compared with it."""
+    sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Side -> the file of sums of each boundary, where the rows of a sample alone are kept."""
 
     def paths(self) -> Iterator[str]:
         """Yield the files that the result consists of."""
-        for shards in self.shards.values():
-            yield from shards
+        for files in (*self.shards.values(), *self.sums.values()):
+            yield from files
 
 
 @dataclass(frozen=True, kw_only=True)

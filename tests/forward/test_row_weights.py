@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from rotdistill_core.data.packed import PackedTexts
-from rotdistill_core.forward.activations import massive_activation_mask, rms_normalise
+from rotdistill_core.forward.row_rms import massive_activation_mask, rms_normalise
 from rotdistill_core.forward.row_weights import (
     SINK_RMS,
     clip_sinks,

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core.alignment.streams import RowChunk, StreamSums, sum_streams
+from rotdistill_core.alignment.streams import StreamSums
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.data.packed import Samples
+from rotdistill_core.linalg.paired_sums import PairedSums
 from rotdistill_core.testing import pico_model, pico_samples, random_rotation
 
 
@@ -59,8 +60,9 @@ def sums_of() -> Callable[..., StreamSums]:
 
     def add_up(S: torch.Tensor, T: torch.Tensor, chunk: int = 10**6) -> StreamSums:
         shuffled = T.roll(len(T) // 2, 0)
-        parts = zip(S.split(chunk), T.split(chunk), shuffled.split(chunk), strict=True)
-        chunks = [RowChunk(*part) for part in parts]
-        return sum_streams([chunks], S.shape[1], T.shape[1])
+        sums = PairedSums(S.shape[1], T.shape[1], 1e9, shuffled=True, squares=True)
+        for part in zip(S.split(chunk), T.split(chunk), shuffled.split(chunk), strict=True):
+            sums.add(*part)
+        return StreamSums.of([sums.value()])
 
     return add_up

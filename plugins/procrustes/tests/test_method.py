@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,9 +208,11 @@ def test_sums_that_are_not_finite_never_reach_lapack(
     def called(*_: object, **__: object) -> None:
         raise AssertionError("LAPACK was called")
 
-    S = planted_rows("plain", 50, 5, 0)
-    S[3, 2] = bad
-    sums = sums_of(S, planted_rows("plain", 50, 5, 0))
+    rows = planted_rows("plain", 50, 5, 0)
+    sums = sums_of(rows, rows)
+    broken = torch.zeros(5, 5, dtype=torch.float64)
+    broken[3, 2] = bad
+    sums = replace(sums, C_st=sums.C_st + broken, C_ss=sums.C_ss + broken)
     monkeypatch.setattr(scipy.linalg, "svd", called)
     monkeypatch.setattr(torch.linalg, "eigh", called)
     with pytest.raises(RotdistillError, match=r"here: \d+ of 25 values are NaN or Inf"):

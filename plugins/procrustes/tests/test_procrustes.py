@@ -15,11 +15,12 @@ import torch
 from rotdistill_procrustes.step import Procrustes, steps
 from safetensors.torch import save_file
 
-from rotdistill_core.alignment import streams
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.errors import RecipeError, RotdistillError
-from rotdistill_core.forward.activations import ActivationStore, rms_normalise
+from rotdistill_core.forward import boundary_sums
+from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.row_rms import rms_normalise
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Maps, Rotation
 from rotdistill_core.store.output import StepOutput
@@ -406,7 +407,7 @@ def test_the_size_of_chunks_does_not_change_the_answer(
 ) -> None:
     pair = Pair(pico_model(tmp_path / "teacher", seed=9, num_hidden_layers=3), model)
     maps, activations = aligned(pair, samples, tmp_path / "runs")
-    monkeypatch.setattr(streams, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(boundary_sums, "CHUNK_ROWS", 7)
     again = Procrustes().align(activations, Maps(), pair, quiet)
     assert_close(matrices(again, 4)[0], matrices(maps, 4)[0], atol=1e-10)
     expected = maps.diagnostics[2].cosine_shuffled
@@ -427,7 +428,8 @@ def test_boundaries_are_read_one_at_a_time(
 
     monkeypatch.setattr(ActivationStore, "rows", watched)
     aligned(Pair(model, model), samples, tmp_path / "runs")
-    assert len(streams_read) == 16
+    # Each boundary for its sums and for its diagnostics, both with the thresholds of the sample.
+    assert len(streams_read) == 32
 
 
 def test_a_split_without_rows_is_refused(tmp_path: Path, model: Model, samples: Samples) -> None:

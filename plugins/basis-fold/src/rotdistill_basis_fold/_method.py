@@ -19,11 +19,8 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.forward.activations import (
-    ActivationStore,
-    massive_activation_mask,
-    rms_normalise,
-)
+from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.row_rms import massive_activation_mask, rms_normalise
 from rotdistill_core.linalg.maps import Map, Maps, Rotation, transform_param
 from rotdistill_core.linalg.precision import float64_device
 from rotdistill_core.linalg.solvers import eigh, polar
@@ -146,9 +143,12 @@ class PrincipalFrame(NamedTuple):
 def _principal_frame(activations: ActivationStore, pair: Pair, k: int) -> PrincipalFrame:
     """Return the k leading eigenvectors of the teacher's uncentred second moment.
 
-    Rows have unit RMS, and rows of massive activations are left out; all boundaries count alike.
+    Rows are those of the sample that every capture keeps. They have unit RMS, and rows of massive
+    activations are left out; all boundaries count alike.
     """
-    fit_rows = activations.layouts[Side.TEACHER].split(Split.FIT).nonzero().flatten()
+    layout = activations.layouts[Side.TEACHER]
+    sample = layout.sample()
+    fit_rows = sample.row_indices_in(layout)[sample.split(Split.FIT)]
     rows = fit_rows[:: max(1, len(fit_rows) // FRAME_ROWS)]
     device = pair.student.device
     place = float64_device(device)

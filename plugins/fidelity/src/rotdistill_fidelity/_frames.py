@@ -1,8 +1,9 @@
 """The rotation of each layer in which hidden states of two bases are compared.
 
 Orthogonal Procrustes with scale from the unedited student's stream to the teacher's, on fit rows,
-without attention sinks: they would dominate `SᵀT`. It does not depend on the variant, so it is
-solved once for all variants, and found again by every run on the same captured states.
+without attention sinks and position 0: they would dominate `SᵀT`. It does not depend on the
+variant, so it is solved once for all variants, and found again by every run on the same captured
+states.
 """
 
 from __future__ import annotations
@@ -10,18 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.models import Pair
-from rotdistill_core.data.splits import Side, Split
-from rotdistill_core.forward.activations import (
-    CHUNK_ROWS,
-    ActivationStore,
-    massive_activation_mask,
-)
-from rotdistill_core.linalg.precision import SUM_DTYPE, float64_device
+from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.solvers import polar
 from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
@@ -66,24 +60,6 @@ class Frames:
 
     def _solved(self, depth: int) -> Frame:
         activations, device = self.activations, self.pair.student.device
-        layout = activations.layouts[Side.STUDENT]
-        S = activations.rows(Side.STUDENT, activations.depths.index(depth))
-        T = activations.teacher_states(layout, depth)
-        use = (
-            layout.split(Split.FIT)
-            & ~massive_activation_mask(S)
-            & ~massive_activation_mask(T)
-            & activations.paired_mask(layout)
-        )
-        # Sums of SᵀT and ‖S‖², some rows at a time.
-        place = float64_device(device)
-        M = torch.zeros(S.shape[1], T.shape[1], dtype=SUM_DTYPE, device=place)
-        energy = torch.zeros((), dtype=SUM_DTYPE, device=place)
-        used = use.nonzero().flatten()
-        for k in range(0, len(used), CHUNK_ROWS):
-            rows = used[k : k + CHUNK_ROWS]
-            X, Y = S[rows].to(place, SUM_DTYPE), T[rows].to(place, SUM_DTYPE)
-            M += X.T @ Y
-            energy += X.pow(2).sum()
-        R, spectrum = polar(M.cpu(), f"fidelity: boundary {depth}", device)
-        return Frame(R, spectrum.sum() / energy.cpu())
+        sums = activations.raw_sums(activations.depths.index(depth), device)
+        R, spectrum = polar(sums.C_st, f"fidelity: boundary {depth}", device)
+        return Frame(R, spectrum.sum() / sums.student_energy)

@@ -31,7 +31,8 @@ from rotdistill_core.alignment.streams import (
 from rotdistill_core.architecture.spaces import residual
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.forward.activations import ActivationStore, rms_normalise
+from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.row_rms import rms_normalise
 from rotdistill_core.linalg.diagnostics import LayerDiagnostics
 from rotdistill_core.linalg.maps import Map, Maps, Rotation
 from rotdistill_core.linalg.precision import CPU

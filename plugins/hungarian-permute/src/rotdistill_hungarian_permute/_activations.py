@@ -16,8 +16,8 @@ from torch import Tensor
 from rotdistill_core.alignment.assignment import Similarities, unit_rows
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.evaluation.divergence import shared_vocabulary
-from rotdistill_core.forward.activations import massive_activation_mask
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.row_rms import massive_activation_mask
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model, Pair

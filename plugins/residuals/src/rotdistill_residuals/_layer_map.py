@@ -20,12 +20,9 @@ from torch import Tensor
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.forward.activations import (
-    ActivationStore,
-    massive_activation_mask,
-    rms_normalise,
-)
+from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.forward.row_rms import massive_activation_mask, rms_normalise
 from rotdistill_core.linalg.precision import CPU, float64_device
 from rotdistill_core.linalg.solvers import ridge
 
@@ -90,7 +87,9 @@ def explained_variance(
         RotdistillError: a stream is not finite.
         RecipeError: a split has no rows left.
     """
-    layout = activations.layouts[Side.STUDENT]
+    # The rows that every capture keeps.
+    layout = activations.sample
+    own = layout.row_indices_in(activations.layouts[Side.STUDENT])
     student_count = len(activations.shards[Side.STUDENT])
     teacher_count = len(activations.shards[Side.TEACHER])
     fit, validation = _regression_rows(activations, layout)
@@ -101,7 +100,7 @@ def explained_variance(
     # student boundary serves all boundaries of the teacher.
     hats = []
     for b in range(student_count):
-        X = rms_normalise(activations.rows(Side.STUDENT, b)[rows].to(place))
+        X = rms_normalise(activations.rows(Side.STUDENT, b)[own[rows]].to(place))
         X = X - X[: len(fit)].mean(0)
         X_fit, X_validation = X[: len(fit)], X[len(fit) :]
         name = f"residuals: student boundary {b}"
@@ -168,10 +167,11 @@ def mean_r2(r2: Tensor, columns: list[int]) -> float:
 
 def _regression_rows(activations: ActivationStore, layout: PackedTexts) -> tuple[Tensor, Tensor]:
     """Return the fit rows and the validation rows of the regressions, evenly thinned."""
+    own = layout.row_indices_in(activations.layouts[Side.STUDENT])
     kept = activations.paired_mask(layout)
     kept[0] = False  # the first token is an attention sink
     for b in range(len(activations.shards[Side.STUDENT])):
-        kept &= ~massive_activation_mask(activations.rows(Side.STUDENT, b))
+        kept &= ~massive_activation_mask(activations.rows(Side.STUDENT, b)[own])
     for m in range(len(activations.shards[Side.TEACHER])):
         kept &= ~massive_activation_mask(activations.teacher_rows(layout, m))
     fit = (kept & layout.split(Split.FIT)).nonzero().flatten()
