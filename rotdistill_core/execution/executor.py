@@ -7,6 +7,7 @@ after a crash, shares steps between variants, and lets another aligner cost one 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -258,7 +259,7 @@ class Executor:
                 run.lesson_texts,
             ),
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
-            recipe=str(self.loaded.path),
+            recipe=os.path.relpath(self.loaded.path, run.store.root),
         )
         if start not in run.ledger:
             run.ledger.append(start)

@@ -144,8 +144,8 @@ class StartRecord:
     models: Mapping[str, str] = field(default_factory=dict)
     """Role -> the sha256 of the model; see `Model.sha256`."""
     recipe: str = ""
-    """The recipe as the user named it: paths in options of its engine are relative to it. Older
-    records have none."""
+    """The recipe's path from the folder of runs: paths in options of its engine are relative to it.
+    Older records have none."""
 
     def paths(self) -> Iterator[str]:
         """Yield no file."""

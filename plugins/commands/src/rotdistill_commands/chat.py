@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -119,7 +120,8 @@ def _teacher(
         RotdistillError: the teacher is not here, or the engine cannot work.
     """
     recipe = next((start.recipe for start in run.ledger.starts[::-1]), "")
-    engine = engine_of_run(run.recipe.get("engine", {}), Path(recipe).parent)
+    folder = Path(os.path.normpath(run.store.root / recipe)).parent
+    engine = engine_of_run(run.recipe.get("engine", {}), folder)
     model = open_model(ModelRef(**run.recipe["teacher"]), log)
     from rotdistill_commands._session import (  # noqa: PLC0415  loads transformers
         engine_session,
