@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -240,8 +240,22 @@ class Samples:
         """Return some texts of `layout` as the teacher reads them, in the same order."""
         if self.theirs is None:
             return layout
-        theirs = {text.id: text for text in self.theirs.texts}
-        return self.theirs.of(tuple(theirs[text.id] for text in layout.texts))
+        texts, numbers = self.theirs.texts, self.theirs.numbers
+        return self.theirs.of(tuple(texts[numbers[text.id]] for text in layout.texts))
+
+    @cached_property
+    def _conversation_of(self) -> dict[str, Conversation]:
+        return {conversation.id: conversation for conversation in self.conversations}
+
+    def part(self, layout: PackedTexts) -> Samples:
+        """Return the samples of some texts of `layout`, in the same order."""
+        found = (self._conversation_of.get(text.id) for text in layout.texts)
+        return replace(
+            self,
+            layout=layout,
+            theirs=None if self.theirs is None else self.read_by_teacher(layout),
+            conversations=tuple(conversation for conversation in found if conversation),
+        )
 
     def teacher_answered(self) -> frozenset[str]:
         """Return the ids of the questions that the teacher answers: those without an answer."""

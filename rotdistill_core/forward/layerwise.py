@@ -12,7 +12,7 @@ batch is then copied once each way, through pinned memory on its way in, and wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -291,7 +291,7 @@ class LayerwiseForward:
             calls.append([_first_row(recorder.kwargs, len(states)) for recorder in recorders])
         return calls
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Generator[int, None, None]:
         """Open layer after layer from `boundary` on, and read the next layer's weights meanwhile.
 
         Raises:

@@ -111,6 +111,16 @@ class RunLayout:
         return f"shards/{side}/residual/{boundary:05d}"
 
     @staticmethod
+    def sums(side: str, boundary: int) -> str:
+        """Return the name of the sums over the rows of the student and a side at a boundary."""
+        return f"sums/{side}/{boundary:05d}.safetensors"
+
+    @staticmethod
+    def begun_sums(side: str) -> str:
+        """Return the name of all sums with a side while blocks are added."""
+        return f"sums/{side}/begun.safetensors"
+
+    @staticmethod
     def frame(boundary: int) -> str:
         """Return the name of the rotation in which hidden states are compared at a boundary."""
         return f"frames/{boundary:05d}.safetensors"

@@ -38,8 +38,8 @@ from rotdistill_core.testing import (
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-# `layer_map = "match"` is left to test_layer_map.py: the kit's output already holds shards of all
-# texts, and the step takes them for its own, of fewer texts.
+# `layer_map = "match"` is left to test_layer_map.py and `store = "moments"` to test_sums.py: the
+# kit's output already holds shards of all texts, and the step takes them for its own, of fewer.
 @parametrize_with_checks(Residuals, {}, {"dtype": "bfloat16"}, {"control": "shuffled"})
 def test_residuals_conforms(check: Callable[[Path], None], tmp_path: Path) -> None:
     check(tmp_path)

@@ -1,7 +1,11 @@
-"""The capture: models run layer by layer over the texts, and each boundary becomes one shard."""
+"""The capture: models run layer by layer over the texts, and each boundary becomes one shard.
+
+With `store = "moments"` these texts are a sample, and the sums of all texts follow (`_sums`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +20,17 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Side, Split
-from rotdistill_core.errors import RecipeError, RotdistillError
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore, write_shard
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_residuals._control import replace_teacher_rows
+from rotdistill_residuals._finite import require_finite_states
 from rotdistill_residuals._layer_map import match_layers
-from rotdistill_residuals._spans import pair_rows
+from rotdistill_residuals._spans import PairedRows, pair_rows
+from rotdistill_residuals._sums import Reading, SumCapture, Walker
 
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
@@ -53,7 +59,28 @@ def capture(
         RotdistillError: a state is NaN or Inf.
     """
     _check_options(step, pair, weights)
-    student_texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
+    texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
+    if step.store == "rows":
+        return _capture_rows(step, pair, weights, samples, texts, out, progress)
+    kept = samples.part(samples.layout.sample())
+    activations = _capture_rows(step, pair, weights, kept, texts.sample(), out, progress)
+    summed: dict[str, tuple[str, ...]] = {
+        each.side: each.capture(progress)
+        for each in _sums_to_capture(step, pair, weights, samples, texts, activations, out)
+    }
+    return replace(activations, summed=summed)
+
+
+def _capture_rows(
+    step: Residuals,
+    pair: Pair,
+    weights: Weights,
+    samples: Samples,
+    student_texts: PackedTexts,
+    out: StepOutput,
+    progress: Progress,
+) -> ActivationStore:
+    """Capture the rows of all models, and apply the step's control and layer map."""
     streams = [
         _shared_stream(step, Side.TEACHER, pair.teacher, samples.teacher, out),
         Stream(
@@ -94,6 +121,54 @@ def capture(
     if step.layer_map == "match":
         activations = _with_matched_layers(activations, pair.student.device, out, progress)
     return activations
+
+
+def _sums_to_capture(
+    step: Residuals,
+    pair: Pair,
+    weights: Weights,
+    samples: Samples,
+    texts: PackedTexts,
+    activations: ActivationStore,
+    out: StepOutput,
+) -> Iterator[SumCapture]:
+    """Yield the sums of the student with the teacher, and with the anchor if there is one.
+
+    Args:
+        step: the options.
+        pair: the models.
+        weights: the student as the steps before left it.
+        samples: all texts.
+        texts: those of the student.
+        activations: the rows of the sample.
+        out: takes the files.
+    """
+
+    def as_teacher_reads(block: PackedTexts) -> Reading:
+        if samples.theirs is None:
+            return Reading(block, None)
+        part = samples.part(block)
+        return Reading(part.teacher, _paired_rows(pair, part).spans)
+
+    def as_student_reads(block: PackedTexts) -> Reading:
+        return Reading(block, None)
+
+    student = Walker(model=pair.student, weights=weights, dtype=_dtype(step, pair.student))
+    views = [(Side.TEACHER, pair.teacher, activations, as_teacher_reads)]
+    if pair.anchor:
+        views.append((Side.ANCHOR, pair.anchor, activations.for_alignment, as_student_reads))
+    for side, model, view, read in views:
+        yield SumCapture(
+            side=side,
+            student=student,
+            partner=Walker(model=model, weights=model.weights, dtype=_dtype(step, model)),
+            activations=view,
+            layout=texts,
+            read=read,
+            # Models of one basis are compared as they are, without a frame.
+            raw=side == Side.TEACHER and not pair.same,
+            out=out,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +212,7 @@ class Stream:
         }
 
         def commit(boundary: int, states: Tensor) -> str:
-            self._check_finite(boundary, states)
+            require_finite_states(self.model.ref.model, boundary, states)
             path = committed[boundary]
             if path:
                 return self.out.relative(path)
@@ -171,18 +246,6 @@ class Stream:
         path = committed[first_missing - 1] if first_missing else None
         if path and self.dtype == self.model.dtype:
             forward.start_at(first_missing - 1, open_tensors(path)["rows"].read())
-
-    def _check_finite(self, boundary: int, states: Tensor) -> None:
-        # A finite sum proves that all states are finite. Only without it are rows searched.
-        if torch.isfinite(states.sum()):
-            return
-        bad_rows = (~torch.isfinite(states)).any(-1).nonzero().flatten().tolist()
-        if bad_rows:
-            where = f"layer {boundary - 1}" if boundary else "the embeddings"
-            raise RotdistillError(
-                f"{self.model.ref.model}: {where}: {len(bad_rows)} rows are NaN or Inf, "
-                f"the first is row {bad_rows[0]}."
-            )
 
 
 def host_copy(states: Tensor) -> Tensor:
@@ -249,17 +312,22 @@ def _continued(progress: Progress, done: int, total: int) -> Progress:
     return count_on
 
 
-def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
-    """Commit the row pairs of texts that the two models read differently; return the shard.
+def _paired_rows(pair: Pair, samples: Samples) -> PairedRows:
+    """Return the row pairs of texts that the two models read differently.
 
-    With two tokenizers they are paired by bytes, and a table of the texts is committed too.
+    With two tokenizers they are paired by bytes, and there is a table of the texts.
     """
     if samples.baked:
-        spans = pair_tokens(samples.layout, samples.teacher)
-    else:
-        pairs = pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
+        return PairedRows(pair_tokens(samples.layout, samples.teacher), [])
+    return pair_rows(samples, pair.student.tokenizer, pair.teacher.tokenizer)
+
+
+def _write_spans(pair: Pair, samples: Samples, out: StepOutput) -> str:
+    """Commit the row pairs, and the table of the texts if there is one; return the shard."""
+    pairs = _paired_rows(pair, samples)
+    if pairs.table:
         out.write(RunLayout.PAIRING_TABLE, [f"{line}\n".encode() for line in pairs.table])
-        spans = pairs.spans
+    spans = pairs.spans
     paired_count = int((spans[:, 1] > spans[:, 0]).sum())
     out.notes["paired rows"] = f"{paired_count} of {len(spans)}"
     shard = out.tensors(RunLayout.ROW_PAIRS, {"rows": spans})

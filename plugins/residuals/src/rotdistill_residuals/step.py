@@ -44,6 +44,11 @@ class Residuals:
     dtype: Literal["float32", "bfloat16", "compute"] = "compute"
     """Dtype of the shards. `compute` is the dtype of the forward pass; only with it a killed
     capture resumes at the layer where it stopped."""
+    store: Literal["rows", "moments"] = "rows"
+    """What is kept. `"rows"`: the rows of all texts. `"moments"`: exact sums over the rows to fit
+    on, and the rows of held-out texts, of the guard, and of the first 32 texts to fit on and for
+    validation; memory and disk do not grow with the number of texts. `writer-refit` and `control`
+    need `"rows"`."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Number of fit and validation texts on which the student is captured (alignment needs few);
     without it, all of them."""
@@ -56,6 +61,19 @@ class Residuals:
     the same rows in another order; `"reversed"`: by those of the layers in reverse order; `"self"`:
     by the student's own. A gain on held-out texts that remains does not come from the teacher (see
     `recipes/controls.toml`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a control of sums: it replaces rows."""
+        if self.store == "moments" and self.control != "none":
+            raise ValueError(
+                f'control = "{self.control}" replaces rows of the teacher, which '
+                'store = "moments" does not keep; set store = "rows"'
+            )
+
+    @property
+    def keeps_all_rows(self) -> bool:
+        """Whether later steps find the rows of all texts."""
+        return self.store == "rows"
 
     def cost(self, context: CostContext) -> Cost:
         """All models on their texts; runs under one folder share the shards of the teacher and of
