@@ -182,9 +182,9 @@ class ExactSum:
         units = (hi + carry).to(SUM_DTYPE) + rest.to(SUM_DTYPE) * 2.0**-LOW_BITS
         return units * 2.0**-self._scale
 
-    def state(self) -> ExactState:
-        """Return a copy of everything, on the host."""
-        limbs = self._limbs.to("cpu", copy=True)
+    def state(self, copy: bool = True) -> ExactState:
+        """Return everything, on the host; without `copy` limbs on the host are those of the sum."""
+        limbs = self._limbs.to("cpu", copy=copy)
         return ExactState(limbs, self._scale, self._terms, self._size)
 
     @classmethod

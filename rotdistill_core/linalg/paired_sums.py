@@ -158,10 +158,10 @@ class PairedSums:
         return list(self._sums)
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything as int64 tensors by name, to be stored; see `load`."""
+        """Return everything as int64 tensors by name, to be stored at once; see `load`."""
         tensors = {ROWS: torch.tensor(self._rows)}
         for name, total in self._sums.items():
-            state = total.state()
+            state = total.state(copy=False)
             tensors[name] = state.limbs
             tensors[f"{name}.about"] = torch.tensor([state.scale, state.terms, state.size])
         return tensors
@@ -176,7 +176,7 @@ class PairedSums:
         for name, total in self._sums.items():
             scale, terms, size = tensors[f"{name}.about"].tolist()
             state = ExactState(tensors[name], scale, terms, size)
-            empty = total.state()
+            empty = total.state(copy=False)
             if (empty.scale, empty.limbs.shape) != (scale, state.limbs.shape):
                 raise ValueError(f"{self._where}: the stored sums have another shape or bound.")
             restored[name] = ExactSum.restore(state, f"{self._where}, {name}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rotdistill_core.checkpoint.foreign import reading
+from rotdistill_core.data.batching import SAMPLE_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 
@@ -66,6 +67,21 @@ class TextCounts:
         if limit is None or limit >= texts:
             return self.prefix + rows
         return self.prefix + round(rows * limit / max(texts, 1))
+
+    def texts_of(self, *splits: str) -> int:
+        """Return the number of texts of some splits."""
+        return sum(self.texts.get(split, 0) for split in splits)
+
+    @property
+    def sampled(self) -> TextCounts:
+        """The texts whose rows every capture keeps, see `PackedTexts.sample`, at mean length."""
+        rows, texts = dict(self.rows), dict(self.texts)
+        for split in (Split.FIT, Split.VALIDATION):
+            count = texts.get(split, 0)
+            if count > SAMPLE_TEXTS:
+                rows[split] = round(rows[split] * SAMPLE_TEXTS / count)
+                texts[split] = SAMPLE_TEXTS
+        return replace(self, rows=rows, texts=texts)
 
     @property
     def total(self) -> int:

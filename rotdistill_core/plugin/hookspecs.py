@@ -92,7 +92,8 @@ class HookSpecs:
 
         Run `weights`, not `pair.student.weights`: an earlier step may have cut the student.
         `rotdistill_core.LayerwiseForward` runs a model of any size, one open layer at a time.
-        `out.find` returns files that a killed run had committed.
+        `out.find` returns files that a killed run had committed. A capture that keeps sums and the
+        rows of a sample has an attribute `keeps_all_rows` that is False.
         """
 
     @hookspec(firstresult=True)

@@ -4,6 +4,10 @@ Besides its field `use` and its one stage hook a step class may have these membe
 
 - `exact`: whether its edit leaves logits unchanged, of `fold` steps;
 - `check_models(pair)`: refuses what cannot work with the run's models, before any work;
+- `needs_all_rows`: whether it reads captured rows of all texts, so that no capture will do that
+  keeps sums and a sample;
+- `keeps_all_rows`: of `capture` steps, whether they keep the rows of all texts; they do unless they
+  say otherwise;
 - `inputs()`: hashes of files or models that its options name; they become part of its key;
 - `caveats()`: why its result is not to be trusted with these options (`HasCaveats`);
 - `cost(context)`: memory, disk and operations that it needs (`rotdistill_core.planning.cost`);
@@ -116,6 +120,16 @@ def is_exact(step: object) -> bool:
 def changes_behaviour(step: object) -> bool:
     """Return whether a step may change what the model computes: an edit that is not exact."""
     return stage_of(type(step)) in EDITING_STAGES and not is_exact(step)
+
+
+def needs_all_rows(step: object) -> bool:
+    """Return whether a step says that it reads captured rows of all texts."""
+    return bool(getattr(step, "needs_all_rows", False))
+
+
+def keeps_all_rows(step: object) -> bool:
+    """Return whether a capture step keeps the rows of all texts."""
+    return bool(getattr(step, "keeps_all_rows", True))
 
 
 def inputs_of(step: object) -> list[str]:

@@ -35,7 +35,7 @@ from rotdistill_core.plugin.registry import (
     load_plugin,
     step_class,
 )
-from rotdistill_core.plugin.step import validator_of
+from rotdistill_core.plugin.step import keeps_all_rows, needs_all_rows, validator_of
 from rotdistill_core.recipe.document import NAME_PATTERN, Document, Recipe
 from rotdistill_core.recipe.extends import (
     ENGINE,
@@ -153,7 +153,10 @@ def resolve_recipe(
     if problems or recipe is None or engine is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
     kept = tuple(step for step in steps if step.id not in left_out)
-    return ResolvedRecipe(path, text, recipe, kept, engine, left_out)
+    resolved = ResolvedRecipe(path, text, recipe, kept, engine, left_out)
+    if missing := first_few(_missing_rows(resolved)):
+        raise RecipeError(*(f"{path}: {problem}" for problem in missing))
+    return resolved
 
 
 def _read(path: Path) -> str:
@@ -497,6 +500,23 @@ def _marked_problems(recipe: Recipe) -> Iterator[str]:
         if marked is not None and marked not in recipe.variants:
             close = suggest(marked, recipe.variants)
             yield f'{key}: there is no variant "{marked}".{close}'
+
+
+def _missing_rows(recipe: ResolvedRecipe) -> Iterator[str]:
+    """Yield steps that read captured rows of all texts after a capture that does not keep them."""
+    found: dict[str, str] = {}
+    for chain in recipe.chains(narrow=False).values():
+        capture: RecipeStep | None = None
+        for each in chain:
+            if each.stage == "capture":
+                capture = each
+            elif capture and needs_all_rows(each.step) and not keeps_all_rows(capture.step):
+                found[each.id] = capture.id
+    for reader, capture_id in found.items():
+        yield (
+            f'step "{reader}": reads the captured rows of all texts, and step "{capture_id}" keeps '
+            f'sums and the rows of a sample. Set store = "rows" in step "{capture_id}".'
+        )
 
 
 def _known_keys() -> dict[tuple[str, ...], list[str]]:

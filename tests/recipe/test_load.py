@@ -509,3 +509,27 @@ def test_runs_and_variants_have_names_and_no_paths(good: Path, place: str, name:
     with pytest.raises(RecipeError) as caught:
         load_recipe(good, {place: value})
     assert all(f"{good}: {place}" in problem for problem in caught.value.problems)
+
+
+def test_a_step_that_reads_all_rows_is_refused_after_a_capture_of_sums(tmp_path: Path) -> None:
+    steps = """
+[[step]]
+id = "states"
+use = "residuals"
+store = "moments"
+
+[[step]]
+id = "basis"
+use = "procrustes"
+
+[[step]]
+id = "refit"
+use = "writer-refit"
+"""
+    path = write(tmp_path / "sums.toml", HEAD + steps + "[variants]\nbase = []\nfull = ['refit']\n")
+    [problem] = problems_of(path)
+    assert 'step "refit": reads the captured rows of all texts, and step "states" keeps' in problem
+    assert 'Set store = "rows" in step "states".' in problem
+    load_recipe(path, ["states.store=rows"])
+    without = HEAD + steps.partition('\n[[step]]\nid = "refit"')[0] + "[variants]\nbase = []\n"
+    load_recipe(write(path, without))

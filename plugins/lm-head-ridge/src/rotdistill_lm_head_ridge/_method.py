@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rotdistill_core.data.splits import Split
+from rotdistill_core.data.pairing import pair_tokens
+from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError, SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
     largest_allowed_share,
+    paired_final_states,
     scored_rows,
     scores_by_text,
     significantly_lower,
@@ -217,7 +219,9 @@ def fit_head(
     teacher = None
     target_log_probs = partial(next_token_log_probs, layout, vocabulary, device)
     if step.objective != "next-token":
-        teacher = _teacher_head(activations, pair, layout, vocabulary, X.dtype)
+        T, paired = _teacher_states(activations, pair, samples, layout, out, progress)
+        rows = NormedRows(pair.teacher.weights, T, device, X.dtype)
+        teacher = TeacherHead(rows, rows.head(vocabulary), paired)
         target_log_probs = partial(teacher_log_probs, teacher)
     scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
     problem = HeadProblem(
@@ -268,17 +272,30 @@ def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
     return layout
 
 
-def _teacher_head(
+def _teacher_states(
     activations: ActivationStore,
     pair: Pair,
+    samples: Samples,
     layout: PackedTexts,
-    vocabulary: int,
-    dtype: torch.dtype,
-) -> TeacherHead:
-    """Return the teacher's states on the rows of a layout, and its head on the student's device."""
-    states = activations.teacher_states(layout, pair.student.depth)
-    rows = NormedRows(pair.teacher.weights, states, pair.student.device, dtype)
-    return TeacherHead(rows, rows.head(vocabulary), activations.paired_mask(layout))
+    out: StepOutput,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's final states on the rows of a layout, and which rows have their own.
+
+    They are computed if the capture has not kept the rows of all these texts.
+
+    Returns:
+        States before the final norm `[rows, d_t]`, and the mask of rows that are paired `[rows]`.
+    """
+    read = samples.read_by_teacher(layout)
+    if activations.holds(Side.TEACHER, read):
+        states = activations.teacher_states(layout, pair.student.depth)
+        return states, activations.paired_mask(layout)
+    states = paired_final_states(pair.teacher, samples, layout, out, progress)
+    if read is layout:
+        return states, torch.ones(layout.rows, dtype=torch.bool)
+    start, end = pair_tokens(layout, read).T
+    return states, end > start
 
 
 def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from rotdistill_core import hookimpl, step
-from rotdistill_core.data.splits import Split
-from rotdistill_core.planning.cost import Cost, CostContext, capture_cost, shard_bytes
-from rotdistill_core.planning.shape import DTYPE_BYTES
+from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_core.plugin.caveats import Caveat, CaveatKind
+from rotdistill_residuals._cost import moments_cost, rows_cost
 from rotdistill_residuals._tokenizers import require_pairs
 
 if TYPE_CHECKING:
@@ -78,22 +75,7 @@ class Residuals:
     def cost(self, context: CostContext) -> Cost:
         """All models on their texts; runs under one folder share the shards of the teacher and of
         an anchor."""
-        student, teacher, texts = context.student, context.teacher, context.texts
-        rows = texts.rows_of(Split.FIT, Split.VALIDATION, limit=self.student_texts)
-        student_number = DTYPE_BYTES.get(self.dtype, context.student_bytes)
-        teacher_number = DTYPE_BYTES.get(self.dtype, context.teacher_bytes)
-        teacher_shards = shard_bytes(teacher, texts.as_teacher_reads.total, teacher_number)
-        student_shards = shard_bytes(student, rows, student_number)
-        control_shards = teacher_shards if self.control != "none" else 0
-        shared: dict[Hashable, float] = {("teacher states", self.dtype): teacher_shards}
-        if context.anchor:
-            anchor_states = ("anchor states", self.dtype, self.student_texts)
-            shared[anchor_states] = shard_bytes(context.anchor, rows, student_number)
-        return replace(
-            capture_cost(context, student_rows=rows),
-            disk_bytes=student_shards + control_shards,
-            shared_files=shared,
-        )
+        return rows_cost(self, context) if self.keeps_all_rows else moments_cost(self, context)
 
     def caveats(self) -> list[Caveat]:
         """Return why a run with the control is not to be trusted."""

@@ -76,6 +76,7 @@ class WriterRefit:
     worse). The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped."""
 
     exact: ClassVar[bool] = False
+    needs_all_rows: ClassVar[bool] = True
 
     def cost(self, context: CostContext) -> Cost:
         """Passes of each refitted layer, its normal equations, and the scores of the result.
