@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rotdistill_core.execution.outcome import RunFailed, RunResult
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+    from rotdistill_core.forward.ranks import Ranks
     from rotdistill_core.linalg.diagnostics import LayerDiagnostics
     from rotdistill_core.linalg.maps import Gauge, Map, Maps, Permutation, Rotation
     from rotdistill_core.linalg.moments import Moments
@@ -48,6 +49,7 @@ _HOME = {
     "Pair": "checkpoint.models",
     "Permutation": "linalg.maps",
     "Progress": "forward.layerwise",
+    "Ranks": "forward.ranks",
     "ResolvedRecipe": "recipe.resolved",
     "Rotation": "linalg.maps",
     "RunFailed": "execution.outcome",
@@ -81,6 +83,7 @@ __all__ = [
     "Pair",
     "Permutation",
     "Progress",
+    "Ranks",
     "ResolvedRecipe",
     "Rotation",
     "RunFailed",

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotdistill_core.execution.observers import QuietObserver
+from rotdistill_core.forward.ranks import start_ranks
 from rotdistill_core.planning.machine import Machine, this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.recipe.document import Recipe
@@ -22,16 +24,6 @@ from rotdistill_core.store.layout import RUNS_FOLDER
 if TYPE_CHECKING:
     from rotdistill_core.execution.observers import RunObserver
     from rotdistill_core.execution.outcome import RunResult
-
-
-class QuietObserver:
-    """An observer that shows nothing."""
-
-    def log(self, text: str) -> None:
-        """Drop a line."""
-
-    def progress(self, done: int, total: int, note: str) -> None:
-        """Drop the progress of a step."""
 
 
 def run(
@@ -52,15 +44,20 @@ def run(
         observer: takes lines and progress, and may implement any observer hook. Without one,
             nothing is printed.
 
+    In a process that `torchrun` started, the run is carried out together with the others. All of
+    them return the result; only the leading one has metric rows and summaries.
+
     Raises:
         RunFailed: variants break a check; `outcome` holds the result.
         RotdistillError: anything else went wrong. Calling again resumes the run.
     """
     from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
 
-    watching = observer or QuietObserver()
-    resolved = _resolve(recipe, set or {})
-    return Executor(resolved, Path(runs), watching, watching.progress, fresh).go()
+    ranks = start_ranks()
+    watching = observer if observer and ranks.leads else QuietObserver()
+    with ranks.together():
+        resolved = _resolve(recipe, set or {})
+        return Executor(resolved, Path(runs), watching, watching.progress, fresh, ranks).go()
 
 
 def plan(

@@ -28,7 +28,9 @@ from rotdistill_core.errors import (
     suggest,
 )
 from rotdistill_core.evaluation.rows import rows_as_json
+from rotdistill_core.execution.observers import QuietObserver
 from rotdistill_core.execution.outcome import RunFailed, RunResult
+from rotdistill_core.forward.ranks import Ranks, ToldByLead, start_ranks
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import build_plan
@@ -135,7 +137,28 @@ def run(
 
       rotdistill run recipes/tour_guide.toml --set chop.layers=24
     """
-    loaded = load_recipe(path, sets or [])
+    ranks = start_ranks()
+    with ranks.together():
+        if ranks.leads:
+            _run_here(path, sets or [], fresh, unplanned, as_json, ranks)
+        else:
+            _follow(path, sets or [], fresh, ranks)
+
+
+def _follow(path: Path, sets: Sequence[str], fresh: bool, ranks: Ranks) -> None:
+    """Take part in a run that another process leads, and print nothing."""
+    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
+
+    watching = QuietObserver()
+    loaded = load_recipe(path, sets)
+    Executor(loaded, RUNS_FOLDER, watching, watching.progress, fresh, ranks).go()
+
+
+def _run_here(
+    path: Path, sets: Sequence[str], fresh: bool, unplanned: bool, as_json: bool, ranks: Ranks
+) -> None:
+    """Carry out a recipe, and print how it goes and what came out."""
+    loaded = load_recipe(path, sets)
     for note in loaded.notes:
         stderr_console().print(literal(note), soft_wrap=True)
     if not unplanned:
@@ -144,7 +167,7 @@ def run(
 
     screen = ProgressDisplay(stderr_console())
     try:
-        outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh).go()
+        outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh, ranks).go()
     except RunFailed as failure:
         _show(failure.outcome, as_json)
         raise
@@ -240,6 +263,8 @@ def main() -> None:
         sys.exit(128 + int(stop.args[0]))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+    except ToldByLead as stop:
+        sys.exit(stop.exit_code)  # the process that leads the run says why
     except Exception as error:
         if "_ROTDISTILL_COMPLETE" in os.environ:
             sys.exit(1)  # the shell completes an unfinished line: say nothing

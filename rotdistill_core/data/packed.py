@@ -71,7 +71,7 @@ class PackedTexts:
                 break
         for text in self.texts:
             ids += text.tokens[self.prefix_length(text) :]
-        return torch.tensor(ids)
+        return torch.tensor(ids, dtype=torch.long)
 
     def split(self, *splits: str) -> Tensor:
         """Return the mask `[rows]` of the rows in these splits; prefix rows belong to `fit`."""

@@ -2,6 +2,10 @@
 
 A key that any ledger holds, with files that still hash true, is reused. That one rule resumes a run
 after a crash, shares steps between variants, and lets another aligner cost one alignment.
+
+Several processes (`rotdistill_core.forward.ranks`) carry out the same code in step. The leading one
+decides what is found or made, and writes; `lead` returns its results in all of them. A step that
+takes `ranks` runs in all processes, any other step in the leading one.
 """
 
 from __future__ import annotations
@@ -51,9 +55,11 @@ from rotdistill_core.execution.samples import lost_texts_notes, prepare_samples,
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.linalg.precision import full_float32_products
 from rotdistill_core.planning.chats import date_of_run, ending_notes
+from rotdistill_core.planning.requirements import hook_arguments
 from rotdistill_core.planning.reuse import newest_starts
 from rotdistill_core.plugin.step import check_models, is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
@@ -71,8 +77,9 @@ from rotdistill_core.store.records import (
 )
 from rotdistill_core.store.results import Parity
 
-Work = Callable[[StepOutput], StepResultRef]
-"""The work of one step: it commits files through the output, and refers to the result."""
+Work = Callable[[StepOutput, Ranks], StepResultRef]
+"""The work of one step in some processes: it commits files through the output, and refers to the
+result."""
 
 
 class Executor:
@@ -84,6 +91,7 @@ class Executor:
         observer: takes the lines of the run, and implements any observer hook.
         progress: called with how far a step is.
         fresh: reuse nothing that an earlier run made.
+        ranks: the processes that carry it out. Those that do not lead report nothing.
 
     Raises:
         RotdistillError: a model or text is missing or does not fit, or a plugin is broken.
@@ -96,9 +104,11 @@ class Executor:
         observer: Listener,
         progress: Progress,
         fresh: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.loaded = loaded
         self.fresh = fresh
+        self.ranks = ranks
         self.steps: dict[tuple[str, str], StepResult] = {}
         """(variant, step id) -> the finished step."""
         recipe, log = loaded.recipe, observer.log
@@ -107,7 +117,8 @@ class Executor:
         for recipe_step in loaded.steps:
             check_hook(recipe_step)
         loaded.engine.check()
-        self.observers = Observers(observer, recipe.observers, folder)
+        watching = recipe.observers if ranks.leads else []
+        self.observers = Observers(observer, watching, folder)
         for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
             resolve_device(ref.device)  # a missing one is an error now, not after a download
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
@@ -118,7 +129,7 @@ class Executor:
         engine = loaded.engine.key()
         inputs = run_inputs(recipe, pair, conversations, style, engine, lesson_texts=lesson_texts)
         starts = newest_starts(store.ledgers(), folder.name)
-        date = date_of_run(recipe.samples, inputs, starts, fresh)
+        date = ranks.lead(partial(date_of_run, recipe.samples, inputs, starts, fresh))
         settings = recipe.samples
         chats = run_chats(pair, conversations, style, date, settings.thinking, settings.bake_prompt)
         self.context = RunContext(
@@ -139,7 +150,8 @@ class Executor:
             *lost_texts_notes(pair, conversations, style),
         ):
             log(note)
-        store.sweep(folder)
+        if ranks.leads:
+            store.sweep(folder)
 
     @property
     def folder(self) -> Path:
@@ -163,7 +175,7 @@ class Executor:
 
     def samples(self) -> Samples:
         """Return the texts of the run, tokenised; see `prepare_samples`."""
-        return prepare_samples(self.context)
+        return self.ranks.lead(partial(prepare_samples, self.context))
 
     def go(self) -> RunResult:
         """Carry out the recipe.
@@ -175,19 +187,30 @@ class Executor:
             RotdistillError: anything else went wrong. The next call finds what was committed.
         """
         with at_work(self.folder, RUNNING), full_float32_products():
-            removers = others_at_work(self.folder, REMOVING)
-            if removers:
-                raise SetupError(
-                    f"{self.folder}: is being removed by {', '.join(removers)}. Run the recipe "
-                    "again when that has ended."
-                )
+            self.ranks.lead(self._begin)
             return self._carry_out()
+
+    def _begin(self) -> None:
+        """Take the run's folder.
+
+        Raises:
+            SetupError: another process removes the run at this moment.
+        """
+        removers = others_at_work(self.folder, REMOVING)
+        if removers:
+            raise SetupError(
+                f"{self.folder}: is being removed by {', '.join(removers)}. Run the recipe "
+                "again when that has ended."
+            )
+        if self.ranks.launch:
+            self.ledger.begin_generation(self.ranks.launch)
+        self._mend_ledger()
+        self._write_recipe()
 
     def _carry_out(self) -> RunResult:
         """Carry out the recipe; see `go`."""
-        self._mend_ledger()
-        self._write_recipe()
-        parity = compare_models(self.context, self.fresh)
+        lead = self.ranks.lead
+        parity = lead(partial(compare_models, self.context, self.fresh))
         samples = self.samples()
         start = self._start(samples)
         outcome = RunResult(
@@ -208,8 +231,10 @@ class Executor:
             try:
                 for keyed in edits:
                     state = self._apply(keyed, state, samples)
-                folder = save_variant(self.context, variant, state, dtype)
-                outcome.parity[variant] = self._compare_saved(variant, state, folder, samples)
+                folder = self._save(variant, state, dtype)
+                outcome.parity[variant] = lead(
+                    partial(self._compare_saved, variant, state, folder, samples)
+                )
             except CheckFailed as error:
                 outcome.failed[variant] = [str(error)]
                 continue
@@ -217,8 +242,17 @@ class Executor:
             outcome.checkpoints[variant] = folder
             for keyed in steps[len(edits) :]:
                 outcome.rows += self._evaluate(keyed, state, folder, samples)
-        self._finish(outcome)
+        lead(partial(self._finish, outcome))
         return outcome
+
+    def _save(self, variant: str, state: VariantState, dtype: torch.dtype) -> Path:
+        """Return the folder of a saved variant; see `save_variant`."""
+
+        def save() -> str:
+            folder = save_variant(self.context, variant, state, dtype)
+            return folder.relative_to(self.store.root).as_posix()
+
+        return self.store.root / self.ranks.lead(save)
 
     @property
     def _save_dtype(self) -> torch.dtype:
@@ -261,7 +295,7 @@ class Executor:
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
             recipe=os.path.relpath(self.loaded.path, run.store.root),
         )
-        if start not in run.ledger:
+        if self.ranks.leads and start not in run.ledger:
             run.ledger.append(start)
         return VariantState(
             key=start.key,
@@ -279,8 +313,22 @@ class Executor:
         """
         work = partial(self._edit, keyed.recipe_step, state, samples)
         record = self._find_or_make(keyed, work)
+        if not self.ranks.lead(partial(self._describes_files, record, keyed, state, samples)):
+            with self.observers.step(keyed.recipe_step, keyed.variant):
+                record = self._make(keyed, work)
+            self._note(keyed, record, reused=False)
+        return self._restored(record, keyed, state, samples)
+
+    def _describes_files(
+        self, record: StepRecord, keyed: KeyedStep, state: VariantState, samples: Samples
+    ) -> bool:
+        """Return whether the state after a step can be read; if not, log why the step is made anew.
+
+        Raises:
+            RotdistillError: it cannot, and the step was made just now.
+        """
         try:
-            return self._restored(record, keyed, state, samples)
+            self._restored(record, keyed, state, samples)
         except (KeyError, TypeError, ValueError, SafetensorError, RotdistillError) as error:
             if not self.steps[keyed.variant, record.id].reused:
                 raise
@@ -288,10 +336,8 @@ class Executor:
                 f'{self.ledger.path}: the record of step "{record.id}" does not describe its '
                 f"files ({type(error).__name__}: {error}); it is made again."
             )
-        with self.observers.step(keyed.recipe_step, keyed.variant):
-            record = self._make(keyed, work)
-        self._note(keyed, record, reused=False)
-        return self._restored(record, keyed, state, samples)
+            return False
+        return True
 
     def _restored(
         self, record: StepRecord, keyed: KeyedStep, state: VariantState, samples: Samples
@@ -327,20 +373,24 @@ class Executor:
         """Return the record of a step: found by its key, or made now."""
         recipe_step, variant, key = keyed.recipe_step, keyed.variant, keyed.key
         made_here = key in {done.key for done in self.steps.values() if not done.reused}
-        record = None if self.fresh and not made_here else self.store.find_step(key)
-        if record and (record.id, record.before) != (recipe_step.id, keyed.before):
-            record = None  # the key is right, and the record is not
-        if record and not self._files_hold(key):
-            record = None
+        record = self.ranks.lead(partial(self._find, keyed, made_here))
         reused = record is not None
         with self.observers.step(recipe_step, variant):
             if record is None:
                 record = self._make(keyed, work)
-        if record not in self.ledger:  # another run made it, and this run depends on it
+        # Another run may have made it, and this run depends on it.
+        if self.ranks.leads and record not in self.ledger:
             self.ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
         return record
+
+    def _find(self, keyed: KeyedStep, made_here: bool) -> StepRecord | None:
+        """Return the record of a finished step with its key, if all its files hold."""
+        record = None if self.fresh and not made_here else self.store.find_step(keyed.key)
+        if record and (record.id, record.before) != (keyed.recipe_step.id, keyed.before):
+            return None  # the key is right, and the record is not
+        return record if record and self._files_hold(keyed.key) else None
 
     def _note(self, keyed: KeyedStep, record: StepRecord, reused: bool) -> None:
         """Keep the result of a step for observers."""
@@ -363,10 +413,21 @@ class Executor:
 
     def _make(self, keyed: KeyedStep, work: Work) -> StepRecord:
         """Do the work of a step, and append the line that commits its result."""
+        if "ranks" in hook_arguments(keyed.recipe_step):
+            return self._make_in(self.ranks, keyed, work)
+        return self.ranks.lead(partial(self._make_in, ALONE, keyed, work))
+
+    def _make_in(self, ranks: Ranks, keyed: KeyedStep, work: Work) -> StepRecord:
+        """Do the work of a step in some processes, and commit it in the leading one."""
         started = time.monotonic()
-        step = keyed.recipe_step.step
         out = self.context.output(keyed.key, keyed.recipe_step.id)
-        result = work(out)
+        result = work(out, ranks)
+        return ranks.lead(partial(self._commit, keyed, out, result, started))
+
+    def _commit(
+        self, keyed: KeyedStep, out: StepOutput, result: StepResultRef, started: float
+    ) -> StepRecord:
+        step = keyed.recipe_step.step
         record = StepRecord(
             key=keyed.key,
             before=keyed.before,
@@ -384,7 +445,12 @@ class Executor:
         return self.ledger.append(record)
 
     def _edit(
-        self, recipe_step: RecipeStep, state: VariantState, samples: Samples, out: StepOutput
+        self,
+        recipe_step: RecipeStep,
+        state: VariantState,
+        samples: Samples,
+        out: StepOutput,
+        ranks: Ranks,
     ) -> StepResultRef:
         """Call a step that changes the state of a variant; verify and commit what it returns."""
         run = self.context
@@ -401,8 +467,21 @@ class Executor:
             "samples": samples,
             "out": out,
             "progress": run.progress,
+            "ranks": ranks,
         }
         result: ActivationStore | Maps | Weights = call_step(recipe_step, available)
+        return ranks.lead(partial(self._keep, result, recipe_step, state, samples, out))
+
+    def _keep(
+        self,
+        result: ActivationStore | Maps | Weights,
+        recipe_step: RecipeStep,
+        state: VariantState,
+        samples: Samples,
+        out: StepOutput,
+    ) -> StepResultRef:
+        """Verify and commit what a step returned."""
+        run = self.context
         if isinstance(result, Maps):
             for space, found in result.items():
                 where = f'step "{recipe_step.id}", {space}'
@@ -423,6 +502,7 @@ class Executor:
         folder: Path,
         samples: Samples,
         out: StepOutput,
+        ranks: Ranks,
     ) -> RowsRef:
         """Call an evaluator on a saved variant."""
         saved = Variant(
@@ -439,9 +519,10 @@ class Executor:
             "samples": samples,
             "out": out,
             "progress": self.context.progress,
+            "ranks": ranks,
         }
         rows: list[MetricRow] = call_step(keyed.recipe_step, available)
-        return RowsRef(rows=tuple(tuple(row) for row in rows))
+        return ranks.lead(lambda: RowsRef(rows=tuple(tuple(row) for row in rows)))
 
     def _finish(self, outcome: RunResult) -> None:
         """Hold the variants to the recipe's checks, commit all rows, and let observers report.

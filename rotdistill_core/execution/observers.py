@@ -32,6 +32,16 @@ class RunObserver(Listener, Protocol):
         """Take how far the current step is."""
 
 
+class QuietObserver:
+    """An observer that shows nothing."""
+
+    def log(self, text: str) -> None:
+        """Drop a line."""
+
+    def progress(self, done: int, total: int, note: str) -> None:
+        """Drop the progress of a step."""
+
+
 class Observers:
     """The observers of one run.
 

@@ -9,7 +9,7 @@ of a block apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -138,6 +138,24 @@ class BoundarySums:
             if "raw" in self._sums:
                 student, teacher = self._scales
                 self._sums["raw"].add(X / student, Y / teacher, Y_other / teacher)
+
+    def merge(self, other: BoundarySums) -> None:
+        """Add the rows of other sums of the same boundary.
+
+        Raises:
+            SumTooLarge: the two go beyond the bound together.
+        """
+        for kind, sums in self._sums.items():
+            sums.merge(other._sums[kind])
+
+    def combine(self, add_up: Callable[[Tensor], None], device: torch.device) -> None:
+        """Add the rows of the same boundary in all other processes; see `ExactSum.combine`.
+
+        Raises:
+            SumTooLarge: together they go beyond the bound, in all processes.
+        """
+        for sums in self._sums.values():
+            sums.combine(add_up, device)
 
     def value(self, kind: str) -> RowSums:
         """Return the sums of `unit` or of `raw` rows."""

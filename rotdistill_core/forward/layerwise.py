@@ -6,6 +6,10 @@ whatever the model's size. The shared prompt is computed once and lends its keys
 every text. Where rotary tables depend on the length of a text (see `rope`), texts of other tables
 go through a layer in other batches, after a shared prompt that is computed with their tables.
 
+Several processes (see `ranks`) deal the batches among them. Batches are made of all texts before
+they are dealt, so a batch has the same shape, and its rows the same bits, wherever it is computed.
+A process holds the rows of its own texts, and the shared prompt.
+
 On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host. A
 batch is then copied once each way, through pinned memory on its way in, and waited for once.
 """
@@ -16,7 +20,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +29,9 @@ from transformers import DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.batching import BATCH_TOKENS
-from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.errors import RotdistillError
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_core.forward.whole import computable, empty_model
 
@@ -61,6 +66,8 @@ class _Batch:
     """The rotary tables of the shared prefix that it is, or continues; None: no prefix."""
     aside: bool = False
     """Whether it is the prefix for other tables than those of its rows. Nobody observes it."""
+    observed: bool = True
+    """Whether observers see it. Of the processes that compute the prefix only one shows it."""
 
     @classmethod
     def of(cls, rows: Tensor, mask: Tensor, device: Any, **fields: Any) -> _Batch:
@@ -104,6 +111,39 @@ class _Batch:
         states[rows] = values.to(states)
 
 
+class Shares(NamedTuple):
+    """The texts of one process, and who has the others."""
+
+    layout: PackedTexts
+    """The texts of this process. The prefix is in every layout whose texts continue it."""
+    rows: Tensor
+    """For each row of `layout`, its row in the whole [n]."""
+    owner: Tensor
+    """For each row of the whole, the process that has it [rows]; the leading one has the prefix."""
+    batches: list[list[int]]
+    """The batches of this process: indices of texts of `layout`."""
+
+    @classmethod
+    def of(cls, whole: PackedTexts, batches: list[list[int]], ranks: Ranks) -> Shares:
+        """Deal batches, lists of indices of texts of `whole`, by their own index.
+
+        Batches that continue the prefix come first, so the leading process has some of them.
+        """
+        if ranks.count == 1:
+            zeros = torch.zeros(whole.rows, dtype=torch.long)
+            return cls(whole, torch.arange(whole.rows), zeros, batches)
+        owner = torch.zeros(whole.rows, dtype=torch.long)
+        for number, batch in enumerate(batches):
+            for k in batch:
+                owner[whole.starts[k] : whole.starts[k + 1]] = number % ranks.count
+        mine = ranks.mine(batches)
+        texts = sorted(k for batch in mine for k in batch)
+        layout = whole.of(tuple(whole.texts[k] for k in texts)) if texts else PackedTexts((), 0)
+        place = {k: i for i, k in enumerate(texts)}
+        own = [[place[k] for k in batch] for batch in mine]
+        return cls(layout, layout.row_indices_in(whole), owner, own)
+
+
 class _Recorder(nn.Module):
     """Replaces a decoder layer and records its keyword arguments.
 
@@ -142,9 +182,10 @@ class _PrefixCache:
 class LayerwiseForward:
     """All rows of packed texts on their way through a model, layer by layer.
 
-    `states [rows, d]` is the stream at boundary `boundary` (0: embeddings). Iterate to open one
-    layer after the other. Inside the loop `run()` moves the states to the next boundary, and
-    `run(..., advance=False)` only lets observers look.
+    `layout` holds this process' share of the texts of `whole`; one process has them all. Its rows
+    are rows `rows` of the whole. `states [rows, d]` is the stream at boundary `boundary` (0:
+    embeddings). Iterate to open one layer after the other. Inside the loop `run()` moves the states
+    to the next boundary, and `run(..., advance=False)` only lets observers look.
     """
 
     _current: _Batch
@@ -157,6 +198,7 @@ class LayerwiseForward:
         device: torch.device,
         dtype: torch.dtype,
         budget: int = BATCH_TOKENS,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Embed all texts.
 
@@ -166,9 +208,11 @@ class LayerwiseForward:
             device: where layers compute.
             dtype: dtype of layers and states.
             budget: about how many padded tokens a batch may have.
+            ranks: the processes that share the texts.
         """
         self.weights = weights
-        self.layout = layout
+        self.whole = layout
+        self.ranks = ranks
         # With its index: tensors on "cuda" say that they are on "cuda:0".
         self.device = torch.empty(0, device=device).device
         self.dtype = dtype
@@ -177,7 +221,12 @@ class LayerwiseForward:
         self._files = weights.files
         self._model = meta_model(weights, dtype)
         self._table_of = tables_by_length(self._model.config)
-        self._batches = self._make_batches(budget)
+        batches = layout.batches(budget, lambda text: self._table_of(len(text.tokens)))
+        shares = Shares.of(layout, batches, ranks)
+        self.layout = shares.layout
+        self.rows = shares.rows
+        self._owner = shares.owner
+        self._batches = [*self._prefixes(), *map(self._pad, shares.batches)]
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record_calls()
         self.states = self._embed()
@@ -186,13 +235,6 @@ class LayerwiseForward:
             for batch in self._batches
             if batch.aside
         }
-
-    def _make_batches(self, budget: int) -> list[_Batch]:
-        def tables(text: Text) -> Hashable:
-            return self._table_of(len(text.tokens))
-
-        batches = [self._pad(texts) for texts in self.layout.batches(budget, tables)]
-        return [*self._prefixes(), *batches]
 
     def _prefixes(self) -> Iterator[_Batch]:
         """Yield the shared prefix, once for all texts whose rotary tables are the same.
@@ -203,7 +245,7 @@ class LayerwiseForward:
         if not prefix:
             return
         lengths: dict[Hashable, int] = {}
-        for text in self.layout.texts:
+        for text in self.whole.texts:
             if not text.plain:
                 lengths.setdefault(self._table_of(len(text.tokens)), len(text.tokens))
         if not lengths:
@@ -217,6 +259,7 @@ class LayerwiseForward:
                 length=length,
                 cache=tables,
                 aside=k > 0,
+                observed=k == 0 and self.ranks.leads,
             )
 
     def _pad(self, texts: list[int]) -> _Batch:
@@ -262,6 +305,56 @@ class LayerwiseForward:
     def states_of(self, rows: Tensor) -> Tensor:
         """Return the states `[n, d]` of some rows [n], on the device on which layers compute."""
         return self.states[rows.to(self.states.device)].to(self.device)
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The rows of each batch, the prefix among them [n].
+
+        A product of rows has the same bits for any number of processes if it is taken block by
+        block: it may depend on how many rows there are.
+        """
+        return [batch.real_rows for batch in self._batches if not batch.aside]
+
+    def collected(self, rows: Tensor, values: Tensor | None = None) -> Tensor | None:
+        """Return the states of rows of the whole, on the host of the leading process.
+
+        Args:
+            rows: their numbers [n], in any order.
+            values: take these in place of the states: a row for each row of `layout`.
+
+        Returns:
+            `[n, d]`; None in the other processes.
+        """
+        values = self.states if values is None else values
+        if self.ranks.count == 1:
+            return values[rows.to(values.device)].cpu()
+        owner = self._owner[rows]
+        mine = owner == self.ranks.number
+        own = torch.full((self.whole.rows,), -1).index_copy(
+            0, self.rows, torch.arange(len(self.rows))
+        )
+        part = values[own[rows[mine]].to(values.device)]
+        lengths = torch.bincount(owner, minlength=self.ranks.count).tolist()
+        parts = self.ranks.collect(part, lengths)
+        if parts is None:
+            return None
+        found = parts[0].new_empty(len(rows), *parts[0].shape[1:])
+        for number, part in enumerate(parts):
+            found[owner == number] = part
+        return found
+
+    def assembled(self, values: Tensor) -> Tensor:
+        """Return one number for each row of the whole, in all processes, on the host.
+
+        Args:
+            values: one for each row of `layout` [n].
+        """
+        whole = torch.zeros(self.whole.rows, dtype=values.dtype)
+        mine = self._owner[self.rows] == self.ranks.number
+        whole[self.rows[mine]] = values.cpu()[mine]
+        # All but one of the numbers that are added up are zero, so the sum is exact.
+        self.ranks.add_up(whole)
+        return whole
 
     def _record_calls(self) -> list[list[dict[str, Any]]]:
         """Run the body once without its layers; return each layer's arguments [batch][layer]."""
@@ -364,7 +457,7 @@ class LayerwiseForward:
             cache = caches.get(batch.cache)
             output = self.layer(batch.gather(states), **{**arguments, "past_key_values": cache})
             output = batch.take(output[0] if isinstance(output, tuple) else output)
-            if observe_output is not None and not batch.aside:
+            if observe_output is not None and batch.observed:
                 observe_output(batch.real_rows, output)
             if advance:
                 batch.scatter(states, output)
@@ -373,7 +466,7 @@ class LayerwiseForward:
         """Let an observer see the real rows of each batch at a site of the open layer."""
 
         def see(values: Tensor) -> None:
-            if not self._current.aside:
+            if self._current.observed:
                 observer(self._current.real_rows, self._current.take(values))
 
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:

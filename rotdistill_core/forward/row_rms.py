@@ -42,7 +42,12 @@ def rms_histogram(X: Tensor) -> Tensor:
 
     Bins are equal in the logarithm. A row that is NaN is in the last one.
     """
-    octaves = mean_square(X).log2() / 2
+    return _histogram(mean_square(X))
+
+
+def _histogram(squares: Tensor) -> Tensor:
+    """Return the `rms_histogram` of rows by their mean squares [rows]."""
+    octaves = squares.log2() / 2
     last = 2 * OCTAVES * BINS_PER_OCTAVE - 1
     bins = ((octaves + OCTAVES) * BINS_PER_OCTAVE).floor().nan_to_num(nan=last)
     return torch.bincount(bins.clamp(0, last).long(), minlength=last + 1)
@@ -69,6 +74,11 @@ def massive_activation_mask(X: Tensor, threshold: float | None = None) -> Tensor
     These are rows whose RMS exceeds `threshold`; without one, that of all rows of X. (Sun et al.,
     Massive Activations in Large Language Models, arXiv:2402.17762.)
     """
+    return massive_rows(mean_square(X), threshold)
+
+
+def massive_rows(squares: Tensor, threshold: float | None = None) -> Tensor:
+    """Return the mask of `massive_activation_mask` by the mean square of each row [rows]."""
     if threshold is None:
-        threshold = massive_threshold(rms_histogram(X))
-    return mean_square(X).sqrt() > threshold
+        threshold = massive_threshold(_histogram(squares))
+    return squares.sqrt() > threshold

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Split
-from rotdistill_core.forward.row_rms import massive_activation_mask, mean_square
+from rotdistill_core.forward.row_rms import massive_rows, mean_square
 
 SINK_RMS = 10.0
 """Largest RMS of a target, in medians of all rows.
@@ -28,13 +28,26 @@ def clip_sinks(targets: Tensor) -> Tensor:
 
     They stay on their device.
     """
-    rms = mean_square(targets).sqrt()
-    factor = (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0)
-    return targets * factor.to(targets)[:, None]
+    return shortened(targets, sink_factors(mean_square(targets)))
+
+
+def sink_factors(squares: Tensor) -> Tensor:
+    """Return by what each row is multiplied to be no sink [rows], at most 1.
+
+    Args:
+        squares: the mean square of each row [rows].
+    """
+    rms = squares.sqrt()
+    return (SINK_RMS * rms.median() / rms.clamp_min(1e-30)).clamp_max(1.0)
+
+
+def shortened(targets: Tensor, factors: Tensor) -> Tensor:
+    """Return targets `[rows, d]`, each multiplied by its factor [rows], on their device."""
+    return targets * factors.to(targets)[:, None]
 
 
 def row_weights(
-    states: Tensor,
+    squares: Tensor,
     layout: PackedTexts,
     *,
     prompt: float,
@@ -48,7 +61,7 @@ def row_weights(
     Sinks are position 0 and massive activations. Their weight is above that of all other kinds.
 
     Args:
-        states: the stream `[rows, d]`, from which sinks are recognised.
+        squares: the mean square of each row [rows], by which sinks are recognised.
         layout: the texts of the rows.
         prompt: weight of a row of the shared prefix.
         sink: weight of a sink in the shared prefix, which every text reads that begins with it.
@@ -56,14 +69,14 @@ def row_weights(
         teacher_answer: weight of a row that predicts an answer written by the teacher.
         teacher_answered: ids of the texts with such an answer.
     """
-    weights = torch.ones(len(states), dtype=torch.float64)
+    weights = torch.ones(len(squares), dtype=torch.float64)
     weights[: layout.prefix] = prompt
     for text, start, end in zip(layout.texts, layout.starts, layout.starts[1:], strict=False):
         if text.id in teacher_answered:
             first = max(start, start + text.answer - 1 - layout.prefix_length(text))
             weights[first:end] = teacher_answer
-    sinks = massive_activation_mask(states).index_fill(0, torch.zeros(1, dtype=torch.long), True)
-    shared = torch.arange(len(states)) < layout.prefix
+    sinks = massive_rows(squares).index_fill(0, torch.zeros(1, dtype=torch.long), True)
+    shared = torch.arange(len(squares)) < layout.prefix
     weights[sinks & shared] = sink
     weights[sinks & ~shared] = own_sink
     return weights
@@ -74,9 +87,9 @@ def sharing_texts(layout: PackedTexts) -> int:
     return sum(text.split == Split.FIT and not text.plain for text in layout.texts)
 
 
-def over_mean_square(weights: Tensor, states: Tensor) -> Tensor:
-    """Return row weights [rows] divided by the mean square of each row of `states` `[rows, d]`.
+def over_mean_square(weights: Tensor, squares: Tensor) -> Tensor:
+    """Return row weights [rows] divided by the mean square of each row [rows].
 
     A reader normalises its input, so an error counts relative to the length of its row.
     """
-    return weights / mean_square(states).clamp_min(1e-12)
+    return weights / squares.clamp_min(1e-12)

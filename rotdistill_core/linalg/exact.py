@@ -14,7 +14,7 @@ than `2^-100 B`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -35,6 +35,16 @@ MAX_EXPONENT = 900
 """Bounds between `2^-900` and `2^900` have a unit that float64 can hold."""
 
 
+CHUNK = 1 << 16
+"""Entries that are written in fixed point at once on a CPU: what fits its caches."""
+SIZE_DIGITS = 31
+"""Binary digits of the halves in which processes tell each other the size of their terms."""
+
+
+class SumTooLarge(RotdistillError):
+    """The terms of an exact sum are larger than its bound allows."""
+
+
 class Sum(Protocol):
     """A sum of tensors of one shape that can be joined with another."""
 
@@ -53,6 +63,13 @@ class FloatSum:
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._total = torch.zeros(tuple(shape), dtype=SUM_DTYPE)
+
+    @classmethod
+    def of(cls, total: Tensor) -> FloatSum:
+        """Return the sum of one term."""
+        one = cls(())
+        one._total = total
+        return one
 
     def add(self, term: Tensor) -> None:
         """Add a tensor. The sum moves to its device, or to the host without float64."""
@@ -118,8 +135,8 @@ class ExactSum:
         """Add a tensor of the shape of the sum; the sum moves to its device.
 
         Raises:
-            RotdistillError: a value is NaN or Inf, or the sum could leave its limbs. The sum stays
-                as it was.
+            RotdistillError: a value is NaN or Inf. The sum stays as it was.
+            SumTooLarge: the sum could leave its limbs. It stays as it was.
             ValueError: the shape is another.
         """
         if term.shape != self._limbs.shape[1:]:
@@ -127,28 +144,41 @@ class ExactSum:
                 f"{self._where}: a term of shape {tuple(term.shape)} in a sum of shape "
                 f"{tuple(self._limbs.shape[1:])}."
             )
-        require_finite(term, self._where)
-        device = sum_device(term.device)
-        # Exact: a power of two changes only the exponent.
-        scaled = term.to(device, SUM_DTYPE) * 2.0**self._scale
-        largest = float(scaled.abs().max()) if scaled.numel() else 0.0
-        # What is Inf in these units has no size; it needs more room than there is.
-        size = math.ceil(largest) + 1 if math.isfinite(largest) else (1 << HIGH_BITS) + 1
+        size = self._size_of(term)
         self._require_room(1, size)
-        hi = scaled.round()
-        # Exact: the difference to the nearest integer has the digits of `scaled` after the point.
-        lo = ((scaled - hi) * 2.0**LOW_BITS).round()
+        device = sum_device(term.device)
         self._limbs = self._limbs.to(device)
-        self._limbs[0] += hi.to(torch.int64)
-        self._limbs[1] += lo.to(torch.int64)
+        values = term.to(device).reshape(-1)
+        limbs = self._limbs.view(2, -1)
+        step = CHUNK if device.type == "cpu" else max(len(values), 1)
+        for k in range(0, len(values), step):
+            part = slice(k, k + step)
+            # Exact: a power of two changes only the exponent.
+            scaled = values[part].to(SUM_DTYPE) * 2.0**self._scale
+            hi = scaled.round()
+            # Exact: what is left has the digits of `scaled` after the point.
+            lo = scaled.sub_(hi).mul_(2.0**LOW_BITS).round_()
+            limbs[0, part] += hi.to(torch.int64)
+            limbs[1, part] += lo.to(torch.int64)
         self._terms += 1
         self._size += size
+
+    def _size_of(self, term: Tensor) -> int:
+        """Return what the largest entry of a term is at most, in units of the upper limb."""
+        if not term.numel():
+            return 1
+        low, high = map(float, term.aminmax())
+        if not math.isfinite(low + high):
+            require_finite(term, self._where)
+        largest = max(-low, high) * 2.0**self._scale
+        # What is Inf in these units has no size; it needs more room than there is.
+        return math.ceil(largest) + 1 if math.isfinite(largest) else (1 << HIGH_BITS) + 1
 
     def merge(self, other: ExactSum) -> None:
         """Add the terms of another sum.
 
         Raises:
-            RotdistillError: the two together could leave their limbs. The sum stays as it was.
+            SumTooLarge: the two together could leave their limbs. The sum stays as it was.
             ValueError: the two have different shapes or bounds.
         """
         if (self._limbs.shape, self._scale) != (other._limbs.shape, other._scale):
@@ -158,10 +188,30 @@ class ExactSum:
         self._terms += other._terms
         self._size += other._size
 
+    def combine(self, add_up: Callable[[Tensor], None], device: torch.device) -> None:
+        """Add the terms of the same sum in all other processes.
+
+        Args:
+            add_up: replaces an int64 tensor by the sum of those of all processes.
+            device: where that is done; the same kind in all processes.
+
+        Raises:
+            SumTooLarge: all terms together could leave their limbs. It is raised in all processes,
+                and the sum is of no further use.
+        """
+        high, low = divmod(self._size, 1 << SIZE_DIGITS)
+        counts = torch.tensor([self._terms, high, low])
+        add_up(counts)
+        self._terms, high, low = map(int, counts.tolist())
+        self._size = (high << SIZE_DIGITS) + low
+        self._require_room(0, 0)
+        self._limbs = self._limbs.to(sum_device(device))
+        add_up(self._limbs)
+
     def _require_room(self, terms: int, size: int) -> None:
         """Raise unless so many terms of this size in all fit into the limbs."""
         if self._size + size > 1 << HIGH_BITS:
-            raise RotdistillError(
+            raise SumTooLarge(
                 f"{self._where}: the terms are larger than the bound of their exact sum allows; "
                 f"the largest sum is {2.0 ** (HIGH_BITS - self._scale):.3g}. Nothing was added."
             )

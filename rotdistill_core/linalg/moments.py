@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -51,8 +52,9 @@ class Moments:
         """Add rows `X [n, d_x]`, `Y [n, d_y]` with weights `[n]` (default 1).
 
         Raises:
-            RotdistillError: the moments are exact, and a sum is not finite or beyond the bound.
-                They then hold a part of the batch and are of no further use.
+            RotdistillError: the moments are exact, and a sum is not finite.
+            SumTooLarge: a sum is beyond the bound. The moments then hold a part of the batch and
+                are of no further use.
         """
         X = widened(X)
         w = torch.ones_like(X[:, 0]) if weights is None else weights.to(X)
@@ -77,6 +79,27 @@ class Moments:
         self._xy.merge(other._xy)
         self._yy.merge(other._yy)
         self._weight.merge(other._weight)
+
+    def combine(self, add_up: Callable[[Tensor], None], device: torch.device) -> None:
+        """Add the rows of the same moments in all other processes; see `ExactSum.combine`.
+
+        Raises:
+            SumTooLarge: a sum goes beyond the bound, in all processes.
+            ValueError: the moments are not exact.
+        """
+        for each in (self._xx, self._xy, self._yy, self._weight):
+            if not isinstance(each, ExactSum):
+                raise ValueError("Only exact moments have a sum over processes that is exact.")
+            each.combine(add_up, device)
+
+    def settled(self) -> Moments:
+        """Return moments of the same value whose sums are in float64, to be read often."""
+        settled = Moments(0, 0)
+        settled._xx = FloatSum.of(self.xx)
+        settled._xy = FloatSum.of(self.xy)
+        settled._yy = FloatSum.of(self._yy.value())
+        settled._weight = FloatSum.of(self._weight.value())
+        return settled
 
     @property
     def xx(self) -> Tensor:

@@ -6,7 +6,7 @@ any order and by any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -146,6 +146,18 @@ class PairedSums:
         for name, total in self._sums.items():
             total.merge(other._sums[name])
         self._rows += other._rows
+
+    def combine(self, add_up: Callable[[Tensor], None], device: torch.device) -> None:
+        """Add the rows of the same sums in all other processes; see `ExactSum.combine`.
+
+        Raises:
+            SumTooLarge: together they go beyond the bound, in all processes.
+        """
+        for total in self._sums.values():
+            total.combine(add_up, device)
+        rows = torch.tensor([self._rows])
+        add_up(rows)
+        self._rows = int(rows)
 
     def value(self) -> RowSums:
         """Return the sums in float64, on the host."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.generate import AnsweringModel
     from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.forward.ranks import Ranks
     from rotdistill_core.linalg.maps import Maps
     from rotdistill_core.plugin.engine import Answering
     from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -86,7 +87,13 @@ class HookSpecs:
 
     @hookspec(firstresult=True)
     def capture(
-        self, pair: Pair, weights: Weights, samples: Samples, out: StepOutput, progress: Progress
+        self,
+        pair: Pair,
+        weights: Weights,
+        samples: Samples,
+        out: StepOutput,
+        progress: Progress,
+        ranks: Ranks,
     ) -> ActivationStore:
         """Return the activations of teacher and student that later steps need.
 
@@ -94,6 +101,11 @@ class HookSpecs:
         `rotdistill_core.LayerwiseForward` runs a model of any size, one open layer at a time.
         `out.find` returns files that a killed run had committed. A capture that keeps sums and the
         rows of a sample has an attribute `keeps_all_rows` that is False.
+
+        A step of any stage that takes `ranks` is called in each process of a run that `torchrun`
+        starts in several (see `rotdistill_core.Ranks`), and has to give the same bits for any
+        number of them. `ranks.lead` decides, writes files and fills `out`. A step without `ranks`
+        is called in the leading process, while the others wait.
         """
 
     @hookspec(firstresult=True)
@@ -106,6 +118,7 @@ class HookSpecs:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks,
     ) -> Maps:
         """Return `maps` with more maps from the student's spaces to the teacher's.
 
@@ -125,6 +138,7 @@ class HookSpecs:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks,
     ) -> Maps:
         """Return improved maps. Same contract as `align`."""
 
@@ -138,6 +152,7 @@ class HookSpecs:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks,
     ) -> Weights:
         """Return edited weights.
 
@@ -162,6 +177,7 @@ class HookSpecs:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks,
     ) -> Weights:
         """Return weights with a final edit of head or behaviour.
 
@@ -177,6 +193,7 @@ class HookSpecs:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks,
     ) -> list[MetricRow]:
         """Return metric rows of one saved variant; `results.jsonl` holds those of all evaluators.
 

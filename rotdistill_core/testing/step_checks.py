@@ -26,6 +26,7 @@ from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.evaluation.rows import Variant
 from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.linalg.maps import Maps, Rotation, tensor_of
 from rotdistill_core.planning.cost import Cost, CostContext, context_after, step_cost
 from rotdistill_core.planning.shape import ModelShape
@@ -77,6 +78,7 @@ def _try_step(cls: type, options: Options, folder: Path, *, hard: bool = False) 
         "weights": student.weights,
         "variant": Variant("base", student.weights, maps, 0.0, student.folder),
         "progress": lambda *_: None,
+        "ranks": ALONE,
     }
     step: Any = validator_of(cls).validate_json(json.dumps(options), strict=True)
     hook = getattr(step, stage_of(cls))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from rotdistill_core.data.packed import PackedTexts
-from rotdistill_core.forward.row_rms import massive_activation_mask, rms_normalise
+from rotdistill_core.forward.row_rms import massive_activation_mask, mean_square, rms_normalise
 from rotdistill_core.forward.row_weights import (
     SINK_RMS,
     clip_sinks,
@@ -46,7 +46,7 @@ def test_each_kind_of_row_has_its_weight() -> None:
     rows = rows_with_a_sink(layout, sink)
     text, start, end = layout.texts[3], layout.starts[3], layout.starts[4]
     weights = row_weights(
-        rows,
+        mean_square(rows),
         layout,
         prompt=30.0,
         sink=1000.0,
@@ -77,7 +77,7 @@ def test_the_sink_of_a_text_without_the_prefix_is_its_own_and_its_answer_counts(
     rows = rows_with_a_sink(layout, first)
     rows[second] *= 100
     weights = row_weights(
-        rows,
+        mean_square(rows),
         layout,
         prompt=30.0,
         sink=1000.0,
@@ -96,7 +96,7 @@ def test_without_a_prefix_position_0_is_the_sink_of_one_text() -> None:
     plain = tuple(replace(text, plain=True) for text in shared.texts)
     layout = PackedTexts(plain, 0)
     rows = rows_with_a_sink(layout, layout.starts[2])
-    weights = row_weights(rows, layout, prompt=30.0, sink=1000.0, own_sink=8.0)
+    weights = row_weights(mean_square(rows), layout, prompt=30.0, sink=1000.0, own_sink=8.0)
     assert (weights == 8).nonzero().flatten().tolist() == [0, layout.starts[2]]
     assert weights.sum() == layout.rows - 2 + 2 * 8
     assert sharing_texts(layout) == 0
@@ -110,7 +110,7 @@ def test_only_the_massive_row_is_a_sink() -> None:
 
 def test_weights_over_mean_square_make_errors_relative() -> None:
     rows = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]])
-    weights = over_mean_square(torch.tensor([1.0, 1.0, 1.0]), rows)
+    weights = over_mean_square(torch.tensor([1.0, 1.0, 1.0]), mean_square(rows))
     torch.testing.assert_close(weights[0], torch.tensor(1 / 12.5, dtype=torch.float64))
     torch.testing.assert_close(weights[1], weights[0] / 100)
     assert torch.isfinite(weights).all()

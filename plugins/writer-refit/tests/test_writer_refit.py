@@ -27,6 +27,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
+from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.maps import Maps, Rotation
 from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.recipe.document import ModelRef
@@ -144,19 +145,22 @@ def test_refit_brings_a_cut_student_nearer_to_its_teacher(
     assert all(fit["validation error"] <= 1 for fit in diagnostics.values())
 
 
-def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(samples: Samples) -> None:
+def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(
+    teacher: Model, samples: Samples
+) -> None:
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
     targets = torch.ones(layout.rows, 4)
     texts = sum(text.split == Split.FIT for text in layout.texts)
-    distinct = layer_problem(WriterRefit(row_weighting="distinct"), targets, layout, samples)
-    plain = layer_problem(WriterRefit(row_weighting="plain"), targets, layout, samples)
+    distinct = layer_problem(WriterRefit(row_weighting="distinct"), targets, forward, samples)
+    plain = layer_problem(WriterRefit(row_weighting="plain"), targets, forward, samples)
     assert (distinct.row_weights == 1).all()
     assert (plain.row_weights[: layout.prefix] == texts).all()
     assert (plain.row_weights[layout.prefix :] == 1).all()
     assert torch.equal(plain.fit, layout.split(Split.FIT))
 
 
-def test_shared_rows_count_for_each_text_to_fit_on(samples: Samples) -> None:
+def test_shared_rows_count_for_each_text_to_fit_on(teacher: Model, samples: Samples) -> None:
     few = samples.layout.select(Split.FIT, Split.VALIDATION)
     again = tuple(replace(text, id=f"{text.id} again") for text in few.texts)
     many = PackedTexts((*few.texts, *again), few.prefix)
@@ -164,28 +168,35 @@ def test_shared_rows_count_for_each_text_to_fit_on(samples: Samples) -> None:
     for layout in (few, many):
         texts = sum(text.split == Split.FIT for text in layout.texts)
         targets = torch.ones(layout.rows, 4)
-        weights = layer_problem(step, targets, layout, samples).row_weights
+        forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
+        weights = layer_problem(step, targets, forward, samples).row_weights
         assert weights[0] == 3.0 * texts
         assert (weights[1 : layout.prefix] == 0.5 * texts).all()
         assert (weights[layout.prefix :] == 1).all()
 
 
-def test_a_sink_of_a_text_without_the_shared_prompt_counts_once(samples: Samples) -> None:
+def test_a_sink_of_a_text_without_the_shared_prompt_counts_once(
+    teacher: Model, samples: Samples
+) -> None:
     plain = tuple(replace(text, plain=True) for text in samples.layout.texts)
     layout = PackedTexts(plain, 0)
     targets = torch.ones(layout.rows, 4)
-    weights = layer_problem(WriterRefit(sink_weight=3.0), targets, layout, samples).row_weights
+    forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
+    weights = layer_problem(WriterRefit(sink_weight=3.0), targets, forward, samples).row_weights
     assert weights[0] == 3
     assert (weights[1:] == 1).all()
 
 
-def test_rows_that_predict_teacher_answers_have_their_own_weight(samples: Samples) -> None:
+def test_rows_that_predict_teacher_answers_have_their_own_weight(
+    teacher: Model, samples: Samples
+) -> None:
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
     text, start = layout.texts[3], layout.starts[3]
     question = Conversation(text.id, "en", text.split, "?", None)
     answered = Samples(samples.layout, (question,), "")
     step = WriterRefit(teacher_answer_weight=7.0)
-    weights = layer_problem(step, torch.ones(layout.rows, 4), layout, answered).row_weights
+    weights = layer_problem(step, torch.ones(layout.rows, 4), forward, answered).row_weights
     answers = torch.zeros(layout.rows, dtype=torch.bool)
     answers[start + text.answer - 1 - layout.prefix : layout.starts[4]] = True
     assert answers.sum() == len(text.tokens) - text.answer + 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.evaluation.divergence import kl_divergence
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.row_rms import mean_square
 from rotdistill_core.forward.row_weights import clip_sinks, over_mean_square, row_weights
 
 PROMPT_WEIGHT = 30.0
@@ -51,11 +52,15 @@ def mean_kl(p: Tensor, q: Tensor) -> float:
 def token_weights(states: Tensor, layout: PackedTexts) -> Tensor:
     """Return how much each token counts [rows]: shared prompt and sinks more than all others."""
     return row_weights(
-        states, layout, prompt=PROMPT_WEIGHT, sink=SINK_WEIGHT, own_sink=OWN_SINK_WEIGHT
+        mean_square(states),
+        layout,
+        prompt=PROMPT_WEIGHT,
+        sink=SINK_WEIGHT,
+        own_sink=OWN_SINK_WEIGHT,
     )
 
 
 def regression_weights(forward: LayerwiseForward) -> Tensor:
     """Return the weight of each row [rows] in a regression at the boundary of a forward pass."""
     weights = token_weights(forward.states, forward.layout)
-    return over_mean_square(weights, clip_sinks(forward.states))
+    return over_mean_square(weights, mean_square(clip_sinks(forward.states)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +22,7 @@ from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.activations import ActivationStore, write_shard
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -43,6 +43,7 @@ def capture(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> ActivationStore:
     """Capture all models of the pair, and apply the step's control and layer map.
 
@@ -53,6 +54,7 @@ def capture(
         samples: the texts.
         out: takes shards, tables and notes.
         progress: called once for each layer.
+        ranks: the processes that share the texts; the leading one writes.
 
     Raises:
         RecipeError: the options do not go with these models or texts.
@@ -61,11 +63,11 @@ def capture(
     _check_options(step, pair, weights)
     texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     if step.store == "rows":
-        return _capture_rows(step, pair, weights, samples, texts, out, progress)
+        return _capture_rows(step, pair, weights, samples, texts, out, progress, ranks)
     kept = samples.part(samples.layout.sample())
-    activations = _capture_rows(step, pair, weights, kept, texts.sample(), out, progress)
+    activations = _capture_rows(step, pair, weights, kept, texts.sample(), out, progress, ranks)
     summed: dict[str, tuple[str, ...]] = {
-        each.side: each.capture(progress)
+        each.side: each.capture(progress, ranks)
         for each in _sums_to_capture(step, pair, weights, samples, texts, activations, out)
     }
     return replace(activations, summed=summed)
@@ -79,6 +81,7 @@ def _capture_rows(
     student_texts: PackedTexts,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks,
 ) -> ActivationStore:
     """Capture the rows of all models, and apply the step's control and layer map."""
     streams = [
@@ -100,11 +103,11 @@ def _capture_rows(
     total = sum(stream.depth for stream in streams)
     done = 0
     for stream in streams:
-        shards[stream.side] = stream.capture(_continued(progress, done, total))
+        shards[stream.side] = stream.capture(_continued(progress, done, total), ranks)
         layouts[stream.side] = stream.layout
         done += stream.depth
     if samples.theirs:
-        shards[Side.SPANS] = (_write_spans(pair, samples, out),)
+        shards[Side.SPANS] = (ranks.lead(lambda: _write_spans(pair, samples, out)),)
         layouts[Side.SPANS] = samples.layout
 
     activations = ActivationStore(
@@ -114,13 +117,17 @@ def _capture_rows(
         depths=weights.lineage.depths,
         teacher_boundaries=tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1)),
     )
-    if step.control != "none":
-        activations = replace_teacher_rows(
-            step.control, activations, out, model=pair.teacher.ref.model
-        )
-    if step.layer_map == "match":
-        activations = _with_matched_layers(activations, pair.student.device, out, progress)
-    return activations
+
+    def controlled_and_matched() -> ActivationStore:
+        found = activations
+        if step.control != "none":
+            found = replace_teacher_rows(step.control, found, out, model=pair.teacher.ref.model)
+        if step.layer_map == "match":
+            found = _with_matched_layers(found, pair.student.device, out, progress)
+        return found
+
+    # The folder of runs may have another name on another machine.
+    return replace(ranks.lead(controlled_and_matched), root=out.store.root)
 
 
 def _sums_to_capture(
@@ -189,8 +196,10 @@ class Stream:
         """Number of layers."""
         return self.weights.depth
 
-    def capture(self, progress: Progress) -> tuple[str, ...]:
+    def capture(self, progress: Progress, ranks: Ranks = ALONE) -> tuple[str, ...]:
         """Compute and commit what is not committed yet.
+
+        Processes share the texts, and the leading one gathers and commits the rows of a boundary.
 
         Returns:
             The shard of each boundary, relative to the folder of runs.
@@ -198,12 +207,15 @@ class Stream:
         Raises:
             RotdistillError: a state is NaN or Inf.
         """
-        committed = [self._find(boundary) for boundary in range(self.depth + 1)]
+        committed = ranks.lead(self._committed)
         if all(committed):
-            return tuple(self.out.relative(path) for path in committed if path)
-        forward = LayerwiseForward(self.weights, self.layout, self.model.device, self.model.dtype)
+            return tuple(committed)
+        forward = LayerwiseForward(
+            self.weights, self.layout, self.model.device, self.model.dtype, ranks=ranks
+        )
         self._resume(forward, committed)
-        shards = [self.out.relative(path) for path in committed[: forward.boundary] if path]
+        everything = torch.arange(self.layout.rows)
+        shards = committed[: forward.boundary]
         sidecar = {
             "model": self.model.ref.model,
             "side": self.side,
@@ -211,46 +223,47 @@ class Stream:
             "layers": self.depth,
         }
 
-        def commit(boundary: int, states: Tensor) -> str:
+        def collected(boundary: int) -> Tensor | None:
+            return None if committed[boundary] else forward.collected(everything)
+
+        def commit(boundary: int, states: Tensor | None) -> str:
+            if states is None:  # it is committed, or the leading process does that
+                return committed[boundary]
             require_finite_states(self.model.ref.model, boundary, states)
-            path = committed[boundary]
-            if path:
-                return self.out.relative(path)
             return write_shard(self.out, self.side, boundary, states, self.dtype, sidecar)
 
         # One thread hashes and writes a boundary while the next layer is computed.
         with ThreadPoolExecutor(1) as writer:
-            pending = writer.submit(commit, forward.boundary, host_copy(forward.states))
+            pending = writer.submit(commit, forward.boundary, collected(forward.boundary))
             for layer in forward:
                 forward.run()
                 shards.append(pending.result())
-                pending = writer.submit(commit, layer + 1, host_copy(forward.states))
+                pending = writer.submit(commit, layer + 1, collected(layer + 1))
                 progress(layer + 1, self.depth, f"{self.side}: {self.layout.rows} rows")
             shards.append(pending.result())
-        return tuple(shards)
+        return tuple(ranks.lead(lambda: shards))
 
-    def _find(self, boundary: int) -> Path | None:
-        """Return the shard of a boundary if a killed capture committed it and its sidecar."""
+    def _committed(self) -> list[str]:
+        """Return the shard of each boundary that a killed capture committed, or an empty name."""
+        return [self._find(boundary) for boundary in range(self.depth + 1)]
+
+    def _find(self, boundary: int) -> str:
+        """Return the shard of a boundary if it and its sidecar are committed."""
         name = RunLayout.shard(self.side, boundary)
         path = self.out.find(f"{name}.safetensors")
         if path and self.out.find(f"{name}.json"):
-            return path
-        return None
+            return self.out.relative(path)
+        return ""
 
-    def _resume(self, forward: LayerwiseForward, committed: list[Path | None]) -> None:
+    def _resume(self, forward: LayerwiseForward, committed: list[str]) -> None:
         """Move the forward pass to the last boundary before which no shard is missing.
 
         Only shards of the dtype of the forward pass hold the states as they were computed.
         """
-        first_missing = committed.index(None)
-        path = committed[first_missing - 1] if first_missing else None
-        if path and self.dtype == self.model.dtype:
-            forward.start_at(first_missing - 1, open_tensors(path)["rows"].read())
-
-
-def host_copy(states: Tensor) -> Tensor:
-    """Return a copy of states on the host, which the next layer does not change."""
-    return states.to("cpu", copy=True)
+        first_missing = committed.index("")
+        if first_missing and self.dtype == self.model.dtype:
+            shard = open_tensors(self.out.store.root / committed[first_missing - 1])
+            forward.start_at(first_missing - 1, shard["rows"].read()[forward.rows])
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:

@@ -2,7 +2,8 @@
 
 Nothing of a block stays but what it adds to the sums of each boundary, so neither memory nor disk
 grows with the number of texts. Sums are committed every few blocks: a capture that is killed goes
-on after the last committed block. They are exact, so the result has the same bits.
+on after the last committed block. They are exact, so the result has the same bits, and several
+processes may deal the blocks among them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from rotdistill_core.data.splits import Side
 from rotdistill_core.forward.activations import ActivationStore, span_means
 from rotdistill_core.forward.boundary_sums import BoundarySums, Kinds, rows_of_blocks
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import float64_device
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
@@ -89,8 +93,8 @@ class SumCapture:
         """The partner's boundary that each captured boundary of the student is paired with."""
         return [self.activations.teacher_boundaries[depth] for depth in self.activations.depths]
 
-    def capture(self, progress: Progress) -> tuple[str, ...]:
-        """Add up and commit what is not committed yet.
+    def capture(self, progress: Progress, ranks: Ranks = ALONE) -> tuple[str, ...]:
+        """Add up and commit what is not committed yet; the leading process commits.
 
         Returns:
             The file of each boundary's sums, relative to the folder of runs.
@@ -99,30 +103,47 @@ class SumCapture:
             RotdistillError: a state is NaN or Inf.
         """
         names = [RunLayout.sums(self.side, b) for b in range(len(self.boundaries))]
-        found = [self.out.find(name) for name in names]
-        if not all(found):
-            sums = self._add_up(progress)
-            found = [
-                path or self.out.tensors(name, each.values())
-                for path, name, each in zip(found, names, sums, strict=True)
-            ]
-            # What was begun has served its purpose, and is as large as the sums.
-            begun = self.out.aside()
-            begun.tensors(RunLayout.begun_sums(self.side), {BLOCKS: torch.tensor(0)})
-        return tuple(self.out.relative(path) for path in found if path)
 
-    def _add_up(self, progress: Progress) -> list[BoundarySums]:
-        """Return the sums of all blocks."""
+        def committed() -> list[str]:
+            paths = [self.out.find(name) for name in names]
+            return [self.out.relative(path) if path else "" for path in paths]
+
+        found = ranks.lead(committed)
+        if not all(found):
+            sums = self._add_up(progress, ranks)
+            found = ranks.lead(lambda: self._commit_values(sums, found))
+        return tuple(found)
+
+    def _commit_values(self, sums: Sequence[BoundarySums], found: Sequence[str]) -> list[str]:
+        """Commit the sums of the boundaries that have no file yet; return the files of all."""
+        files = [
+            path or self.out.relative(self.out.tensors(RunLayout.sums(self.side, b), each.values()))
+            for b, (path, each) in enumerate(zip(found, sums, strict=True))
+        ]
+        # What was begun has served its purpose, and is as large as the sums.
+        begun = self.out.aside()
+        begun.tensors(RunLayout.begun_sums(self.side), {BLOCKS: torch.tensor(0)})
+        return files
+
+    def _add_up(self, progress: Progress, ranks: Ranks) -> list[BoundarySums]:
+        """Return the sums of all blocks, which only the leading process needs to have."""
         sums = self._empty()
-        done = self._go_on(sums)
+        done = ranks.lead(lambda: self._go_on(sums))
         count = len(self.layout.fit_blocks())
-        for number, (block, counted) in enumerate(rows_of_blocks(self.layout), 1):
-            if number <= done:
-                continue
-            self._add_block(sums, block, counted.rows)
-            progress(number, count, f"{self.side}: sums of {len(block.texts)} texts")
-            if number % COMMIT_BLOCKS == 0:
-                self._commit(sums, number)
+        todo = islice(rows_of_blocks(self.layout), done, None)
+        while wave := list(islice(todo, COMMIT_BLOCKS * ranks.count)):
+            own = sums if ranks.count == 1 else self._empty()
+            for number, (block, counted) in enumerate(ranks.mine(wave), 1):
+                self._add_block(own, block, counted.rows)
+                finished = min(done + number * ranks.count, count)
+                progress(finished, count, f"{self.side}: sums of {len(block.texts)} texts")
+            if own is not sums:
+                for total, each in zip(sums, own, strict=True):
+                    each.combine(ranks.add_up, float64_device(self.student.model.device))
+                    total.merge(each)
+            done += len(wave)
+            if done < count:
+                ranks.lead(partial(self._commit, sums, done))
         return sums
 
     def _empty(self) -> list[BoundarySums]:

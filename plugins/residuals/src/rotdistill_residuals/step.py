@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_core.plugin.caveats import Caveat, CaveatKind
 from rotdistill_residuals._cost import moments_cost, rows_cost
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rotdistill_core.data.packed import Samples
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.forward.ranks import Ranks
     from rotdistill_core.store.output import StepOutput
 
 CONTROLS = {
@@ -93,12 +95,18 @@ class Residuals:
 
     @hookimpl
     def capture(
-        self, pair: Pair, weights: Weights, samples: Samples, out: StepOutput, progress: Progress
+        self,
+        pair: Pair,
+        weights: Weights,
+        samples: Samples,
+        out: StepOutput,
+        progress: Progress,
+        ranks: Ranks | None = None,
     ) -> ActivationStore:
         """See `HookSpecs.capture`."""
         from rotdistill_residuals._method import capture
 
-        return capture(self, pair, weights, samples, out, progress)
+        return capture(self, pair, weights, samples, out, progress, ranks or ALONE)
 
 
 @hookimpl

@@ -14,29 +14,31 @@ of A this is the map of Shopkhoev et al., ReplaceMe, arXiv:2505.02819.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.lazy import open_tensors
-from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
-from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
+from rotdistill_core.forward.row_rms import mean_square
 from rotdistill_core.forward.row_weights import (
-    clip_sinks,
     over_mean_square,
     row_weights,
     sharing_texts,
+    shortened,
+    sink_factors,
 )
 from rotdistill_core.forward.writer_moments import writer_moments
-from rotdistill_core.linalg.maps import Maps
+from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
@@ -52,11 +54,11 @@ class LayerProblem(NamedTuple):
     """The regression of the open layer."""
 
     targets: Tensor
-    """The teacher's states `[rows, d]`."""
+    """The teacher's states `[rows, d]`, for the rows of this process."""
     row_weights: Tensor
-    """Weight of each row [rows]."""
+    """Weight of each row of the whole [rows]."""
     fit: Tensor
-    """Mask of the rows that are fitted [rows]; all others are validation rows."""
+    """Mask of the rows of the whole that are fitted [rows]; all others are validation rows."""
 
 
 class WriterFit(NamedTuple):
@@ -68,33 +70,43 @@ class WriterFit(NamedTuple):
     """Ridge, step, and validation error relative to that of doing nothing."""
 
 
+class CommittedWriter(NamedTuple):
+    """Where a solved writer lies, relative to the folder of runs."""
+
+    tensors: str
+    diagnostics: str
+
+
 def solve(
     step: WriterRefit,
-    weights: Weights,
-    maps: Maps,
-    activations: ActivationStore,
-    pair: Pair,
+    targets: TeacherTargets,
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Weights:
-    """Return the refitted student, or `weights` where the refit does not lower validation KL.
+    """Return the refitted student, or the one before where the refit does not lower validation KL.
 
     Every solved writer is committed at once, so an interrupted step resumes after the last one.
+    Processes share the texts; the leading one solves and commits, and the others read that.
 
     Raises:
         RecipeError: the options do not fit the model or the texts, or no aligner ran.
         SetupError: teacher and student have different tokenizers.
     """
+    weights, pair = targets.weights, targets.pair
     check_options(step, weights, samples)
     shared_vocabulary(pair)  # raises before the work
-    targets = TeacherTargets(weights, maps, activations, pair)
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
-    forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
+    student = pair.student
+    forward = LayerwiseForward(weights, layout, student.device, student.dtype, ranks=ranks)
     cuts = layers_before_cuts(weights)
-    if pair.same and cuts and targets.reached_by_student(samples, cuts[0]):
+    starts_late = (
+        pair.same and cuts and ranks.lead(lambda: targets.reached_by_student(samples, cuts[0]))
+    )
+    if starts_late:
         # The layers before the first cut reproduce the teacher: start with its states there.
-        forward.start_at(cuts[0], targets.at(layout, cuts[0]))
+        forward.start_at(cuts[0], targets.at(forward.layout, cuts[0], forward.blocks))
 
     edited: dict[str, Tensor] = {}
     diagnostics: dict[str, dict[str, float]] = {}
@@ -102,7 +114,8 @@ def solve(
         if step.layers == "cut" and i not in cuts:
             forward.run()
             continue
-        problem = layer_problem(step, targets.at(layout, i + 1), layout, samples)
+        own_targets = targets.at(forward.layout, i + 1, forward.blocks)
+        problem = layer_problem(step, own_targets, forward, samples)
         for site in step.writers:
             fit = solve_or_restore(step, forward, problem, site, out)
             edited |= fit.tensors
@@ -116,7 +129,7 @@ def solve(
 
     def score(view: Weights, split: str) -> TextScores:
         finished = forward if view is refitted and split == Split.VALIDATION else None
-        return score_split(split, view, activations, pair, samples, finished)
+        return score_split(split, view, targets.activations, pair, samples, finished, ranks)
 
     return accept_if_better(weights, refitted, score, step.guard, out)
 
@@ -146,15 +159,18 @@ def layers_before_cuts(weights: Weights) -> list[int]:
 
 
 def layer_problem(
-    step: WriterRefit, targets: Tensor, layout: PackedTexts, samples: Samples
+    step: WriterRefit, targets: Tensor, forward: LayerwiseForward, samples: Samples
 ) -> LayerProblem:
     """Return the regression towards `targets` `[rows, d]` with its row weights."""
+    layout = forward.whole
     if step.row_weighting == "rms":
-        targets = clip_sinks(targets)
+        factors = sink_factors(forward.assembled(mean_square(targets)))
+        targets = shortened(targets, factors[forward.rows])
+        squares = forward.assembled(mean_square(targets))
         # Every text attends to the shared rows: they count more where there are more texts.
         readers = sharing_texts(layout)
         counts = row_weights(
-            targets,
+            squares,
             layout,
             prompt=readers * step.prompt_weight,
             sink=readers * step.sink_weight,
@@ -162,9 +178,9 @@ def layer_problem(
             teacher_answer=step.teacher_answer_weight,
             teacher_answered=samples.teacher_answered(),
         )
-        counts = over_mean_square(counts, targets)
+        counts = over_mean_square(counts, squares)
     else:
-        counts = torch.ones(len(targets), dtype=torch.float64)
+        counts = torch.ones(layout.rows, dtype=torch.float64)
         if step.row_weighting == "plain":
             # The prompt's rows are stored once; here they count once for each fitted text.
             counts[: layout.prefix] = sum(text.split == Split.FIT for text in layout.texts)
@@ -178,28 +194,38 @@ def solve_or_restore(
     site: str,
     out: StepOutput,
 ) -> WriterFit:
-    """Return the new writer at a site of the open layer; read it if it is committed already."""
+    """Return the new writer at a site of the open layer; solve it if it is not committed yet."""
     name = RunLayout.writer(out.step, forward.boundary, site)
-    tensors = out.find(f"{name}.safetensors")
-    diagnostics = out.find(f"{name}.json")
-    if tensors and diagnostics:
-        stored = {key: entry.read() for key, entry in open_tensors(tensors).items()}
-        return WriterFit(stored, json.loads(read_text(diagnostics)))
-    fit = solve_writer(step, forward, problem, site)
-    out.tensors(f"{name}.safetensors", fit.tensors)
-    out.json(f"{name}.json", fit.diagnostics)
-    return fit
+
+    def find() -> CommittedWriter | None:
+        tensors, diagnostics = out.find(f"{name}.safetensors"), out.find(f"{name}.json")
+        if tensors and diagnostics:
+            return CommittedWriter(out.relative(tensors), out.relative(diagnostics))
+        return None
+
+    def commit() -> CommittedWriter:
+        fit = solve_writer(step, forward, moments, site)
+        tensors = out.tensors(f"{name}.safetensors", fit.tensors)
+        diagnostics = out.json(f"{name}.json", fit.diagnostics)
+        return CommittedWriter(out.relative(tensors), out.relative(diagnostics))
+
+    committed = forward.ranks.lead(find)
+    if committed is None:
+        moments = regression_moments(step, forward, problem, site)
+        committed = forward.ranks.lead(commit)
+    root = out.store.root
+    stored = {key: entry.read() for key, entry in open_tensors(root / committed.tensors).items()}
+    return WriterFit(stored, json.loads(read_text(root / committed.diagnostics)))
 
 
-def solve_writer(
+def regression_moments(
     step: WriterRefit, forward: LayerwiseForward, problem: LayerProblem, site: str
-) -> WriterFit:
-    """Solve the writer `[d, f]` at a site of the open layer."""
-    weights = forward.weights
-    name = weights.adapter.writers[site].replace("{i}", str(forward.boundary))
-    d, f = weights.entries[name].shape
+) -> list[Moments]:
+    """Return the moments over fit rows and validation rows of the writer at a site."""
+    name = writer_name(forward, site)
+    d, f = forward.weights.entries[name].shape
     on_output = step.features == "output"
-    fit, validation = writer_moments(
+    return writer_moments(
         forward,
         site="mlp" if on_output else site,
         width=d if on_output else f,
@@ -208,9 +234,23 @@ def solve_writer(
         row_sets=(problem.fit, ~problem.fit),
         alpha=step.alpha,
     )
+
+
+def writer_name(forward: LayerwiseForward, site: str) -> str:
+    """Return the parameter that writes at a site of the open layer."""
+    return forward.weights.adapter.writers[site].replace("{i}", str(forward.boundary))
+
+
+def solve_writer(
+    step: WriterRefit, forward: LayerwiseForward, moments: Sequence[Moments], site: str
+) -> WriterFit:
+    """Solve the writer `[d, f]` at a site of the open layer by its moments."""
+    weights = forward.weights
+    name = writer_name(forward, site)
+    fit, validation = moments
     best = best_ridge(fit, validation, step.ridge, f"writer-refit: {name}", forward.device)
     error = best.validation_error / validation.yy if validation.yy else 0.0
-    edit = map_output if on_output else add_to_writer
+    edit = map_output if step.features == "output" else add_to_writer
     tensors = {
         key: tensor.to(forward.dtype) for key, tensor in edit(weights, name, best.delta).items()
     }

@@ -9,6 +9,7 @@ from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, score
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_writer_refit.step import SCORED_ROWS
 
 
@@ -19,6 +20,7 @@ def score_split(
     pair: Pair,
     samples: Samples,
     forward: LayerwiseForward | None = None,
+    ranks: Ranks = ALONE,
 ) -> TextScores:
     """Return the KL to the teacher, in nats, on the answers in the texts of a split.
 
@@ -30,16 +32,24 @@ def score_split(
         samples: all texts.
         forward: a finished forward pass of `weights` over texts that include the split's. Without
             it the split's texts are sent through the student here.
+        ranks: the processes that share the texts; the leading one compares predictions.
     """
     student, teacher = pair.student, pair.teacher
     if forward is None:
         layout = samples.layout.select(split)
-        forward = LayerwiseForward(weights, layout, student.device, student.dtype)
+        forward = LayerwiseForward(weights, layout, student.device, student.dtype, ranks=ranks)
         for _ in forward:
             forward.run()
-    scored = scored_rows(forward.layout, samples, split, SCORED_ROWS)
-    T = activations.teacher_states(forward.layout, student.depth)[scored.rows]
-    S = forward.states_of(scored.rows)
-    tokens = shared_vocabulary(pair)
-    comparison = compare_logits(teacher.weights, T, weights, S, scored.targets, tokens)
-    return scores_by_text(comparison.kl, scored.text)
+    whole = forward.whole
+    scored = scored_rows(whole, samples, split, SCORED_ROWS)
+    states = forward.collected(scored.rows)
+
+    def compare() -> TextScores:
+        assert states is not None
+        T = activations.teacher_states(whole, student.depth)[scored.rows]
+        S = states.to(forward.device)
+        tokens = shared_vocabulary(pair)
+        comparison = compare_logits(teacher.weights, T, weights, S, scored.targets, tokens)
+        return scores_by_text(comparison.kl, scored.text)
+
+    return ranks.lead(compare)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -37,8 +38,13 @@ class TeacherTargets:
     activations: ActivationStore
     pair: Pair
 
-    def at(self, layout: PackedTexts, boundary: int) -> Tensor:
+    def at(
+        self, layout: PackedTexts, boundary: int, blocks: Sequence[Tensor] | None = None
+    ) -> Tensor:
         """Return the targets `[rows, d_s]` of a boundary of the student, for all rows of `layout`.
+
+        Rows are multiplied by rotations in the given blocks [n], so that their bits do not depend
+        on how many rows a process has.
 
         A student cut from the teacher shares its basis. Otherwise the aligner's map of this
         boundary carries the teacher's rows back. A row that is paired with none of the teacher's
@@ -53,13 +59,15 @@ class TeacherTargets:
         depth = lineage.depths[boundary]
         T = self.activations.teacher_states(layout, depth).double()
         if not self.pair.same:
-            T = self._carried_back(T, layout, depth)
+            T = self._carried_back(T, layout, depth, blocks)
         T = self._with_own_rows(T, layout, depth)
         if lineage.basis is not None:
-            T = T @ lineage.basis.to(T)
+            T = _product(T, lineage.basis.to(T), blocks)
         return T if self.weights.dtype == torch.float64 else T.float()
 
-    def _carried_back(self, T: Tensor, layout: PackedTexts, depth: int) -> Tensor:
+    def _carried_back(
+        self, T: Tensor, layout: PackedTexts, depth: int, blocks: Sequence[Tensor] | None
+    ) -> Tensor:
         """Return teacher rows `[rows, d_t]` in the original student's basis `[rows, d_s]`.
 
         Each row gets the length of the student's own captured row: readers see directions only,
@@ -72,7 +80,7 @@ class TeacherTargets:
                 "writer-refit: teacher and student have different bases; "
                 "put an aligner (procrustes) before this step, and no [anchor]."
             )
-        T = T @ rotation.matrix.T.double() / rotation.scale
+        T = _product(T, rotation.matrix.T.double(), blocks) / rotation.scale
         lengths = self._student_lengths(layout, captured)
         scaled = T * (lengths / T.norm(dim=-1).clamp_min(1e-12))[:, None]
         return torch.where(lengths.isnan()[:, None], T, scaled)
@@ -109,7 +117,8 @@ class TeacherTargets:
         student = self.activations.layouts[Side.STUDENT]
         wanted = frozenset(layout.texts)
         texts = tuple(text for text in student.texts if text in wanted)
-        common = replace(student, texts=texts)
+        # A process whose texts are all plain has no row of the shared prompt.
+        common = replace(student, texts=texts, prefix=student.prefix if layout.prefix else 0)
         place = torch.full((layout.rows,), -1)
         place[common.row_indices_in(layout)] = common.row_indices_in(student)
         mask = place >= 0
@@ -134,3 +143,13 @@ class TeacherTargets:
         target = self.at(forward.layout, boundary)
         distance = (forward.states.to(target) - target).norm()
         return bool(distance <= 1e-3 * target.norm())
+
+
+def _product(T: Tensor, M: Tensor, blocks: Sequence[Tensor] | None) -> Tensor:
+    """Return `T M` for `T [rows, d]` and `M [d, e]`, block of rows by block of rows."""
+    if blocks is None:
+        return T @ M
+    product = T.new_empty(len(T), M.shape[1])
+    for rows in blocks:
+        product[rows] = T[rows] @ M
+    return product

@@ -9,6 +9,7 @@ from pydantic import Field
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         Maps,
         Pair,
         Progress,
+        Ranks,
         Samples,
         StepOutput,
         Weights,
@@ -136,11 +138,14 @@ class WriterRefit:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks | None = None,
     ) -> Weights:
         """See `HookSpecs.fold`."""
         from rotdistill_writer_refit._method import solve
+        from rotdistill_writer_refit._targets import TeacherTargets
 
-        return solve(self, weights, maps, activations, pair, samples, out, progress)
+        targets = TeacherTargets(weights, maps, activations, pair)
+        return solve(self, targets, samples, out, progress, ranks or ALONE)
 
 
 @hookimpl

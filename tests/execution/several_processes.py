@@ -1,0 +1,211 @@
+"""Driver of the tests of runs in several processes: forks them, after one import of torch.
+
+    python tests/execution/several_processes.py WORK_FOLDER CASE...
+
+Carries out a pico recipe once for each case, each time in a folder of its own. A case is a number
+of processes, or the name of a `KILL`: a process of two is killed there, and three processes carry
+the recipe out again. Prints one JSON document: for each case the exit codes, what was committed
+before the last start and at the end, and the hashes of all files but the ledger. Seconds that were
+measured are left out of the results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import chdir
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rotdistill_core.execution.executor import Executor
+from rotdistill_core.forward.ranks import start_ranks
+from rotdistill_core.linalg.moments import Moments
+from rotdistill_core.recipe.load import load_recipe
+from rotdistill_core.store.hashing import digest, sha256_of
+from rotdistill_core.store.layout import RunLayout, ledger_paths
+from rotdistill_core.store.ledger import AnyRecord, Ledger
+from rotdistill_core.store.records import FileRecord
+from rotdistill_core.testing import PicoWorkspace
+from rotdistill_core.testing.pico import WORDS
+from rotdistill_core.testing.runs import SilentObserver
+
+TEXTS = 240
+"""About eight batches."""
+STEPS = """
+variants = { base = [], full = ["refit"] }
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
+    { use = "fidelity" },
+]
+"""
+
+
+def forked(action: Callable[[], None]) -> int:
+    """Do something in a process of its own; return its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        except BaseException as error:
+            print(f"{os.environ.get('RANK')}: {error!r}", file=sys.stderr, flush=True)
+            os._exit(int(getattr(error, "exit_code", 1)))
+        os._exit(0)
+    return pid
+
+
+def die() -> None:
+    """End this process as kill -9 does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_second_block() -> None:
+    """Die in the middle of the rows of layer 1."""
+    plain, added = Moments.add, itertools.count()
+
+    def add(moments: Moments, X: Tensor, Y: Tensor, weights: Tensor | None = None) -> None:
+        if next(added) == BATCHES_BEFORE_THE_KILL:
+            die()
+        plain(moments, X, Y, weights)
+
+    Moments.add = add  # type: ignore[method-assign]
+
+
+def die_before_second_sum() -> None:
+    """Die before the sums of the second writer are added up."""
+    plain, combined = Moments.combine, itertools.count()
+
+    def combine(moments: Moments, *arguments: Any) -> None:
+        if next(combined) == SUMS_BEFORE_THE_KILL:
+            die()
+        plain(moments, *arguments)
+
+    Moments.combine = combine  # type: ignore[method-assign]
+
+
+def die_before_a_line(name: str) -> None:
+    """Die when a file lies there and its line does not."""
+    plain = Ledger.append
+
+    def append(ledger: Ledger, record: AnyRecord) -> AnyRecord:
+        if isinstance(record, FileRecord) and record.name == name:
+            die()
+        return plain(ledger, record)
+
+    Ledger.append = append  # type: ignore[method-assign]
+
+
+BATCHES_BEFORE_THE_KILL = 12
+SUMS_BEFORE_THE_KILL = 3
+KILLS: Mapping[str, tuple[int, Callable[[], None]]] = {
+    "block": (1, die_in_second_block),
+    "sum": (1, die_before_second_sum),
+    "leading block": (0, die_in_second_block),
+    "shard": (0, partial(die_before_a_line, "shards/student/residual/00001.safetensors")),
+    "writer": (0, partial(die_before_a_line, "weights/refit/layer_00001_heads.safetensors")),
+}
+"""Where a process is killed -> the number of the process, and what makes it die there."""
+
+
+def carry_out(
+    recipe: Path, number: int, count: int, port: int, plant: Callable[[], None] | None = None
+) -> None:
+    """Carry out a recipe as one of several processes."""
+    if plant:
+        plant()
+    os.environ |= {
+        "RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = start_ranks()
+    with chdir(recipe.parent), ranks.together():
+        loaded = load_recipe(recipe)
+        Executor(
+            loaded, recipe.parent / "runs", SilentObserver(), lambda *_: None, ranks=ranks
+        ).go()
+
+
+def run_in(count: int, recipe: Path, kill: str = "") -> list[int]:
+    """Carry out a recipe in so many processes; return their exit codes."""
+    doomed, plant = KILLS[kill] if kill else (-1, None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [
+        forked(partial(carry_out, recipe, k, count, port, plant if k == doomed else None))
+        for k in range(count)
+    ]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def committed(folder: Path) -> list[str]:
+    """Return the paths that the ledgers of a folder commit, in order, once for each line."""
+    lines = [
+        record for path in ledger_paths(folder / "runs") for record in Ledger(path.parent).files
+    ]
+    return [record.path for record in lines]
+
+
+def hashes(folder: Path) -> Mapping[str, str]:
+    """Return the hash of every file of the runs in a folder, apart from ledgers."""
+    files = [path for path in sorted((folder / "runs").rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): _hash(path) for path in files if path.name != "ledger.jsonl"
+    }
+
+
+def _hash(path: Path) -> str:
+    if path.name != RunLayout.RESULTS:
+        return sha256_of(path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return digest([row for row in rows if row["metric"] != "seconds"])
+
+
+def make_recipe(folder: Path, model: Path) -> Path:
+    """Write texts and a recipe of pico models into a folder; return the recipe."""
+    workspace = PicoWorkspace(folder)
+    index = workspace.texts()["index.tsv"]
+    lines = ["id\tlanguage\tplace\tcountry\tquestion\tblurb"]
+    words = random.Random(0)
+    for k in range(TEXTS):
+        question, blurb = words.choices(WORDS, k=8), words.choices(WORDS, k=words.randint(20, 90))
+        cells = (f"en-{k}", "en", f"place {k}", "land", " ".join(question), " ".join(blurb))
+        lines.append("\t".join(cells))
+    index.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    tables = 'samples.guard = "texts/guard.tsv"'
+    return workspace.recipe(STEPS, teacher=model, student=model, tables=tables)
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    model = PicoWorkspace(work).model(num_hidden_layers=3)
+    outcomes = {}
+    for case in sys.argv[2:]:
+        recipe = make_recipe(work / case, model)
+        codes = [run_in(2, recipe, case)] if case in KILLS else []
+        before = committed(recipe.parent)
+        codes.append(run_in(3 if case in KILLS else int(case), recipe))
+        outcomes[case] = {
+            "codes": codes,
+            "before": before,
+            "committed": committed(recipe.parent),
+            "files": hashes(recipe.parent),
+        }
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

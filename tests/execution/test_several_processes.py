@@ -1,0 +1,54 @@
+"""A run in several processes has the bits of a run in one, also after kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rotdistill_core.errors import SetupError
+from tests.execution.several_processes import KILLS
+
+DRIVER = Path(__file__).parent / "several_processes.py"
+
+
+def outcomes(folder: Path, *cases: str) -> dict[str, Any]:
+    """Carry out the driver's recipe for some cases."""
+    threads = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(DRIVER), str(folder), *cases]
+    done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "1", "2", "4")
+    one, two, four = (found[count] for count in ("1", "2", "4"))
+    assert [each["codes"] for each in (one, two, four)] == [[[0]], [[0] * 2], [[0] * 4]]
+    kinds = {Path(path).suffix for path in one["files"]}
+    assert {".safetensors", ".json", ".jsonl"} <= kinds
+    assert one["files"] == two["files"] == four["files"]
+    assert one["committed"] == two["committed"] == four["committed"]
+
+
+@pytest.mark.slow
+def test_killed_processes_are_replaced_by_another_number_of_them(tmp_path: Path) -> None:
+    found = outcomes(tmp_path, "1", *KILLS)
+    undisturbed = found.pop("1")
+    for kill, outcome in found.items():
+        number, _ = KILLS[kill]
+        killed, again = outcome["codes"]
+        assert killed[number] == -9, kill
+        assert killed[1 - number] == SetupError.exit_code, kill
+        assert again == [0, 0, 0], kill
+        assert outcome["files"] == undisturbed["files"], kill
+        # Something was committed before the kill, and nothing of it is made again.
+        assert 0 < len(outcome["before"]) < len(undisturbed["committed"]), kill
+        assert Counter(outcome["committed"]) == Counter(undisturbed["committed"]), kill
