@@ -3,10 +3,10 @@
     python tests/execution/several_processes.py WORK_FOLDER CASE...
 
 Carries out a pico recipe once for each case, each time in a folder of its own. A case is a number
-of processes, or the name of a `KILL`: a process of two is killed there, and three processes carry
-the recipe out again. Prints one JSON document: for each case the exit codes, what was committed
-before the last start and at the end, and the hashes of all files but the ledger. Seconds that were
-measured are left out of the results.
+of processes, with "moments" for a recipe of sums in place of rows, or it is one of `KILLS`: a
+process of two is killed there, and three processes carry the recipe out again. Prints one JSON
+document: for each case the exit codes, what was committed before the last start and at the end, and
+the hashes of all files but the ledger. Seconds that were measured are left out of the results.
 """
 
 from __future__ import annotations
@@ -46,6 +46,16 @@ step = [
     { use = "chop", layers = 2 },
     { use = "residuals" },
     { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
+    { use = "fidelity" },
+]
+"""
+MOMENTS = "moments"
+STEPS_OF_MOMENTS = """
+variants = { base = [], full = ["basis", "fold"] }
+step = [
+    { use = "residuals", store = "moments" },
+    { id = "basis", use = "procrustes" },
+    { id = "fold", use = "basis-fold" },
     { use = "fidelity" },
 ]
 """
@@ -174,7 +184,7 @@ def _hash(path: Path) -> str:
     return digest([row for row in rows if row["metric"] != "seconds"])
 
 
-def make_recipe(folder: Path, model: Path) -> Path:
+def make_recipe(folder: Path, steps: str, teacher: Path, student: Path) -> Path:
     """Write texts and a recipe of pico models into a folder; return the recipe."""
     workspace = PicoWorkspace(folder)
     index = workspace.texts()["index.tsv"]
@@ -186,18 +196,21 @@ def make_recipe(folder: Path, model: Path) -> Path:
         lines.append("\t".join(cells))
     index.write_text("\n".join([*lines, ""]), encoding="utf-8")
     tables = 'samples.guard = "texts/guard.tsv"'
-    return workspace.recipe(STEPS, teacher=model, student=model, tables=tables)
+    return workspace.recipe(steps, teacher=teacher, student=student, tables=tables)
 
 
 def main() -> None:
     work = Path(sys.argv[1])
     model = PicoWorkspace(work).model(num_hidden_layers=3)
+    other = PicoWorkspace(work).model("other", seed=1)
     outcomes = {}
     for case in sys.argv[2:]:
-        recipe = make_recipe(work / case, model)
+        of_moments = case.endswith(MOMENTS)
+        steps, student = (STEPS_OF_MOMENTS, other) if of_moments else (STEPS, model)
+        recipe = make_recipe(work / case, steps, model, student)
         codes = [run_in(2, recipe, case)] if case in KILLS else []
         before = committed(recipe.parent)
-        codes.append(run_in(3 if case in KILLS else int(case), recipe))
+        codes.append(run_in(3 if case in KILLS else int(case.split()[0]), recipe))
         outcomes[case] = {
             "codes": codes,
             "before": before,

@@ -38,6 +38,13 @@ def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path) -> None:
     assert one["committed"] == two["committed"] == four["committed"]
 
 
+def test_sums_of_blocks_are_the_same_in_any_number_of_processes(tmp_path: Path) -> None:
+    one, three = outcomes(tmp_path, "1 moments", "3 moments").values()
+    assert (one["codes"], three["codes"]) == ([[0]], [[0, 0, 0]])
+    assert [path for path in one["files"] if "sums" in path]
+    assert one["files"] == three["files"]
+
+
 @pytest.mark.slow
 def test_killed_processes_are_replaced_by_another_number_of_them(tmp_path: Path) -> None:
     found = outcomes(tmp_path, "1", *KILLS)
