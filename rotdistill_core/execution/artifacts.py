@@ -21,11 +21,14 @@ from rotdistill_core.store.records import ActivationsRef, MapsRef, StepResultRef
 
 
 def store_result(
-    result: ActivationStore | Maps | Weights, out: StepOutput, dtype: torch.dtype
+    result: ActivationStore | Maps | Weights,
+    samples: Samples,
+    out: StepOutput,
+    dtype: torch.dtype,
 ) -> StepResultRef:
     """Commit what a step returned; weights are stored in `dtype`."""
     if isinstance(result, ActivationStore):
-        return ActivationsRef(**result.info())
+        return ActivationsRef(**result.info(samples))
     if isinstance(result, Maps):
         return MapsRef(**store_maps(result, out))
     return WeightsRef(**result.store(out, dtype))

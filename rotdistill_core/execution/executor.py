@@ -486,7 +486,7 @@ class Executor:
             for space, found in result.items():
                 where = f'step "{recipe_step.id}", {space}'
                 found.verify(run.recipe.check.orthogonality, where)
-        reference = store_result(result, out, run.pair.student.dtype)
+        reference = store_result(result, samples, out, run.pair.student.dtype)
         if isinstance(result, Weights) and has_other_shape(result, state.weights):
             stored = restore_result(run, reference, state, samples).weights
             out.report.parity = compare_cut(run, recipe_step, stored, samples)

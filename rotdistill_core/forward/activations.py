@@ -266,12 +266,17 @@ class ActivationStore:
             summed={Side.TEACHER: self.summed[Side.ANCHOR]} if self.summed else {},
         )
 
-    def info(self) -> dict[str, Any]:
-        """Return as JSON values everything that `restore_activations` needs."""
+    def info(self, samples: Samples) -> dict[str, Any]:
+        """Return as JSON values everything that `restore_activations` needs.
+
+        Args:
+            samples: the texts of the run.
+        """
         return {
             "shards": {side: list(paths) for side, paths in self.shards.items()},
             "texts": {
-                side: [text.id for text in layout.texts] for side, layout in self.layouts.items()
+                side: _runs_of(layout, _texts_of(side, samples))
+                for side, layout in self.layouts.items()
             },
             "depths": list(self.depths),
             "partners": list(self.teacher_boundaries),
@@ -280,12 +285,18 @@ class ActivationStore:
 
 
 def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -> ActivationStore:
-    """Return the activations that `ActivationStore.info` described."""
+    """Return the activations that `ActivationStore.info` described.
+
+    Raises:
+        ValueError: the run has not so many texts.
+    """
     layouts = {}
-    for side, ids in info["texts"].items():
-        layout = samples.teacher if side == Side.TEACHER else samples.layout
-        texts = {text.id: text for text in layout.texts}
-        layouts[side] = PackedTexts(tuple(texts[name] for name in ids), layout.prefix)
+    for side, runs in info["texts"].items():
+        layout = _texts_of(side, samples)
+        if any(end > len(layout.texts) for _, end in runs):
+            raise ValueError(f"{side}: the run has {len(layout.texts)} texts, and not {runs}")
+        texts = (text for first, end in runs for text in layout.texts[first:end])
+        layouts[side] = PackedTexts(tuple(texts), layout.prefix)
     return ActivationStore(
         root=root,
         shards={side: tuple(paths) for side, paths in info["shards"].items()},
@@ -294,6 +305,23 @@ def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -
         teacher_boundaries=tuple(info["partners"]),
         summed={side: tuple(paths) for side, paths in info["sums"].items()},
     )
+
+
+def _texts_of(side: str, samples: Samples) -> PackedTexts:
+    """Return all texts of a run as a side reads them."""
+    return samples.teacher if side == Side.TEACHER else samples.layout
+
+
+def _runs_of(layout: PackedTexts, whole: PackedTexts) -> list[list[int]]:
+    """Return the runs [first, end) of numbers in `whole` that the texts of a layout have."""
+    runs: list[list[int]] = []
+    for text in layout.texts:
+        number = whole.numbers[text.id]
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return runs
 
 
 def span_means(T: Tensor, spans: Tensor) -> Tensor:

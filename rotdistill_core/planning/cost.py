@@ -110,6 +110,8 @@ class CostContext:
     """The model that aligners and exact folds see in the teacher's place."""
     stages: int = 0
     """Number of different rotations of the stream that the aligners before this step found."""
+    sums: bool = False
+    """Whether the capture before this step keeps sums and the rows of a sample."""
     cuts: int = 0
     """At how many places layers of the original student are missing, at most."""
 
@@ -410,16 +412,22 @@ def alignment_cost(context: CostContext, stages: int = 1) -> Cost:
     context = context.for_alignment
     student, teacher = context.student, context.teacher
     rows = context.texts.rows_of(Split.FIT)
+    read = 2 * rows * (student.width + teacher.width) * context.student_bytes
+    products = 4.0 * rows * student.width * teacher.width
+    if context.sums:
+        # Sums are read and not made. Thresholds and diagnostics still need the sample's rows.
+        rows = context.texts.sampled.rows_of(Split.FIT)
+        read = (2 * student.width * teacher.width + teacher.width**2) * FLOAT64_BYTES
+        products = 0.0
     streams = rows * (student.width + teacher.width) * context.student_bytes
     chunks = min(rows, MOMENT_ROWS) * (student.width + 2 * teacher.width) * FLOAT64_BYTES
     matrices = 6 * teacher.width**2 + 4 * student.width * teacher.width
-    products = 4.0 * rows * student.width * teacher.width * (student.depth + 1)
     rotations = stages * student.width * teacher.width * FLOAT64_BYTES
     return Cost(
         host_bytes=streams + chunks + matrices * FLOAT64_BYTES + rotations,
         disk_bytes=rotations,
-        operations=products + 2 * stages * SVD_OPERATIONS * teacher.width**3,
-        read_bytes=2 * streams * (student.depth + 1),
+        operations=products * (student.depth + 1) + 2 * stages * SVD_OPERATIONS * teacher.width**3,
+        read_bytes=read * (student.depth + 1),
     )
 
 

@@ -56,8 +56,9 @@ class ActivationsRef(_Reference):
     kind: Literal["activations"] = "activations"
     shards: Mapping[str, tuple[str, ...]]
     """Side -> the shard of each boundary."""
-    texts: Mapping[str, tuple[str, ...]]
-    """Side -> ids of the captured texts, in the order of the rows."""
+    texts: Mapping[str, tuple[tuple[int, int], ...]]
+    """Side -> the captured texts, in the order of the rows: runs [first, end) of their numbers
+    among the texts of the run."""
     depths: tuple[int, ...]
     """For each captured student boundary, its boundary in the original student."""
     partners: tuple[int, ...]

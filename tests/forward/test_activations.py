@@ -62,8 +62,19 @@ def test_depths_are_those_of_the_uncut_student(activations: ActivationStore) -> 
 
 
 def test_store_is_restored_from_json(activations: ActivationStore) -> None:
-    info = json.loads(json.dumps(activations.info()))
+    info = json.loads(json.dumps(activations.info(SAMPLES)))
     assert restore_activations(info, activations.root, SAMPLES) == activations
+
+
+def test_texts_are_stored_as_runs_of_their_numbers(activations: ActivationStore) -> None:
+    sample = SAMPLES.layout.select(Split.FIT)
+    part = replace(activations, layouts={**activations.layouts, Side.STUDENT: sample})
+    info = part.info(SAMPLES)
+    assert info["texts"] == {Side.TEACHER: [[0, 10]], Side.STUDENT: [[0, 3], [5, 8]]}
+    assert restore_activations(info, part.root, SAMPLES) == part
+    info["texts"][Side.STUDENT] = [[8, 11]]
+    with pytest.raises(ValueError, match="the run has 10 texts"):
+        restore_activations(info, part.root, SAMPLES)
 
 
 def test_rows_of_two_tokenizers_are_means_over_spans(out: StepOutput) -> None:

@@ -90,7 +90,7 @@ RECORDS: dict[str, LedgerRecord] = {
         SOLVED,
         result=ActivationsRef(
             shards={"teacher": ("run/s0", "other/s1")},
-            texts={"teacher": ("a", "b")},
+            texts={"teacher": ((0, 2), (5, 6))},
             depths=(0, 2),
             partners=(0, 3),
         ),

@@ -147,12 +147,12 @@ def test_a_second_capture_with_the_same_key_computes_nothing(
     first = captured(pair, samples, tmp_path / "runs")
     count_runs(monkeypatch, limit=0)
     again = captured(pair, samples, tmp_path / "runs")
-    assert again.info() == first.info()
+    assert again.info(samples) == first.info(samples)
 
 
 def test_a_capture_is_restored_from_its_info(pair: Pair, samples: Samples, tmp_path: Path) -> None:
     activations = captured(pair, samples, tmp_path / "runs")
-    info = json.loads(json.dumps(activations.info()))
+    info = json.loads(json.dumps(activations.info(samples)))
     assert restore_activations(info, activations.root, samples) == activations
 
 
@@ -220,7 +220,7 @@ def test_a_baked_prompt_pairs_rows_with_those_of_the_teacher_that_reads_it(
     weights = model.weights.cut(kept)
     out = pico_output(tmp_path / "runs")
     activations = Residuals().capture(Pair(model, model), weights, samples, out, quiet)
-    restored = restore_activations(activations.info(), activations.root, samples)
+    restored = restore_activations(activations.info(samples), activations.root, samples)
     layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
     rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
     read = samples.theirs

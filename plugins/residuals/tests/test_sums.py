@@ -162,7 +162,7 @@ def test_rows_that_are_not_kept_say_what_to_do(pair: Pair, tmp_path: Path) -> No
 def test_the_store_is_restored_from_json_and_hashes_its_sums(pair: Pair, tmp_path: Path) -> None:
     samples = pico_samples(texts=20)
     sums = captured(pair, samples, tmp_path, Residuals(store="moments"))
-    assert restore_activations(sums.info(), sums.root, samples) == sums
+    assert restore_activations(sums.info(samples), sums.root, samples) == sums
     path = sums.root / sums.summed[Side.TEACHER][1]
     before = sums.digest()
     path.write_bytes(path.read_bytes()[:-1] + b"\1")

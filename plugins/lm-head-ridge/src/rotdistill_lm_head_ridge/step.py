@@ -10,7 +10,13 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
-from rotdistill_core.planning.cost import Cost, CostContext, converted_bytes, forward_cost
+from rotdistill_core.planning.cost import (
+    Cost,
+    CostContext,
+    converted_bytes,
+    forward_cost,
+    teacher_states_cost,
+)
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
@@ -79,12 +85,16 @@ class LmHeadRidge:
         # Every candidate of the default grid reads both heads on every scored row.
         scores = 10.0 * SCORED_ROWS * student.vocab * (student.width + teacher.width)
         host = forward.host_bytes + states + 3 * head + student.vocab * copied + logits + targets
-        return replace(
+        cost = replace(
             forward,
             host_bytes=host,
             disk_bytes=head,
             operations=forward.operations + scores,
         )
+        if context.sums and self.objective != "next-token":
+            # The teacher's final states of texts that the capture has not kept.
+            cost += teacher_states_cost(context, rows, ("lm-head-ridge", self.max_texts))
+        return cost
 
     def context_after(self, context: CostContext) -> CostContext:
         """Return the context after the step: the head is a tensor of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -78,6 +79,10 @@ class Residuals:
         """All models on their texts; runs under one folder share the shards of the teacher and of
         an anchor."""
         return rows_cost(self, context) if self.keeps_all_rows else moments_cost(self, context)
+
+    def context_after(self, context: CostContext) -> CostContext:
+        """Later steps find sums, or the rows of all texts."""
+        return replace(context, sums=not self.keeps_all_rows)
 
     def caveats(self) -> list[Caveat]:
         """Return why a run with the control is not to be trusted."""

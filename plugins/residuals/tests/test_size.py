@@ -1,0 +1,122 @@
+"""The size of a capture: with sums it does not grow with the texts, and `cost` states it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rotdistill_residuals.step import Residuals
+
+from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.data import packed
+from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.splits import Split
+from rotdistill_core.planning import text_counts
+from rotdistill_core.planning.cost import CostContext, alignment_cost
+from rotdistill_core.planning.shape import ModelShape
+from rotdistill_core.planning.text_counts import TextCounts
+from rotdistill_core.testing import pico_model, pico_output, pico_samples
+
+SAMPLE = 8
+
+
+@pytest.fixture(autouse=True)
+def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SAMPLE_TEXTS", SAMPLE)
+    monkeypatch.setattr(text_counts, "SAMPLE_TEXTS", SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("models")
+    return Pair(pico_model(folder / "teacher", seed=9), pico_model(folder / "student", seed=1))
+
+
+def texts(count: int) -> Samples:
+    """Texts of 25 tokens, of which 5 are held out, and a fifth of the others for validation."""
+    samples = pico_samples(texts=count)
+
+    def of(k: int) -> Split:
+        if k < 5:
+            return Split.HELDOUT
+        return Split.VALIDATION if k % 5 == 0 else Split.FIT
+
+    made = (
+        replace(text, split=of(k), tokens=(text.tokens + text.tokens)[:25])
+        for k, text in enumerate(samples.layout.texts)
+    )
+    return replace(samples, layout=PackedTexts(tuple(made), samples.layout.prefix))
+
+
+def counted(samples: Samples) -> TextCounts:
+    layout = samples.layout
+    parts = {split: layout.select(split) for split in Split}
+    return TextCounts(
+        prefix=layout.prefix,
+        rows={split: part.rows - layout.prefix for split, part in parts.items() if part.texts},
+        texts={split: len(part.texts) for split, part in parts.items()},
+        questions_asked=0,
+        answer_tokens=0,
+    )
+
+
+def context(pair: Pair, samples: Samples) -> CostContext:
+    def shape(model: Model) -> ModelShape:
+        return ModelShape(model.adapter, model.config, "float32")
+
+    return CostContext(
+        teacher=shape(pair.teacher),
+        student=shape(pair.student),
+        texts=counted(samples),
+        teacher_bytes=4,
+        student_bytes=4,
+        same=False,
+    )
+
+
+def files_of(pair: Pair, samples: Samples, runs: Path, step: Residuals) -> int:
+    """Return the bytes of all tensors that a capture leaves."""
+    step.capture(pair, pair.student.weights, samples, pico_output(runs), lambda *_: None)
+    return sum(path.stat().st_size for path in runs.rglob("*.safetensors"))
+
+
+def test_disk_does_not_grow_with_texts_and_is_what_the_cost_says(
+    pair: Pair, tmp_path: Path
+) -> None:
+    sums, rows = Residuals(store="moments"), Residuals()
+    few, many = texts(60), texts(400)
+    of_few = files_of(pair, few, tmp_path / "few", sums)
+    of_many = files_of(pair, many, tmp_path / "many", sums)
+    assert of_many == pytest.approx(of_few, rel=0.05)
+    assert files_of(pair, many, tmp_path / "rows", rows) > 4 * of_many
+
+    cost = sums.cost(context(pair, many))
+    stated = cost.disk_bytes + sum(cost.shared_files.values())
+    # While blocks are added, their integers take twice the room of the sums.
+    entries = 3 * (3 * 32 * 32 + 2 * 32 * 32)
+    assert stated - 2 * 8 * entries == pytest.approx(of_many, rel=0.1)
+    assert stated < rows.cost(context(pair, many)).disk_bytes + sum(
+        rows.cost(context(pair, many)).shared_files.values()
+    )
+
+
+def test_memory_and_disk_are_stated_the_same_for_any_number_of_texts(pair: Pair) -> None:
+    step = Residuals(store="moments")
+    few, many = (step.cost(context(pair, texts(count))) for count in (200, 800))
+    assert many.host_bytes == pytest.approx(few.host_bytes, rel=0.01)
+    assert many.disk_bytes == pytest.approx(few.disk_bytes, rel=0.01)
+    assert many.operations > 3 * few.operations
+    grown = Residuals().cost(context(pair, texts(800)))
+    assert grown.host_bytes > 3 * Residuals().cost(context(pair, texts(200))).host_bytes
+
+
+def test_an_aligner_after_it_reads_sums_and_no_rows(pair: Pair) -> None:
+    of_rows = context(pair, texts(800))
+    of_sums = Residuals(store="moments").context_after(of_rows)
+    assert of_sums.sums
+    assert not Residuals().context_after(of_sums).sums
+    fewer = Residuals(store="moments").context_after(context(pair, texts(200)))
+    assert alignment_cost(of_sums).host_bytes < alignment_cost(of_rows).host_bytes
+    assert alignment_cost(of_sums).operations < alignment_cost(of_rows).operations
+    assert alignment_cost(of_sums).read_bytes == alignment_cost(fewer).read_bytes
