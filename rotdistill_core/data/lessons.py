@@ -8,11 +8,13 @@ share of general lessons are balanced in every beginning of that order.
 from __future__ import annotations
 
 import hashlib
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import count, islice
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +43,13 @@ LATIN = "LATIN"
 """First word of the Unicode names of Latin letters."""
 EXAMPLE_TURNS = 2
 """Questions of the index that the teacher reads before it proposes one."""
+SORTED_PAIRS = 200_000
+"""Pairs of form and topic that are all made and sorted. There is one pair for each two texts, so
+more of them come in an order that needs no list."""
+WINDOW = 1_000
+"""Questions of which the examples for one proposal are chosen."""
+SHUFFLE_ROUNDS = 4
+"""Rounds of the Feistel network; four make it as good as chance (Luby and Rackoff, 1988)."""
 
 
 class LessonKind(StrEnum):
@@ -135,7 +144,7 @@ def checked_lesson_texts(
     if not recipe.lessons.count:
         return NO_LESSON_TEXTS
     texts = read_lesson_texts(recipe.lessons, base)
-    available(domain_of(conversations, recipe.lessons, texts), recipe.lessons, recipe.seed)
+    available(domain_of(conversations, recipe.lessons, texts), recipe.lessons)
     return texts
 
 
@@ -198,6 +207,26 @@ class Domain:
     scripts: dict[str, frozenset[str]]
     """Language -> scripts of its questions."""
 
+    @cached_property
+    def _topic_scripts(self) -> list[frozenset[str]]:
+        """Scripts of each topic."""
+        return [_scripts(topic) for _, topic in self.topics]
+
+    def topics_in(self, language: str) -> tuple[list[str], list[str]]:
+        """Return the different topics that are asked in a language: its own, and borrowed ones.
+
+        Topics of no language are its own. It borrows those that its readers can read: Latin letters
+        are read everywhere.
+        """
+        own = dict.fromkeys(topic for origin, topic in self.topics if origin in ("", language))
+        readable = self.scripts[language] | {LATIN}
+        borrowed = dict.fromkeys(
+            topic
+            for (_, topic), scripts in zip(self.topics, self._topic_scripts, strict=True)
+            if topic not in own and scripts <= readable
+        )
+        return list(own), list(borrowed)
+
 
 def domain_of(
     conversations: Sequence[Conversation], lessons: Lessons, texts: LessonTexts
@@ -249,10 +278,8 @@ def candidates(
     draw = _proposed if lessons.source == "teacher" else _asked
     asked = {language: iter(draw(domain, language, seed)) for language in domain.languages}
     balance = _Balance(domain.languages)
-    general = 0
-    for number in count():
-        if int((number + 1) * lessons.general) > general:
-            general += 1
+    for number, is_general in enumerate(_general_ones(lessons.general)):
+        if is_general:
             yield Candidate(number, outside, NO_LANGUAGE)
             continue
         found = balance.draw(asked)
@@ -262,21 +289,49 @@ def candidates(
         yield Candidate(number, LessonKind.DOMAIN, language, question, topic, examples)
 
 
-def available(domain: Domain, lessons: Lessons, seed: int) -> int:
+def available(domain: Domain, lessons: Lessons) -> int:
     """Return how many candidates there are, at most as many as are asked for.
+
+    Nothing is drawn: forms times topics are far more than texts.
 
     Raises:
         RecipeError: no question of the domain can be made.
     """
-    found = list(islice(candidates(domain, lessons, seed), lessons.count))
-    if lessons.count and not any(each.kind == LessonKind.DOMAIN for each in found):
+    left = _questions(domain, lessons)
+    if lessons.count and not left:
         raise RecipeError(
             f'lessons: from = "{lessons.source}" makes no question: the texts to fit on have '
             f"{len(domain.topics)} topics, and {sum(map(len, domain.forms.values()))} forms are in "
             f"their languages ({', '.join(domain.languages)}). Name forms as lessons.forms and "
             'topics as lessons.topics, or write from = "teacher".'
         )
-    return len(found)
+    for number, is_general in zip(
+        range(lessons.count), _general_ones(lessons.general), strict=False
+    ):
+        if not is_general:
+            if not left:
+                return number
+            left -= 1
+    return lessons.count
+
+
+def _questions(domain: Domain, lessons: Lessons) -> float:
+    """Return how many questions of the domain there are; without end where the teacher proposes."""
+    if lessons.source == "teacher":
+        return math.inf if domain.languages else 0
+    return sum(
+        len(domain.forms.get(language, ())) * sum(map(len, domain.topics_in(language)))
+        for language in domain.languages
+    )
+
+
+def _general_ones(share: float) -> Iterator[bool]:
+    """Yield whether each candidate is a general one; every beginning has the share."""
+    general = 0
+    for number in count(1):
+        is_general = int(number * share) > general
+        general += is_general
+        yield is_general
 
 
 def lesson_notes(
@@ -287,7 +342,7 @@ def lesson_notes(
     if not lessons.count:
         return []
     domain = domain_of(conversations, lessons, texts)
-    found = available(domain, lessons, recipe.seed)
+    found = available(domain, lessons)
     if found == lessons.count:
         return []
     return [
@@ -325,39 +380,64 @@ class _Balance:
         return None
 
 
-def _asked(domain: Domain, language: str, seed: int) -> list[_Drawn]:
-    """Return the questions of a language, each group in hashed order.
+def _asked(domain: Domain, language: str, seed: int) -> Iterator[_Drawn]:
+    """Yield the questions of a language, each group in hashed order.
 
     A topic is asked in its own language before it is asked in others: that is what users do, and a
     small teacher answers such questions best. Given forms come before derived ones.
     """
+    for topics in domain.topics_in(language):
+        for wanted in (False, True):
+            forms = [form for derived, form in domain.forms.get(language, ()) if derived == wanted]
+            for form, topic in _pairs(forms, topics, (seed, language)):
+                yield form.replace(SLOT, topic), topic, ()
 
-    def place(entry: tuple[bool, bool, str, str]) -> tuple[bool, bool, str]:
-        borrowed, derived, form, topic = entry
-        return borrowed, derived, _hash(seed, language, form, topic)
 
-    own = {topic for origin, topic in domain.topics if origin in ("", language)}
-    usable = [
-        topic
-        for _, topic in domain.topics
-        if topic in own or _fits(topic, domain.scripts[language])
-    ]
-    entries = [
-        (topic not in own, derived, form, topic)
-        for derived, form in domain.forms.get(language, ())
-        for topic in dict.fromkeys(usable)
-    ]
-    ordered = sorted(entries, key=place)
-    return [(form.replace(SLOT, topic), topic, ()) for _, _, form, topic in ordered]
+def _pairs(
+    forms: Sequence[str], topics: Sequence[str], key: tuple[object, ...]
+) -> Iterator[tuple[str, str]]:
+    """Yield all pairs in an order that a hash decides: that of each pair, or that of its number.
+
+    In the first order a further topic leaves the others where they are. It needs all pairs at once.
+    """
+    if len(forms) * len(topics) <= SORTED_PAIRS:
+        pairs = [(form, topic) for form in forms for topic in topics]
+        yield from sorted(pairs, key=lambda pair: _hash(*key, *pair))
+        return
+    for place in shuffled_places(len(forms) * len(topics), *key):
+        form, topic = divmod(place, len(topics))
+        yield forms[form], topics[topic]
+
+
+def shuffled_places(size: int, *key: object) -> Iterator[int]:
+    """Yield the numbers below `size`, each once, in an order that the key decides.
+
+    A Feistel network permutes the numbers of an even count of bits, and those beyond the size are
+    left out. So nothing is held in memory, and the first number costs no more than another.
+    """
+    half = (size.bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    for number in range(1 << 2 * half):
+        left, right = number >> half, number & mask
+        for turn in range(SHUFFLE_ROUNDS):
+            left, right = right, left ^ (int(_hash(*key, turn, right), 16) & mask)
+        place = left << half | right
+        if place < size:
+            yield place
 
 
 def _proposed(domain: Domain, language: str, seed: int) -> Iterator[_Drawn]:
     """Yield, without end, questions of the index that the teacher reads before it proposes one."""
     own = domain.examples[language]
     for number in count():
-        order = {_hash(seed, language, number, question): k for k, (question, _) in enumerate(own)}
-        first = [own[order[place]] for place in sorted(order)[:EXAMPLE_TURNS]]
-        yield "", "", tuple(first)
+        shown = own
+        if len(own) > WINDOW:
+            first = int(_hash(seed, language, number), 16) % (len(own) - WINDOW + 1)
+            shown = own[first : first + WINDOW]
+        order = {
+            _hash(seed, language, number, question): k for k, (question, _) in enumerate(shown)
+        }
+        yield "", "", tuple(shown[order[place]] for place in sorted(order)[:EXAMPLE_TURNS])
 
 
 def _hash(*parts: object) -> str:
@@ -367,8 +447,3 @@ def _hash(*parts: object) -> str:
 def _scripts(text: str) -> frozenset[str]:
     """Return the scripts of the letters of a text, by the first word of their Unicode names."""
     return frozenset(unicodedata.name(c, "?").split()[0] for c in set(text) if c.isalpha())
-
-
-def _fits(topic: str, scripts: frozenset[str]) -> bool:
-    """Return whether a name can stand in a text of some scripts; Latin ones stand in all."""
-    return _scripts(topic) <= scripts | {LATIN}

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import rotdistill_core.data.lessons
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.languages import NO_LANGUAGE
 from rotdistill_core.data.lessons import (
+    WINDOW,
     Candidate,
     LessonKind,
     LessonTexts,
@@ -20,6 +22,7 @@ from rotdistill_core.data.lessons import (
     domain_of,
     lesson_notes,
     read_lesson_texts,
+    shuffled_places,
 )
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
@@ -197,7 +200,60 @@ def test_lessons_without_any_question_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_count_that_cannot_be_reached_is_told() -> None:
-    assert available(domain_of(TEXTS, lessons(), FORMS), lessons(), 0) == 48
+    assert available(domain_of(TEXTS, lessons(), FORMS), lessons()) == 48
     (note,) = lesson_notes(recipe(), TEXTS, FORMS)
     assert note.startswith("lessons: 48 of the 100 ")
     assert lesson_notes(recipe(count=48), TEXTS, FORMS) == []
+
+
+@pytest.mark.parametrize("general", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("wanted", [1, 48, 60, 300])
+def test_as_many_are_available_as_are_drawn(general: float, wanted: int) -> None:
+    options = lessons(count=wanted, general=general)
+    drawn_ones = drawn(options, wanted)
+    assert available(domain_of(TEXTS, options, FORMS), options) == len(drawn_ones)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 64, 65, 1000])
+def test_places_are_shuffled_without_a_list(size: int) -> None:
+    found = list(shuffled_places(size, "key"))
+    assert sorted(found) == list(range(size))
+    if size > 3:
+        assert found not in (list(range(size)), list(shuffled_places(size, "another")))
+
+
+def many(count: int) -> list[Conversation]:
+    """Return texts whose questions are as many forms as there are topics."""
+    return [
+        conversation(f"m{k}", f"Town {k}", question=f"What is {k} to Town {k} of all?")
+        for k in range(count)
+    ]
+
+
+def test_the_first_of_a_hundred_million_questions_is_drawn_without_the_others() -> None:
+    options = lessons(count=1_000_000)
+    domain = domain_of(many(10_000), options, FORMS)
+    assert available(domain, options) == 1_000_000
+    found = list(islice(candidates(domain, options, 0), 10_200))
+    # One given form with each topic, then derived ones of which every form and topic is another.
+    assert len({each.topic for each in found[:10_000]}) == 10_000
+    assert all(each.question.startswith("Tell me about") for each in found[:10_000])
+    derived = found[10_000:]
+    assert len({each.question for each in derived}) == 200
+    assert len({each.topic for each in derived}) > 180
+    assert found == list(islice(candidates(domain, options, 0), 10_200))
+
+
+def test_examples_of_many_questions_are_chosen_among_a_thousand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = lessons(**{"from": "teacher"})
+    domain = domain_of(many(5_000), options, FORMS)
+    hashed = []
+    hash_of = rotdistill_core.data.lessons._hash
+    monkeypatch.setattr(
+        "rotdistill_core.data.lessons._hash", lambda *key: hashed.append(key) or hash_of(*key)
+    )
+    found = list(islice(candidates(domain, options, 0), 20))
+    assert len(hashed) == 20 * (WINDOW + 1)
+    assert len({each.examples for each in found}) == 20
