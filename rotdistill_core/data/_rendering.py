@@ -1,5 +1,8 @@
 """The process that renders chat templates: a program of its own, which reads one job from stdin.
 
+The first line is a JSON object: template, variables, date, and the limits. Each further line is the
+messages of a chat. One chat is in memory at a time, so a job has as many as it likes.
+
 A template is somebody else's program. The sandbox of jinja keeps it from doing anything but make
 text; it may still never end, or fill the memory. Only a process of its own can be stopped whatever
 it does, so this one runs under limits and imports nothing but jinja.
@@ -134,34 +137,37 @@ def _lower(kind: int, soft: int, hard: int) -> None:
 
 
 def main() -> None:
-    """Render the chats of a job; print a JSON list of `{"text": ...}` or `{"error": ...}`."""
-    job = json.loads(sys.stdin.read())
+    """Render the chats of a job; print `{"text": ...}` or `{"error": ...}`, a line for each."""
+    job = json.loads(sys.stdin.readline())
     _limit(job["memory"], job["seconds"])
     try:
         template = _environment(job["date"]).from_string(job["template"])
     except MemoryError:
-        print(json.dumps([{"limit": "memory"}]))
+        print(json.dumps({"limit": "memory"}))
         return
     except Exception as error:
-        print(json.dumps([{"error": _words(error)}] * len(job["chats"])))
+        said = json.dumps({"error": _words(error)})
+        for _ in sys.stdin:
+            print(said)
         return
-    rendered: list[dict[str, str]] = []
     left = job["characters"]
-    for chat in job["chats"]:
-        variables = {**job["variables"], **chat}
+    is_tried = False
+    for line in sys.stdin:
         try:
+            variables = {**job["variables"], "messages": json.loads(line)}
             text = _written(template, variables, left, seed=0)
             # Once is enough: what a template leaves to chance, it leaves to it in every chat.
-            if not rendered and text != _written(template, variables, left, seed=1):
+            if not is_tried and text != _written(template, variables, left, seed=1):
                 raise TemplateError(CHANCE)
+            is_tried = True
             left -= len(text)
-            rendered.append({"text": text})
+            said = json.dumps({"text": text})
         except MemoryError:
-            rendered.append({"limit": "memory"})
+            print(json.dumps({"limit": "memory"}))
             break
         except Exception as error:
-            rendered.append({"error": _words(error)})
-    print(json.dumps(rendered))
+            said = json.dumps({"error": _words(error)})
+        print(said)
 
 
 def _written(template: Template, variables: dict[str, Any], most: int, seed: int) -> str:

@@ -30,7 +30,11 @@ SECONDS = 10
 PATIENCE = 6
 """So many times these seconds are waited for it: the machine may be busy."""
 CHARACTERS = 1 << 20
-"""Characters of a rendered chat on average, on top of those of its messages."""
+"""Characters of rendered chats, on top of eight times those of their messages."""
+CHATS_AT_ONCE = 20_000
+"""Chats that one process renders. It holds one at a time; this process holds all that it says."""
+REMEMBERED = 1 << 20
+"""Longest job, in characters, whose chats are kept in memory in case they are asked for again."""
 TEMPLATE_BYTES = 1 << 20
 """Longest template."""
 TEMPLATE_FILE = "chat_template.jinja"
@@ -263,24 +267,34 @@ class ChatFormat:
         """
         if not chats:
             return []
+        # Questions come twice where the teacher answers them too, and chats are a text's context.
+        lines = [json.dumps(list(chat), sort_keys=True) for chat in chats]
+        distinct = list(dict.fromkeys(lines))
+        found: dict[str, dict[str, str]] = {}
+        for first in range(0, len(distinct), CHATS_AT_ONCE):
+            block = distinct[first : first + CHATS_AT_ONCE]
+            found |= zip(block, self._tried_once(block, generation), strict=False)
+        return [found[line] for line in lines if line in found]
+
+    def _tried_once(self, lines: Sequence[str], generation: bool) -> list[dict[str, str]]:
+        """Return the text of each chat, given as a line of JSON, or what is wrong; see `_tried`."""
         job = {
             "template": self.template,
-            "variables": dict(self.tokens),
+            "variables": {
+                **self.tokens,
+                "add_generation_prompt": generation,
+                **_ABSENT,
+                **self.switches,
+            },
             "date": self.date or datetime.date.today().isoformat(),
-            "chats": [
-                {
-                    "messages": list(chat),
-                    "add_generation_prompt": generation,
-                    **_ABSENT,
-                    **self.switches,
-                }
-                for chat in chats
-            ],
             "memory": MEMORY,
-            "seconds": SECONDS + len(chats) // 100,
-            "characters": CHARACTERS + 8 * sum(len(str(chat)) for chat in chats),
+            "seconds": SECONDS + len(lines) // 100,
+            "characters": CHARACTERS + 8 * sum(map(len, lines)),
         }
-        rendered = _rendered(self.source, json.dumps(job, sort_keys=True))
+        header = json.dumps(job, sort_keys=True)
+        text = "\n".join([header, *lines, ""])
+        ask = _rendered if len(text) <= REMEMBERED else _rendered.__wrapped__
+        rendered = ask(self.source, text)
         if rendered is None or "limit" in rendered[-1]:
             limit = f"{job['seconds']} seconds" if rendered is None else "memory"
             raise SetupError(
@@ -307,11 +321,15 @@ def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
 
     A job decides what it says, so it is asked once.
 
+    Args:
+        source: the model's folder, for messages.
+        job: a line with the template and its limits, and a line for each chat; see `_rendering`.
+
     Raises:
-        SetupError: the process cannot work here; `source` is named.
+        SetupError: the process cannot work here.
     """
     program = Path(__file__).with_name("_rendering.py")
-    seconds = json.loads(job)["seconds"] * PATIENCE
+    seconds = json.loads(job.partition("\n")[0])["seconds"] * PATIENCE
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
     environment |= {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
@@ -337,8 +355,7 @@ def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
             f"{source}: the process that renders its chat template has failed: {why[:300]}. Run "
             f"`{sys.executable} -c 'import jinja2, resource'` to see whether Python is complete."
         )
-    rendered: list[dict[str, str]] = json.loads(done.stdout)
-    return rendered
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _plain_template(first: Sequence[str], tokens: Mapping[str, str]) -> str:

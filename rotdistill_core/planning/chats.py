@@ -28,6 +28,8 @@ PROMPT_INPUTS = ("teacher", "student", "texts")
 """The inputs that decide prompts, apart from the date."""
 SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "proportional")
 """Types of rotary tables with which a model may go beyond the length that it was trained on."""
+Prompts = dict[str, dict[str, str]]
+"""Source of a format -> text id -> what it writes up to the answer."""
 
 
 class Chats(NamedTuple):
@@ -261,15 +263,16 @@ def require_room_to_fit(
 
     Args:
         asked: the conversations.
-        lengths: id -> tokens of its prompt.
+        lengths: id -> tokens of its prompt, of all that have so many at least.
         most: `samples.max_tokens`, which cuts every text but held-out ones.
 
     Raises:
         SetupError: naming the first one.
     """
     for each in asked:
-        if each.split != Split.HELDOUT and lengths[each.id] >= most:
-            raise prompt_is_too_long(each.id, lengths[each.id], most)
+        length = lengths.get(each.id, 0)
+        if each.split != Split.HELDOUT and length >= most:
+            raise prompt_is_too_long(each.id, length, most)
 
 
 def planned_chats(
@@ -279,8 +282,8 @@ def planned_chats(
     date: str,
     thinking: bool = False,
     bake: bool = False,
-) -> Chats | None:
-    """Return how a run will write its conversations, from files alone.
+) -> tuple[Chats, Prompts] | None:
+    """Return how a run will write its conversations, from files alone, and all prompts.
 
     Args:
         folders: the folders of teacher and student.
@@ -311,20 +314,25 @@ def planned_chats(
         student = None
     try:
         chats = chats_of(teacher, student, one_tokenizer, style, conversations, bake)
-        for chat in (chats.teacher,) if one_tokenizer else (chats.teacher, chats.student):
-            _write_all(chat, style, conversations)
+        prompts = {
+            chat.source: _write_all(chat, style, conversations)
+            for chat in ((chats.teacher,) if one_tokenizer else (chats.teacher, chats.student))
+        }
     except SetupError:
         if all(chat.is_whole for chat in (teacher, student) if chat):
             raise
         return None
-    return chats
+    return chats, prompts
 
 
-def _write_all(chat: ChatFormat, style: str, conversations: Sequence[Conversation]) -> None:
-    """Write all conversations once, without and with their answers."""
+def _write_all(
+    chat: ChatFormat, style: str, conversations: Sequence[Conversation]
+) -> dict[str, str]:
+    """Write all conversations once, with their answers and without; return the prompts by id."""
     asked = [each for each in conversations if not each.is_plain]
-    chat.prompts([chat.chat_of(each, style) for each in asked])
+    prompts = chat.prompts([chat.chat_of(each, style) for each in asked])
     chat.render([chat.chat_of(each, style, each.answer) for each in asked if each.answer])
+    return {each.id: prompt for each, prompt in zip(asked, prompts, strict=True)}
 
 
 def planned_date(teacher: Path, chats: Chats | None, date: str) -> str:

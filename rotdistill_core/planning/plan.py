@@ -25,6 +25,7 @@ from rotdistill_core.planning.chats import (
     ending_notes,
     planned_chats,
     planned_date,
+    position_limit,
     require_end_token,
     require_room,
     require_room_to_fit,
@@ -52,7 +53,13 @@ from rotdistill_core.planning.reuse import (
     step_statuses,
 )
 from rotdistill_core.planning.shape import DTYPE_BYTES
-from rotdistill_core.planning.text_counts import TextCounts, count_texts, token_counter
+from rotdistill_core.planning.text_counts import (
+    COUNTED_TEXTS,
+    TextCounts,
+    count_texts,
+    lengths_above,
+    token_counter,
+)
 from rotdistill_core.plugin.step import check_models
 from rotdistill_core.recipe.document import ModelRef, Recipe, StudentRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
@@ -333,7 +340,14 @@ def _start_context(
     return CostContext(
         teacher=teacher.shape,
         student=student.shape,
-        texts=count_texts(conversations, style, recipe.samples, count, recipe.lessons),
+        texts=count_texts(
+            conversations,
+            style,
+            recipe.samples,
+            count,
+            recipe.lessons,
+            COUNTED_TEXTS if count.takes_every_text else None,
+        ),
         teacher_bytes=_compute_bytes(recipe.teacher, teacher, machine),
         student_bytes=_compute_bytes(recipe.student, student, machine),
         same=recipe.teacher.model == recipe.student.model,
@@ -376,28 +390,35 @@ def _chats(
         return None, []
     folders = (teacher.folder, student.folder)
     settings = recipe.samples
-    chats = planned_chats(
+    planned = planned_chats(
         folders, style, conversations, date, settings.thinking, settings.bake_prompt
     )
-    if chats is None:
+    if planned is None:
         return None, []
+    chats, prompts = planned
     notes = [*chats.notes(), *ending_notes(chats, teacher)]
     asked = [question for question in conversations if not question.split.outside_domain]
     sides = {"teacher": chats.teacher, "student": chats.student}
-    # Loading a tokenizer takes most of a plan's time, so one that both share is loaded once.
+    # Loading a tokenizer takes most of a small plan's time: one that both share is loaded once.
     for chat in {chat.source: chat for chat in sides.values()}.values():
         shapes = [models[role].shape for role, own in sides.items() if own.source == chat.source]
         vocabulary = min(shape.vocab for shape in shapes)
         require_end_token(chat, vocabulary)
         count = token_counter(Path(chat.source), vocabulary)
-        texts = chat.prompts([chat.chat_of(each, style) for each in asked])
-        lengths = {q.id: count(text) for q, text in zip(asked, texts, strict=True)}
-        heldout = {q.id: lengths[q.id] for q in asked if q.split == Split.HELDOUT}
-        require_room_to_fit(asked, lengths, recipe.samples.max_tokens)
-        fitted = [lengths[q.id] + count(q.answer) for q in asked if q.answer]
+        texts = prompts[chat.source]
+        most, answer_tokens = recipe.samples.max_tokens, recipe.samples.answer_tokens
+        require_room_to_fit(asked, lengths_above(texts, count, most - 1), most)
+        heldout = {q.id: texts[q.id] for q in asked if q.split == Split.HELDOUT}
         for shape in shapes:
-            require_room(heldout, recipe.samples.answer_tokens, shape.config, chat.source)
-            notes += cut_notes(fitted, recipe.samples.max_tokens, shape.config)
+            limit = position_limit(shape.config) or sys.maxsize
+            long = lengths_above(heldout, count, limit - answer_tokens)
+            require_room(long, answer_tokens, shape.config, chat.source)
+            fitted = (
+                count(texts[q.id]) + count(q.answer)
+                for q in asked
+                if q.answer and count.most(texts[q.id]) + count.most(q.answer) > limit
+            )
+            notes += cut_notes(fitted, most, shape.config)
     return chats, list(dict.fromkeys(notes))
 
 

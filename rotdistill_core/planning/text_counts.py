@@ -6,10 +6,14 @@ transformers is not loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.batching import SAMPLE_TEXTS
@@ -25,10 +29,142 @@ TEMPLATE_TOKENS = 8
 """Tokens that a chat template puts around one message."""
 QUESTION_TOKENS = 24
 """Tokens of a lesson's question."""
+Count = Callable[[str], int]
+"""Counts the tokens of a text."""
 BYTES_PER_TOKEN = {100_000: 3.5, 0: 2.5}
 """Smallest vocabulary -> bytes of UTF-8 in a token, over the fourteen shipped languages."""
 
-TokenCounter = Callable[[str], int]
+COUNTED_TEXTS = 20_000
+"""Texts of a split whose tokens are counted; those of others follow from their characters."""
+REMEMBERED_PARTS = 1024
+"""Parts of prompts whose tokens are remembered: system prompts, and what templates write."""
+LONG_PART = 256
+"""Bytes of a part from which its tokens are counted where a bound would do."""
+COMPOSED = (None, "NFC")
+"""Types of normalizers that change no part of a text because of another."""
+
+
+class TokenCounter:
+    """Counts the tokens of texts by a tokenizer's file.
+
+    Args:
+        path: the file.
+        vocabulary: number of tokens of the model.
+
+    Raises:
+        SetupError: the tokenizer cannot be loaded.
+    """
+
+    def __init__(self, path: Path, vocabulary: int) -> None:
+        # A plan without local models needs no tokenizer.
+        from tokenizers import Tokenizer  # noqa: PLC0415
+
+        self._path = path
+        self._vocabulary = vocabulary
+        with reading(path, "the tokenizer"):
+            self._tokenizer = Tokenizer.from_file(str(path))
+            settings = json.loads(path.read_bytes())
+        # Its file may keep them from its training; transformers asks for neither in a run.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._part = lru_cache(REMEMBERED_PARTS)(self._whole)
+        self._special = _special_tokens(settings)
+        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        self.takes_every_text = self._special is not None and largest < vocabulary
+        """Whether no text can be refused: byte by byte all are read, and the model has all tokens.
+        Then some of many texts tell how many tokens all have."""
+
+    def __call__(self, text: str) -> int:
+        """Return the number of tokens of a text.
+
+        Raises:
+            SetupError: it has a token that the model does not have, or none for a part of it.
+        """
+        if self._special is None:
+            return self._whole(text)
+        # Special tokens are cut out first, whatever is around them, so that parts add up.
+        return sum(map(self._part, filter(None, self._special.split(text))))
+
+    def most(self, text: str) -> int:
+        """Return a number of tokens that a text has at most, mostly without its tokens.
+
+        A token is a byte of the composed text at least.
+
+        Raises:
+            SetupError: see `__call__`.
+        """
+        if self._special is None:
+            return self._whole(text)
+        return sum(
+            size if size < LONG_PART else self._part(part)
+            for part in self._special.split(text)
+            for size in [_composed_bytes(part)]
+        )
+
+    def _whole(self, text: str) -> int:
+        with reading(self._path, "the tokens of a text"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if max(ids, default=0) >= self._vocabulary:
+            raise SetupError(
+                f"{self._path}: makes token {max(ids)}, and the model has {self._vocabulary} "
+                "tokens. The tokenizer belongs to another model, or the model was not resized "
+                "when tokens were added."
+            )
+        return len(ids)
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> re.Pattern[str] | None:
+    """Return what finds the special tokens in texts, if what is between them counts by itself.
+
+    It does where a BPE reads bytes. The pattern has one group, so that `split` keeps the tokens.
+
+    Args:
+        settings: the content of a tokenizer.json.
+    """
+    steps = settings.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    reads_bytes = any(
+        step.get("type") == "ByteLevel" and not step.get("add_prefix_space") for step in steps
+    )
+    normalizer = (settings.get("normalizer") or {}).get("type")
+    added = settings.get("added_tokens", [])
+    is_plain = not any(
+        token.get(key) for token in added for key in ("lstrip", "rstrip", "single_word")
+    )
+    is_plain = is_plain and all(token.get("special") for token in added)
+    is_bpe = settings.get("model", {}).get("type") == "BPE"
+    if not (is_bpe and reads_bytes and is_plain and normalizer in COMPOSED):
+        return None
+    # As the library does it: the leftmost one, and of those the longest.
+    names = sorted((token["content"] for token in added), key=lambda name: -len(name))
+    return re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)()")
+
+
+def _composed_bytes(text: str) -> int:
+    is_composed = text.isascii() or unicodedata.is_normalized("NFC", text)
+    return len((text if is_composed else unicodedata.normalize("NFC", text)).encode())
+
+
+class ByteCounter:
+    """Estimates the tokens of texts by their bytes, where no tokenizer is at hand.
+
+    Args:
+        vocabulary: number of tokens of the model, which decides how many bytes a token has.
+    """
+
+    takes_every_text = False
+    """It counts all texts: that takes no time."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._size = next(size for least, size in BYTES_PER_TOKEN.items() if vocabulary >= least)
+
+    def __call__(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return round(len(text.encode()) / self._size)
+
+    def most(self, text: str) -> int:
+        """Return the same."""
+        return self(text)
 
 
 @dataclass(frozen=True)
@@ -94,49 +230,39 @@ class TextCounts:
         return self if self.teacher_prefix is None else replace(self, prefix=self.teacher_prefix)
 
 
-def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter:
-    """Return a function that counts the tokens of a text.
+def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter | ByteCounter:
+    """Return what counts the tokens of a text.
 
     Args:
         folder: the model's folder; without a `tokenizer.json` there, bytes are counted.
-        vocabulary: number of tokens of the model, which decides how many bytes a token has.
+        vocabulary: number of tokens of the model.
 
     Raises:
-        SetupError: the tokenizer cannot be loaded. The function raises it for a token that the
-            model does not have.
+        SetupError: the tokenizer cannot be loaded.
     """
     if folder and (folder / "tokenizer.json").is_file():
-        # A plan without local models needs no tokenizer.
-        from tokenizers import Tokenizer  # noqa: PLC0415
+        return TokenCounter(folder / "tokenizer.json", vocabulary)
+    return ByteCounter(vocabulary)
 
-        with reading(folder / "tokenizer.json", "the tokenizer"):
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Its file may keep them from its training; transformers asks for neither in a run.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
 
-        def count(text: str) -> int:
-            with reading(folder / "tokenizer.json", "the tokens of a text"):
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-            if max(ids, default=0) >= vocabulary:
-                raise SetupError(
-                    f"{folder}/tokenizer.json: makes token {max(ids)}, and the model has "
-                    f"{vocabulary} tokens. The tokenizer belongs to another model, or the model "
-                    "was not resized when tokens were added."
-                )
-            return len(ids)
-
-        return count
-    size = next(size for least, size in BYTES_PER_TOKEN.items() if vocabulary >= least)
-    return lambda text: round(len(text.encode()) / size)
+def lengths_above(
+    texts: Mapping[str, str], count: TokenCounter | ByteCounter, most: int
+) -> dict[str, int]:
+    """Return the tokens of those texts that have more than `most`, by name."""
+    return {
+        name: length
+        for name, text in texts.items()
+        if count.most(text) > most and (length := count(text)) > most
+    }
 
 
 def count_texts(
     conversations: Iterable[Conversation],
     style: str,
     settings: SamplesRef,
-    count: TokenCounter,
+    count: Count,
     lessons: Lessons | None = None,
+    most: int | None = None,
 ) -> TextCounts:
     """Return the rows of all texts, as `rotdistill_core.data.tokenization` packs them.
 
@@ -146,27 +272,51 @@ def count_texts(
         settings: the recipe's [samples].
         count: counts the tokens of a text.
         lessons: the recipe's [lessons], if it has any.
+        most: count so many texts of a split, spread over all of them, and estimate the others by
+            their characters; None counts all.
     """
     prefix = count(style) + TEMPLATE_TOKENS
-    rows: dict[str, int] = {}
-    texts: dict[str, int] = {}
+    by_split: dict[str, list[Conversation]] = {}
     questions_asked = answer_tokens = 0
     for question in conversations:
-        split = question.split
-        rows[split] = rows.get(split, 0) + _rows_of(question, settings, count, prefix)
-        texts[split] = texts.get(split, 0) + 1
-        if question.answer is None and not Split(split).outside_domain:
+        by_split.setdefault(question.split, []).append(question)
+        if question.answer is None and not Split(question.split).outside_domain:
             questions_asked += 1
             answer_tokens += _longest_answer(question, settings)
+
+    def rows_of(question: Conversation) -> int:
+        return _rows_of(question, settings, count, prefix)
+
     counts = TextCounts(
         prefix=TEMPLATE_TOKENS if settings.bake_prompt else prefix,
-        rows=rows,
-        texts=texts,
+        rows={split: _sum_of(asked, rows_of, most) for split, asked in by_split.items()},
+        texts={split: len(asked) for split, asked in by_split.items()},
         questions_asked=questions_asked,
         answer_tokens=answer_tokens,
         teacher_prefix=prefix if settings.bake_prompt else None,
     )
     return _with_lessons(counts, lessons, settings) if lessons and lessons.count else counts
+
+
+def _sum_of(
+    questions: Sequence[Conversation],
+    rows_of: Callable[[Conversation], int],
+    most: int | None,
+) -> int:
+    """Return the rows of all texts, from those of some if there are more than `most`.
+
+    Every n-th text counts, of those with an answer and of those without.
+    """
+    if most is None or len(questions) <= most:
+        return sum(map(rows_of, questions))
+    total = 0.0
+    for is_answered in (True, False):
+        alike = [each for each in questions if (each.answer is not None) == is_answered]
+        some = alike[:: max(len(alike) // most, 1)]
+        # Texts of one character have rows too, so each counts as some characters more.
+        sizes = [sum(len(each.words) + 1 for each in texts) for texts in (alike, some)]
+        total += sum(map(rows_of, some)) * sizes[0] / max(sizes[1], 1)
+    return round(total)
 
 
 def _with_lessons(counts: TextCounts, lessons: Lessons, settings: SamplesRef) -> TextCounts:
@@ -189,7 +339,7 @@ def _with_lessons(counts: TextCounts, lessons: Lessons, settings: SamplesRef) ->
     )
 
 
-def _rows_of(question: Conversation, settings: SamplesRef, count: TokenCounter, prefix: int) -> int:
+def _rows_of(question: Conversation, settings: SamplesRef, count: Count, prefix: int) -> int:
     """Return the rows of one text after the shared prompt of `prefix` rows."""
     if question.is_plain:  # without prompt and template
         return count(question.answer or "")

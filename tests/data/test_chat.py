@@ -297,7 +297,7 @@ def test_the_process_finds_the_libraries_of_its_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "[{{\\"text\\": \\"${name} $HOME\\"}}]"\n')
+    python.write_text(f'#!/bin/sh\necho "{{\\"text\\": \\"${name} $HOME\\"}}"\n')
     python.chmod(0o755)
     monkeypatch.setattr(chat_module.sys, "executable", str(python))
     monkeypatch.setenv(name, "/opt/there")
