@@ -124,23 +124,23 @@ class Writer:
             language = self.language()
             yield {"prompt": self.said(language, 1), "completion": self.said(language, CLAUSES)}
 
-    def topics(self, texts: int, prefix: str) -> Iterator[dict[str, object]]:
+    def topics(self, texts: int, kind: str) -> Iterator[dict[str, object]]:
         """Yield chats about invented places, of which a fifth has an earlier turn.
 
         Args:
             texts: how many.
-            prefix: of their ids.
+            kind: ends the names of the places, so that files have none in common.
         """
         place = ""
         for number in range(texts):
             language = self.language()
             if number % TEXTS_PER_TOPIC == 0:
-                place = self.name()
+                place = f"{self.name()} {kind}"
             turns = [self.said(language, 1), self.said(language, 1)] if number % 5 == 0 else []
             turns += [f"{self.said(language, 1)} {place}?", self.said(language, CLAUSES)]
             roles = ("user", "assistant") * 2
             yield {
-                "id": f"{prefix}-{number:06d}",
+                "id": f"{kind}-{number:06d}",
                 "language": language,
                 "place": place,
                 "messages": [
@@ -177,9 +177,9 @@ def write_recipe(folder: Path, texts: int, setting: str) -> Path:
     if setting == "plain":
         write_lines(folder / "index.jsonl", writer.plain(texts))
     else:
-        write_lines(folder / "index.jsonl", writer.topics(texts, "t"))
-        write_lines(folder / "heldout.jsonl", writer.topics(max(texts // 10, 1), "h"))
-        write_lines(folder / "guard.jsonl", writer.topics(max(texts // 50, 2), "g"))
+        write_lines(folder / "index.jsonl", writer.topics(texts, "Town"))
+        write_lines(folder / "heldout.jsonl", writer.topics(max(texts // 10, 1), "Haven"))
+        write_lines(folder / "guard.jsonl", writer.topics(max(texts // 50, 2), "Grove"))
         samples = TOPIC_SAMPLES.format(lessons=texts // 2, forms=ROOT / "samples" / "forms.tsv")
     path = folder / "many.toml"
     style = ROOT / "samples" / "tour_guide.md"

@@ -300,8 +300,23 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
-        notes=[*read, *notes, *lesson_notes(recipe, conversations, lesson_texts)],
+        notes=[
+            *read,
+            *_counting_notes(start.texts),
+            *notes,
+            *lesson_notes(recipe, conversations, lesson_texts),
+        ],
     )
+
+
+def _counting_notes(texts: TextCounts) -> list[str]:
+    """Return that some of many texts were counted, if that is so."""
+    if not texts.estimated:
+        return []
+    return [
+        f"texts: of splits with more than {COUNTED_TEXTS} texts some are counted token by token; "
+        "the tokens of the others follow from their characters, to a percent or so."
+    ]
 
 
 def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> dict[str, ModelInfo]:

@@ -34,7 +34,7 @@ Count = Callable[[str], int]
 BYTES_PER_TOKEN = {100_000: 3.5, 0: 2.5}
 """Smallest vocabulary -> bytes of UTF-8 in a token, over the fourteen shipped languages."""
 
-COUNTED_TEXTS = 20_000
+COUNTED_TEXTS = 2_000
 """Texts of a split whose tokens are counted; those of others follow from their characters."""
 REMEMBERED_PARTS = 1024
 """Parts of prompts whose tokens are remembered: system prompts, and what templates write."""
@@ -188,6 +188,8 @@ class TextCounts:
     """Tokens that it may write for them, proposed questions included."""
     lesson_prompts: int = 0
     """Prompts that it is given for them: those of proposals, and those of answers."""
+    estimated: bool = False
+    """Whether the rows of some splits follow from those of some of their texts."""
     teacher_prefix: int | None = None
     """Rows of the system prompt as the teacher reads it; None if the student reads the same."""
 
@@ -293,6 +295,7 @@ def count_texts(
         texts={split: len(asked) for split, asked in by_split.items()},
         questions_asked=questions_asked,
         answer_tokens=answer_tokens,
+        estimated=most is not None and any(len(asked) > most for asked in by_split.values()),
         teacher_prefix=prefix if settings.bake_prompt else None,
     )
     return _with_lessons(counts, lessons, settings) if lessons and lessons.count else counts

@@ -304,6 +304,31 @@ def test_the_process_finds_the_libraries_of_its_python(
     assert asked(ChatFormat(name, LOOP), "", f"Is {name} there?") == ["/opt/there "]
 
 
+def test_many_chats_are_written_by_several_processes_and_equal_ones_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs: list[str] = []
+
+    def counted(source: str, job: str) -> list[dict[str, str]] | None:
+        jobs.append(job)
+        return rendered(source, job)
+
+    rendered = chat_module._rendered
+    counted.__wrapped__ = rendered.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(chat_module, "_rendered", counted)
+    monkeypatch.setattr(chat_module, "CHATS_AT_ONCE", 3)
+    questions = [f"Is it {k % 7}?" for k in range(20)]
+    assert asked(ChatFormat("many", LOOP), "", *questions) == [f"<user>{q}" for q in questions]
+    assert [job.count("\n") - 1 for job in jobs] == [3, 3, 1]
+
+
+def test_a_long_job_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_module, "REMEMBERED", 100)
+    before = chat_module._rendered.cache_info()
+    assert asked(ChatFormat("long", LOOP), "", "Who is it?") == ["<user>Who is it?"]
+    assert chat_module._rendered.cache_info() == before
+
+
 @pytest.mark.parametrize("kind", ["v", "t"])
 def test_lower_limits_of_the_machine_stay(kind: str, tmp_path: Path) -> None:
     program = tmp_path / "limited.py"

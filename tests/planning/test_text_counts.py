@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
@@ -15,7 +25,9 @@ from rotdistill_core.planning.text_counts import (
     QUESTION_TOKENS,
     TEMPLATE_TOKENS,
     TextCounts,
+    TokenCounter,
     count_texts,
+    lengths_above,
     token_counter,
 )
 from rotdistill_core.recipe.document import Lessons, SamplesRef
@@ -159,3 +171,98 @@ def test_a_tokenizer_without_its_unknown_token_is_refused(
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(32_000, 14), (150_000, 10)])
 def test_bytes_count_without_a_tokenizer(vocabulary: int, tokens: int) -> None:
     assert token_counter(None, vocabulary)("x" * 35) == tokens
+
+
+# Tokenizers that read bytes: their texts may be counted in parts.
+
+SPECIALS = ("<|begin|>", "<|end|>", "<|en")
+WORDS = (
+    "hello",
+    "world",
+    " ",
+    "\n\n",
+    "e\u0301",
+    "\u0958",
+    "日本",
+    "wörld",
+    "'s",
+    "123",
+    *SPECIALS,
+)
+
+
+def byte_tokenizer(folder: Path, **options: Any) -> Tokenizer:
+    """Write a small BPE over bytes, and return it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=options.get("add_prefix_space", False)
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=[AddedToken(name, special=True) for name in SPECIALS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world, hello wörld's"] * 9, trainer)
+    if options.get("lstrip"):
+        tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("options", [{}, {"add_prefix_space": True}, {"lstrip": True}])
+def test_parts_of_a_text_add_up_to_its_tokens(tmp_path: Path, options: dict[str, bool]) -> None:
+    tokenizer = byte_tokenizer(tmp_path, **options)
+    count = token_counter(tmp_path, tokenizer.get_vocab_size())
+    assert count.takes_every_text == (not options)
+    chance = random.Random(0)
+    for _ in range(300):
+        text = "".join(chance.choices(WORDS, k=chance.randrange(90)))
+        tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
+        assert count(text) == tokens <= count.most(text)
+        assert lengths_above({"a": text}, count, 20) == ({"a": tokens} if tokens > 20 else {})
+
+
+def test_a_shared_prompt_is_counted_once_and_short_questions_only_where_it_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = byte_tokenizer(tmp_path).get_vocab_size()
+    count = token_counter(tmp_path, size)
+    assert isinstance(count, TokenCounter)
+    read: list[str] = []
+    encode = count._part.__wrapped__
+    monkeypatch.setattr(count, "_part", lru_cache(lambda part: read.append(part) or encode(part)))
+    texts = {str(k): f"<|begin|>{'hello ' * 99}<|end|>world {k}<|end|>" for k in range(50)}
+    assert lengths_above(texts, count, 600) == {}
+    assert len(read) == 1
+    assert len(lengths_above(texts, count, 100)) == 50
+    assert len(read) <= 50 + 3
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_to_read_every_text(tmp_path: Path) -> None:
+    size = byte_tokenizer(tmp_path).get_vocab_size()
+    assert not token_counter(tmp_path, size - 1).takes_every_text
+    with pytest.raises(SetupError, match="The tokenizer belongs to another"):
+        token_counter(tmp_path, 3)("hello")
+
+
+def test_some_of_many_texts_tell_the_rows_of_all() -> None:
+    counted: list[str] = []
+
+    def count(text: str) -> int:
+        counted.append(text)
+        return len(text.split())
+
+    many = [question("fit", "word " * (k % 17 + 1), f"one {k} of") for k in range(3000)]
+    many += [question("fit", None, f"own {k}") for k in range(900)]
+    few = [question("heldout", None) for _ in range(5)]
+    every = count_texts([*many, *few], "a b", SETTINGS, count)
+    counted.clear()
+    some = count_texts([*many, *few], "a b", SETTINGS, count, None, 300)
+    assert len(counted) < 1500
+    assert some.rows["fit"] == pytest.approx(every.rows["fit"], rel=0.02)
+    assert some.rows["heldout"] == every.rows["heldout"]
+    assert (some.texts, some.answer_tokens) == (every.texts, every.answer_tokens)
+    assert (some.estimated, every.estimated) == (True, False)
+    assert not count_texts(many, "a b", SETTINGS, count, None, 4000).estimated
