@@ -64,6 +64,8 @@ class Figures:
 
     texts: int
     """Texts that were fitted, lessons included."""
+    fit: float
+    """On rows of fitted texts: far below `validation`, more texts help."""
     heldout: float
     guard: float
     validation: float
@@ -107,6 +109,7 @@ def figures_of(recipe: Path, arm: Arm, more: dict[str, object], runs: Path) -> F
     shutil.rmtree(outcome.folder / "shards", ignore_errors=True)
     return Figures(
         texts=sum(line.split("\t")[2] == "fit" for line in lines),
+        fit=step.notes["fit KL after"],
         heldout=overall["kl"],
         guard=overall["guard_kl"],
         validation=step.notes["validation KL after"],
@@ -138,8 +141,8 @@ def power_law(points: Sequence[tuple[int, float]]) -> tuple[float, float, float]
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Return all figures as a table in Markdown, with the power law of each setting."""
     header = (
-        "| lessons | general | of | from | temperature | fit texts | validation KL | held-out KL | "
-        "guard KL, validation half | guard KL | minutes |"
+        "| lessons | general | of | from | temperature | fit texts | fit KL | validation KL | "
+        "held-out KL | guard KL, validation half | guard KL | minutes |"
     )
     rows = [header, "|" + "---|" * header.count(" | ") + "---|"]
     curves: dict[tuple[object, ...], list[tuple[int, float]]] = {}
@@ -147,8 +150,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         rows.append(
             f"| {line['count']:,} | {line['general']:g} | {line['general_from']} | "
             f"{line['source']} | {line['temperature']:g} | {line['texts']:,} | "
-            f"{line['validation']:.4f} | {line['heldout']:.4f} | {line['guard_validation']:.4f} | "
-            f"{line['guard']:.4f} | {line['seconds'] / 60:.0f} |"
+            f"{line['fit']:.4f} | {line['validation']:.4f} | {line['heldout']:.4f} | "
+            f"{line['guard_validation']:.4f} | {line['guard']:.4f} | {line['seconds'] / 60:.0f} |"
         )
         if line["count"]:
             key = tuple(line[name] for name in ("general", "general_from", "source", "temperature"))

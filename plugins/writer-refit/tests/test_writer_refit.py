@@ -137,6 +137,8 @@ def test_refit_brings_a_cut_student_nearer_to_its_teacher(
     assert not out.report.refused
     for split in (Split.VALIDATION, Split.HELDOUT):
         assert kl(after, pair, samples, split) < 0.6 * kl(weights, pair, samples, split)
+    fitted = kl(after, pair, samples, Split.FIT)
+    assert out.notes["fit KL after"] == pytest.approx(fitted, rel=1e-3)
     assert changed(weights, after) == {DOWN.format(i) for i in refitted}
     assert (after.config, after.lineage) == (weights.config, weights.lineage)
     diagnostics = out.notes["layers"]
@@ -210,9 +212,10 @@ def test_refit_that_does_not_lower_validation_kl_is_refused(
 ) -> None:
     figures: Iterator[float] = iter([1.0, after])
 
-    def score(*_: object) -> TextScores:
+    def score(split: str, *_: object) -> TextScores:
         rows = torch.ones(9, dtype=torch.float64)
-        return TextScores(total=next(figures) * rows, rows=rows)
+        mean = 0.5 if split == Split.FIT else next(figures)
+        return TextScores(total=mean * rows, rows=rows)
 
     monkeypatch.setattr(_method, "score_split", score)
     weights = teacher.weights.cut(KEPT)

@@ -131,6 +131,9 @@ def solve(
         finished = forward if view is refitted and split == Split.VALIDATION else None
         return score_split(split, view, targets.activations, pair, samples, finished, ranks)
 
+    # Far below the KL of validation texts, it says that more texts would help.
+    fitted = score_split(Split.FIT, refitted, targets.activations, pair, samples, forward, ranks)
+    out.notes["fit KL after"] = fitted.mean
     return accept_if_better(weights, refitted, score, step.guard, out)
 
 
