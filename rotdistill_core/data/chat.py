@@ -19,6 +19,7 @@ from typing import Any
 
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.conversations import Conversation, Turn
+from rotdistill_core.data.thoughts import MARKS, closed, opens_block
 from rotdistill_core.data.vocabularies import TOKENIZER_FILE, tokenizer_of
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import read_bytes
@@ -158,6 +159,14 @@ class ChatFormat:
         return dict.fromkeys(names, self.thinking)
 
     @property
+    def opens_thoughts(self) -> bool:
+        """Whether the template begins answers inside a thinking block."""
+        if not any(mark in self.template for mark in MARKS):
+            return False
+        (rendered,) = self._tried([self.messages("", "?")])
+        return opens_block(rendered.get("text", ""))
+
+    @property
     def uses_date(self) -> bool:
         """Whether the template writes the date."""
         return CLOCK in self.template
@@ -231,10 +240,15 @@ class ChatFormat:
     def prompts(self, chats: Sequence[Chat]) -> list[str]:
         """Return the texts of chats that end with a question, up to where the answers begin.
 
+        Where the template begins answers inside a thinking block, and models are not let to think,
+        the block ends at once.
+
         Raises:
             SetupError: see `render`; or all questions are written alike.
         """
         texts = self.render(chats, generation=True)
+        if not self.thinking:
+            texts = [closed(text) for text in texts]
         if len(set(texts)) == 1 < len({chat[-1]["content"] for chat in chats}):
             raise SetupError(
                 f"{self.source}: its chat template writes every question alike, as "

@@ -18,6 +18,7 @@ from rotdistill_core.data.text_files import (
     comparable_name,
     foreign_characters,
 )
+from rotdistill_core.data.thoughts import without_thoughts
 
 Use = Literal["index", "heldout", "guard"]
 """The key of `[samples]` that names a file: it decides what a row needs."""
@@ -45,9 +46,6 @@ ROLES = {
     "gpt": "assistant",
 }
 """Role in a file -> role of a chat; `human` and `gpt` are those of ShareGPT."""
-THOUGHT = "<think>"
-"""Beginning of what an assistant thinks before it answers."""
-THOUGHTS = re.compile(r"\A<think>.*?(</think>\s*|\Z)", re.DOTALL)
 _CLAIMS: TypeAdapter[tuple[Claim, ...]] = TypeAdapter(tuple[Claim, ...])
 
 
@@ -154,21 +152,16 @@ def _without_thoughts(draft: Draft) -> Draft:
     Raises:
         BadRowError: a turn holds nothing else.
     """
-    turns = [draft.answer or "", *(turn.content for turn in draft.earlier)]
-    if not any(turn.startswith(THOUGHT) for turn in turns) or not draft.question:
+    if not draft.question:
         return draft
-    answer, *earlier = (THOUGHTS.sub("", turn) for turn in turns)
-    said = [turn for turn, before in zip([answer, *earlier], turns, strict=True) if before]
-    if not all(said):
-        raise BadRowError("a turn of the assistant holds thoughts and no answer.")
-    return replace(
-        draft,
-        answer=answer if draft.answer else None,
-        earlier=tuple(
-            turn._replace(content=content) if turn.role == "assistant" else turn
-            for turn, content in zip(draft.earlier, earlier, strict=True)
-        ),
+    answer = without_thoughts(draft.answer) if draft.answer else draft.answer
+    earlier = tuple(
+        turn._replace(content=without_thoughts(turn.content)) if turn.role == "assistant" else turn
+        for turn in draft.earlier
     )
+    if answer == "" or not all(turn.content for turn in earlier):
+        raise BadRowError("a turn of the assistant holds thoughts and no answer.")
+    return replace(draft, answer=answer, earlier=earlier)
 
 
 # Messages.

@@ -31,39 +31,39 @@ def read_json_lines(path: Path, problems: list[str]) -> list[Row]:
             continue
         where = f"{path}: line {number}"
         try:
-            rows.append(Row(where, known_values(_object(line))))
-        except _BadLineError as error:
+            rows.append(Row(where, known_values(json_object(line))))
+        except BadLineError as error:
             problems.append(f"{where}{error}")
     return rows
 
 
-class _BadLineError(ValueError):
-    """What is wrong with a line, to follow its number."""
+class BadLineError(ValueError):
+    """What is wrong with a line: `, column 3: ...` or `: ...`, to follow its number."""
 
 
-def _object(line: str) -> dict[str, Any]:
+def json_object(line: str) -> dict[str, Any]:
     """Return the JSON object in a line.
 
     Raises:
-        _BadLineError: there is none, or it has a key twice.
+        BadLineError: there is none, or it has a key twice.
     """
     try:
         value = json.loads(line, object_pairs_hook=_without_twins, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         is_cut = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string")
         cut = " The line seems to be cut off." if is_cut else ""
-        raise _BadLineError(
+        raise BadLineError(
             f", column {error.colno}: is no JSON: {error.msg.removesuffix(' starting at')}.{cut} "
             "Write one object a line."
         ) from error
     except RecursionError as error:
-        raise _BadLineError(": is nested too deeply for a text.") from error
-    except _BadLineError:
+        raise BadLineError(": is nested too deeply for a text.") from error
+    except BadLineError:
         raise
     except ValueError as error:  # a number of thousands of digits
-        raise _BadLineError(f": {error}.") from error
+        raise BadLineError(f": {error}.") from error
     if not isinstance(value, dict):
-        raise _BadLineError(f": must be a JSON object (it is {value!r:.40}).")
+        raise BadLineError(f": must be a JSON object (it is {value!r:.40}).")
     return value
 
 
@@ -72,9 +72,9 @@ def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
-        raise _BadLineError(f": has the key {twin!r:.40} twice; which one counts is not clear.")
+        raise BadLineError(f": has the key {twin!r:.40} twice; which one counts is not clear.")
     return values
 
 
 def _no_number(name: str) -> NoReturn:
-    raise _BadLineError(f": is no JSON: {name} is no number of JSON.")
+    raise BadLineError(f": is no JSON: {name} is no number of JSON.")

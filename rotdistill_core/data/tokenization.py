@@ -11,7 +11,11 @@ from rotdistill_core.data.conversations import LESSON, Conversation, first_chat,
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
+from rotdistill_core.data.thoughts import MARKS, continuing, opens_block, with_beginning
 from rotdistill_core.errors import SetupError
+
+PROMPT_END = 16
+"""Tokens at the end of a prompt that hold the beginning of a thinking block, if it opens one."""
 
 
 def tokenize_texts(
@@ -86,10 +90,21 @@ def tokenize_for_both(
     conversations = [q for q in conversations if not q.is_plain]
     own, theirs = chats
     teacher_samples = tokenize_texts(teacher, conversations, answers, style, max_tokens, theirs)
-    student_answers = {
-        name: tokenize_answer(student, decode_answer(teacher, tokens))
-        for name, tokens in answers.items()
+    prompts = {
+        text.id: _end(teacher, text.tokens[: text.answer])
+        for text in teacher_samples.layout.texts
+        if text.id in answers
     }
+    said = {
+        name: with_beginning(prompt, decode_answer(teacher, answers[name]))
+        for name, prompt in prompts.items()
+    }
+    if any(opens_block(prompt) for prompt in prompts.values()):
+        own = own or chat_format(student, style, conversations)
+        asked = [each for each in conversations if each.id in said]
+        written = prompt_tokens(student, style, asked, own)
+        said = {name: continuing(_end(student, written[name]), said[name]) for name in said}
+    student_answers = {name: tokenize_answer(student, text) for name, text in said.items()}
     student_samples = tokenize_texts(
         student, conversations, student_answers, style, max_tokens, own
     )
@@ -148,11 +163,22 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of generated tokens, up to the first special token or broken character."""
     text_tokens = []
     for token in tokens:
-        if token in tokenizer.all_special_ids:
+        if token in tokenizer.all_special_ids and not _is_thought_mark(tokenizer, token):
             break
         text_tokens.append(token)
     text: str = tokenizer.decode(text_tokens)
     return text.partition("\ufffd")[0].strip()
+
+
+def _end(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """Return the end of a prompt as text: whether it opens a thinking block stands there."""
+    text: str = tokenizer.decode(list(prompt[-PROMPT_END:]))
+    return text
+
+
+def _is_thought_mark(tokenizer: Any, token: int) -> bool:
+    """Return whether a token begins or ends a thinking block; some tokenizers call it special."""
+    return tokenizer.decode([token]).strip() in (*MARKS, *MARKS.values())
 
 
 def require_text_of_transformers(
@@ -328,7 +354,7 @@ def _written_answers(
     """Return the tokens of the answers that questions have, as the template writes them.
 
     With some templates the prompt is not a prefix of the whole chat. Then the answer is tokenised
-    by itself.
+    by itself, as it follows the prompt.
     """
     answered = {name: q for name, q in asked.items() if q.answer is not None}
     chats = [chat.chat_of(q, style, q.answer) for q in answered.values()]
@@ -338,5 +364,6 @@ def _written_answers(
         if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
             found[name] = tokens[len(prompt) :]
         else:
-            found[name] = tokenize_answer(tokenizer, q.answer or "")
+            answer = continuing(_end(tokenizer, prompt), q.answer or "")
+            found[name] = tokenize_answer(tokenizer, answer)
     return found

@@ -98,6 +98,11 @@ def _notes_on(chat: ChatFormat) -> Iterator[str]:
             f"{chat.source}: its chat template lets models think before they answer; texts are "
             "written without that. `samples.thinking = true` lets them think."
         )
+    elif not chat.thinking and chat.opens_thoughts:
+        yield (
+            f"{chat.source}: its chat template begins answers inside a thinking block; the block "
+            "ends at once, empty. `samples.thinking = true` lets models think."
+        )
 
 
 def chats_of(

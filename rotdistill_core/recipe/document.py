@@ -110,7 +110,8 @@ class SamplesRef(Document):
     `topic` stay together."""
     thinking: bool = False
     """Let models think before they answer, where their chat template knows how to
-    (`enable_thinking`). By default answers are written and learned without."""
+    (`enable_thinking`, or a prompt that ends with `<think>`). By default answers are written and
+    learned without."""
     max_tokens: Annotated[int, Field(ge=16)] = 512
     """Longest text to fit on, in tokens; longer ones are cut. Held-out answers are never cut."""
     answer_tokens: Annotated[int, Field(ge=1, le=1024)] = 64

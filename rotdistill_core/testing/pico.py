@@ -42,6 +42,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 """Chat template of the pico tokenizer."""
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content.split('</think>')[-1] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> <think>\n{% endif %}"
+)
+"""A chat template like DeepSeek-R1's: answers begin inside a thinking block, and earlier ones have
+none."""
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<end>", "<system>", "<user>", "<assistant>")
 WORDS = tuple(f"w{k}" for k in range(58))
 """All words of a pico tokenizer with 64 tokens."""
@@ -78,16 +84,22 @@ def pico_checkpoint(folder: Path, config: Any, seed: int = 0) -> Path:
     return folder
 
 
-def pico_tokenizer(size: int) -> Any:
-    """Return a word tokenizer of `size` tokens with a chat template."""
+def pico_tokenizer(size: int, thinks: bool = False) -> Any:
+    """Return a word tokenizer of `size` tokens with a chat template.
+
+    With `thinks`, answers begin inside a thinking block, whose beginning and end are the last two
+    words.
+    """
     words = [f"w{k}" for k in range(size - len(SPECIAL_TOKENS))]
+    if thinks:
+        words[-2:] = ["<think>", "</think>"]
     vocabulary = {token: k for k, token in enumerate([*SPECIAL_TOKENS, *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE if thinks else TEMPLATE
     return tokenizer
 
 

@@ -233,14 +233,19 @@ THOUGHT = [
     {"role": "user", "content": "w4"},
     {"role": "assistant", "content": "<think>w5</think>w6"},
 ]
+BEGUN = [THOUGHT[0], {"role": "assistant", "content": "w2\nw3\n</think>\n\nw4"}]
+"""What a model wrote whose prompt begins the block."""
 
 
 def test_thoughts_of_the_assistant_are_left_out_or_kept(tmp_path: Path) -> None:
-    rows = [{**row, "topic": None} for row in ROWS]
-    write_jsonl(tmp_path / "i.jsonl", [{"id": "t", "language": "en", "messages": THOUGHT}, *rows])
+    rows: list[dict[str, Any]] = [{**row, "topic": None} for row in ROWS]
+    for name, messages in (("t", THOUGHT), ("b", BEGUN)):
+        rows.append({"id": name, "language": "en", "messages": messages})
+    write_jsonl(tmp_path / "i.jsonl", rows)
     write_jsonl(tmp_path / "h.jsonl", HELDOUT)
-    (plain,) = [each for each in read(tmp_path, "i.jsonl", "h.jsonl") if each.id == "t"]
-    assert ([turn.content for turn in plain.earlier], plain.answer) == (["w1", "w3"], "w6")
+    plain = {each.id: each for each in read(tmp_path, "i.jsonl", "h.jsonl")}
+    assert [turn.content for turn in plain["t"].earlier] == ["w1", "w3"]
+    assert (plain["t"].answer, plain["b"].answer) == ("w6", "w4")
     found = read(tmp_path, "i.jsonl", "h.jsonl", thinking=True)
     (whole,) = [each for each in found if each.id == "t"]
     assert whole.answer == "<think>w5</think>w6"

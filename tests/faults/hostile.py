@@ -13,6 +13,7 @@ from tests.faults.child import Ended, call
 from tests.faults.hostile_adapters import adapter_inputs
 from tests.faults.hostile_models import model_inputs
 from tests.faults.hostile_recipes import recipe_inputs
+from tests.faults.hostile_rows import row_inputs
 from tests.faults.hostile_texts import text_inputs
 from tests.faults.hostile_tokenizers import tokenizer_inputs
 from tests.faults.inputs import REFUSED, Input
@@ -23,7 +24,12 @@ from tests.faults.workshop import Workshop
 def hostile_cases() -> Iterator[Case]:
     """Yield all cases of this module."""
     for each in chain(
-        recipe_inputs(), text_inputs(), model_inputs(), tokenizer_inputs(), adapter_inputs()
+        recipe_inputs(),
+        text_inputs(),
+        row_inputs(),
+        model_inputs(),
+        tokenizer_inputs(),
+        adapter_inputs(),
     ):
         yield Case(each.kind, each.name, partial(_try, each))
 
@@ -43,6 +49,8 @@ def _try(each: Input, workshop: Workshop, folder: Path) -> list[Row]:
     changed = sorted(set(_outside(folder).items()) ^ set(before.items()))
     named += [f"{changed[0][0]} was changed outside the runs"] if changed else []
     named += ["code of the input ran"] if (work / "CANARY").exists() else []
+    silent = [e for e in ends if e.code and each.tells not in e.text]
+    named += [f"{silent[0].words[0]} does not say {each.tells!r}"] if silent else []
     if each.early and ends[0].code == 0 and ends[-1].code in REFUSED:
         named.append(f"{ends[0].words[0]} finds nothing, {ends[-1].words[0]} refuses")
     wrong = next((ended for ended, fault in zip(ends, faults, strict=True) if fault), ends[-1])

@@ -30,6 +30,8 @@ class Input:
     """What is called, one after the other."""
     early: bool = False
     """Whether the first call has to refuse what the last one refuses."""
+    tells: str = ""
+    """What a refusal has to say."""
 
 
 def edit_json(path: Path, drop: Sequence[str] = (), **changes: Any) -> None:

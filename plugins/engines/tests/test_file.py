@@ -22,7 +22,7 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.generate import AnsweringModel
 from rotdistill_core.plugin.engine import Answer, Asked
 from rotdistill_core.recipe.load import load_recipe
-from rotdistill_core.testing import PicoWorkspace, pico_folder
+from rotdistill_core.testing import PicoWorkspace, pico_folder, pico_tokenizer
 
 MESSAGES = ({"role": "user", "content": "where"},)
 ASKED = {
@@ -72,8 +72,8 @@ def test_answers_are_found_by_id_prompt_and_messages(
 
 
 WRONG: dict[str, tuple[Lines, str]] = {
-    "no JSON": ([*ALL[:2], "{"], r"answers.jsonl, line 3: is no JSON"),
-    "a list": (["[]"], r"line 1: does not say what it answers. A line is"),
+    "no JSON": ([*ALL[:2], "{"], r"answers.jsonl, line 3, column 2: is no JSON"),
+    "a list": (["[]"], r"line 1: must be a JSON object"),
     "nothing asked": ([{"answer": "w1"}], "line 1: does not say what it answers"),
     "no answer": ([{"id": "a"}], "line 1: has no answer"),
     "a number": ([{"id": "a", "answer": 1}], 'line 1: "answer" is no text'),
@@ -197,7 +197,30 @@ def test_a_plan_says_which_answers_the_file_has(pico_workspace: PicoWorkspace) -
     path.write_text("{")
     code, out, err = pico_workspace.command(*words)
     assert (code, out) == (2, "")
-    assert "a.jsonl, line 1: is no JSON" in err
+    assert "a.jsonl, line 1, column 2: is no JSON" in err
+
+
+def test_answers_of_models_that_think_follow_the_prompt(tmp_path: Path) -> None:
+    folder = pico_folder(tmp_path / "model")
+    tokenizer = pico_tokenizer(64, thinks=True)
+    tokenizer.save_pretrained(folder)
+    weights = open_checkpoint(folder).weights
+    model = AnsweringModel(folder, weights, torch.device("cpu"), torch.float32)
+    lines = [
+        {"id": "a", "answer": "<think> w1 </think> w2"},
+        {"id": "b", "answer": "w3"},
+        {"prompt": "w4 <think>", "answer": "w5"},
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    engine = File(path="answers.jsonl")
+    for end, texts in (
+        ("<think>", {"a": "w1 </think> w2 <end>", "c": "w5 <end>"}),
+        ("<think> </think>", {"a": "w2 <end>", "b": "w3 <end>"}),
+    ):
+        prompt = tuple(tokenizer(f"w4 {end}")["input_ids"])
+        asked = dict.fromkeys(texts, Asked(prompt, 9))
+        found = engine.connect(model, tmp_path, print).answers(asked)
+        assert {name: tokenizer.decode(answer.tokens) for name, answer in found} == texts
 
 
 @pytest.mark.parametrize("engine", ["file", "openai"])

@@ -17,6 +17,7 @@ from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import Model, load_tokenizer
 from rotdistill_core.checkpoint.open import open_checkpoint
 from rotdistill_core.data.chat import ChatFormat
+from rotdistill_core.data.thoughts import without_thoughts
 from rotdistill_core.data.tokenization import tokens_of
 from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.forward.answers import answered_once
@@ -72,14 +73,16 @@ class ChatSession:
         else:
             self.chat = self.chat.for_style(system, question)
             self.messages = self.chat.messages(system, question)
-        (text,) = self.chat.render([self.messages], generation=True)
+        (text,) = self.chat.prompts([self.messages])
         prompt = tuple(tokens_of(self.tokenizer, text))
         asked = Asked(prompt, self.max_tokens, messages=tuple(self.messages))
         answer = ""
         for piece in self.writer.pieces(asked):
             answer += piece
             yield piece
-        self.messages.append({"role": "assistant", "content": answer})
+        # Thoughts are no part of a conversation; an answer that was cut in them is.
+        said = without_thoughts(answer) or answer
+        self.messages.append({"role": "assistant", "content": said})
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rotdistill_core.data.text_files import NotUtf8Error, decode_utf8
+from rotdistill_core.data.drafts import LONGEST_CELL
+from rotdistill_core.data.json_lines import BadLineError, json_object
+from rotdistill_core.data.text_files import LINE_END, NotUtf8Error, decode_utf8
+from rotdistill_core.data.thoughts import continuing
 from rotdistill_core.errors import FEW, RecipeError
 from rotdistill_core.plugin.engine import Answer, Asked
 from rotdistill_core.store.hashing import sha256_of
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 NAMES = ("id", "prompt", "messages")
 """Keys by one of which a line names what it answers."""
 ANSWERS = ("answer", "tokens")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which no tokenizer reads."""
 HOW_LINES_LOOK = (
     'A line is one JSON object with "id", "prompt" or "messages", and with "answer" (text) or '
     '"tokens" (ids).'
@@ -122,20 +128,35 @@ class FileOfAnswers:
 
     def _place_of(self, name: str, asked: Asked) -> tuple[int, dict[str, Any]] | None:
         """Return number and content of the line that answers a prompt."""
-        text = self.reader.tokenizer.decode(list(asked.prompt), clean_up_tokenization_spaces=False)
-        return self._lines.find(name, (asked.prompt, text), asked.messages)
+        prompts = (asked.prompt, self._prompt_text(asked))
+        return self._lines.find(name, prompts, asked.messages)
 
     def _answer(self, number: int, line: Mapping[str, Any], asked: Asked) -> Answer:
         ended = line.get("finish_reason", "stop") != "length"
         try:
             if "tokens" not in line:
-                return self.reader.of_text(line["answer"], ended, asked)
+                return self.reader.of_text(self._text(line, asked), ended, asked)
             tokens = line["tokens"]
             whole = len(tokens) <= asked.max_tokens
             text = line.get("answer") if whole else None
             return self.reader.of_tokens(tokens[: asked.max_tokens], text, ended and whole, asked)
         except UnusableAnswer as error:
             raise _wrong(self.path, number, f"its answer cannot be used: {error}") from error
+
+    def _text(self, line: Mapping[str, Any], asked: Asked) -> str:
+        """Return the text of an answer as it follows the prompt.
+
+        Whoever names the prompt itself has answered it word by word. Others have answered the
+        question, with thoughts or without.
+        """
+        answer: str = line["answer"]
+        return answer if "prompt" in line else continuing(self._prompt_text(asked), answer)
+
+    def _prompt_text(self, asked: Asked) -> str:
+        text: str = self.reader.tokenizer.decode(
+            list(asked.prompt), clean_up_tokenization_spaces=False
+        )
+        return text
 
 
 def listed_names(names: Sequence[str]) -> str:
@@ -151,7 +172,7 @@ def _read(path: Path, text: str) -> Iterator[tuple[str, tuple[int, dict[str, Any
         RecipeError: a line is no answer, or two answer the same.
     """
     first: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         if not line.strip():
             continue
         content = _parsed(path, number, line)
@@ -171,18 +192,28 @@ def _read(path: Path, text: str) -> Iterator[tuple[str, tuple[int, dict[str, Any
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _wrong(path, number, f"is no JSON: {error}") from error
-    if not isinstance(content, dict) or not {*NAMES} & content.keys():
+        content = json_object(line)
+    except BadLineError as error:
+        raise RecipeError(f"{path}, line {number}{error}") from error
+    if not {*NAMES} & content.keys():
         raise _wrong(path, number, f"does not say what it answers. {HOW_LINES_LOOK[:-1]}")
     if not {*ANSWERS} & content.keys():
         raise _wrong(path, number, f"has no answer. {HOW_LINES_LOOK[:-1]}")
-    if not isinstance(content.get("answer", ""), str):
-        raise _wrong(path, number, '"answer" is no text')
+    if problem := _text_problem(content.get("answer", "")):
+        raise _wrong(path, number, f'"answer" {problem}')
     if not isinstance(content.get("tokens", []), list):
         raise _wrong(path, number, '"tokens" is no list of token ids')
     return content
+
+
+def _text_problem(answer: object) -> str:
+    """Return why something is no text that a tokenizer can read; empty if it is one."""
+    if not isinstance(answer, str):
+        return "is no text"
+    if len(answer) > LONGEST_CELL:
+        return f"has {len(answer)} characters; {LONGEST_CELL} are the most"
+    lone = LONE_SURROGATE.search(answer)
+    return f"holds U+{ord(lone[0]):04X}, which is no character of a text; remove it" if lone else ""
 
 
 def _wrong(path: Path, number: int, problem: str) -> RecipeError:

@@ -157,6 +157,12 @@ def _asking(
             f"The texts of the run were written with {switches} in the chat template. Ask the "
             "model so."
         )
+    if not thinking and asked.opens_thoughts:
+        sentences.append(
+            "The chat template begins answers inside a thinking block. The texts of the run were "
+            "written without thoughts: end the block before the model answers, with `</think>` and "
+            "a blank line after the prompt."
+        )
     if asked.uses_date and date:
         sentences.append(
             f"The chat template writes the date. The texts of the run have {date}; in another "

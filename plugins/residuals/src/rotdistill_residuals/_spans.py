@@ -13,6 +13,7 @@ from torch import Tensor
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.pairing import UNPAIRED
+from rotdistill_core.data.thoughts import without_thoughts
 from rotdistill_core.data.tokenization import decode_answer
 from rotdistill_core.errors import RecipeError
 from rotdistill_residuals._tokenizers import not_of_bytes
@@ -154,9 +155,12 @@ def content_spans(
 def _contents(
     style: str, question: Conversation, teacher_tokenizer: Any, teacher_text: Text
 ) -> list[bytes]:
-    """Return the bytes of system prompt, turns and answer of a text."""
-    answer = question.answer
-    if answer is None:
+    """Return the bytes of system prompt, turns and answer of a text.
+
+    Thoughts in a given answer are left out: each template writes them in its own way.
+    """
+    answer = without_thoughts(question.answer or "")
+    if question.answer is None:
         answer = decode_answer(teacher_tokenizer, teacher_text.tokens[teacher_text.answer :])
     turns = (turn.content for turn in question.turns)
     return [part.encode() for part in (question.system_under(style), *turns, answer)]
