@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 from tests.faults.inputs import ANY, CHECK_RECIPE, PLAN, RUN, Input, replace_in
 
 KIND = "hostile rows"
+ROOT = Path(__file__).parents[2]
 LINE = 3
 """Where a hostile line stands."""
 HUGE = 100_000_000
 """Bytes of a line that does not end."""
-PAIR = {"id": "x", "language": "en", "question": "w1 w2", "answer": "w3 w4"}
 USER = {"role": "user", "content": "w1 w2"}
 ASSISTANT = {"role": "assistant", "content": "w3 w4"}
+PAIR = {"id": "x", "language": "en", "question": "w1 w2", "answer": "w3 w4"}
 
 
 def _pair(**more: object) -> bytes:
@@ -101,7 +101,6 @@ ANSWERS: Mapping[str, bytes] = {
     "bytes of a surrogate": _answer(answer="@").replace(b"@", b"\xed\xa0\x80"),
     "a number": _answer(answer=1),
     "1e400": _answer(answer="@").replace(b'"@"', b"1e400"),
-    "an empty answer": _answer(answer=""),
     "a key twice": _answer()[:-1] + b', "answer": "w5"}',
     "an answer twice": _answer() + b"\n" + _answer(),
     "no answer": b'{"id": "held-0"}',
@@ -114,13 +113,43 @@ ANSWERS: Mapping[str, bytes] = {
     "true as a token": _tokens(b"[true]"),
     "a token below 0": _tokens(b"[-1]"),
     "a token of nobody": _tokens(b"[99999999999999999999]"),
-    "no tokens": _tokens(b"[]"),
     "another text than the tokens": _answer(tokens=[7, 8]),
     "100 MB cut off": b'{"id": "held-0", "answer": "' + b"w1 " * (HUGE // 3),
     "a text of 100 MB": _answer(answer="@").replace(b"@", b"w1 " * (HUGE // 3)),
     "a list": b"[1]",
 }
 """Lines of answers that are refused."""
+EMPTY: Mapping[str, bytes] = {
+    "an empty answer": _answer(answer=""),
+    "no tokens": _tokens(b"[]"),
+}
+"""Answers that end at once, as those of a model may."""
+
+PARQUET = (
+    "empty",
+    "no rows",
+    "cut off",
+    "half of it",
+    "another beginning of the footer",
+    "a changed page",
+    "JSON",
+    "numbers as questions",
+    "infinite answers",
+    "bytes as answers",
+    "a NUL",
+    "an empty answer",
+    "a list as a question",
+    "50 lists as messages",
+    "messages without roles",
+    "null as content",
+    "numbers as content",
+    "no messages",
+    "the assistant first",
+    "dates as ids",
+    "an id twice",
+    "a language that is none",
+)
+"""Names of the files of `parquet_rows`, all of which are refused."""
 
 
 def row_inputs() -> Iterator[Input]:
@@ -132,11 +161,11 @@ def row_inputs() -> Iterator[Input]:
         yield Input(KIND, f"JSON lines: {title}", change, {2}, calls, early=True, tells=tells)
     for title, line in TAKEN.items():
         yield Input(KIND, f"JSON lines: {title}", partial(_lines, line=line), ANY, early=True)
-    for title, make in _PARQUET.items():
+    for title in PARQUET:
         yield Input(
             KIND,
             f"Parquet: {title}",
-            partial(_parquet, make=make),
+            partial(_parquet, title=title),
             {2},
             calls,
             early=True,
@@ -146,6 +175,8 @@ def row_inputs() -> Iterator[Input]:
         tells = "not UTF-8 text" if "bytes of" in title else "answers.jsonl, line "
         change = partial(_answers, line=line)
         yield Input(KIND, f"answers: {title}", change, {2}, tells=tells)
+    for title, line in EMPTY.items():
+        yield Input(KIND, f"answers: {title}", partial(_answers, line=line), {0})
 
 
 def _rows(work: Path) -> list[dict[str, Any]]:
@@ -175,64 +206,10 @@ def _answers(work: Path, line: bytes) -> None:
     recipe.write_text(engine + recipe.read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def _parquet(work: Path, make: Callable[[list[dict[str, Any]]], bytes]) -> None:
-    (work / "texts/index.parquet").write_bytes(make(_rows(work)))
+def _parquet(work: Path, title: str) -> None:
+    """Let the index be Parquet. Another process writes it: pyarrow leaves threads behind."""
+    path = work / "texts/index.parquet"
+    words = [sys.executable, "-m", "tests.faults.parquet_rows", title, str(path)]
+    rows = json.dumps(_rows(work))
+    subprocess.run(words, cwd=ROOT, input=rows, text=True, check=True, timeout=300)
     replace_in(work / "trial.toml", "texts/index.tsv", "texts/index.parquet")
-
-
-def _table(rows: list[dict[str, Any]], **columns: Any) -> bytes:
-    """Return rows as Parquet, some columns replaced."""
-    table = pyarrow.Table.from_pylist(rows)
-    for name, values in columns.items():
-        own = values if isinstance(values, pyarrow.Array) else pyarrow.array(values)
-        if name in table.column_names:
-            table = table.set_column(table.column_names.index(name), name, own)
-        else:
-            table = table.append_column(name, own)
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(table, sink)
-    return bytes(sink.getvalue())
-
-
-def _deep(depth: int) -> pyarrow.Array:
-    value: Any = "w1"
-    for _ in range(depth):
-        value = [value]
-    return pyarrow.array([value] * 8)
-
-
-def _changed(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
-
-
-_PARQUET: Mapping[str, Callable[[list[dict[str, Any]]], bytes]] = {
-    "empty": lambda _: b"",
-    "no rows": lambda rows: _table(rows[:0]),
-    "cut off": lambda rows: _table(rows)[:-20],
-    "half of it": lambda rows: _table(rows)[: len(_table(rows)) // 2],
-    "another beginning of the footer": lambda rows: _changed(_table(rows), -200),
-    "a changed page": lambda rows: _changed(_table(rows), 30),
-    "JSON": lambda rows: json.dumps(rows).encode(),
-    "numbers as questions": lambda rows: _table(rows, question=list(range(8))),
-    "infinite answers": lambda rows: _table(rows, answer=[float("inf")] * 8),
-    "bytes as answers": lambda rows: _table(rows, answer=[b"\xff\x00"] * 8),
-    "a NUL": lambda rows: _table(rows, answer=["w1\0"] * 8),
-    "an empty answer": lambda rows: _table(rows, answer=[*["w1"] * 7, ""]),
-    "a list as a question": lambda rows: _table(rows, question=_deep(1)),
-    "50 lists as messages": lambda rows: _table(rows, messages=_deep(50)),
-    "messages without roles": lambda rows: _table(rows, messages=[[{"content": "w1"}]] * 8),
-    "null as content": lambda rows: _table(
-        rows, messages=[[USER, {"role": "assistant", "content": None}]] * 8
-    ),
-    "numbers as content": lambda rows: _table(
-        rows, messages=[[{"role": "user", "content": 1}]] * 8
-    ),
-    "no messages": lambda rows: _table(rows, messages=[[USER, ASSISTANT]] * 7 + [[]]),
-    "the assistant first": lambda rows: _table(rows, messages=[[ASSISTANT, USER]] * 8),
-    "dates as ids": lambda rows: _table(
-        rows, id=pyarrow.array(range(8), type=pyarrow.timestamp("s"))
-    ),
-    "an id twice": lambda rows: _table([*rows, rows[0]]),
-    "a language that is none": lambda rows: _table(rows, language=["../x"] * 8),
-}
-"""Files that are refused."""
