@@ -24,10 +24,18 @@ FEW = 3
 """Dropped lessons that are kept as examples, for each reason."""
 
 
+MARKED = 0.9
+"""Share of the questions of a language with a question mark from which proposed ones need one."""
+QUESTION_MARKS = "?\uff1f\u061f\u055e\u037e"
+GREEK_MARK = ";"
+"""The question mark of Greek; elsewhere it asks nothing."""
+
+
 class Reason(StrEnum):
     """Why a lesson is dropped."""
 
     NO_QUESTION = "the teacher wrote no question of one line"
+    NO_MARK = "it has no question mark, as the questions of the index have"
     OTHER_LANGUAGE = "the question is in another language"
     HELDOUT_QUESTION = "the question names a held-out topic"
     HELDOUT_ANSWER = "the answer names a held-out topic"
@@ -56,11 +64,19 @@ class Gate:
         heldout: names of held-out topics, which no lesson has in question or answer.
         others: names of topics that options are chosen on, which no question is about.
         taken: questions and texts that no lesson repeats.
+        marked: languages in which proposed questions need a question mark.
     """
 
-    def __init__(self, heldout: Names, others: Names, taken: Iterable[str]) -> None:
+    def __init__(
+        self,
+        heldout: Names,
+        others: Names,
+        taken: Iterable[str],
+        marked: Iterable[str] = (),
+    ) -> None:
         self.heldout = heldout
         self.others = others
+        self.marked = frozenset(marked)
         self.dropped: Counter[Reason] = Counter()
         """Reason -> candidates that were dropped for it."""
         self.examples: dict[Reason, list[str]] = {}
@@ -89,7 +105,7 @@ class Gate:
         )
         validation = {each.topic for each in conversations if each.split == Split.VALIDATION}
         taken = (text for each in conversations for text in (each.question, each.answer) if text)
-        return cls(Names(names), Names(validation), taken)
+        return cls(Names(names), Names(validation), taken, _marked_languages(conversations))
 
     def admits(self, candidate: Candidate, question: str) -> bool:
         """Return whether a question may be asked; from then on it counts as asked.
@@ -135,8 +151,29 @@ class Gate:
         # Forms with another topic in them are alike on purpose.
         if not candidate.question and self._has_near(form):
             return Reason.NEAR
-        return None
+        return Reason.NO_MARK if self._lacks_mark(candidate, question) else None
+
+    def _lacks_mark(self, candidate: Candidate, question: str) -> bool:
+        is_proposed = candidate.kind == LessonKind.DOMAIN and not candidate.question
+        needs_one = is_proposed and candidate.language in self.marked
+        return needs_one and not _has_mark(question, candidate.language)
 
     def _has_near(self, form: str) -> bool:
         found = process.extractOne(form, self._seen.keys(), scorer=fuzz.ratio, score_cutoff=NEAR)
         return found is not None
+
+
+def _has_mark(question: str, language: str) -> bool:
+    is_greek = language.partition("-")[0] == "el"
+    return any(c in QUESTION_MARKS or (is_greek and c == GREEK_MARK) for c in question)
+
+
+def _marked_languages(conversations: Sequence[Conversation]) -> set[str]:
+    """Return the languages in which nearly all questions to fit on have a question mark."""
+    counts: Counter[str] = Counter()
+    marked: Counter[str] = Counter()
+    for each in conversations:
+        if each.split == Split.FIT and each.question:
+            counts[each.language] += 1
+            marked[each.language] += _has_mark(each.question, each.language)
+    return {language for language, count in counts.items() if marked[language] >= MARKED * count}

@@ -158,8 +158,8 @@ class Lessons(Document):
     tokens: Annotated[int, Field(ge=1, le=1024)] = 64
     """Longest answer, in tokens."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    """Temperature of answers in the domain; 0 takes the best token. Proposed questions and general
-    texts are always drawn at temperature 1."""
+    """Temperature of answers in the domain; 0 takes the best token. Proposed questions are always
+    drawn at temperature 0.7, general texts at 1."""
     forms: str | None = None
     """A table of forms of question, relative to the recipe: language, and form with {topic} in it.
     """

@@ -98,3 +98,27 @@ def test_a_few_examples_are_kept_for_each_reason(gate: Gate) -> None:
 )
 def test_a_proposed_question_is_one_line(text: str, question: str) -> None:
     assert one_line(text) == question
+
+
+@pytest.mark.parametrize(
+    ("language", "question", "admitted"),
+    [
+        ("en", "Which mill is that", False),
+        ("en", "Which mill is that?", True),
+        ("el", "Πού είναι ο μύλος;", True),
+        ("en", "A mill; a white horse", False),
+        ("ja", "風車はどこにありますか", True),
+        ("zh", "风车到底在哪里？", True),
+    ],
+)
+def test_a_proposed_question_has_a_mark_where_those_of_the_index_have_one(
+    language: str, question: str, admitted: bool
+) -> None:
+    asked = {"en": "Why?", "el": "Γιατί;", "ja": "なぜですか", "zh": "为什么？"}
+    texts = [Conversation(code, code, Split.FIT, text, "x") for code, text in asked.items()]
+    gate = Gate.of(texts, [])
+    assert gate.admits(Candidate(0, LessonKind.DOMAIN, language), question) == admitted
+    assert gate.dropped == ({} if admitted else {Reason.NO_MARK: 1})
+    # Forms are the user's own, and general questions need none.
+    assert gate.admits(Candidate(1, LessonKind.GENERAL, "und"), f"{question} indeed")
+    assert gate.admits(Candidate(2, LessonKind.DOMAIN, language, question="x"), "Tell me of a mill")

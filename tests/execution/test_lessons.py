@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,10 @@ def test_the_teacher_proposes_questions_and_answers_them(
     lessons = [each for each in samples.conversations if each.id.endswith(".lesson")]
     assert len(lessons) == 12
     system = words(1, 2, 3, 4)
-    proposals = [each for each in heard if each.temperature == 1.0]
+    proposals = [each for each in heard if each.temperature]
+    texts = sum(lesson.is_plain for lesson in lessons)
+    drawn = Counter(each.temperature for each in proposals)
+    assert (drawn[1.0], drawn[0.7]) == (texts, len(proposals) - texts)
     assert len({each.seed for each in proposals}) == len(proposals) >= 12
     by_id = {text.id: text for text in samples.layout.texts}
     for lesson in lessons:
