@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, BATCH_TOKENS, LOGIT_ROWS
 from rotdistill_core.data.splits import Split
@@ -45,9 +45,24 @@ GUARD_SCORES = 5
 """Most times that an edit is scored on the guard's texts: before it, and at four strengths."""
 
 
+class Added(NamedTuple):
+    """Exact sums that all processes of a run add up together."""
+
+    size: float
+    """Bytes of one sum: two integers of 8 bytes for each entry."""
+    times: float
+    """How often one process would add up."""
+    dealt: bool = False
+    """Whether n processes add up an n-th as often, since each has more terms by then."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Resources that a step needs."""
+    """Resources that a step needs.
+
+    `operations` are those of all processes of a run together. Those that are not dealt are done by
+    the first process, while the others wait.
+    """
 
     host_bytes: float = 0.0
     """Peak memory on the host."""
@@ -59,6 +74,12 @@ class Cost:
     """Size of the files that only this step writes."""
     operations: float = 0.0
     """Floating-point operations."""
+    dealt_operations: float = 0.0
+    """Those of them that are dealt over the processes of a run."""
+    added_up: tuple[Added, ...] = ()
+    """What its processes add up together."""
+    gathered_bytes: float = 0.0
+    """Bytes of rows that the first process gathers from all of them."""
     read_bytes: float = 0.0
     """Bytes read from weight files and shards."""
     traffic_bytes: float = 0.0
@@ -74,6 +95,9 @@ class Cost:
             teacher_device_bytes=max(self.teacher_device_bytes, other.teacher_device_bytes),
             disk_bytes=self.disk_bytes + other.disk_bytes,
             operations=self.operations + other.operations,
+            dealt_operations=self.dealt_operations + other.dealt_operations,
+            added_up=(*self.added_up, *other.added_up),
+            gathered_bytes=self.gathered_bytes + other.gathered_bytes,
             read_bytes=self.read_bytes + other.read_bytes,
             traffic_bytes=self.traffic_bytes + other.traffic_bytes,
             shared_files={**self.shared_files, **other.shared_files},
@@ -83,11 +107,18 @@ class Cost:
         """Return the cost of the same work on the teacher's device."""
         return replace(self, device_bytes=0.0, teacher_device_bytes=self.device_bytes)
 
+    def dealt(self) -> Cost:
+        """Return the cost of the same work, dealt over the processes of a run."""
+        return replace(self, dealt_operations=self.operations)
+
     def repeated(self, count: float) -> Cost:
         """Return the cost of doing this `count` times: memory and files stay, the rest grows."""
         return replace(
             self,
             operations=count * self.operations,
+            dealt_operations=count * self.dealt_operations,
+            added_up=tuple(each._replace(times=count * each.times) for each in self.added_up),
+            gathered_bytes=count * self.gathered_bytes,
             read_bytes=count * self.read_bytes,
             traffic_bytes=count * self.traffic_bytes,
         )

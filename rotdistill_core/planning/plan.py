@@ -140,6 +140,8 @@ class Plan:
     machine: Machine
     baseline_memory: int
     """Memory that every step needs on top of its own, bytes."""
+    costs: list[Cost] = field(default_factory=list)
+    """Cost of each line, as its step states it; nothing where the result is reused."""
     notes: list[str] = field(default_factory=list)
     """What the user should know of how texts are written, a sentence each."""
 
@@ -300,6 +302,7 @@ def build_plan(
         texts=start.texts,
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
+        costs=builder.costs,
         notes=[
             *read,
             *_counting_notes(start.texts),
@@ -474,6 +477,8 @@ class _LineBuilder:
     asking: Asking
     """What the engine is asked."""
     statuses: list[StepStatus]
+    costs: list[Cost] = field(default_factory=list)
+    """Cost of each line that was made, in their order; none of what is reused."""
 
     def answer_lines(self) -> Iterator[PlanLine]:
         """Yield the lines of what is written in the teacher's name: its answers, and lessons.
@@ -578,6 +583,7 @@ class _LineBuilder:
         self, line: PlanLine, cost: Cost, measured_seconds: float | None = None
     ) -> PlanLine:
         """Return the line with the cost of its result; unchanged if the result is reused."""
+        self.costs.append(Cost() if line.reused else cost)
         if line.reused:
             return line
         seconds = measured_seconds

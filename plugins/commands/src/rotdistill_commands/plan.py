@@ -13,7 +13,9 @@ import typer
 from rich.table import Column
 
 from rotdistill_commands._arguments import log
+from rotdistill_commands._cluster import cluster_document, cluster_notes, cluster_table
 from rotdistill_core import hookimpl
+from rotdistill_core.planning.cluster import cluster_of
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
@@ -39,23 +41,42 @@ def plan(
     short: Annotated[
         bool, typer.Option("--short", help="One line on stderr, as `run` begins with.")
     ] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", help="Plan for so many equal machines.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", help="GPUs of each machine, a process on each.")
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Their kind: h100, h200, a100, l40s, rtx4090, or here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate memory, disk and time of a run, and list the results that it reuses.
 
-    Exits with code 3 if this machine is too small.
+    With --nodes, --gpus or --gpu, other machines take the place of this one.
+
+    Exits with code 3 if the machine is too small.
 
     Examples:
 
       rotdistill plan recipes/tour_guide.toml
 
       rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
+
+      rotdistill plan recipes/tour_guide_qwen32b.toml --nodes 4 --gpus 8 --gpu h100
     """
+    here = this_machine(RUNS_FOLDER)
+    cluster = None
+    if (nodes, gpus, gpu) != (None, None, None):
+        cluster = cluster_of(nodes, gpus, gpu, here)
     loaded = load_recipe(path, sets or [])
     for note in loaded.notes:
         log(note)
     try:
-        planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
+        machine = cluster.machine(here) if cluster else here
+        planned = build_plan(loaded, RUNS_FOLDER, machine, fresh, log)
     except ModelNotAvailable as error:
         # `run` can go on without a plan, because it downloads the model.
         if not short:
@@ -63,13 +84,16 @@ def plan(
         log(f"plan: {error}")
         return
     if as_json:
-        print_json(_document(planned))
+        more = {"cluster": cluster_document(planned, cluster)} if cluster else {}
+        print_json({**_document(planned), **more})
     elif short:
         log(planned.summary)
     else:
         console = stdout_console()
         console.print(_table(planned))
-        for line in _notes(planned):
+        if cluster:
+            console.print(cluster_table(planned, cluster))
+        for line in (*_notes(planned), *(cluster_notes(cluster) if cluster else ())):
             console.print(literal(line), soft_wrap=True)
     planned.require_resources(path)
 

@@ -11,6 +11,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     MOMENT_ROWS,
+    Added,
     Cost,
     CostContext,
     capture_cost,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LIMBS = 2
 """Integers of an entry of a sum while terms are added, each as large as a float64."""
+COMMIT_BLOCKS = 8
+"""Blocks of each process after which sums are added up and committed."""
 TEMPORARIES = 5
 """Copies of the largest product while it is added to its sum."""
 
@@ -46,7 +49,8 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
         anchor_states = ("anchor states", *kept, step.student_texts)
         shared[anchor_states] = shard_bytes(context.anchor, rows, student_number)
     return replace(
-        capture_cost(context, student_rows=rows),
+        capture_cost(context, student_rows=rows).dealt(),
+        gathered_bytes=teacher_shards + student_shards,
         disk_bytes=student_shards + control_shards,
         shared_files=shared,
     )
@@ -94,4 +98,5 @@ def _sums_cost(step: Residuals, context: CostContext, partner: ModelShape) -> Co
         host_bytes=LIMBS * sums + TEMPORARIES * largest + widened + 3 * states,
         disk_bytes=sums + LIMBS * sums,
         operations=walk.operations + 2.0 * rows * entries,
-    )
+        added_up=(Added(LIMBS * sums, blocks / COMMIT_BLOCKS, dealt=True),),
+    ).dealt()

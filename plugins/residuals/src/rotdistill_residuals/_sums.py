@@ -30,10 +30,9 @@ from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import float64_device
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_residuals._cost import COMMIT_BLOCKS
 from rotdistill_residuals._finite import require_finite_states
 
-COMMIT_BLOCKS = 8
-"""Blocks after which the sums so far are committed."""
 BLOCKS = "blocks"
 """Name of the number of blocks among the tensors of sums that were begun."""
 

@@ -12,6 +12,7 @@ from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
+    Added,
     Cost,
     CostContext,
     acceptance_cost,
@@ -99,6 +100,8 @@ class WriterRefit:
         largest = max(inputs)
         targets = rows * width * (FLOAT64_BYTES + 2 * number)
         moments = (7 * largest**2 + 6 * largest * width) * FLOAT64_BYTES
+        # Two splits, each with two integers for an entry.
+        sums = sum(n * (n + width) for n in inputs) * 2 * 2 * FLOAT64_BYTES
         products = sum(2.0 * rows * n * (n + width) for n in inputs)
         # A candidate: Cholesky, its two triangular solves, and its step and error on other rows.
         candidate = sum(n**3 / 3 + 6.0 * n**2 * width for n in inputs)
@@ -112,6 +115,8 @@ class WriterRefit:
             device_bytes=max(forward.device_bytes, scores.device_bytes),
             disk_bytes=2 * writer_bytes,
             operations=forward.operations * passes + refitted * solves + scores.operations,
+            dealt_operations=forward.operations * passes + refitted * products,
+            added_up=(Added(sums, refitted),),
             read_bytes=forward.read_bytes + scores.read_bytes,
             traffic_bytes=forward.traffic_bytes * passes + scores.traffic_bytes,
         )
