@@ -355,9 +355,9 @@ def test_a_variant_without_the_capture_of_another_is_refused_in_one_line(edit: E
 
 
 def test_several_machines_are_planned_from_the_same_costs(recipe: Path) -> None:
-    alone = json.loads(command_line("plan", str(recipe), "--json").stdout)
+    alone = json.loads(command_line("plan", str(recipe), "--json")[1])
     options = ("--nodes", "2", "--gpus", "4", "--gpu", "h100", "--json")
-    plan = json.loads(command_line("plan", str(recipe), *options).stdout)
+    plan = json.loads(command_line("plan", str(recipe), *options)[1])
     found = plan["cluster"]
     assert "cluster" not in alone
     assert (found["nodes"], found["gpus"], found["gpu"], found["ranks"]) == (2, 4, "h100", 8)
@@ -369,14 +369,14 @@ def test_several_machines_are_planned_from_the_same_costs(recipe: Path) -> None:
 
 
 def test_the_table_of_several_machines_says_what_is_assumed(recipe: Path) -> None:
-    done = command_line("plan", str(recipe), "--nodes", "4", "--gpu", "a100")
-    assert "4 x 1 a100" in done.stdout
-    assert "TFLOP/s (assumed)" in done.stdout
-    assert "(assumed)" not in command_line("plan", str(recipe)).stdout
+    _, out, _ = command_line("plan", str(recipe), "--nodes", "4", "--gpu", "a100")
+    assert "4 x 1 a100" in out
+    assert "TFLOP/s (assumed)" in out
+    assert "(assumed)" not in command_line("plan", str(recipe))[1]
 
 
 @pytest.mark.parametrize("options", [("--nodes", "0"), ("--gpus", "9999"), ("--gpu", "abacus")])
 def test_machines_that_are_none_are_refused(recipe: Path, options: tuple[str, str]) -> None:
-    done = command_line("plan", str(recipe), *options)
-    assert done.exit_code == 2
-    assert " ".join(options) in done.stderr
+    code, _, err = command_line("plan", str(recipe), *options)
+    assert code == 2
+    assert " ".join(options) in err
