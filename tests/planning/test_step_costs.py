@@ -263,3 +263,29 @@ def test_fisher_information_is_stored_for_each_ingredient(deep: CostContext) -> 
     )
     assert fisher.disk_bytes - plain.disk_bytes == 3 * 2 * deep.student.parameters()
     assert fisher.device_bytes > 3 * deep.student.parameters() * 4
+
+
+def test_captures_are_dealt_and_evaluation_is_not(deep: CostContext) -> None:
+    for options in ({}, {"store": "moments"}):
+        capture = cost_of("residuals", deep, **options)
+        assert capture.dealt_operations == pytest.approx(capture.operations)
+        assert capture.gathered_bytes > 0
+    assert cost_of("fidelity", deep).dealt_operations == 0
+
+
+def test_sums_are_added_up_in_two_integers_for_each_entry(deep: CostContext) -> None:
+    (added,) = cost_of("residuals", deep, store="moments").added_up
+    width, boundaries = deep.student.width, deep.student.depth + 1
+    kinds = 2 if deep.same else 3
+    assert added.size == boundaries * (kinds + 2) * width**2 * 2 * FLOAT64_BYTES
+    assert added.dealt
+    assert cost_of("residuals", deep).added_up == ()
+
+
+def test_a_refit_adds_up_the_sums_of_two_splits_for_each_layer(deep: CostContext) -> None:
+    cost = cost_of("writer-refit", deep, layers="all", writers=["neurons"])
+    neurons, width = deep.student.neurons, deep.student.width
+    (added,) = cost.added_up
+    assert added.size == 2 * neurons * (neurons + width) * 2 * FLOAT64_BYTES
+    assert (added.times, added.dealt) == (8, False)
+    assert 0 < cost.dealt_operations < cost.operations
