@@ -4,8 +4,8 @@ A float64 sum changes its last bits with the order and the grouping of its terms
 number of processes that share the work. Here each term is written in fixed point, as two int64
 limbs, before it is added. Integers add up to the same bits in any order and any grouping.
 
-Fixed point: a term `m` becomes `hi + lo · 2^-40` in units of `2^-scale`, with `hi` the nearest
-integer and `|lo| <= 2^39`. A term of at least `2^12` units is kept bit by bit, because a float64 of
+Fixed point: a term `m` becomes `hi + lo · 2^-40` in units of `2^-scale`, with `hi` the integer
+part and `|lo| <= 2^40`. A term of at least `2^12` units is kept bit by bit, because a float64 of
 that size has no digit below `2^-40`. Smaller terms are off by at most `2^-41` units. With `scale`
 from the bound B of the sum, the first are all terms above `2^-48 B`, and the others are off by less
 than `2^-100 B`.
@@ -14,7 +14,7 @@ than `2^-100 B`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -30,7 +30,7 @@ LOW_BITS = 40
 HIGH_BITS = 62
 """The terms of the upper limb add up to at most `2^62` in size: no partial sum leaves an int64."""
 MAX_TERMS = 1 << 22
-"""Terms of a sum. The lower limbs of so many add up to at most `2^61`."""
+"""Terms of a sum. The lower limbs of so many add up to at most `2^62`."""
 MAX_EXPONENT = 900
 """Bounds between `2^-900` and `2^900` have a unit that float64 can hold."""
 
@@ -149,17 +149,14 @@ class ExactSum:
         device = sum_device(term.device)
         self._limbs = self._limbs.to(device)
         values = term.to(device).reshape(-1)
-        limbs = self._limbs.view(2, -1)
-        step = CHUNK if device.type == "cpu" else max(len(values), 1)
-        for k in range(0, len(values), step):
-            part = slice(k, k + step)
+        high, low = self._limbs.view(2, -1)
+        for part in _chunks(len(values), device):
             # Exact: a power of two changes only the exponent.
             scaled = values[part].to(SUM_DTYPE) * 2.0**self._scale
-            hi = scaled.round()
-            # Exact: what is left has the digits of `scaled` after the point.
-            lo = scaled.sub_(hi).mul_(2.0**LOW_BITS).round_()
-            limbs[0, part] += hi.to(torch.int64)
-            limbs[1, part] += lo.to(torch.int64)
+            high[part] += scaled.to(torch.int64)  # the integer part
+            # Exact: these are the digits of `scaled` after the point.
+            scaled.frac_().mul_(2.0**LOW_BITS).round_()
+            low[part] += scaled.to(torch.int64)
         self._terms += 1
         self._size += size
 
@@ -225,12 +222,17 @@ class ExactSum:
 
         It is a function of the limbs' integer alone, so it has the same bits wherever that has.
         """
-        hi, lo = self._limbs.cpu().unbind(0)
-        # Carry what the lower limb has above its digits. Then its rest is exact in float64.
-        carry = (lo + (1 << (LOW_BITS - 1))) >> LOW_BITS
-        rest = lo - (carry << LOW_BITS)
-        units = (hi + carry).to(SUM_DTYPE) + rest.to(SUM_DTYPE) * 2.0**-LOW_BITS
-        return units * 2.0**-self._scale
+        limbs = self._limbs.cpu()
+        high, low = limbs.view(2, -1)
+        value = torch.empty(limbs.shape[1:], dtype=SUM_DTYPE)
+        for part in _chunks(len(low), limbs.device):
+            hi, lo = high[part], low[part]
+            # Carry what the lower limb has above its digits. Then its rest is exact in float64.
+            carry = (lo + (1 << (LOW_BITS - 1))) >> LOW_BITS
+            rest = lo - (carry << LOW_BITS)
+            units = (hi + carry).to(SUM_DTYPE) + rest.to(SUM_DTYPE) * 2.0**-LOW_BITS
+            value.view(-1)[part] = units * 2.0**-self._scale
+        return value
 
     def state(self, copy: bool = True) -> ExactState:
         """Return everything, on the host; without `copy` limbs on the host are those of the sum."""
@@ -245,3 +247,10 @@ class ExactSum:
         restored._terms = state.terms
         restored._size = state.size
         return restored
+
+
+def _chunks(entries: int, device: torch.device) -> Iterator[slice]:
+    """Yield the entries that are handled at once: all on a GPU, what fits the caches on a CPU."""
+    step = CHUNK if device.type == "cpu" else max(entries, 1)
+    for k in range(0, entries, step):
+        yield slice(k, k + step)
