@@ -217,15 +217,17 @@ class Processes(Ranks):
     def _meet(self, rendezvous: Callable[..., Iterator[tuple[Store, int, int]]]) -> Store:
         """Wait for all processes; return the store through which they talk."""
         start, limit = timedelta(seconds=START_SECONDS), timedelta(seconds=LIMIT_SECONDS)
+        # torchrun keeps its store when it restarts processes, with what the dead ones have said.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, rank, world = next(rendezvous("env://", timeout=start))
         self._dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self._has_nccl else "gloo",
-            store=self._dist.PrefixStore("group", store),
+            store=self._dist.PrefixStore(f"group {attempt}", store),
             rank=rank,
             world_size=world,
             timeout=limit,
         )
-        return self._dist.PrefixStore("rotdistill", store)
+        return self._dist.PrefixStore(f"rotdistill {attempt}", store)
 
     def lead(self, work: Callable[[], Result]) -> Result:
         """See `Ranks.lead`."""
