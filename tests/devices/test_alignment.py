@@ -15,6 +15,7 @@ step = [
     { id = "shuffled", use = "residuals", control = "shuffled" },
     { id = "reversed", use = "residuals", control = "reversed" },
     { id = "narrow", use = "residuals", dtype = "bfloat16", student_texts = 8 },
+    { id = "sums", use = "residuals", store = "moments" },
     { id = "basis", use = "procrustes" },
     { use = "fidelity" },
     { use = "answers", max_tokens = 3 },
@@ -25,6 +26,7 @@ match = ["match"]
 shuffled = ["shuffled"]
 reversed = ["reversed"]
 narrow = ["narrow"]
+sums = ["sums", "fidelity"]
 """
 ALIGNERS = """
 step = [
