@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/tour_guide.toml"))
     parser.add_argument("--counts", type=int, nargs="+", default=[0, 500, 1000, 2000, 5000])
-    parser.add_argument("--general", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--general", type=float, nargs="+", default=[0.01])
     parser.add_argument("--general-from", nargs="+", default=["texts"])
     parser.add_argument("--sources", nargs="+", default=["questions"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])

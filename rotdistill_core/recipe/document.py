@@ -149,7 +149,7 @@ class Lessons(Document):
     """Where questions come from. `"questions"`: forms (those of `forms`, and each question of the
     index that names its topic) with the topics of the index. `"topics"`: the forms of `forms` with
     `topics`. `"teacher"`: the teacher proposes them itself, after two questions of the index."""
-    general: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    general: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of lessons outside the domain, against forgetting."""
     general_from: Literal["texts", "questions"] = "texts"
     """What they are. `"texts"`: plain texts, which the teacher writes from a random token on.
