@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -215,8 +215,17 @@ class Interrupted(BaseException):
     """A signal that ends the run. Typer would turn a KeyboardInterrupt into a quiet return."""
 
 
-def _interrupted(number: int, _: FrameType | None) -> None:
-    raise Interrupted(number)
+class _Interrupter:
+    """Ends the run when a signal arrives, and remembers that one did."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        """The signal that arrived; None before."""
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        """Raise `Interrupted`."""
+        self.number = number
+        raise Interrupted(number)
 
 
 RESEND_SECONDS = 0.05
@@ -248,29 +257,38 @@ def main() -> None:
     """Run the command line and leave with the exit code that the error asks for."""
     logging.setLogRecordFactory(_visible_record)
     warnings.formatwarning = _visible_warning
-    signal.signal(signal.SIGTERM, _interrupted)
-    signal.signal(signal.SIGINT, _interrupted)
+    interrupter = _Interrupter()
+    signal.signal(signal.SIGTERM, interrupter)
+    signal.signal(signal.SIGINT, interrupter)
     sys.unraisablehook = _resend_swallowed_signal
     words = [word for word in sys.argv[1:] if word not in VERBOSE]
     verbose = len(words) < len(sys.argv) - 1
     try:
         app(words, prog_name="rotdistill", standalone_mode=False)
     except Interrupted as stop:
-        again = literal(_command_line())
-        stderr_console().print(
-            f"interrupted; what was finished is kept. Go on with:\n{again}", soft_wrap=True
-        )
-        sys.exit(128 + int(stop.args[0]))
+        _end_by_signal(int(stop.args[0]))
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except ToldByLead as stop:
         sys.exit(stop.exit_code)  # the process that leads the run says why
     except Exception as error:
+        if interrupter.number is not None:
+            # Code of libraries in C may turn the exception of a signal into one of its own.
+            _end_by_signal(interrupter.number)
         if "_ROTDISTILL_COMPLETE" in os.environ:
             sys.exit(1)  # the shell completes an unfinished line: say nothing
         if verbose:
             stderr_console().print(literal(traceback.format_exc()), soft_wrap=True)
         sys.exit(_report_error(error))
+
+
+def _end_by_signal(number: int) -> NoReturn:
+    """Say how the run goes on, and leave with the exit code of a signal."""
+    again = literal(_command_line())
+    stderr_console().print(
+        f"interrupted; what was finished is kept. Go on with:\n{again}", soft_wrap=True
+    )
+    sys.exit(128 + number)
 
 
 def _command_line() -> str:

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -434,6 +436,22 @@ def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
     os.close(writer)
     assert "Traceback" not in made.stderr
     assert "unexpected" not in made.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_counts_even_if_a_library_makes_an_error_of_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def convert(*_: object) -> None:
+        # `command_line` keeps the handlers of the command line from being set.
+        handle = cast("Mock", signal.signal).call_args_list[0].args[1]
+        try:
+            handle(number, None)
+        except Interrupted:
+            raise TypeError("no such shape") from None
+
+    monkeypatch.setattr(samples, "tokenize_texts", convert)
+    assert printed(128 + number, "run", "trial.toml").endswith("rotdistill run trial.toml\n")
 
 
 @pytest.mark.slow

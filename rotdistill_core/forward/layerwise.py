@@ -315,11 +315,11 @@ class LayerwiseForward:
         """
         return [batch.real_rows for batch in self._batches if not batch.aside]
 
-    def collected(self, rows: Tensor, values: Tensor | None = None) -> Tensor | None:
+    def collected(self, rows: Tensor | None = None, values: Tensor | None = None) -> Tensor | None:
         """Return the states of rows of the whole, on the host of the leading process.
 
         Args:
-            rows: their numbers [n], in any order.
+            rows: their numbers [n], in any order; all rows by default.
             values: take these in place of the states: a row for each row of `layout`.
 
         Returns:
@@ -327,7 +327,11 @@ class LayerwiseForward:
         """
         values = self.states if values is None else values
         if self.ranks.count == 1:
+            if rows is None:
+                return values.to("cpu", copy=True)
             return values[rows.to(values.device)].cpu()
+        if rows is None:
+            rows = torch.arange(self.whole.rows)
         owner = self._owner[rows]
         mine = owner == self.ranks.number
         own = torch.full((self.whole.rows,), -1).index_copy(

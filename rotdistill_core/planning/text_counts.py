@@ -19,6 +19,7 @@ from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.batching import SAMPLE_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
+from rotdistill_core.store.plain import read_bytes
 
 if TYPE_CHECKING:
     from rotdistill_core.data.conversations import Conversation
@@ -63,7 +64,7 @@ class TokenCounter:
         self._vocabulary = vocabulary
         with reading(path, "the tokenizer"):
             self._tokenizer = Tokenizer.from_file(str(path))
-            settings = json.loads(path.read_bytes())
+            settings = json.loads(read_bytes(path))
         # Its file may keep them from its training; transformers asks for neither in a run.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

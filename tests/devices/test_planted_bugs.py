@@ -31,7 +31,7 @@ from rotdistill_core.forward.head import final_norm, widened_like
 from rotdistill_core.forward.layerwise import LayerwiseForward, _Batch
 from rotdistill_core.forward.slots import Slots
 from rotdistill_core.forward.whole import computable
-from rotdistill_core.forward.writer_moments import writer_moments
+from rotdistill_core.forward.writer_moments import _add_own_rows
 from rotdistill_core.testing import (
     PRETENDED,
     DeviceError,
@@ -131,10 +131,10 @@ BUGS = {
     ),
     "divergence": Bug(compare_logits, "targets.to(S.device)", "targets", SCORES),
     "moments of a writer": Bug(
-        writer_moments, "weights.to(forward.device, ", "weights.to(", REFIT, SAME
+        _add_own_rows, "[forward.rows].to(forward.device, ", "[forward.rows].to(", REFIT, SAME
     ),
     "targets of a batch": Bug(
-        writer_moments, "[rows.to(targets.device)].to(X)", "[rows]", REFIT, SAME, FULL
+        _add_own_rows, "[rows.to(targets.device)].to(X)", "[rows]", REFIT, SAME, FULL
     ),
     "targets of a refit": Bug(
         TeacherTargets.reached_by_student, "states.to(target)", "states", REFIT, SAME

@@ -61,11 +61,9 @@ def plan(
 
     Examples:
 
-      rotdistill plan recipes/tour_guide.toml
-
       rotdistill plan recipes/tour_guide.toml --set chop.layers=24 --json
 
-      rotdistill plan recipes/tour_guide_qwen32b.toml --nodes 4 --gpus 8 --gpu h100
+      rotdistill plan recipes/tour_guide.toml --nodes 4 --gpus 8 --gpu h100
     """
     here = this_machine(RUNS_FOLDER)
     cluster = None

@@ -214,7 +214,6 @@ class Stream:
             self.weights, self.layout, self.model.device, self.model.dtype, ranks=ranks
         )
         self._resume(forward, committed)
-        everything = torch.arange(self.layout.rows)
         shards = committed[: forward.boundary]
         sidecar = {
             "model": self.model.ref.model,
@@ -224,7 +223,7 @@ class Stream:
         }
 
         def collected(boundary: int) -> Tensor | None:
-            return None if committed[boundary] else forward.collected(everything)
+            return None if committed[boundary] else forward.collected()
 
         def commit(boundary: int, states: Tensor | None) -> str:
             if states is None:  # it is committed, or the leading process does that
