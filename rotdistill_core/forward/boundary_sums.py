@@ -24,7 +24,13 @@ from rotdistill_core.forward.row_rms import (
     rms_histogram,
     rms_normalise,
 )
-from rotdistill_core.linalg.paired_sums import ROWS, PairedSums, RowSums
+from rotdistill_core.linalg.paired_sums import (
+    ROWS,
+    SQUARES,
+    PairedSums,
+    RowSums,
+    triangle,
+)
 from rotdistill_core.linalg.precision import SUM_DTYPE
 
 
@@ -163,13 +169,17 @@ class BoundarySums:
         return sums.scaled(*self._scales) if kind == "raw" else sums
 
     def values(self) -> dict[str, Tensor]:
-        """Return all sums in float64 by name, for a file; see `read_sums`."""
+        """Return all sums in float64 by name, for a file; see `read_sums`.
+
+        Of symmetric ones it is a triangle.
+        """
         tensors: dict[str, Tensor] = {}
         for kind in self._sums:
             value = self.value(kind)
             tensors[f"{kind}.{ROWS}"] = torch.tensor(value.rows)
             for name in self._sums[kind].names:
-                tensors[f"{kind}.{name}"] = getattr(value, name)
+                tensor = getattr(value, name)
+                tensors[f"{kind}.{name}"] = triangle(tensor) if name in SQUARES else tensor
         return tensors
 
     def state(self) -> dict[str, Tensor]:
@@ -200,7 +210,7 @@ def read_sums(tensors: Mapping[str, LazyTensor], kind: str, squares: bool) -> Ro
         squares: whether to read C_ss and C_tt.
     """
     begin = f"{kind}."
-    left_out = set() if squares else {"C_ss", "C_tt"}
+    left_out = set() if squares else set(SQUARES)
     values = {
         name.removeprefix(begin): tensor
         for name, tensor in tensors.items()

@@ -16,6 +16,23 @@ from rotdistill_core.linalg.exact import ExactState, ExactSum
 
 ROWS = "rows"
 """Name of the number of rows among the tensors of a sum."""
+SQUARES = {"C_ss": "student_sum", "C_tt": "teacher_sum"}
+"""Symmetric sums, of which one triangle is kept -> the sum that has their width."""
+
+
+def triangle(square: Tensor) -> Tensor:
+    """Return the upper triangle `[d (d + 1) / 2]` of a symmetric matrix `[d, d]`, row by row."""
+    rows, columns = torch.triu_indices(*square.shape, device=square.device)
+    return square[rows, columns]
+
+
+def square_of(triangle: Tensor, width: int) -> Tensor:
+    """Return the symmetric matrix `[d, d]` that has an upper triangle `[d (d + 1) / 2]`."""
+    rows, columns = torch.triu_indices(width, width)
+    square = triangle.new_empty(width, width)
+    square[rows, columns] = triangle
+    square[columns, rows] = triangle
+    return square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +59,18 @@ class RowSums:
 
     @classmethod
     def of(cls, rows: int, tensors: Mapping[str, Tensor]) -> RowSums:
-        """Return sums by name; C_ss, C_tt and the null may be missing."""
+        """Return sums by name, of C_ss and C_tt a triangle; these and the null may be missing."""
         d_s, d_t = tensors["C_st"].shape
+        squares = {
+            name: square_of(tensors[name], len(tensors[of_width]))
+            for name, of_width in SQUARES.items()
+            if name in tensors
+        }
         shapes = {"C_st_shuffled": (d_s, d_t), "C_ss": (d_s, d_s), "C_tt": (d_t, d_t)}
         # Views of one number take no memory.
         zero = torch.zeros((), dtype=torch.float64)
         zeros = {name: zero.expand(shape) for name, shape in shapes.items()}
-        return cls(rows=rows, **{**zeros, **tensors})
+        return cls(rows=rows, **{**zeros, **tensors, **squares})
 
     def scaled(self, student: float, teacher: float) -> RowSums:
         """Return the sums of rows that are so many times as long; powers of two are exact."""
@@ -65,7 +87,7 @@ class RowSums:
 
 
 class PairedSums:
-    """The sums of `RowSums` while rows are added.
+    """The sums of `RowSums` while rows are added; of symmetric ones a triangle.
 
     The bound comes from the problem: n rows of RMS 1 and width d at most add up to `n d`.
     """
@@ -102,7 +124,7 @@ class PairedSums:
         if shuffled:
             shapes["C_st_shuffled"] = (d_s, d_t)
         if squares:
-            shapes |= {"C_ss": (d_s, d_s), "C_tt": (d_t, d_t)}
+            shapes |= {"C_ss": (d_s * (d_s + 1) // 2,), "C_tt": (d_t * (d_t + 1) // 2,)}
         self._where = where
         self._rows = 0
         self._sums = {
@@ -124,8 +146,8 @@ class PairedSums:
         products = {
             "C_st": lambda: S.T @ T,
             "C_st_shuffled": lambda: S.T @ T_other,
-            "C_ss": lambda: S.T @ S,
-            "C_tt": lambda: T.T @ T,
+            "C_ss": lambda: triangle(S.T @ S),
+            "C_tt": lambda: triangle(T.T @ T),
             "student_sum": lambda: S.sum(0),
             "teacher_sum": lambda: T.sum(0),
             "student_energy": lambda: S.pow(2).sum(),
