@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from rotdistill_core.data.splits import Split
+
 BATCH_TOKENS = 1536
 """Padded tokens that go through a layer at once: the budget of `LayerwiseForward`."""
 ANSWERS_AT_ONCE = 64
@@ -12,6 +16,7 @@ LOGIT_ROWS = 256
 """Rows whose logits are compared at once."""
 BLOCK_TEXTS = 64
 """Texts to fit on whose sums are added up together, whatever the machine: the unit of work."""
-SAMPLE_TEXTS = 32
-"""Texts to fit on, and as many for validation, whose rows every capture keeps. What needs rows and
-not sums is taken from these: thresholds, layer maps, principal frames and diagnostics."""
+SAMPLE_TEXTS: Mapping[Split, int] = {Split.FIT: 24, Split.VALIDATION: 8}
+"""Split -> how many of its texts have rows that every capture keeps. What needs rows and not sums
+is taken from these: thresholds, layer maps and principal frames from texts to fit on, diagnostics
+from those for validation."""

@@ -122,10 +122,11 @@ class PackedTexts:
     def sample(self) -> PackedTexts:
         """Return the texts whose rows every capture keeps.
 
-        Those are the first `SAMPLE_TEXTS` to fit on and as many for validation, and all others. Of
-        a sample it is the sample itself. Texts are in shuffled order, so the first are any.
+        Those are the first `SAMPLE_TEXTS` to fit on and for validation, and all others. Of a
+        sample it is the sample itself. Texts are in shuffled order, so the first are any. Those
+        outside the domain come last: see `inner_rows`.
         """
-        room = {Split.FIT: SAMPLE_TEXTS, Split.VALIDATION: SAMPLE_TEXTS}
+        room = dict(SAMPLE_TEXTS)
         kept = []
         for text in self.texts:
             if text.split in room:
@@ -133,14 +134,30 @@ class PackedTexts:
                     continue
                 room[text.split] -= 1
             kept.append(text)
-        return self.of(tuple(kept))
+        return self.of(tuple(sorted(kept, key=lambda text: text.split.outside_domain)))
+
+    @property
+    def inner_rows(self) -> int:
+        """Number of leading rows that some step reads at other boundaries than the last.
+
+        Texts outside the domain are judged by what a model predicts, so of those that come after
+        all others only the final states are read.
+        """
+        last = len(self.texts)
+        while last and self.texts[last - 1].split.outside_domain:
+            last -= 1
+        return self.starts[last]
 
     def fit_blocks(self) -> list[PackedTexts]:
         """Return the texts to fit on in blocks of `BLOCK_TEXTS`; a function of the texts alone.
 
         Each block begins with the shared prefix, unless all of its texts are plain.
         """
-        texts = tuple(text for text in self.texts if text.split == Split.FIT)
+        return self.select(Split.FIT).blocks()
+
+    def blocks(self) -> list[PackedTexts]:
+        """Return the texts in blocks of `BLOCK_TEXTS`, with the prefix unless all are plain."""
+        texts = self.texts
         return [self.of(texts[k : k + BLOCK_TEXTS]) for k in range(0, len(texts), BLOCK_TEXTS)]
 
     @cached_property

@@ -9,9 +9,11 @@ can do with the latter:
   frames of `fidelity`.
 - Rows of the sample, from either store: thresholds of massive activations, the layer map,
   diagnostics, the teacher's principal frame of `basis-fold`.
-- Rows of held-out texts and of the guard, which are always kept: `fidelity`.
+- Rows of held-out texts, which are always kept: `fidelity`.
+- The teacher's final states of the guard, which are always kept: `fidelity`, `lm-head-ridge`,
+  `prompt-kl`, `writer-refit`. At other boundaries a store of sums has no rows of the guard.
 - The teacher's final states of texts to fit on, which are computed where they were not captured:
-  `lm-head-ridge`, `prompt-kl`.
+  `lm-head-ridge`, which keeps sums and a few rows of them, and `prompt-kl`.
 - Rows of all texts: `writer-refit`, and the controls of the capture.
 """
 
@@ -80,7 +82,8 @@ class ActivationStore:
     def rows(self, side: str, boundary: int) -> Tensor:
         """Return one side's raw stream `[rows, d]` at a boundary (0: embeddings), memory-mapped.
 
-        The rows are those of `layouts[side]`, which with `store = "moments"` is a sample.
+        The rows are those of `layouts[side]`, which with `store = "moments"` is a sample. There
+        boundaries other than the last have only the first `inner_rows` of them.
         """
         return open_tensors(self.root / self.shards[side][boundary])["rows"].read()
 
@@ -93,7 +96,7 @@ class ActivationStore:
         """
         own = self.layouts[Side.STUDENT]
         S = self.rows(Side.STUDENT, boundary)
-        S = S if layout == own else S[self._places(layout, Side.STUDENT)]
+        S = S if layout == own else self._taken(S, self._places(layout, Side.STUDENT), boundary)
         return S, self.teacher_states(layout, self.depths[boundary])
 
     def thresholds(self, boundary: int) -> Thresholds:
@@ -203,8 +206,26 @@ class ActivationStore:
         """
         T = self.rows(Side.TEACHER, boundary)
         if Side.SPANS not in self.shards:
-            return T[self._places(layout, Side.TEACHER)]
-        return span_means(T, self._spans(layout))
+            return self._taken(T, self._places(layout, Side.TEACHER), boundary)
+        spans = self._spans(layout)
+        self._require_kept(T, spans, boundary)
+        return span_means(T, spans)
+
+    def _taken(self, X: Tensor, places: Tensor, boundary: int) -> Tensor:
+        """Return rows of a shard at some places `[n, d]`.
+
+        Raises:
+            RecipeError: the shard ends before one of them.
+        """
+        self._require_kept(X, places, boundary)
+        return X[places]
+
+    def _require_kept(self, X: Tensor, places: Tensor, boundary: int) -> None:
+        if places.numel() and int(places.max()) > len(X) - (places.dim() == 1):
+            raise RecipeError(
+                f"rows of texts outside the domain are asked for at boundary {boundary}, and the "
+                f"capture has kept them at the last boundary only. {ROWS_REMEDY}"
+            )
 
     def paired_mask(self, layout: PackedTexts) -> Tensor:
         """Return the mask [rows] of rows with teacher rows: all rows if both read the same."""

@@ -215,11 +215,11 @@ class TextCounts:
     def sampled(self) -> TextCounts:
         """The texts whose rows every capture keeps, see `PackedTexts.sample`, at mean length."""
         rows, texts = dict(self.rows), dict(self.texts)
-        for split in (Split.FIT, Split.VALIDATION):
+        for split, most in SAMPLE_TEXTS.items():
             count = texts.get(split, 0)
-            if count > SAMPLE_TEXTS:
-                rows[split] = round(rows[split] * SAMPLE_TEXTS / count)
-                texts[split] = SAMPLE_TEXTS
+            if count > most:
+                rows[split] = round(rows[split] * most / count)
+                texts[split] = most
         return replace(self, rows=rows, texts=texts)
 
     @property

@@ -22,6 +22,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data import packed
 from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.rows import Variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.maps import Maps, tensor_of
@@ -68,7 +69,7 @@ def stores(
     request: pytest.FixtureRequest, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Stores:
     monkeypatch.setattr(packed, "BLOCK_TEXTS", 16)
-    monkeypatch.setattr(packed, "SAMPLE_TEXTS", 8)
+    monkeypatch.setattr(packed, "SAMPLE_TEXTS", {Split.FIT: 8, Split.VALIDATION: 8})
     samples = pico_samples(texts=100, guard=4)
     if request.param == "a baked prompt":
         samples = pico_baked(samples)

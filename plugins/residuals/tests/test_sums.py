@@ -38,7 +38,7 @@ NAMES = ("C_st", "C_st_shuffled", "C_ss", "C_tt", "student_sum", "teacher_sum", 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 5 texts, and samples of 3, so that pico texts have several blocks."""
     monkeypatch.setattr(packed, "BLOCK_TEXTS", 5)
-    monkeypatch.setattr(packed, "SAMPLE_TEXTS", 3)
+    monkeypatch.setattr(packed, "SAMPLE_TEXTS", {Split.FIT: 3, Split.VALIDATION: 3})
 
 
 def in_float64(folder: Path, *args: object, **changes: object) -> Model:
@@ -148,6 +148,8 @@ def test_rows_of_a_sample_and_of_scored_texts_are_kept(pair: Pair, tmp_path: Pat
     assert sums.sample == rows.sample == sums.layouts[Side.STUDENT]
     scored = samples.layout.select(Split.HELDOUT, Split.GUARD)
     torch.testing.assert_close(sums.teacher_states(scored, 2), rows.teacher_states(scored, 2))
+    heldout = samples.layout.select(Split.HELDOUT)
+    torch.testing.assert_close(sums.teacher_states(heldout, 1), rows.teacher_states(heldout, 1))
     assert sums.holds(Side.TEACHER, scored)
     assert not sums.holds(Side.TEACHER, samples.layout)
 
@@ -157,6 +159,23 @@ def test_rows_that_are_not_kept_say_what_to_do(pair: Pair, tmp_path: Path) -> No
     sums = captured(pair, samples, tmp_path, Residuals(store="moments"))
     with pytest.raises(RecipeError, match=r'rows of 21 texts .* "t5"\. Set store = "rows"'):
         sums.teacher_states(samples.layout.select(Split.FIT), 1)
+
+
+@pytest.mark.parametrize("kind", ["a shared prompt", "a baked prompt"])
+def test_inner_states_of_texts_outside_the_domain_are_not_kept(
+    pair: Pair, tmp_path: Path, kind: str
+) -> None:
+    samples = layouts_of(kind)
+    rows, sums = both_stores(pair, samples, tmp_path)
+    kept = sums.layouts[Side.TEACHER]
+    inner = kept.select(Split.FIT, Split.VALIDATION, Split.HELDOUT).rows
+    sizes = [len(sums.rows(Side.TEACHER, boundary)) for boundary in range(4)]
+    assert sizes == [inner, inner, inner, kept.rows]
+    assert inner < kept.rows
+    guard = samples.layout.select(Split.GUARD)
+    with pytest.raises(RecipeError, match=r"at boundary 2, .* last boundary only\. Set store ="):
+        sums.teacher_rows(guard, 2)
+    assert len(rows.teacher_rows(guard, 2)) == guard.rows
 
 
 def test_the_store_is_restored_from_json_and_hashes_its_sums(pair: Pair, tmp_path: Path) -> None:

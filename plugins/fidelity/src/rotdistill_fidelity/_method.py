@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from rotdistill_fidelity._frames import Frame, Frames
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Lineage, Weights
-    from rotdistill_core.data.packed import Samples, Text
+    from rotdistill_core.data.packed import PackedTexts, Samples, Text
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
@@ -39,9 +39,7 @@ def score_variant(
     """Return all metrics of a variant: overall, by text, by language and by layer."""
     weights = variant.weights
     layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
-    answers, _, _ = layout.prediction_rows(Split.HELDOUT)
-    # With two tokenizers, some rows have no rows of the teacher that they are paired with.
-    answers = answers[activations.paired_mask(layout)[answers]]
+    answers = Answers.of(layout, activations)
     forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
     # Models that start in one basis need no rotation.
     frames = None if pair.same else Frames.of(pair, activations, out)
@@ -62,22 +60,43 @@ def score_variant(
 # Hidden states.
 
 
+class Answers(NamedTuple):
+    """The rows that predict tokens of held-out answers, where the teacher has a row of its own."""
+
+    heldout: PackedTexts
+    """The held-out texts: of the guard inner states are not captured."""
+    in_heldout: Tensor
+    """Their rows among those of the held-out texts [n]."""
+    rows: Tensor
+    """The same rows among those of all texts that go through the variant [n]."""
+
+    @classmethod
+    def of(cls, layout: PackedTexts, activations: ActivationStore) -> Answers:
+        """Return those of a layout with held-out texts and others."""
+        heldout = layout.select(Split.HELDOUT)
+        rows, in_heldout = (each.prediction_rows(Split.HELDOUT)[0] for each in (layout, heldout))
+        # With two tokenizers, some rows have no rows of the teacher that they are paired with.
+        paired = activations.paired_mask(heldout)[in_heldout]
+        return cls(heldout, in_heldout[paired], rows[paired])
+
+
 def hidden_state_rows(
     variant: Variant,
     activations: ActivationStore,
     forward: LayerwiseForward,
-    rows: Tensor,
+    answers: Answers,
     frames: Frames | None,
 ) -> list[MetricRow]:
-    """Return the hidden-state metrics of rows [n] at the boundary that a forward pass reached."""
+    """Return the hidden-state metrics of answers at the boundary that a forward pass reached."""
     lineage, boundary = variant.weights.lineage, forward.boundary
     depth = lineage.depths[boundary]
     place = float64_device(forward.device)
-    states = forward.states_of(rows).to(place, torch.float64)
+    states = forward.states_of(answers.rows).to(place, torch.float64)
     X = in_teacher_frame(states, lineage, frames.at(depth) if frames else None)
-    T = activations.teacher_states(forward.layout, depth)[rows].to(place, torch.float64)
+    T = activations.teacher_states(answers.heldout, depth)[answers.in_heldout]
+    T = T.to(place, torch.float64)
     return [
-        MetricRow(variant.name, metric, value, Split.HELDOUT, layer=boundary, n=len(rows))
+        MetricRow(variant.name, metric, value, Split.HELDOUT, layer=boundary, n=len(X))
         for metric, value in hidden_metrics(X, T).items()
     ]
 

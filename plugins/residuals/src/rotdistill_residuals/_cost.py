@@ -40,7 +40,12 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
     rows = texts.rows_of(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     student_number = DTYPE_BYTES.get(step.dtype, context.student_bytes)
     teacher_number = DTYPE_BYTES.get(step.dtype, context.teacher_bytes)
-    teacher_shards = shard_bytes(teacher, texts.as_teacher_reads.total, teacher_number)
+    read = texts.as_teacher_reads
+    teacher_shards = float(shard_bytes(teacher, read.total, teacher_number))
+    if not step.keeps_all_rows:
+        # Of texts outside the domain only the final states are kept.
+        outside = read.total - read.rows_of(*(s for s in Split if not s.outside_domain))
+        teacher_shards -= teacher.depth * outside * teacher.width * teacher_number
     student_shards = shard_bytes(student, rows, student_number)
     control_shards = teacher_shards if step.control != "none" else 0
     kept = (step.dtype, step.store)
@@ -69,6 +74,11 @@ def moments_cost(step: Residuals, context: CostContext) -> Cost:
     return cost
 
 
+def triangle_entries(width: int) -> int:
+    """Return the entries of a symmetric matrix that are kept."""
+    return width * (width + 1) // 2
+
+
 def _sums_cost(step: Residuals, context: CostContext, partner: ModelShape) -> Cost:
     """Return the cost of the sums of the student with one partner."""
     student, texts = context.student, context.texts
@@ -82,7 +92,9 @@ def _sums_cost(step: Residuals, context: CostContext, partner: ModelShape) -> Co
     boundaries = student.depth + 1
     kinds = 2 if context.same or partner is context.anchor else 3
     cross = kinds * student.width * partner.width
-    entries = boundaries * (cross + student.width**2 + partner.width**2)
+    squares = triangle_entries(student.width) + triangle_entries(partner.width)
+    entries = boundaries * (cross + squares)
+    products = boundaries * (cross + student.width**2 + partner.width**2)
     sums = entries * FLOAT64_BYTES
     largest = max(student.width, partner.width) ** 2 * FLOAT64_BYTES
     widened = 2 * min(block_rows, MOMENT_ROWS) * (student.width + 2 * partner.width) * FLOAT64_BYTES
@@ -96,7 +108,8 @@ def _sums_cost(step: Residuals, context: CostContext, partner: ModelShape) -> Co
     return replace(
         walk,
         host_bytes=LIMBS * sums + TEMPORARIES * largest + widened + 3 * states,
-        disk_bytes=sums + LIMBS * sums,
-        operations=walk.operations + 2.0 * rows * entries,
+        # What was begun is committed while blocks are missing, and lies there to the end.
+        disk_bytes=sums + (LIMBS * sums if blocks > COMMIT_BLOCKS else 0.0),
+        operations=walk.operations + 2.0 * rows * products,
         added_up=(Added(LIMBS * sums, blocks / COMMIT_BLOCKS, dealt=True),),
     ).dealt()

@@ -93,6 +93,7 @@ def _capture_rows(
             layout=student_texts,
             out=out,
             dtype=_dtype(step, pair.student),
+            inner_rows=_inner_rows(step, student_texts),
         ),
     ]
     if pair.anchor:
@@ -190,6 +191,8 @@ class Stream:
     out: StepOutput
     dtype: torch.dtype
     """Dtype of the shards."""
+    inner_rows: int
+    """Number of leading rows that shards before the last boundary hold."""
 
     @property
     def depth(self) -> int:
@@ -223,7 +226,10 @@ class Stream:
         }
 
         def collected(boundary: int) -> Tensor | None:
-            return None if committed[boundary] else forward.collected()
+            if committed[boundary]:
+                return None
+            some = boundary < self.depth and self.inner_rows < self.layout.rows
+            return forward.collected(torch.arange(self.inner_rows) if some else None)
 
         def commit(boundary: int, states: Tensor | None) -> str:
             if states is None:  # it is committed, or the leading process does that
@@ -257,10 +263,12 @@ class Stream:
     def _resume(self, forward: LayerwiseForward, committed: list[str]) -> None:
         """Move the forward pass to the last boundary before which no shard is missing.
 
-        Only shards of the dtype of the forward pass hold the states as they were computed.
+        Only shards of all rows, of the dtype of the forward pass, hold the states as they were
+        computed.
         """
         first_missing = committed.index("")
-        if first_missing and self.dtype == self.model.dtype:
+        as_computed = self.dtype == self.model.dtype and self.inner_rows == self.layout.rows
+        if first_missing and as_computed:
             shard = open_tensors(self.out.store.root / committed[first_missing - 1])
             forward.start_at(first_missing - 1, shard["rows"].read()[forward.rows])
 
@@ -287,6 +295,7 @@ def _shared_stream(
     step: Residuals, side: Side, model: Model, layout: PackedTexts, out: StepOutput
 ) -> Stream:
     """Return the stream of an unedited model; its shards are keyed by content for all runs."""
+    inner_rows = _inner_rows(step, layout)
     shared = out.shared(
         f"{side.value} residuals",
         model.sha256,
@@ -295,6 +304,7 @@ def _shared_stream(
         str(model.dtype),
         model.device.type,
         step.dtype,
+        str(inner_rows),
         code=package_digest("rotdistill_residuals"),
     )
     return Stream(
@@ -304,7 +314,16 @@ def _shared_stream(
         layout=layout,
         out=shared,
         dtype=_dtype(step, model),
+        inner_rows=inner_rows,
     )
+
+
+def _inner_rows(step: Residuals, layout: PackedTexts) -> int:
+    """Return how many of a model's rows are kept at boundaries before the last.
+
+    A capture of rows keeps all of them: it goes on from any boundary, and anybody may look.
+    """
+    return layout.rows if step.keeps_all_rows else layout.inner_rows
 
 
 def _dtype(step: Residuals, model: Model) -> torch.dtype:

@@ -46,9 +46,9 @@ class Residuals:
     capture resumes at the layer where it stopped."""
     store: Literal["rows", "moments"] = "rows"
     """What is kept. `"rows"`: the rows of all texts. `"moments"`: exact sums over the rows to fit
-    on, and the rows of held-out texts, of the guard, and of the first 32 texts to fit on and for
-    validation; memory and disk do not grow with the number of texts. `writer-refit` and `control`
-    need `"rows"`."""
+    on, and the rows of held-out texts, of the first 24 texts to fit on and of the first 8 for
+    validation, with the final states of the guard; memory and disk do not grow with the number of
+    texts. `writer-refit` and `control` need `"rows"`."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Number of fit and validation texts on which the student is captured (alignment needs few);
     without it, all of them."""
