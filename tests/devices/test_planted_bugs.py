@@ -17,7 +17,8 @@ import pytest
 import torch
 from rotdistill_chop._depth import run_angles
 from rotdistill_hungarian_permute._activations import _record_layer
-from rotdistill_lm_head_ridge._method import NormedRows, next_token_log_probs
+from rotdistill_lm_head_ridge._method import next_token_log_probs
+from rotdistill_lm_head_ridge._reading import NormedRows
 from rotdistill_prompt_kl._lora import lora_products
 from rotdistill_prompt_kl._targets import DistillationTargets
 from rotdistill_soups._fisher import _log_likelihood
@@ -142,7 +143,7 @@ BUGS = {
     "angles of a cut": Bug(
         run_angles, "recent[-1].to(place, ", "recent[-1].to(", CUT, SAME, SLOW_FLOAT64
     ),
-    "rows of a head": Bug(NormedRows.__getitem__, "self.device, ", "", HEAD),
+    "rows of a head": Bug(NormedRows.normed, "self.device, ", "", HEAD),
     "next tokens": Bug(next_token_log_probs, "[rows + 1].to(device)", "[rows + 1]", HEAD),
     "questions": Bug(Growth._logits, "ids.to(self.model.device)", "ids", CAPTURE),
     "columns of questions": Bug(

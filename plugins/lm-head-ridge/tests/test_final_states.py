@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from rotdistill_lm_head_ridge import _final_states
-from rotdistill_lm_head_ridge._final_states import PROBE_TEXTS, final_states
+from rotdistill_lm_head_ridge._final_states import PROBE_TEXTS, StudentStates
 from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Pair
@@ -60,7 +60,7 @@ def truth(weights: Weights) -> Tensor:
 
 
 def states(weights: Weights, activations: ActivationStore, pair: Pair) -> Tensor:
-    return final_states(weights, activations, pair.student, LAYOUT, lambda *_: None)
+    return StudentStates.of(weights, activations, pair.student, LAYOUT).on(LAYOUT)
 
 
 @pytest.mark.parametrize("limit", [None, 12])

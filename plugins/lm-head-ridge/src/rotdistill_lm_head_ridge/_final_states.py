@@ -1,22 +1,26 @@
-"""The student's states after the last layer: captured ones where they still hold, else computed."""
+"""Both models' states after the last layer, block by block of texts.
+
+Captured states are read where they still hold, and others are computed. Of a block nothing stays
+but what it adds to the moments, and the rows that heads are judged by.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
 
 if TYPE_CHECKING:
-    from rotdistill_core.checkpoint.models import Model
+    from rotdistill_core.checkpoint.models import Model, Pair
     from rotdistill_core.checkpoint.weights import Weights
-    from rotdistill_core.data.packed import PackedTexts
+    from rotdistill_core.data.packed import PackedTexts, Samples
     from rotdistill_core.forward.activations import ActivationStore
-    from rotdistill_core.forward.layerwise import Progress
 
 
 PROBE_TEXTS = 2
@@ -25,38 +29,88 @@ PROBE_TOLERANCE = 1e-3
 """Largest distance of a computed row from the captured one, relative to the captured row's norm."""
 
 
-def final_states(
-    weights: Weights,
-    activations: ActivationStore,
-    model: Model,
-    layout: PackedTexts,
-    progress: Progress,
-) -> Tensor:
-    """Return the stream after the last layer and before the final norm, `[rows, d]`.
+@dataclass(frozen=True)
+class StudentStates:
+    """The student's stream after the last layer and before the final norm."""
 
-    Captured rows are used if the student is still the one that was captured. Texts without
-    captured rows are computed; if the student was edited since, all are.
-    """
-    captured_layout = activations.layouts[Side.STUDENT]
-    captured_ids = {text.id for text in captured_layout.texts}
-    captured = replace(layout, texts=tuple(t for t in layout.texts if t.id in captured_ids))
-    missing = layout.where(lambda text: text.id not in captured_ids)
-    rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
-    same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
-    probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
-    if (
-        not probe.texts
-        or activations.depths != weights.lineage.depths
-        or not same_shape
-        or not _agree(_computed(weights, model, probe), rows[probe.row_indices_in(captured_layout)])
-    ):
-        return _computed(weights, model, layout, progress)
-    states = torch.empty(layout.rows, weights.width, dtype=model.dtype)
-    states[captured.row_indices_in(layout)] = rows[captured.row_indices_in(captured_layout)]
-    if missing.texts:
-        computed = _computed(weights, model, missing, progress)
-        states[missing.row_indices_in(layout)] = computed
-    return states
+    weights: Weights
+    activations: ActivationStore
+    model: Model
+    captured: bool
+    """Whether the captured rows are those of this student."""
+
+    @classmethod
+    def of(
+        cls, weights: Weights, activations: ActivationStore, model: Model, layout: PackedTexts
+    ) -> StudentStates:
+        """Find out by some texts of a layout whether the student is still the captured one."""
+        rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
+        same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
+        own = activations.layouts[Side.STUDENT]
+        captured = _part(layout, {text.id for text in layout.texts} & set(own.numbers))
+        probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
+        holds = (
+            bool(probe.texts)
+            and activations.depths == weights.lineage.depths
+            and same_shape
+            and _agree(_computed(weights, model, probe), rows[probe.row_indices_in(own)])
+        )
+        return cls(weights, activations, model, holds)
+
+    def on(self, layout: PackedTexts) -> Tensor:
+        """Return the states of the rows of some texts `[rows, d_s]`, on the host."""
+        if not self.captured:
+            return _computed(self.weights, self.model, layout)
+        own = self.activations.layouts[Side.STUDENT]
+        known = {text.id for text in layout.texts} & set(own.numbers)
+        captured, missing = _part(layout, known), layout.where(lambda text: text.id not in known)
+        states = torch.empty(layout.rows, self.weights.width, dtype=self.model.dtype)
+        if captured.texts:
+            rows = self.activations.rows(Side.STUDENT, len(self.activations.depths) - 1)
+            states[captured.row_indices_in(layout)] = rows[captured.row_indices_in(own)]
+        if missing.texts:
+            computed = _computed(self.weights, self.model, missing)
+            states[missing.row_indices_in(layout)] = computed
+        return states
+
+
+class TeacherRows(NamedTuple):
+    """The teacher's states for rows of the student's texts."""
+
+    states: Tensor
+    """States before the final norm `[rows, d_t]`."""
+    paired: Tensor
+    """Mask of the rows that have one of their own `[rows]`."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The teacher's stream after the last layer and before the final norm."""
+
+    activations: ActivationStore
+    pair: Pair
+    samples: Samples
+
+    def on(self, layout: PackedTexts) -> TeacherRows:
+        """Return the states for the rows of some texts, on the host.
+
+        They are computed unless the capture has kept the rows of all these texts.
+        """
+        read = self.samples.read_by_teacher(layout)
+        if self.activations.holds(Side.TEACHER, read):
+            states = self.activations.teacher_states(layout, self.pair.student.depth)
+            return TeacherRows(states, self.activations.paired_mask(layout))
+        teacher = self.pair.teacher
+        states = _computed(teacher.weights, teacher, read)
+        if read is layout:
+            return TeacherRows(states, torch.ones(layout.rows, dtype=torch.bool))
+        start, end = pair_tokens(layout, read).T
+        return TeacherRows(states[start], end > start)
+
+
+def _part(layout: PackedTexts, ids: set[str]) -> PackedTexts:
+    """Return the texts of a layout with these ids, with its prefix."""
+    return replace(layout, texts=tuple(text for text in layout.texts if text.id in ids))
 
 
 def _agree(computed: Tensor, captured: Tensor) -> bool:
@@ -65,13 +119,9 @@ def _agree(computed: Tensor, captured: Tensor) -> bool:
     return bool((distance <= PROBE_TOLERANCE * captured.norm(dim=1)).all())
 
 
-def _computed(
-    weights: Weights, model: Model, layout: PackedTexts, progress: Progress | None = None
-) -> Tensor:
+def _computed(weights: Weights, model: Model, layout: PackedTexts) -> Tensor:
     """Send the rows of a layout through all layers; return their states `[rows, d]`."""
     forward = LayerwiseForward(weights, layout, model.device, model.dtype)
-    for layer in forward:
+    for _ in forward:
         forward.run()
-        if progress:
-            progress(layer + 1, weights.depth + 1, f"{layout.rows} rows")
     return forward.states.cpu()

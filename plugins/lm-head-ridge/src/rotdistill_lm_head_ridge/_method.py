@@ -26,29 +26,28 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rotdistill_core.data.pairing import pair_tokens
-from rotdistill_core.data.splits import Side, Split
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
     largest_allowed_share,
-    paired_final_states,
     scored_rows,
     scores_by_text,
     significantly_lower,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
-from rotdistill_core.forward.head import final_norm, logits_of, logits_scaling
+from rotdistill_core.forward.head import logits_of, logits_scaling
 from rotdistill_core.linalg.moments import Moments
-from rotdistill_core.linalg.precision import CPU, wide_dtype
+from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import ridge
-from rotdistill_lm_head_ridge._final_states import final_states
+from rotdistill_lm_head_ridge._final_states import StudentStates, TeacherStates
 from rotdistill_lm_head_ridge._logit_map import (
     RowFunction,
     fit_logit_map,
     reduced_targets,
     top_tokens,
 )
+from rotdistill_lm_head_ridge._reading import NormedRows, read_states
 from rotdistill_lm_head_ridge.step import BLOCK_ROWS
 
 if TYPE_CHECKING:
@@ -64,8 +63,6 @@ if TYPE_CHECKING:
 MAP_SHARES = (1.0, 0.5, 0.25)
 """Shares of the map that are tried until one is within the guard. The core's `BACKOFF` goes one
 step further down; the figures of this step are with these three."""
-FIT_BLOCK_ROWS = 4096
-"""Rows whose moments are added at once."""
 MIN_GAIN = 1e-6
 """A head is better if its KL is lower by this many nats; less is rounding."""
 
@@ -100,31 +97,6 @@ class ScoredHead(NamedTuple):
     """Nats per row."""
 
 
-@dataclass(frozen=True)
-class NormedRows:
-    """A model's final states on the host, and its rows after the final norm on a device."""
-
-    weights: Weights
-    """The model, for its final norm."""
-    states: Tensor
-    """States before the norm `[rows, d]`."""
-    device: torch.device
-    dtype: torch.dtype
-    """Dtype of the rows after the norm, float32 at least: that of both models' logits."""
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return rows [n] after the norm `[n, d]`."""
-        return final_norm(self.weights, self.states[rows].to(self.device, self.dtype))
-
-    def head(self, tokens: int) -> Tensor:
-        """Return the first `tokens` rows of the model's head, to multiply these rows with."""
-        return self.weights.head()[:tokens].to(self.device, self.dtype)
-
-    def logits(self, rows: Tensor, head: Tensor) -> Tensor:
-        """Return the logits of rows [n], `[n, V]`, that the model makes with a head `[V, d]`."""
-        return logits_of(self.weights, self[rows] @ head.T)
-
-
 class TeacherHead(NamedTuple):
     """The teacher's final states and its head: together, its logits."""
 
@@ -132,8 +104,8 @@ class TeacherHead(NamedTuple):
     """On the student's rows `[rows, d_t]`."""
     head: Tensor
     """`[V, d_t]`, without padding tokens."""
-    paired: Tensor
-    """Mask of the student's rows that have a row of the teacher `[rows]`."""
+    moments: Moments
+    """Of both models' rows to fit on that are paired, after their final norms."""
 
     def head_for(self, problem: HeadProblem) -> Tensor:
         """Return the head whose products with the teacher's rows a student's should be `[V, d_t]`.
@@ -212,18 +184,27 @@ def fit_head(
     """
     vocabulary = shared_vocabulary(pair)
     layout = _texts_of(step, samples)
-    states = final_states(weights, activations, pair.student, layout, progress)
     device = pair.student.device
-    X = NormedRows(weights, states, device, wide_dtype(states.dtype))
+    scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
+    mapped = torch.zeros(0, dtype=torch.long)
+    if step.objective != "ridge":
+        mapped = map_rows(layout, samples.teacher_answered(), step.max_rows)
+    outside = layout.prediction_rows(Split.GUARD_VALIDATION)[0]
+    read = read_states(
+        StudentStates.of(weights, activations, pair.student, layout),
+        None if step.objective == "next-token" else TeacherStates(activations, pair, samples),
+        layout,
+        torch.cat([scored.rows, mapped, outside]),
+        progress,
+    )
+    X = read.student
     H_s = X.head(vocabulary)
     teacher = None
     target_log_probs = partial(next_token_log_probs, layout, vocabulary, device)
-    if step.objective != "next-token":
-        T, paired = _teacher_states(activations, pair, samples, layout, out, progress)
-        rows = NormedRows(pair.teacher.weights, T, device, X.dtype)
-        teacher = TeacherHead(rows, rows.head(vocabulary), paired)
+    if read.teacher is not None:
+        head = read.teacher.head(vocabulary)
+        teacher = TeacherHead(read.teacher, head, read.moments)
         target_log_probs = partial(teacher_log_probs, teacher)
-    scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
     problem = HeadProblem(
         layout=layout,
         X=X,
@@ -237,11 +218,9 @@ def fit_head(
 
     if teacher is not None:
         best = choose_ridge_head(step, problem, teacher, before, limit, out)
-    ticks = weights.depth + 1
-    progress(ticks, ticks, f"ridge: KL {before.kl:.4f} to {best.kl:.4f}")
+    progress(1, 1, f"ridge: KL {before.kl:.4f} to {best.kl:.4f}")
     if step.objective != "ridge":
-        fit = map_rows(layout, samples.teacher_answered(), step.max_rows)
-        best = map_head(step, problem, best, fit, limit, out, progress)
+        best = map_head(step, problem, best, mapped, limit, out, progress)
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
     if best.head is H_s or not _significantly_better(problem, best.head):
@@ -251,7 +230,7 @@ def fit_head(
         )
         return weights
     # Rows of padding tokens keep their values.
-    whole = weights.head().to(states.dtype, copy=True)
+    whole = weights.head().to(X.states.dtype, copy=True)
     whole[:vocabulary] = best.head.to(whole)
     return weights.untie().edit({weights.adapter.head: whole})
 
@@ -270,32 +249,6 @@ def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
             "lm-head-ridge: guard needs texts outside the domain; name them as samples.guard."
         )
     return layout
-
-
-def _teacher_states(
-    activations: ActivationStore,
-    pair: Pair,
-    samples: Samples,
-    layout: PackedTexts,
-    out: StepOutput,
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Return the teacher's final states on the rows of a layout, and which rows have their own.
-
-    They are computed if the capture has not kept the rows of all these texts.
-
-    Returns:
-        States before the final norm `[rows, d_t]`, and the mask of rows that are paired `[rows]`.
-    """
-    read = samples.read_by_teacher(layout)
-    if activations.holds(Side.TEACHER, read):
-        states = activations.teacher_states(layout, pair.student.depth)
-        return states, activations.paired_mask(layout)
-    states = paired_final_states(pair.teacher, samples, layout, out, progress)
-    if read is layout:
-        return states, torch.ones(layout.rows, dtype=torch.bool)
-    start, end = pair_tokens(layout, read).T
-    return states, end > start
 
 
 def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
@@ -328,15 +281,14 @@ def choose_ridge_head(
     Args:
         step: candidates for ridge and blend.
         problem: the student's states.
-        teacher: the teacher's states and head.
+        teacher: the teacher's states and head, and the moments to fit on.
         before: the student's own head.
         limit: what the guard allows.
         out: its notes list the candidates and the choice.
     """
     X, H_s = problem.X, problem.head
-    T, H_t = teacher.rows, teacher.head_for(problem)
-    fit = (problem.layout.split(Split.FIT) & teacher.paired).nonzero().flatten()
-    solutions = ridge_solutions(fit_moments(X, T, fit), step.ridge, X.device)
+    H_t = teacher.head_for(problem)
+    solutions = ridge_solutions(teacher.moments, step.ridge, X.device)
     rows = problem.validation
     scores = {OWN_HEAD: before.kl}
     scores |= candidate_kl(problem, teacher, rows, solutions, step.blend)
@@ -356,15 +308,6 @@ def choose_ridge_head(
     A, B = solutions[best.ridge]
     head = H_s + best.blend * (H_t @ A.T.to(H_s) + H_s @ B.T.to(H_s) - H_s)
     return ScoredHead(head, scores[best])
-
-
-def fit_moments(X: NormedRows, T: NormedRows, rows: Tensor) -> Moments:
-    """Return the second moments of the student's rows [n] with the teacher's."""
-    moments = Moments(X.states.shape[1], T.states.shape[1])
-    for k in range(0, len(rows), FIT_BLOCK_ROWS):
-        block = rows[k : k + FIT_BLOCK_ROWS]
-        moments.add(X[block], T[block])
-    return moments
 
 
 def ridge_solutions(

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.batching import BLOCK_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.planning.cost import (
+    FLOAT64_BYTES,
     Cost,
     CostContext,
     converted_bytes,
     forward_cost,
-    teacher_states_cost,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
@@ -68,14 +69,28 @@ class LmHeadRidge:
     exact: ClassVar[bool] = False
 
     def cost(self, context: CostContext) -> Cost:
-        """One pass through the student, both heads, three new heads, and blocks of logits."""
+        """One pass through the student and, where its states were not captured, the teacher.
+
+        In memory are one block of texts, the moments, the rows that heads are judged by, both
+        heads, three new heads, and blocks of logits.
+        """
         student, teacher, number = context.student, context.teacher, context.student_bytes
         texts = context.texts
+        fit_texts = min(self.max_texts or texts.texts_of(Split.FIT), texts.texts_of(Split.FIT))
         rows = texts.rows_of(Split.FIT, limit=self.max_texts) + texts.rows_of(Split.VALIDATION)
-        forward = forward_cost(student, rows, number)
+        blocks = -(-(fit_texts + texts.texts_of(Split.VALIDATION)) // BLOCK_TEXTS)
+        block_rows = min(rows, texts.rows_of(Split.FIT, limit=BLOCK_TEXTS))
+        cost = forward_cost(student, block_rows, number).repeated(blocks)
+        if context.sums and self.objective != "next-token":
+            walk = forward_cost(teacher, block_rows, context.teacher_bytes)
+            cost += walk.on_teacher().repeated(blocks)
         head = student.vocab * student.width * number
-        # Both models' final states, before and after the norm.
-        states = rows * (2 * student.width + 2 * teacher.width) * number
+        judged = SCORED_ROWS + (0 if self.objective == "ridge" else self.max_rows)
+        # Both models' final states, before and after the norm; of a block before the norm.
+        states = min(rows, judged) * (2 * student.width + 2 * teacher.width) * number
+        states += block_rows * (student.width + teacher.width) * number
+        # Integers of two limbs, what they are added from, and the sums themselves.
+        moments = 4 * student.width * (student.width + teacher.width) * FLOAT64_BYTES
         # Probabilities of the map's fit rows, and their logits.
         targets = 0 if self.objective == "ridge" else self.max_rows * self.max_tokens * number * 2
         logits = 3 * min(BLOCK_ROWS, rows) * student.vocab * number
@@ -84,17 +99,13 @@ class LmHeadRidge:
         copied += teacher.width * converted_bytes(teacher, number)
         # Every candidate of the default grid reads both heads on every scored row.
         scores = 10.0 * SCORED_ROWS * student.vocab * (student.width + teacher.width)
-        host = forward.host_bytes + states + 3 * head + student.vocab * copied + logits + targets
-        cost = replace(
-            forward,
-            host_bytes=host,
+        host = states + moments + 3 * head + student.vocab * copied + logits + targets
+        return replace(
+            cost,
+            host_bytes=cost.host_bytes + host,
             disk_bytes=head,
-            operations=forward.operations + scores,
+            operations=cost.operations + scores,
         )
-        if context.sums and self.objective != "next-token":
-            # The teacher's final states of texts that the capture has not kept.
-            cost += teacher_states_cost(context, rows, ("lm-head-ridge", self.max_texts))
-        return cost
 
     def context_after(self, context: CostContext) -> CostContext:
         """Return the context after the step: the head is a tensor of its own."""
