@@ -132,7 +132,7 @@ def fit_logit_map(
     require_finite(H, "head map: head")
     # M = left N right: in N both second moments are the identity and the penalty is α/2 ‖N‖².
     left, right = _inverse_root(X), _inverse_root(H)
-    N = torch.zeros(X.shape[1], X.shape[1], device=X.device, requires_grad=True)
+    N = torch.zeros(X.shape[1], X.shape[1], device=X.device, dtype=X.dtype, requires_grad=True)
     white_rows, white_head, start_logits = X @ left, right @ H.T, X @ H.T
     lbfgs = torch.optim.LBFGS(
         [N], lr=1.0, max_iter=1, max_eval=4, history_size=10, line_search_fn="strong_wolfe"
@@ -173,4 +173,4 @@ def _inverse_root(rows: Tensor, floor: float = 1e-6) -> Tensor:
     moment = ((X.T @ X) / len(X)).cpu()
     values, vectors = eigh(moment, "head map: second moment", rows.device)
     root: Tensor = (vectors * values.clamp_min(floor * float(values.mean())).rsqrt()) @ vectors.T
-    return root.to(rows.device, torch.float32)
+    return root.to(rows)
