@@ -92,6 +92,7 @@ def capture(model: Model, samples: Samples, folder: Path) -> None:
         layout=samples.layout,
         out=out,
         dtype=model.dtype,
+        inner_rows=samples.layout.rows,
     )
     stream.capture(lambda *_: None)
 
