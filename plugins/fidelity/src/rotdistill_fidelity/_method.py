@@ -9,17 +9,18 @@ from torch import Tensor
 
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import teacher_final_states
-from rotdistill_core.evaluation.divergence import BLOCK_ROWS, compare_logits, shared_vocabulary
+from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
-from rotdistill_core.forward.head import head_for, log_probs
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import float64_device
+from rotdistill_fidelity._dealt import answer_nll, compared
 from rotdistill_fidelity._frames import Frame, Frames
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
-    from rotdistill_core.checkpoint.weights import Lineage, Weights
+    from rotdistill_core.checkpoint.weights import Lineage
     from rotdistill_core.data.packed import PackedTexts, Samples, Text
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
@@ -35,12 +36,17 @@ def score_variant(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> list[MetricRow]:
-    """Return all metrics of a variant: overall, by text, by language and by layer."""
+    """Return all metrics of a variant: overall, by text, by language and by layer.
+
+    Processes share the texts. Only the leading one has the metrics of hidden states.
+    """
     weights = variant.weights
     layout = samples.layout.select(Split.HELDOUT, Split.GUARD)
     answers = Answers.of(layout, activations)
-    forward = LayerwiseForward(weights, layout, pair.student.device, pair.student.dtype)
+    student = pair.student
+    forward = LayerwiseForward(weights, layout, student.device, student.dtype, ranks=ranks)
     # Models that start in one basis need no rotation.
     frames = None if pair.same else Frames.of(pair, activations, out)
     by_layer: list[MetricRow] = []
@@ -51,7 +57,7 @@ def score_variant(
     rows = prediction_rows(variant, pair, activations, forward, by_layer)
     rows += out_of_domain_rows(variant, pair, activations, forward)
     if samples.baked:
-        rows += unprompted_teacher_rows(variant, pair, activations, samples, out, progress)
+        rows += unprompted_teacher_rows(variant, pair, activations, samples, out, progress, ranks)
     rows.append(MetricRow(variant.name, "parameters", float(weights.parameters)))
     rows.append(MetricRow(variant.name, "seconds", variant.seconds))
     return rows + by_layer if step.per_layer else rows
@@ -87,11 +93,17 @@ def hidden_state_rows(
     answers: Answers,
     frames: Frames | None,
 ) -> list[MetricRow]:
-    """Return the hidden-state metrics of answers at the boundary that a forward pass reached."""
+    """Return the hidden-state metrics of answers at the boundary that a forward pass reached.
+
+    Processes that do not lead have none.
+    """
+    collected = forward.collected(answers.rows)
+    if collected is None:
+        return []
     lineage, boundary = variant.weights.lineage, forward.boundary
     depth = lineage.depths[boundary]
     place = float64_device(forward.device)
-    states = forward.states_of(answers.rows).to(place, torch.float64)
+    states = collected.to(place, torch.float64)
     X = in_teacher_frame(states, lineage, frames.at(depth) if frames else None)
     T = activations.teacher_states(answers.heldout, depth)[answers.in_heldout]
     T = T.to(place, torch.float64)
@@ -154,22 +166,19 @@ def prediction_rows(
         forward: the variant's finished forward pass.
         by_layer: hidden-state metrics of all layers.
     """
-    name, weights, layout = variant.name, variant.weights, forward.layout
+    name, weights, layout = variant.name, variant.weights, forward.whole
     rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
-    S = forward.states_of(rows)
     found: list[MetricRow] = []
     if pair.one_tokenizer:
-        T = activations.teacher_states(layout, pair.student.depth)[rows]
-        vocabulary = shared_vocabulary(pair)
-        compared = compare_logits(pair.teacher.weights, T, weights, S, targets, vocabulary)
-        nll = compared.nll
-        found += by_text(name, "kl", compared.kl, texts)
-        found += by_text(name, "top1", compared.top1, texts)
-        found += by_language(name, "kl", compared.kl, texts)
+        comparison = compared(pair, activations, weights, forward, rows, targets)
+        nll = comparison.nll
+        found += by_text(name, "kl", comparison.kl, texts)
+        found += by_text(name, "top1", comparison.top1, texts)
+        found += by_language(name, "kl", comparison.kl, texts)
     else:
         # Probabilities of different tokens cannot be compared. The likelihood of the teacher's
         # answers still can be reported.
-        nll = answer_nll(weights, S, targets)
+        nll = answer_nll(weights, forward, rows, targets)
     overall = layer_means(by_layer)
     overall["perplexity"] = float(nll.mean().exp())
     found += [
@@ -183,17 +192,13 @@ def out_of_domain_rows(
     variant: Variant, pair: Pair, activations: ActivationStore, forward: LayerwiseForward
 ) -> list[MetricRow]:
     """Return the metrics on the guard's reported half; none without a guard."""
-    layout = forward.layout
-    rows, targets, texts = layout.prediction_rows(Split.GUARD)
+    rows, targets, texts = forward.whole.prediction_rows(Split.GUARD)
     if not len(rows):
         return []
-    T = activations.teacher_states(layout, pair.student.depth)[rows]
-    S = forward.states_of(rows)
-    vocabulary = shared_vocabulary(pair)
-    compared = compare_logits(pair.teacher.weights, T, variant.weights, S, targets, vocabulary)
-    perplexity = float(compared.nll.mean().exp())
+    comparison = compared(pair, activations, variant.weights, forward, rows, targets)
+    perplexity = float(comparison.nll.mean().exp())
     return [
-        *by_text(variant.name, "guard_kl", compared.kl, texts),
+        *by_text(variant.name, "guard_kl", comparison.kl, texts),
         MetricRow(variant.name, "guard_perplexity", perplexity, Split.GUARD, n=len(rows)),
     ]
 
@@ -205,35 +210,26 @@ def unprompted_teacher_rows(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks,
 ) -> list[MetricRow]:
     """Return how far the teacher without its system prompt is from itself with it.
 
     That is what the prompt's absence costs before anything is taught. Every variant has the same
-    rows, and the teacher's pass is made once.
+    rows, and the teacher's pass is made once. The leading process compares.
     """
     layout = samples.layout.select(Split.HELDOUT)
     rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
     teacher = pair.teacher.weights
-    S = teacher_final_states(pair.teacher, layout, out, progress)[rows]
+    S = teacher_final_states(pair.teacher, layout, out, progress, ranks)[rows]
+    if not ranks.leads:
+        return []
     T = activations.teacher_states(layout, pair.student.depth)[rows]
     S = S.to(pair.student.device)
-    compared = compare_logits(teacher, T, teacher, S, targets, shared_vocabulary(pair))
+    comparison = compare_logits(teacher, T, teacher, S, targets, shared_vocabulary(pair))
     return [
-        *by_text(variant.name, teacher_metric("kl"), compared.kl, texts),
-        *by_text(variant.name, teacher_metric("top1"), compared.top1, texts),
+        *by_text(variant.name, teacher_metric("kl"), comparison.kl, texts),
+        *by_text(variant.name, teacher_metric("top1"), comparison.top1, texts),
     ]
-
-
-def answer_nll(weights: Weights, S: Tensor, targets: Tensor) -> Tensor:
-    """Return -log p [n] of target tokens [n], nats, given states before the final norm `[n, d]`."""
-    head = head_for(weights, S)
-    targets = targets.to(S.device)
-    parts = []
-    for k in range(0, len(S), BLOCK_ROWS):
-        block = slice(k, k + BLOCK_ROWS)
-        q = log_probs(weights, S[block], head)
-        parts.append(-q.gather(-1, targets[block, None])[:, 0])
-    return torch.cat(parts).cpu().double()
 
 
 # Means over layers, texts and languages.

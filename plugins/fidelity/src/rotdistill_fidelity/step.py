@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         MetricRow,
         Pair,
         Progress,
+        Ranks,
         Samples,
         StepOutput,
         Variant,
@@ -62,10 +64,10 @@ class Fidelity:
 
         Variants share the rotations in which hidden states of two bases are compared.
         """
-        cost = evaluation_cost(context)
+        cost = evaluation_cost(context).dealt()
         if context.texts.teacher_prefix is not None:
             rows = context.texts.rows_of(Split.HELDOUT)
-            cost += teacher_states_cost(context, rows, "without the system prompt")
+            cost += teacher_states_cost(context, rows, "without the system prompt").dealt()
         if context.same:
             return cost
         student, teacher = context.student, context.teacher
@@ -81,11 +83,14 @@ class Fidelity:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks | None = None,
     ) -> list[MetricRow]:
         """See `HookSpecs.evaluate`."""
         from rotdistill_fidelity._method import score_variant
 
-        return score_variant(self, variant, pair, activations, samples, out, progress)
+        return score_variant(
+            self, variant, pair, activations, samples, out, progress, ranks or ALONE
+        )
 
 
 @hookimpl
