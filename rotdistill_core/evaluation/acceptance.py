@@ -20,6 +20,7 @@ from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.store.layout import RunLayout
 
@@ -41,11 +42,16 @@ Score = Callable[[Weights, Split], "TextScores"]
 
 
 def teacher_final_states(
-    teacher: Model, layout: PackedTexts, out: StepOutput, progress: Progress
+    teacher: Model,
+    layout: PackedTexts,
+    out: StepOutput,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return the teacher's states after the last layer, before the final norm, `[rows, d_t]`.
 
     They are computed once. Every run under the same folder finds them again by models and texts.
+    Processes share the texts; the leading one gathers and commits the rows.
     """
     shared = out.shared(
         "final states",
@@ -56,15 +62,28 @@ def teacher_final_states(
         teacher.device.type,
         code=core_digest("evaluation.acceptance"),
     )
-    path = shared.find(RunLayout.FINAL_STATES)
-    if path is None:
-        forward = LayerwiseForward(teacher.weights, layout, teacher.device, teacher.dtype)
+
+    def found() -> str:
+        path = shared.find(RunLayout.FINAL_STATES)
+        return shared.relative(path) if path else ""
+
+    path = ranks.lead(found)
+    if not path:
+        forward = LayerwiseForward(
+            teacher.weights, layout, teacher.device, teacher.dtype, ranks=ranks
+        )
         size = f"{len(layout.texts)} texts, {layout.rows} rows"
         for layer in forward:
             forward.run()
             progress(layer + 1, teacher.depth, f"teacher on {size}")
-        path = shared.tensors(RunLayout.FINAL_STATES, {"rows": forward.states.cpu()})
-    return open_tensors(path)["rows"].read()
+        states = forward.collected()
+
+        def commit() -> str:
+            assert states is not None
+            return shared.relative(shared.tensors(RunLayout.FINAL_STATES, {"rows": states}))
+
+        path = ranks.lead(commit)
+    return open_tensors(out.store.root / path)["rows"].read()
 
 
 def paired_final_states(

@@ -51,11 +51,12 @@ step = [
 """
 MOMENTS = "moments"
 STEPS_OF_MOMENTS = """
-variants = { base = [], full = ["basis", "fold"] }
+variants = { base = [], full = ["basis", "fold"], tuned = ["lora"] }
 step = [
     { use = "residuals", store = "moments" },
     { id = "basis", use = "procrustes" },
     { id = "fold", use = "basis-fold" },
+    { id = "lora", use = "prompt-kl", max_prompts = 16, max_epochs = 1, learning_rate = 0.02 },
     { use = "fidelity" },
 ]
 """

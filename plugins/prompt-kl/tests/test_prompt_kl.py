@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
+from rotdistill_core.forward.ranks import Ranks
 from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
@@ -167,6 +169,49 @@ def test_rotary_tables_of_a_text_do_not_follow_the_others_of_its_batch(
     torch.testing.assert_close(
         together.sort().values, torch.cat(alone).sort().values, rtol=1e-5, atol=1e-6
     )
+
+
+class HalfOfTheWork(Ranks):
+    """One of two processes, whose other one has nothing to add."""
+
+    count = 2
+
+
+def test_gradients_of_texts_add_up_to_that_of_the_batch(tmp_path: Path) -> None:
+    pair, samples = pair_of(tmp_path), answered_samples()
+    layout = samples.layout.select(Split.FIT)
+    out = pico_output(tmp_path / "runs")
+    targets = DistillationTargets(pair, TrainingTexts(layout, layout), 64, out, quiet)
+    view, batch = pair.student.weights, [5, 1, 3, 2]
+    student = with_lora(view, pair.student, "lora", 4)
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    expected = targets.losses(student, view, batch).mean()
+    whole = torch.autograd.grad(expected, trainable)
+    loss = _method.add_gradients(student, view, targets, batch, trainable)
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert any(bool(each.any()) for each in whole)
+    for parameter, gradient in zip(trainable, whole, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+    # A process carries out its share of the batch: here the first and the third text.
+    targets.ranks = HalfOfTheWork()
+    share = _method.add_gradients(student, view, targets, batch, trainable)
+    tokens = targets.tokens(batch)
+    own = sum(float(targets.losses(student, view, [k]).detach().sum()) for k in (5, 3))
+    assert share == pytest.approx(own / tokens, rel=1e-5)
+
+
+def test_training_that_diverges_has_no_gradient(tmp_path: Path) -> None:
+    pair, samples = pair_of(tmp_path), answered_samples()
+    layout = samples.layout.select(Split.FIT)
+    out = pico_output(tmp_path / "runs")
+    targets = DistillationTargets(pair, TrainingTexts(layout, layout), 64, out, quiet)
+    view = pair.student.weights
+    student = with_lora(view, pair.student, "lora", 4)
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    trainable[0].data.fill_(torch.nan)
+    assert math.isnan(_method.add_gradients(student, view, targets, [0, 1], trainable))
+    assert all(parameter.grad is None for parameter in trainable)
 
 
 def test_a_student_that_is_its_teacher_is_left_alone(tmp_path: Path) -> None:

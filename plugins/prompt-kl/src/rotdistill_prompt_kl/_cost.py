@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 
 TOPIC_TOKENS = 12
 """Tokens of a topic with the chat template around it."""
-LORA_STATE = 5
-"""Copies of a LoRA: itself, its gradient, two moments of AdamW, and the best one so far."""
+LORA_STATE = 6
+"""Copies of a LoRA: itself, its gradient and that of one text, two moments of AdamW, and the best
+one so far."""
+LIMB_BYTES = 16
+"""Bytes of a number while it is added to others as integers."""
+EVALUATION_BATCH = 4
+"""Texts in one batch when the model that trains is evaluated."""
 
 
 class TrainingTexts(NamedTuple):
@@ -112,8 +117,9 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
         student = student.changed(tie_word_embeddings=False)
     inside, head = student.parameters(inside=True), student.vocab * student.width
     lora = lora_parameters(student, step.train, step.rank)
-    tokens = step.batch_size * texts.longest
-    logits = step.batch_size * texts.longest_answer * student.vocab * LOGIT_BLOCKS * number
+    # Texts train one by one, and are evaluated some at a time.
+    tokens = texts.longest
+    logits = EVALUATION_BATCH * texts.longest_answer * student.vocab * LOGIT_BLOCKS * number
 
     if step.train == "lora":
         kept = training_activations(student, tokens, number)
@@ -136,7 +142,7 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     whole = student.parameters() * number
     return Cost(
         host_bytes=states + teacher_head + edited * number,
-        device_bytes=whole + kept + logits + LORA_STATE * lora * number,
+        device_bytes=whole + kept + logits + lora * (LORA_STATE * number + LIMB_BYTES),
         disk_bytes=(edited + lora) * number,
         operations=operations / speed + teacher_logits,
         read_bytes=context.student.bytes,

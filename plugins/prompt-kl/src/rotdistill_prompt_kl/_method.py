@@ -8,6 +8,7 @@ arXiv:2306.13649), there on the student's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,8 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
+from rotdistill_core.forward.ranks import ALONE, Ranks
+from rotdistill_core.linalg.exact import ExactSum
 from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
 from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
 
+LARGEST_GRADIENT = 2.0**30
+"""What entries of gradients add up to at most. Integers below it resolve `2^-71`."""
 OF_PLACE = ".place"
 """Ends the id of a text that continues a place name."""
 CONTINUATIONS = "continuations"
@@ -53,17 +58,21 @@ def distil(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Weights:
     """Return the weights with the trained LoRA folded in, or as they are if that is no gain.
+
+    The leading process lets the teacher write and writes files. Each process has a whole student;
+    they share texts, and add up gradients.
 
     Raises:
         RecipeError: the samples lack what the options ask for, or the student is fused.
         SetupError: teacher and student have different tokenizers.
     """
-    texts = training_texts(step, pair, samples, out, progress)
+    texts = ranks.lead(partial(training_texts, step, pair, samples, out, progress))
     vocabulary = shared_vocabulary(pair)
     targets = DistillationTargets(
-        pair, texts, vocabulary, out, progress, step.bfloat16, activations
+        pair, texts, vocabulary, out, progress, step.bfloat16, activations, ranks
     )
     out.notes["texts"] = len([text for text in texts.student.texts if not text.plain])
     # The guard's forward passes need memory: the model that trained is gone when this returns.
@@ -236,7 +245,7 @@ def trained_weights(
     if not best_state:
         return None
     student.load_state_dict(best_state, strict=False)
-    save_adapter(student, out)
+    targets.ranks.lead(partial(save_adapter, student, out))
     return view.edit(
         {
             name: cast_that_fits(
@@ -282,7 +291,7 @@ def train(
     """Train the LoRA, and yield the validation KL twice an epoch.
 
     AdamW without weight decay, gradients clipped to norm 1. The learning rate rises over the
-    first twentieth of the steps, and decays linearly to 0.
+    first twentieth of the steps, and decays linearly to 0. Training ends where it diverges.
     """
     k, n = step.shard
     texts = [i for i, text in enumerate(targets.layout.texts) if text.split == Split.FIT]
@@ -293,21 +302,71 @@ def train(
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=step.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_up_and_decay, total))
-    done = 0
-    for _ in range(step.max_epochs):
-        order = torch.randperm(len(texts)).tolist()
-        for start in range(0, len(order), step.batch_size):
-            batch = [texts[i] for i in order[start : start + step.batch_size]]
-            loss = targets.losses(student, view, batch).mean()
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done += 1
-            progress(done, total, f"KL {loss.item():.3f}")
-            if done in evaluated:
-                yield targets.kl(student, view, Split.VALIDATION)
+    # All orders first: nothing that a process computes alone may draw between them.
+    orders = [torch.randperm(len(texts)).tolist() for _ in range(step.max_epochs)]
+    batches = [
+        [texts[i] for i in order[start : start + step.batch_size]]
+        for order in orders
+        for start in range(0, len(order), step.batch_size)
+    ]
+    for done, batch in enumerate(batches, 1):
+        loss = add_gradients(student, view, targets, batch, trainable)
+        if not math.isfinite(loss):
+            return
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress(done, total, f"KL {loss:.3f}")
+        if done in evaluated:
+            yield targets.kl(student, view, Split.VALIDATION)
+
+
+def add_gradients(
+    student: Any,
+    view: Weights,
+    targets: DistillationTargets,
+    batch: Sequence[int],
+    trainable: Sequence[torch.nn.Parameter],
+) -> float:
+    """Give parameters the gradient of the mean KL over a batch; return that KL, nats a token.
+
+    Processes share the texts of the batch. Each text goes through the student by itself, and
+    gradients of texts are added as integers, so they have the same bits for any number of
+    processes.
+
+    Returns:
+        The mean KL; NaN if training has diverged, and then there is no gradient.
+    """
+    ranks, tokens = targets.ranks, targets.tokens(batch)
+    size = sum(parameter.numel() for parameter in trainable)
+    total = ExactSum((size,), LARGEST_GRADIENT, "prompt-kl: gradient")
+    losses = torch.zeros(len(batch), dtype=torch.float64)
+    largest = torch.zeros(len(batch), dtype=torch.float64)
+    for k in ranks.mine(range(len(batch))):
+        loss = targets.losses(student, view, [batch[k]]).sum() / tokens
+        torch.autograd.backward(loss)
+        gradient = torch.cat([_gradient(parameter).flatten() for parameter in trainable])
+        for parameter in trainable:
+            parameter.grad = None
+        losses[k] = float(loss.detach())
+        largest[k] = float(gradient.abs().max())
+        if largest[k] < LARGEST_GRADIENT / len(batch):
+            total.add(gradient)
+    ranks.add_up(losses)
+    ranks.add_up(largest)
+    if not bool((largest < LARGEST_GRADIENT / len(batch)).all()):
+        return math.nan
+    total.combine(ranks.add_up, trainable[0].device)
+    parts = torch.split(total.value(), [parameter.numel() for parameter in trainable])
+    for parameter, part in zip(trainable, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter)
+    return float(losses.sum())
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter; zero where the loss does not depend on it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _warm_up_and_decay(total: int, done: int) -> float:

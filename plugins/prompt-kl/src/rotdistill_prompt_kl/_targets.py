@@ -6,7 +6,8 @@ weights with the LoRA folded in (`scores`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +19,9 @@ from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, score
 from rotdistill_core.evaluation.divergence import compare_logits, kl_divergence
 from rotdistill_core.forward.head import head_for, log_probs, logits_of
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
+from rotdistill_prompt_kl._cost import EVALUATION_BATCH
 from rotdistill_prompt_kl._lora import wide_lora_product
 from rotdistill_prompt_kl._teacher_states import states_of_teacher
 
@@ -29,10 +32,6 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
-
-
-EVALUATION_BATCH = 4
-"""Texts in one batch when the model that trains is evaluated."""
 
 
 class Batch(NamedTuple):
@@ -69,12 +68,14 @@ class DistillationTargets:
         progress: Progress,
         bfloat16: bool = False,
         activations: ActivationStore | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.pair = pair
         self.layout = texts.student
         self.vocabulary = vocabulary
         self.bfloat16 = bfloat16
-        self.states = states_of_teacher(pair, texts.teacher, activations, out, progress)
+        self.ranks = ranks
+        self.states = states_of_teacher(pair, texts.teacher, activations, out, progress, ranks)
         if texts.teacher is not texts.student:
             # For each row of the student, that of the same token after the system prompt.
             self.states = self.states[pair_tokens(texts.student, texts.teacher)[:, 0]]
@@ -138,22 +139,37 @@ class DistillationTargets:
     def kl(self, student: Any, weights: Weights, split: str) -> float:
         """Return the mean KL of the model that trains, over the tokens of a split, nats."""
         texts = [k for k, text in enumerate(self.layout.texts) if text.split == split]
+        batches = [texts[k : k + EVALUATION_BATCH] for k in range(0, len(texts), EVALUATION_BATCH)]
+        ends = list(accumulate((self.tokens(batch) for batch in batches), initial=0))
+        values = torch.zeros(ends[-1], dtype=torch.float64)
         with torch.no_grad():
-            parts = [
-                self.losses(student, weights, texts[k : k + EVALUATION_BATCH])
-                for k in range(0, len(texts), EVALUATION_BATCH)
-            ]
-        return float(torch.cat(parts).cpu().double().mean())
+            for k in self.ranks.mine(range(len(batches))):
+                losses = self.losses(student, weights, batches[k])
+                values[ends[k] : ends[k + 1]] = losses.cpu().double()
+        # All but one of the numbers that are added up are zero, so the sums are exact.
+        self.ranks.add_up(values)
+        return float(values.mean())
+
+    def tokens(self, texts: Sequence[int]) -> int:
+        """Return how many tokens of answers some texts of the layout have."""
+        chosen = (self.layout.texts[k] for k in texts)
+        return sum(len(text.tokens) - text.answer for text in chosen)
 
     def scores(self, samples: Samples, view: Weights, split: str) -> TextScores:
         """Return the KL of a view of the weights on a split, text by text."""
-        layout = self.layout.select(split)
-        forward = LayerwiseForward(view, layout, self.pair.student.device, self.pair.student.dtype)
+        layout, model = self.layout.select(split), self.pair.student
+        forward = LayerwiseForward(view, layout, model.device, model.dtype, ranks=self.ranks)
         for _ in forward:
             forward.run()
         scored = scored_rows(layout, samples, split)
-        T = self.states[layout.row_indices_in(self.layout)][scored.rows]
-        S = forward.states_of(scored.rows)
-        teacher = self.pair.teacher.weights
-        compared = compare_logits(teacher, T, view, S, scored.targets, self.vocabulary)
-        return scores_by_text(compared.kl, scored.text)
+        states = forward.collected(scored.rows)
+
+        def compare() -> TextScores:
+            assert states is not None
+            T = self.states[layout.row_indices_in(self.layout)][scored.rows]
+            S = states.to(forward.device)
+            teacher = self.pair.teacher.weights
+            compared = compare_logits(teacher, T, view, S, scored.targets, self.vocabulary)
+            return scores_by_text(compared.kl, scored.text)
+
+        return self.ranks.lead(compare)

@@ -10,6 +10,7 @@ from torch import Tensor
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Side
 from rotdistill_core.evaluation.acceptance import teacher_final_states
+from rotdistill_core.forward.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -24,6 +25,7 @@ def states_of_teacher(
     activations: ActivationStore | None,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return the teacher's states after its last layer, before the final norm, `[rows, d_t]`.
 
@@ -34,9 +36,10 @@ def states_of_teacher(
             dtype in which it computes. A negative control replaces them, and a capture may round.
         out: takes what has to be computed.
         progress: called once for each layer.
+        ranks: the processes that share the texts.
     """
     if activations is None or not _usable(activations, pair):
-        return teacher_final_states(pair.teacher, layout, out, progress).clone()
+        return teacher_final_states(pair.teacher, layout, out, progress, ranks).clone()
     captured_layout = activations.layouts[Side.TEACHER]
     captured_ids = {text.id for text in captured_layout.texts}
     captured = layout.where(lambda text: text.id in captured_ids)
@@ -44,7 +47,7 @@ def states_of_teacher(
     rows = activations.rows(Side.TEACHER, pair.teacher.depth)
     if not missing.texts:
         return rows[captured.row_indices_in(captured_layout)]
-    computed = teacher_final_states(pair.teacher, missing, out, progress)
+    computed = teacher_final_states(pair.teacher, missing, out, progress, ranks)
     states = torch.empty(layout.rows, rows.shape[1], dtype=rows.dtype)
     states[missing.row_indices_in(layout)] = computed
     if captured.texts:

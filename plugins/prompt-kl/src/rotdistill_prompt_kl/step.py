@@ -8,11 +8,20 @@ from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_prompt_kl._cost import prompt_kl_cost
 
 if TYPE_CHECKING:
-    from rotdistill_core import ActivationStore, Pair, Progress, Samples, StepOutput, Weights
+    from rotdistill_core import (
+        ActivationStore,
+        Pair,
+        Progress,
+        Ranks,
+        Samples,
+        StepOutput,
+        Weights,
+    )
 
 
 @step
@@ -51,7 +60,7 @@ class PromptKl:
     """Multiply in bfloat16 while training: four times as fast on a GPU or a processor with AMX,
     slow on others."""
     batch_size: PositiveInt = 4
-    """Continuations in one step of training."""
+    """Continuations in one step of training. So many processes share it at most."""
     patience: PositiveInt = 2
     """Stop after so many evaluations of the validation KL in a row without gain. There are two an
     epoch."""
@@ -102,11 +111,12 @@ class PromptKl:
         out: StepOutput,
         progress: Progress,
         activations: ActivationStore | None = None,
+        ranks: Ranks | None = None,
     ) -> Weights:
         """See `HookSpecs.style`. Captured states are used if there are any."""
         from rotdistill_prompt_kl._method import distil
 
-        return distil(self, weights, activations, pair, samples, out, progress)
+        return distil(self, weights, activations, pair, samples, out, progress, ranks or ALONE)
 
 
 @hookimpl
