@@ -265,21 +265,34 @@ def test_fisher_information_is_stored_for_each_ingredient(deep: CostContext) -> 
     assert fisher.device_bytes > 3 * deep.student.parameters() * 4
 
 
-def test_captures_are_dealt_and_evaluation_is_not(deep: CostContext) -> None:
+def test_captures_and_comparisons_are_dealt_and_answers_are_not(deep: CostContext) -> None:
     for options in ({}, {"store": "moments"}):
         capture = cost_of("residuals", deep, **options)
         assert capture.dealt_operations == pytest.approx(capture.operations)
         assert capture.gathered_bytes > 0
-    assert cost_of("fidelity", deep).dealt_operations == 0
+    fidelity = cost_of("fidelity", deep)
+    assert fidelity.dealt_operations == pytest.approx(fidelity.operations)
+    assert cost_of("answers", deep).dealt_operations == 0
 
 
 def test_sums_are_added_up_in_two_integers_for_each_entry(deep: CostContext) -> None:
     (added,) = cost_of("residuals", deep, store="moments").added_up
     width, boundaries = deep.student.width, deep.student.depth + 1
     kinds = 2 if deep.same else 3
-    assert added.size == boundaries * (kinds + 2) * width**2 * 2 * FLOAT64_BYTES
+    # Of the squares of both streams a triangle is kept.
+    entries = kinds * width**2 + 2 * (width * (width + 1) // 2)
+    assert added.size == boundaries * entries * 2 * FLOAT64_BYTES
     assert added.dealt
     assert cost_of("residuals", deep).added_up == ()
+
+
+def test_a_lora_is_added_up_once_for_each_step_of_training(deep: CostContext) -> None:
+    four, eight = (cost_of("prompt-kl", deep, batch_size=n) for n in (4, 8))
+    (one,), (other,) = four.added_up, eight.added_up
+    assert one.times == 2 * other.times > 0
+    double = cost_of("prompt-kl", deep, rank=32).added_up[0]
+    assert double.size == 2 * one.size
+    assert 0 < four.dealt_operations < four.operations
 
 
 def test_a_refit_adds_up_the_sums_of_two_splits_for_each_layer(deep: CostContext) -> None:

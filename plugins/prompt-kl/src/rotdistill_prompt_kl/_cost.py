@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
     LOGIT_BLOCKS,
+    Added,
     Cost,
     CostContext,
     acceptance_cost,
@@ -94,7 +95,7 @@ def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) ->
     if step.guard:
         rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
     key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
-    cost = teacher_states_cost(context, rows, key)
+    cost = teacher_states_cost(context, rows, key).dealt()
     if texts.topics:
         cost += generation_cost(
             context.teacher,
@@ -134,6 +135,8 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     speed = 4 if step.bfloat16 else 1
     # The teacher's head is multiplied too, on the answers.
     teacher_logits = 2.0 * teacher.vocab * teacher.width * (trained + validated)
+    fit_texts = texts.fit_share * (texts.topics + texts.answers) / step.shard[1]
+    steps = step.max_epochs * fit_texts / step.batch_size
     # No gradient of the weights themselves is taken: the backward pass is as long as the forward.
     operations = forward * (trained + validated) + 2.0 * backward * trained
 
@@ -147,6 +150,8 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
         operations=operations / speed + teacher_logits,
         read_bytes=context.student.bytes,
         traffic_bytes=whole,
+        # Not counted as dealt: it is, but over so many processes only as a step has texts.
+        added_up=(Added(LIMB_BYTES * lora, steps),),
     )
 
 
@@ -163,5 +168,5 @@ def _scoring_cost(step: PromptKl, context: CostContext) -> Cost:
     student, number = context.student, context.student_bytes
     head = student.vocab * student.width
     edited = head if step.train == "head" else student.parameters(inside=True)
-    scores = acceptance_cost(context, step.guard is not None)
+    scores = acceptance_cost(context, step.guard is not None).dealt()
     return replace(scores, host_bytes=scores.host_bytes + edited * number)
