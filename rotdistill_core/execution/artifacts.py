@@ -40,7 +40,7 @@ def restore_result(
     """Return the state after a step whose result is committed; an evaluator's changes nothing."""
     root = run.store.root
     if isinstance(result, ActivationsRef):
-        activations = restore_activations(result.as_dict(), root, samples)
+        activations = restore_activations(result.as_dict(), root, samples, state.weights)
         return replace(state, activations=activations)
     if isinstance(result, MapsRef):
         return replace(state, maps=restore_maps(result.as_dict(), root))

@@ -14,7 +14,8 @@ can do with the latter:
   `prompt-kl`, `writer-refit`. At other boundaries a store of sums has no rows of the guard.
 - The teacher's final states of texts to fit on, which are computed where they were not captured:
   `lm-head-ridge`, which keeps sums and a few rows of them, and `prompt-kl`.
-- Rows of all texts: `writer-refit`, and the controls of the capture.
+- No rows of texts to fit on: `writer-refit`, beside whose student the teacher walks once more.
+- Rows of all texts: the controls of the capture.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.checkpoint.lazy import open_tensors
+from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.splits import Side
 from rotdistill_core.errors import RecipeError
@@ -73,6 +75,11 @@ class ActivationStore:
     summed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Side that the student is paired with -> the file of the sums of each captured student
     boundary. Empty where the rows of all texts are kept, from which sums are made when asked."""
+    replaced: bool = False
+    """Whether a control has put other rows in the place of the teacher's, which no pass of the
+    teacher gives."""
+    student: Weights | None = field(default=None, compare=False, repr=False)
+    """The student that was captured. A run fills it in."""
 
     @property
     def sample(self) -> PackedTexts:
@@ -245,6 +252,29 @@ class ActivationStore:
         rows = self.paired_mask(layout).nonzero().flatten()
         return rows, self._spans(layout)[rows, 0]
 
+    def teacher_spans(self, layout: PackedTexts) -> Tensor:
+        """Return for each row of the student's texts the teacher's rows [start, end) `[rows, 2]`.
+
+        They are rows of the teacher's layout. The span of an unpaired row is empty.
+        """
+        if Side.SPANS in self.shards:
+            return self._spans(layout)
+        start = self._places(layout, Side.TEACHER)
+        return torch.stack([start, start + 1], 1)
+
+    def captured_student(self) -> Weights:
+        """Return the student that was captured.
+
+        Raises:
+            RecipeError: these activations do not say which one that was.
+        """
+        if self.student is None:
+            raise RecipeError(
+                "the captured activations do not say which student they are of; give "
+                "ActivationStore its weights (student=weights), as a run does."
+            )
+        return self.student
+
     def _spans(self, layout: PackedTexts) -> Tensor:
         return self.rows(Side.SPANS, 0)[self._places(layout, Side.SPANS)]
 
@@ -285,6 +315,7 @@ class ActivationStore:
             depths=self.depths,
             teacher_boundaries=tuple(range(len(self.teacher_boundaries))),
             summed={Side.TEACHER: self.summed[Side.ANCHOR]} if self.summed else {},
+            student=self.student,
         )
 
     def info(self, samples: Samples) -> dict[str, Any]:
@@ -302,11 +333,20 @@ class ActivationStore:
             "depths": list(self.depths),
             "partners": list(self.teacher_boundaries),
             "sums": {side: list(paths) for side, paths in self.summed.items()},
+            "replaced": self.replaced,
         }
 
 
-def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -> ActivationStore:
+def restore_activations(
+    info: Mapping[str, Any], root: Path, samples: Samples, student: Weights | None = None
+) -> ActivationStore:
     """Return the activations that `ActivationStore.info` described.
+
+    Args:
+        info: the description.
+        root: the folder of runs.
+        samples: the texts of the run.
+        student: the student that was captured.
 
     Raises:
         ValueError: the run has not so many texts.
@@ -325,6 +365,8 @@ def restore_activations(info: Mapping[str, Any], root: Path, samples: Samples) -
         depths=tuple(info["depths"]),
         teacher_boundaries=tuple(info["partners"]),
         summed={side: tuple(paths) for side, paths in info["sums"].items()},
+        replaced=info["replaced"],
+        student=student,
     )
 
 

@@ -11,15 +11,18 @@ they are dealt, so a batch has the same shape, and its rows the same bits, where
 A process holds the rows of its own texts, and the shared prompt.
 
 On a GPU the states stay there if they fit, and no row is copied. If not, they stay on the host. A
-batch is then copied once each way, through pinned memory on its way in, and waited for once.
+batch is then copied once each way, through pinned memory on its way in, and waited for once. States
+on the host may lie in a file (see `states_file`): then memory does not grow with the texts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +32,11 @@ from transformers import DynamicCache
 
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.batching import BATCH_TOKENS
-from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import RotdistillError
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
+from rotdistill_core.forward.states_file import tensor_in_file
 from rotdistill_core.forward.whole import computable, empty_model
 
 Progress = Callable[[int, int, str], None]
@@ -43,6 +47,10 @@ device."""
 STATES_SHARE = 0.3
 """Share of a GPU's free memory that states may take. Two layers, a batch's activations and a copy
 of the states need the rest."""
+EMBEDDED_ROWS = 4096
+"""Rows that are embedded at a time."""
+Arguments = list[dict[str, Any]]
+"""The keyword arguments of each layer."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,11 @@ class _Batch:
             **fields,
         )
 
+    @property
+    def shape(self) -> Hashable:
+        """What the arguments of the layers depend on."""
+        return *self.rows.shape, self.past, self.length
+
     @cached_property
     def rows_on_device(self) -> Tensor:
         """`rows`, on the device."""
@@ -111,6 +124,46 @@ class _Batch:
         states[rows] = values.to(states)
 
 
+class Deal(NamedTuple):
+    """All batches of some texts, and the process that each goes to."""
+
+    batches: list[list[int]]
+    """Indices of texts."""
+    owners: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        layout: PackedTexts,
+        budget: int,
+        apart: Callable[[Text], Hashable],
+        ranks: Ranks,
+        beside: Deal | None = None,
+    ) -> Deal:
+        """Deal the texts of `layout` in batches, by the batch's index.
+
+        Batches that continue the prefix come first, so the leading process has some of them.
+
+        Args:
+            layout: the texts.
+            budget: about how many padded tokens a batch may have.
+            apart: texts for which it differs never share a batch.
+            ranks: the processes.
+            beside: another reading of the same texts. Each process gets the texts that it has
+                there, in batches that do not depend on how many processes there are.
+        """
+        if beside is None:
+            batches = layout.batches(budget, apart)
+            return cls(batches, [number % ranks.count for number in range(len(batches))])
+        found = cls([], [])
+        for together, owner in zip(*beside, strict=True):
+            part = layout.of(tuple(layout.texts[k] for k in together))
+            for batch in part.batches(budget, apart):
+                found.batches.append([together[k] for k in batch])
+                found.owners.append(owner)
+        return found
+
+
 class Shares(NamedTuple):
     """The texts of one process, and who has the others."""
 
@@ -124,19 +177,18 @@ class Shares(NamedTuple):
     """The batches of this process: indices of texts of `layout`."""
 
     @classmethod
-    def of(cls, whole: PackedTexts, batches: list[list[int]], ranks: Ranks) -> Shares:
-        """Deal batches, lists of indices of texts of `whole`, by their own index.
-
-        Batches that continue the prefix come first, so the leading process has some of them.
-        """
+    def of(cls, whole: PackedTexts, deal: Deal, ranks: Ranks) -> Shares:
+        """Return what a process gets of the texts of `whole` that are dealt."""
         if ranks.count == 1:
             zeros = torch.zeros(whole.rows, dtype=torch.long)
-            return cls(whole, torch.arange(whole.rows), zeros, batches)
+            return cls(whole, torch.arange(whole.rows), zeros, deal.batches)
         owner = torch.zeros(whole.rows, dtype=torch.long)
-        for number, batch in enumerate(batches):
+        mine = []
+        for batch, number in zip(*deal, strict=True):
             for k in batch:
-                owner[whole.starts[k] : whole.starts[k + 1]] = number % ranks.count
-        mine = ranks.mine(batches)
+                owner[whole.starts[k] : whole.starts[k + 1]] = number
+            if number == ranks.number:
+                mine.append(batch)
         texts = sorted(k for batch in mine for k in batch)
         layout = whole.of(tuple(whole.texts[k] for k in texts)) if texts else PackedTexts((), 0)
         place = {k: i for i, k in enumerate(texts)}
@@ -199,6 +251,8 @@ class LayerwiseForward:
         dtype: torch.dtype,
         budget: int = BATCH_TOKENS,
         ranks: Ranks = ALONE,
+        beside: LayerwiseForward | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Embed all texts.
 
@@ -209,6 +263,12 @@ class LayerwiseForward:
             dtype: dtype of layers and states.
             budget: about how many padded tokens a batch may have.
             ranks: the processes that share the texts.
+            beside: the pass of another model over the same texts, in its own reading. Each process
+                gets the texts that it has there.
+            folder: where states on the host lie in a file; without it they are in memory.
+
+        Raises:
+            SetupError: the disk refuses the file.
         """
         self.weights = weights
         self.whole = layout
@@ -221,15 +281,21 @@ class LayerwiseForward:
         self._files = weights.files
         self._model = meta_model(weights, dtype)
         self._table_of = tables_by_length(self._model.config)
-        batches = layout.batches(budget, lambda text: self._table_of(len(text.tokens)))
-        shares = Shares.of(layout, batches, ranks)
+        self.deal: Deal = Deal.of(
+            layout,
+            budget,
+            lambda text: self._table_of(len(text.tokens)),
+            ranks,
+            beside.deal if beside else None,
+        )
+        shares = Shares.of(layout, self.deal, ranks)
         self.layout = shares.layout
         self.rows = shares.rows
         self._owner = shares.owner
         self._batches = [*self._prefixes(), *map(self._pad, shares.batches)]
         self._layers = list(self._model.get_submodule(weights.adapter.layers).children())
         self._calls = self._record_calls()
-        self.states = self._embed()
+        self.states = self._embed(folder)
         self._aside = {
             batch.cache: self.states[: self.layout.prefix].clone()
             for batch in self._batches
@@ -278,21 +344,37 @@ class LayerwiseForward:
         cache = self._table_of(length) if past else None
         return _Batch.of(rows, mask, self.device, past=past, length=length, cache=cache)
 
-    def _embed(self) -> Tensor:
+    def _embed(self, folder: Path | None) -> Tensor:
         name = self.weights.adapter.embedding
-        states = self.weights[name][self.layout.tokens].to(self.dtype)
+        table = self.weights[name]
         # The model's own scaling of embeddings (Gemma's sqrt(d)) is part of its embedding module.
         module = self._model.get_submodule(name.removesuffix(".weight"))
         scale = getattr(module, "embed_scale", torch.ones(()))
-        states = states * scale.to(states)
         # Granite's body does so, which is not run on the embeddings here.
         factor = self.weights.adapter.embedding_multiplier(self.weights.config)
-        if factor != 1.0:
-            states = states * factor
-        return states.to(_place_of_states(states, self.device))
+        states = self._empty_states(table.shape[1], folder)
+        for k in range(0, self.layout.rows, EMBEDDED_ROWS):
+            rows = slice(k, k + EMBEDDED_ROWS)
+            embedded = table[self.layout.tokens[rows]].to(self.dtype)
+            embedded = embedded * scale.to(embedded)
+            states[rows] = (embedded if factor == 1.0 else embedded * factor).to(states)
+        return states
 
-    def start_at(self, boundary: int, states: Tensor) -> None:
-        """Go on from the stream `[rows, d]` at a boundary, wherever it lies."""
+    def _empty_states(self, width: int, folder: Path | None) -> Tensor:
+        """Return room for states `[rows, width]`: on the device, in memory, or in a file."""
+        shape = (self.layout.rows, width)
+        place = _place_of_states(math.prod(shape) * self.dtype.itemsize, self.device)
+        if folder is not None and place.type == "cpu":
+            return tensor_in_file(folder, shape, self.dtype)
+        return torch.zeros(shape, dtype=self.dtype, device=place)
+
+    def start_at(self, boundary: int, states: Callable[[Tensor], Tensor]) -> None:
+        """Go on from the stream at a boundary.
+
+        Args:
+            boundary: where.
+            states: rows of `layout` [n] -> their states `[n, d]`, wherever they lie.
+        """
         for i in range(boundary if self._aside else 0):
             self.boundary = i
             self._open(i, self._read(i))
@@ -300,7 +382,8 @@ class LayerwiseForward:
             self._run(aside, None, advance=True)
             self.layer.to("meta")
         self.boundary = boundary
-        self.states = states.to(self.states.device, self.dtype, copy=True)
+        for rows in self.blocks:
+            self.states[rows.to(self.states.device)] = states(rows).to(self.states)
 
     def states_of(self, rows: Tensor) -> Tensor:
         """Return the states `[n, d]` of some rows [n], on the device on which layers compute."""
@@ -360,33 +443,41 @@ class LayerwiseForward:
         self.ranks.add_up(whole)
         return whole
 
-    def _record_calls(self) -> list[list[dict[str, Any]]]:
-        """Run the body once without its layers; return each layer's arguments [batch][layer]."""
+    def _record_calls(self) -> list[Arguments]:
+        """Run the body once without its layers; return each layer's arguments [batch][layer].
+
+        Batches of one shape share them.
+        """
         adapter = self.weights.adapter
         recorders = [_Recorder(layer) for layer in self._layers]
         self._model.set_submodule(adapter.layers, nn.ModuleList(recorders))
         self._model.set_submodule(adapter.norm.removesuffix(".weight"), nn.Identity())
         body = self._model.get_submodule(adapter.body)
-        calls = []
+        found: dict[Hashable, Arguments] = {}
         for batch in self._batches:
-            length = batch.rows.shape[1]
-            states = torch.zeros(
-                *batch.rows.shape, self.weights.width, dtype=self.dtype, device=self.device
+            if batch.shape not in found:
+                found[batch.shape] = self._record_call(batch, body, recorders)
+        return [found[batch.shape] for batch in self._batches]
+
+    def _record_call(self, batch: _Batch, body: nn.Module, recorders: list[_Recorder]) -> Arguments:
+        """Run the body for a batch; return the arguments of each layer."""
+        length = batch.rows.shape[1]
+        states = torch.zeros(
+            *batch.rows.shape, self.weights.width, dtype=self.dtype, device=self.device
+        )
+        positions = torch.arange(batch.past, batch.past + length, device=self.device)[None]
+        if self._table_of(batch.past + length) != self._table_of(batch.length):
+            # A second row with the last position of a text: the tables are made for that.
+            states = states.expand(2, -1, -1)
+            positions = torch.cat([positions, positions + batch.length - length])
+        with torch.no_grad():
+            body(
+                inputs_embeds=states,
+                position_ids=positions,
+                past_key_values=_empty_cache(len(recorders), batch.past),
+                use_cache=False,
             )
-            positions = torch.arange(batch.past, batch.past + length, device=self.device)[None]
-            if self._table_of(batch.past + length) != self._table_of(batch.length):
-                # A second row with the last position of a text: the tables are made for that.
-                states = states.expand(2, -1, -1)
-                positions = torch.cat([positions, positions + batch.length - length])
-            with torch.no_grad():
-                body(
-                    inputs_embeds=states,
-                    position_ids=positions,
-                    past_key_values=_empty_cache(len(recorders), batch.past),
-                    use_cache=False,
-                )
-            calls.append([_first_row(recorder.kwargs, len(states)) for recorder in recorders])
-        return calls
+        return [_first_row(recorder.kwargs, len(states)) for recorder in recorders]
 
     def __iter__(self) -> Generator[int, None, None]:
         """Open layer after layer from `boundary` on, and read the next layer's weights meanwhile.
@@ -486,15 +577,15 @@ class LayerwiseForward:
         return module.register_forward_hook(after)
 
 
-def _place_of_states(states: Tensor, device: torch.device) -> torch.device:
-    """Return where states `[rows, d]` stay: on the device if they fit there, else on the host."""
+def _place_of_states(size: int, device: torch.device) -> torch.device:
+    """Return where states of so many bytes stay: on the device if they fit, else on the host."""
     if device.type == "cpu":
         return device
     memory = getattr(torch.get_device_module(device), "mem_get_info", None)
     if memory is None:
         return device
     free, _ = memory(device)
-    return device if states.nbytes <= STATES_SHARE * free else torch.device("cpu")
+    return device if size <= STATES_SHARE * free else torch.device("cpu")
 
 
 def _first_row(arguments: Any, rows: int) -> Any:

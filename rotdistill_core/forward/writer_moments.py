@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from rotdistill_core.linalg.precision import wide_dtype, widened
 LARGEST_ENTRY = 2.0**16
 """Entries of activations and of distances to targets are rarely larger. Exact sums get so much
 room; where that is too little, rows go through the layer again and the sums get more."""
+RowTargets = Callable[[Tensor], Tensor]
+"""Numbers of rows of a process [n], on the host -> their targets `[n, d]`, on any device."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class _Problem:
     forward: LayerwiseForward
     site: str
 
-    targets: Tensor
+    targets: RowTargets
     weights: Tensor
     row_sets: Sequence[Tensor]
     alpha: float
@@ -35,7 +37,7 @@ def writer_moments(
     forward: LayerwiseForward,
     site: str,
     width: int,
-    targets: Tensor,
+    targets: RowTargets,
     weights: Tensor,
     row_sets: Sequence[Tensor],
     alpha: float = 1.0,
@@ -55,7 +57,7 @@ def writer_moments(
         forward: a forward pass with an open layer.
         site: the adapter's site of the activations.
         width: size of the activations.
-        targets: `S [rows, d]`, for the rows of this process.
+        targets: `S`, for the rows of this process; asked for each batch of rows once.
         weights: weight of each row of the whole [rows], on the host.
         row_sets: masks of the whole [rows], on the host; one `Moments` is returned for each.
         alpha: share of the way from X to S.
@@ -70,7 +72,7 @@ def writer_moments(
         moments = [
             Moments.exact(
                 width,
-                targets.shape[1],
+                forward.weights.width,
                 bound=max(count, 1.0) * largest**2,
                 where=f"layer {forward.boundary}, {site}",
             )
@@ -107,8 +109,6 @@ def _add_own_rows(problem: _Problem, moments: Sequence[Moments]) -> None:
     """Send the rows of this process through the open layer, and add them to moments."""
     forward = problem.forward
     pending: list[Tensor] = []
-    # Where the states are on the device, targets go there too, once.
-    targets = problem.targets.to(forward.states.device)
     weights = problem.weights[forward.rows].to(forward.device, wide_dtype(forward.dtype))
     row_sets = [rows[forward.rows] for rows in problem.row_sets]
     multiplier = forward.weights.adapter.residual_multiplier(forward.weights.config)
@@ -121,7 +121,7 @@ def _add_own_rows(problem: _Problem, moments: Sequence[Moments]) -> None:
     def add_batch(rows: Tensor, X: Tensor) -> None:
         A = pending.pop()
         X = widened(X)
-        E = problem.alpha * (targets[rows.to(targets.device)].to(X) - X)
+        E = problem.alpha * (problem.targets(rows).to(X) - X)
         w = weights[rows.to(X.device)]
         for sums, row_set in zip(moments, row_sets, strict=True):
             # Chosen on the host: a mask on the device would have to be waited for.

@@ -65,6 +65,8 @@ class ActivationsRef(_Reference):
     """For each boundary of the original student, the teacher's boundary compared with it."""
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Side -> the file of sums of each boundary, where the rows of a sample alone are kept."""
+    replaced: bool = False
+    """Whether a control has put other rows in the place of the teacher's."""
 
     def paths(self) -> Iterator[str]:
         """Yield the files that the result consists of."""

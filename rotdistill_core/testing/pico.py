@@ -175,7 +175,8 @@ def captured_activations(
         shards[side] = tuple(written)
     boundaries = tuple(pair.teacher_depth(b) for b in range(pair.student.depth + 1))
     layouts: dict[str, PackedTexts] = {Side.TEACHER: samples.layout, Side.STUDENT: samples.layout}
-    return ActivationStore(out.store.root, shards, layouts, weights.lineage.depths, boundaries)
+    depths = weights.lineage.depths
+    return ActivationStore(out.store.root, shards, layouts, depths, boundaries, student=weights)
 
 
 def pico_texts(folder: Path, blurbs: int = 20, questions: int = 3) -> Mapping[str, Path]:

@@ -3,7 +3,8 @@
     python tests/execution/several_processes.py WORK_FOLDER CASE...
 
 Carries out a pico recipe once for each case, each time in a folder of its own. A case is a number
-of processes, with "moments" for a recipe of sums in place of rows, or it is one of `KILLS`: a
+of processes, with "moments" for a recipe of sums in place of rows, or with "cut moments" for the
+recipe of rows with sums in their place, or it is one of `KILLS`: a
 process of two is killed there, and three processes carry the recipe out again. Prints one JSON
 document: for each case the exit codes, what was committed before the last start and at the end, and
 the hashes of all files but the ledger. Seconds that were measured are left out of the results.
@@ -51,15 +52,17 @@ step = [
 """
 MOMENTS = "moments"
 STEPS_OF_MOMENTS = """
-variants = { base = [], full = ["basis", "fold"], tuned = ["lora"] }
+variants = { base = [], full = ["basis", "fold", "refit"], tuned = ["lora"] }
 step = [
     { use = "residuals", store = "moments" },
     { id = "basis", use = "procrustes" },
     { id = "fold", use = "basis-fold" },
+    { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
     { id = "lora", use = "prompt-kl", max_prompts = 16, max_epochs = 1, learning_rate = 0.02 },
     { use = "fidelity" },
 ]
 """
+CUT_OF_MOMENTS = STEPS.replace('"residuals"', '"residuals", store = "moments"')
 
 
 def forked(action: Callable[[], None]) -> int:
@@ -206,8 +209,11 @@ def main() -> None:
     other = PicoWorkspace(work).model("other", seed=1)
     outcomes = {}
     for case in sys.argv[2:]:
-        of_moments = case.endswith(MOMENTS)
-        steps, student = (STEPS_OF_MOMENTS, other) if of_moments else (STEPS, model)
+        steps, student = STEPS, model
+        if case.endswith(MOMENTS):
+            is_cut = "cut" in case
+            steps = CUT_OF_MOMENTS if is_cut else STEPS_OF_MOMENTS
+            student = model if is_cut else other
         recipe = make_recipe(work / case, steps, model, student)
         codes = [run_in(2, recipe, case)] if case in KILLS else []
         before = committed(recipe.parent)

@@ -48,6 +48,17 @@ def test_sums_of_blocks_are_the_same_in_any_number_of_processes(tmp_path: Path) 
     assert one["files"] == two["files"] == four["files"]
 
 
+def test_a_refit_has_the_same_bits_from_rows_and_from_sums(tmp_path: Path) -> None:
+    cases = ("1", "1 cut moments", "2 cut moments")
+    rows, sums, dealt = (outcome["files"] for outcome in outcomes(tmp_path, *cases).values())
+    made = {Path(path).relative_to("runs").parts[1] for path in rows}
+    assert {"weights", "checkpoints"} <= made
+    kept = [path for path in rows if {"weights", "checkpoints"} & {*Path(path).parts}]
+    assert [path for path in kept if "layer_00001_heads" in path]
+    assert {path: rows[path] for path in kept} == {path: sums[path] for path in kept}
+    assert sums == dealt
+
+
 @pytest.mark.slow
 def test_killed_processes_are_replaced_by_another_number_of_them(tmp_path: Path) -> None:
     found = outcomes(tmp_path, "1", *KILLS)

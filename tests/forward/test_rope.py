@@ -192,7 +192,7 @@ def test_pass_from_a_later_boundary_ends_where_the_whole_pass_ends(
         walk.run()
         states.append(walk.states.clone())
     late = LayerwiseForward(model.weights, layout, CPU, torch.float32)
-    late.start_at(first, states[first])
+    late.start_at(first, states[first].__getitem__)
     for _ in late:
         late.run()
     assert torch.equal(late.states, states[-1])

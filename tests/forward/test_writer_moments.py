@@ -42,7 +42,9 @@ def test_ridge_solution_is_the_planted_change_of_the_writer(model: Model, alpha:
     forward = LayerwiseForward(model.weights, LAYOUT, torch.device("cpu"), torch.float32)
     for _ in forward:
         weights = torch.rand(LAYOUT.rows, generator=torch.Generator().manual_seed(2)) + 0.5
-        (moments,) = writer_moments(forward, "neurons", 48, targets, weights, [ALL], alpha)
+        (moments,) = writer_moments(
+            forward, "neurons", 48, targets.__getitem__, weights, [ALL], alpha
+        )
         assert forward.boundary == 0
         break
     delta = ridge(moments.xx, moments.xy, 1e-7, "here")
@@ -65,7 +67,8 @@ def test_a_layer_that_multiplies_its_branches_is_refitted_to_the_target(
         after = torch.zeros(LAYOUT.rows, 32)
         forward.run({site: inputs.__setitem__, "output": after.__setitem__}, advance=False)
         targets = after + inputs @ wanted
-        (moments,) = writer_moments(forward, site, width, targets, torch.ones(LAYOUT.rows), [ALL])
+        ones = torch.ones(LAYOUT.rows)
+        (moments,) = writer_moments(forward, site, width, targets.__getitem__, ones, [ALL])
         delta = ridge(moments.xx, moments.xy, 1e-7, "here").float()
         forward.replace(name, model.weights[name] + delta.T)
         moved = torch.zeros(LAYOUT.rows, 32)
@@ -83,7 +86,8 @@ def test_moments_of_disjoint_rows_add_up(model: Model) -> None:
     fit = LAYOUT.split("fit")
     forward = LayerwiseForward(model.weights, LAYOUT, torch.device("cpu"), torch.float32)
     for _ in forward:
-        one, two, whole = writer_moments(forward, "mlp", 32, targets, weights, [fit, ~fit, ALL])
+        row_sets = [fit, ~fit, ALL]
+        one, two, whole = writer_moments(forward, "mlp", 32, targets.__getitem__, weights, row_sets)
         break
     assert one.weight == fit.sum()
     assert two.weight == (~fit).sum()

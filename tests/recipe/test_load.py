@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.plugin.registry import step_class
 from rotdistill_core.recipe.document import NAME_PATTERN
 from rotdistill_core.recipe.load import _id_problems, load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -511,7 +512,9 @@ def test_runs_and_variants_have_names_and_no_paths(good: Path, place: str, name:
     assert all(f"{good}: {place}" in problem for problem in caught.value.problems)
 
 
-def test_a_step_that_reads_all_rows_is_refused_after_a_capture_of_sums(tmp_path: Path) -> None:
+def test_a_step_that_reads_all_rows_is_refused_after_a_capture_of_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = """
 [[step]]
 id = "states"
@@ -527,6 +530,8 @@ id = "refit"
 use = "writer-refit"
 """
     path = write(tmp_path / "sums.toml", HEAD + steps + "[variants]\nbase = []\nfull = ['refit']\n")
+    load_recipe(path)
+    monkeypatch.setattr(step_class("writer-refit")[0], "needs_all_rows", True, raising=False)
     [problem] = problems_of(path)
     assert 'step "refit": reads the captured rows of all texts, and step "states" keeps' in problem
     assert 'Set store = "rows" in step "states".' in problem

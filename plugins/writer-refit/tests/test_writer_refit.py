@@ -16,6 +16,7 @@ from rotdistill_procrustes.step import Procrustes
 from rotdistill_residuals.step import Residuals
 from rotdistill_writer_refit import _method
 from rotdistill_writer_refit._method import layer_problem
+from rotdistill_writer_refit._scoring import Scorer
 from rotdistill_writer_refit.step import WriterRefit, steps
 
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -154,8 +155,10 @@ def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(
     forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
     targets = torch.ones(layout.rows, 4)
     texts = sum(text.split == Split.FIT for text in layout.texts)
-    distinct = layer_problem(WriterRefit(row_weighting="distinct"), targets, forward, samples)
-    plain = layer_problem(WriterRefit(row_weighting="plain"), targets, forward, samples)
+    distinct = layer_problem(
+        WriterRefit(row_weighting="distinct"), targets.__getitem__, forward, samples
+    )
+    plain = layer_problem(WriterRefit(row_weighting="plain"), targets.__getitem__, forward, samples)
     assert (distinct.row_weights == 1).all()
     assert (plain.row_weights[: layout.prefix] == texts).all()
     assert (plain.row_weights[layout.prefix :] == 1).all()
@@ -171,7 +174,7 @@ def test_shared_rows_count_for_each_text_to_fit_on(teacher: Model, samples: Samp
         texts = sum(text.split == Split.FIT for text in layout.texts)
         targets = torch.ones(layout.rows, 4)
         forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
-        weights = layer_problem(step, targets, forward, samples).row_weights
+        weights = layer_problem(step, targets.__getitem__, forward, samples).row_weights
         assert weights[0] == 3.0 * texts
         assert (weights[1 : layout.prefix] == 0.5 * texts).all()
         assert (weights[layout.prefix :] == 1).all()
@@ -184,7 +187,9 @@ def test_a_sink_of_a_text_without_the_shared_prompt_counts_once(
     layout = PackedTexts(plain, 0)
     targets = torch.ones(layout.rows, 4)
     forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
-    weights = layer_problem(WriterRefit(sink_weight=3.0), targets, forward, samples).row_weights
+    weights = layer_problem(
+        WriterRefit(sink_weight=3.0), targets.__getitem__, forward, samples
+    ).row_weights
     assert weights[0] == 3
     assert (weights[1:] == 1).all()
 
@@ -198,7 +203,9 @@ def test_rows_that_predict_teacher_answers_have_their_own_weight(
     question = Conversation(text.id, "en", text.split, "?", None)
     answered = Samples(samples.layout, (question,), "")
     step = WriterRefit(teacher_answer_weight=7.0)
-    weights = layer_problem(step, torch.ones(layout.rows, 4), forward, answered).row_weights
+    weights = layer_problem(
+        step, torch.ones(layout.rows, 4).__getitem__, forward, answered
+    ).row_weights
     answers = torch.zeros(layout.rows, dtype=torch.bool)
     answers[start + text.answer - 1 - layout.prefix : layout.starts[4]] = True
     assert answers.sum() == len(text.tokens) - text.answer + 1
@@ -212,12 +219,12 @@ def test_refit_that_does_not_lower_validation_kl_is_refused(
 ) -> None:
     figures: Iterator[float] = iter([1.0, after])
 
-    def score(split: str, *_: object) -> TextScores:
+    def score(_: object, split: str, *__: object) -> TextScores:
         rows = torch.ones(9, dtype=torch.float64)
         mean = 0.5 if split == Split.FIT else next(figures)
         return TextScores(total=mean * rows, rows=rows)
 
-    monkeypatch.setattr(_method, "score_split", score)
+    monkeypatch.setattr(Scorer, "score", score)
     weights = teacher.weights.cut(KEPT)
     kept, out = refit(WriterRefit(), weights, Pair(teacher, teacher), samples, tmp_path / "runs")
     assert kept is weights

@@ -167,13 +167,15 @@ class Trial:
         targets = self.targets[boundary]
         if weights.lineage.basis is not None:
             targets = targets @ weights.lineage.basis.to(targets)
+        # Where the states are on the device, targets go there too, once.
+        targets = targets.to(forward.states.device)
         for site, template in weights.adapter.writers.items():
             name = template.replace("{i}", str(forward.boundary))
             (moments,) = writer_moments(
                 forward,
                 site=site,
                 width=weights.entries[name].shape[1],
-                targets=targets,
+                targets=lambda rows: targets[rows.to(targets.device)],
                 weights=self.weights[boundary],
                 row_sets=[self.fit],
             )

@@ -49,7 +49,8 @@ def replace_teacher_rows(
             own, paired = activations.paired_rows(activations.layouts[Side.STUDENT])
             T = T.index_copy(0, paired, S[own].to(T))
         shards.append(write_shard(out, control, boundary, T, T.dtype, sidecar))
-    return replace(activations, shards={**activations.shards, Side.TEACHER: tuple(shards)})
+    controlled = {**activations.shards, Side.TEACHER: tuple(shards)}
+    return replace(activations, shards=controlled, replaced=True)
 
 
 def _fitted_rows(mask: Tensor, prefix: int) -> Tensor:

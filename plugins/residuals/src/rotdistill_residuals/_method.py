@@ -128,7 +128,7 @@ def _capture_rows(
         return found
 
     # The folder of runs may have another name on another machine.
-    return replace(ranks.lead(controlled_and_matched), root=out.store.root)
+    return replace(ranks.lead(controlled_and_matched), root=out.store.root, student=weights)
 
 
 def _sums_to_capture(
@@ -270,7 +270,8 @@ class Stream:
         as_computed = self.dtype == self.model.dtype and self.inner_rows == self.layout.rows
         if first_missing and as_computed:
             shard = open_tensors(self.out.store.root / committed[first_missing - 1])
-            forward.start_at(first_missing - 1, shard["rows"].read()[forward.rows])
+            rows_of_whole = shard["rows"].read()
+            forward.start_at(first_missing - 1, lambda rows: rows_of_whole[forward.rows[rows]])
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:

@@ -48,7 +48,7 @@ class Residuals:
     """What is kept. `"rows"`: the rows of all texts. `"moments"`: exact sums over the rows to fit
     on, and the rows of held-out texts, of the first 24 texts to fit on and of the first 8 for
     validation, with the final states of the guard; memory and disk do not grow with the number of
-    texts. `writer-refit` and `control` need `"rows"`."""
+    texts. `control` needs `"rows"`."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Number of fit and validation texts on which the student is captured (alignment needs few);
     without it, all of them."""

@@ -9,6 +9,9 @@ basis) and `w [T]` the row weights:
 Layers are solved in order, each on the activations of the student as refitted so far. Step a and
 ridge λ are chosen on validation rows, and a = 0 is always possible. With the MLP's output in place
 of A this is the map of Shopkhoev et al., ReplaceMe, arXiv:2505.02819.
+
+Teacher and student walk side by side. The states of both at the boundary at hand lie in files, so
+memory does not grow with the texts, but for a few numbers a row.
 """
 
 from __future__ import annotations
@@ -37,14 +40,14 @@ from rotdistill_core.forward.row_weights import (
     shortened,
     sink_factors,
 )
-from rotdistill_core.forward.writer_moments import writer_moments
+from rotdistill_core.forward.writer_moments import RowTargets, writer_moments
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_writer_refit._regression import best_ridge
-from rotdistill_writer_refit._scoring import score_split
-from rotdistill_writer_refit._targets import TeacherTargets
+from rotdistill_writer_refit._scoring import Scorer
+from rotdistill_writer_refit._targets import Targets, TeacherTargets
 
 if TYPE_CHECKING:
     from rotdistill_writer_refit.step import WriterRefit
@@ -53,8 +56,8 @@ if TYPE_CHECKING:
 class LayerProblem(NamedTuple):
     """The regression of the open layer."""
 
-    targets: Tensor
-    """The teacher's states `[rows, d]`, for the rows of this process."""
+    targets: RowTargets
+    """The teacher's states, for the rows of this process."""
     row_weights: Tensor
     """Weight of each row of the whole [rows]."""
     fit: Tensor
@@ -80,7 +83,6 @@ class CommittedWriter(NamedTuple):
 def solve(
     step: WriterRefit,
     targets: TeacherTargets,
-    samples: Samples,
     out: StepOutput,
     progress: Progress,
     ranks: Ranks = ALONE,
@@ -92,21 +94,49 @@ def solve(
 
     Raises:
         RecipeError: the options do not fit the model or the texts, or no aligner ran.
-        SetupError: teacher and student have different tokenizers.
+        SetupError: teacher and student have different tokenizers, or the disk refuses the states.
     """
-    weights, pair = targets.weights, targets.pair
+    weights, pair, samples = targets.weights, targets.pair, targets.samples
     check_options(step, weights, samples)
     shared_vocabulary(pair)  # raises before the work
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
-    student = pair.student
-    forward = LayerwiseForward(weights, layout, student.device, student.dtype, ranks=ranks)
-    cuts = layers_before_cuts(weights)
-    starts_late = (
-        pair.same and cuts and ranks.lead(lambda: targets.reached_by_student(samples, cuts[0]))
+    student, folder = pair.student, out.ledger.folder
+    forward = LayerwiseForward(
+        weights, layout, student.device, student.dtype, ranks=ranks, folder=folder
     )
-    if starts_late:
+    with targets.beside(forward, folder) as beside:
+        refitted = refit(step, targets, beside, forward, out, progress)
+        beside.finish()
+        scorer = Scorer(beside.final_states, pair, samples, ranks, folder)
+
+        def score(view: Weights, split: str) -> TextScores:
+            finished = forward if view is refitted and split == Split.VALIDATION else None
+            return scorer.score(split, view, finished)
+
+        # Far below the KL of validation texts, it says that more texts would help.
+        out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
+        return accept_if_better(weights, refitted, score, step.guard, out)
+
+
+def refit(
+    step: WriterRefit,
+    parts: TeacherTargets,
+    targets: Targets,
+    forward: LayerwiseForward,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights:
+    """Send a student through its layers beside its teacher, and refit one after the other.
+
+    Returns:
+        The refitted student; its diagnostics go to the notes.
+    """
+    weights = parts.weights
+    cuts = layers_before_cuts(weights)
+    if parts.pair.same and cuts and forward.ranks.lead(lambda: parts.reached_by_student(cuts[0])):
         # The layers before the first cut reproduce the teacher: start with its states there.
-        forward.start_at(cuts[0], targets.at(forward.layout, cuts[0], forward.blocks))
+        targets.move_to(cuts[0])
+        forward.start_at(cuts[0], targets.rows)
 
     edited: dict[str, Tensor] = {}
     diagnostics: dict[str, dict[str, float]] = {}
@@ -114,8 +144,8 @@ def solve(
         if step.layers == "cut" and i not in cuts:
             forward.run()
             continue
-        own_targets = targets.at(forward.layout, i + 1, forward.blocks)
-        problem = layer_problem(step, own_targets, forward, samples)
+        targets.move_to(i + 1)
+        problem = layer_problem(step, targets.rows, forward, parts.samples)
         for site in step.writers:
             fit = solve_or_restore(step, forward, problem, site, out)
             edited |= fit.tensors
@@ -125,16 +155,7 @@ def solve(
         forward.run()
         progress(i + 1, weights.depth, f"refitted {' and '.join(step.writers)}")
     out.notes["layers"] = diagnostics
-    refitted = weights.edit(edited)
-
-    def score(view: Weights, split: str) -> TextScores:
-        finished = forward if view is refitted and split == Split.VALIDATION else None
-        return score_split(split, view, targets.activations, pair, samples, finished, ranks)
-
-    # Far below the KL of validation texts, it says that more texts would help.
-    fitted = score_split(Split.FIT, refitted, targets.activations, pair, samples, forward, ranks)
-    out.notes["fit KL after"] = fitted.mean
-    return accept_if_better(weights, refitted, score, step.guard, out)
+    return weights.edit(edited)
 
 
 def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None:
@@ -162,14 +183,15 @@ def layers_before_cuts(weights: Weights) -> list[int]:
 
 
 def layer_problem(
-    step: WriterRefit, targets: Tensor, forward: LayerwiseForward, samples: Samples
+    step: WriterRefit, targets: RowTargets, forward: LayerwiseForward, samples: Samples
 ) -> LayerProblem:
-    """Return the regression towards `targets` `[rows, d]` with its row weights."""
+    """Return the regression towards `targets` with its row weights."""
     layout = forward.whole
     if step.row_weighting == "rms":
-        factors = sink_factors(forward.assembled(mean_square(targets)))
-        targets = shortened(targets, factors[forward.rows])
-        squares = forward.assembled(mean_square(targets))
+        squares = mean_squares(targets, forward)
+        factors = sink_factors(squares)
+        squares = squares * factors**2
+        targets = shorter(targets, factors[forward.rows])
         # Every text attends to the shared rows: they count more where there are more texts.
         readers = sharing_texts(layout)
         counts = row_weights(
@@ -188,6 +210,23 @@ def layer_problem(
             # The prompt's rows are stored once; here they count once for each fitted text.
             counts[: layout.prefix] = sum(text.split == Split.FIT for text in layout.texts)
     return LayerProblem(targets, counts.float(), layout.split(Split.FIT))
+
+
+def mean_squares(targets: RowTargets, forward: LayerwiseForward) -> Tensor:
+    """Return the mean square of the target of each row of the whole [rows], on the host."""
+    squares = torch.zeros(forward.layout.rows, dtype=torch.float64)
+    for rows in forward.blocks:
+        squares[rows] = mean_square(targets(rows))
+    return forward.assembled(squares)
+
+
+def shorter(targets: RowTargets, factors: Tensor) -> RowTargets:
+    """Return targets of which each is multiplied by its factor [rows]."""
+
+    def of_rows(rows: Tensor) -> Tensor:
+        return shortened(targets(rows), factors[rows])
+
+    return of_rows
 
 
 def solve_or_restore(

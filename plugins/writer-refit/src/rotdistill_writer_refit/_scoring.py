@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, scores_by_text
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_writer_refit.step import SCORED_ROWS
+
+FinalStates = Callable[[PackedTexts, Tensor], Tensor | None]
+"""Texts, and rows of them [n] -> the teacher's states after its last layer `[n, d_t]`, on the host
+of the leading process."""
 
 
 def score_split(
@@ -20,7 +30,6 @@ def score_split(
     pair: Pair,
     samples: Samples,
     forward: LayerwiseForward | None = None,
-    ranks: Ranks = ALONE,
 ) -> TextScores:
     """Return the KL to the teacher, in nats, on the answers in the texts of a split.
 
@@ -30,26 +39,66 @@ def score_split(
         activations: holds the teacher's final states of these texts.
         pair: teacher and student, as opened.
         samples: all texts.
-        forward: a finished forward pass of `weights` over texts that include the split's. Without
-            it the split's texts are sent through the student here.
-        ranks: the processes that share the texts; the leading one compares predictions.
+        forward: see `Scorer.score`.
     """
-    student, teacher = pair.student, pair.teacher
-    if forward is None:
-        layout = samples.layout.select(split)
-        forward = LayerwiseForward(weights, layout, student.device, student.dtype, ranks=ranks)
+
+    def captured(layout: PackedTexts, rows: Tensor) -> Tensor:
+        return activations.teacher_states(layout, pair.student.depth)[rows]
+
+    return Scorer(captured, pair, samples).score(split, weights, forward)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Compares students with their teacher."""
+
+    final_states: FinalStates
+    pair: Pair
+    samples: Samples
+    ranks: Ranks = ALONE
+    """The processes that share the texts; the leading one compares predictions."""
+    folder: Path | None = None
+    """Where the states of a forward pass lie in a file; see `LayerwiseForward`."""
+
+    def score(
+        self, split: str, weights: Weights, forward: LayerwiseForward | None = None
+    ) -> TextScores:
+        """Return the KL to the teacher, in nats, on the answers in the texts of a split.
+
+        Args:
+            split: the split.
+            weights: the student.
+            forward: a finished forward pass of `weights` over texts that include the split's.
+                Without it the split's texts are sent through the student here.
+        """
+        pair = self.pair
+        forward = forward or self._finished(split, weights)
+        scored = scored_rows(forward.whole, self.samples, split, SCORED_ROWS)
+        S = forward.collected(scored.rows)
+        T = self.final_states(forward.whole, scored.rows)
+
+        def compare() -> TextScores:
+            assert S is not None
+            assert T is not None
+            own = S.to(forward.device)
+            tokens = shared_vocabulary(pair)
+            comparison = compare_logits(
+                pair.teacher.weights, T, weights, own, scored.targets, tokens
+            )
+            return scores_by_text(comparison.kl, scored.text)
+
+        return self.ranks.lead(compare)
+
+    def _finished(self, split: str, weights: Weights) -> LayerwiseForward:
+        student = self.pair.student
+        forward = LayerwiseForward(
+            weights,
+            self.samples.layout.select(split),
+            student.device,
+            student.dtype,
+            ranks=self.ranks,
+            folder=self.folder,
+        )
         for _ in forward:
             forward.run()
-    whole = forward.whole
-    scored = scored_rows(whole, samples, split, SCORED_ROWS)
-    states = forward.collected(scored.rows)
-
-    def compare() -> TextScores:
-        assert states is not None
-        T = activations.teacher_states(whole, student.depth)[scored.rows]
-        S = states.to(forward.device)
-        tokens = shared_vocabulary(pair)
-        comparison = compare_logits(teacher.weights, T, weights, S, scored.targets, tokens)
-        return scores_by_text(comparison.kl, scored.text)
-
-    return ranks.lead(compare)
+        return forward

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.forward.ranks import ALONE
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     )
 
 Positive = Annotated[float, Field(gt=0)]
+ROW_BYTES = 12 * FLOAT64_BYTES
+"""Bytes of a row in memory for each pass: its places in batches, its owner, and its weight."""
 SCORED_ROWS = 1024
 """Number of rows, evenly spread over a split, that are scored at most."""
 
@@ -79,17 +83,20 @@ class WriterRefit:
     worse). The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped."""
 
     exact: ClassVar[bool] = False
-    needs_all_rows: ClassVar[bool] = True
 
     def cost(self, context: CostContext) -> Cost:
         """Passes of each refitted layer, its normal equations, and the scores of the result.
 
-        A layer takes a pass to go on, and one more for each of its writers that is refitted.
+        A layer takes a pass to go on, and one more for each of its writers that is refitted. The
+        teacher walks beside the student once, and, where the bases differ, the student as it was
+        captured. What each of them has at the boundary at hand lies in a file for so long; in
+        memory are a few numbers of each row.
         """
         student, number = context.student, context.student_bytes
         width = student.width
         rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
-        forward = forward_cost(student, rows, number)
+        forward = _in_files(forward_cost(student, rows, number), rows)
+        beside = _walks_beside(context)
         site_widths = {"neurons": student.neurons, "heads": student.query_width}
         widths = [site_widths[writer] for writer in self.writers]
         refitted = student.depth if self.layers == "all" else min(context.cuts, student.depth)
@@ -98,7 +105,9 @@ class WriterRefit:
         # Unknowns of a regression: the writer's inputs, or the channels of the MLP's output.
         inputs = [width] if self.features == "output" else widths
         largest = max(inputs)
-        targets = rows * width * (FLOAT64_BYTES + 2 * number)
+        # Of one batch: the teacher's rows, their product, and targets in the student's dtype.
+        at_once = min(rows, BATCH_TOKENS)
+        targets = at_once * (context.teacher.width + 2 * width) * FLOAT64_BYTES
         moments = (7 * largest**2 + 6 * largest * width) * FLOAT64_BYTES
         # Two splits, each with two integers for an entry.
         sums = sum(n * (n + width) for n in inputs) * 2 * 2 * FLOAT64_BYTES
@@ -108,17 +117,24 @@ class WriterRefit:
         solves = products + len(self.ridge) * candidate
 
         scores = acceptance_cost(context, self.guard is not None, SCORED_ROWS)
-        regression = forward.host_bytes + targets + moments if refitted else forward.host_bytes
+        walks = forward.host_bytes + beside.host_bytes
+        regression = walks + targets + moments if refitted else walks
         passes = 1 + len(self.writers) * refitted / student.depth
         return Cost(
             host_bytes=max(regression, scores.host_bytes) + writer_bytes,
-            device_bytes=max(forward.device_bytes, scores.device_bytes),
-            disk_bytes=2 * writer_bytes,
-            operations=forward.operations * passes + refitted * solves + scores.operations,
-            dealt_operations=forward.operations * passes + refitted * products,
+            device_bytes=max(forward.device_bytes + beside.device_bytes, scores.device_bytes),
+            teacher_device_bytes=beside.teacher_device_bytes,
+            disk_bytes=2 * writer_bytes + forward.disk_bytes + beside.disk_bytes,
+            operations=beside.operations
+            + forward.operations * passes
+            + refitted * solves
+            + scores.operations,
+            dealt_operations=beside.operations + forward.operations * passes + refitted * products,
             added_up=(Added(sums, refitted),),
-            read_bytes=forward.read_bytes + scores.read_bytes,
-            traffic_bytes=forward.traffic_bytes * passes + scores.traffic_bytes,
+            read_bytes=forward.read_bytes + beside.read_bytes + scores.read_bytes,
+            traffic_bytes=forward.traffic_bytes * passes
+            + beside.traffic_bytes
+            + scores.traffic_bytes,
         )
 
     def caveats(self) -> list[Caveat]:
@@ -149,8 +165,25 @@ class WriterRefit:
         from rotdistill_writer_refit._method import solve
         from rotdistill_writer_refit._targets import TeacherTargets
 
-        targets = TeacherTargets(weights, maps, activations, pair)
-        return solve(self, targets, samples, out, progress, ranks or ALONE)
+        targets = TeacherTargets(weights, maps, activations, pair, samples)
+        return solve(self, targets, out, progress, ranks or ALONE)
+
+
+def _walks_beside(context: CostContext) -> Cost:
+    """Return the cost of what walks beside the student: the teacher, and maybe its own start."""
+    read = context.texts.as_teacher_reads.rows_of(Split.FIT, Split.VALIDATION)
+    theirs = _in_files(forward_cost(context.teacher, read, context.teacher_bytes), read)
+    if context.same:
+        return theirs.on_teacher()
+    rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
+    own = _in_files(forward_cost(context.student, rows, context.student_bytes), rows)
+    both = own + theirs.on_teacher()
+    return replace(both, host_bytes=own.host_bytes + theirs.host_bytes)
+
+
+def _in_files(walk: Cost, rows: int) -> Cost:
+    """Return the cost of a forward pass of some rows whose states lie in a file."""
+    return replace(walk, host_bytes=rows * ROW_BYTES, disk_bytes=walk.host_bytes)
 
 
 @hookimpl
