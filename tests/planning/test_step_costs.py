@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rotdistill_core.planning.cost import (
+    FLOAT32_BYTES,
     FLOAT64_BYTES,
     Cost,
     CostContext,
@@ -155,8 +156,33 @@ def test_a_cut_counts_the_places_where_layers_went(
 def test_a_refit_of_cuts_alone_writes_one_writer_for_each_cut(deep: CostContext) -> None:
     context = after("chop", deep, layers=4)
     every, cut = (cost_of("writer-refit", context, layers=layers) for layers in ("all", "cut"))
-    assert every.disk_bytes == 4 * cut.disk_bytes > 0
+    # Both have the states of student and teacher in files.
+    files = 2 * deep.texts.rows_of("fit", "validation") * deep.student.width * FLOAT32_BYTES
+    if not deep.same:
+        files *= 1.5
+    assert every.disk_bytes - files == 4 * (cut.disk_bytes - files) > 0
     assert cut.operations < every.operations
+
+
+def test_a_refit_takes_a_pass_of_the_teacher_and_states_in_files(deep: CostContext) -> None:
+    same = replace(deep, same=True)
+    other, one = (cost_of("writer-refit", context) for context in (replace(deep, same=False), same))
+    rows = deep.texts.rows_of("fit", "validation")
+    walk = forward_cost(deep.student, rows, 4)
+    # In another basis the student as captured walks along, too.
+    assert other.operations - one.operations == walk.operations
+    assert other.disk_bytes - one.disk_bytes == walk.host_bytes
+    half = replace(same, teacher=deep.teacher.changed(num_hidden_layers=4))
+    shorter = cost_of("writer-refit", half)
+    assert one.operations - shorter.operations == walk.operations / 2
+    assert shorter.disk_bytes == one.disk_bytes
+    # A row takes some numbers in memory, and no states.
+    longer = replace(
+        same, texts=replace(deep.texts, rows={**deep.texts.rows, "fit": deep.texts.rows["fit"] * 9})
+    )
+    more = longer.texts.rows_of("fit", "validation") - rows
+    grown = cost_of("writer-refit", longer).host_bytes - one.host_bytes
+    assert grown <= more * 2 * 12 * FLOAT64_BYTES + 1536 * 3 * 32 * FLOAT64_BYTES
 
 
 def test_a_refit_of_the_output_solves_for_the_width_alone(pico_context: CostContext) -> None:
