@@ -135,10 +135,10 @@ BUGS = {
         _add_own_rows, "[forward.rows].to(forward.device, ", "[forward.rows].to(", REFIT, SAME
     ),
     "targets of a batch": Bug(
-        _add_own_rows, "[rows.to(targets.device)].to(X)", "[rows]", REFIT, SAME, FULL
+        _add_own_rows, "targets(rows).to(X)", "targets(rows)", REFIT, SAME, SLOW_FLOAT64
     ),
     "targets of a refit": Bug(
-        TeacherTargets.reached_by_student, "states.to(target)", "states", REFIT, SAME
+        TeacherTargets.reached_by_student, "states.to(target)", "states", REFIT, SAME, SLOW_FLOAT64
     ),
     "angles of a cut": Bug(
         run_angles, "recent[-1].to(place, ", "recent[-1].to(", CUT, SAME, SLOW_FLOAT64
