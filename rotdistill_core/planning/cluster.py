@@ -7,7 +7,7 @@ up with the others, and the rest, which the first process does while the others 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.planning.cost import Cost
@@ -64,11 +64,15 @@ class Cluster:
         return self.nodes * self.gpus
 
     def machine(self, here: Machine) -> Machine:
-        """Return one of the machines; disk and cores are those of this one."""
+        """Return one of the machines; its cores are those of this one.
+
+        Several machines have the folder of runs on a disk that all of them see, and other machines
+        than this one have disks of their own: how much is free there is not known.
+        """
         if self.name == HERE:
-            return here
+            return here if self.nodes == 1 else replace(here, disk=None)
         memory = (self.kind.memory,) * self.gpus
-        return Machine(self.kind.ram * self.gpus, memory, here.disk, here.cores)
+        return Machine(self.kind.ram * self.gpus, memory, None, here.cores)
 
     def seconds(self, cost: Cost) -> float:
         """Return the time of a step: the dealt part, what one process does alone, and sums."""

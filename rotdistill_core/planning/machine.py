@@ -25,8 +25,8 @@ class Machine:
     """Memory that is free."""
     gpus: tuple[int, ...]
     """Memory of each GPU that torch would see, in its order; empty without a GPU."""
-    disk: int
-    """Free space on the disk of the runs."""
+    disk: int | None
+    """Free space on the disk of the runs; None if that disk is not this machine's."""
     cores: int
 
     def speed(self, device: str) -> float:

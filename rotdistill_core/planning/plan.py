@@ -181,7 +181,7 @@ class Plan:
                 f"{format_bytes(machine.ram)} are free"
             )
         shortfalls += self._gpu_shortfalls()
-        if totals.disk_bytes > machine.disk:
+        if machine.disk is not None and totals.disk_bytes > machine.disk:
             worst = max(todo, key=attrgetter("disk_bytes"))
             shortfalls.append(
                 f"the run writes about {format_bytes(totals.disk_bytes)}, most of it for "
@@ -216,7 +216,7 @@ class Plan:
         lacks = f"; the engine lacks {missing} answers" if missing else ""
         return (
             f"plan: {reused} of {results} results are there; {memory}; "
-            f"disk {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free; "
+            f"disk {format_bytes(totals.disk_bytes)}{free_disk(machine)}; "
             f"takes {time_class(totals.seconds)}{lacks}"
         )
 
@@ -632,6 +632,11 @@ def _own_files(cost: Cost, counted: set[Hashable]) -> Cost:
 def format_bytes(size: float) -> str:
     """Return a number of bytes for people."""
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
+
+
+def free_disk(machine: Machine) -> str:
+    """Return how much of its disk is free, to follow what is needed; nothing if it is unknown."""
+    return "" if machine.disk is None else f", {format_bytes(machine.disk)} are free"
 
 
 def time_class(seconds: float) -> str:

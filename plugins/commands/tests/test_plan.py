@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 
+from rotdistill_core.planning.machine import Machine
 from rotdistill_core.testing import PicoWorkspace, command_line
 
 ROOT = Path(__file__).parents[3]
@@ -373,6 +375,19 @@ def test_the_table_of_several_machines_says_what_is_assumed(recipe: Path) -> Non
     assert "4 x 1 a100" in out
     assert "TFLOP/s (assumed)" in out
     assert "(assumed)" not in command_line("plan", str(recipe))[1]
+
+
+@pytest.mark.parametrize("options", [("--nodes", "2"), ("--gpu", "h100")])
+def test_the_disk_of_this_machine_is_not_that_of_others(
+    recipe: Path, options: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Machine(ram=1 << 40, gpus=(), disk=1000, cores=2)
+    monkeypatch.setattr("rotdistill_commands.plan.this_machine", lambda _: full)
+    code, _, err = command_line("plan", str(recipe))
+    assert (code, "are free on the disk" in err) == (3, True)
+    code, out, err = command_line("plan", str(recipe), *options)
+    assert (code, err) == (0, "")
+    assert re.search(r"disk about [\d.]+ [MG]B; takes", out)
 
 
 @pytest.mark.parametrize("options", [("--nodes", "0"), ("--gpus", "9999"), ("--gpu", "abacus")])

@@ -18,7 +18,14 @@ from rotdistill_core import hookimpl
 from rotdistill_core.planning.cluster import cluster_of
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
-from rotdistill_core.planning.plan import Plan, PlanLine, build_plan, format_bytes, time_class
+from rotdistill_core.planning.plan import (
+    Plan,
+    PlanLine,
+    build_plan,
+    format_bytes,
+    free_disk,
+    time_class,
+)
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import (
@@ -55,7 +62,8 @@ def plan(
 ) -> None:
     """Estimate memory, disk and time of a run, and list the results that it reuses.
 
-    With --nodes, --gpus or --gpu, other machines take the place of this one.
+    With --nodes, --gpus or --gpu, other machines take the place of this one. The free space
+    on their disk is not known, so it is not compared with what the run writes.
 
     Exits with code 3 if the machine is too small.
 
@@ -135,9 +143,7 @@ def _notes(planned: Plan) -> Iterator[str]:
     for gpu, needed in totals.by_gpu.items():
         there = format_bytes(machine.gpu_memory(gpu))
         needs.append(f"{gpu} about {format_bytes(needed)}, {there} are there")
-    needs.append(
-        f"disk about {format_bytes(totals.disk_bytes)}, {format_bytes(machine.disk)} are free"
-    )
+    needs.append(f"disk about {format_bytes(totals.disk_bytes)}{free_disk(machine)}")
     yield "; ".join([*needs, f"takes {time_class(totals.seconds)}"])
 
 
