@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
-from rapidfuzz import fuzz, process
-
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.lessons import Candidate, LessonKind
+from rotdistill_core.data.likeness import Likeness
 from rotdistill_core.data.names import Names, folded, names_in
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import foreign_characters
@@ -81,7 +80,8 @@ class Gate:
         """Reason -> candidates that were dropped for it."""
         self.examples: dict[Reason, list[str]] = {}
         """Reason -> the first texts that were dropped for it."""
-        self._seen = {folded(text): None for text in taken}
+        self._seen = {folded(text) for text in taken}
+        self._alike = Likeness(NEAR, self._seen)
 
     @classmethod
     def of(cls, conversations: Sequence[Conversation], forms: Iterable[str]) -> Gate:
@@ -97,12 +97,8 @@ class Gate:
             if each.split in (Split.FIT, Split.VALIDATION)
         ]
         known += forms
-        names = (
-            name
-            for each in conversations
-            if each.split == Split.HELDOUT
-            for name in names_in(each.question, each.topic, known)
-        )
+        heldout = [each for each in conversations if each.split == Split.HELDOUT]
+        names = names_in(((each.question, each.topic) for each in heldout), known)
         validation = {each.topic for each in conversations if each.split == Split.VALIDATION}
         taken = (text for each in conversations for text in (each.question, each.answer) if text)
         return cls(Names(names), Names(validation), taken, _marked_languages(conversations))
@@ -118,7 +114,10 @@ class Gate:
         if reason:
             self.drop(reason, question)
             return False
-        self._seen[folded(question)] = None
+        form = folded(question)
+        if form not in self._seen:
+            self._seen.add(form)
+            self._alike.add(form)
         return True
 
     def admits_answer(self, question: str, answer: str) -> bool:
@@ -149,7 +148,7 @@ class Gate:
         if form in self._seen:
             return Reason.REPEATED
         # Forms with another topic in them are alike on purpose.
-        if not candidate.question and self._has_near(form):
+        if not candidate.question and self._alike.has_near(form):
             return Reason.NEAR
         return Reason.NO_MARK if self._lacks_mark(candidate, question) else None
 
@@ -157,10 +156,6 @@ class Gate:
         is_proposed = candidate.kind == LessonKind.DOMAIN and not candidate.question
         needs_one = is_proposed and candidate.language in self.marked
         return needs_one and not _has_mark(question, candidate.language)
-
-    def _has_near(self, form: str) -> bool:
-        found = process.extractOne(form, self._seen.keys(), scorer=fuzz.ratio, score_cutoff=NEAR)
-        return found is not None
 
 
 def _has_mark(question: str, language: str) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 from rotdistill_core.data.text_files import comparable
 
@@ -49,48 +49,113 @@ class Names:
         forms = {folded(name) for name in names}
         self.forms: tuple[str, ...] = tuple(sorted(forms - {""}))
         """The names as they are compared."""
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
         # A name may go on: `Brandenburg` is in `Brandenburger`. It never begins inside a word,
         # except in scripts without blanks.
-        spaced = [re.escape(form) for form in self.forms if not UNSPACED.search(form)]
-        unspaced = [re.escape(form) for form in self.forms if UNSPACED.search(form)]
-        return re.compile("|".join([*(rf"(?<!\w){form}" for form in spaced), *unspaced]))
+        unspaced = {form for form in self.forms if UNSPACED.search(form)}
+        self._after_blanks = _Forms({*self.forms} - unspaced)
+        self._anywhere = _Forms(unspaced)
 
     def find(self, text: str) -> str:
         """Return the first of the names in a text, in its compared form; empty if none is."""
-        found = self._pattern.search(folded(text)) if self.forms else None
-        return found[0] if found else ""
+        if not self.forms:
+            return ""
+        text = folded(text)
+        begins_word = True
+        for place, character in enumerate(text):
+            found = begins_word and self._after_blanks.at(text, place)
+            found = found or self._anywhere.at(text, place)
+            if found:
+                return found
+            begins_word = character == " "
+        return ""
 
 
-def names_in(question: str, topic: str, known: Iterable[str]) -> Iterator[str]:
-    """Yield the names by which a conversation's subject may be called.
+class _Forms:
+    """Forms of names, to be found at a place of a text in a time that many names do not change.
+
+    Args:
+        forms: the forms, none of them empty.
+    """
+
+    def __init__(self, forms: Iterable[str]) -> None:
+        self._forms = frozenset(forms)
+        lengths: dict[str, set[int]] = {}
+        for form in self._forms:
+            lengths.setdefault(form[0], set()).add(len(form))
+        self._lengths = {first: sorted(sizes) for first, sizes in lengths.items()}
+        """First character of forms -> their lengths."""
+
+    def at(self, text: str, place: int) -> str:
+        """Return the shortest form that begins at a place of a text; empty if none does."""
+        return next(self.all_at(text, place), "")
+
+    def all_at(self, text: str, place: int) -> Iterator[str]:
+        """Yield the forms that begin at a place of a text."""
+        for length in self._lengths.get(text[place], ()):
+            if (form := text[place : place + length]) in self._forms:
+                yield form
+
+
+def names_in(subjects: Iterable[tuple[str, str]], known: Iterable[str]) -> set[str]:
+    """Return the names by which the subjects of conversations may be called.
 
     These are its topic, the words of the topic that no known text has, and what looks like a name
     in its question and is in no known text: words in upper case (of scripts without cases: longer
     words), and pieces of scripts without blanks.
 
     Args:
-        question: the question.
-        topic: what it is about; may be empty.
+        subjects: question of each conversation, and what it is about; that may be empty.
         known: texts that speak of other things.
     """
-    others = f" {' '.join(map(folded, known))} "
+    asked = list(subjects)
+    maybe = {name for question, topic in asked for name in _maybe_names(question, topic)}
+    forms = {name: folded(name) for name in maybe}
+    speak = _spoken_of({*forms.values()} - {""}, known)
+    new = {name for name, form in forms.items() if form and form not in speak}
+    return {topic for _, topic in asked if topic} | new
 
-    def is_new(name: str) -> bool:
-        form = folded(name)
-        if UNSPACED.search(form):
-            return form not in others
-        return bool(form) and f" {form}" not in others
 
-    if topic:
-        yield topic
-        yield from (w for w in WORD.findall(topic) if len(w) >= LEAST_LETTERS and is_new(w))
+def _maybe_names(question: str, topic: str) -> Iterator[str]:
+    """Yield what may be a name of a conversation's subject, if no other text has it."""
+    yield from (word for word in WORD.findall(topic) if len(word) >= LEAST_LETTERS)
     for run in UNSPACED.findall(question):
         pieces = (run[k : k + PIECE] for k in range(len(run) - PIECE + 1))
-        yield from (p for p in pieces if len(GRAMMAR.findall(p)) < 2 and is_new(p))
-    yield from (run for run in _runs_of_names(UNSPACED.sub(" ", question)) if is_new(run))
+        yield from (piece for piece in pieces if len(GRAMMAR.findall(piece)) < 2)
+    yield from _runs_of_names(UNSPACED.sub(" ", question))
+
+
+def _spoken_of(forms: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """Return those of some forms that a text has, where `Names` would find them.
+
+    Each text is read once, whatever the number of forms: only those are looked for in it that begin
+    with one of its words, or, in scripts without blanks, with two of its characters.
+    """
+    forms = set(forms)
+    unspaced = {form for form in forms if UNSPACED.search(form)}
+    words = _Forms(form for form in forms - unspaced if " " not in form)
+    longer = _grouped(forms - unspaced, lambda form: form.partition(" ")[0])
+    pieces = _grouped(unspaced, lambda form: form[:2])
+    found: set[str] = set()
+    seen: set[str] = set()
+    for text in map(folded, texts):
+        own = {*text.split()}
+        for word in own - seen:
+            found.update(words.all_at(word, 0))
+        seen |= own
+        padded = f" {text}"
+        for word in own & longer.keys():
+            found.update(form for form in longer[word] if f" {form}" in padded)
+        if pieces and UNSPACED.search(text):
+            for piece in ({*text} | {*map("".join, pairwise(text))}) & pieces.keys():
+                found.update(form for form in pieces[piece] if form in text)
+    return found
+
+
+def _grouped(forms: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for form in forms:
+        groups.setdefault(key(form), []).append(form)
+    return groups
 
 
 def _runs_of_names(question: str) -> Iterator[str]:

@@ -59,4 +59,30 @@ def test_no_names_find_nothing() -> None:
 def test_names_come_from_topic_and_question(
     question: str, topic: str, known: list[str], names: set[str]
 ) -> None:
-    assert set(names_in(question, topic, known)) == names
+    assert names_in([(question, topic)], known) == names
+
+
+def test_many_names_and_texts_are_compared_as_one_by_one() -> None:
+    known = [
+        "The Old Brandenburger Tor",
+        "old town",
+        "姫路城の見どころ",
+        "JR東日本の駅",
+        "town hall",
+    ]
+    subjects = [
+        ("how far is Old Town Hall?", "Brandenburg Gate"),
+        ("姫路と東日本橋は？", "東日本 Line"),
+        ("Who built Brandenburger Tor?", ""),
+    ]
+    one_by_one = {name for each in subjects for name in names_in([each], known)}
+    assert names_in(subjects, known) == one_by_one
+    assert {"Brandenburg Gate", "Gate", "Line", "Old Town Hall"} <= one_by_one
+    assert not {"Brandenburg", "Brandenburger Tor"} & one_by_one
+
+
+def test_the_first_of_many_names_in_a_text_is_found() -> None:
+    names = Names([*(f"Place {n}" for n in range(2000)), "京都", "Old", "Old Town"])
+    assert names.find("From the old town to place 77") == "old"
+    assert names.find("東京都 has place 1999") == "京都"
+    assert names.find("a placebo") == ""
