@@ -74,6 +74,12 @@ class Conversation:
         """All that is said in it, turn by turn."""
         return "\n".join((*(turn.content for turn in self.turns), self.answer or ""))
 
+    @property
+    def characters(self) -> int:
+        """The length of `words`."""
+        asked = (*(turn.content for turn in self.earlier), self.question) if self.question else ()
+        return sum(len(text) + 1 for text in asked) + len(self.answer or "")
+
     def without_system_prompt(self) -> Conversation:
         """Return it with no system prompt, whatever that of the samples is."""
         return replace(self, system="")

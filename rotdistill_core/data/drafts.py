@@ -161,6 +161,8 @@ def _without_thoughts(draft: Draft) -> Draft:
     )
     if answer == "" or not all(turn.content for turn in earlier):
         raise BadRowError("a turn of the assistant holds thoughts and no answer.")
+    if (answer, earlier) == (draft.answer, draft.earlier):
+        return draft
     return replace(draft, answer=answer, earlier=earlier)
 
 
@@ -353,6 +355,8 @@ def _name(row: Row, key: str) -> str:
 
 
 def _require_characters(text: str, where: str, allowed: str = "") -> None:
+    if text.isprintable():  # as most texts are
+        return
     foreign = sorted(set(foreign_characters(text, allowed)))
     if foreign:
         raise BadRowError(

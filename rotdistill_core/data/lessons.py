@@ -297,7 +297,7 @@ def available(domain: Domain, lessons: Lessons) -> int:
     Raises:
         RecipeError: no question of the domain can be made.
     """
-    left = _questions(domain, lessons)
+    left = _questions(domain, lessons, lessons.count)
     if lessons.count and not left:
         raise RecipeError(
             f'lessons: from = "{lessons.source}" makes no question: the texts to fit on have '
@@ -315,14 +315,20 @@ def available(domain: Domain, lessons: Lessons) -> int:
     return lessons.count
 
 
-def _questions(domain: Domain, lessons: Lessons) -> float:
-    """Return how many questions of the domain there are; without end where the teacher proposes."""
+def _questions(domain: Domain, lessons: Lessons, enough: int) -> float:
+    """Return how many questions of the domain there are; without end where the teacher proposes.
+
+    Languages are left out once there are enough.
+    """
     if lessons.source == "teacher":
         return math.inf if domain.languages else 0
-    return sum(
-        len(domain.forms.get(language, ())) * sum(map(len, domain.topics_in(language)))
-        for language in domain.languages
-    )
+    found = 0
+    for language in domain.languages:
+        if found >= enough:
+            break
+        forms = domain.forms.get(language, ())
+        found += len(forms) * sum(map(len, domain.topics_in(language))) if forms else 0
+    return found
 
 
 def _general_ones(share: float) -> Iterator[bool]:
@@ -446,4 +452,6 @@ def _hash(*parts: object) -> str:
 
 def _scripts(text: str) -> frozenset[str]:
     """Return the scripts of the letters of a text, by the first word of their Unicode names."""
+    if text.isascii():
+        return frozenset({LATIN} if any(map(str.isalpha, text)) else ())
     return frozenset(unicodedata.name(c, "?").split()[0] for c in set(text) if c.isalpha())

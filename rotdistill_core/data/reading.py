@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +68,8 @@ def read_conversations(
 
     conversations = _of_index(index, ref)
     if ref.own_answers:
-        conversations += _with_own_answers(conversations)
+        asked = {draft.id: draft.asked for draft in index}
+        conversations += _with_own_answers(conversations, asked)
     conversations = [each for each in conversations if _is_complete(each)]
     conversations += [_conversation(draft, Split.HELDOUT) for draft in heldout]
     conversations += _guard_texts(guard)
@@ -115,11 +116,12 @@ def _with_ids(drafts: Iterable[Draft], problems: list[str]) -> list[Draft]:
             name = hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
             copies[name] += 1
             name += f"-{copies[name]}" if copies[name] > 1 else ""
-        if comparable(name) in seen:
+        form = comparable(name)
+        if form in seen:
             problems.append(f"{draft.where}: the id {name} is already used.")
             continue
-        seen.add(comparable(name))
-        named.append(replace(draft, id=name))
+        seen.add(form)
+        named.append(draft if name == draft.id else replace(draft, id=name))
     return named
 
 
@@ -179,28 +181,28 @@ def _is_complete(conversation: Conversation) -> bool:
     )
 
 
-def _with_own_answers(conversations: Sequence[Conversation]) -> list[Conversation]:
+def _with_own_answers(
+    conversations: Sequence[Conversation], asked: Mapping[str, tuple[str, ...]]
+) -> list[Conversation]:
     """Return each distinct question once more, for the teacher to answer.
 
     Several texts may ask the same. A fit question goes before a validation question, so that no
     question is fitted and validated.
+
+    Args:
+        conversations: the texts.
+        asked: id -> what is asked, in a form in which spellings are equal.
     """
     representative: dict[tuple[str, ...], Conversation] = {}
     for split in (Split.VALIDATION, Split.FIT):
         for each in conversations:
             if each.split == split:
-                representative[_asked(each)] = each
+                representative[asked[each.id]] = each
     return [
         replace(each, id=each.id + OWN_ANSWER, answer=None)
         for each in conversations
-        if representative.get(_asked(each)) is each
+        if representative.get(asked[each.id]) is each
     ]
-
-
-def _asked(conversation: Conversation) -> tuple[str, ...]:
-    """Return what is asked, in a form in which spellings are equal."""
-    turns = (turn.content for turn in conversation.turns)
-    return tuple(comparable_name(text) for text in (conversation.system or "", *turns))
 
 
 def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:

@@ -95,6 +95,8 @@ def comparable(text: str) -> str:
     Composed and decomposed letters, letter case, kinds and runs of blanks, kinds of apostrophes,
     quotation marks and dashes, and characters that are not seen make no difference.
     """
+    if text.isascii():  # the same, sooner
+        return " ".join(text.lower().replace("`", "'").split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = " ".join(folded.translate(PLAIN_MARKS).replace(DOTTED_I, "i").split())
     if words.isprintable():  # as nearly all texts are, and a look at each character is slow

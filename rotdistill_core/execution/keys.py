@@ -7,7 +7,6 @@ nothing here needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from rotdistill_core.data.conversations import Conversation
@@ -123,7 +122,7 @@ def texts_digest(
     """Return the hash of the texts of a run before any tokenizer or teacher has seen them."""
     texts: list[object] = [
         # Facts and falsehoods enter the key of evaluators alone.
-        [vars(replace(question, facts=(), falsehoods=())) for question in conversations],
+        [{**vars(question), "facts": (), "falsehoods": ()} for question in conversations],
         style,
         recipe.samples.model_dump(
             include={"max_tokens", "answer_tokens", "own_answers", "thinking", "bake_prompt"}

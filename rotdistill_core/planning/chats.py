@@ -24,6 +24,8 @@ from rotdistill_core.store.records import StartRecord
 
 DATE = "date"
 """Name of the date among the inputs of a run. Runs whose templates write none have none."""
+ANSWERED = 1_000
+"""Conversations of one kind that a plan writes with their answers, at most."""
 PROMPT_INPUTS = ("teacher", "student", "texts")
 """The inputs that decide prompts, apart from the date."""
 SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "proportional")
@@ -333,10 +335,19 @@ def planned_chats(
 def _write_all(
     chat: ChatFormat, style: str, conversations: Sequence[Conversation]
 ) -> dict[str, str]:
-    """Write all conversations once, with their answers and without; return the prompts by id."""
+    """Write all conversations once, and some with their answers, too; return the prompts by id.
+
+    Of many that have the same turns some tell whether the template takes an answer after them.
+    """
     asked = [each for each in conversations if not each.is_plain]
     prompts = chat.prompts([chat.chat_of(each, style) for each in asked])
-    chat.render([chat.chat_of(each, style, each.answer) for each in asked if each.answer])
+    alike: dict[tuple[int, bool], list[Conversation]] = {}
+    for each in asked:
+        if each.answer:
+            turns = len(each.earlier), bool(each.system_under(style))
+            alike.setdefault(turns, []).append(each)
+    some = [each for group in alike.values() for each in group[:: len(group) // ANSWERED + 1]]
+    chat.render([chat.chat_of(each, style, each.answer) for each in some])
     return {each.id: prompt for each, prompt in zip(asked, prompts, strict=True)}
 
 

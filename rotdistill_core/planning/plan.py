@@ -59,6 +59,7 @@ from rotdistill_core.planning.text_counts import (
     count_texts,
     lengths_above,
     token_counter,
+    upper_bounds,
 )
 from rotdistill_core.plugin.step import check_models
 from rotdistill_core.recipe.document import ModelRef, Recipe, StudentRef
@@ -425,16 +426,18 @@ def _chats(
         count = token_counter(Path(chat.source), vocabulary)
         texts = prompts[chat.source]
         most, answer_tokens = recipe.samples.max_tokens, recipe.samples.answer_tokens
-        require_room_to_fit(asked, lengths_above(texts, count, most - 1), most)
+        bounds = upper_bounds(texts, count)
+        require_room_to_fit(asked, lengths_above(texts, bounds, count, most - 1), most)
         heldout = {q.id: texts[q.id] for q in asked if q.split == Split.HELDOUT}
-        for shape in shapes:
+        answers = upper_bounds({q.id: q.answer for q in asked if q.answer}, count)
+        for shape in {position_limit(shape.config): shape for shape in shapes}.values():
             limit = position_limit(shape.config) or sys.maxsize
-            long = lengths_above(heldout, count, limit - answer_tokens)
+            long = lengths_above(heldout, bounds, count, limit - answer_tokens)
             require_room(long, answer_tokens, shape.config, chat.source)
             fitted = (
                 count(texts[q.id]) + count(q.answer)
                 for q in asked
-                if q.answer and count.most(texts[q.id]) + count.most(q.answer) > limit
+                if q.answer and bounds[q.id] + answers[q.id] > limit
             )
             notes += cut_notes(fitted, most, shape.config)
     return chats, list(dict.fromkeys(notes))

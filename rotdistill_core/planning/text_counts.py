@@ -96,11 +96,18 @@ class TokenCounter:
         """
         if self._special is None:
             return self._whole(text)
-        return sum(
-            size if size < LONG_PART else self._part(part)
-            for part in self._special.split(text)
-            for size in [_composed_bytes(part)]
-        )
+        if not _is_composed(text):
+            return sum(map(self._most_of_part, self._special.split(text)))
+        size = len(text.encode())
+        if size < LONG_PART:
+            return size
+        # Few parts are long, and the bytes of all parts are those of the text.
+        long = [part for part in self._special.split(text) if 4 * len(part) >= LONG_PART]
+        return size + sum(self._most_of_part(part) - len(part.encode()) for part in long)
+
+    def _most_of_part(self, part: str) -> int:
+        size = _composed_bytes(part)
+        return size if size < LONG_PART else self._part(part)
 
     def _whole(self, text: str) -> int:
         with reading(self._path, "the tokens of a text"):
@@ -141,9 +148,12 @@ def _special_tokens(settings: Mapping[str, Any]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)()")
 
 
+def _is_composed(text: str) -> bool:
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
 def _composed_bytes(text: str) -> int:
-    is_composed = text.isascii() or unicodedata.is_normalized("NFC", text)
-    return len((text if is_composed else unicodedata.normalize("NFC", text)).encode())
+    return len((text if _is_composed(text) else unicodedata.normalize("NFC", text)).encode())
 
 
 class ByteCounter:
@@ -248,14 +258,26 @@ def token_counter(folder: Path | None, vocabulary: int) -> TokenCounter | ByteCo
     return ByteCounter(vocabulary)
 
 
+def upper_bounds(texts: Mapping[str, str], count: TokenCounter | ByteCounter) -> dict[str, int]:
+    """Return how many tokens each text has at most, by name."""
+    return {name: count.most(text) for name, text in texts.items()}
+
+
 def lengths_above(
-    texts: Mapping[str, str], count: TokenCounter | ByteCounter, most: int
+    texts: Mapping[str, str], bounds: Mapping[str, int], count: Count, most: int
 ) -> dict[str, int]:
-    """Return the tokens of those texts that have more than `most`, by name."""
+    """Return the tokens of those texts that have more than `most`, by name.
+
+    Args:
+        texts: the texts by name.
+        bounds: how many tokens each has at most.
+        count: counts the tokens of a text.
+        most: so many are allowed.
+    """
     return {
         name: length
         for name, text in texts.items()
-        if count.most(text) > most and (length := count(text)) > most
+        if bounds[name] > most and (length := count(text)) > most
     }
 
 
@@ -318,7 +340,7 @@ def _sum_of(
         alike = [each for each in questions if (each.answer is not None) == is_answered]
         some = alike[:: max(len(alike) // most, 1)]
         # Texts of one character have rows too, so each counts as some characters more.
-        sizes = [sum(len(each.words) + 1 for each in texts) for texts in (alike, some)]
+        sizes = [sum(each.characters + 1 for each in texts) for texts in (alike, some)]
         total += sum(map(rows_of, some)) * sizes[0] / max(sizes[1], 1)
     return round(total)
 

@@ -29,6 +29,7 @@ from rotdistill_core.planning.text_counts import (
     count_texts,
     lengths_above,
     token_counter,
+    upper_bounds,
 )
 from rotdistill_core.recipe.document import Lessons, SamplesRef
 from rotdistill_core.testing import pico_tokenizer
@@ -221,7 +222,10 @@ def test_parts_of_a_text_add_up_to_its_tokens(tmp_path: Path, options: dict[str,
         text = "".join(chance.choices(WORDS, k=chance.randrange(90)))
         tokens = len(tokenizer.encode(text, add_special_tokens=False).ids)
         assert count(text) == tokens <= count.most(text)
-        assert lengths_above({"a": text}, count, 20) == ({"a": tokens} if tokens > 20 else {})
+        bounds = upper_bounds({"a": text}, count)
+        assert lengths_above({"a": text}, bounds, count, 20) == (
+            {"a": tokens} if tokens > 20 else {}
+        )
 
 
 def test_a_shared_prompt_is_counted_once_and_short_questions_only_where_it_matters(
@@ -234,9 +238,10 @@ def test_a_shared_prompt_is_counted_once_and_short_questions_only_where_it_matte
     encode = count._part.__wrapped__
     monkeypatch.setattr(count, "_part", lru_cache(lambda part: read.append(part) or encode(part)))
     texts = {str(k): f"<|begin|>{'hello ' * 99}<|end|>world {k}<|end|>" for k in range(50)}
-    assert lengths_above(texts, count, 600) == {}
+    bounds = upper_bounds(texts, count)
+    assert lengths_above(texts, bounds, count, 600) == {}
     assert len(read) == 1
-    assert len(lengths_above(texts, count, 100)) == 50
+    assert len(lengths_above(texts, bounds, count, 100)) == 50
     assert len(read) <= 50 + 3
 
 
