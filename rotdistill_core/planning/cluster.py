@@ -83,10 +83,10 @@ class Cluster:
         return computed + self.traffic_bytes(cost) / self.kind.network
 
     def traffic_bytes(self, cost: Cost) -> float:
-        """Return the bytes that each machine sends to others; none if there is one machine.
+        """Return the bytes that a machine sends to others, in the mean; none if it is alone.
 
         Sums go round in a ring: each process passes on twice what it holds, but for its own part.
-        Rows go to the first process once.
+        Rows go to the first process once, except those of its own machine.
         """
         if self.nodes == 1:
             return 0.0
@@ -95,7 +95,14 @@ class Cluster:
             each.size * (math.ceil(each.times / self.ranks) if each.dealt else each.times)
             for each in cost.added_up
         )
-        return ring * added + cost.gathered_bytes / self.nodes
+        sent = sum(each.size * self._elsewhere(each.batches) for each in cost.gathered)
+        return ring * added + sent / self.nodes
+
+    def _elsewhere(self, batches: int) -> float:
+        """Return the share of dealt batches that is not computed on the first machine."""
+        rounds, rest = divmod(batches, self.ranks)
+        here = rounds * self.gpus + min(rest, self.gpus)
+        return 1 - here / batches if batches else 0.0
 
     def constants(self) -> list[str]:
         """Return the constants that figures come from, and whether they were measured."""

@@ -56,6 +56,15 @@ class Added(NamedTuple):
     """Whether n processes add up an n-th as often, since each has more terms by then."""
 
 
+class Gathered(NamedTuple):
+    """Rows that the first process gathers from all of them."""
+
+    size: float
+    """Bytes of all rows, its own among them."""
+    batches: int
+    """Batches that they are dealt in; one process after the other takes one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """Resources that a step needs.
@@ -78,8 +87,8 @@ class Cost:
     """Those of them that are dealt over the processes of a run."""
     added_up: tuple[Added, ...] = ()
     """What its processes add up together."""
-    gathered_bytes: float = 0.0
-    """Bytes of rows that the first process gathers from all of them."""
+    gathered: tuple[Gathered, ...] = ()
+    """What the first process gathers from all of them."""
     read_bytes: float = 0.0
     """Bytes read from weight files and shards."""
     traffic_bytes: float = 0.0
@@ -97,7 +106,7 @@ class Cost:
             operations=self.operations + other.operations,
             dealt_operations=self.dealt_operations + other.dealt_operations,
             added_up=(*self.added_up, *other.added_up),
-            gathered_bytes=self.gathered_bytes + other.gathered_bytes,
+            gathered=(*self.gathered, *other.gathered),
             read_bytes=self.read_bytes + other.read_bytes,
             traffic_bytes=self.traffic_bytes + other.traffic_bytes,
             shared_files={**self.shared_files, **other.shared_files},
@@ -118,7 +127,7 @@ class Cost:
             operations=count * self.operations,
             dealt_operations=count * self.dealt_operations,
             added_up=tuple(each._replace(times=count * each.times) for each in self.added_up),
-            gathered_bytes=count * self.gathered_bytes,
+            gathered=tuple(each._replace(size=count * each.size) for each in self.gathered),
             read_bytes=count * self.read_bytes,
             traffic_bytes=count * self.traffic_bytes,
         )

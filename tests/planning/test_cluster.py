@@ -8,7 +8,7 @@ import pytest
 
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning.cluster import HERE, KINDS, Cluster, cluster_of
-from rotdistill_core.planning.cost import Added, Cost
+from rotdistill_core.planning.cost import Added, Cost, Gathered
 from rotdistill_core.planning.machine import Machine
 
 MACHINE = Machine(ram=64 << 30, gpus=(), disk=1 << 40, cores=4)
@@ -48,13 +48,26 @@ def test_sums_of_dealt_blocks_are_added_up_less_often_by_more_processes() -> Non
 
 
 def test_gathered_rows_are_sent_once() -> None:
-    assert cluster(4, 2).traffic_bytes(Cost(gathered_bytes=8e9)) == pytest.approx(2e9)
+    many = Cost(gathered=(Gathered(8e9, 80_000),))
+    # Three of four machines send their rows, so each of the four 1.5e9 in the mean.
+    assert cluster(4, 2).traffic_bytes(many) == pytest.approx(1.5e9)
+    assert cluster(1, 8).traffic_bytes(many) == 0
+
+
+def test_few_batches_are_not_dealt_evenly() -> None:
+    assert cluster(2, 1).traffic_bytes(Cost(gathered=(Gathered(3e9, 3),))) == pytest.approx(0.5e9)
+    assert cluster(2, 4).traffic_bytes(Cost(gathered=(Gathered(4e9, 4),))) == 0
+    assert cluster(2, 4).traffic_bytes(Cost(gathered=(Gathered(5e9, 5),))) == pytest.approx(0.5e9)
+    assert cluster(2, 1).traffic_bytes(Cost(gathered=(Gathered(0, 0),))) == 0
 
 
 def test_costs_keep_how_they_split() -> None:
-    part = replace(Cost(operations=4.0).dealt(), added_up=(Added(10, 2),), gathered_bytes=3.0)
+    part = replace(
+        Cost(operations=4.0).dealt(), added_up=(Added(10, 2),), gathered=(Gathered(3.0, 7),)
+    )
     both = part.repeated(2) + Cost(operations=5.0)
-    assert (both.operations, both.dealt_operations, both.gathered_bytes) == (13, 8, 6)
+    assert (both.operations, both.dealt_operations) == (13, 8)
+    assert both.gathered == (Gathered(6, 7),)
     assert both.added_up == (Added(10, 4),)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rotdistill_core.data.batching import BLOCK_TEXTS
+from rotdistill_core.data.batching import BATCH_TOKENS, BLOCK_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
@@ -14,6 +14,7 @@ from rotdistill_core.planning.cost import (
     Added,
     Cost,
     CostContext,
+    Gathered,
     capture_cost,
     forward_cost,
     shard_bytes,
@@ -50,12 +51,19 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
     control_shards = teacher_shards if step.control != "none" else 0
     kept = (step.dtype, step.store)
     shared: dict[Hashable, float] = {("teacher states", *kept): teacher_shards}
+    anchor_states = ("anchor states", *kept, step.student_texts)
     if context.anchor:
-        anchor_states = ("anchor states", *kept, step.student_texts)
         shared[anchor_states] = shard_bytes(context.anchor, rows, student_number)
     return replace(
         capture_cost(context, student_rows=rows).dealt(),
-        gathered_bytes=teacher_shards + student_shards,
+        gathered=tuple(
+            Gathered(size, -(-count // BATCH_TOKENS))
+            for size, count in (
+                (teacher_shards, texts.as_teacher_reads.total),
+                (student_shards, rows),
+                (shared.get(anchor_states, 0), rows),
+            )
+        ),
         disk_bytes=student_shards + control_shards,
         shared_files=shared,
     )

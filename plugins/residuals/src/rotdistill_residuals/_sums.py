@@ -131,15 +131,14 @@ class SumCapture:
         count = len(self.layout.fit_blocks())
         todo = islice(rows_of_blocks(self.layout), done, None)
         while wave := list(islice(todo, COMMIT_BLOCKS * ranks.count)):
-            own = sums if ranks.count == 1 else self._empty()
+            # The leading process goes on with what all have added up, the others begin anew.
+            own = sums if ranks.leads else self._empty()
             for number, (block, counted) in enumerate(ranks.mine(wave), 1):
                 self._add_block(own, block, counted.rows)
                 finished = min(done + number * ranks.count, count)
                 progress(finished, count, f"{self.side}: sums of {len(block.texts)} texts")
-            if own is not sums:
-                for total, each in zip(sums, own, strict=True):
-                    each.combine(ranks.add_up, float64_device(self.student.model.device))
-                    total.merge(each)
+            for each in own if ranks.count > 1 else ():
+                each.combine(ranks.add_up, float64_device(self.student.model.device))
             done += len(wave)
             if done < count:
                 ranks.lead(partial(self._commit, sums, done))
