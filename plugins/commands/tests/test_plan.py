@@ -358,14 +358,16 @@ def test_a_variant_without_the_capture_of_another_is_refused_in_one_line(edit: E
 
 def test_several_machines_are_planned_from_the_same_costs(recipe: Path) -> None:
     alone = json.loads(command_line("plan", str(recipe), "--json")[1])
-    options = ("--nodes", "2", "--gpus", "4", "--gpu", "h100", "--json")
+    sums = ("--set", "residuals.store=moments")
+    options = ("--nodes", "2", "--gpus", "4", "--gpu", "h100", *sums, "--json")
     plan = json.loads(command_line("plan", str(recipe), *options)[1])
     found = plan["cluster"]
     assert "cluster" not in alone
     assert (found["nodes"], found["gpus"], found["gpu"], found["ranks"]) == (2, 4, "h100", 8)
     dealt = {step["id"]: step["dealt"] for step in found["steps"]}
     assert dealt["residuals"] == 1
-    assert dealt["fidelity"] == 0
+    assert dealt["fidelity"] == 1
+    assert dealt["basis"] == 0
     assert found["traffic_bytes"] == sum(step["traffic_bytes"] for step in found["steps"]) > 0
     assert len(found["steps"]) == len(alone["steps"])
 
