@@ -48,8 +48,8 @@ def tensor_in_file(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> 
         raise unwritable(path, error) from error
     except RuntimeError as error:
         raise SetupError(
-            f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}. Put the folder "
-            "of runs on another file system (--runs)."
+            f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}. Carry out "
+            "the recipe where its folder of runs lies on a local disk."
         ) from error
 
 
