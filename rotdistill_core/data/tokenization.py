@@ -11,7 +11,13 @@ from rotdistill_core.data.conversations import LESSON, Conversation, first_chat,
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import comparable
-from rotdistill_core.data.thoughts import MARKS, continuing, opens_block, with_beginning
+from rotdistill_core.data.thoughts import (
+    MARKS,
+    continuing,
+    opens_block,
+    with_beginning,
+    without_thoughts,
+)
 from rotdistill_core.errors import SetupError
 
 PROMPT_END = 16
@@ -163,11 +169,24 @@ def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of generated tokens, up to the first special token or broken character."""
     text_tokens = []
     for token in tokens:
-        if token in tokenizer.all_special_ids and not _is_thought_mark(tokenizer, token):
+        if token in tokenizer.all_special_ids and not is_thought_mark(tokenizer, token):
             break
         text_tokens.append(token)
     text: str = tokenizer.decode(text_tokens)
     return text.partition("\ufffd")[0].strip()
+
+
+def answer_after_thoughts(tokenizer: Any, prompt: Sequence[int], answer: str) -> str:
+    """Return an answer without the thinking block that it begins with, or that its prompt opens.
+
+    Nothing is left of an answer that ends inside the block.
+
+    Args:
+        tokenizer: that of the prompt.
+        prompt: tokens that the answer follows.
+        answer: the answer as text, with the marks of blocks.
+    """
+    return without_thoughts(with_beginning(_end(tokenizer, prompt), answer))
 
 
 def _end(tokenizer: Any, prompt: Sequence[int]) -> str:
@@ -176,7 +195,7 @@ def _end(tokenizer: Any, prompt: Sequence[int]) -> str:
     return text
 
 
-def _is_thought_mark(tokenizer: Any, token: int) -> bool:
+def is_thought_mark(tokenizer: Any, token: int) -> bool:
     """Return whether a token begins or ends a thinking block; some tokenizers call it special."""
     return tokenizer.decode([token]).strip() in (*MARKS, *MARKS.values())
 

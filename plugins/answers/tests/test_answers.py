@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rotdistill_answers._method import (
@@ -26,6 +28,7 @@ from rotdistill_answers.step import Answers, steps
 
 from rotdistill_core.data.conversations import Claim, Conversation
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import answer_after_thoughts
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import stage_of
@@ -193,6 +196,47 @@ def test_decoded_answers_have_no_special_tokens() -> None:
     assert decode_answer(tokenizer, tokens) == "w1 w2"
 
 
+def test_marks_of_thoughts_stay_also_where_they_are_special_tokens() -> None:
+    tokenizer = pico_tokenizer(64, thinks=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    prompt = tokenizer("<user> w9 <end> <assistant> <think>")["input_ids"]
+    whole = decode_answer(tokenizer, tokenizer("w1 w2 </think> w3 w4 <end>")["input_ids"])
+    assert whole == "w1 w2</think>w3 w4"
+    assert answer_after_thoughts(tokenizer, prompt, whole) == "w3 w4"
+    assert answer_after_thoughts(tokenizer, prompt, "w1 w2") == ""
+    assert answer_after_thoughts(tokenizer, prompt[:-1], "w1 w2") == "w1 w2"
+
+
+def test_thoughts_are_kept_and_not_scored(
+    workspace: PicoWorkspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = pico_tokenizer(64, thinks=True)
+    tokenizer.save_pretrained(workspace.folder / "model")
+    lines = [{"id": f"held-{k}", "answer": "<think> w4 </think> w5 w6"} for k in range(3)]
+    (workspace.folder / "made.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    said = {
+        "held-0": "w7 w8 w9 </think> w5 w6",
+        "held-1": "w4 </think> w9 w10",
+        "held-2": "w4 w5 w6",
+    }
+    tokens = {name: tokenizer(f"{text} <end>")["input_ids"] for name, text in said.items()}
+    generated = SimpleNamespace(tokens=tokens)
+    monkeypatch.setattr("rotdistill_answers._method.kept_answers", lambda *_: generated)
+    tables = 'samples.thinking = true\nengine = { use = "file", path = "made.jsonl" }'
+    result = workspace.run(workspace.recipe(STEPS, answer_tokens=9, tables=tables))
+    chrf = {row.text: row.value for row in result.rows if row[:2] == ("cut", "answer_chrf")}
+    assert chrf["held-0"] == pytest.approx(100)
+    assert chrf["held-1"] < 60
+    assert chrf["held-2"] == 0
+    step = result.steps["cut", "answers"]
+    assert step.notes["answers that end inside their thoughts, scored as empty"] == {
+        "teacher": 0,
+        "student": 1,
+    }
+    assert {name: each.student for name, each in step.report.answers.items()} == said
+    assert {each.teacher for each in step.report.answers.values()} == {"w4 </think> w5 w6"}
+
+
 @pytest.mark.slow
 def test_the_uncut_student_answers_as_its_teacher(workspace: PicoWorkspace) -> None:
     result = run(workspace)
@@ -248,6 +292,14 @@ def test_a_language_of_any_code_ends_no_run(language: str) -> None:
     text = "Em 12 May 1900 custou 3 million km"
     assert normalize(text, language)
     assert LanguageIdentifier([language]).languages >= {"pt", "en"}
+
+
+def test_the_model_of_languages_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LanguageIdentifier(["sw"])
+    monkeypatch.setattr("rotdistill_answers._method.LangidModel", None)
+    again = LanguageIdentifier(["sw-KE"])
+    assert again.languages == first.languages
+    assert again.language_of(FRENCH) == "fr"
 
 
 def test_a_language_tag_is_read_as_its_language() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from py3langid.langid import MODEL_FILE
@@ -16,6 +19,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import Samples, Text
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.tokenization import answer_after_thoughts, is_thought_mark
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.answers import asked_greedily, kept_answers
@@ -58,17 +62,24 @@ class LanguageIdentifier:
     """Identifies the language of a text, with the model in the wheel of py3langid."""
 
     def __init__(self, languages: Iterable[str]) -> None:
-        self._model: Any = LangidModel.from_model_file(
-            MODEL_FILE, norm_probs=True, min_confidence=0.5
-        )
-        wanted = {*LANGUAGES, *map(primary_language, languages)}
-        self.languages = frozenset(wanted & set(self._model.labels))
+        self._model = _langid_model(frozenset([*LANGUAGES, *map(primary_language, languages)]))
+        self.languages = frozenset(self._model.labels)
         """Codes of the languages that it identifies; the model does not know every language."""
-        self._model.set_languages(sorted(self.languages))
 
     def language_of(self, text: str) -> str:
         """Return the code of a text's language, or `UNKNOWN`."""
         return str(self._model.classify(text)[0])
+
+
+@lru_cache(maxsize=4)
+def _langid_model(languages: frozenset[str]) -> Any:
+    """Return the model of py3langid for those of some languages that it knows.
+
+    Loading it takes half a second, and each variant of a run asks for the same languages.
+    """
+    model = LangidModel.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=0.5)
+    model.set_languages(sorted(languages & set(model.labels)))
+    return model
 
 
 def evaluate(
@@ -80,6 +91,8 @@ def evaluate(
     progress: Progress,
 ) -> list[MetricRow]:
     """Let a variant answer the held-out questions and score both models' answers.
+
+    What a model thinks before it answers is no part of the scored answer; the report keeps it.
 
     Returns:
         A row for each metric, the mean over all answers, and then a row for each metric and answer.
@@ -93,17 +106,23 @@ def evaluate(
     identifier = LanguageIdentifier(text.language for text in texts)
     tokenizer = pair.student.tokenizer
     rows: dict[str, list[MetricRow]] = {}
+    unfinished: Counter[str] = Counter()
     for text in texts:
         question = questions[text.id]
+        prompt = text.tokens[: text.answer]
         teacher_answer = decode_answer(tokenizer, text.tokens[text.answer :])
         student_answer = decode_answer(tokenizer, generated[text.id])
-        teacher = score_answer(teacher_answer, question, identifier)
-        student = score_answer(student_answer, question, identifier)
+        teacher, student = (
+            score_answer(answer_after_thoughts(tokenizer, prompt, each), question, identifier)
+            for each in (teacher_answer, student_answer)
+        )
+        unfinished["teacher"] += bool(teacher_answer) > bool(teacher.answer)
+        unfinished["student"] += bool(student_answer) > bool(student.answer)
         out.report.answers[text.id] = Answer(
             language=text.language,
             question=_as_asked(question),
-            teacher=teacher.answer,
-            student=student.answer,
+            teacher=teacher_answer,
+            student=student_answer,
             teacher_facts=teacher.facts,
             student_facts=student.facts,
             teacher_errors=teacher.errors,
@@ -134,6 +153,8 @@ def evaluate(
     without_facts = sum(not questions[text.id].facts for text in texts)
     if without_facts:
         out.notes["questions without facts, which no score of facts counts"] = without_facts
+    if unfinished.total():
+        out.notes["answers that end inside their thoughts, scored as empty"] = dict(unfinished)
     means = [_mean(of_metric) for of_metric in rows.values()]
     return means + [row for of_metric in rows.values() for row in of_metric]
 
@@ -207,8 +228,15 @@ def claim_figures(score: AnswerScore, question: Conversation) -> dict[str, Figur
 
 
 def decode_answer(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Return the text of an answer's tokens, without a last character that is incomplete."""
-    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    """Return the text of an answer's tokens, without a last character that is incomplete.
+
+    Special tokens are left out, except for those that begin or end a thinking block.
+    """
+    special = set(tokenizer.all_special_ids)
+    parts = groupby(tokens, lambda token: token in special and is_thought_mark(tokenizer, token))
+    text = "".join(
+        tokenizer.decode(list(part), skip_special_tokens=not is_mark) for is_mark, part in parts
+    )
     return text.strip().rstrip("\ufffd")
 
 
