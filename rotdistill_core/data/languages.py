@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def told_languages(texts: Mapping[str, str], known: Iterable[str] = ()) -> dict[
         texts: the texts by name.
         known: languages that other texts are in.
     """
-    model = _Model()
+    model = _model()
     names = list(texts)
     told: dict[str, str] = {}
     unsure: list[str] = []
@@ -54,6 +55,12 @@ def told_languages(texts: Mapping[str, str], known: Iterable[str] = ()) -> dict[
     return told
 
 
+@cache
+def _model() -> _Model:
+    """Return the model; lessons ask it block by block, and loading it takes most of a second."""
+    return _Model()
+
+
 class _Model:
     """The model of py3langid, for many texts at once: the library takes them one by one.
 
@@ -61,7 +68,7 @@ class _Model:
     """
 
     def __init__(self) -> None:
-        # Loading the model takes most of a second, and most texts name their language.
+        # Most texts name their language, so most runs need neither library nor model.
         import numpy as np  # noqa: PLC0415
         from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415
 
