@@ -308,7 +308,10 @@ class ChatFormat:
         header = json.dumps(job, sort_keys=True)
         text = "\n".join([header, *lines, ""])
         ask = _rendered if len(text) <= REMEMBERED else _rendered.__wrapped__
-        rendered = ask(self.source, text)
+        try:
+            rendered = ask(text)
+        except _ProcessError as error:
+            raise SetupError(f"{self.source}: {error}") from error
         if rendered is None or "limit" in rendered[-1]:
             limit = f"{job['seconds']} seconds" if rendered is None else "memory"
             raise SetupError(
@@ -329,18 +332,21 @@ _ABSENT: Mapping[str, None] = {"tools": None, "documents": None}
 """What transformers gives to templates where there is none."""
 
 
-@lru_cache(maxsize=16)
-def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
+class _ProcessError(Exception):
+    """The process that renders templates cannot work here; the message says why."""
+
+
+@lru_cache(maxsize=32)
+def _rendered(job: str) -> list[dict[str, str]] | None:
     """Return what the process says about a job; None if it was stopped by a limit.
 
-    A job decides what it says, so it is asked once.
+    A job decides what it says, so it is asked once, whichever model it comes from.
 
     Args:
-        source: the model's folder, for messages.
         job: a line with the template and its limits, and a line for each chat; see `_rendering`.
 
     Raises:
-        SetupError: the process cannot work here.
+        _ProcessError: the process cannot work here.
     """
     program = Path(__file__).with_name("_rendering.py")
     seconds = json.loads(job.partition("\n")[0])["seconds"] * PATIENCE
@@ -365,8 +371,8 @@ def _rendered(source: str, job: str) -> list[dict[str, str]] | None:
         # Signals end it at its limits, and an error that has no memory to be told.
         if done.returncode < 0 or "MemoryError" in why:
             return None
-        raise SetupError(
-            f"{source}: the process that renders its chat template has failed: {why[:300]}. Run "
+        raise _ProcessError(
+            f"the process that renders its chat template has failed: {why[:300]}. Run "
             f"`{sys.executable} -c 'import jinja2, resource'` to see whether Python is complete."
         )
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -309,9 +309,9 @@ def test_many_chats_are_written_by_several_processes_and_equal_ones_once(
 ) -> None:
     jobs: list[str] = []
 
-    def counted(source: str, job: str) -> list[dict[str, str]] | None:
+    def counted(job: str) -> list[dict[str, str]] | None:
         jobs.append(job)
-        return rendered(source, job)
+        return rendered(job)
 
     rendered = chat_module._rendered
     counted.__wrapped__ = rendered.__wrapped__  # type: ignore[attr-defined]
@@ -320,6 +320,12 @@ def test_many_chats_are_written_by_several_processes_and_equal_ones_once(
     questions = [f"Is it {k % 7}?" for k in range(20)]
     assert asked(ChatFormat("many", LOOP), "", *questions) == [f"<user>{q}" for q in questions]
     assert [job.count("\n") - 1 for job in jobs] == [3, 3, 1]
+
+
+def test_a_copy_of_a_model_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = asked(ChatFormat("one", LOOP), "", "Who is asked once?")
+    monkeypatch.setattr(chat_module.subprocess, "run", None)
+    assert asked(ChatFormat("other", LOOP), "", "Who is asked once?") == said
 
 
 def test_a_long_job_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
