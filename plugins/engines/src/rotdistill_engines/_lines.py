@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,15 +86,13 @@ class FileOfAnswers:
     Args:
         path: the file.
         model: the teacher.
-        log: takes one line about lines that nobody asked for.
 
     Raises:
         RecipeError: the file cannot be read, a line is no answer, or two answer the same.
     """
 
-    def __init__(self, path: Path, model: AnsweringModel, log: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, model: AnsweringModel) -> None:
         self.path = path
-        self.log = log
         self.reader = AnswerReader(model)
         self.at_once = 0
         self.about: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -77,13 +77,13 @@ class File:
         return Outlook(cost=Cost(host_bytes=lines.bytes), note=note, missing=missing)
 
     @hookimpl
-    def connect(self, model: AnsweringModel, folder: Path, log: Callable[[str], None]) -> Answering:
+    def connect(self, model: AnsweringModel, folder: Path) -> Answering:
         """See `HookSpecs.connect`.
 
         Raises:
             RecipeError: the file cannot be read, or a line of it is no answer.
         """
-        return FileOfAnswers(self.file_in(folder), model, log)
+        return FileOfAnswers(self.file_in(folder), model)
 
 
 @hookimpl
