@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,13 +46,10 @@ class SumTooLarge(RotdistillError):
 
 
 class Sum(Protocol):
-    """A sum of tensors of one shape that can be joined with another."""
+    """A sum of tensors of one shape."""
 
     def add(self, term: Tensor) -> None:
         """Add a tensor, on its device."""
-
-    def merge(self, other: Self) -> None:
-        """Add the terms of another sum of the same kind."""
 
     def value(self) -> Tensor:
         """Return the sum in float64, on the host."""
@@ -75,10 +72,6 @@ class FloatSum:
         """Add a tensor. The sum moves to its device, or to the host without float64."""
         self._total = self._total.to(sum_device(term.device))
         self._total += term.to(self._total)
-
-    def merge(self, other: FloatSum) -> None:
-        """Add the terms of another sum."""
-        self.add(other._total)
 
     def value(self) -> Tensor:
         """Return the sum in float64, on the host."""

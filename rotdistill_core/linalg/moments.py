@@ -66,20 +66,6 @@ class Moments:
         self._yy.add(Y.to(sum_device(Y.device), SUM_DTYPE).pow(2).sum())
         self._weight.add(w.sum())
 
-    def merge(self, other: Moments) -> None:
-        """Add the rows of other moments of the same widths, both exact or neither.
-
-        Raises:
-            RotdistillError: exact sums go beyond the bound together.
-            ValueError: one of the two is exact, or they have different widths or bounds.
-        """
-        if type(self._xx) is not type(other._xx):
-            raise ValueError("Exact moments and others have no sum that is exact.")
-        self._xx.merge(other._xx)
-        self._xy.merge(other._xy)
-        self._yy.merge(other._yy)
-        self._weight.merge(other._weight)
-
     def combine(self, add_up: Callable[[Tensor], None], device: torch.device) -> None:
         """Add the rows of the same moments in all other processes; see `ExactSum.combine`.
 

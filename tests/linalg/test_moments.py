@@ -91,6 +91,14 @@ def test_products_of_narrow_rows_are_those_of_float64(dtype: torch.dtype) -> Non
     assert float((B - exact).norm() / exact.norm()) < 1e-3
 
 
+def combine(one: Moments, other: Moments) -> None:
+    """Add the rows of other moments as if another process had them."""
+    sent: list[Tensor] = []
+    other.combine(lambda tensor: sent.append(tensor.clone()), torch.device("cpu"))
+    one.combine(lambda tensor: tensor.add_(sent.pop(0)), torch.device("cpu"))
+    assert not sent
+
+
 def exact_moments(X: Tensor, Y: Tensor, w: Tensor, bound: float = 1e4) -> Moments:
     moments = Moments.exact(X.shape[1], Y.shape[1], bound)
     moments.add(X, Y, w)
@@ -111,8 +119,8 @@ def test_exact_moments_have_the_same_bits_in_any_order_and_grouping(
     for k in order[:cut]:
         first.add(X[k], Y[k], w[k])
     for k in order[cut:]:
-        second.merge(exact_moments(X[k], Y[k], w[k]))
-    second.merge(first)
+        second.add(X[k], Y[k], w[k])
+    combine(second, first)
     assert torch.equal(second.xx, in_order.xx)
     assert torch.equal(second.xy, in_order.xy)
     assert (second.yy, second.weight) == (in_order.yy, in_order.weight)
@@ -129,24 +137,10 @@ def test_exact_moments_agree_with_others(seed: int, d: int, e: int) -> None:
     assert exact.weight == pytest.approx(plain.weight, rel=1e-15)
 
 
-def test_merged_moments_are_those_of_all_rows() -> None:
-    X, Y = randn(0, 10, 3), randn(1, 10, 2)
-    merged = filled(X[:4], Y[:4])
-    merged.merge(filled(X[4:], Y[4:]))
-    assert_same(merged, filled(X, Y))
-
-
-def test_merging_leaves_the_other_moments_as_they_were() -> None:
-    one, two = filled(randn(0, 4, 3), randn(1, 4, 2)), filled(randn(2, 4, 3), randn(3, 4, 2))
-    before = two.xx.clone()
-    one.merge(two)
-    assert torch.equal(two.xx, before)
-
-
-def test_exact_moments_and_others_are_not_merged() -> None:
-    X, Y, w = randn(0, 4, 3), randn(1, 4, 2), torch.ones(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="Exact moments and others"):
-        exact_moments(X, Y, w).merge(filled(X, Y))
+def test_only_exact_moments_are_added_up_over_processes() -> None:
+    moments = filled(randn(0, 4, 3), randn(1, 4, 2))
+    with pytest.raises(ValueError, match="Only exact moments"):
+        combine(moments, moments)
 
 
 def test_exact_moments_beyond_their_bound_are_refused() -> None:
