@@ -65,7 +65,8 @@ class Figures:
     texts: int
     """Texts that were fitted, lessons included."""
     fit: float
-    """On rows of fitted texts: far below `validation`, more texts help."""
+    """On rows of fitted texts. Where it rises with the texts and `validation` does not fall, the
+    student lacks freedom and not texts."""
     heldout: float
     guard: float
     validation: float

@@ -113,7 +113,7 @@ def solve(
             finished = forward if view is refitted and split == Split.VALIDATION else None
             return scorer.score(split, view, finished)
 
-        # Far below the KL of validation texts, it says that more texts would help.
+        # How much of the KL on validation texts is that of texts which were not fitted.
         out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
         return accept_if_better(weights, refitted, score, step.guard, out)
 
