@@ -120,7 +120,7 @@ BUGS = {
         computable, "read().to(device, dtype)", "read().to(dtype)", CAPTURE, shown_in="layerwise.py"
     ),
     "inputs of the body": Bug(
-        LayerwiseForward._record_calls, ", device=self.device)[None]", ")[None]", CAPTURE
+        LayerwiseForward._record_call, ", device=self.device)[None]", ")[None]", CAPTURE
     ),
     "a refitted writer": Bug(
         LayerwiseForward.replace, "self.device, self.dtype", "self.dtype", REFIT, SAME

@@ -38,7 +38,8 @@ REQUIRED_OPTIONS: dict[str, dict[str, Any]] = {
     "lm-eval": {"folder": "tasks", "tasks": ["piqa"]},
     "soups": {"ingredients": ["run:one/full"]},
 }
-SIZES = [field.name for field in fields(Cost) if field.name not in ("shared_files", "added_up")]
+NOT_SIZES = ("shared_files", "added_up", "gathered")
+SIZES = [field.name for field in fields(Cost) if field.name not in NOT_SIZES]
 
 
 def shipped_steps() -> list[str]:
@@ -88,6 +89,7 @@ def test_every_shipped_step_states_a_finite_cost(name: str, pico_context: CostCo
     assert cost.operations > 0
     assert cost.dealt_operations <= cost.operations * (1 + 1e-9)
     assert all(each.size > 0 and math.isfinite(each.times) for each in cost.added_up)
+    assert all(each.size >= 0 and each.batches >= 0 for each in cost.gathered)
     assert cost.host_bytes + cost.device_bytes > 0
     assert all(math.isfinite(size) and size > 0 for size in cost.shared_files.values())
     assert context_after(instance, pico_context).student.parameters() > 0
