@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import tomllib
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
 
 import pytest
 import torch
+
+from rotdistill_core.plugin import source_code
+from rotdistill_core.plugin.origin import Origin
 
 pytest_plugins = ["rotdistill_core.testing.pytest_plugin"]
 
@@ -27,6 +33,31 @@ whole files to two workers in the order of the tests, so short files are left to
 torch.set_num_threads(1)
 # The same for the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def remember_our_code() -> None:
+    """Hash the code of this repository once: every run asks for it, and no test edits it."""
+    projects = (ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml"))
+    ours = {tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"] for path in projects}
+    folder = source_code.CORE_FOLDER
+
+    def once(plain: Callable[..., str]) -> Callable[..., str]:
+        kept = cache(plain)
+
+        @wraps(plain)
+        def digest(*asked: Origin | str) -> str:
+            strangers = any(isinstance(a, Origin) and a.distribution not in ours for a in asked)
+            copied = folder != source_code.CORE_FOLDER  # a test edits a copy of the core
+            return plain(*asked) if strangers or copied else kept(*asked)
+
+        return digest
+
+    for name in ("source_digest", "core_digest", "package_digest"):
+        setattr(source_code, name, once(getattr(source_code, name)))
+
+
+# Before any module imports these functions.
+remember_our_code()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
