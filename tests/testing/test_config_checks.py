@@ -25,6 +25,10 @@ from rotdistill_core.testing.config_checks import other_settings
 GRANITE, GEMMA3, PHI3 = (adapter_for(name) for name in ("granite", "gemma3_text", "phi3"))
 ALL_BIASES = ("q", "k", "v", "o", "gate", "up", "down")
 BARE_GRANITE = rope_decoder(("granite",))
+# Other values than those that a published model has are wrong as well.
+WITH_BIASES = rope_decoder(
+    ("granite",), optional_biases=ALL_BIASES, refuses={"logits_scaling": (8.0,)}
+)
 MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
 WITH_KEY_GAUGE = replace(
     PHI3,
@@ -53,13 +57,14 @@ def folder_of(root: Path, table: Adapter) -> Path:
         *map(
             slow,
             [
-                # Other values than those that a published model has are wrong as well.
-                (replace(BARE_GRANITE, refuses={"logits_scaling": (8.0,)}), MULTIPLIERS),
-                (rope_decoder(("granite",), optional_biases=ALL_BIASES), MULTIPLIERS),
-                (replace(GRANITE, residual_multiplier_key=""), ["residual_multiplier"]),
+                (WITH_BIASES, MULTIPLIERS),
                 (
-                    replace(GRANITE, embedding_multiplier_key="logits_scaling"),
-                    ["embedding_multiplier"],
+                    replace(
+                        GRANITE,
+                        residual_multiplier_key="",
+                        embedding_multiplier_key="logits_scaling",
+                    ),
+                    ["residual_multiplier", "embedding_multiplier"],
                 ),
                 (replace(GEMMA3, softcap_key=""), ["final_logit_softcapping"]),
                 (replace(GEMMA3, refuses={}), ["use_bidirectional_attention"]),
