@@ -23,14 +23,15 @@ SMALL = [
 FILES = {"index": "index.tsv", "style": "style.md", "heldout": "heldout.tsv", "guard": "guard.tsv"}
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> PicoWorkspace:
-    """Return a workspace with a model and the same model in another basis."""
-    workspace = PicoWorkspace(tmp_path)
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> PicoWorkspace:
+    """Return a workspace with a model and the same model in another basis. Its runs share the steps
+    that do not depend on the aligner."""
+    workspace = PicoWorkspace(tmp_path_factory.mktemp("swap"))
     workspace.texts()
     folder = workspace.model(num_hidden_layers=5, hidden_size=16)
     model = open_model(ModelRef(model=str(folder)))
-    save_folder(scramble(model.weights, 3)[0], folder, tmp_path / "scrambled")
+    save_folder(scramble(model.weights, 3)[0], folder, workspace.folder / "scrambled")
     return workspace
 
 
