@@ -1,6 +1,6 @@
 """Driver of the crash test of greedy answers: kills a pico run in the middle of a chunk.
 
-    python tests/execution/crash_answers.py WORK_FOLDER
+    python -m tests.execution.crash_answers WORK_FOLDER
 
 Prints one JSON document: for an undisturbed run the prompts in the order in which a model reads
 them, and the hashes of all its files; for each kill the prompts before and after it, and the hashes
@@ -18,11 +18,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from rotdistill_core.forward import answers, generate
 from rotdistill_core.forward.growth import Growth
 from rotdistill_core.store.hashing import digest, sha256_of
 from rotdistill_core.testing import PicoWorkspace
 from rotdistill_core.testing.runs import run_recipe
+from tests.warm import keep_to_one_thread, warm_up
 
 QUESTIONS = 10
 AT_ONCE = 2
@@ -44,6 +47,7 @@ def forked(action: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(1)  # its pool of threads has to be made anew
             action()
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -86,15 +90,17 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    keep_to_one_thread()
     work = Path(sys.argv[1])
     model = PicoWorkspace(work).model(num_hidden_layers=3)
 
-    def recipe_in(name: str) -> Path:
+    def recipe_in(name: str, questions: int = QUESTIONS) -> Path:
         workspace = PicoWorkspace(work / name)
-        workspace.texts(blurbs=QUESTIONS, questions=QUESTIONS)
+        workspace.texts(blurbs=questions, questions=questions)
         tables = "samples.own_answers = 4"
         return workspace.recipe(STEPS, teacher=model, student=model, tables=tables)
 
+    warm_up(partial(run_recipe, recipe_in("warm", questions=4)))
     golden = recipe_in("golden")
     undisturbed = {**outcome(golden), "files": hashes(golden.parent)}
     kills = []

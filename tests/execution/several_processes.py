@@ -1,6 +1,6 @@
 """Driver of the tests of runs in several processes: forks them, after one import of torch.
 
-    python tests/execution/several_processes.py WORK_FOLDER CASE...
+    python -m tests.execution.several_processes WORK_FOLDER CASE...
 
 Carries out a pico recipe once for each case, each time in a folder of its own. A case is a number
 of processes, with "moments" for a recipe of sums in place of rows, or with "cut moments" for the
@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotdistill_core.execution.executor import Executor
@@ -37,10 +38,13 @@ from rotdistill_core.store.ledger import AnyRecord, Ledger
 from rotdistill_core.store.records import FileRecord
 from rotdistill_core.testing import PicoWorkspace
 from rotdistill_core.testing.pico import WORDS
-from rotdistill_core.testing.runs import SilentObserver
+from rotdistill_core.testing.runs import SilentObserver, run_recipe
+from tests.warm import keep_to_one_thread, warm_up
 
 TEXTS = 240
 """About eight batches."""
+FEW_TEXTS = 24
+"""What loads all that a run needs."""
 STEPS = """
 variants = { base = [], full = ["refit"] }
 step = [
@@ -70,6 +74,7 @@ def forked(action: Callable[[], None]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(1)  # its pool of threads has to be made anew
             action()
         except BaseException as error:
             print(f"{os.environ.get('RANK')}: {error!r}", file=sys.stderr, flush=True)
@@ -188,13 +193,13 @@ def _hash(path: Path) -> str:
     return digest([row for row in rows if row["metric"] != "seconds"])
 
 
-def make_recipe(folder: Path, steps: str, teacher: Path, student: Path) -> Path:
+def make_recipe(folder: Path, steps: str, teacher: Path, student: Path, count: int = TEXTS) -> Path:
     """Write texts and a recipe of pico models into a folder; return the recipe."""
     workspace = PicoWorkspace(folder)
     index = workspace.texts()["index.tsv"]
     lines = ["id\tlanguage\tplace\tcountry\tquestion\tblurb"]
     words = random.Random(0)
-    for k in range(TEXTS):
+    for k in range(count):
         question, blurb = words.choices(WORDS, k=8), words.choices(WORDS, k=words.randint(20, 90))
         cells = (f"en-{k}", "en", f"place {k}", "land", " ".join(question), " ".join(blurb))
         lines.append("\t".join(cells))
@@ -204,9 +209,15 @@ def make_recipe(folder: Path, steps: str, teacher: Path, student: Path) -> Path:
 
 
 def main() -> None:
+    keep_to_one_thread()
     work = Path(sys.argv[1])
     model = PicoWorkspace(work).model(num_hidden_layers=3)
     other = PicoWorkspace(work).model("other", seed=1)
+    few = [
+        make_recipe(work / f"warm-{number}", steps, model, student, FEW_TEXTS)
+        for number, (steps, student) in enumerate([(STEPS, model), (STEPS_OF_MOMENTS, other)])
+    ]
+    warm_up(lambda: list(map(run_recipe, few)))
     outcomes = {}
     for case in sys.argv[2:]:
         steps, student = STEPS, model

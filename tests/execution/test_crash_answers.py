@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 CHUNK = 4
 """Prompts of a chunk in the driver."""
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    driver = Path(__file__).with_name("crash_answers.py")
+    words = ["-m", "tests.execution.crash_answers", str(tmp_path_factory.mktemp("work"))]
     done = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path_factory.mktemp("work"))],
+        [sys.executable, *words],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 CHUNK = 4
 """Prompts of a chunk, and lessons of a block, in the driver."""
 KILLS = ("9", "15")
@@ -23,9 +24,10 @@ KILLS = ("9", "15")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    driver = Path(__file__).with_name("crash_lessons.py")
+    words = ["-m", "tests.execution.crash_lessons", str(tmp_path_factory.mktemp("work")), *KILLS]
     done = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path_factory.mktemp("work")), *KILLS],
+        [sys.executable, *words],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

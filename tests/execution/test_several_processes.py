@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,17 +14,35 @@ import pytest
 from rotdistill_core.errors import SetupError
 from tests.execution.several_processes import KILLS
 
-DRIVER = Path(__file__).parent / "several_processes.py"
+ROOT = Path(__file__).parents[2]
+CASES = (
+    *("1", "2", "4"),
+    *("1 moments", "2 moments", "4 moments"),
+    *("1 cut moments", "2 cut moments"),
+)
+Outcomes = dict[str, Any]
 
 
-def outcomes(folder: Path, *cases: str) -> dict[str, Any]:
+def carry_out(folder: Path, *cases: str) -> Outcomes:
     """Carry out the driver's recipe for some cases."""
-    threads = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(DRIVER), str(folder), *cases]
-    done = subprocess.run(command, env=threads, capture_output=True, text=True, timeout=600)
+    words = ["-m", "tests.execution.several_processes", str(folder), *cases]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: Outcomes = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> Outcomes:
+    """Return how each case ended that nothing disturbs."""
+    return carry_out(folder, *CASES)
 
 
 def weights_of(files: dict[str, str]) -> dict[str, str]:
@@ -38,9 +55,8 @@ def weights_of(files: dict[str, str]) -> dict[str, str]:
     }
 
 
-def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path) -> None:
-    found = outcomes(tmp_path, "1", "2", "4")
-    one, two, four = (found[count] for count in ("1", "2", "4"))
+def test_one_two_and_four_processes_give_the_same_bits(outcomes: Outcomes) -> None:
+    one, two, four = (outcomes[count] for count in ("1", "2", "4"))
     assert [each["codes"] for each in (one, two, four)] == [[[0]], [[0] * 2], [[0] * 4]]
     kinds = {Path(path).suffix for path in one["files"]}
     assert {".safetensors", ".json", ".jsonl"} <= kinds
@@ -48,9 +64,8 @@ def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path) -> None:
     assert one["committed"] == two["committed"] == four["committed"]
 
 
-def test_sums_of_blocks_are_the_same_in_any_number_of_processes(tmp_path: Path) -> None:
-    cases = ("1 moments", "2 moments", "4 moments")
-    one, two, four = outcomes(tmp_path, *cases).values()
+def test_sums_of_blocks_are_the_same_in_any_number_of_processes(outcomes: Outcomes) -> None:
+    one, two, four = (outcomes[f"{count} moments"] for count in (1, 2, 4))
     assert [each["codes"] for each in (one, two, four)] == [[[0]], [[0] * 2], [[0] * 4]]
     assert [path for path in one["files"] if "sums" in path]
     # The LoRA is trained, and by gradients that processes have added up.
@@ -58,9 +73,9 @@ def test_sums_of_blocks_are_the_same_in_any_number_of_processes(tmp_path: Path) 
     assert one["files"] == two["files"] == four["files"]
 
 
-def test_a_refit_has_the_same_bits_from_rows_and_from_sums(tmp_path: Path) -> None:
+def test_a_refit_has_the_same_bits_from_rows_and_from_sums(outcomes: Outcomes) -> None:
     cases = ("1", "1 cut moments", "2 cut moments")
-    rows, sums, dealt = (outcome["files"] for outcome in outcomes(tmp_path, *cases).values())
+    rows, sums, dealt = (outcomes[case]["files"] for case in cases)
     made = weights_of(rows)
     assert "checkpoints/full/model.safetensors" in made
     assert "weights/refit/layer_00001_heads.safetensors" in made
@@ -69,10 +84,11 @@ def test_a_refit_has_the_same_bits_from_rows_and_from_sums(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_killed_processes_are_replaced_by_another_number_of_them(tmp_path: Path) -> None:
-    found = outcomes(tmp_path, "1", *KILLS)
-    undisturbed = found.pop("1")
-    for kill, outcome in found.items():
+def test_killed_processes_are_replaced_by_another_number_of_them(
+    outcomes: Outcomes, folder: Path
+) -> None:
+    undisturbed = outcomes["1"]
+    for kill, outcome in carry_out(folder, *KILLS).items():
         number, _ = KILLS[kill]
         killed, again = outcome["codes"]
         assert killed[number] == -9, kill

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from tests.faults.matrix import all_cases, carry_out, sample, show, table
-from tests.faults.workshop import Workshop, warm_up
+from tests.faults.workshop import Workshop, warm_up_in
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs/reliability.md"
@@ -38,7 +38,7 @@ def main() -> int:
     place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="faults-", dir=place) as name:
         workshop = Workshop(Path(name))
-        warm_up(workshop.folder)
+        warm_up_in(workshop.folder)
         cases = all_cases(workshop)
         if wanted.only:
             cases = [each for each in cases if any(part in each.kind for part in wanted.only)]

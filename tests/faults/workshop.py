@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-import torch
-from py3langid.langid import LanguageIdentifier
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
-from rotdistill_core.plugin import source_code
-from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import FileRecord, LedgerRecord, record_as_json
 from rotdistill_core.testing import PicoWorkspace, command_line
 from tests.faults.child import Ended, call
+from tests.warm import keep_to_one_thread, warm_up
 
 SMALL = """
 variants = { base = [], full = ["basis", "fold"] }
@@ -187,43 +177,20 @@ def make_workspace(folder: Path, steps: str = SMALL, observers: tuple[str, ...] 
     return folder
 
 
-def warm_up(folder: Path) -> None:
-    """Load what every child needs, so that it is not loaded in each of them.
-
-    Raises:
-        RuntimeError: threads are left, so that a fork would not be safe.
-    """
-    os.environ.update(
-        HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", XDG_CACHE_HOME=str(folder / "cache")
-    )
-    torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # it has a thread of its own
-    disable_progress_bar()
+def warm_up_in(folder: Path) -> None:
+    """Load what every child needs, so that it is not loaded in each of them."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    keep_to_one_thread()
     make_workspace(folder / "warm", WHOLE, ("report",))
     with chdir(folder / "warm"):
-        for recipe_step in load_recipe("trial.toml").steps:
-            package = recipe_step.origin.target.partition(".")[0]
-            importlib.import_module(f"{package}._method")
-        _remember()
-        for words in (("plan", "trial.toml"), ("run", "trial.toml"), ("check", "trial")):
-            code, out, err = command_line(*words)
-            if code:
-                raise RuntimeError(f"{words} ended {code} while warming up: {out}{err}")
-    tasks = len(list(Path("/proc/self/task").iterdir()))
-    if threading.active_count() > 1 or tasks > 1:
-        raise RuntimeError(f"{tasks} threads are left after warming up")
+        warm_up(_call_verbs)
 
 
-def _remember() -> None:
-    """Compute once what no case changes and every child would compute: hashes of the code, and the
-    model that tells languages apart."""
-    for name in ("source_digest", "core_digest", "package_digest"):
-        plain = getattr(source_code, name)
-        kept = cache(plain)
-        for module in list(sys.modules.values()):
-            if getattr(module, name, None) is plain:
-                setattr(module, name, kept)
-    LanguageIdentifier.from_model_file = cache(LanguageIdentifier.from_model_file)
+def _call_verbs() -> None:
+    for words in (("plan", "trial.toml"), ("run", "trial.toml"), ("check", "trial")):
+        code, out, err = command_line(*words)
+        if code:
+            raise RuntimeError(f"{words} ended {code} while warming up: {out}{err}")
 
 
 def says(ended: Ended, *parts: str) -> bool:
