@@ -20,11 +20,14 @@ ROOT = Path(__file__).parent
 LONGEST_FILES = (
     "tests/faults/test_faults.py",
     "tests/recipes/test_tour_guide.py",
+    "tests/execution/test_several_processes.py",
     "tests/benchmarks/test_scramble.py",
     "tests/execution/test_crash_answers.py",
+    "tests/testing/test_config_checks.py",
     "tests/test_wheels.py",
     "tests/test_cli.py",
     "plugins/scaffold/tests/test_scaffold.py",
+    "tests/execution/test_executor.py",
 )
 """Files of tests that take 20 s of processor time or more, the longest first. `make test` gives
 whole files to two workers in the order of the tests, so short files are left to fill up the end."""
