@@ -23,7 +23,7 @@ FEW_TEXTS = (
     "--set",
     "samples.own_answers=8",
     "--set",
-    "samples.answer_tokens=24",
+    "samples.answer_tokens=16",
 )
 OFFLINE = {
     **os.environ,
@@ -105,7 +105,7 @@ def run(where: Path, recipe: str, *words: str) -> Called:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     where = tmp_path_factory.mktemp("job")
-    for name, file, step in (("guard", "general/index.tsv", 4), ("heldout", "heldout.tsv", 2)):
+    for name, file, step in (("guard", "general/index.tsv", 8), ("heldout", "heldout.tsv", 4)):
         head, *rows = (ROOT / "samples" / file).read_text(encoding="utf-8").splitlines()
         (where / f"{name}.tsv").write_text("\n".join([head, *rows[::step], ""]), encoding="utf-8")
     done = run(where, "tour_guide.toml", "--json")
