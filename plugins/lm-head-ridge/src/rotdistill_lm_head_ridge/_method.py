@@ -198,14 +198,8 @@ def fit_head(
         progress,
         ranks,
     )
-    fitted = weights
-
-    def fit() -> None:
-        nonlocal fitted
-        fitted = with_best_head(step, weights, pair, texts, read, out, progress)
-
-    ranks.lead(fit)
-    return fitted
+    fit = partial(with_best_head, step, weights, pair, texts, read, out, progress)
+    return ranks.lead_alone(fit, weights)
 
 
 class FitTexts(NamedTuple):
