@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FIT_BLOCK_ROWS = 4096
 """Rows whose moments are added at once."""
+BLOCKS_TOGETHER = 8
+"""Blocks of a process after which it waits for the others. The longest wait has a limit."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def read_states(
         # Every block begins with the shared prompt, whose rows count once: in the first block.
         counted = (owner[rows] < 0).nonzero().flatten()
         owner[rows[counted]] = number % ranks.count
+        if number and number % (BLOCKS_TOGETHER * ranks.count) == 0:
+            ranks.add_up(torch.zeros(1))
         if number % ranks.count != ranks.number:
             continue
         states = student.on(block)
