@@ -87,7 +87,12 @@ def teacher_final_states(
 
 
 def paired_final_states(
-    teacher: Model, samples: Samples, layout: PackedTexts, out: StepOutput, progress: Progress
+    teacher: Model,
+    samples: Samples,
+    layout: PackedTexts,
+    out: StepOutput,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Return the teacher's final states for the rows of texts as the student reads them.
 
@@ -97,13 +102,14 @@ def paired_final_states(
         layout: texts of `samples.layout`.
         out: takes what has to be computed; see `teacher_final_states`.
         progress: called once for each layer.
+        ranks: the processes that share the texts.
 
     Returns:
         A row for each row of `layout`, `[rows, d_t]`. With a baked system prompt it is that of the
         same token after the prompt; rows of the template alone have none of their own.
     """
     read = samples.read_by_teacher(layout)
-    states = teacher_final_states(teacher, read, out, progress)
+    states = teacher_final_states(teacher, read, out, progress, ranks)
     return states if read is layout else states[pair_tokens(layout, read)[:, 0]]
 
 

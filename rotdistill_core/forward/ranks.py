@@ -87,6 +87,24 @@ class Ranks:
         """
         return work()
 
+    def lead_alone(self, work: Callable[[], Result], others: Result) -> Result:
+        """Let the leading process alone do something that it alone needs the result of.
+
+        The other processes wait, and return `others`. Nothing is sent, so the result may be one
+        that `pickle` does not take.
+
+        Raises:
+            CheckFailed: the work raised it, in all processes.
+            ToldByLead: the work raised something else, in the processes that do not lead.
+        """
+        results = [others]
+
+        def keep() -> None:
+            results[0] = work()
+
+        self.lead(keep)
+        return results[0]
+
     def add_up(self, values: Tensor) -> None:
         """Replace a tensor by the sum of those of all processes, in all of them."""
 

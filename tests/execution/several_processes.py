@@ -56,12 +56,14 @@ step = [
 """
 MOMENTS = "moments"
 STEPS_OF_MOMENTS = """
-variants = { base = [], full = ["basis", "fold", "refit"], tuned = ["lora"] }
+variants = { base = [], full = ["basis", "fold", "refit", "head"], tuned = ["soup", "lora"] }
 step = [
     { use = "residuals", store = "moments" },
     { id = "basis", use = "procrustes" },
     { id = "fold", use = "basis-fold" },
     { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
+    { id = "head", use = "lm-head-ridge", objective = "kl", max_iter = 2 },
+    { id = "soup", use = "soups", ingredients = ["student"], method = "fisher", fisher_texts = 2 },
     { id = "lora", use = "prompt-kl", max_prompts = 16, max_epochs = 1, learning_rate = 0.02 },
     { use = "fidelity" },
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from rotdistill_core.errors import SetupError
 from tests.execution.several_processes import KILLS
@@ -70,6 +71,9 @@ def test_sums_of_blocks_are_the_same_in_any_number_of_processes(outcomes: Outcom
     assert [path for path in one["files"] if "sums" in path]
     # The LoRA is trained, and by gradients that processes have added up.
     assert [path for path in one["files"] if "adapter" in path]
+    # A head is fitted, on sums that they have added up.
+    (edit,) = tmp_path.glob("1 moments/runs/*/weights/head/changed.safetensors")
+    assert "lm_head.weight" in load_file(edit)
     assert one["files"] == two["files"] == four["files"]
 
 

@@ -24,6 +24,7 @@ def test_one_process_does_everything_and_loads_no_torch() -> None:
         "ranks = start_ranks({'RANK': '0', 'WORLD_SIZE': '1', 'TORCHELASTIC_RUN_ID': 'job'}); "
         "assert ranks.launch and ranks.leads; "
         "assert ranks.mine([1, 2, 3]) == [1, 2, 3] and ranks.lead(lambda: 4) == 4; "
+        "assert ranks.lead_alone(lambda: 5, 0) == 5; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

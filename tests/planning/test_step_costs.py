@@ -328,3 +328,13 @@ def test_a_refit_adds_up_the_sums_of_two_splits_for_each_layer(deep: CostContext
     assert added.size == 2 * neurons * (neurons + width) * 2 * FLOAT64_BYTES
     assert (added.times, added.dealt) == (8, False)
     assert 0 < cost.dealt_operations < cost.operations
+
+
+def test_a_head_adds_up_one_sum_of_both_models_rows(deep: CostContext) -> None:
+    cost = cost_of("lm-head-ridge", deep)
+    student, teacher = deep.student.width, deep.teacher.width
+    (added,) = cost.added_up
+    assert added.size == student * (student + teacher) * 2 * FLOAT64_BYTES
+    assert (added.times, added.dealt) == (1, False)
+    assert 0 < cost.dealt_operations < cost.operations
+    assert cost_of("lm-head-ridge", deep, objective="next-token").added_up == ()

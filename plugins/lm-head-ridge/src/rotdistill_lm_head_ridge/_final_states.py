@@ -15,6 +15,7 @@ from torch import Tensor
 from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.forward.layerwise import LayerwiseForward
+from rotdistill_core.forward.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model, Pair
@@ -41,21 +42,32 @@ class StudentStates:
 
     @classmethod
     def of(
-        cls, weights: Weights, activations: ActivationStore, model: Model, layout: PackedTexts
+        cls,
+        weights: Weights,
+        activations: ActivationStore,
+        model: Model,
+        layout: PackedTexts,
+        ranks: Ranks = ALONE,
     ) -> StudentStates:
-        """Find out by some texts of a layout whether the student is still the captured one."""
-        rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
-        same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
-        own = activations.layouts[Side.STUDENT]
-        captured = _part(layout, {text.id for text in layout.texts} & set(own.numbers))
-        probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
-        holds = (
-            bool(probe.texts)
-            and activations.depths == weights.lineage.depths
-            and same_shape
-            and _agree(_computed(weights, model, probe), rows[probe.row_indices_in(own)])
-        )
-        return cls(weights, activations, model, holds)
+        """Find out by some texts of a layout whether the student is still the captured one.
+
+        The leading process finds out.
+        """
+
+        def holds() -> bool:
+            rows = activations.rows(Side.STUDENT, len(activations.depths) - 1)
+            same_shape = (rows.shape[1], rows.dtype) == (weights.width, model.dtype)
+            own = activations.layouts[Side.STUDENT]
+            captured = _part(layout, {text.id for text in layout.texts} & set(own.numbers))
+            probe = captured.select(Split.VALIDATION, limit=PROBE_TEXTS)
+            return (
+                bool(probe.texts)
+                and activations.depths == weights.lineage.depths
+                and same_shape
+                and _agree(_computed(weights, model, probe), rows[probe.row_indices_in(own)])
+            )
+
+        return cls(weights, activations, model, ranks.lead(holds))
 
     def on(self, layout: PackedTexts) -> Tensor:
         """Return the states of the rows of some texts `[rows, d_s]`, on the host."""

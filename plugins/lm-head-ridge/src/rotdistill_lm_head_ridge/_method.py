@@ -30,6 +30,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
+    ScoredRows,
     largest_allowed_share,
     scored_rows,
     scores_by_text,
@@ -37,6 +38,7 @@ from rotdistill_core.evaluation.acceptance import (
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
 from rotdistill_core.forward.head import logits_of, logits_scaling
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import ridge
@@ -47,7 +49,7 @@ from rotdistill_lm_head_ridge._logit_map import (
     reduced_targets,
     top_tokens,
 )
-from rotdistill_lm_head_ridge._reading import NormedRows, read_states
+from rotdistill_lm_head_ridge._reading import NormedRows, ReadStates, read_states
 from rotdistill_lm_head_ridge.step import BLOCK_ROWS
 
 if TYPE_CHECKING:
@@ -175,43 +177,92 @@ def fit_head(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Weights:
     """Return the weights with the fitted head, or as they are if none is better beyond chance.
+
+    Processes share the passes and the sums. The leading one fits and chooses the head, and alone
+    returns it; the others return the weights as they are.
 
     Raises:
         RecipeError: a guard without texts outside the domain.
         SetupError: teacher and student have different tokenizers.
     """
-    vocabulary = shared_vocabulary(pair)
-    layout = _texts_of(step, samples)
-    device = pair.student.device
-    scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
-    mapped = torch.zeros(0, dtype=torch.long)
-    if step.objective != "ridge":
-        mapped = map_rows(layout, samples.teacher_answered(), step.max_rows)
-    outside = layout.prediction_rows(Split.GUARD_VALIDATION)[0]
+    shared_vocabulary(pair)  # raises before the work
+    texts = FitTexts.of(step, ranks.lead(partial(_texts_of, step, samples)), samples)
     read = read_states(
-        StudentStates.of(weights, activations, pair.student, layout),
+        StudentStates.of(weights, activations, pair.student, texts.layout, ranks),
         None if step.objective == "next-token" else TeacherStates(activations, pair, samples),
-        layout,
-        torch.cat([scored.rows, mapped, outside]),
+        texts.layout,
+        texts.judged,
         progress,
+        ranks,
     )
+    fit = partial(with_best_head, step, weights, pair, texts, read, out, progress)
+    return ranks.lead_alone(fit, weights)
+
+
+class FitTexts(NamedTuple):
+    """The texts of a fit, and those of their rows that are looked at one by one."""
+
+    layout: PackedTexts
+    scored: ScoredRows
+    """Validation rows, by whose KL heads are chosen."""
+    mapped: Tensor
+    """Rows to fit a map on [n]."""
+
+    @classmethod
+    def of(cls, step: LmHeadRidge, layout: PackedTexts, samples: Samples) -> FitTexts:
+        """Choose the rows of a layout."""
+        mapped = torch.zeros(0, dtype=torch.long)
+        if step.objective != "ridge":
+            mapped = map_rows(layout, samples.teacher_answered(), step.max_rows)
+        scored = scored_rows(layout, samples, Split.VALIDATION, MAX_SCORED_ROWS)
+        return cls(layout, scored, mapped)
+
+    @property
+    def judged(self) -> Tensor:
+        """All rows that heads are judged by, those of the guard among them [n]."""
+        outside = self.layout.prediction_rows(Split.GUARD_VALIDATION)[0]
+        return torch.cat([self.scored.rows, self.mapped, outside])
+
+
+def with_best_head(
+    step: LmHeadRidge,
+    weights: Weights,
+    pair: Pair,
+    texts: FitTexts,
+    read: ReadStates,
+    out: StepOutput,
+    progress: Progress,
+) -> Weights:
+    """Return the weights with the best head, or as they are if none is better beyond chance.
+
+    Args:
+        step: what heads are tried.
+        weights: the student.
+        pair: both models, of one vocabulary.
+        texts: the texts, and the rows that heads are judged by.
+        read: what is kept of both models' final states on them.
+        out: its notes describe the fit.
+        progress: called for each part of the fit.
+    """
+    vocabulary = shared_vocabulary(pair)
     X = read.student
     H_s = X.head(vocabulary)
     teacher = None
-    target_log_probs = partial(next_token_log_probs, layout, vocabulary, device)
+    target_log_probs = partial(next_token_log_probs, texts.layout, vocabulary, X.device)
     if read.teacher is not None:
         head = read.teacher.head(vocabulary)
         teacher = TeacherHead(read.teacher, head, read.moments)
         target_log_probs = partial(teacher_log_probs, teacher)
     problem = HeadProblem(
-        layout=layout,
+        layout=texts.layout,
         X=X,
         head=H_s,
         target_log_probs=target_log_probs,
-        validation=scored.rows,
-        validation_text=scored.text,
+        validation=texts.scored.rows,
+        validation_text=texts.scored.text,
     )
     before = best = ScoredHead(H_s, problem.validation_kl(H_s))
     limit = ood_limit(problem, step.guard)
@@ -220,7 +271,7 @@ def fit_head(
         best = choose_ridge_head(step, problem, teacher, before, limit, out)
     progress(1, 1, f"ridge: KL {before.kl:.4f} to {best.kl:.4f}")
     if step.objective != "ridge":
-        best = map_head(step, problem, best, mapped, limit, out, progress)
+        best = map_head(step, problem, best, texts.mapped, limit, out, progress)
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
     if best.head is H_s or not _significantly_better(problem, best.head):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.head import final_norm, logits_of
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.precision import wide_dtype
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FIT_BLOCK_ROWS = 4096
 """Rows whose moments are added at once."""
+BLOCKS_TOGETHER = 8
+"""Blocks of a process after which it waits for the others. The longest wait has a limit."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ class NormedRows:
         held = places >= 0
         self.states[places[held]] = states[held].to(self.states)
 
+    def gather(self, owner: Tensor, ranks: Ranks) -> None:
+        """Let the leading process hold what all processes hold.
+
+        Args:
+            owner: the process that holds each row of the texts `[rows]`.
+            ranks: the processes.
+        """
+        rows = (self.places >= 0).nonzero().flatten()
+        places, owner = self.places[rows], owner[rows]
+        lengths = torch.bincount(owner, minlength=ranks.count).tolist()
+        parts = ranks.collect(self.states[places[owner == ranks.number]], lengths)
+        for number, part in enumerate(parts or ()):
+            self.states[places[owner == number]] = part
+
     def head(self, tokens: int) -> Tensor:
         """Return the first `tokens` rows of the model's head, to multiply these rows with."""
         return self.weights.head()[:tokens].to(self.device, self.dtype)
@@ -79,11 +96,12 @@ def read_states(
     layout: PackedTexts,
     judged: Tensor,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> ReadStates:
     """Return the moments of the rows to fit on, and the rows that heads are judged by.
 
-    Texts are read in blocks, so memory does not grow with them. Sums are exact: they have the same
-    bits in any order of blocks.
+    Texts are read in blocks, so memory does not grow with them. Processes share the blocks. Sums
+    are exact: they have the same bits in any order of blocks, and for any number of processes.
 
     Args:
         student: the student's states.
@@ -91,6 +109,7 @@ def read_states(
         layout: the texts to fit on, and those to judge by.
         judged: numbers of the rows to hold [n], in any order.
         progress: called after each block.
+        ranks: the processes. The moments are those of all; only the leading one holds all rows.
 
     Raises:
         RotdistillError: a row to fit on is not finite.
@@ -110,18 +129,29 @@ def read_states(
     moments = _no_moments(X, T, layout.rows)
     fit = layout.split(Split.FIT)
     blocks = layout.blocks()
-    for number, block in enumerate(blocks, 1):
+    owner = torch.full((layout.rows,), -1)
+    for number, block in enumerate(blocks):
         rows = block.row_indices_in(layout)
+        # Every block begins with the shared prompt, whose rows count once: in the first block.
+        counted = (owner[rows] < 0).nonzero().flatten()
+        owner[rows[counted]] = number % ranks.count
+        if number and number % (BLOCKS_TOGETHER * ranks.count) == 0:
+            ranks.add_up(torch.zeros(1))
+        if number % ranks.count != ranks.number:
+            continue
         states = student.on(block)
-        X.hold(states, rows)
+        X.hold(states[counted], rows[counted])
         if teacher and T:
             theirs = teacher.on(block)
-            T.hold(theirs.states, rows)
-            taken = (fit[rows] & theirs.paired).nonzero().flatten()
+            T.hold(theirs.states[counted], rows[counted])
+            taken = counted[(fit[rows] & theirs.paired)[counted]]
             _add_rows(moments, X, states[taken], T, theirs.states[taken])
-        # Every block begins with the shared prompt, whose rows count once.
-        fit[rows] = False
-        progress(number, len(blocks), f"final states of {len(block.texts)} texts")
+        finished = min(number + ranks.count, len(blocks))
+        progress(finished, len(blocks), f"final states of {len(block.texts)} texts")
+    X.gather(owner, ranks)
+    if T:
+        T.gather(owner, ranks)
+        moments.combine(ranks.add_up, device)
     return ReadStates(X, T, moments.settled())
 
 

@@ -11,17 +11,20 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BLOCK_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
+    Added,
     Cost,
     CostContext,
+    Gathered,
     converted_bytes,
     forward_cost,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
 if TYPE_CHECKING:
-    from rotdistill_core import ActivationStore, Pair, Progress, Samples, StepOutput, Weights
+    from rotdistill_core import ActivationStore, Pair, Progress, Ranks, Samples, StepOutput, Weights
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -71,6 +74,9 @@ class LmHeadRidge:
     def cost(self, context: CostContext) -> Cost:
         """One pass through the student and, where its states were not captured, the teacher.
 
+        Blocks of texts are dealt, with their sums. The first process gathers the rows that heads
+        are judged by, and alone scores heads.
+
         In memory are one block of texts, the moments, the rows that heads are judged by, both
         heads, three new heads, and blocks of logits.
         """
@@ -88,6 +94,13 @@ class LmHeadRidge:
         judged = SCORED_ROWS + (0 if self.objective == "ridge" else self.max_rows)
         # Both models' final states, before and after the norm; of a block before the norm.
         states = min(rows, judged) * (2 * student.width + 2 * teacher.width) * number
+        gathered = states // 2
+        added_up: tuple[Added, ...] = ()
+        if self.objective == "next-token":
+            gathered = min(rows, judged) * student.width * number
+        else:
+            sums = 2 * student.width * (student.width + teacher.width) * FLOAT64_BYTES
+            added_up = (Added(sums, 1),)
         states += block_rows * (student.width + teacher.width) * number
         # Integers of two limbs, what they are added from, and the sums themselves.
         moments = 4 * student.width * (student.width + teacher.width) * FLOAT64_BYTES
@@ -105,6 +118,9 @@ class LmHeadRidge:
             host_bytes=cost.host_bytes + host,
             disk_bytes=head,
             operations=cost.operations + scores,
+            dealt_operations=cost.operations,
+            added_up=added_up,
+            gathered=(Gathered(gathered, blocks),),
         )
 
     def context_after(self, context: CostContext) -> CostContext:
@@ -132,11 +148,12 @@ class LmHeadRidge:
         samples: Samples,
         out: StepOutput,
         progress: Progress,
+        ranks: Ranks | None = None,
     ) -> Weights:
         """See `HookSpecs.style`."""
         from rotdistill_lm_head_ridge._method import fit_head
 
-        return fit_head(self, weights, activations, pair, samples, out, progress)
+        return fit_head(self, weights, activations, pair, samples, out, progress, ranks or ALONE)
 
 
 @hookimpl

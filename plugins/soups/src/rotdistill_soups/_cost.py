@@ -38,7 +38,11 @@ def barrier_cost(context: CostContext, split: str, ends: int, points: int) -> Co
 
 
 def soup_cost(step: Soups, context: CostContext) -> Cost:
-    """Return the cost of a merge, with everything that chooses or measures something first."""
+    """Return the cost of a merge, with everything that chooses or measures something first.
+
+    Of all that only the teacher's pass is dealt. The Fisher information is not: squares of all
+    parameters, added up as integers, would take longer to send than to compute.
+    """
     count = len(step.ingredients)
     cost = merge_cost(step, context)
     if step.same_basis == "align":
@@ -49,7 +53,7 @@ def soup_cost(step: Soups, context: CostContext) -> Cost:
         cost += replace(information.repeated(count), disk_bytes=files)
     scores = _merged_scores(step)
     if step.require_improvement or scores:
-        cost += _teacher_cost(context, Split.VALIDATION)
+        cost += _teacher_cost(context, Split.VALIDATION).dealt()
     if step.require_improvement:
         cost += _score_cost(context, Split.VALIDATION)
     if scores:

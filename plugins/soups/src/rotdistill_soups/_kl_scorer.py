@@ -13,21 +13,31 @@ from rotdistill_core.evaluation.acceptance import (
 )
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
 from rotdistill_soups._cost import SCORED_ROWS
 
 
 class KLScorer:
-    """Scores a view of the student by its KL from the teacher, text by text."""
+    """Scores a view of the student by its KL from the teacher, text by text.
+
+    Processes share the teacher's pass. Each of them can score.
+    """
 
     def __init__(
-        self, pair: Pair, samples: Samples, split: str, out: StepOutput, progress: Progress
+        self,
+        pair: Pair,
+        samples: Samples,
+        split: str,
+        out: StepOutput,
+        progress: Progress,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.pair = pair
         self.tokens = shared_vocabulary(pair)
         self.layout = _scored_texts(samples, split)
         self.rows, self.targets, self.text = scored_rows(self.layout, samples, split, SCORED_ROWS)
-        states = paired_final_states(pair.teacher, samples, self.layout, out, progress)
+        states = paired_final_states(pair.teacher, samples, self.layout, out, progress, ranks)
         self.states = states[self.rows]
 
     def __call__(self, view: Weights) -> TextScores:

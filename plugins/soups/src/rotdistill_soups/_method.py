@@ -16,6 +16,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
 from rotdistill_core.forward.layerwise import Progress
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
 from rotdistill_soups._fisher import FisherSettings, fisher_information
 from rotdistill_soups._ingredient_set import (
@@ -66,31 +67,44 @@ def merge_into_student(
     samples: Samples,
     out: StepOutput,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> Weights:
     """Return the student merged with the ingredients, or as it is where that is no better.
+
+    Processes share the teacher's pass. The leading one merges and scores, and alone returns the
+    merged student; the others return the student as it is.
 
     Raises:
         RecipeError: the options select no parameter, or an ingredient does not fit the student.
         SetupError: an ingredient is missing, torn or not finite.
     """
-    _require_selection(step, weights)
-    opened = open_ingredients(step.ingredients, weights, pair, out)
+
+    def opened() -> OpenIngredients:
+        _require_selection(step, weights)
+        return open_ingredients(step.ingredients, weights, pair, out)
+
+    ingredients = ranks.lead_alone(opened, None)
     scorer = None
     if step.require_improvement or step.method == "greedy":
-        scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress)
-    run = MergeRun(
-        step=step,
-        opened=opened,
-        pair=pair,
-        samples=samples,
-        out=out,
-        progress=progress,
-        scorer=scorer,
-    )
-    merged = DRIVERS.get(step.method, _merge_all)(run)
-    if not step.require_improvement:
-        return merged
-    return accept_if_better(weights, merged, run.score, None, out)
+        scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress, ranks)
+
+    def merged() -> Weights:
+        assert ingredients is not None
+        run = MergeRun(
+            step=step,
+            opened=ingredients,
+            pair=pair,
+            samples=samples,
+            out=out,
+            progress=progress,
+            scorer=scorer,
+        )
+        merged = DRIVERS.get(step.method, _merge_all)(run)
+        if not step.require_improvement:
+            return merged
+        return accept_if_better(weights, merged, run.score, None, out)
+
+    return ranks.lead_alone(merged, weights)
 
 
 def _merge_all(run: MergeRun) -> Weights:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_soups._cost import soup_cost
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rotdistill_core.checkpoint.weights import Weights
     from rotdistill_core.data.packed import Samples
     from rotdistill_core.forward.layerwise import Progress
+    from rotdistill_core.forward.ranks import Ranks
     from rotdistill_core.store.output import StepOutput
 
 
@@ -146,12 +148,18 @@ class Soups:
 
     @hookimpl
     def fold(
-        self, weights: Weights, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
+        self,
+        weights: Weights,
+        pair: Pair,
+        samples: Samples,
+        out: StepOutput,
+        progress: Progress,
+        ranks: Ranks | None = None,
     ) -> Weights:
         """See `HookSpecs.fold`."""
         from rotdistill_soups._method import merge_into_student
 
-        return merge_into_student(self, weights, pair, samples, out, progress)
+        return merge_into_student(self, weights, pair, samples, out, progress, ranks or ALONE)
 
 
 @hookimpl
