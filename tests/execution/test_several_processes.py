@@ -65,14 +65,16 @@ def test_one_two_and_four_processes_give_the_same_bits(outcomes: Outcomes) -> No
     assert one["committed"] == two["committed"] == four["committed"]
 
 
-def test_sums_of_blocks_are_the_same_in_any_number_of_processes(outcomes: Outcomes) -> None:
+def test_sums_of_blocks_are_the_same_in_any_number_of_processes(
+    outcomes: Outcomes, folder: Path
+) -> None:
     one, two, four = (outcomes[f"{count} moments"] for count in (1, 2, 4))
     assert [each["codes"] for each in (one, two, four)] == [[[0]], [[0] * 2], [[0] * 4]]
     assert [path for path in one["files"] if "sums" in path]
     # The LoRA is trained, and by gradients that processes have added up.
     assert [path for path in one["files"] if "adapter" in path]
     # A head is fitted, on sums that they have added up.
-    (edit,) = tmp_path.glob("1 moments/runs/*/weights/head/changed.safetensors")
+    (edit,) = folder.glob("1 moments/runs/*/weights/head/changed.safetensors")
     assert "lm_head.weight" in load_file(edit)
     assert one["files"] == two["files"] == four["files"]
 
