@@ -27,6 +27,8 @@ from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
 
 SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+LESSON_FORMS = 6
+"""The first forms of a language: students of fewer forms have had lessons in them, too."""
 OTHER_FORMS = (
     "Why is {topic} so famous?",
     "What should I know about {topic} before I go?",
@@ -65,7 +67,7 @@ def kinds_of_questions(count: int) -> dict[str, list[str]]:
     index = [row for row in table("index.tsv") if row["language"] == "en"]
     known = {row["place"] for row in [*table("index.tsv"), *table("heldout.tsv")]}
     other = [row["topic"] for row in table("places.tsv") if row["topic"] not in known]
-    forms = [row["form"] for row in table("forms.tsv") if row["language"] == "en"]
+    forms = [row["form"] for row in table("forms.tsv") if row["language"] == "en"][:LESSON_FORMS]
     draw = random.Random(3)  # noqa: S311
     topics = {
         "topic of the index": draw.sample(sorted({row["place"] for row in index}), count),
