@@ -8,8 +8,8 @@
 Each arm is a run of the recipe with the refit alone: neither head nor answers. Its figures are
 appended to a file, and arms that are in it are not run again. The table has a fitted power law,
 `KL = floor + scale n^-exponent` for n texts. Options are to be chosen on its validation columns.
-Captured states are removed after each arm: they are the largest part of a run. Arms of the same texts
-share them, so run one command at a time in a folder of runs.
+Captured states are removed after each arm: they are the largest part of a run. Arms of the same
+texts share them, so run one command at a time in a folder of runs.
 """
 
 from __future__ import annotations

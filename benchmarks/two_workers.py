@@ -105,15 +105,16 @@ def timed(recipe: Path, settings: Sequence[str], processes: int) -> Seconds:
     """Carry out a recipe in an empty folder of runs, with so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "-m", "rotdistill_core", "run", str(recipe)]
-        command += ["--runs", folder, *(part for each in settings for part in ("--set", each))]
+        command += ["--nproc-per-node", str(processes), "-m", "rotdistill_core"]
+        command += ["run", str(recipe.resolve())]
+        command += [part for each in settings for part in ("--set", each)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         finished = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
         if finished.returncode:
             raise SystemExit(finished.stderr)
-        (run,) = Path(folder).glob("*/ledger.jsonl")
+        (run,) = Path(folder).glob("runs/*/ledger.jsonl")
         return Seconds(seconds_of_steps(run), digest(run.parent / "checkpoints"))
 
 
