@@ -5,7 +5,8 @@
 Checkpoints are students of the recipe's teacher that were fitted with lessons. English questions
 are made from topics of the index or other places, in forms that lessons have or in others. The
 teacher answers each greedily under the system prompt. The table has the KL of a student to the
-teacher over the tokens of these answers, nats per token. No held-out question is among them.
+teacher over the tokens of these answers, nats per token. The other forms are those of English
+held-out questions, so do not choose options by this table. No held-out place is among the topics.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ OTHER_FORMS = (
     "What is the story behind {topic}?",
     "Can you tell me about {topic}?",
 )
-"""Forms that no lesson has."""
+"""Forms that no lesson has: those of held-out questions."""
 ANSWER_TOKENS = 64
 
 
