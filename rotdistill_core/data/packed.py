@@ -217,11 +217,15 @@ class PackedTexts:
                 batches.append([k])
         return batches
 
+    def padded_tokens(self, batch: list[int]) -> int:
+        """Return how many tokens a batch of texts has, padded; the first text is its longest."""
+        longest = self.texts[batch[0]]
+        return len(batch) * (len(longest.tokens) - self.prefix_length(longest))
+
     def _fits(self, k: int, batch: list[int], budget: int) -> bool:
         """Return whether text `k` may join a batch; the batch's first text is its longest."""
         longest = self.texts[batch[0]]
-        padded_length = len(longest.tokens) - self.prefix_length(longest)
-        within_budget = (len(batch) + 1) * padded_length <= budget
+        within_budget = self.padded_tokens([*batch, k]) <= budget
         return within_budget and longest.plain == self.texts[k].plain
 
     def digest(self) -> str:

@@ -65,10 +65,12 @@ def compare_logits(
     targets: Tensor,
     tokens: int,
     head: Tensor | None = None,
+    teacher_head: Tensor | None = None,
 ) -> LogitComparison:
     """Compare the predictions of two models on the same rows.
 
-    Logits and KL are computed on the device of S, in float32 at least.
+    Logits and KL are computed on the device of S, in float32 at least. Whoever compares many
+    batches gives both heads, as `head_for` returns them: then they are converted only once.
 
     Args:
         teacher: weights whose final norm and head read `T`.
@@ -78,9 +80,10 @@ def compare_logits(
         targets: the token that follows each row [n].
         tokens: leading head rows that are compared, see `shared_vocabulary`.
         head: stands in for the student's own head `[V, d_s]`.
+        teacher_head: stands in for the teacher's own head `[V, d_t]`.
     """
-    teacher_head = head_for(teacher, S, tokens)
-    student_head = head_for(student, S, tokens) if head is None else widened_like(head, S)[:tokens]
+    teacher_head = _head(teacher, S, tokens, teacher_head)
+    student_head = _head(student, S, tokens, head)
     targets = targets.to(S.device)
     kl: list[Tensor] = []
     top1: list[Tensor] = []
@@ -94,6 +97,11 @@ def compare_logits(
         top1.append((p.argmax(-1) == q.argmax(-1)).to(q))
         nll.append(-q.gather(-1, targets[block, None])[:, 0])
     return LogitComparison(kl=_joined(kl), top1=_joined(top1), nll=_joined(nll))
+
+
+def _head(weights: Weights, S: Tensor, tokens: int, given: Tensor | None) -> Tensor:
+    """Return the head `[tokens, d]` that predicts: the one that is given, or the model's own."""
+    return head_for(weights, S, tokens) if given is None else widened_like(given, S)[:tokens]
 
 
 def _joined(blocks: list[Tensor]) -> Tensor:

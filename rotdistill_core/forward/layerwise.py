@@ -140,9 +140,9 @@ class Deal(NamedTuple):
         ranks: Ranks,
         beside: Deal | None = None,
     ) -> Deal:
-        """Deal the texts of `layout` in batches, by the batch's index.
+        """Deal the texts of `layout` in batches: the largest first, to whoever has the least yet.
 
-        Batches that continue the prefix come first, so the leading process has some of them.
+        The first batch goes to the leading process. It continues the prefix if any batch does.
 
         Args:
             layout: the texts.
@@ -154,7 +154,7 @@ class Deal(NamedTuple):
         """
         if beside is None:
             batches = layout.batches(budget, apart)
-            return cls(batches, [number % ranks.count for number in range(len(batches))])
+            return cls(batches, _evenly([layout.padded_tokens(b) for b in batches], ranks.count))
         found = cls([], [])
         for together, owner in zip(*beside, strict=True):
             part = layout.of(tuple(layout.texts[k] for k in together))
@@ -417,10 +417,7 @@ class LayerwiseForward:
             rows = torch.arange(self.whole.rows)
         owner = self._owner[rows]
         mine = owner == self.ranks.number
-        own = torch.full((self.whole.rows,), -1).index_copy(
-            0, self.rows, torch.arange(len(self.rows))
-        )
-        part = values[own[rows[mine]].to(values.device)]
+        part = values[self._place_of_own()[rows[mine]].to(values.device)]
         lengths = torch.bincount(owner, minlength=self.ranks.count).tolist()
         parts = self.ranks.collect(part, lengths)
         if parts is None:
@@ -429,6 +426,25 @@ class LayerwiseForward:
         for number, part in enumerate(parts):
             found[owner == number] = part
         return found
+
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """Return the states of rows of the whole [n], in all processes, on the host.
+
+        Returns:
+            `[n, d]`.
+        """
+        own = self._place_of_own()[rows]
+        mine = (own >= 0) & (self._owner[rows] == self.ranks.number)
+        found = torch.zeros(len(rows), self.states.shape[1], dtype=self.dtype)
+        found[mine] = self.states[own[mine].to(self.states.device)].cpu()
+        # All but one of the values that are added up are zero, so the sum is exact.
+        self.ranks.add_up(found)
+        return found
+
+    def _place_of_own(self) -> Tensor:
+        """Return the row in `layout` of each row of the whole [rows]; -1 if it is not there."""
+        places = torch.full((self.whole.rows,), -1)
+        return places.index_copy(0, self.rows, torch.arange(len(self.rows)))
 
     def assembled(self, values: Tensor) -> Tensor:
         """Return one number for each row of the whole, in all processes, on the host.
@@ -575,6 +591,21 @@ class LayerwiseForward:
         if place.side == "input":
             return module.register_forward_pre_hook(before)
         return module.register_forward_hook(after)
+
+
+def _evenly(sizes: list[int], count: int) -> list[int]:
+    """Return the process of each batch, of so many, so that all have about the same work.
+
+    Args:
+        sizes: padded tokens of each batch.
+        count: number of processes.
+    """
+    owners = [0] * len(sizes)
+    loads = [0] * count
+    for k in sorted(range(len(sizes)), key=lambda k: (k > 0, -sizes[k])):
+        owners[k] = loads.index(min(loads))
+        loads[owners[k]] += sizes[k]
+    return owners
 
 
 def _place_of_states(size: int, device: torch.device) -> torch.device:

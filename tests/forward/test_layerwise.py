@@ -13,10 +13,11 @@ from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights
-from rotdistill_core.data.packed import PackedTexts
+from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RotdistillError
-from rotdistill_core.forward.layerwise import LayerwiseForward, Observer
+from rotdistill_core.forward.layerwise import Deal, LayerwiseForward, Observer
+from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.testing import final_states, pico_model, pico_samples, plain_transformers
 
 CPU = torch.device("cpu")
@@ -271,3 +272,19 @@ def test_forward_pass_leaves_the_weights_as_they_were(llama: Model, layout: Pack
     before = {name: llama.weights[name].clone() for name in llama.weights.entries}
     final_states(llama.weights, layout)
     assert all(torch.equal(llama.weights[name], tensor) for name, tensor in before.items())
+
+
+def test_processes_get_about_the_same_number_of_tokens() -> None:
+    lengths = (203, *[43] * 10)
+    texts = [Text(str(k), "en", Split.FIT, tuple(range(n)), 3) for k, n in enumerate(lengths)]
+    layout = PackedTexts(tuple(texts), prefix=3)
+    two = Ranks()
+    two.count = 2
+    deal = Deal.of(layout, 80, lambda _: None, two)
+    assert deal.batches == Deal.of(layout, 80, lambda _: None, ALONE).batches
+    loads = [0, 0]
+    for batch, owner in zip(*deal, strict=True):
+        loads[owner] += layout.padded_tokens(batch)
+    # The long text, and five batches of two texts of 40 tokens.
+    assert loads == [280, 320]
+    assert deal.owners[0] == 0  # it continues the prefix, which the leading process shows

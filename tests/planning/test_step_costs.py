@@ -6,12 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rotdistill_writer_refit.step import SCORED_ROWS
 
+from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
     FLOAT32_BYTES,
     FLOAT64_BYTES,
     Cost,
     CostContext,
+    answer_rows,
     context_after,
     forward_cost,
     step_cost,
@@ -324,9 +327,11 @@ def test_a_lora_is_added_up_once_for_each_step_of_training(deep: CostContext) ->
 def test_a_refit_adds_up_the_sums_of_two_splits_for_each_layer(deep: CostContext) -> None:
     cost = cost_of("writer-refit", deep, layers="all", writers=["neurons"])
     neurons, width = deep.student.neurons, deep.student.width
-    (added,) = cost.added_up
+    added, scored = cost.added_up
     assert added.size == 2 * neurons * (neurons + width) * 2 * FLOAT64_BYTES
     assert (added.times, added.dealt) == (8, False)
+    rows = min(answer_rows(deep, Split.VALIDATION), SCORED_ROWS)
+    assert scored.size == rows * deep.teacher.width * deep.teacher_bytes
     assert 0 < cost.dealt_operations < cost.operations
 
 

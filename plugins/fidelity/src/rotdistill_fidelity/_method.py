@@ -9,13 +9,13 @@ from torch import Tensor
 
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import teacher_final_states
+from rotdistill_core.evaluation.dealt import answer_nll, compared
 from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
 from rotdistill_core.evaluation.metrics import teacher_metric
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import float64_device
-from rotdistill_fidelity._dealt import answer_nll, compared
 from rotdistill_fidelity._frames import Frame, Frames
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ def prediction_rows(
     rows, targets, texts = layout.prediction_rows(Split.HELDOUT)
     found: list[MetricRow] = []
     if pair.one_tokenizer:
-        comparison = compared(pair, activations, weights, forward, rows, targets)
+        T = activations.teacher_states(layout, pair.student.depth)[rows]
+        comparison = compared(pair, T, weights, forward, rows, targets)
         nll = comparison.nll
         found += by_text(name, "kl", comparison.kl, texts)
         found += by_text(name, "top1", comparison.top1, texts)
@@ -195,7 +196,8 @@ def out_of_domain_rows(
     rows, targets, texts = forward.whole.prediction_rows(Split.GUARD)
     if not len(rows):
         return []
-    comparison = compared(pair, activations, variant.weights, forward, rows, targets)
+    T = activations.teacher_states(forward.whole, pair.student.depth)[rows]
+    comparison = compared(pair, T, variant.weights, forward, rows, targets)
     perplexity = float(comparison.nll.mean().exp())
     return [
         *by_text(variant.name, "guard_kl", comparison.kl, texts),

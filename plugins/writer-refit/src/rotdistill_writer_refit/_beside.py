@@ -32,11 +32,8 @@ class Stream(Protocol):
     def rows(self, rows: Tensor) -> Tensor:
         """Return the state of each of some rows of the student's share [n], `[n, d]`."""
 
-    def collected(self, rows: Tensor) -> Tensor | None:
-        """Return the states of rows of the student's whole [n] in the leading process, `[n, d]`.
-
-        All processes call it; the others get None.
-        """
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """Return the states of rows of the student's whole [n], in all processes, `[n, d]`."""
 
 
 class Walk:
@@ -92,10 +89,10 @@ class Walk:
         """See `Stream`."""
         return self.forward.states_of(rows if self._places is None else self._places[rows])
 
-    def collected(self, rows: Tensor) -> Tensor | None:
+    def everywhere(self, rows: Tensor) -> Tensor:
         """See `Stream`."""
         places = _places(self._student.whole, self._layout)
-        return self.forward.collected(rows if places is None else places[rows])
+        return self.forward.everywhere(rows if places is None else places[rows])
 
     def close(self) -> None:
         """End the thread that reads ahead."""
@@ -120,7 +117,7 @@ class StoredRows:
         """See `Stream`."""
         return span_means(self._states, self._spans[rows])
 
-    def collected(self, rows: Tensor) -> Tensor | None:
+    def everywhere(self, rows: Tensor) -> Tensor:
         """See `Stream`."""
         return self._activations.teacher_rows(self._student.whole, self._boundary)[rows]
 

@@ -90,7 +90,8 @@ def solve(
     """Return the refitted student, or the one before where the refit does not lower validation KL.
 
     Every solved writer is committed at once, so an interrupted step resumes after the last one.
-    Processes share the texts; the leading one solves and commits, and the others read that.
+    Processes share the texts and the candidates for λ; the leading one commits, and the others read
+    that.
 
     Raises:
         RecipeError: the options do not fit the model or the texts, or no aligner ran.
@@ -246,7 +247,6 @@ def solve_or_restore(
         return None
 
     def commit() -> CommittedWriter:
-        fit = solve_writer(step, forward, moments, site)
         tensors = out.tensors(f"{name}.safetensors", fit.tensors)
         diagnostics = out.json(f"{name}.json", fit.diagnostics)
         return CommittedWriter(out.relative(tensors), out.relative(diagnostics))
@@ -254,6 +254,7 @@ def solve_or_restore(
     committed = forward.ranks.lead(find)
     if committed is None:
         moments = regression_moments(step, forward, problem, site)
+        fit = solve_writer(step, forward, moments, site)
         committed = forward.ranks.lead(commit)
     root = out.store.root
     stored = {key: entry.read() for key, entry in open_tensors(root / committed.tensors).items()}
@@ -286,11 +287,15 @@ def writer_name(forward: LayerwiseForward, site: str) -> str:
 def solve_writer(
     step: WriterRefit, forward: LayerwiseForward, moments: Sequence[Moments], site: str
 ) -> WriterFit:
-    """Solve the writer `[d, f]` at a site of the open layer by its moments."""
+    """Solve the writer `[d, f]` at a site of the open layer by its moments.
+
+    All processes call it; only the leading one gets the new values.
+    """
     weights = forward.weights
     name = writer_name(forward, site)
     fit, validation = moments
-    best = best_ridge(fit, validation, step.ridge, f"writer-refit: {name}", forward.device)
+    where = f"writer-refit: {name}"
+    best = best_ridge(fit, validation, step.ridge, where, forward.device, forward.ranks)
     error = best.validation_error / validation.yy if validation.yy else 0.0
     edit = map_output if step.features == "output" else add_to_writer
     tensors = {

@@ -12,15 +12,15 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.evaluation.acceptance import TextScores, scored_rows, scores_by_text
-from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabulary
+from rotdistill_core.evaluation.dealt import compared
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_writer_refit.step import SCORED_ROWS
 
-FinalStates = Callable[[PackedTexts, Tensor], Tensor | None]
-"""Texts, and rows of them [n] -> the teacher's states after its last layer `[n, d_t]`, on the host
-of the leading process."""
+FinalStates = Callable[[PackedTexts, Tensor], Tensor]
+"""Texts, and rows of them [n] -> the teacher's states after its last layer `[n, d_t]`, on the host,
+in all processes."""
 
 
 def score_split(
@@ -56,7 +56,7 @@ class Scorer:
     pair: Pair
     samples: Samples
     ranks: Ranks = ALONE
-    """The processes that share the texts; the leading one compares predictions."""
+    """The processes that share the texts, and compare the predictions of their own."""
     folder: Path | None = None
     """Where the states of a forward pass lie in a file; see `LayerwiseForward`."""
 
@@ -71,23 +71,11 @@ class Scorer:
             forward: a finished forward pass of `weights` over texts that include the split's.
                 Without it the split's texts are sent through the student here.
         """
-        pair = self.pair
         forward = forward or self._finished(split, weights)
         scored = scored_rows(forward.whole, self.samples, split, SCORED_ROWS)
-        S = forward.collected(scored.rows)
         T = self.final_states(forward.whole, scored.rows)
-
-        def compare() -> TextScores:
-            assert S is not None
-            assert T is not None
-            own = S.to(forward.device)
-            tokens = shared_vocabulary(pair)
-            comparison = compare_logits(
-                pair.teacher.weights, T, weights, own, scored.targets, tokens
-            )
-            return scores_by_text(comparison.kl, scored.text)
-
-        return self.ranks.lead(compare)
+        comparison = compared(self.pair, T, weights, forward, scored.rows, scored.targets)
+        return scores_by_text(comparison.kl, scored.text)
 
     def _finished(self, split: str, weights: Weights) -> LayerwiseForward:
         student = self.pair.student

@@ -170,10 +170,10 @@ class Targets:
         boundaries = self._parts.activations.teacher_boundaries
         self._teacher.move_to(boundaries[self._parts.pair.student.depth])
 
-    def final_states(self, layout: PackedTexts, rows: Tensor) -> Tensor | None:
-        """Return the teacher's states after its last layer in the leading process.
+    def final_states(self, layout: PackedTexts, rows: Tensor) -> Tensor:
+        """Return the teacher's states after its last layer, in all processes.
 
-        All processes call it after `finish`; the others get None.
+        All of them call it, after `finish`.
 
         Args:
             layout: texts of the pass, or others that the capture has kept.
@@ -184,7 +184,7 @@ class Targets:
         """
         whole = self._student.whole
         if all(text.id in whole.numbers for text in layout.texts):
-            return self._teacher.collected(layout.row_indices_in(whole)[rows])
+            return self._teacher.everywhere(layout.row_indices_in(whole)[rows])
         depth = self._parts.pair.student.depth
         return self._parts.activations.teacher_states(layout, depth)[rows]
 

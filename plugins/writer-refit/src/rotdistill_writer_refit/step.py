@@ -17,7 +17,9 @@ from rotdistill_core.planning.cost import (
     Added,
     Cost,
     CostContext,
+    Gathered,
     acceptance_cost,
+    answer_rows,
     forward_cost,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
@@ -39,6 +41,8 @@ ROW_BYTES = 12 * FLOAT64_BYTES
 """Bytes of a row in memory for each pass: its places in batches, its owner, and its weight."""
 SCORED_ROWS = 1024
 """Number of rows, evenly spread over a split, that are scored at most."""
+SCORES = 3
+"""Scores beside the guard's: on texts for validation before and after, and on texts to fit on."""
 
 
 @step
@@ -112,10 +116,14 @@ class WriterRefit:
         # Two splits, each with two integers for an entry.
         sums = sum(n * (n + width) for n in inputs) * 2 * 2 * FLOAT64_BYTES
         products = sum(2.0 * rows * n * (n + width) for n in inputs)
-        # A candidate: Cholesky, its two triangular solves, and its step and error on other rows.
-        candidate = sum(n**3 / 3 + 6.0 * n**2 * width for n in inputs)
+        # A candidate: Cholesky, its two triangular solves, and its step on other rows. Candidates
+        # are shared, but over so many processes only as there are: they count as those of one.
+        candidate = sum(n**3 / 3 + 4.0 * n**2 * width for n in inputs)
+        solutions = sum(n * width for n in inputs) * refitted * FLOAT64_BYTES
         solves = products + len(self.ridge) * candidate
 
+        scored = min(answer_rows(context, Split.VALIDATION), SCORED_ROWS)
+        final_states = scored * context.teacher.width * context.teacher_bytes
         scores = acceptance_cost(context, self.guard is not None, SCORED_ROWS)
         walks = forward.host_bytes + beside.host_bytes
         regression = walks + targets + moments if refitted else walks
@@ -129,8 +137,13 @@ class WriterRefit:
             + forward.operations * passes
             + refitted * solves
             + scores.operations,
-            dealt_operations=beside.operations + forward.operations * passes + refitted * products,
-            added_up=(Added(sums, refitted),),
+            dealt_operations=beside.operations
+            + forward.operations * passes
+            + refitted * products
+            + scores.operations,
+            # Each score takes the teacher's final states of its rows to all processes.
+            added_up=(Added(sums, refitted), Added(final_states, SCORES)),
+            gathered=(Gathered(solutions, len(self.ridge)),),
             read_bytes=forward.read_bytes + beside.read_bytes + scores.read_bytes,
             traffic_bytes=forward.traffic_bytes * passes
             + beside.traffic_bytes

@@ -23,16 +23,16 @@ from rotdistill_core.forward.head import head_for, log_probs
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
     from rotdistill_core.checkpoint.weights import Weights
-    from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import LayerwiseForward
 
 Values = Callable[[Tensor, Tensor], Tensor]
-"""Row numbers of a process' own texts and of the whole [n] -> numbers of these rows `[k, n]`."""
+"""Row numbers of a process' own texts [n], and their places among the rows that are asked for [n]
+-> numbers of these rows `[k, n]`."""
 
 
 def compared(
     pair: Pair,
-    activations: ActivationStore,
+    T: Tensor,
     weights: Weights,
     forward: LayerwiseForward,
     rows: Tensor,
@@ -42,19 +42,23 @@ def compared(
 
     Args:
         pair: teacher and student, of one vocabulary.
-        activations: holds the teacher's final states of these texts.
+        T: the teacher's states of these rows after its last layer `[n, d_t]`, in all processes.
         weights: the model that went through the pass.
         forward: the pass.
         rows: row numbers of the whole [n].
         targets: the token after each row [n].
     """
     teacher, vocabulary = pair.teacher.weights, shared_vocabulary(pair)
-    T = activations.teacher_states(forward.whole, pair.student.depth)
-    next_tokens = _by_row(forward, rows, targets)
+    # As wide as the states that they multiply.
+    like = forward.states_of(rows[:0])
+    teacher_head = head_for(teacher, like, vocabulary)
+    head = head_for(weights, like, vocabulary)
 
-    def values(own: Tensor, whole: Tensor) -> Tensor:
-        S, target = forward.states_of(own), next_tokens[whole]
-        found = compare_logits(teacher, T[whole], weights, S, target, vocabulary)
+    def values(own: Tensor, places: Tensor) -> Tensor:
+        S = forward.states_of(own)
+        found = compare_logits(
+            teacher, T[places], weights, S, targets[places], vocabulary, head, teacher_head
+        )
         return torch.stack([found.kl, found.top1, found.nll])
 
     kl, top1, nll = _of_rows(forward, rows, 3, values)
@@ -65,18 +69,17 @@ def answer_nll(
     weights: Weights, forward: LayerwiseForward, rows: Tensor, targets: Tensor
 ) -> Tensor:
     """Return -log p [n] of the tokens [n] after rows of the whole [n], nats, in all processes."""
-    next_tokens = _by_row(forward, rows, targets)
+    head = head_for(weights, forward.states_of(rows[:0]))
 
-    def values(own: Tensor, whole: Tensor) -> Tensor:
+    def values(own: Tensor, places: Tensor) -> Tensor:
         S = forward.states_of(own)
-        return _nll(weights, S, next_tokens[whole].to(S.device))[None]
+        return _nll(weights, S, targets[places].to(S.device), head)[None]
 
     return _of_rows(forward, rows, 1, values)[0]
 
 
-def _nll(weights: Weights, S: Tensor, targets: Tensor) -> Tensor:
+def _nll(weights: Weights, S: Tensor, targets: Tensor, head: Tensor) -> Tensor:
     """Return -log p [n] of target tokens [n], given states before the final norm `[n, d]`."""
-    head = head_for(weights, S)
     parts = []
     for k in range(0, len(S), BLOCK_ROWS):
         block = slice(k, k + BLOCK_ROWS)
@@ -85,17 +88,12 @@ def _nll(weights: Weights, S: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts).cpu().double()
 
 
-def _by_row(forward: LayerwiseForward, rows: Tensor, values: Tensor) -> Tensor:
-    """Return values [n] of rows [n] at the place of each row of the whole `[rows]`."""
-    return torch.zeros(forward.whole.rows, dtype=values.dtype).index_copy(0, rows, values)
-
-
 def _of_rows(forward: LayerwiseForward, rows: Tensor, count: int, values: Values) -> Tensor:
     """Return so many numbers of each row of the whole [n], `[count, n]`, from all processes."""
-    wanted = torch.zeros(forward.whole.rows, dtype=torch.bool).index_fill(0, rows, True)
+    places = torch.full((forward.whole.rows,), -1).index_copy(0, rows, torch.arange(len(rows)))
     found = torch.zeros(count, forward.layout.rows, dtype=torch.float64)
     for batch in forward.blocks:
-        own = batch[wanted[forward.rows[batch]]]
+        own = batch[places[forward.rows[batch]] >= 0]
         if len(own):
-            found[:, own] = values(own, forward.rows[own])
+            found[:, own] = values(own, places[forward.rows[own]])
     return torch.stack([forward.assembled(each)[rows] for each in found])
