@@ -79,22 +79,31 @@ def _distinct(group: Sequence[Draft]) -> int:
 
 def _groups(drafts: Iterable[Draft], by_question: bool) -> list[list[Draft]]:
     """Return the texts that must stay together, each group at the place of its first."""
-    root: dict[Hashable, Hashable] = {}
+    numbers: dict[Hashable, int] = {}
+    parents: list[int] = []
 
-    def find(key: Hashable) -> Hashable:
-        while (parent := root.setdefault(key, key)) != key:
-            root[key] = root[parent]  # halves the path
-            key = parent
-        return key
+    def numbered(key: Hashable) -> int:
+        number = numbers.setdefault(key, len(parents))
+        if number == len(parents):
+            parents.append(number)
+        return number
+
+    def find(number: int) -> int:
+        while (parent := parents[number]) != number:
+            parents[number] = parents[parent]  # halves the path
+            number = parent
+        return number
 
     ordered = list(drafts)
+    firsts = []
     for draft in ordered:
-        first, *others = _keys(draft, by_question)
-        for key in others:
-            root[find(key)] = find(first)
-    groups: dict[Hashable, list[Draft]] = {}
-    for draft in ordered:
-        groups.setdefault(find(_keys(draft, by_question)[0]), []).append(draft)
+        first, *others = map(numbered, _keys(draft, by_question))
+        firsts.append(first)
+        for other in others:
+            parents[find(other)] = find(first)
+    groups: dict[int, list[Draft]] = {}
+    for draft, first in zip(ordered, firsts, strict=True):
+        groups.setdefault(find(first), []).append(draft)
     return list(groups.values())
 
 
