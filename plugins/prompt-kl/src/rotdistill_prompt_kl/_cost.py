@@ -29,6 +29,9 @@ LORA_STATE = 6
 one so far."""
 LIMB_BYTES = 16
 """Bytes of a number while it is added to others as integers."""
+SAVED_STATE = 8
+"""Copies of a LoRA that a killed training goes on from: itself, two moments and the best one so
+far, in two files."""
 EVALUATION_BATCH = 4
 """Texts in one batch when the model that trains is evaluated."""
 
@@ -118,9 +121,14 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
         student = student.changed(tie_word_embeddings=False)
     inside, head = student.parameters(inside=True), student.vocab * student.width
     lora = lora_parameters(student, step.train, step.rank)
-    # Texts train one by one, and are evaluated some at a time.
-    tokens = texts.longest
-    logits = EVALUATION_BATCH * texts.longest_answer * student.vocab * LOGIT_BLOCKS * number
+    tokens = step.micro_batch_size * texts.longest
+    logits = (
+        max(EVALUATION_BATCH, step.micro_batch_size)
+        * texts.longest_answer
+        * student.vocab
+        * LOGIT_BLOCKS
+        * number
+    )
 
     if step.train == "lora":
         kept = training_activations(student, tokens, number)
@@ -146,7 +154,7 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     return Cost(
         host_bytes=states + teacher_head + edited * number,
         device_bytes=whole + kept + logits + lora * (LORA_STATE * number + LIMB_BYTES),
-        disk_bytes=(edited + lora) * number,
+        disk_bytes=(edited + (1 + SAVED_STATE) * lora) * number,
         operations=operations / speed + teacher_logits,
         read_bytes=context.student.bytes,
         traffic_bytes=whole,

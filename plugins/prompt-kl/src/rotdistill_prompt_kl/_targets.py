@@ -23,6 +23,7 @@ from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_prompt_kl._cost import EVALUATION_BATCH
 from rotdistill_prompt_kl._lora import wide_lora_product
+from rotdistill_prompt_kl._loss import Divergence
 from rotdistill_prompt_kl._teacher_states import states_of_teacher
 
 if TYPE_CHECKING:
@@ -82,22 +83,32 @@ class DistillationTargets:
         device = pair.student.device
         self.head = head_for(pair.teacher.weights, self.states[:0].to(device), vocabulary)
 
-    def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
-        """Return the KL of every continuation token [n] of some texts, in float32 at least.
+    def losses(
+        self,
+        student: Any,
+        weights: Weights,
+        texts: list[int],
+        divergence: Divergence = kl_divergence,
+    ) -> Tensor:
+        """Return the loss of every continuation token [n] of some texts, in float32 at least.
 
         Args:
             student: the peft model.
             weights: the view that it was made of.
             texts: indices of texts of the layout.
+            divergence: the loss of a token.
         """
         # Texts share a call only where each of them alone would have the same rotary tables.
         table_of = tables_by_length(student.get_base_model().config)
         groups: dict[Hashable, list[int]] = {}
         for k in texts:
             groups.setdefault(table_of(len(self.layout.texts[k].tokens)), []).append(k)
-        return torch.cat([self._losses(student, weights, group) for group in groups.values()])
+        parts = [self._losses(student, weights, each, divergence) for each in groups.values()]
+        return torch.cat(parts)
 
-    def _losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
+    def _losses(
+        self, student: Any, weights: Weights, texts: list[int], divergence: Divergence
+    ) -> Tensor:
         adapter, device = weights.adapter, self.pair.student.device
         batch = self._batch(texts)
         base = student.get_base_model()
@@ -115,7 +126,7 @@ class DistillationTargets:
             p = log_probs(self.pair.teacher.weights, T, self.head)
         products = wide_lora_product(head, states)[:, : self.vocabulary]
         logits = logits_of(weights, products)
-        return kl_divergence(p, logits.log_softmax(-1))
+        return divergence(p, logits.log_softmax(-1))
 
     def _batch(self, texts: list[int]) -> Batch:
         """Return some texts of the layout as one batch, padded on the right."""

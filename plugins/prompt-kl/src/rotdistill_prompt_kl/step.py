@@ -60,7 +60,18 @@ class PromptKl:
     """Multiply in bfloat16 while training: four times as fast on a GPU or a processor with AMX,
     slow on others."""
     batch_size: PositiveInt = 4
-    """Continuations in one step of training. So many processes share it at most."""
+    """Continuations in one step of training."""
+    micro_batch_size: PositiveInt = 1
+    """Continuations that go through the student at once; gradients of a step add up, so this
+    changes memory and time, and the result only by rounding. Each process takes so many at a
+    time."""
+    loss: Literal["forward", "reverse", "jensen-shannon"] = "forward"
+    """What training minimises: `"forward"`, the KL from teacher to student; `"reverse"`, the KL
+    from student to teacher; or `"jensen-shannon"`, between the two. Validation and acceptance go by
+    the forward KL."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the Jensen-Shannon divergence: near 0 it learns as with the forward
+    KL, near 1 as with the reverse one."""
     patience: PositiveInt = 2
     """Stop after so many evaluations of the validation KL in a row without gain. There are two an
     epoch."""
@@ -73,15 +84,25 @@ class PromptKl:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse a shard that does not exist."""
+        """Refuse options that cannot be."""
         k, n = self.shard
         if k > n:
             raise ValueError(f"shard: there is no shard {k} of {n}")
+        if self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size: a step of training has only batch_size = {self.batch_size} "
+                "continuations"
+            )
 
     @property
     def continues_topics(self) -> bool:
         """Whether the teacher continues topics."""
         return not {"topics", "places"}.isdisjoint(self.prompts_from)
+
+    @property
+    def loss_name(self) -> str:
+        """What training minimises, in the words of the field."""
+        return {"forward": "KL", "reverse": "reverse KL", "jensen-shannon": "JSD"}[self.loss]
 
     def cost(self, context: CostContext) -> Cost:
         """The teacher writes and is run, the whole student trains, and the result is scored."""
