@@ -238,3 +238,57 @@ def test_what_was_saved_is_emptied_and_is_no_part_of_the_result(
     with steps_of_training() as again:
         distilled(pair, samples, tmp_path, max_epochs=1)
     assert len(again) == STEPS // 2
+
+
+# What the student answers.
+
+ON_POLICY: dict[str, Any] = {"on_policy": 0.5}
+
+
+def test_the_teacher_judges_what_the_student_answers(
+    pair: Pair, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = _training.add_gradients, []
+
+    def noted(*given: Any, **named: Any) -> float:
+        seen.append(given[2])
+        return plain(*given, **named)
+
+    monkeypatch.setattr(_training, "add_gradients", noted)
+    made, out = distilled(pair, samples, tmp_path, **ON_POLICY)
+    original = samples.layout.select(Split.FIT, Split.VALIDATION)
+    for epoch, targets in enumerate(seen[::3]):
+        answered = [text for text in targets.layout.texts if ".student" in text.id]
+        assert len(answered) == 12
+        for text in answered:
+            before = original.texts[original.numbers[text.id.removesuffix(f".student{epoch}")]]
+            assert text.split == Split.FIT
+            assert text.tokens[: text.answer] == before.tokens[: before.answer]
+            assert len(text.tokens) <= len(before.tokens)
+        assert any(text.tokens not in {t.tokens for t in original.texts} for text in answered)
+        # The states are the teacher's own on these texts.
+        fresh = pico_output(tmp_path / f"fresh{epoch}")
+        again = DistillationTargets(
+            pair, TrainingTexts(targets.layout, targets.layout), 64, fresh, quiet
+        )
+        torch.testing.assert_close(targets.states, again.states, rtol=1e-4, atol=1e-5)
+    chosen = [[".student" in text.id for text in seen[k].layout.texts] for k in (0, 3)]
+    assert chosen[0] != chosen[1]
+    curve = out.report.training
+    assert curve is not None
+    assert made is not pair.student.weights
+    assert min(curve.validation_kl) < 0.95 * curve.validation_kl[0]
+
+
+def test_a_training_on_the_students_answers_is_killed_and_ends_the_same(
+    pair: Pair, samples: Samples, tmp_path: Path
+) -> None:
+    whole, _ = distilled(pair, samples, tmp_path / "whole", **ON_POLICY)
+    other, _ = distilled(pair, samples, tmp_path / "other", on_policy=0.5, temperature=0)
+    assert not same(whole, other)
+    for kill_at in (0, 4):
+        root = tmp_path / str(kill_at)
+        with steps_of_training(kill_at), pytest.raises(Killed):
+            distilled(pair, samples, root, **ON_POLICY)
+        made, _ = distilled(pair, samples, root, **ON_POLICY)
+        assert same(made, whole)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.models import is_unedited
 from rotdistill_core.forward.layerwise import meta_model
 from rotdistill_core.linalg.precision import widened
+from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_bytes
 
@@ -80,6 +81,20 @@ def lora_products(student: Any) -> Iterator[tuple[str, Tensor]]:
             A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
             product = B.detach().cpu().double() @ A.detach().cpu().double()
             yield f"{name}.weight", module.scaling["default"] * product
+
+
+def folded(view: Weights, student: Any, model: Model) -> Weights:
+    """Return the view with the student's LoRA as it is now added to its weights.
+
+    Raises:
+        CheckFailed: the sum is beyond the dtype of the model, or is NaN or Inf.
+    """
+    return view.edit(
+        {
+            name: cast_that_fits(view[name].double() + product, model.dtype, name, STUDENT_DTYPE)
+            for name, product in lora_products(student)
+        }
+    )
 
 
 def save_adapter(student: Any, out: StepOutput) -> None:

@@ -25,8 +25,7 @@ from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
-from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
-from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
+from rotdistill_prompt_kl._lora import folded, save_adapter, with_lora
 from rotdistill_prompt_kl._saved import SavedTraining
 from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
 from rotdistill_prompt_kl._training import Batches, Training
@@ -248,9 +247,4 @@ def trained_weights(
         return None
     student.load_state_dict(learned.best, strict=False)
     targets.ranks.lead(partial(save_adapter, student, out))
-    return view.edit(
-        {
-            name: cast_that_fits(view[name].double() + product, model.dtype, name, STUDENT_DTYPE)
-            for name, product in lora_products(student)
-        }
-    )
+    return folded(view, student, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from rotdistill_core.data.packed import PackedTexts
 from rotdistill_core.data.splits import Split
+from rotdistill_core.forward.generate import AnsweringModel
 from rotdistill_core.store.results import TrainingCurve
 from rotdistill_prompt_kl._gradients import add_gradients
+from rotdistill_prompt_kl._lora import folded
 from rotdistill_prompt_kl._loss import divergence_of
 from rotdistill_prompt_kl._saved import SavedTraining
+from rotdistill_prompt_kl._student_texts import student_answers
 from rotdistill_prompt_kl._targets import DistillationTargets
 
 if TYPE_CHECKING:
@@ -38,6 +42,13 @@ class Batches(NamedTuple):
     """For each step the indices of its texts in the layout."""
     evaluated: frozenset[int]
     """Numbers of steps after which the validation KL is measured; they count from 1."""
+    by_student: list[list[int]]
+    """For each epoch the texts that the student answers, at its beginning."""
+
+    @property
+    def in_epoch(self) -> int:
+        """Steps of an epoch."""
+        return len(self.steps) // len(self.by_student)
 
     @classmethod
     def drawn(cls, step: PromptKl, layout: PackedTexts) -> Batches:
@@ -52,7 +63,12 @@ class Batches(NamedTuple):
         ]
         halves = 2 * step.max_epochs
         evaluated = (round(len(steps) * half / halves) for half in range(1, halves + 1))
-        return cls(steps, frozenset(evaluated))
+        by_student: list[list[int]] = [[] for _ in orders]
+        if step.on_policy:
+            count = math.ceil(step.on_policy * len(texts))
+            for chosen in by_student:
+                chosen += [texts[i] for i in sorted(torch.randperm(len(texts))[:count].tolist())]
+        return cls(steps, frozenset(evaluated), by_student)
 
 
 @dataclass
@@ -67,6 +83,10 @@ class Learned:
     """The validation KL at each of them, nats a token."""
     best: dict[str, Tensor] = field(default_factory=dict)
     """The parameters of the least validation KL; empty while none is below that at first."""
+    epoch: int = -1
+    """The epoch at whose beginning the student answered; -1 if it has not."""
+    answers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Number of a text -> how the student answered it."""
 
     @property
     def checks_without_gain(self) -> int:
@@ -127,14 +147,17 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
         self.learned = Learned()
         self.saved = saved
+        self.current = targets
+        """The texts of this epoch, with the student's answers."""
 
     def run(self, progress: Progress) -> Learned:
         """Train from the beginning, or from what was saved last, to the end."""
-        self._go_on()
+        self._go_on(progress)
         learned, steps = self.learned, self.batches.steps
         if not learned.kl:
             self._measure()
         while len(learned.losses) < len(steps) and learned.checks_without_gain < self.step.patience:
+            self._let_student_answer(len(learned.losses) // self.batches.in_epoch, progress)
             loss = self._learn(len(learned.losses))
             if not math.isfinite(loss):
                 break
@@ -154,7 +177,7 @@ class Training:
         loss = add_gradients(
             self.student,
             self.view,
-            self.targets,
+            self.current,
             self.batches.steps[done],
             trainable,
             divergence_of(step.loss, step.beta),
@@ -170,6 +193,31 @@ class Training:
         self.optimizer.zero_grad()
         return loss
 
+    def _let_student_answer(self, epoch: int, progress: Progress) -> None:
+        """Let the student answer at the beginning of an epoch, and the teacher read its answers."""
+        chosen, learned = self.batches.by_student[epoch], self.learned
+        if not chosen or learned.epoch == epoch:
+            return
+        texts = {k: self.targets.layout.texts[k] for k in chosen}
+
+        def answers() -> dict[int, tuple[int, ...]]:
+            progress(0, len(texts), "questions are answered by the student")
+            own, step = self.targets.pair.student, self.step
+            now = folded(self.view, self.student, own)
+            model = AnsweringModel(own.folder, now, own.device, own.dtype)
+            warn = self.saved.out.store.warn
+            return student_answers(model, texts, step.temperature, step.seed, epoch, warn)
+
+        learned.answers = self.targets.ranks.lead(answers)
+        learned.epoch = epoch
+        self.saved.save(self._tensors())
+        self._read_answers(progress)
+
+    def _read_answers(self, progress: Progress) -> None:
+        """Let the teacher read the student's answers of this epoch."""
+        answers, ending = self.learned.answers, f".student{self.learned.epoch}"
+        self.current = self.targets.answered(answers, ending, self.saved.out, progress)
+
     def _measure(self) -> None:
         kl = self.targets.kl(self.student, self.view, Split.VALIDATION)
         self.learned.checked(kl, self.parameters)
@@ -179,19 +227,26 @@ class Training:
     def _tensors(self) -> dict[str, Tensor]:
         """Return all that is saved, by name."""
         learned = self.learned
+        lengths = [len(tokens) for tokens in learned.answers.values()]
+        tokens = [*chain.from_iterable(learned.answers.values())]
         tensors = {
             "losses": torch.tensor(learned.losses, dtype=torch.float64),
             "checks": torch.tensor(learned.checks),
             "kl": torch.tensor(learned.kl, dtype=torch.float64),
+            "epoch": torch.tensor(learned.epoch),
+            "answered": torch.tensor([*learned.answers], dtype=torch.long),
+            "lengths": torch.tensor(lengths, dtype=torch.long),
+            "tokens": torch.tensor(tokens, dtype=torch.long),
         }
         tensors |= {BEST + name: tensor for name, tensor in learned.best.items()}
         for name, parameter in self.parameters.items():
             tensors[NOW + name] = parameter.detach()
-            state = self.optimizer.state[parameter]
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+            if learned.losses:
+                state = self.optimizer.state[parameter]
+                tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
         return tensors
 
-    def _go_on(self) -> None:
+    def _go_on(self, progress: Progress) -> None:
         """Take in what was saved last, if anything was."""
         tensors = self.saved.load()
         if not tensors:
@@ -205,9 +260,19 @@ class Training:
             if BEST + name in tensors:
                 learned.best[name] = tensors[BEST + name].to(device)
             parameter.data.copy_(tensors[NOW + name])
+            if not learned.losses:
+                continue
             moments = {moment: tensors[f"{moment}.{name}"].to(device) for moment in MOMENTS}
             count = torch.tensor(float(len(learned.losses)))
             self.optimizer.state[parameter] = {"step": count, **moments}
+        learned.epoch = int(tensors["epoch"])
+        answers = torch.split(tensors["tokens"], tensors["lengths"].tolist())
+        numbers = tensors["answered"].tolist()
+        learned.answers = {
+            k: tuple(each.tolist()) for k, each in zip(numbers, answers, strict=True)
+        }
+        if learned.answers:
+            self._read_answers(progress)
 
 
 def _warm_up_and_decay(total: int, done: int) -> float:

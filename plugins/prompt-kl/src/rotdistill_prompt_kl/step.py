@@ -75,8 +75,13 @@ class PromptKl:
     patience: PositiveInt = 2
     """Stop after so many evaluations of the validation KL in a row without gain. There are two an
     epoch."""
+    on_policy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the fit texts that the student answers itself, at the beginning of each epoch anew;
+    it learns the teacher's predictions on them. An answer is at most as long as the teacher's."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Temperature of the student's answers (`on_policy`); 0 takes the best token."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the first A and of the order of texts."""
+    """Seed of the first A, of the order of texts, and of what the student's answers draw."""
     guard: Annotated[float, Field(ge=1)] | None = None
     """Apply only so much of the LoRA (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
     half is at most this multiple of the KL before (1.02: 2 % worse)."""
