@@ -18,11 +18,13 @@ from rotdistill_prompt_kl.step import PromptKl
 from torch import Tensor
 
 from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.forward.ranks import ALONE
+from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import pico_model, pico_output, pico_samples
 
@@ -292,3 +294,55 @@ def test_a_training_on_the_students_answers_is_killed_and_ends_the_same(
             distilled(pair, samples, root, **ON_POLICY)
         made, _ = distilled(pair, samples, root, **ON_POLICY)
         assert same(made, whole)
+
+
+# Matrices in place of a LoRA.
+
+
+@pytest.mark.parametrize("train", ["lora", "head"])
+def test_the_matrices_themselves_are_trained_and_applied(
+    pair: Pair, samples: Samples, tmp_path: Path, train: Any
+) -> None:
+    before = {name: pair.student.weights[name].clone() for name in pair.student.weights.entries}
+    made, out = distilled(pair, samples, tmp_path, rank="full", learning_rate=3e-3, train=train)
+    notes = out.notes
+    assert notes["validation KL after"] < 0.95 * notes["validation KL before"]
+    # The view has the KL that was trained, so every matrix has come back.
+    assert notes["validation KL after"] == pytest.approx(
+        min(notes["validation KL by evaluation"]), rel=1e-4
+    )
+    changed = {
+        name
+        for name in before
+        if name in made.entries and not torch.equal(made[name], before[name])
+    }
+    if train == "head":
+        assert made.adapter.head in made.entries.keys() - before.keys() | changed
+    else:
+        assert len(changed) == 2 * 7
+        delta = made["model.layers.0.mlp.up_proj.weight"].double()
+        delta -= before["model.layers.0.mlp.up_proj.weight"].double()
+        assert int(torch.linalg.matrix_rank(delta)) > OPTIONS["rank"]
+    assert all(torch.equal(pair.student.weights[name], before[name]) for name in before)
+    assert not list(tmp_path.glob("**/adapter_config.json"))
+
+
+def test_a_narrow_student_trains_wide_matrices(
+    samples: Samples, pair: Pair, tmp_path: Path
+) -> None:
+    folder = str(pair.student.folder)
+    student = open_model(ModelRef(model=folder, dtype="bfloat16"))
+    narrow = Pair(pair.teacher, student)
+    assert student.dtype == torch.bfloat16
+    made, out = distilled(narrow, samples, tmp_path, rank="full", learning_rate=3e-3, max_epochs=1)
+    assert made is not student.weights
+    assert made["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    curve = out.report.training
+    assert curve is not None
+    assert min(curve.validation_kl) < 0.98 * curve.validation_kl[0]
+
+
+def test_each_kind_of_training_has_a_rate_of_its_own() -> None:
+    assert PromptKl().peak_rate == 5e-4
+    assert PromptKl(rank="full").peak_rate < PromptKl().peak_rate
+    assert PromptKl(rank="full", learning_rate=0.5).peak_rate == 0.5

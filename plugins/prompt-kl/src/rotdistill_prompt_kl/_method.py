@@ -1,9 +1,10 @@
-"""LoRA distillation on the teacher's own continuations.
+"""Distillation on the teacher's own continuations, and on the student's.
 
-Minimises the mean `KL(softmax(h_t W_tᵀ) ‖ student)` over the tokens that the teacher wrote, in
-the low-rank matrices of a LoRA `W + s B A`. The products are then added to the weights, which is
-exact. Related: generalised knowledge distillation on generated text (Agarwal et al.,
-arXiv:2306.13649), there on the student's own.
+Minimises the mean divergence of the student from the teacher (`_loss`), by default
+`KL(softmax(h_t W_tᵀ) ‖ student)`, over the tokens that the teacher wrote, in the low-rank matrices
+of a LoRA `W + s B A`. The products are then added to the weights, which is exact. With `on_policy`
+some texts are the student's own: generalised knowledge distillation (Agarwal et al.,
+arXiv:2306.13649).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
+from rotdistill_core.linalg.precision import wide_dtype
+from rotdistill_prompt_kl._full_rank import with_trained_matrices
 from rotdistill_prompt_kl._lora import folded, save_adapter, with_lora
 from rotdistill_prompt_kl._saved import SavedTraining
 from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
@@ -67,8 +70,11 @@ def distil(
     """
     texts = ranks.lead(partial(training_texts, step, pair, samples, out, progress))
     vocabulary = shared_vocabulary(pair)
+    # Matrices that train are wide, and meet states in the narrow dtype of the student.
+    narrow = wide_dtype(pair.student.dtype) != pair.student.dtype
+    bfloat16 = step.bfloat16 or (step.rank == "full" and narrow)
     targets = DistillationTargets(
-        pair, texts, vocabulary, out, progress, step.bfloat16, activations, ranks
+        pair, texts, vocabulary, out, progress, bfloat16, activations, ranks
     )
     out.notes["texts"] = len([text for text in texts.student.texts if not text.plain])
     # The guard's forward passes need memory: the model that trained is gone when this returns.
@@ -230,15 +236,18 @@ def trained_weights(
     out: StepOutput,
     progress: Progress,
 ) -> Weights | None:
-    """Train a LoRA and return the weights with the best one folded in; None without any gain.
+    """Train, and return the weights with the best that was learned; None without any gain.
 
-    The LoRA is written in peft's format, the loss and the validation KL to the report.
+    A LoRA is written in peft's format, the loss and the validation KL to the report.
     """
     model = targets.pair.student
     view = weights.untie() if step.train == "head" else weights
     with torch.random.fork_rng():
         torch.manual_seed(step.seed)
-        student = with_lora(view, model, step.train, step.rank)
+        if step.rank == "full":
+            student = with_trained_matrices(view, model, step.train)
+        else:
+            student = with_lora(view, model, step.train, step.rank)
         batches = Batches.drawn(step, targets.layout)
         learned = Training(step, student, view, targets, batches, saved).run(progress)
     out.report.training = learned.curve(step.loss)
@@ -246,5 +255,6 @@ def trained_weights(
     if not learned.best:
         return None
     student.load_state_dict(learned.best, strict=False)
-    targets.ranks.lead(partial(save_adapter, student, out))
+    if step.rank != "full":
+        targets.ranks.lead(partial(save_adapter, student, out))
     return folded(view, student, model)

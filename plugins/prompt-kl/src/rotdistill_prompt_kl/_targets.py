@@ -23,7 +23,7 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_prompt_kl._cost import EVALUATION_BATCH
-from rotdistill_prompt_kl._lora import wide_lora_product
+from rotdistill_prompt_kl._lora import model_inside, wide_lora_product
 from rotdistill_prompt_kl._loss import Divergence
 from rotdistill_prompt_kl._student_texts import with_answers
 from rotdistill_prompt_kl._teacher_states import KnownStates, states_beside, states_of_teacher
@@ -125,13 +125,13 @@ class DistillationTargets:
         """Return the loss of every continuation token [n] of some texts, in float32 at least.
 
         Args:
-            student: the peft model.
+            student: the model that trains.
             weights: the view that it was made of.
             texts: indices of texts of the layout.
             divergence: the loss of a token.
         """
         # Texts share a call only where each of them alone would have the same rotary tables.
-        table_of = tables_by_length(student.get_base_model().config)
+        table_of = tables_by_length(model_inside(student).config)
         groups: dict[Hashable, list[int]] = {}
         for k in texts:
             groups.setdefault(table_of(len(self.layout.texts[k].tokens)), []).append(k)
@@ -143,7 +143,7 @@ class DistillationTargets:
     ) -> Tensor:
         adapter, device = weights.adapter, self.pair.student.device
         batch = self._batch(texts)
-        base = student.get_base_model()
+        base = model_inside(student)
         body = base.get_submodule(adapter.body)
         head = base.get_submodule(adapter.head.removesuffix(".weight"))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):

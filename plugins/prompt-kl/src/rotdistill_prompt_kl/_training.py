@@ -186,7 +186,7 @@ class Training:
         if not math.isfinite(loss):
             return math.nan
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        rate = step.learning_rate * _warm_up_and_decay(len(self.batches.steps), done)
+        rate = step.peak_rate * _warm_up_and_decay(len(self.batches.steps), done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         Weights,
     )
 
+LORA_RATE = 5e-4
+FULL_RANK_RATE = 5e-5
+
 
 @step
 class PromptKl:
@@ -37,8 +40,9 @@ class PromptKl:
     train: Literal["lora", "head"] = "lora"
     """`"lora"`: a LoRA on every linear layer of attention and MLP. `"head"`: only on the head,
     which is untied first."""
-    rank: PositiveInt = 16
-    """Rank of the LoRA `B A`. Its scale s is 2."""
+    rank: PositiveInt | Literal["full"] = 16
+    """Rank of the LoRA `B A`, whose scale s is 2. `"full"`: no LoRA, these matrices themselves
+    train, which takes the memory of twelve copies of them in float32 (`plan`)."""
     prompts_from: Annotated[
         tuple[Literal["topics", "questions", "places"], ...], Field(min_length=1)
     ] = ("topics",)
@@ -54,8 +58,9 @@ class PromptKl:
     """Most tokens of a continuation of a topic."""
     max_epochs: PositiveInt = 3
     """Most passes over the continuations; `patience` may end training earlier."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak learning rate of AdamW, after a warm-up and before a linear decay."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW, after a warm-up and before a linear decay. By default 5e-4 for a
+    LoRA, and 5e-5 for `rank = "full"`."""
     bfloat16: bool = False
     """Multiply in bfloat16 while training: four times as fast on a GPU or a processor with AMX,
     slow on others."""
@@ -103,6 +108,13 @@ class PromptKl:
     def continues_topics(self) -> bool:
         """Whether the teacher continues topics."""
         return not {"topics", "places"}.isdisjoint(self.prompts_from)
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RANK_RATE if self.rank == "full" else LORA_RATE
 
     @property
     def loss_name(self) -> str:
