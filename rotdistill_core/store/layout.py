@@ -140,6 +140,11 @@ class RunLayout:
         """Return the name of a file of the LoRA that a step made, in peft's format."""
         return cls.weights(step, f"adapter/{name}")
 
+    @staticmethod
+    def training(step: str, file: int) -> str:
+        """Return the name of one of the files that a killed training goes on from."""
+        return f"training/{step}/{file}.safetensors"
+
     @classmethod
     def writer(cls, step: str, layer: int, site: str) -> str:
         """Return the name, without its ending, of a writer that a step solved."""

@@ -55,7 +55,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Curve:
-    """A loss along a path: between two checkpoints, or over the steps of a training run."""
+    """A loss along a path between two checkpoints."""
 
     start: str
     """Reference of the model at one end, or `CURVE_OF_VARIANT`."""
@@ -64,6 +64,20 @@ class Curve:
     """Where on the path each loss was measured; 0 is `start`, 1 is `end`."""
     losses: tuple[float, ...]
     """KL to the teacher at each position, nats per token."""
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """What a training run minimised, and what it was judged by."""
+
+    loss: str
+    """Name of what each step minimised: `forward` for the KL to the teacher."""
+    losses: tuple[float, ...]
+    """Of each step on its batch, before the step was taken; nats per token."""
+    checks: tuple[int, ...]
+    """Steps that were taken when the validation KL was measured; 0 is before training."""
+    validation_kl: tuple[float, ...]
+    """The KL to the teacher on validation texts at each check, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class StepReport:
     members: tuple[str, ...] = ()
     """Names of the models that a merge chose, of those that it was offered."""
     curves: list[Curve] = field(default_factory=list)
+    training: TrainingCurve | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     """Question id -> both answers."""
 

@@ -1,10 +1,11 @@
-"""Driver of the crash test of greedy answers: kills a pico run in the middle of a chunk.
+"""Driver of crash tests: kills a pico run in the middle of a chunk of answers, and of training.
 
     python -m tests.execution.crash_answers WORK_FOLDER
 
 Prints one JSON document: for an undisturbed run the prompts in the order in which a model reads
 them, and the hashes of all its files; for each kill the prompts before and after it, and the hashes
-of the run that went on.
+of the run that went on; and the same for a kill in the middle of training, with the texts of each
+step of it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from rotdistill_prompt_kl import _training
 
 from rotdistill_core.forward import answers, generate
 from rotdistill_core.forward.growth import Growth
@@ -32,6 +35,8 @@ AT_ONCE = 2
 CHUNK = 4
 SERIES = ("held-out questions", "own questions", "places", "answers of base", "answers of taught")
 THIRD_OF_SECOND_CHUNK = 6
+SECOND_STEP = 1
+"""Of training; after the first one the validation KL is measured, and what was learned is saved."""
 STEPS = """
 variants = { base = [], taught = ["lesson"] }
 step = [
@@ -56,8 +61,24 @@ def forked(action: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:
+def note_training(log: Path, kill_at: int | None) -> None:
+    """Let training note the texts of each step, and die in the step of a number, counted from 0."""
+    plain = _training.add_gradients
+    trained: list[list[int]] = []
+
+    def noted(*given: Any, **named: Any) -> float:
+        if len(trained) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        trained.append(given[3])
+        log.write_text(json.dumps(trained))
+        return plain(*given, **named)
+
+    _training.add_gradients = noted
+
+
+def carry_out(recipe: Path, log: Path, kill_at: int | None, kill_training_at: int | None) -> None:
     """Run the recipe in small chunks, note each prompt, and die before the one of a number."""
+    note_training(log.with_suffix(".trained"), kill_training_at)
     generate.ANSWERS_PER_CHUNK = CHUNK
     answers.ANSWERS_AT_ONCE = generate.ANSWERS_AT_ONCE = AT_ONCE
     time.monotonic = lambda: 0.0  # what is measured of steps is in results.jsonl
@@ -76,11 +97,16 @@ def carry_out(recipe: Path, log: Path, kill_at: int | None) -> None:
     run_recipe(recipe)
 
 
-def outcome(recipe: Path, kill_at: int | None = None) -> dict[str, object]:
-    """Carry out a recipe in a child process; return how it ended and what was read."""
-    log = recipe.with_suffix(".read")
-    code = forked(partial(carry_out, recipe, log, kill_at))
-    return {"code": code, "read": json.loads(log.read_text())}
+def outcome(
+    recipe: Path, kill_at: int | None = None, kill_training_at: int | None = None
+) -> dict[str, object]:
+    """Carry out a recipe in a child process; return how it ended, what was read and trained on."""
+    logs = [recipe.with_suffix(ending) for ending in (".read", ".trained")]
+    for log in logs:
+        log.write_text("[]")
+    code = forked(partial(carry_out, recipe, logs[0], kill_at, kill_training_at))
+    read, trained = (json.loads(log.read_text()) for log in logs)
+    return {"code": code, "read": read, "trained": trained}
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -110,7 +136,10 @@ def main() -> None:
         again = outcome(recipe)
         kill = {"series": series, "killed": killed, "again": again, "files": hashes(recipe.parent)}
         kills.append(kill)
-    print(json.dumps({"undisturbed": undisturbed, "kills": kills}))
+    recipe = recipe_in("training")
+    killed = outcome(recipe, kill_training_at=SECOND_STEP)
+    training = {"killed": killed, "again": outcome(recipe), "files": hashes(recipe.parent)}
+    print(json.dumps({"undisturbed": undisturbed, "kills": kills, "training": training}))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ step = [
     { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
     { id = "head", use = "lm-head-ridge", objective = "kl", max_iter = 2 },
     { id = "soup", use = "soups", ingredients = ["student"], method = "fisher", fisher_texts = 2 },
-    { id = "lora", use = "prompt-kl", max_prompts = 16, max_epochs = 1, learning_rate = 0.02 },
+    { id = "lora", use = "prompt-kl", max_prompts = 16, max_epochs = 1, learning_rate = 0.02, \
+on_policy = 0.5 },
     { use = "fidelity" },
 ]
 """

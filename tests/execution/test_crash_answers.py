@@ -1,7 +1,8 @@
-"""kill -9 while a model writes answers costs the chunk in flight, and changes no file.
+"""kill -9 while a model writes answers or trains costs what is in flight, and changes no file.
 
 In turn the teacher answers held-out questions, the texts' own, and continues place names; then the
-variants answer. Each is killed at the third prompt of its second chunk of three.
+variants answer. Each is killed at the third prompt of its second chunk of three. `prompt-kl` is
+killed in its second step of training.
 """
 
 from __future__ import annotations
@@ -71,3 +72,17 @@ def test_a_resumed_run_ends_with_the_same_files(report: dict[str, Any]) -> None:
         for path, sha256 in undisturbed.items():
             if not Path(path).name.startswith(told):
                 assert kill["files"][path] == sha256, (kill["series"], path)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_after_what_it_had_saved(report: dict[str, Any]) -> None:
+    undisturbed, training = report["undisturbed"], report["training"]
+    killed, again = training["killed"], training["again"]
+    assert (killed["code"], again["code"]) == (-signal.SIGKILL, 0)
+    assert len(undisturbed["trained"]) > 1
+    assert killed["trained"] == undisturbed["trained"][:1]
+    assert again["trained"] == undisturbed["trained"][1:]
+    for path, sha256 in undisturbed["files"].items():
+        # They say which steps an earlier process had finished.
+        if not Path(path).name.startswith(("ledger.jsonl", "report.")):
+            assert training["files"][path] == sha256, path

@@ -71,7 +71,7 @@ def test_sums_of_blocks_are_the_same_in_any_number_of_processes(
     one, two, four = (outcomes[f"{count} moments"] for count in (1, 2, 4))
     assert [each["codes"] for each in (one, two, four)] == [[[0]], [[0] * 2], [[0] * 4]]
     assert [path for path in one["files"] if "sums" in path]
-    # The LoRA is trained, and by gradients that processes have added up.
+    # The LoRA is trained, by gradients that processes have added up, also on its own answers.
     assert [path for path in one["files"] if "adapter" in path]
     # A head is fitted, on sums that they have added up.
     (edit,) = folder.glob("1 moments/runs/*/weights/head/changed.safetensors")

@@ -324,6 +324,32 @@ def test_a_lora_is_added_up_once_for_each_step_of_training(deep: CostContext) ->
     assert 0 < four.dealt_operations < four.operations
 
 
+def test_matrices_that_train_take_more_memory_and_disk_than_a_lora(deep: CostContext) -> None:
+    inside = deep.student.parameters(inside=True)
+    lora, full = (cost_of("prompt-kl", deep, rank=rank) for rank in (1, "full"))
+    # Six copies in float32, and integers of sixteen bytes; of a LoRA of rank 1 there is little.
+    more = full.device_bytes - lora.device_bytes
+    assert 0.5 < more / (inside * (6 * FLOAT32_BYTES + 16)) < 1
+    assert full.disk_bytes > lora.disk_bytes
+    assert full.operations > lora.operations
+    (added,) = full.added_up
+    assert added.size == 2 * FLOAT64_BYTES * inside
+
+
+def test_answers_of_the_student_take_a_second_student(deep: CostContext) -> None:
+    plain, half, all_of_them = (cost_of("prompt-kl", deep, on_policy=n) for n in (0, 0.5, 1))
+    whole = deep.student.parameters() * deep.student_bytes
+    assert half.device_bytes > plain.device_bytes + whole
+    assert plain.operations < half.operations < all_of_them.operations
+    assert plain.disk_bytes < half.disk_bytes < all_of_them.disk_bytes
+
+
+def test_texts_that_train_at_once_take_memory_together(deep: CostContext) -> None:
+    one, four = (cost_of("prompt-kl", deep, micro_batch_size=n) for n in (1, 4))
+    assert four.device_bytes > one.device_bytes
+    assert four.operations == one.operations
+
+
 def test_a_refit_adds_up_the_sums_of_two_splits_for_each_layer(deep: CostContext) -> None:
     cost = cost_of("writer-refit", deep, layers="all", writers=["neurons"])
     neurons, width = deep.student.neurons, deep.student.width

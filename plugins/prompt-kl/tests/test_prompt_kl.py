@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 import pytest
 import torch
 from rotdistill_prompt_kl import _method
+from rotdistill_prompt_kl._gradients import add_gradients
 from rotdistill_prompt_kl._lora import lora_products, with_lora
 from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
 from rotdistill_prompt_kl.step import PromptKl, steps
@@ -187,7 +188,7 @@ def test_gradients_of_texts_add_up_to_that_of_the_batch(tmp_path: Path) -> None:
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     expected = targets.losses(student, view, batch).mean()
     whole = torch.autograd.grad(expected, trainable)
-    loss = _method.add_gradients(student, view, targets, batch, trainable)
+    loss = add_gradients(student, view, targets, batch, trainable)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert any(bool(each.any()) for each in whole)
     for parameter, gradient in zip(trainable, whole, strict=True):
@@ -195,7 +196,7 @@ def test_gradients_of_texts_add_up_to_that_of_the_batch(tmp_path: Path) -> None:
 
     # A process carries out its share of the batch: here the first and the third text.
     targets.ranks = HalfOfTheWork()
-    share = _method.add_gradients(student, view, targets, batch, trainable)
+    share = add_gradients(student, view, targets, batch, trainable)
     tokens = targets.tokens(batch)
     own = sum(float(targets.losses(student, view, [k]).detach().sum()) for k in (5, 3))
     assert share == pytest.approx(own / tokens, rel=1e-5)
@@ -210,7 +211,7 @@ def test_training_that_diverges_has_no_gradient(tmp_path: Path) -> None:
     student = with_lora(view, pair.student, "lora", 4)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     trainable[0].data.fill_(torch.nan)
-    assert math.isnan(_method.add_gradients(student, view, targets, [0, 1], trainable))
+    assert math.isnan(add_gradients(student, view, targets, [0, 1], trainable))
     assert all(parameter.grad is None for parameter in trainable)
 
 
@@ -359,11 +360,12 @@ def test_shards_have_different_texts_and_together_all(
             student: object,
             weights: Weights,
             texts: list[int],
+            *rest: Any,
             k: int = k,
         ) -> Tensor:
             fit = {j for j in texts if self.layout.texts[j].split == Split.FIT}
             seen.setdefault(k, set()).update(fit)
-            return losses(self, student, weights, texts)
+            return losses(self, student, weights, texts, *rest)
 
         monkeypatch.setattr(DistillationTargets, "losses", noted)
         options = ON_ANSWERS | {"max_epochs": 1, "learning_rate": 5e-3}

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 from rotdistill_report._data import ReportData, collect, with_interval
 from rotdistill_report._findings import with_findings
+from rotdistill_report._plots import plots
 from rotdistill_report._templates import table_cell
 from rotdistill_report._write import html as html_report
 
@@ -29,7 +30,7 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.results import Answer
+from rotdistill_core.store.results import Answer, TrainingCurve
 from rotdistill_core.testing import PicoWorkspace
 
 STEPS = """
@@ -363,3 +364,24 @@ def test_lessons_are_shown_with_what_was_dropped(tmp_path: Path) -> None:
 def test_without_lessons_nothing_is_said_of_them(markdown: str, page: str) -> None:
     assert "Lessons" not in markdown
     assert "Lessons" not in page
+
+
+def test_losses_of_a_training_are_drawn_and_stand_in_the_json(outcome: RunResult) -> None:
+    report = rebuild(outcome)
+    curve = TrainingCurve("reverse", (0.75, 0.5, 0.25), (0, 2, 3), (0.625, 0.375, 0.4375))
+    steps = [replace(report.steps[0], training=curve), *report.steps[1:]]
+    trained = replace(report, steps=steps)
+    out = StepOutput(ArtifactStore(outcome.folder.parent), Ledger(outcome.folder), "report")
+    [plot] = [plot for plot in plots(trained, out) if "training" in plot.title]
+    assert "reverse KL" in plot.svg
+    assert "0.375" in plot.caption
+    drawn = re.findall(r'<path d="(M[^"]*)" clip-path', plot.svg)
+    # Lines of the grid have two points.
+    assert [len(re.findall("[ML]", line)) for line in drawn].count(3) == 2
+    assert trained.as_json()["steps"][0]["training"] == {
+        "loss": "reverse",
+        "losses": [0.75, 0.5, 0.25],
+        "checks": [0, 2, 3],
+        "validation_kl": [0.625, 0.375, 0.4375],
+    }
+    assert not [plot for plot in plots(report, out) if "training" in plot.title]

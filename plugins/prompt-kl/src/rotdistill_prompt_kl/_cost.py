@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rotdistill_core.data.splits import Split
 from rotdistill_core.planning.cost import (
+    FLOAT32_BYTES,
     LOGIT_BLOCKS,
     Added,
     Cost,
     CostContext,
     acceptance_cost,
     converted_bytes,
+    forward_cost,
     generation_cost,
     teacher_states_cost,
     training_activations,
@@ -24,11 +27,16 @@ if TYPE_CHECKING:
 
 TOPIC_TOKENS = 12
 """Tokens of a topic with the chat template around it."""
-LORA_STATE = 6
-"""Copies of a LoRA: itself, its gradient and that of one text, two moments of AdamW, and the best
-one so far."""
+TRAINED_STATE = 6
+"""Copies of what trains: itself, its gradient and that of one text, two moments of AdamW, and the
+best one so far."""
 LIMB_BYTES = 16
 """Bytes of a number while it is added to others as integers."""
+SUM_BYTES = 8
+"""Bytes of a sum of them in float64, on the host."""
+SAVED_STATE = 8
+"""Copies of what trains that a killed training goes on from: itself, two moments and the best one
+so far, in two files."""
 EVALUATION_BATCH = 4
 """Texts in one batch when the model that trains is evaluated."""
 
@@ -85,6 +93,7 @@ def prompt_kl_cost(step: PromptKl, context: CostContext) -> Cost:
     """Return the cost of all parts, one after the other."""
     texts = training_texts(step, context)
     cost = _teacher_cost(step, context, texts) + _training_cost(step, context, texts)
+    cost += _answers_of_student_cost(step, context, texts)
     return cost + _scoring_cost(step, context)
 
 
@@ -117,10 +126,16 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     if step.train == "head":
         student = student.changed(tie_word_embeddings=False)
     inside, head = student.parameters(inside=True), student.vocab * student.width
-    lora = lora_parameters(student, step.train, step.rank)
-    # Texts train one by one, and are evaluated some at a time.
-    tokens = texts.longest
-    logits = EVALUATION_BATCH * texts.longest_answer * student.vocab * LOGIT_BLOCKS * number
+    size = trained_parameters(student, step.train, step.rank)
+    wide = max(number, FLOAT32_BYTES)
+    tokens = step.micro_batch_size * texts.longest
+    logits = (
+        max(EVALUATION_BATCH, step.micro_batch_size)
+        * texts.longest_answer
+        * student.vocab
+        * LOGIT_BLOCKS
+        * number
+    )
 
     if step.train == "lora":
         kept = training_activations(student, tokens, number)
@@ -137,30 +152,61 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     teacher_logits = 2.0 * teacher.vocab * teacher.width * (trained + validated)
     fit_texts = texts.fit_share * (texts.topics + texts.answers) / step.shard[1]
     steps = step.max_epochs * fit_texts / step.batch_size
-    # No gradient of the weights themselves is taken: the backward pass is as long as the forward.
-    operations = forward * (trained + validated) + 2.0 * backward * trained
+    # For a LoRA no gradient of the weights themselves is taken: the backward pass is as long as the
+    # forward pass.
+    passes = 2 if step.rank == "full" else 1
+    operations = forward * (trained + validated) + 2.0 * passes * backward * trained
 
-    states = texts.rows * teacher.width * context.teacher_bytes
+    # Those of the student's own answers lie beside the others.
+    states = texts.rows * teacher.width * context.teacher_bytes * (2 if step.on_policy else 1)
     teacher_head = teacher.vocab * teacher.width * converted_bytes(teacher, context.teacher_bytes)
     whole = student.parameters() * number
+    adapter = 0.0 if step.rank == "full" else size * wide
     return Cost(
-        host_bytes=states + teacher_head + edited * number,
-        device_bytes=whole + kept + logits + lora * (LORA_STATE * number + LIMB_BYTES),
-        disk_bytes=(edited + lora) * number,
+        host_bytes=states + teacher_head + edited * number + SUM_BYTES * size,
+        device_bytes=whole + kept + logits + size * (TRAINED_STATE * wide + LIMB_BYTES),
+        disk_bytes=edited * number + adapter + SAVED_STATE * size * wide,
         operations=operations / speed + teacher_logits,
         read_bytes=context.student.bytes,
         traffic_bytes=whole,
         # Not counted as dealt: it is, but over so many processes only as a step has texts.
-        added_up=(Added(LIMB_BYTES * lora, steps),),
+        added_up=(Added(LIMB_BYTES * size, steps),),
     )
 
 
-def lora_parameters(shape: ModelShape, train: str, rank: int) -> float:
-    """Return the parameters of a LoRA on the head, or on all linear layers."""
+def trained_parameters(shape: ModelShape, train: str, rank: int | Literal["full"]) -> float:
+    """Return the parameters that train: of a LoRA on the head or on all linear layers, or the
+    matrices of these themselves."""
+    if rank == "full":
+        return shape.vocab * shape.width if train == "head" else shape.parameters(inside=True)
     if train == "head":
         return rank * (shape.vocab + shape.width)
     attention = 2 * (shape.width + shape.query_width) + 2 * (shape.width + shape.kv_width)
     return rank * shape.depth * (attention + 3 * (shape.width + shape.neurons))
+
+
+def _answers_of_student_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
+    """Return the cost of the student's own answers and of the teacher's passes over them.
+
+    A second student answers, with what was learned folded in, while the first one trains.
+    """
+    if not step.on_policy:
+        return Cost()
+    student, teacher = context.student, context.teacher
+    share = step.on_policy * texts.fit_share / step.shard[1]
+    count = share * (texts.topics + texts.answers)
+    written = count * texts.longest_answer
+    rows = round(context.texts.as_teacher_reads.prefix + share * texts.rows)
+    generation = generation_cost(
+        student, context.texts, math.ceil(count), math.ceil(written), context.student_bytes
+    )
+    held = _training_cost(step, context, texts).device_bytes
+    states = float(rows * teacher.width * context.teacher_bytes)
+    reading = forward_cost(teacher, rows, context.teacher_bytes).on_teacher().dealt()
+    epochs = replace(generation, device_bytes=generation.device_bytes + held).repeated(
+        step.max_epochs
+    ) + reading.repeated(step.max_epochs)
+    return replace(epochs, disk_bytes=step.max_epochs * states)
 
 
 def _scoring_cost(step: PromptKl, context: CostContext) -> Cost:

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from rotdistill_core.checkpoint.models import is_unedited
 from rotdistill_core.forward.layerwise import meta_model
 from rotdistill_core.linalg.precision import widened
+from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_bytes
+from rotdistill_prompt_kl._full_rank import with_matrices_of
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -80,6 +82,27 @@ def lora_products(student: Any) -> Iterator[tuple[str, Tensor]]:
             A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
             product = B.detach().cpu().double() @ A.detach().cpu().double()
             yield f"{name}.weight", module.scaling["default"] * product
+
+
+def model_inside(student: Any) -> Any:
+    """Return the model of transformers that trains, without what peft puts around it."""
+    return student.get_base_model() if isinstance(student, PeftModel) else student
+
+
+def folded(view: Weights, student: Any, model: Model) -> Weights:
+    """Return the view with what the student has learned: its LoRA added, or its own matrices.
+
+    Raises:
+        CheckFailed: a number is beyond the dtype of the model, or is NaN or Inf.
+    """
+    if not isinstance(student, PeftModel):
+        return with_matrices_of(view, student, model)
+    return view.edit(
+        {
+            name: cast_that_fits(view[name].double() + product, model.dtype, name, STUDENT_DTYPE)
+            for name, product in lora_products(student)
+        }
+    )
 
 
 def save_adapter(student: Any, out: StepOutput) -> None:

@@ -1,21 +1,20 @@
-"""LoRA distillation on the teacher's own continuations.
+"""Distillation on the teacher's own continuations, and on the student's.
 
-Minimises the mean `KL(softmax(h_t W_tᵀ) ‖ student)` over the tokens that the teacher wrote, in
-the low-rank matrices of a LoRA `W + s B A`. The products are then added to the weights, which is
-exact. Related: generalised knowledge distillation on generated text (Agarwal et al.,
-arXiv:2306.13649), there on the student's own.
+Minimises the mean divergence of the student from the teacher (`_loss`), by default
+`KL(softmax(h_t W_tᵀ) ‖ student)`, over the tokens that the teacher wrote, in the low-rank matrices
+of a LoRA `W + s B A`. The products are then added to the weights, which is exact. With `on_policy`
+some texts are the student's own: generalised knowledge distillation (Agarwal et al.,
+arXiv:2306.13649).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.conversations import LESSON, OWN_ANSWER
@@ -27,10 +26,12 @@ from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
-from rotdistill_core.linalg.exact import ExactSum
-from rotdistill_core.store.casts import STUDENT_DTYPE, cast_that_fits
-from rotdistill_prompt_kl._lora import lora_products, save_adapter, with_lora
+from rotdistill_core.linalg.precision import wide_dtype
+from rotdistill_prompt_kl._full_rank import with_trained_matrices
+from rotdistill_prompt_kl._lora import folded, save_adapter, with_lora
+from rotdistill_prompt_kl._saved import SavedTraining
 from rotdistill_prompt_kl._targets import DistillationTargets, TrainingTexts
+from rotdistill_prompt_kl._training import Batches, Training
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
 
-LARGEST_GRADIENT = 2.0**30
-"""What entries of gradients add up to at most. Integers below it resolve `2^-71`."""
 OF_PLACE = ".place"
 """Ends the id of a text that continues a place name."""
 CONTINUATIONS = "continuations"
@@ -71,19 +70,26 @@ def distil(
     """
     texts = ranks.lead(partial(training_texts, step, pair, samples, out, progress))
     vocabulary = shared_vocabulary(pair)
+    # Matrices that train are wide, and meet states in the narrow dtype of the student.
+    narrow = wide_dtype(pair.student.dtype) != pair.student.dtype
+    bfloat16 = step.bfloat16 or (step.rank == "full" and narrow)
     targets = DistillationTargets(
-        pair, texts, vocabulary, out, progress, step.bfloat16, activations, ranks
+        pair, texts, vocabulary, out, progress, bfloat16, activations, ranks
     )
     out.notes["texts"] = len([text for text in texts.student.texts if not text.plain])
     # The guard's forward passes need memory: the model that trained is gone when this returns.
-    trained = trained_weights(step, weights, pair, targets, out, progress)
+    saved = SavedTraining(out, ranks)
+    trained = trained_weights(step, weights, targets, saved, out, progress)
+    kept = weights
     if trained is None:
         out.report.refused = (
             "training did not lower the validation KL; the weights are left as they were"
         )
-        return weights
-    score = partial(targets.scores, samples)
-    return accept_if_better(weights, trained, score, step.guard, out)
+    else:
+        score = partial(targets.scores, samples)
+        kept = accept_if_better(weights, trained, score, step.guard, out)
+    saved.clear()
+    return kept
 
 
 # Texts.
@@ -225,151 +231,30 @@ def _texts_with_topics(samples: Samples) -> list[Conversation]:
 def trained_weights(
     step: PromptKl,
     weights: Weights,
-    pair: Pair,
     targets: DistillationTargets,
+    saved: SavedTraining,
     out: StepOutput,
     progress: Progress,
 ) -> Weights | None:
-    """Train a LoRA and return the weights with the best one folded in; None without any gain.
+    """Train, and return the weights with the best that was learned; None without any gain.
 
-    The LoRA is written in peft's format, the validation KL to the notes.
+    A LoRA is written in peft's format, the loss and the validation KL to the report.
     """
+    model = targets.pair.student
     view = weights.untie() if step.train == "head" else weights
     with torch.random.fork_rng():
         torch.manual_seed(step.seed)
-        student = with_lora(view, pair.student, step.train, step.rank)
-        curve = [targets.kl(student, view, Split.VALIDATION)]
-        evaluations = train(step, student, view, targets, progress)
-        best_state = _early_stopping(student, evaluations, curve, step.patience)
-    out.notes["validation KL by evaluation"] = curve
-    if not best_state:
-        return None
-    student.load_state_dict(best_state, strict=False)
-    targets.ranks.lead(partial(save_adapter, student, out))
-    return view.edit(
-        {
-            name: cast_that_fits(
-                view[name].double() + product, pair.student.dtype, name, STUDENT_DTYPE
-            )
-            for name, product in lora_products(student)
-        }
-    )
-
-
-def _early_stopping(
-    student: Any, evaluations: Iterator[float], curve: list[float], patience: int
-) -> dict[str, Tensor]:
-    """Return the LoRA with the least validation KL, by parameter; empty if none is a gain.
-
-    Args:
-        student: the peft model.
-        evaluations: trains, and yields the validation KL.
-        curve: starts with the KL before training; evaluations are appended.
-        patience: evaluations in a row without gain after which training stops.
-    """
-    best, worse = curve[0], 0
-    best_state: dict[str, Tensor] = {}
-    for kl in evaluations:
-        curve.append(kl)
-        if kl < best:
-            best, worse = kl, 0
-            best_state = {
-                name: parameter.detach().clone()
-                for name, parameter in student.named_parameters()
-                if parameter.requires_grad
-            }
+        if step.rank == "full":
+            student = with_trained_matrices(view, model, step.train)
         else:
-            worse += 1
-        if worse == patience:
-            break
-    return best_state
-
-
-def train(
-    step: PromptKl, student: Any, view: Weights, targets: DistillationTargets, progress: Progress
-) -> Iterator[float]:
-    """Train the LoRA, and yield the validation KL twice an epoch.
-
-    AdamW without weight decay, gradients clipped to norm 1. The learning rate rises over the
-    first twentieth of the steps, and decays linearly to 0. Training ends where it diverges.
-    """
-    k, n = step.shard
-    texts = [i for i, text in enumerate(targets.layout.texts) if text.split == Split.FIT]
-    texts = texts[k - 1 :: n]
-    total = step.max_epochs * -(-len(texts) // step.batch_size)
-    halves = 2 * step.max_epochs
-    evaluated = {round(total * half / halves) for half in range(1, halves + 1)}
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=step.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_up_and_decay, total))
-    # All orders first: nothing that a process computes alone may draw between them.
-    orders = [torch.randperm(len(texts)).tolist() for _ in range(step.max_epochs)]
-    batches = [
-        [texts[i] for i in order[start : start + step.batch_size]]
-        for order in orders
-        for start in range(0, len(order), step.batch_size)
-    ]
-    for done, batch in enumerate(batches, 1):
-        loss = add_gradients(student, view, targets, batch, trainable)
-        if not math.isfinite(loss):
-            return
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress(done, total, f"KL {loss:.3f}")
-        if done in evaluated:
-            yield targets.kl(student, view, Split.VALIDATION)
-
-
-def add_gradients(
-    student: Any,
-    view: Weights,
-    targets: DistillationTargets,
-    batch: Sequence[int],
-    trainable: Sequence[torch.nn.Parameter],
-) -> float:
-    """Give parameters the gradient of the mean KL over a batch; return that KL, nats a token.
-
-    Processes share the texts of the batch. Each text goes through the student by itself, and
-    gradients of texts are added as integers, so they have the same bits for any number of
-    processes.
-
-    Returns:
-        The mean KL; NaN if training has diverged, and then there is no gradient.
-    """
-    ranks, tokens = targets.ranks, targets.tokens(batch)
-    size = sum(parameter.numel() for parameter in trainable)
-    total = ExactSum((size,), LARGEST_GRADIENT, "prompt-kl: gradient")
-    losses = torch.zeros(len(batch), dtype=torch.float64)
-    largest = torch.zeros(len(batch), dtype=torch.float64)
-    for k in ranks.mine(range(len(batch))):
-        loss = targets.losses(student, view, [batch[k]]).sum() / tokens
-        torch.autograd.backward(loss)
-        gradient = torch.cat([_gradient(parameter).flatten() for parameter in trainable])
-        for parameter in trainable:
-            parameter.grad = None
-        losses[k] = float(loss.detach())
-        largest[k] = float(gradient.abs().max())
-        if largest[k] < LARGEST_GRADIENT / len(batch):
-            total.add(gradient)
-    ranks.add_up(losses)
-    ranks.add_up(largest)
-    if not bool((largest < LARGEST_GRADIENT / len(batch)).all()):
-        return math.nan
-    total.combine(ranks.add_up, trainable[0].device)
-    parts = torch.split(total.value(), [parameter.numel() for parameter in trainable])
-    for parameter, part in zip(trainable, parts, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter)
-    return float(losses.sum())
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    """Return the gradient of a parameter; zero where the loss does not depend on it."""
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _warm_up_and_decay(total: int, done: int) -> float:
-    """Return the learning rate after `done` of `total` steps, relative to its peak."""
-    warm_up = max(1, total // 20)
-    return min(1.0, (done + 1) / warm_up) * (1 - done / (total + 1))
+            student = with_lora(view, model, step.train, step.rank)
+        batches = Batches.drawn(step, targets.layout)
+        learned = Training(step, student, view, targets, batches, saved).run(progress)
+    out.report.training = learned.curve(step.loss)
+    out.notes["validation KL by evaluation"] = learned.kl
+    if not learned.best:
+        return None
+    student.load_state_dict(learned.best, strict=False)
+    if step.rank != "full":
+        targets.ranks.lead(partial(save_adapter, student, out))
+    return folded(view, student, model)

@@ -6,7 +6,8 @@ weights with the LoRA folded in (`scores`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +23,10 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.rope import tables_by_length
 from rotdistill_prompt_kl._cost import EVALUATION_BATCH
-from rotdistill_prompt_kl._lora import wide_lora_product
-from rotdistill_prompt_kl._teacher_states import states_of_teacher
+from rotdistill_prompt_kl._lora import model_inside, wide_lora_product
+from rotdistill_prompt_kl._loss import Divergence
+from rotdistill_prompt_kl._student_texts import with_answers
+from rotdistill_prompt_kl._teacher_states import KnownStates, states_beside, states_of_teacher
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Pair
@@ -71,36 +74,76 @@ class DistillationTargets:
         ranks: Ranks = ALONE,
     ) -> None:
         self.pair = pair
-        self.layout = texts.student
         self.vocabulary = vocabulary
         self.bfloat16 = bfloat16
         self.ranks = ranks
-        self.states = states_of_teacher(pair, texts.teacher, activations, out, progress, ranks)
+        states = states_of_teacher(pair, texts.teacher, activations, out, progress, ranks)
+        self._take(texts, states)
+        device = pair.student.device
+        self.head = head_for(pair.teacher.weights, states[:0].to(device), vocabulary)
+
+    def _take(self, texts: TrainingTexts, states: Tensor) -> None:
+        """Take texts, and the teacher's states on them as it reads them."""
+        self.layout = texts.student
+        self.read = KnownStates(texts.teacher, states)
         if texts.teacher is not texts.student:
             # For each row of the student, that of the same token after the system prompt.
-            self.states = self.states[pair_tokens(texts.student, texts.teacher)[:, 0]]
-        device = pair.student.device
-        self.head = head_for(pair.teacher.weights, self.states[:0].to(device), vocabulary)
+            states = states[pair_tokens(texts.student, texts.teacher)[:, 0]]
+        self.states = states
 
-    def losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
-        """Return the KL of every continuation token [n] of some texts, in float32 at least.
+    def answered(
+        self,
+        answers: Mapping[int, Sequence[int]],
+        ending: str,
+        out: StepOutput,
+        progress: Progress,
+    ) -> DistillationTargets:
+        """Return the same texts, some with other answers, and the teacher's states on those.
 
         Args:
-            student: the peft model.
+            answers: number of a text -> token ids of its answer.
+            ending: tells these texts from others with the same prompts.
+            out: takes what the teacher computes.
+            progress: called once for each of its layers.
+        """
+        student = with_answers(self.layout, answers, ending)
+        teacher = student
+        if self.read.layout is not self.layout:
+            teacher = with_answers(self.read.layout, answers, ending)
+        states = states_beside(self.read, self.pair, teacher, out, progress, self.ranks)
+        changed = copy(self)
+        changed._take(TrainingTexts(student, teacher), states)
+        return changed
+
+    def losses(
+        self,
+        student: Any,
+        weights: Weights,
+        texts: list[int],
+        divergence: Divergence = kl_divergence,
+    ) -> Tensor:
+        """Return the loss of every continuation token [n] of some texts, in float32 at least.
+
+        Args:
+            student: the model that trains.
             weights: the view that it was made of.
             texts: indices of texts of the layout.
+            divergence: the loss of a token.
         """
         # Texts share a call only where each of them alone would have the same rotary tables.
-        table_of = tables_by_length(student.get_base_model().config)
+        table_of = tables_by_length(model_inside(student).config)
         groups: dict[Hashable, list[int]] = {}
         for k in texts:
             groups.setdefault(table_of(len(self.layout.texts[k].tokens)), []).append(k)
-        return torch.cat([self._losses(student, weights, group) for group in groups.values()])
+        parts = [self._losses(student, weights, each, divergence) for each in groups.values()]
+        return torch.cat(parts)
 
-    def _losses(self, student: Any, weights: Weights, texts: list[int]) -> Tensor:
+    def _losses(
+        self, student: Any, weights: Weights, texts: list[int], divergence: Divergence
+    ) -> Tensor:
         adapter, device = weights.adapter, self.pair.student.device
         batch = self._batch(texts)
-        base = student.get_base_model()
+        base = model_inside(student)
         body = base.get_submodule(adapter.body)
         head = base.get_submodule(adapter.head.removesuffix(".weight"))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -115,7 +158,7 @@ class DistillationTargets:
             p = log_probs(self.pair.teacher.weights, T, self.head)
         products = wide_lora_product(head, states)[:, : self.vocabulary]
         logits = logits_of(weights, products)
-        return kl_divergence(p, logits.log_softmax(-1))
+        return divergence(p, logits.log_softmax(-1))
 
     def _batch(self, texts: list[int]) -> Batch:
         """Return some texts of the layout as one batch, padded on the right."""

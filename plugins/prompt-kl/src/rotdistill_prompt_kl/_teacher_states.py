@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
+
+
+class KnownStates(NamedTuple):
+    """Final states of the teacher on some texts."""
+
+    layout: PackedTexts
+    rows: Tensor
+    """A row for each row of the layout `[rows, d_t]`."""
 
 
 def states_of_teacher(
@@ -40,19 +48,32 @@ def states_of_teacher(
     """
     if activations is None or not _usable(activations, pair):
         return teacher_final_states(pair.teacher, layout, out, progress, ranks).clone()
-    captured_layout = activations.layouts[Side.TEACHER]
-    captured_ids = {text.id for text in captured_layout.texts}
-    captured = layout.where(lambda text: text.id in captured_ids)
-    missing = layout.where(lambda text: text.id not in captured_ids)
-    rows = activations.rows(Side.TEACHER, pair.teacher.depth)
+    known = KnownStates(
+        activations.layouts[Side.TEACHER], activations.rows(Side.TEACHER, pair.teacher.depth)
+    )
+    return states_beside(known, pair, layout, out, progress, ranks)
+
+
+def states_beside(
+    known: KnownStates,
+    pair: Pair,
+    layout: PackedTexts,
+    out: StepOutput,
+    progress: Progress,
+    ranks: Ranks,
+) -> Tensor:
+    """Return the teacher's final states `[rows, d_t]`: those of texts that are known, by their ids,
+    and computed ones of the others. See `states_of_teacher`."""
+    known_ids = {text.id for text in known.layout.texts}
+    found = layout.where(lambda text: text.id in known_ids)
+    missing = layout.where(lambda text: text.id not in known_ids)
     if not missing.texts:
-        return rows[captured.row_indices_in(captured_layout)]
+        return known.rows[found.row_indices_in(known.layout)]
     computed = teacher_final_states(pair.teacher, missing, out, progress, ranks)
-    states = torch.empty(layout.rows, rows.shape[1], dtype=rows.dtype)
+    states = torch.empty(layout.rows, known.rows.shape[1], dtype=known.rows.dtype)
     states[missing.row_indices_in(layout)] = computed
-    if captured.texts:
-        found = rows[captured.row_indices_in(captured_layout)]
-        states[captured.row_indices_in(layout)] = found
+    if found.texts:
+        states[found.row_indices_in(layout)] = known.rows[found.row_indices_in(known.layout)]
     return states
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         Weights,
     )
 
+LORA_RATE = 5e-4
+FULL_RANK_RATE = 5e-5
+
 
 @step
 class PromptKl:
@@ -37,8 +40,9 @@ class PromptKl:
     train: Literal["lora", "head"] = "lora"
     """`"lora"`: a LoRA on every linear layer of attention and MLP. `"head"`: only on the head,
     which is untied first."""
-    rank: PositiveInt = 16
-    """Rank of the LoRA `B A`. Its scale s is 2."""
+    rank: PositiveInt | Literal["full"] = 16
+    """Rank of the LoRA `B A`, whose scale s is 2. `"full"`: no LoRA, these matrices themselves
+    train, which takes the memory of twelve copies of them in float32 (`plan`)."""
     prompts_from: Annotated[
         tuple[Literal["topics", "questions", "places"], ...], Field(min_length=1)
     ] = ("topics",)
@@ -54,18 +58,35 @@ class PromptKl:
     """Most tokens of a continuation of a topic."""
     max_epochs: PositiveInt = 3
     """Most passes over the continuations; `patience` may end training earlier."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
-    """Peak learning rate of AdamW, after a warm-up and before a linear decay."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of AdamW, after a warm-up and before a linear decay. By default 5e-4 for a
+    LoRA, and 5e-5 for `rank = "full"`."""
     bfloat16: bool = False
     """Multiply in bfloat16 while training: four times as fast on a GPU or a processor with AMX,
     slow on others."""
     batch_size: PositiveInt = 4
-    """Continuations in one step of training. So many processes share it at most."""
+    """Continuations in one step of training."""
+    micro_batch_size: PositiveInt = 1
+    """Continuations that go through the student at once; gradients of a step add up, so this
+    changes memory and time, and the result only by rounding. Each process takes so many at a
+    time."""
+    loss: Literal["forward", "reverse", "jensen-shannon"] = "forward"
+    """What training minimises: `"forward"`, the KL from teacher to student; `"reverse"`, the KL
+    from student to teacher; or `"jensen-shannon"`, between the two. Validation and acceptance go by
+    the forward KL."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the Jensen-Shannon divergence: near 0 it learns as with the forward
+    KL, near 1 as with the reverse one."""
     patience: PositiveInt = 2
     """Stop after so many evaluations of the validation KL in a row without gain. There are two an
     epoch."""
+    on_policy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the fit texts that the student answers itself, at the beginning of each epoch anew;
+    it learns the teacher's predictions on them. An answer is at most as long as the teacher's."""
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """Temperature of the student's answers (`on_policy`); 0 takes the best token."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the first A and of the order of texts."""
+    """Seed of the first A, of the order of texts, and of what the student's answers draw."""
     guard: Annotated[float, Field(ge=1)] | None = None
     """Apply only so much of the LoRA (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
     half is at most this multiple of the KL before (1.02: 2 % worse)."""
@@ -73,15 +94,32 @@ class PromptKl:
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse a shard that does not exist."""
+        """Refuse options that cannot be."""
         k, n = self.shard
         if k > n:
             raise ValueError(f"shard: there is no shard {k} of {n}")
+        if self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size: a step of training has only batch_size = {self.batch_size} "
+                "continuations"
+            )
 
     @property
     def continues_topics(self) -> bool:
         """Whether the teacher continues topics."""
         return not {"topics", "places"}.isdisjoint(self.prompts_from)
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return FULL_RANK_RATE if self.rank == "full" else LORA_RATE
+
+    @property
+    def loss_name(self) -> str:
+        """What training minimises, in the words of the field."""
+        return {"forward": "KL", "reverse": "reverse KL", "jensen-shannon": "JSD"}[self.loss]
 
     def cost(self, context: CostContext) -> Cost:
         """The teacher writes and is run, the whole student trains, and the result is scored."""

@@ -39,7 +39,7 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
-from rotdistill_core.store.results import Answer, Curve, Parity
+from rotdistill_core.store.results import Answer, Curve, Parity, TrainingCurve
 from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
@@ -110,6 +110,8 @@ class StepSummary:
     """What the step noted for people, its certificate and refusal included."""
     refused: str
     curves: list[Curve]
+    training: TrainingCurve | None = None
+    """Of a step that trained: its losses."""
 
 
 @dataclass(frozen=True)
@@ -462,6 +464,7 @@ def step_summaries(outcome: RunResult) -> list[StepSummary]:
             notes=notes,
             refused=report.refused,
             curves=report.curves,
+            training=report.training,
         )
     return list(summaries.values())
 

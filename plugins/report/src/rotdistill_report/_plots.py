@@ -42,6 +42,8 @@ LAYER_UNITS = {
     "channel_rms_gap": "mean |ln| of channel RMS ratio",
 }
 """Metric by layer -> label of its axis; others go by their own name."""
+TRAINING_LOSSES = {"forward": "KL", "reverse": "reverse KL", "jensen-shannon": "JSD"}
+"""Loss of a training run -> its short name; others go by their own name."""
 
 
 class Plot(NamedTuple):
@@ -123,6 +125,7 @@ def plots(report: ReportData, out: StepOutput) -> list[Plot]:
             *_kl_plot(report),
             *_layer_plots(report),
             *_interpolation_plots(report),
+            *_training_plots(report),
             *_alignment_plots(report),
             *_attention_plots(report, out),
             *_language_plot(report),
@@ -221,6 +224,26 @@ def _interpolation_plots(report: ReportData) -> Iterator[Plot]:
         barriers = [f"{name}: {_barrier(curve):.3g}" for name, curve in curves.items()]
         caption = f"Dotted: the chord. Barrier, the highest rise above it: {'; '.join(barriers)}."
         yield Plot(title, svg, caption)
+
+
+def _training_plots(report: ReportData) -> Iterator[Plot]:
+    """Yield the loss of each step of training, and the validation KL of each check."""
+    for step in report.steps:
+        curve = step.training
+        if curve is None:
+            continue
+        loss = f"{TRAINING_LOSSES.get(curve.loss, curve.loss)}, fit texts, each step"
+        lines = [
+            Line(loss, dict(enumerate(curve.losses)), Role.BEFORE),
+            Line("KL, validation texts", dict(zip(curve.checks, curve.validation_kl, strict=True))),
+        ]
+        title = f"{step.step} ({step.variant}): training"
+        draw = partial(draw_lines, lines=lines, x="steps of training", y="nats per token")
+        caption = (
+            f"The least validation KL, {min(curve.validation_kl):.4g}, is of what was kept, unless "
+            "it is the first."
+        )
+        yield Plot(title, svg_of_axes(title, draw), caption)
 
 
 def _end(reference: str, variant: str) -> str:
