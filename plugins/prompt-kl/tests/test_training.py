@@ -77,6 +77,14 @@ def distilled(
     return step.style(pair.student.weights, pair, samples, out, quiet), out
 
 
+@pytest.fixture(scope="module")
+def plain(
+    pair: Pair, samples: Samples, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Weights, StepOutput]:
+    """A training that nobody disturbs."""
+    return distilled(pair, samples, tmp_path_factory.mktemp("plain"))
+
+
 def same(one: Weights, other: Weights) -> bool:
     """Whether two views have the same bits."""
     names = one.entries.keys() | other.entries.keys()
@@ -131,16 +139,20 @@ def test_a_part_is_no_larger_than_the_batch() -> None:
 
 @pytest.mark.parametrize("loss", ["reverse", "jensen-shannon"])
 def test_other_losses_lower_the_forward_kl_too(
-    pair: Pair, samples: Samples, tmp_path: Path, loss: Any
+    pair: Pair,
+    samples: Samples,
+    tmp_path: Path,
+    plain: tuple[Weights, StepOutput],
+    loss: Any,
 ) -> None:
-    plain = distilled(pair, samples, tmp_path / "plain")[1].report.training
-    other = distilled(pair, samples, tmp_path / loss, loss=loss)[1].report.training
-    assert plain is not None
+    forward = plain[1].report.training
+    other = distilled(pair, samples, tmp_path, loss=loss)[1].report.training
+    assert forward is not None
     assert other is not None
     assert other.loss == loss
     # They start from the same validation KL, minimise something else, and end elsewhere.
-    assert other.validation_kl[0] == plain.validation_kl[0]
-    assert other.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
+    assert other.validation_kl[0] == forward.validation_kl[0]
+    assert other.losses[0] != pytest.approx(forward.losses[0], rel=1e-3)
     assert min(other.validation_kl) < 0.95 * other.validation_kl[0]
 
 
@@ -177,7 +189,7 @@ def steps_of_training(kill_at: int | None = None) -> Iterator[list[list[int]]]:
 
 @pytest.mark.parametrize(
     ("options", "saved"),
-    [({}, {1: 0, 2: 2, 5: 4}), ({"train": "head", "patience": 1}, {3: 3})],
+    [({}, {1: 0, 5: 4}), ({"train": "head", "patience": 1}, {3: 3})],
     ids=str,
 )
 def test_a_killed_training_goes_on_after_the_last_check(
@@ -213,9 +225,8 @@ def test_a_training_that_is_killed_again_and_again_ends_the_same(
 
 
 def test_a_torn_file_costs_what_was_learned_since_the_one_before(
-    pair: Pair, samples: Samples, tmp_path: Path
+    pair: Pair, samples: Samples, tmp_path: Path, plain: tuple[Weights, StepOutput]
 ) -> None:
-    whole, _ = distilled(pair, samples, tmp_path / "whole")
     root = tmp_path / "killed"
     with steps_of_training(kill_at=5), pytest.raises(Killed):
         distilled(pair, samples, root)
@@ -226,7 +237,7 @@ def test_a_torn_file_costs_what_was_learned_since_the_one_before(
     with steps_of_training() as after:
         made, _ = distilled(pair, samples, root)
     assert len(after) == STEPS - 3
-    assert same(made, whole)
+    assert same(made, plain[0])
 
 
 def test_what_was_saved_is_emptied_and_is_no_part_of_the_result(
@@ -286,14 +297,11 @@ def test_a_training_on_the_students_answers_is_killed_and_ends_the_same(
     pair: Pair, samples: Samples, tmp_path: Path
 ) -> None:
     whole, _ = distilled(pair, samples, tmp_path / "whole", **ON_POLICY)
-    other, _ = distilled(pair, samples, tmp_path / "other", on_policy=0.5, temperature=0)
-    assert not same(whole, other)
-    for kill_at in (0, 4):
-        root = tmp_path / str(kill_at)
-        with steps_of_training(kill_at), pytest.raises(Killed):
-            distilled(pair, samples, root, **ON_POLICY)
-        made, _ = distilled(pair, samples, root, **ON_POLICY)
-        assert same(made, whole)
+    root = tmp_path / "killed"
+    with steps_of_training(kill_at=4), pytest.raises(Killed):
+        distilled(pair, samples, root, **ON_POLICY)
+    made, _ = distilled(pair, samples, root, **ON_POLICY)
+    assert same(made, whole)
 
 
 # Matrices in place of a LoRA.
