@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -11,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -45,6 +47,7 @@ from rotdistill_core.terminal import (
     Sets,
     literal,
     print_json,
+    print_line,
     relative_to_cwd,
     results_table,
     stderr_console,
@@ -95,12 +98,39 @@ def _add_broken_verb(one: typer.Typer, name: str, problem: PluginError) -> None:
     one.command(name, help=f"Broken: {problem}", context_settings=settings)(broken)
 
 
+def _print_version(asked: bool) -> None:
+    """Print what an issue about this program should name, and end. Imports none of the libraries.
+
+    Raises:
+        typer.Exit: it was asked for.
+    """
+    if not asked:
+        return
+    beside = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    print_line(f"rotdistill {version('rotdistill')} (Python {platform.python_version()}, {beside})")
+    raise typer.Exit
+
+
+def _options_of_program(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the versions of rotdistill, Python, torch and transformers, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a verb."""
+
+
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    callback=lambda: None,
+    callback=_options_of_program,
     help=(
         "Surgery on language models: `run` carries out a recipe; "
         "`show`, `chat` and `report` are about what it made."

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ DESIGNED = {
     "schema",
     "new",
 }
+
+
+class Keyboard(io.StringIO):
+    """A terminal to type on."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def examples(verb: str) -> list[str]:
@@ -118,6 +127,7 @@ def test_a_table_loses_nothing_on_a_narrow_terminal(width: int) -> None:
 @pytest.mark.slow
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", Keyboard("y\n" * 4))
     PicoWorkspace(tmp_path).model(num_hidden_layers=25, hidden_size=16, intermediate_size=24)
     recipes = PicoWorkspace(tmp_path / "recipes")
     recipes.texts(blurbs=8, questions=2)
@@ -135,6 +145,17 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     carry_out("rotdistill run recipes/tour_guide.toml --set chop.layers=24", tmp_path)
     carry_out("rotdistill rm tour-guide --keep-checkpoints", tmp_path)
     assert list((tmp_path / "runs").glob("tour-guide-*/checkpoints/full/model.safetensors"))
+
+
+def test_the_version_names_what_an_issue_should() -> None:
+    code, out, err = command_line("--version")
+    assert (code, err) == (0, "")
+    releases = {name: version(name) for name in ("rotdistill", "torch", "transformers")}
+    assert all(f"{name} {release}" in out for name, release in releases.items())
+    command = [sys.executable, "-X", "importtime", "-m", "rotdistill_core", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == out
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE), "torch was loaded"
 
 
 def test_the_package_runs_as_a_module() -> None:

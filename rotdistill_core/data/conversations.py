@@ -117,10 +117,12 @@ def prompt_is_too_long(name: str, tokens: int, most: int) -> SetupError:
     Args:
         name: its id.
         tokens: tokens of its prompt.
-        most: `samples.max_tokens`.
+        most: the tokens after which texts are cut.
     """
     return SetupError(
-        f"text {name}: its prompt alone has {tokens} tokens; raise samples.max_tokens above {most}."
+        f"text {name}: its prompt alone has {tokens} tokens, and texts are cut after {most}. Raise "
+        "samples.max_tokens; if a model was made for no more (max_position_embeddings), shorten "
+        "the text."
     )
 
 

@@ -51,6 +51,7 @@ from rotdistill_core.execution.parity import (
     compare_models,
     has_other_shape,
 )
+from rotdistill_core.execution.run_folder import remove_if_nothing_was_made
 from rotdistill_core.execution.samples import lost_texts_notes, prepare_samples, run_chats
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
@@ -184,11 +185,17 @@ class Executor:
             RunFailed: variants break a check. The others are made; everything is evaluated and
                 reported.
             SetupError: another process removes the run at this moment.
-            RotdistillError: anything else went wrong. The next call finds what was committed.
+            RotdistillError: anything else went wrong. The next call finds what was committed; if
+                that is nothing, the run leaves no folder.
         """
-        with at_work(self.folder, RUNNING), full_float32_products():
-            self.ranks.lead(self._begin)
-            return self._carry_out()
+        try:
+            with at_work(self.folder, RUNNING), full_float32_products():
+                self.ranks.lead(self._begin)
+                return self._carry_out()
+        except RotdistillError:
+            if self.ranks.leads:
+                remove_if_nothing_was_made(self.folder)
+            raise
 
     def _begin(self) -> None:
         """Take the run's folder.

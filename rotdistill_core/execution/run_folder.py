@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -18,8 +19,23 @@ from rotdistill_core.store.files import CommittedFile
 from rotdistill_core.store.layout import RunLayout, ledger_paths
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
-from rotdistill_core.store.presence import RUNNING, others_at_work
-from rotdistill_core.store.records import CheckpointRecord, StepRecord
+from rotdistill_core.store.presence import REMOVING, RUNNING, others_at_work
+from rotdistill_core.store.records import (
+    CheckpointRecord,
+    FileRecord,
+    LedgerRecord,
+    ParityRecord,
+    StartRecord,
+    StepRecord,
+)
+
+DOCUMENTS = (
+    RunLayout.RECIPE,
+    RunLayout.RESOLVED_RECIPE,
+    RunLayout.TEXTS,
+    RunLayout.SYSTEM_PROMPT,
+)
+"""The files that a run writes before its first step, whatever comes of it."""
 
 
 @dataclass(frozen=True)
@@ -214,8 +230,8 @@ def all_runs(root: Path) -> list[RunFolder]:
 def find_run(name: str, root: Path, log: Callable[[str], None] | None = None) -> RunFolder:
     """Return the run called `name`.
 
-    A run goes by its folder, by its name in `root`, or by the beginning of a name that no other run
-    has.
+    A run goes by its folder, by its name in `root`, by the name of its recipe, or by the beginning
+    of a name that no other run has.
 
     Args:
         name: what the user wrote.
@@ -235,10 +251,12 @@ def find_run(name: str, root: Path, log: Callable[[str], None] | None = None) ->
     if not names:
         hint = suggest(name, runs) or f" `rotdistill runs` lists those in {root}/."
         raise RecipeError(f'there is no run "{name}".{hint}')
+    # The whole name of a recipe is not meant as the beginning of another recipe's.
+    own = [each for each in names if re.fullmatch("-[0-9a-f]{8}", each.removeprefix(name))]
+    names = own or names
     if len(names) == 1:
         return runs[names[0]]
-    of_one_recipe = all(re.fullmatch("-[0-9a-f]{8}", each.removeprefix(name)) for each in names)
-    if log and of_one_recipe:
+    if log and own:
         run = next((runs[each] for each in names if runs[each].state == "done"), runs[names[0]])
         log(
             f"{run.path.name}, {run.state}, of {run.changed}: "
@@ -250,6 +268,32 @@ def find_run(name: str, root: Path, log: Callable[[str], None] | None = None) ->
         f'"{name}" is the beginning of {len(names)} runs, the newest first: {listed}. '
         "Write one of these names."
     )
+
+
+def remove_if_nothing_was_made(folder: Path) -> None:
+    """Remove the folder of a run that was refused before anything came of it.
+
+    It then holds the recipe and the texts at most, which the next run writes again, and would stand
+    among the runs as an unfinished one. Files that no ledger names stay, and so does all of it
+    while another process is at work there, or if the disk refuses.
+    """
+    if others_at_work(folder, RUNNING) or others_at_work(folder, REMOVING):
+        return
+    ledger = Ledger(folder)
+    if ledger.faults or not all(map(_is_made_anew, ledger.records)):
+        return
+    with suppress(OSError):
+        for record in ledger.files:
+            (folder.parent / record.path).unlink(missing_ok=True)
+        ledger.path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _is_made_anew(record: LedgerRecord) -> bool:
+    """Return whether every run makes what a record stands for, without work worth keeping."""
+    if isinstance(record, FileRecord):
+        return record.name in DOCUMENTS
+    return isinstance(record, StartRecord | ParityRecord)
 
 
 def needed_by(run: RunFolder, others: Iterable[RunFolder]) -> dict[str, list[str]]:

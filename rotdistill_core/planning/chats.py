@@ -271,7 +271,8 @@ def require_room_to_fit(
     Args:
         asked: the conversations.
         lengths: id -> tokens of its prompt, of all that have so many at least.
-        most: `samples.max_tokens`, which cuts every text but held-out ones.
+        most: the tokens after which every text but held-out ones is cut: `samples.max_tokens`, or
+            fewer if a model was made for no more.
 
     Raises:
         SetupError: naming the first one.

@@ -418,6 +418,9 @@ def _chats(
     notes = [*chats.notes(), *ending_notes(chats, teacher)]
     asked = [question for question in conversations if not question.split.outside_domain]
     sides = {"teacher": chats.teacher, "student": chats.student}
+    limits = [position_limit(info.shape.config) for info in models.values()]
+    most, answer_tokens = settings.max_tokens, settings.answer_tokens
+    shortest = min([most, *filter(None, limits)])
     # Loading a tokenizer takes most of a small plan's time: one that both share is loaded once.
     for chat in {chat.source: chat for chat in sides.values()}.values():
         shapes = [models[role].shape for role, own in sides.items() if own.source == chat.source]
@@ -425,9 +428,8 @@ def _chats(
         require_end_token(chat, vocabulary)
         count = token_counter(Path(chat.source), vocabulary)
         texts = prompts[chat.source]
-        most, answer_tokens = recipe.samples.max_tokens, recipe.samples.answer_tokens
         bounds = upper_bounds(texts, count)
-        require_room_to_fit(asked, lengths_above(texts, bounds, count, most - 1), most)
+        require_room_to_fit(asked, lengths_above(texts, bounds, count, shortest - 1), shortest)
         heldout = {q.id: texts[q.id] for q in asked if q.split == Split.HELDOUT}
         answers = upper_bounds({q.id: q.answer for q in asked if q.answer}, count)
         for shape in {position_limit(shape.config): shape for shape in shapes}.values():

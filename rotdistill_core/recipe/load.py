@@ -273,7 +273,7 @@ def _apply_overrides(
             problems += _override(tables, steps, key=key, value=value, where=f"set {key}")
         return problems
     for item in sets:
-        key, equals, text = item.partition("=")
+        key, equals, text = map(str.strip, item.partition("="))
         if not equals:
             problems.append(_write_as(f"--set {item}"))
             continue

@@ -143,6 +143,40 @@ def test_a_failing_evaluator_ends_the_run_and_is_reported(
     assert recorder.failed == ["base fidelity: no memory for it"]
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("samples.answer_tokens=900", "with an answer of up to 900 it passes 128"),
+        ("teacher.device=cuda:7", "cuda:7"),
+    ],
+)
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder(
+    work: Path, executor: Open, override: str, message: str
+) -> None:
+    with pytest.raises(RotdistillError, match=message):
+        executor("refused", override).go()
+    assert list(work.glob("runs/*")) == []
+
+
+def test_a_refused_run_leaves_what_an_earlier_one_has_made(
+    executor: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = executor("one")
+    samples = first.samples()  # the teacher answers
+    answers = set(first.folder.rglob("answers/*/*.json"))
+    assert samples.layout.texts
+    assert answers
+
+    def refuse(*_: Any) -> None:
+        raise RecipeError("no texts like these.")
+
+    monkeypatch.setattr("rotdistill_core.execution.executor.prepare_samples", refuse)
+    with pytest.raises(RecipeError, match="no texts like these"):
+        executor("one").go()
+    assert set(first.folder.rglob("answers/*/*.json")) == answers
+    assert Ledger(first.folder).named("recipe.toml")
+
+
 def test_a_system_prompt_that_is_not_utf8_is_named(work: Path, executor: Open) -> None:
     (work / "texts/style.md").write_bytes(b"caf\xe9")
     with pytest.raises(RecipeError, match=r"style\.md: the system prompt is not UTF-8"):

@@ -207,7 +207,20 @@ def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused_by_plan_as_by_ru
     index.write_text("\n".join([header, "\t".join(cells), *others]), encoding="utf-8")
     for said in both(work, 3):
         assert "its prompt alone has" in said
-        assert "raise samples.max_tokens above 16" in said
+        assert "texts are cut after 16. Raise samples.max_tokens" in said
+
+
+def test_a_prompt_beyond_what_a_model_was_made_for_is_refused_by_plan_as_by_run(
+    work: PicoWorkspace,
+) -> None:
+    work.recipe(STEPS)  # max_tokens is 512, the model's limit 128
+    (index,) = work.folder.rglob("index.tsv")
+    header, first, *others = index.read_text(encoding="utf-8").split("\n")
+    cells = first.split("\t")
+    cells[header.split("\t").index("question")] += " w1" * 128
+    index.write_text("\n".join([header, "\t".join(cells), *others]), encoding="utf-8")
+    for said in both(work, 3):
+        assert "texts are cut after 128" in said
 
 
 @pytest.mark.parametrize(

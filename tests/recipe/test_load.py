@@ -176,7 +176,7 @@ def test_steps_that_are_no_tables_are_a_problem(tmp_path: Path, first: str) -> N
 
 def test_set_changes_steps_and_tables(good: Path) -> None:
     sets = (
-        "chop.layers=[0, 1]",
+        "chop.layers = [0, 1]",
         "basis.tie=2",
         "seed=9",
         "teacher.model=/other",

@@ -263,7 +263,7 @@ def elsewhere(run: Path) -> Iterator[Callable[[str], int]]:
 
 def test_rm_refuses_a_run_in_progress(run: Path, elsewhere: Callable[[str], int]) -> None:
     before, pid = hashes(run), elsewhere("running")
-    for words in (("rm", "trial"), ("rm", "trial", "--keep-checkpoints", "--yes")):
+    for words in (("rm", "trial", "--yes"), ("rm", "trial", "--keep-checkpoints", "--yes")):
         code, _, err = command_line(*words)
         assert code == 3
         assert f"is in progress: process {pid} carries out its recipe. Nothing was removed" in err
@@ -282,7 +282,7 @@ def test_run_refuses_a_run_that_is_being_removed(
 
 
 def test_rm_leaves_nothing(run: Path) -> None:
-    assert command_line("rm", "trial")[0] == 0
+    assert command_line("rm", "trial", "--yes")[0] == 0
     assert not run.exists()
 
 
@@ -309,7 +309,7 @@ def test_a_run_whose_ledger_cannot_be_read_stops_no_other(
         assert code == 0, out + err
     said = carry_out()
     assert said.count(f"{other.name}/ledger.jsonl: cannot be read") == 1
-    code, _, err = command_line("rm", run.name)
+    code, _, err = command_line("rm", run.name, "--yes")
     assert (code, "cannot be read" in err) == (3, True)  # which files that run needs is not known
 
 

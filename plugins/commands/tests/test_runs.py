@@ -150,6 +150,15 @@ def test_the_name_of_a_recipe_that_was_run_twice_means_the_newest_finished_run(r
     assert "is the beginning of 3 runs" in command_line("show", "")[2]
 
 
+def test_the_name_of_a_recipe_does_not_mean_another_that_begins_with_it(root: Path) -> None:
+    one = find_run("one", Path("runs"))
+    shutil.copytree(one.path, Path("runs/one-more-0a1b2c3d"))
+    assert find_run("one", Path("runs")).path == one.path
+    assert find_run("one-more", Path("runs")).path.name == "one-more-0a1b2c3d"
+    with pytest.raises(RecipeError, match="is the beginning of 2 runs"):
+        find_run("on", Path("runs"))
+
+
 def test_diff_compares_recipes_maps_and_scores(root: Path) -> None:
     found = document("diff", "one", "two")
     changed = {each["key"]: (each["one"], each["two"]) for each in found["recipes"]}
@@ -222,7 +231,7 @@ def test_removing_leaves_the_files_that_another_run_needs(root: Path) -> None:
     one, two = (find_run(name, Path("runs")) for name in ("one", "two"))
     needed = set(needed_by(one, all_runs(Path("runs"))))
     assert any(path.endswith("00000.safetensors") for path in needed)
-    assert set(document("rm", "one")[0]["kept"]) == needed
+    assert set(document("rm", "one", "--yes")[0]["kept"]) == needed
     left = {p.relative_to("runs").as_posix() for p in one.path.rglob("*") if p.is_file()}
     assert left == needed | {f"{one.path.name}/ledger.jsonl"}
     assert RunFolder(one.path).state == "kept files"
@@ -238,13 +247,13 @@ def test_removing_leaves_the_files_that_another_run_needs(root: Path) -> None:
             ("full", "fold"),
         )
     )
-    assert document("rm", "two")[0]["kept"] == []
-    assert document("rm", "one")[0]["kept"] == []
+    assert document("rm", "two", "--yes")[0]["kept"] == []
+    assert document("rm", "one", "--yes")[0]["kept"] == []
     assert list(Path("runs").iterdir()) == []
 
 
 def test_a_removed_run_is_made_again_from_the_files_that_are_left(root: Path) -> None:
-    command_line("rm", "one")
+    command_line("rm", "one", "--yes")
     made = run_recipe(root / "one.toml")
     assert made.steps["base", "residuals"].reused  # known to the other run
     assert not made.steps["full", "basis"].reused
@@ -252,7 +261,7 @@ def test_a_removed_run_is_made_again_from_the_files_that_are_left(root: Path) ->
 
 
 def test_two_runs_removed_together_keep_nothing(root: Path) -> None:
-    assert [each["kept"] for each in document("rm", "one", "two")] == [[], []]
+    assert [each["kept"] for each in document("rm", "one", "two", "--yes")] == [[], []]
     assert list(Path("runs").iterdir()) == []
 
 
@@ -278,13 +287,24 @@ def test_rm_asks_first_on_a_terminal(root: Path, monkeypatch: pytest.MonkeyPatch
     assert list(Path("runs").iterdir()) == []
 
 
+def test_rm_without_a_terminal_wants_the_word(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = find_run("one", Path("runs"))
+    before = one.bytes
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    code, out, err = command_line("rm", "one", "two", "--json")
+    assert (code, out, one.bytes) == (2, "", before)
+    [line] = err.splitlines()
+    assert "no terminal to ask on. Nothing is removed; --yes removes without asking" in line
+    assert f"{one.path.name}: done, of {one.changed}, frees " in line
+
+
 def test_a_copied_folder_is_called_a_copy_and_can_be_removed(root: Path) -> None:
     one = document("runs")[0]["run"]
     shutil.copytree(root / "runs" / one, root / "runs" / "copy")
     before = {path: path.stat().st_size for path in (root / "runs" / one).rglob("*")}
     states = {run["run"]: run["state"] for run in document("runs")}
     assert (states["copy"], states[one]) == (f"copy of {one}", "done")
-    document("rm", "copy")
+    document("rm", "copy", "--yes")
     assert not (root / "runs" / "copy").exists()
     assert before == {path: path.stat().st_size for path in (root / "runs" / one).rglob("*")}
 
@@ -292,7 +312,7 @@ def test_a_copied_folder_is_called_a_copy_and_can_be_removed(root: Path) -> None
 def test_checkpoints_and_scores_can_stay(root: Path) -> None:
     run = find_run("two", Path("runs"))
     before = run.bytes
-    code, _, err = command_line("rm", "two", "--keep-checkpoints")
+    code, _, err = command_line("rm", "two", "--keep-checkpoints", "--yes")
     assert code == 0
     assert "freed" in err
     assert (run.path / "checkpoints" / "full" / "model.safetensors").is_file()

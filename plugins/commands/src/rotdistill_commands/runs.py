@@ -13,7 +13,7 @@ from rich.table import Column
 from rotdistill_commands._arguments import RunName, complete_run_names, log, requested_run
 from rotdistill_commands._removal import describe_files, files_to_delete, format_size, remove
 from rotdistill_core import hookimpl
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.evaluation.rows import overall_figures
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run, needed_by
 from rotdistill_core.store.layout import RUNS_FOLDER
@@ -250,7 +250,7 @@ def rm(
         bool, typer.Option("--keep-checkpoints", help="Keep checkpoints, scores and report.")
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask, which it does on a terminal only.")
+        bool, typer.Option("--yes", help="Do not ask. Without a terminal that is the only way.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -269,7 +269,7 @@ def rm(
             other for other in all_runs(run.path.parent) if other.path.resolve() not in chosen
         ]
         needs[run] = needed_by(run, staying)
-    if sys.stdin.isatty() and not yes and not _confirmed(needs, keep_checkpoints):
+    if not yes and not _confirmed(needs, keep_checkpoints):
         needs = {}
     removed = []
     for run, needed in needs.items():
@@ -283,10 +283,22 @@ def rm(
 
 
 def _confirmed(needs: Mapping[RunFolder, Mapping[str, list[str]]], keep_checkpoints: bool) -> bool:
-    """List what a removal frees, and return whether the user agrees."""
+    """List what a removal frees, and return whether the user agrees.
+
+    Raises:
+        RecipeError: there is no terminal to ask on.
+    """
+    lines = []
     for run, needed in needs.items():
         files = describe_files(run, files_to_delete(run, needed, keep_checkpoints))
-        log(f"{run.path.name}: {run.state}, of {run.changed}, frees {files}")
+        lines.append(f"{run.path.name}: {run.state}, of {run.changed}, frees {files}")
+    if not sys.stdin.isatty():
+        raise RecipeError(
+            "rm asks before it removes, and there is no terminal to ask on. Nothing is removed; "
+            f"--yes removes without asking ({'; '.join(lines)})."
+        )
+    for line in lines:
+        log(line)
     stderr_console().print("Remove for good? y/N ", end="")
     if sys.stdin.readline().strip().lower() in ("y", "yes"):
         return True

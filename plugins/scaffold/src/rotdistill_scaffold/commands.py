@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +29,12 @@ from rotdistill_core.terminal import (
     stderr_console,
     stdout_console,
 )
-from rotdistill_scaffold._templates import adapter_files, recipe_files, step_files
+from rotdistill_scaffold._recipe import Wanted, recipe_files
+from rotdistill_scaffold._templates import adapter_files, step_files
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 TRY_PLUGIN = ("pip install --no-build-isolation --no-deps -e", "python -m pytest")
-TRY_RECIPE = ("rotdistill plan", "rotdistill run")
+TRY_RECIPE = ("rotdistill check", "rotdistill plan", "rotdistill run")
 
 
 class Kind(StrEnum):
@@ -44,7 +45,7 @@ class Kind(StrEnum):
     recipe = "recipe"
 
 
-def new(
+def new(  # noqa: PLR0913  an option each
     kind: Annotated[Kind, typer.Argument(help="What to write.", show_default=False)],
     name: Annotated[
         str,
@@ -60,11 +61,46 @@ def new(
             autocompletion=lambda: list(STAGES),
         ),
     ] = "align",
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="A recipe's large model.", show_default=False)
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            help="Its small model; without it, the teacher with fewer layers.",
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option("--texts", help="Its conversations; see docs/texts.md.", show_default=False),
+    ] = None,
+    heldout: Annotated[
+        str | None,
+        typer.Option("--heldout", help="Its held-out questions.", show_default=False),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option("--guard", help="Texts outside its domain.", show_default=False),
+    ] = None,
+    system: Annotated[
+        Path | None,
+        typer.Option("--system", help="A file with its system prompt.", show_default=False),
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            "--domain",
+            help="What its answers are about: writes a system prompt to edit.",
+            show_default=False,
+        ),
+    ] = None,
     into: Annotated[Path, typer.Option("--in", help="The folder to write into.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Write a step or an adapter, which installs and passes its own tests, or a recipe. Nothing is
-    overwritten.
+    """Write a step or an adapter, which installs and passes its own tests, or a recipe for your
+    models, your texts and this machine. Nothing is overwritten.
 
     Examples:
 
@@ -76,12 +112,25 @@ def new(
         raise RecipeError(
             f'"{name}": a name is lower-case letters, digits and dashes, and begins with a letter.'
         )
+    wanted = Wanted(
+        name=name,
+        teacher=teacher,
+        student=student,
+        texts=texts,
+        heldout=heldout,
+        guard=guard,
+        system=system,
+        domain=domain,
+    )
+    if kind is not Kind.recipe and wanted.options:
+        raise RecipeError(f"{', '.join(wanted.options)}: for a recipe, and not for {kind}s.")
     if kind is Kind.step:
         files = step_files(name, stage)
     elif kind is Kind.adapter:
         files = adapter_files(name)
     else:
-        files = recipe_files(name, into)
+        _require_free([into / f"{name}.toml"])  # before models are opened
+        files = recipe_files(wanted, into, lambda line: stderr_console().print(literal(line)))
     written = _write(files, into)
     if as_json:
         print_json([str(into / file) for file in files])
@@ -98,15 +147,19 @@ def _write(files: Mapping[str, str], into: Path) -> list[Path]:
     Raises:
         RecipeError: one of them is there already. Nothing is written then.
     """
-    tops = sorted({into / Path(file).parts[0] for file in files})
-    for path in tops:
+    tops = list(dict.fromkeys(into / Path(file).parts[0] for file in files))
+    _require_free(tops)
+    for file, text in files.items():
+        write_file(into / file, [text.encode()])
+    return tops
+
+
+def _require_free(paths: Iterable[Path]) -> None:
+    for path in paths:
         if path.exists():
             raise RecipeError(
                 f"{path}: is there already; choose another name, or another folder with --in."
             )
-    for file, text in files.items():
-        write_file(into / file, [text.encode()])
-    return tops
 
 
 def plugins(as_json: Json = False) -> None:
