@@ -336,8 +336,14 @@ def truncate_rank(lora: Lora, rank: int) -> tuple[Lora, RankError]:
     return Lora(factors), RankError((lost / max(whole, 1e-300)) ** 0.5, worst)
 
 
-def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None:
-    """Commit the adapter in peft's format, float32, for the modules that transformers has.
+def write_lora(
+    lora: Lora,
+    out: StepOutput,
+    weights: Weights,
+    base: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Commit the adapter in peft's format for the modules that transformers has.
 
     peft knows one rank, so layers of a smaller one are filled up with zeros.
 
@@ -346,9 +352,10 @@ def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None
         out: the step's output.
         weights: the model that it belongs to.
         base: reference of that model; empty where it is no model of its own.
+        dtype: dtype of the matrices.
 
     Raises:
-        CheckFailed: a number does not fit float32.
+        CheckFailed: a number does not fit the dtype.
     """
     whole = _with_fused_modules(lora.factors, weights)
     rank = max((len(factors.A) for factors in whole.values()), default=1)
@@ -361,7 +368,7 @@ def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None
         halves = {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
         if name == weights.adapter.embedding:
             halves = {f"{module}.lora_embedding_A": B.T, f"{module}.lora_embedding_B": A.T}
-        tensors |= {key: cast_that_fits(X, torch.float32, key) for key, X in halves.items()}
+        tensors |= {key: cast_that_fits(X, dtype, key) for key, X in halves.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
