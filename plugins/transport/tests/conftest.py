@@ -19,7 +19,7 @@ from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import pico_model, pico_output, pico_samples, save_folder
 
-SAMPLES = pico_samples()
+SAMPLES = pico_samples(guard=4)
 PREFIX = "base_model.model."
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
