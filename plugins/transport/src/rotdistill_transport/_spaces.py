@@ -43,8 +43,8 @@ KIN = 0.2
 """Relative distance of the embeddings up to which two models are kin."""
 SAME = 5e-3
 """Relative distance up to which two matrices are the same, rounded to bfloat16 or not."""
-BLOCK_ROWS = 8192
-"""Rows of an embedding that are in float64 at once."""
+ROWS_PER_CHANNEL = 16
+"""Rows of the embeddings that decide on the basis, for each channel of the stream."""
 COMPARED_ROWS = 1024
 """Rows of the embeddings, evenly spread, on which a recorded basis is tried."""
 
@@ -152,41 +152,28 @@ def basis_of_embeddings(base: Weights, weights: Weights) -> _Basis | None:
     Problem: `min_Q ‖E_A Q - E_B‖²`. Closed form: `Q = (E_AᵀE_A)⁻¹ E_AᵀE_B`, with a second step on
     what the first leaves. Then the orthogonal factor, `QᵀQ = I` or `Q Qᵀ = I`.
     (Schönemann, Psychometrika 31, 1966.)
+
+    Rows are evenly spread, many more than there are unknowns in a column.
     """
     one, two = (view.entries[view.adapter.embedding] for view in (base, weights))
-    A, B = one.read(), two.read()
-    n = min(len(A), len(B))
-    if A.shape[1] == B.shape[1]:
-        apart = _distance(A[:n].double(), B[:n].double())
-        if apart <= SAME:
-            return _Basis(None)
-    C = torch.zeros(A.shape[1], A.shape[1], dtype=torch.float64)
-    Q = torch.zeros(A.shape[1], B.shape[1], dtype=torch.float64)
-    factor: Tensor | None = None
+    n = min(one.shape[0], two.shape[0])
+    rows = torch.arange(0, n, max(1, n // (ROWS_PER_CHANNEL * one.shape[1])))
+    A, B = one.read()[rows].double(), two.read()[rows].double()
+    if A.shape == B.shape and _distance(A, B) <= SAME:
+        return _Basis(None)
+    C = A.T @ A
+    require_finite(C, "transport: embeddings of the base")
+    require_finite(B, "transport: embeddings of the student")
+    # Channels that no token uses would make it singular; `polar` completes them.
+    C.diagonal().add_(1e-12 * C.diagonal().mean())
+    factor = torch.linalg.cholesky(C)
+    Q = torch.cholesky_solve(A.T @ B, factor)
     # The second step takes away what rounding of C has left in the first.
-    for _ in range(2):
-        M = torch.zeros_like(Q)
-        left = whole = 0.0
-        for k in range(0, n, BLOCK_ROWS):
-            X, Y = A[k : min(k + BLOCK_ROWS, n)].double(), B[k : min(k + BLOCK_ROWS, n)].double()
-            if factor is None:
-                C += X.T @ X
-            M += X.T @ (Y - X @ Q)
-        if factor is None:
-            require_finite(C, "transport: embeddings")
-            require_finite(M, "transport: embeddings")
-            # Channels that no token uses would make it singular; `polar` completes them.
-            C.diagonal().add_(1e-12 * C.diagonal().mean())
-            factor = torch.linalg.cholesky(C)
-        Q = Q + torch.cholesky_solve(M, factor)
+    Q = Q + torch.cholesky_solve(A.T @ (B - A @ Q), factor)
     wide = Q.shape[0] <= Q.shape[1]
-    Q = polar(Q if wide else Q.T, "transport: basis")[0]
-    Q = Q if wide else Q.T
-    for k in range(0, n, BLOCK_ROWS):
-        X, Y = A[k : min(k + BLOCK_ROWS, n)].double(), B[k : min(k + BLOCK_ROWS, n)].double()
-        left += float((X @ Q - Y).square().sum())
-        whole += float(Y.square().sum())
-    return _Basis(Q) if left <= KIN**2 * whole else None
+    R = polar(Q if wide else Q.T, "transport: basis")[0]
+    Q = R if wide else R.T
+    return _Basis(Q) if _distance(A @ Q, B) <= KIN else None
 
 
 def _distance(A: Tensor, B: Tensor) -> float:
@@ -203,10 +190,12 @@ def matched_layers(base: Weights, weights: Weights, stream: Stream) -> list[int]
     if base.depth == weights.depth:
         return list(range(base.depth))
     own = [_gram(weights, i) for i in range(weights.depth)]
-    score = torch.full((weights.depth, base.depth), -math.inf, dtype=torch.float64)
+    score = torch.full((weights.depth, base.depth), -math.inf)
     for j in range(base.depth):
         G = _gram(base, j)
-        G = G if stream.Q is None else stream.Q.T @ G @ stream.Q
+        if stream.Q is not None:
+            Q = stream.Q.float()
+            G = Q.T @ G @ Q
         for i, F in enumerate(own):
             score[i, j] = (F * G).sum() / (F.norm() * G.norm()).clamp_min(1e-300)
     if weights.depth > base.depth:
@@ -232,9 +221,9 @@ def _gram(weights: Weights, layer: int) -> Tensor:
         for name, param in table.items()
         if param.axes == (gate, RESIDUAL) and not param.gauge and name in weights.entries
     )
-    W = weights[name].double()
+    W = weights[name].float()
     gain = table[name].gain
-    W = W * weights.gain(gain) if gain else W
+    W = W * weights.gain(gain).float() if gain else W
     return W.T @ W
 
 
