@@ -1,6 +1,6 @@
 """What a fine-tune brings that is carried into another model, beside one that is trained there.
 
-    python benchmarks/transport.py [--students layers neurons turned] [--no-train]
+    python benchmarks/transport.py [--students bare layers neurons turned] [--no-train]
 
 Runs recipes/transport_source.toml and recipes/transport_students.toml, or finds their runs in
 `runs` of the current folder, and then recipes/transport.toml for each student (`--set KEY=VALUE`
@@ -18,7 +18,7 @@ from rotdistill_core import run
 from rotdistill_core.execution.outcome import RunResult
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-STUDENTS = ("layers", "neurons", "turned")
+STUDENTS = ("bare", "layers", "neurons", "turned")
 UNTRAINED = {
     "base": [],
     "carried": ["carry"],
