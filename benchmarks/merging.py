@@ -24,12 +24,11 @@ from rotdistill_prompt_kl.step import PromptKl
 from rotdistill_soups._fisher import FisherSettings, fisher_information
 from rotdistill_soups._ingredient_set import bring_together
 from rotdistill_soups._ingredients import open_ingredients
-from rotdistill_soups._kl_scorer import KLScorer
-from rotdistill_soups._lora import Factors, Lora, read_lora
 from rotdistill_soups._merge import MergeOptions, merge
 from rotdistill_soups._mixture import Ingredient
 from rotdistill_soups.step import Soups
 
+from rotdistill_core.checkpoint.lora import Factors, Lora, read_lora
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
@@ -39,6 +38,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_texts
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.divergence import compare_logits
+from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.linalg.maps import Rotation
 from rotdistill_core.recipe.document import ModelRef, SamplesRef

@@ -17,11 +17,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from rotdistill_soups import read_lora
 from rotdistill_sources._cache import dequantised_folder
 from safetensors.torch import save_file
 
 from rotdistill_core.checkpoint.headers import folder_headers, read_header, shard_files
+from rotdistill_core.checkpoint.lora import read_lora
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data.reading import read_conversations

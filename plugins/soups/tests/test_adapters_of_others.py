@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rotdistill_soups import read_lora, transform_lora
 from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rotdistill_core.checkpoint.lora import read_lora, transform_lora
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, RotdistillError, SetupError
@@ -105,7 +105,7 @@ def test_a_copy_that_is_not_the_base_is_refused_by_name(
     merge(edit(adapter, lambda T: T.update({key: copy})), method="lora")
     copy[(3,) * copy.ndim] += 1
     edit(adapter, lambda T: T.update({key: copy}))
-    with pytest.raises(SetupError, match=rf"its tensor {key} is not the student's"):
+    with pytest.raises(SetupError, match=rf"its tensor {key} is not the model's"):
         merge(adapter, method="lora", runs="other")
 
 
@@ -173,7 +173,7 @@ DAMAGE: Mapping[str, tuple[Callable[[dict[str, torch.Tensor]], object], dict[str
     "one half is lost": (
         lambda T: T.pop(f"{Q}.lora_B.weight"),
         {},
-        r"q_proj\.weight is \[32, 32\] in the student, which A \[4, 32\] and B \[0, 0\]",
+        r"q_proj\.weight is \[32, 32\] in the model, which A \[4, 32\] and B \[0, 0\]",
     ),
     "both halves are lost": (
         lambda T: [T.pop(f"{Q}.lora_{half}.weight") for half in "AB"],

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from rotdistill_soups._barrier import barrier_of
-from rotdistill_soups._kl_scorer import KLScorer
 from rotdistill_soups.barrier import InterpolationBarrier
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.recipe.document import ModelRef

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_soups import read_lora, transform_lora
-from rotdistill_soups._lora import Factors, Lora, truncate_rank
 from safetensors.torch import load_file, save_file
 
+from rotdistill_core.checkpoint.lora import Factors, Lora, read_lora, transform_lora, truncate_rank
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
@@ -279,7 +278,7 @@ def test_an_adapter_of_another_width_is_refused(tmp_path: Path, merge: Merge) ->
     wider = pico_model(tmp_path / "wider", hidden_size=48)
     path = write_adapter(tmp_path / "lora", wider.weights, 1)
     message = (
-        r"down_proj.weight is \[32, 48\] in the student, "
+        r"down_proj.weight is \[32, 48\] in the model, "
         r"which A \[4, 48\] and B \[48, 4\] do not fit"
     )
     with pytest.raises(SetupError, match=message):

@@ -22,15 +22,15 @@ from peft.tuners.lora.config import (
     MontecloraConfig,
     VeloraConfig,
 )
-from rotdistill_soups import _adapter_config
-from rotdistill_soups._adapter_config import (
+from transformers import AutoModelForCausalLM
+
+from rotdistill_core.checkpoint import adapter_config
+from rotdistill_core.checkpoint.adapter_config import (
     IDLE_KEYS,
     NEUTRAL,
     READ_KEYS,
     read_adapter_config,
 )
-from transformers import AutoModelForCausalLM
-
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.errors import SetupError
 from rotdistill_core.testing import pico_model, save_folder
@@ -260,7 +260,7 @@ def test_a_malformed_value_is_refused_by_its_key(tmp_path: Path, key: str, value
 def test_a_pattern_that_does_not_end_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, pattern: str
 ) -> None:
-    monkeypatch.setattr(_adapter_config, "PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr(adapter_config, "PATTERN_SECONDS", 0.1)
     module = "model.layers.0." + 20 * "deeper." + "q_proj"
     folder = write_config(tmp_path, **{key: pattern if key == "target_modules" else {pattern: 4}})
     config = read_adapter_config(folder)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rotdistill_soups._ingredients import content_digest
-from rotdistill_soups._kl_scorer import KLScorer
+from rotdistill_soups._ingredients import digest_of
 from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, RotdistillError, SetupError
+from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.plugin.step import stage_of, validator_of
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import (
@@ -90,10 +90,10 @@ def test_a_saved_soup_reads_the_same(
 
 def test_the_content_of_an_ingredient_is_an_input(fine_tune: FineTune) -> None:
     path = fine_tune("a", 1)
-    before = content_digest(path)
+    before = digest_of(path)
     assert Soups(ingredients=(path, "student")).inputs() == [before, "student"]
     fine_tune("a", 2)
-    assert content_digest(path) != before
+    assert digest_of(path) != before
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rotdistill_core.checkpoint.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from rotdistill_core.checkpoint.config_differences import config_differences, listed
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_soups._adapter_config import ADAPTER_CONFIG, AdapterConfig
 from rotdistill_soups._basis_check import basis_distances, is_other_basis
 from rotdistill_soups._basis_check import listed as listed_distances
 

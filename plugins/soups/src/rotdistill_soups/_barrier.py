@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
+from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.evaluation.rows import MetricRow, Variant
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.results import CURVE_OF_VARIANT, Curve
+from rotdistill_soups._cost import SCORED_ROWS
 from rotdistill_soups._ingredient_set import bring_together
 from rotdistill_soups._ingredients import open_ingredients
-from rotdistill_soups._kl_scorer import KLScorer
 from rotdistill_soups._merge import STUDENT, MergeOptions, merge
 from rotdistill_soups._mixture import Ingredient
 
@@ -50,7 +51,7 @@ def measure_barriers(
     opened = open_ingredients(references, variant.weights, pair, out)
     together = bring_together(opened, "ignore", None, out, progress)
     ends = dict(zip(step.between, together.ingredients, strict=True))
-    scorer = KLScorer(pair, samples, step.split, out, progress)
+    scorer = KLScorer(pair, samples, step.split, out, progress, limit=SCORED_ROWS)
 
     losses_at_ends = {name: scorer(end.view).mean for name, end in ends.items()}
     positions = tuple(k / (step.points - 1) for k in range(step.points))

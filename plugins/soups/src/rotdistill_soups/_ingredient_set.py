@@ -8,13 +8,15 @@ from typing import Literal
 
 import torch
 
+from rotdistill_core.checkpoint.adapter_config import read_adapter_config
+from rotdistill_core.checkpoint.lora import Lora, read_lora, transform_lora
 from rotdistill_core.checkpoint.models import Model
-from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.checkpoint.weights import Undo, Weights, restore_undo
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.records import WeightsRef
 from rotdistill_soups._adapter_base import compare_base
-from rotdistill_soups._adapter_config import read_adapter_config
 from rotdistill_soups._align import (
     align_to_student,
     commit_view,
@@ -24,7 +26,6 @@ from rotdistill_soups._align import (
 )
 from rotdistill_soups._basis_check import basis_distances, is_other_basis, refusal
 from rotdistill_soups._ingredients import OpenIngredients
-from rotdistill_soups._lora import Lora, read_lora, recorded_fold, transform_lora
 from rotdistill_soups._merge import STUDENT
 from rotdistill_soups._mixture import Ingredient
 from rotdistill_soups._vocabulary import as_ingredient, match_tokens
@@ -180,6 +181,21 @@ def replayed_loras(
             lora = transform_lora(lora, fold, table)
         loras[name] = lora
     return loras
+
+
+def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
+    """Return the record of an exact step of this run.
+
+    Raises:
+        RecipeError: this run has no such step.
+    """
+    for record in reversed(out.ledger.steps):
+        if record.id == step and isinstance(record.result, WeightsRef) and record.result.undo:
+            return restore_undo(out.store.root / record.result.undo, weights)
+    raise RecipeError(
+        f'soups: replay_folds names "{step}", which is no exact fold that stands before this step; '
+        "name the id of a basis-fold."
+    )
 
 
 def with_lora(lora: Lora, base: Weights, name: str) -> Ingredient:

@@ -9,44 +9,24 @@ from typing import Any
 
 from rotdistill_core.architecture.spaces import VOCAB
 from rotdistill_core.architecture.table import Config
+from rotdistill_core.checkpoint.adapter_config import read_adapter_config
 from rotdistill_core.checkpoint.config_differences import config_differences, listed
 from rotdistill_core.checkpoint.headers import read_header
+from rotdistill_core.checkpoint.lora import ADAPTER_WEIGHTS
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import locate_model, open_model
+from rotdistill_core.checkpoint.references import content_digest, is_adapter, reference_of
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.recipe.document import ModelRef
-from rotdistill_core.store.hashing import sha256_of
-from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_soups._adapter_base import compare_base
-from rotdistill_soups._adapter_config import ADAPTER_CONFIG, read_adapter_config
-from rotdistill_soups._lora import ADAPTER_WEIGHTS
 from rotdistill_soups._merge import STUDENT
 from rotdistill_soups._vocabulary import match_tokens
 
 
-def content_digest(reference: str) -> str:
+def digest_of(reference: str) -> str:
     """Return the sha256 of what a reference names now: a changed ingredient is merged anew."""
-    if reference == STUDENT:
-        return STUDENT
-    folder = locate_model(_model_ref(reference))
-    if is_adapter(folder):
-        return " ".join(sha256_of(path) for path in sorted(folder.glob("adapter_*")))
-    return open_model(_model_ref(reference)).sha256
-
-
-def _model_ref(reference: str) -> ModelRef:
-    """Return the reference of a folder, a hub id with or without `@revision`, or another kind."""
-    name, _, revision = reference.partition("@")
-    if not revision or Path(reference).expanduser().is_dir():
-        return ModelRef(model=reference)
-    return ModelRef(model=name, revision=revision)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds a LoRA and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / RunLayout.CONFIG).is_file()
+    return STUDENT if reference == STUDENT else content_digest(reference)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +65,12 @@ def open_ingredients(
     for reference in references:
         if reference == STUDENT:
             continue
-        folder = locate_model(_model_ref(reference))
+        folder = locate_model(reference_of(reference))
         _require_other_run(reference, folder, out.ledger.folder)
         if is_adapter(folder):
             adapters[reference] = folder
         else:
-            model = open_model(_model_ref(reference))
+            model = open_model(reference_of(reference))
             _require_student_shape(reference, model, weights)
             models[reference] = model
     return OpenIngredients(
@@ -120,11 +100,11 @@ def check_ingredients(references: Sequence[str], pair: Pair, ignore_basis: bool)
     for reference in references:
         if reference == STUDENT:
             continue
-        folder = locate_model(_model_ref(reference))
+        folder = locate_model(reference_of(reference))
         if is_adapter(folder):
             compare_base(read_adapter_config(folder), student, ignore_basis)
             continue
-        model = open_model(_model_ref(reference))
+        model = open_model(reference_of(reference))
         _require_student_architecture(reference, model, student.config)
         if model.depth == student.depth:
             _require_student_config(reference, model, student.config)

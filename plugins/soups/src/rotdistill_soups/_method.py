@@ -9,15 +9,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rotdistill_core.checkpoint.lazy import LazyTensor
+from rotdistill_core.checkpoint.lora import sum_loras, truncate_rank, write_lora
 from rotdistill_core.checkpoint.models import Pair, is_unedited
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
+from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
+from rotdistill_soups._cost import SCORED_ROWS
 from rotdistill_soups._fisher import FisherSettings, fisher_information
 from rotdistill_soups._ingredient_set import (
     IngredientSet,
@@ -26,8 +29,6 @@ from rotdistill_soups._ingredient_set import (
     with_lora,
 )
 from rotdistill_soups._ingredients import OpenIngredients, open_ingredients
-from rotdistill_soups._kl_scorer import KLScorer
-from rotdistill_soups._lora import sum_loras, truncate_rank, write_lora
 from rotdistill_soups._merge import MergeOptions, merge
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def merge_into_student(
     ingredients = ranks.lead_alone(opened, None)
     scorer = None
     if step.require_improvement or step.method == "greedy":
-        scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress, ranks)
+        scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress, ranks, limit=SCORED_ROWS)
 
     def merged() -> Weights:
         assert ingredients is not None

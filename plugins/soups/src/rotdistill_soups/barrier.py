@@ -38,9 +38,9 @@ class InterpolationBarrier:
 
     def inputs(self) -> list[str]:
         """Return the content of the ends, on which the result depends too."""
-        from rotdistill_soups._ingredients import content_digest
+        from rotdistill_soups._ingredients import digest_of
 
-        return [end if end == CURVE_OF_VARIANT else content_digest(end) for end in self.between]
+        return [end if end == CURVE_OF_VARIANT else digest_of(end) for end in self.between]
 
     def check_models(self, pair: Pair) -> None:
         """Refuse ends that have no line to the student, before any work."""

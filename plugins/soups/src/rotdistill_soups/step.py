@@ -125,9 +125,9 @@ class Soups:
 
     def inputs(self) -> list[str]:
         """Return the content of the ingredients, on which the result depends too."""
-        from rotdistill_soups._ingredients import content_digest
+        from rotdistill_soups._ingredients import digest_of
 
-        return [content_digest(reference) for reference in self.ingredients]
+        return [digest_of(reference) for reference in self.ingredients]
 
     def check_models(self, pair: Pair) -> None:
         """Refuse ingredients that cannot be merged into the student, before any work."""

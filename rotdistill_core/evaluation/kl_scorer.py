@@ -6,6 +6,7 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.evaluation.acceptance import (
+    MAX_SCORED_ROWS,
     TextScores,
     paired_final_states,
     scored_rows,
@@ -15,7 +16,6 @@ from rotdistill_core.evaluation.divergence import compare_logits, shared_vocabul
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._cost import SCORED_ROWS
 
 
 class KLScorer:
@@ -32,11 +32,23 @@ class KLScorer:
         out: StepOutput,
         progress: Progress,
         ranks: Ranks = ALONE,
+        limit: int = MAX_SCORED_ROWS,
     ) -> None:
+        """Compute the teacher's states, or find them.
+
+        Args:
+            pair: teacher and student of one vocabulary.
+            samples: all texts.
+            split: the split that is scored.
+            out: takes what has to be computed.
+            progress: called once for each layer of the teacher.
+            ranks: the processes that share the teacher's pass.
+            limit: most rows that are scored, evenly spread.
+        """
         self.pair = pair
         self.tokens = shared_vocabulary(pair)
         self.layout = _scored_texts(samples, split)
-        self.rows, self.targets, self.text = scored_rows(self.layout, samples, split, SCORED_ROWS)
+        self.rows, self.targets, self.text = scored_rows(self.layout, samples, split, limit)
         states = paired_final_states(pair.teacher, samples, self.layout, out, progress, ranks)
         self.states = states[self.rows]
 

@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.architecture.table import Param
-from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors
-from rotdistill_core.checkpoint.weights import Undo, Weights, restore_undo
-from rotdistill_core.errors import RecipeError, SetupError
-from rotdistill_core.linalg.maps import Map, transform_param
-from rotdistill_core.store.casts import cast_that_fits, is_finite
-from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.records import WeightsRef
-from rotdistill_soups._adapter_config import (
+from rotdistill_core.checkpoint.adapter_config import (
     ADAPTER_CONFIG,
     ALL_LINEAR,
     AdapterConfig,
     read_adapter_config,
 )
+from rotdistill_core.checkpoint.lazy import LazyTensor, open_tensors
+from rotdistill_core.checkpoint.weights import Undo, Weights
+from rotdistill_core.errors import SetupError
+from rotdistill_core.linalg.maps import Map, transform_param
+from rotdistill_core.store.casts import cast_that_fits, is_finite
+from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.output import StepOutput
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -188,9 +187,9 @@ def _require_copy_of_base(
         )
     if not any(_equal_when_rounded(copy.read(), base) for base in own):
         raise SetupError(
-            f"{folder}: its tensor {key} is not the student's {name}: the adapter was trained on "
+            f"{folder}: its tensor {key} is not the model's {name}: the adapter was trained on "
             "another model, or with another vocabulary, or that tensor was trained too. Merge it "
-            "with peft into its own base, and name the merged model as the ingredient."
+            "with peft into its own base, and name the merged model in its place."
         )
 
 
@@ -234,7 +233,7 @@ def _require_fitting(
     out, inner = shape
     if A.shape[1:] != (inner,) or B.shape != (out, len(A)):
         raise SetupError(
-            f"{config.folder}: {name}.weight is {[out, inner]} in the student, which A "
+            f"{config.folder}: {name}.weight is {[out, inner]} in the model, which A "
             f"{list(A.shape)} and B {list(B.shape)} do not fit: the adapter has another shape."
         )
     if len(A) != config.rank_of(name):
@@ -246,7 +245,7 @@ def _require_fitting(
     if not (is_finite(A) and is_finite(B)):
         raise SetupError(
             f"{config.folder}: its matrices for {name}.weight hold NaN or Inf, and would spoil the "
-            "soup; leave the adapter out."
+            "weights; leave the adapter out."
         )
 
 
@@ -337,8 +336,14 @@ def truncate_rank(lora: Lora, rank: int) -> tuple[Lora, RankError]:
     return Lora(factors), RankError((lost / max(whole, 1e-300)) ** 0.5, worst)
 
 
-def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None:
-    """Commit the adapter in peft's format, float32, for the modules that transformers has.
+def write_lora(
+    lora: Lora,
+    out: StepOutput,
+    weights: Weights,
+    base: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Commit the adapter in peft's format for the modules that transformers has.
 
     peft knows one rank, so layers of a smaller one are filled up with zeros.
 
@@ -347,9 +352,10 @@ def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None
         out: the step's output.
         weights: the model that it belongs to.
         base: reference of that model; empty where it is no model of its own.
+        dtype: dtype of the matrices.
 
     Raises:
-        CheckFailed: a number does not fit float32.
+        CheckFailed: a number does not fit the dtype.
     """
     whole = _with_fused_modules(lora.factors, weights)
     rank = max((len(factors.A) for factors in whole.values()), default=1)
@@ -362,7 +368,7 @@ def write_lora(lora: Lora, out: StepOutput, weights: Weights, base: str) -> None
         halves = {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
         if name == weights.adapter.embedding:
             halves = {f"{module}.lora_embedding_A": B.T, f"{module}.lora_embedding_B": A.T}
-        tensors |= {key: cast_that_fits(X, torch.float32, key) for key, X in halves.items()}
+        tensors |= {key: cast_that_fits(X, dtype, key) for key, X in halves.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -413,18 +419,3 @@ def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
         rows.append(torch.nn.functional.pad(block, (start, width - start - block.shape[1])))
         start += block.shape[1]
     return torch.cat(rows)
-
-
-def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
-    """Return the record of an exact step of this run.
-
-    Raises:
-        RecipeError: this run has no such step.
-    """
-    for record in reversed(out.ledger.steps):
-        if record.id == step and isinstance(record.result, WeightsRef) and record.result.undo:
-            return restore_undo(out.store.root / record.result.undo, weights)
-    raise RecipeError(
-        f'soups: replay_folds names "{step}", which is no exact fold that stands before this step; '
-        "name the id of a basis-fold."
-    )

@@ -31,7 +31,7 @@ MAX_ALPHA = 1e6
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 """Names of inits that leave the base as it is; true and false do, too."""
 ONLY_PLAIN = "only a plain LoRA, W + s B A on linear layers and embeddings, can be merged"
-MERGE = "Merge it with peft (merge_and_unload), and name the merged model as the ingredient"
+MERGE = "Merge it with peft (merge_and_unload), and name the merged model in its place"
 OTHER_BASE = (
     "Such an adapter belongs to a base from which its first B A was subtracted, or that was "
     "quantised. Save it again as a plain LoRA, with peft's "
