@@ -302,6 +302,8 @@ def test_every_command_in_a_document_is_one(
     monkeypatch.chdir(ROOT)
     verb = get_command(app).get_command(None, words[0])  # type: ignore[arg-type]
     given = verb.make_context(words[0], words[1:]).params
+    if document.startswith("docs/paths/"):  # tests/test_paths.py has their recipes
+        return
     if words[0] in ("run", "plan", "check") and str(given["path"]).endswith(".toml"):
         load_recipe(given["path"], given.get("sets") or [])
 
