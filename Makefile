@@ -1,6 +1,7 @@
 # make demo: set up and run the tour guide; make test: set up and run the whole suite.
 # make faults: an hour of kills, flipped bits, hostile inputs and model settings; writes the table of docs/reliability.md.
-# make docs: rewrite what documents say of options, hooks and plugins; make wheels: build all distributions.
+# make docs: rewrite what documents say of options, hooks, plugins and the Python API, and build the site into site/.
+# make wheels: build all distributions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,6 +46,7 @@ faults: setup
 docs: setup
 	$(BIN)/python docs/generate.py
 	$(BIN)/rotdistill schema > recipes/recipe.schema.json
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py

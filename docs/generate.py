@@ -5,6 +5,7 @@ It fills the places between `<!-- NAME -->` and `<!-- end -->`, where NAME is on
 - `steps`: every shipped step with its options;
 - `options of STEP`, `keys of TABLE`: one table of options, or of keys of a recipe;
 - `stages`, `hooks`: the hook specifications;
+- `functions`, `types`: the public names of `rotdistill_core`;
 - `plugins`: the distributions of this project, and what each offers.
 
 The rest of a document stays as it is.
@@ -19,10 +20,12 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+import rotdistill_core
 from rotdistill_core.plugin.hookspecs import HookSpecs
 from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
 from rotdistill_core.plugin.step import STAGES, stage_of, validator_of
@@ -30,7 +33,8 @@ from rotdistill_core.recipe import document
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(
-    r"(<!-- (steps|stages|hooks|plugins|(?:keys|options) of [\w-]+) -->\n).*?(<!-- end -->)",
+    r"(<!-- (steps|stages|hooks|plugins|functions|types|(?:keys|options) of [\w-]+) -->\n)"
+    r".*?(<!-- end -->)",
     re.DOTALL,
 )
 BOUNDS = {
@@ -52,6 +56,7 @@ def documents() -> list[Path]:
     return [
         ROOT / "recipes" / "README.md",
         ROOT / "plugins" / "README.md",
+        ROOT / "docs" / "python.md",
         ROOT / "docs" / "plugins" / "hooks.md",
         *sorted(ROOT.glob("plugins/*/README.md")),
     ]
@@ -74,6 +79,8 @@ def _filled(place: re.Match[str]) -> str:
         "stages": _stages,
         "hooks": _hooks,
         "plugins": _plugins,
+        "functions": _functions,
+        "types": _types,
     }
     return head + writers[what]() + tail
 
@@ -127,6 +134,86 @@ def _hooks() -> str:
     return "".join(sections) + "\n"
 
 
+def public_names() -> Iterator[tuple[str, Any]]:
+    """Yield the public names of the core with what they stand for, but for pluggy's markers."""
+    for name in rotdistill_core.__all__:
+        found = getattr(rotdistill_core, name)
+        if getattr(found, "__module__", "").startswith("rotdistill_core"):
+            yield name, found
+
+
+def _functions() -> str:
+    sections = []
+    for name, found in public_names():
+        if inspect.isfunction(found):
+            sections.append(f"\n### {name}\n\n`{call_of(name, found)}`\n\n{prose(found)}\n")
+    return "".join(sections) + "\n"
+
+
+def _types() -> str:
+    sections = []
+    for name, found in public_names():
+        if inspect.isclass(found):
+            sections.append(f"\n### {name}\n\n{prose(found)}\n{_members(found)}")
+    return "".join(sections) + "\n"
+
+
+def _members(cls: type) -> str:
+    """Return a table of the public fields, methods and properties of a class, if it has any."""
+    fields = {
+        name: kind
+        for name, kind in vars(cls).get("__annotations__", {}).items()
+        if not name.startswith("_") and "ClassVar" not in str(kind)
+    }
+    rows = [f"| `{name}` | `{escaped(str(kind))}` |" for name, kind in fields.items()]
+    for name, member in vars(cls).items():
+        if name.startswith("_") or name in fields:
+            continue
+        found = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if inspect.isfunction(found):
+            rows.append(f"| `{call_of(name, found)}` | {escaped(_first_line(found))} |")
+        elif isinstance(found, property | cached_property):
+            rows.append(f"| `{name}` | {escaped(_first_line(found))} |")
+    if not rows:
+        return ""
+    return "\n".join(["\n| member | type, or what it is |", "|---|---|", *rows]) + "\n"
+
+
+def escaped(cell: str) -> str:
+    """Return the text of a cell of a table, whose bars do not end it."""
+    return cell.replace("|", "\\|")
+
+
+def call_of(name: str, function: Callable[..., Any]) -> str:
+    """Return a call with the names of its arguments; those with a default end in `=...`."""
+    listed = []
+    keyword_only = False
+    arguments = list(inspect.signature(function).parameters.values())
+    if "." in function.__qualname__:  # a method
+        del arguments[0]
+    for argument in arguments:
+        if argument.kind is argument.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            listed.append("*")
+        star = "*" if argument.kind is argument.VAR_POSITIONAL else ""
+        default = "" if argument.default is argument.empty else "=..."
+        listed.append(f"{star}{argument.name}{default}")
+    return f"{name}({', '.join(listed)})"
+
+
+def prose(subject: Any) -> str:
+    """Return a docstring as Markdown: what `Args:` and `Raises:` list becomes a list."""
+    paragraphs = []
+    for paragraph in (getdoc(subject) or "").split("\n\n"):
+        title, _, rest = paragraph.partition("\n")
+        if re.fullmatch(r"[A-Z]\w+:", title):
+            entries = re.split(r"\n(?=\S)", textwrap.dedent(rest))
+            listed = (re.sub(r"^([\w, ]+):", r"`\1`:", " ".join(e.split())) for e in entries)
+            paragraph = f"{title}\n\n" + "\n".join(f"- {entry}" for entry in listed)
+        paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
+
+
 def _plugins() -> str:
     """Return a table of the distributions of this project."""
     rows = ["| distribution | what it is | offers |", "|---|---|---|"]
@@ -171,7 +258,7 @@ def table(cls: type, what: str = "option") -> str:
         default = _default(factories.get(name, about.get("default")))
         if name in schema.get("required", ()):
             default = "required"
-        meaning = " ".join(about["description"].split()).replace("|", "\\|")
+        meaning = escaped(" ".join(about["description"].split()))
         rows.append(f"| `{name}` | {type_in_words(about)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
