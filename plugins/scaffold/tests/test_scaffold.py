@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from rotdistill_core.plugin.step import STAGES
-from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import command_line
 
 ROOT = Path(__file__).parents[3]
@@ -103,20 +102,6 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
         'step "my-align" (#2): strength: Input should be less than or equal to 1'
         in call(begun, *main, "check", "bad.toml").stderr
     )
-
-
-def test_a_recipe_is_valid_as_written(tmp_path: Path) -> None:
-    assert command_line("new", "recipe", "mine", "--in", str(tmp_path))[0] == 0
-    loaded = load_recipe(tmp_path / "mine.toml")
-    assert loaded.recipe.name == "mine"
-    assert [recipe_step.id for recipe_step in loaded.chain("full")] == [
-        "chop",
-        "residuals",
-        "basis",
-        "fold",
-        "head",
-        "fidelity",
-    ]
 
 
 @pytest.mark.parametrize(

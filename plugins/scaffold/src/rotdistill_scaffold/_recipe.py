@@ -176,7 +176,8 @@ def _samples(wanted: Wanted, into: Path) -> SamplesRef:
                 "style": shipped / "tour_guide.md",
             }
         named |= {key: str(path) for key, path in defaults.items() if named[key] is None}
-    return SamplesRef(**{key: _seen_from(into, path) for key, path in named.items() if path})
+    files = {key: _seen_from(into, path) for key, path in named.items() if path}
+    return SamplesRef.model_validate(files)
 
 
 def _shipped_samples(into: Path) -> Path | None:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from rotdistill_core.characters import visible, visible_json
 from rotdistill_core.checkpoint.models import Model, Pair
@@ -310,7 +311,7 @@ def _chop(student: Model) -> list[str]:
 
 
 def _capture(setting: Setting, choices: Choices) -> list[str]:
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if setting.facts.count > ALIGNED_TEXTS:
         options["student_texts"] = ALIGNED_TEXTS
     if setting.kind is Kind.streams:
@@ -341,8 +342,15 @@ def _training(setting: Setting, choices: Choices, guard: dict[str, float]) -> It
         return
     fast = {"bfloat16": True} if setting.fast_bfloat16 else {}
     why = "transfer: a LoRA, trained on the teacher's own answers and folded"
-    options = {"prompts_from": ["questions"], "max_epochs": 2, **fast, **guard}
-    yield _step(why, "prompt-kl", "style", **options)
+    yield _step(
+        why,
+        "prompt-kl",
+        "style",
+        prompts_from=["questions"],
+        max_epochs=2,
+        **fast,
+        **guard,
+    )
 
 
 def _variants(setting: Setting, choices: Choices) -> list[str]:
