@@ -1,4 +1,4 @@
-"""Facts and falsehoods in answers: agreement with labels, spellings, and denials."""
+"""Facts and falsehoods in answers: agreement with labels, spellings, phrases and denials."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from rotdistill_answers._facts import stated_claims, states
+from rotdistill_answers._facts import DENIALS, named_claims, undenied_claims
 from rotdistill_answers._normalize import normalize
 
 from rotdistill_core.data.conversations import Claim
@@ -45,9 +45,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def scored_labels(answer: dict[str, str], question: dict[str, str]) -> set[str]:
     text = normalize(answer["answer"], answer["language"])
     labels = set()
-    for column, names in (("facts", "123456"), ("falsehoods", "abcd")):
+    columns = (("facts", "123456", named_claims), ("falsehoods", "abcd", undenied_claims))
+    for column, names, found_in in columns:
         claims = [Claim(**claim) for claim in json.loads(question[column])]
-        stated = stated_claims(text, claims, answer["language"])
+        stated = found_in(text, claims, answer["language"])
         labels |= {name for name, claim in zip(names, claims, strict=True) if claim.what in stated}
     return labels
 
@@ -68,7 +69,9 @@ def test_the_scorer_agrees_with_labels_made_by_hand() -> None:
     answers = labelled("labelled.tsv")
     assert len(answers) == 60
     wrong = [answer for answer in answers if answer.errors]
-    assert len(wrong) / 60 <= 0.05, [(answer.name, answer.errors) for answer in wrong]
+    decisions = sum(len(answer.errors) for answer in wrong)
+    assert decisions / 600 <= 0.02, [(answer.name, answer.errors) for answer in wrong]
+    assert f"in {60 - len(wrong)}, and errs in {decisions} of 600 single decisions" in README
     for answer in wrong:
         assert f"| `{answer.row['id']}` {answer.row['kind']} |" in README
     assert README.count("| `held-") == len(wrong)
@@ -153,76 +156,63 @@ def test_different_things_stay_different(language: str, one: str, other: str) ->
 
 
 DENIED = [
-    ("en", "It was not built in 1889.", "built in 1889"),
-    ("en", "It was not, as many think, built in 1889.", "built in 1889"),
-    ("fr", "Elle n'a pas été construite en 1889.", "construite en 1889"),
-    ("de", "Er wurde 1889 nicht gebaut.", "1889"),
-    ("es", "No se construyó en 1889.", "en 1889"),
-    ("it", "Non fu costruita nel 1889.", "nel 1889"),
-    ("pt", "Não foi construída em 1889.", "em 1889"),
-    ("ru", "Она не построена в 1889 году.", "в 1889"),
-    ("ja", "1889年に建てられたのではありません。", "1889"),
-    ("zh", "它不是1889年建的。", "1889"),
-    ("hi", "यह १८८९ में नहीं बना था।", "1889"),
-    ("ar", "لم يُبنَ في ١٨٨٩.", "1889"),
-    ("el", "Δεν χτίστηκε το 1889.", "1889"),
-    ("ko", "1889년에 지어지지 않았다.", "1889"),
-    ("en", "Was it built in 1889?", "built in 1889"),
-    ("en", "Gustave Eiffel did not design it.", "Gustave Eiffel"),
-    ("en", "It is not in Egypt, Syria or Lebanon.", "Syria"),
-    ("en", "It is a myth that it was built in 1889.", "built in 1889"),
-    ("en", "That it was built in 1889 is a myth.", "built in 1889"),
-    ("en", "Many people believe it was built in 1889.", "built in 1889"),
-    ("de", "Es stimmt nicht, dass er 1889 gebaut wurde.", "1889"),
-    ("ru", "Неверно, что она построена в 1889 году.", "1889"),
-    ("zh", "它不在洛阳。", "在洛阳"),
-    ("es", "Muchos creen que se construyó en 1889.", "en 1889"),
-    ("es", "Es falso que se construyera en 1889.", "en 1889"),
-    ("fr", "Le Mont n'a rien de cistercien.", "cistercien"),
-    ("fr", "Guernica n'y est pas.", "Guernica"),
-    ("it", "È un mito che fu costruita nel 1889.", "nel 1889"),
-    ("pt", "É mentira que foi construída em 1889.", "em 1889"),
-    ("de", "Es ist ein Irrtum, dass er 1889 gebaut wurde.", "1889"),
-    ("ru", "Многие считают, что она построена в 1889 году.", "1889"),
-    ("zh", "很多人以为它建于1889年。", "1889"),
+    ("ar", "لم يُبنَ في ١٨٨٩."),
+    ("de", "Er wurde 1889 nicht gebaut."),
+    ("el", "Δεν χτίστηκε το 1889."),
+    ("en", "It wasn't built in 1889, as many think."),
+    ("es", "No se construyó en 1889."),
+    ("fr", "Elle n'a pas été construite en 1889."),
+    ("hi", "यह १८८९ में नहीं बना था।"),
+    ("it", "Non fu costruita nel 1889."),
+    ("ja", "1889年に建てられたのではありません。"),
+    ("ko", "1889년에 지어지지 않았다."),
+    ("pt", "Não foi construída em 1889."),
+    ("ru", "Она не построена в 1889 году."),
+    ("zh", "它不是1889年建的。"),
 ]
-STATED = [
-    ("en", "It was not built in 1889 but in 1887.", "1887"),
-    ("en", "It was built in 1889, not in 1887.", "1889"),
-    ("fr", "Pas en 1887, mais en 1889.", "1889"),
-    ("en", "Not only in 1889 was it shown.", "1889"),
-    ("de", "Nicht 1887, sondern 1889.", "1889"),
-    ("es", "No te pierdas la torre de 1889.", "1889"),
-    ("en", "It is closed. No, it opened in 1889.", "1889"),
-    ("ja", "1887年ではなく1889年です。", "1889"),
-    ("zh", "不是1887年，而是1889年。", "1889"),
-    ("ko", "1887년이 아니라 1889년이다.", "1889"),
-    ("it", "Non nel 1887, ma nel 1889.", "1889"),
-    ("ru", "Не в 1887, а в 1889 году.", "1889"),
-    ("en", "It did not open until 1889.", "1889"),
-    ("en", "Nobody should leave without seeing the Siq.", "Siq"),
-    ("en", "It was not built by the Romans and lies in Wiltshire.", "Wiltshire"),
-    ("en", "Cape Town's mountain is not a volcano.", "Cape Town"),
-    ("en", "The museum in Paris does not own Guernica.", "Paris"),
-    ("en", "Did you know that it opened in 1889?", "1889"),
-    ("es", "No te pierdas la torre ni el patio de 1889.", "1889"),
-    ("fr", "Ne manquez ni la tour ni Guernica.", "Guernica"),
-    ("it", "Non è di Palladio e fu costruita nel 1889.", "nel 1889"),
-    ("pt", "Não deixe de ver a torre de 1889.", "1889"),
-    ("de", "Niemand sollte gehen, ohne den Turm von 1889 zu sehen.", "1889"),
-    ("ja", "城は戦災で焼けずに1609年の姿を残す。", "1609"),
-    ("zh", "它不在洛阳而在西安。", "西安"),
+ASSERTED = [
+    ("ar", "بُني في ١٨٨٩. لا تفوته."),
+    ("de", "Er wurde 1889 gebaut. Ein Muss, nicht wahr?"),
+    ("el", "Χτίστηκε το 1889. Μην το χάσετε."),
+    ("en", "It is not closed: it opened in 1889, a notable year."),
+    ("es", "Abrió en 1889. No se la pierda."),
+    ("fr", "Construite en 1889 (à ne pas manquer)."),
+    ("hi", "यह १८८९ में बना था। इसे देखना नहीं भूलें।"),
+    ("it", "Fu costruita nel 1889. Non perdetela."),
+    ("ja", "1889年に建てられました。見逃せません。"),
+    ("ko", "1889년에 지어졌다. 놓치지 않기를."),
+    ("pt", "Foi construída em 1889. Não perca."),
+    ("ru", "Она построена в 1889 году. Не пропустите."),
+    ("zh", "它建于1889年。不要错过。"),
+    ("sw", "Ilijengwa mwaka 1889."),
 ]
 
 
-@pytest.mark.parametrize(("language", "text", "phrase"), DENIED)
-def test_a_denied_phrase_is_not_stated(language: str, text: str, phrase: str) -> None:
-    assert not states(normalize(text, language), Claim("", (phrase,)), language)
+@pytest.mark.parametrize(("language", "text"), DENIED)
+def test_a_falsehood_does_not_count_beside_a_word_of_denial(language: str, text: str) -> None:
+    claims = [Claim("built in 1889", ("1889",))]
+    assert undenied_claims(normalize(text, language), claims, language) == ()
+    assert named_claims(normalize(text, language), claims, language) == ("built in 1889",)
 
 
-@pytest.mark.parametrize(("language", "text", "phrase"), STATED)
-def test_a_phrase_near_a_denial_is_stated(language: str, text: str, phrase: str) -> None:
-    assert states(normalize(text, language), Claim("", (phrase,)), language)
+@pytest.mark.parametrize(("language", "text"), ASSERTED)
+def test_a_falsehood_counts_in_a_sentence_that_denies_nothing(language: str, text: str) -> None:
+    claims = [Claim("built in 1889", ("1889",))]
+    assert undenied_claims(normalize(text, language), claims, language) == ("built in 1889",)
+
+
+def test_every_language_with_a_list_of_denials_is_tried() -> None:
+    assert [language for language, _ in DENIED] == sorted(DENIALS)
+
+
+def test_a_phrase_that_denies_counts_where_it_stands() -> None:
+    claims = [Claim("no lift", ("no lift",)), Claim("a lift", ("a lift",))]
+    assert undenied_claims("there is no lift, nor a lift plan", claims, "en") == ("no lift",)
+
+
+def test_no_phrase_goes_on_behind_a_sentence_that_is_left_out() -> None:
+    claims = [Claim("built in 1889", ("built 1889", "built … 1889"))]
+    assert undenied_claims("it was built. not in 1889. 1889 came later", claims, "en") == ()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +231,7 @@ def test_a_phrase_near_a_denial_is_stated(language: str, text: str, phrase: str)
     ],
 )
 def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
-    assert not states(normalize(text, "pt"), Claim("", (phrase,)), "pt")
+    assert not named_claims(normalize(text, "pt"), [Claim("", (phrase,))], "pt")
 
 
 @pytest.mark.parametrize(
@@ -254,4 +244,4 @@ def test_a_phrase_is_not_found_inside_another(phrase: str, text: str) -> None:
     ],
 )
 def test_signs_stand_for_several_phrases(phrase: str, text: str) -> None:
-    assert states(normalize(text, "en"), Claim("", (phrase,)), "en")
+    assert named_claims(normalize(text, "en"), [Claim("", (phrase,))], "en")

@@ -13,7 +13,7 @@ from py3langid.langid import MODEL_FILE
 from py3langid.langid import LanguageIdentifier as LangidModel
 from sacrebleu.metrics.chrf import CHRF
 
-from rotdistill_answers._facts import stated_claims
+from rotdistill_answers._facts import named_claims, undenied_claims
 from rotdistill_answers._normalize import normalize, primary_language
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.conversations import Conversation
@@ -178,8 +178,8 @@ def score_answer(
     return AnswerScore(
         answer=answer,
         language=language,
-        facts=stated_claims(text, question.facts, reading_language),
-        errors=stated_claims(text, question.falsehoods, reading_language),
+        facts=named_claims(text, question.facts, reading_language),
+        errors=undenied_claims(text, question.falsehoods, reading_language),
     )
 
 
