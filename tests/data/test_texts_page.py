@@ -36,8 +36,8 @@ def test_every_column_is_named() -> None:
 
 
 def test_the_plain_form_is_the_one_of_the_page() -> None:
-    (block,) = re.findall(r"^  ```\n(.*?)^  ```$", PAGE, re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^    ```\n(.*?)^    ```$", PAGE, re.MULTILINE | re.DOTALL)
     chat = ChatFormat("base", PLAIN_TEMPLATE)
     messages = chat.messages("Be brief.", "Where is my parcel?", "The link in our mail shows it.")
     (text,) = chat.render([messages])
-    assert text == "".join(line.removeprefix("  ") for line in block.splitlines(True)).rstrip("\n")
+    assert text == "".join(line.removeprefix("    ") for line in block.splitlines(True)).rstrip("\n")

@@ -37,6 +37,7 @@ REQUIRED_OPTIONS: dict[str, dict[str, Any]] = {
     "interpolation-barrier": {"between": ["variant", "student"]},
     "lm-eval": {"folder": "tasks", "tasks": ["piqa"]},
     "soups": {"ingredients": ["run:one/full"]},
+    "transport": {"source": "adapter"},
 }
 NOT_SIZES = ("shared_files", "added_up", "gathered")
 SIZES = [field.name for field in fields(Cost) if field.name not in NOT_SIZES]

@@ -285,6 +285,7 @@ def test_every_step_here_is_as_specified(
         "soups": {"ingredients": ["student"]},
         "interpolation-barrier": {"between": ["variant", "elsewhere"]},
         "lm-eval": {"folder": "tasks", "tasks": ["one"]},
+        "transport": {"source": "teacher"},
     }
     options = needed.get(name, {})
     for check in STEP_CHECKS[:2]:

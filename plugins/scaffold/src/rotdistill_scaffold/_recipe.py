@@ -29,6 +29,7 @@ from rotdistill_core.planning.text_counts import token_counter
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.recipe.load import resolve_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
+from rotdistill_core.store.plain import read_bytes
 from rotdistill_scaffold._recipe_text import Choices, Kind, Setting, TextFacts, recipe_text
 
 Log = Callable[[str], None]
@@ -367,4 +368,4 @@ def _in_words(machine: Machine) -> str:
 def _has_amx() -> bool:
     """Return whether the processor multiplies in bfloat16 by AMX, as far as Linux says."""
     path = Path("/proc/cpuinfo")
-    return path.is_file() and "amx_bf16" in path.read_text(encoding="utf-8", errors="replace")
+    return path.is_file() and b"amx_bf16" in read_bytes(path)
