@@ -24,6 +24,8 @@ FEW_TEXTS = (
     "samples.own_answers=8",
     "--set",
     "samples.answer_tokens=16",
+    "--set",
+    "refit.ridge=[0.3]",
 )
 OFFLINE = {
     **os.environ,
