@@ -40,6 +40,5 @@ def test_the_plain_form_is_the_one_of_the_page() -> None:
     chat = ChatFormat("base", PLAIN_TEMPLATE)
     messages = chat.messages("Be brief.", "Where is my parcel?", "The link in our mail shows it.")
     (text,) = chat.render([messages])
-    assert text == "".join(line.removeprefix("    ") for line in block.splitlines(True)).rstrip(
-        "\n"
-    )
+    lines = (line.removeprefix("    ") for line in block.splitlines(keepends=True))
+    assert text == "".join(lines).rstrip("\n")
