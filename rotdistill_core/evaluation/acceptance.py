@@ -19,6 +19,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
 from rotdistill_core.data.pairing import pair_tokens
 from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.guard import HARMLESS_KL, largest_allowed_kl
 from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import core_digest
@@ -241,7 +242,7 @@ def accept_if_better(
         after: the whole edit.
         score: KL of a view, text by text; called with `VALIDATION` and `GUARD_VALIDATION`.
         guard: limit on the KL on the guard's validation half, as a multiple of its value before
-            the edit; None for no limit.
+            the edit (`guard_of`); None for no limit.
         out: output of the step.
     """
     start = score(before, Split.VALIDATION)
@@ -253,7 +254,7 @@ def accept_if_better(
     if kept is before:
         out.report.refused = (
             f"at every strength the KL on the guard's texts would exceed {guard:g} times its value "
-            "before the edit; the weights are left as they were"
+            f"before the edit (and {HARMLESS_KL:g} nats); the weights are left as they were"
         )
     elif not significantly_lower(start, end):
         out.report.refused = (
@@ -276,9 +277,11 @@ def _within_guard(
         kl_by_share[share] = score(view, Split.GUARD_VALIDATION).mean
         return kl_by_share[share]
 
-    share = largest_allowed_share(BACKOFF, ood_kl, guard * kl_before)
+    limit = largest_allowed_kl(guard, kl_before)
+    share = largest_allowed_share(BACKOFF, ood_kl, limit)
     out.notes |= {
         "guard KL before": kl_before,
+        "guard KL allowed": limit,
         "guard KL by strength": {f"{tried:g}": kl for tried, kl in kl_by_share.items()},
     }
     return interpolate(before, after, share) if share else before

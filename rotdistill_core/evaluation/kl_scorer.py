@@ -1,10 +1,11 @@
-"""KL from the teacher of a view of the student, on the answers of a split."""
+"""KL from the teacher of a view of the student, on the answers of one split or of two."""
 
 from __future__ import annotations
 
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
     TextScores,
@@ -67,6 +68,43 @@ class KLScorer:
             self.tokens,
         )
         return scores_by_text(comparison.kl, self.text)
+
+
+class EditScorer:
+    """Scores a view of the student on validation texts and on those of the guard.
+
+    It is what `accept_if_better` asks for.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        samples: Samples,
+        guard: float | None,
+        out: StepOutput,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        limit: int = MAX_SCORED_ROWS,
+    ) -> None:
+        """Compute the teacher's states of all that is scored, or find them.
+
+        Args:
+            pair: teacher and student of one vocabulary.
+            samples: all texts.
+            guard: see `guard_of`; with None the guard's texts are not scored.
+            out: takes what has to be computed.
+            progress: called once for each layer of the teacher.
+            ranks: the processes that share the teacher's pass.
+            limit: most rows of a split that are scored.
+        """
+        splits = [Split.VALIDATION, *([Split.GUARD_VALIDATION] if guard is not None else [])]
+        self.scorers = {
+            split: KLScorer(pair, samples, split, out, progress, ranks, limit) for split in splits
+        }
+
+    def __call__(self, view: Weights, split: Split = Split.VALIDATION) -> TextScores:
+        """Return the KL of a view, nats, text by text."""
+        return self.scorers[split](view)
 
 
 def _scored_texts(samples: Samples, split: str) -> PackedTexts:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.splits import Split
-from rotdistill_core.errors import RecipeError, SingularError
+from rotdistill_core.errors import SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
     ScoredRows,
@@ -37,6 +37,7 @@ from rotdistill_core.evaluation.acceptance import (
     significantly_lower,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
+from rotdistill_core.evaluation.guard import guard_of, largest_allowed_kl
 from rotdistill_core.forward.head import logits_of, logits_scaling
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.moments import Moments
@@ -189,7 +190,8 @@ def fit_head(
         SetupError: teacher and student have different tokenizers.
     """
     shared_vocabulary(pair)  # raises before the work
-    texts = FitTexts.of(step, ranks.lead(partial(_texts_of, step, samples)), samples)
+    guard = guard_of(step.guard, samples, step.use)
+    texts = FitTexts.of(step, ranks.lead(partial(_texts_of, step, samples, guard)), samples)
     read = read_states(
         StudentStates.of(weights, activations, pair.student, texts.layout, ranks),
         None if step.objective == "next-token" else TeacherStates(activations, pair, samples),
@@ -198,7 +200,7 @@ def fit_head(
         progress,
         ranks,
     )
-    fit = partial(with_best_head, step, weights, pair, texts, read, out, progress)
+    fit = partial(with_best_head, step, weights, pair, texts, read, guard, out, progress)
     return ranks.lead_alone(fit, weights)
 
 
@@ -233,6 +235,7 @@ def with_best_head(
     pair: Pair,
     texts: FitTexts,
     read: ReadStates,
+    guard: float | None,
     out: StepOutput,
     progress: Progress,
 ) -> Weights:
@@ -244,6 +247,7 @@ def with_best_head(
         pair: both models, of one vocabulary.
         texts: the texts, and the rows that heads are judged by.
         read: what is kept of both models' final states on them.
+        guard: how much worse a head may be outside the domain; see `guard_of`.
         out: its notes describe the fit.
         progress: called for each part of the fit.
     """
@@ -265,7 +269,7 @@ def with_best_head(
         validation_text=texts.scored.text,
     )
     before = best = ScoredHead(H_s, problem.validation_kl(H_s))
-    limit = ood_limit(problem, step.guard)
+    limit = ood_limit(problem, guard)
 
     if teacher is not None:
         best = choose_ridge_head(step, problem, teacher, before, limit, out)
@@ -275,7 +279,7 @@ def with_best_head(
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
     if best.head is H_s or not _significantly_better(problem, best.head):
-        candidate = "candidate that the guard allows" if step.guard else "candidate"
+        candidate = "candidate that the guard allows" if guard else "candidate"
         out.report.refused = (
             f"no {candidate} lowers the validation KL beyond chance; the head is left as it was"
         )
@@ -286,20 +290,11 @@ def with_best_head(
     return weights.untie().edit({weights.adapter.head: whole})
 
 
-def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
-    """Return the fit texts, then the validation texts, and those of the guard if the step has one.
-
-    Raises:
-        RecipeError: a guard without texts outside the domain.
-    """
+def _texts_of(step: LmHeadRidge, samples: Samples, guard: float | None) -> PackedTexts:
+    """Return the fit texts, then those of validation, and those of the guard if there is one."""
     fit = samples.layout.select(Split.FIT, limit=step.max_texts)
-    splits = (Split.VALIDATION, Split.GUARD_VALIDATION) if step.guard else (Split.VALIDATION,)
-    layout = replace(fit, texts=fit.texts + samples.layout.select(*splits).texts)
-    if step.guard and not len(layout.prediction_rows(Split.GUARD_VALIDATION)[0]):
-        raise RecipeError(
-            "lm-head-ridge: guard needs texts outside the domain; name them as samples.guard."
-        )
-    return layout
+    splits = (Split.VALIDATION, Split.GUARD_VALIDATION) if guard else (Split.VALIDATION,)
+    return replace(fit, texts=fit.texts + samples.layout.select(*splits).texts)
 
 
 def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
@@ -307,7 +302,8 @@ def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
     if guard is None:
         return None
     rows = problem.layout.prediction_rows(Split.GUARD_VALIDATION)[0]
-    return OutOfDomain(rows, guard * float(problem.kl(rows, problem.head).mean()))
+    before = float(problem.kl(rows, problem.head).mean())
+    return OutOfDomain(rows, largest_allowed_kl(guard, before))
 
 
 def _significantly_better(problem: HeadProblem, head: Tensor) -> bool:

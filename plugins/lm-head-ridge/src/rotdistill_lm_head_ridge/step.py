@@ -11,6 +11,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BLOCK_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
@@ -65,9 +66,10 @@ class LmHeadRidge:
     """Most tokens that the map's KL distinguishes; all others count as one."""
     max_iter: PositiveInt = 24
     """Most L-BFGS steps."""
-    guard: Annotated[float, Field(ge=1)] | None = None
+    guard: Guard | None = None
     """Allow only heads whose KL on the guard's validation half is at most this multiple of the
-    KL before (1.02: 2 % worse)."""
+    KL before, or 0.05 nats. By default 1.02 (2 % worse) where the recipe has guard texts; `"off"`
+    for no limit."""
 
     exact: ClassVar[bool] = False
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.guard import is_guarded
 from rotdistill_core.planning.cost import (
     FLOAT32_BYTES,
     LOGIT_BLOCKS,
@@ -101,7 +102,7 @@ def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) ->
     """Return the cost of the whole teacher that continues topics, and of its pass over texts."""
     read = context.texts.as_teacher_reads
     rows = texts.rows - context.texts.prefix + read.prefix
-    if step.guard:
+    if is_guarded(step.guard, context.texts):
         rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
     key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
     cost = teacher_states_cost(context, rows, key).dealt()
@@ -214,5 +215,5 @@ def _scoring_cost(step: PromptKl, context: CostContext) -> Cost:
     student, number = context.student, context.student_bytes
     head = student.vocab * student.width
     edited = head if step.train == "head" else student.parameters(inside=True)
-    scores = acceptance_cost(context, step.guard is not None).dealt()
+    scores = acceptance_cost(context, is_guarded(step.guard, context.texts)).dealt()
     return replace(scores, host_bytes=scores.host_bytes + edited * number)

@@ -24,6 +24,7 @@ from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_lengt
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
+from rotdistill_core.evaluation.guard import guard_of
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import wide_dtype
@@ -68,7 +69,9 @@ def distil(
         RecipeError: the samples lack what the options ask for, or the student is fused.
         SetupError: teacher and student have different tokenizers.
     """
-    texts = ranks.lead(partial(training_texts, step, pair, samples, out, progress))
+    guard = guard_of(step.guard, samples, step.use)
+    outside = samples.layout.select(Split.GUARD_VALIDATION).texts if guard else ()
+    texts = ranks.lead(partial(training_texts, step, pair, samples, out, progress, outside))
     vocabulary = shared_vocabulary(pair)
     # Matrices that train are wide, and meet states in the narrow dtype of the student.
     narrow = wide_dtype(pair.student.dtype) != pair.student.dtype
@@ -87,7 +90,7 @@ def distil(
         )
     else:
         score = partial(targets.scores, samples)
-        kept = accept_if_better(weights, trained, score, step.guard, out)
+        kept = accept_if_better(weights, trained, score, guard, out)
     saved.clear()
     return kept
 
@@ -96,13 +99,18 @@ def distil(
 
 
 def training_texts(
-    step: PromptKl, pair: Pair, samples: Samples, out: StepOutput, progress: Progress
+    step: PromptKl,
+    pair: Pair,
+    samples: Samples,
+    out: StepOutput,
+    progress: Progress,
+    outside: Sequence[Text] = (),
 ) -> TrainingTexts:
-    """Return the teacher's continuations and answers, and the guard's texts if there is a guard.
+    """Return the teacher's continuations and answers, and `outside`, the guard's texts.
 
     Raises:
-        RecipeError: the samples lack topics, answers or guard texts that the options need, or
-            the student has fused projections.
+        RecipeError: the samples lack topics or answers that the options need, or the student has
+            fused projections.
     """
     if pair.student.adapter.fused:
         raise RecipeError(
@@ -116,13 +124,6 @@ def training_texts(
             raise RecipeError(
                 'prompt-kl: prompts_from = ["questions"] trains on the teacher\'s answers; '
                 "let it write some: samples.own_answers = 64, or lessons.count."
-            )
-    outside: list[Text] = []
-    if step.guard:
-        outside = list(samples.layout.select(Split.GUARD_VALIDATION).texts)
-        if not outside:
-            raise RecipeError(
-                "prompt-kl: guard needs texts outside the domain; name them as samples.guard."
             )
     continuations: list[Text] = []
     if step.continues_topics:

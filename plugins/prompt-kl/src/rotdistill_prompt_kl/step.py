@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_prompt_kl._cost import prompt_kl_cost
@@ -87,9 +88,10 @@ class PromptKl:
     """Temperature of the student's answers (`on_policy`); 0 takes the best token."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the first A, of the order of texts, and of what the student's answers draw."""
-    guard: Annotated[float, Field(ge=1)] | None = None
+    guard: Guard | None = None
     """Apply only so much of the LoRA (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
-    half is at most this multiple of the KL before (1.02: 2 % worse)."""
+    half is at most this multiple of the KL before, or 0.05 nats. By default 1.02 (2 % worse) where
+    the recipe has guard texts; `"off"` for no limit."""
 
     exact: ClassVar[bool] = False
 

@@ -21,8 +21,6 @@ ALIGNED_TEXTS = 48
 """Texts on which the student is captured: aligners need few."""
 HEAD_TEXTS = 64
 """Texts that a head is fitted on: it has few unknowns for each token."""
-GUARD = 1.02
-"""Largest KL outside the domain that an edit may leave, as a multiple of the KL before it."""
 USUAL_TOKENS = 512
 """Longest text to fit on, if no prompt is longer."""
 USUAL_ANSWER = 64
@@ -250,7 +248,7 @@ def _samples(setting: Setting, choices: Choices) -> list[str]:
     if samples.guard:
         lines += _line("guard", samples.guard, "texts outside the domain, which should stay right")
     else:
-        lines += _comment('guard = "other.jsonl" would show what is forgotten outside the domain')
+        lines += _comment('guard = "other.jsonl" would limit what is forgotten outside the domain')
     if choices.limit:
         why = f"of {facts.count}: with more a first run takes long here; remove this for all"
         lines += _line("limit", choices.limit, why)
@@ -281,7 +279,6 @@ def _heldout(facts: TextFacts) -> Iterator[str]:
 
 
 def _steps(setting: Setting, choices: Choices) -> Iterator[list[str]]:
-    guard = {"guard": GUARD} if setting.facts.samples.guard else {}
     if setting.kind is Kind.cut:
         yield _chop(setting.pair.student)
     yield _capture(setting, choices)
@@ -293,8 +290,8 @@ def _steps(setting: Setting, choices: Choices) -> Iterator[list[str]]:
             yield _step(why, "writer-refit", "refit", writers=["heads", "neurons"])
         why = "transfer: the head is fitted to the teacher's predictions"
         fits = {"objective": "kl"} if setting.kind is Kind.pair else {}
-        yield _step(why, "lm-head-ridge", "head", max_texts=HEAD_TEXTS, **fits, **guard)
-        yield from _training(setting, choices, guard)
+        yield _step(why, "lm-head-ridge", "head", max_texts=HEAD_TEXTS, **fits)
+        yield from _training(setting, choices)
     yield _step("evaluate: predictions, compared with the teacher's", "fidelity")
     yield _step("evaluate: variants answer the held-out questions", "answers")
 
@@ -331,7 +328,7 @@ def _alignment(setting: Setting) -> Iterator[list[str]]:
         yield _step(why, "basis-fold", "fold", mode="canonical")
 
 
-def _training(setting: Setting, choices: Choices, guard: dict[str, float]) -> Iterator[list[str]]:
+def _training(setting: Setting, choices: Choices) -> Iterator[list[str]]:
     if not setting.trains:
         return
     if not choices.train:
@@ -349,7 +346,6 @@ def _training(setting: Setting, choices: Choices, guard: dict[str, float]) -> It
         prompts_from=["questions"],
         max_epochs=2,
         **fast,
-        **guard,
     )
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from rotdistill_weight_matching import WeightMatching
 
 from rotdistill_core.data.splits import Split
+from rotdistill_core.evaluation.guard import is_guarded
 from rotdistill_core.planning.cost import (
     FLOAT32_BYTES,
+    GUARD_SCORES,
     LOGIT_BLOCKS,
     Cost,
     CostContext,
@@ -59,6 +61,10 @@ def soup_cost(step: Soups, context: CostContext) -> Cost:
     if scores:
         parts = 1 + count
         cost += _merged_score_cost(context, Split.VALIDATION, parts).repeated(scores)
+    if step.require_improvement and is_guarded(step.guard, context.texts):
+        cost += _teacher_cost(context, Split.GUARD_VALIDATION).dealt()
+        merged = _merged_score_cost(context, Split.GUARD_VALIDATION, 1 + count)
+        cost += merged.repeated(GUARD_SCORES)
     return cost
 
 

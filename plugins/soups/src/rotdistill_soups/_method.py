@@ -16,7 +16,8 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
-from rotdistill_core.evaluation.kl_scorer import KLScorer
+from rotdistill_core.evaluation.guard import guard_of
+from rotdistill_core.evaluation.kl_scorer import EditScorer
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
@@ -45,13 +46,13 @@ class MergeRun:
     samples: Samples
     out: StepOutput
     progress: Progress
-    scorer: KLScorer | None
-    """Validation KL; None where nothing has to be chosen by it."""
+    scorer: EditScorer | None
+    """None where nothing has to be chosen by its KL."""
 
-    def score(self, view: Weights, _: str = Split.VALIDATION) -> TextScores:
-        """Return the validation KL of a view."""
+    def score(self, view: Weights, split: Split = Split.VALIDATION) -> TextScores:
+        """Return the KL of a view."""
         assert self.scorer is not None
-        return self.scorer(view)
+        return self.scorer(view, split)
 
     def together(self) -> IngredientSet:
         """Return all ingredients in the student's form."""
@@ -85,9 +86,11 @@ def merge_into_student(
         return open_ingredients(step.ingredients, weights, pair, out)
 
     ingredients = ranks.lead_alone(opened, None)
-    scorer = None
+    scorer = guard = None
+    if step.require_improvement:
+        guard = guard_of(step.guard, samples, step.use)
     if step.require_improvement or step.method == "greedy":
-        scorer = KLScorer(pair, samples, Split.VALIDATION, out, progress, ranks, limit=SCORED_ROWS)
+        scorer = EditScorer(pair, samples, guard, out, progress, ranks, limit=SCORED_ROWS)
 
     def merged() -> Weights:
         assert ingredients is not None
@@ -103,7 +106,7 @@ def merge_into_student(
         merged = DRIVERS.get(step.method, _merge_all)(run)
         if not step.require_improvement:
             return merged
-        return accept_if_better(weights, merged, run.score, None, out)
+        return accept_if_better(weights, merged, run.score, guard, out)
 
     return ranks.lead_alone(merged, weights)
 

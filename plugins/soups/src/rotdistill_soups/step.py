@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
 from rotdistill_soups._cost import soup_cost
@@ -75,6 +76,10 @@ class Soups:
     (the empirical Fisher, a shortcut)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """`fisher`: seed of the sampled labels."""
+    guard: Guard | None = None
+    """With `require_improvement`: apply only so much of the soup (all, 1/2, 1/4, 1/10) that the KL
+    on the guard's validation half is at most this multiple of the KL before, or 0.05 nats. By
+    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
     require_improvement: bool = True
     """Keep the student where the soup's validation KL is no better beyond chance. `false` needs no
     teacher."""

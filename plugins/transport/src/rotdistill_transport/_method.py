@@ -16,7 +16,8 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
-from rotdistill_core.evaluation.kl_scorer import KLScorer
+from rotdistill_core.evaluation.guard import guard_of
+from rotdistill_core.evaluation.kl_scorer import EditScorer
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.files import tensor_blocks
@@ -53,17 +54,16 @@ def carry(
         RotdistillError: a weight is not finite.
     """
     weights, pair = target.weights, target.pair
-    scorers: dict[str, KLScorer] = {}
+    scorer = guard = None
     if step.require_improvement:
-        splits = [Split.VALIDATION, *([Split.GUARD_VALIDATION] if step.guard else [])]
-        for split in splits:
-            scorers[split] = KLScorer(pair, samples, split, out, progress, ranks, limit=SCORED_ROWS)
+        guard = guard_of(step.guard, samples, step.use)
+        scorer = EditScorer(pair, samples, guard, out, progress, ranks, limit=SCORED_ROWS)
 
     def carried() -> Weights:
         change = _carried(step, target, out, progress)
-        if not step.require_improvement:
+        if scorer is None:
             return _applied(weights, change, step.strengths[0])
-        return _best(step, weights, change, scorers, out, progress)
+        return _best(step, weights, change, scorer, guard, out, progress)
 
     return ranks.lead_alone(carried, weights)
 
@@ -156,16 +156,17 @@ def _best(
     step: Transport,
     weights: Weights,
     change: Mapping[str, LazyTensor],
-    scorers: Mapping[str, KLScorer],
+    scorer: EditScorer,
+    guard: float | None,
     out: StepOutput,
     progress: Progress,
 ) -> Weights:
     """Return the student at the strength of least validation KL, if that is a gain."""
-    known: dict[tuple[int, str], TextScores] = {}
+    known: dict[tuple[int, Split], TextScores] = {}
 
-    def score(view: Weights, split: str) -> TextScores:
+    def score(view: Weights, split: Split) -> TextScores:
         if (id(view), split) not in known:
-            known[id(view), split] = scorers[split](view)
+            known[id(view), split] = scorer(view, split)
         return known[id(view), split]
 
     views = {strength: _applied(weights, change, strength) for strength in step.strengths}
@@ -178,7 +179,7 @@ def _best(
         "strength": best,
         "validation KL by strength": {f"{strength:g}": kl[strength] for strength in sorted(kl)},
     }
-    return accept_if_better(weights, views[best], score, step.guard, out)
+    return accept_if_better(weights, views[best], score, guard, out)
 
 
 def _downhill(strengths: tuple[float, ...], kl: Mapping[float, float]) -> Iterator[float]:

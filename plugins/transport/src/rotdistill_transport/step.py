@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.evaluation.guard import Guard, is_guarded
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
@@ -76,9 +77,10 @@ class Transport:
     rank: PositiveInt | None = None
     """Reduce the change of each matrix to this rank by SVD; the notes give the error. With it, a
     whole model leaves a LoRA too."""
-    guard: Annotated[float, Field(ge=1)] | None = None
+    guard: Guard | None = None
     """Apply only so much of the change (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
-    half is at most this multiple of the KL before (1.02: 2 % worse)."""
+    half is at most this multiple of the KL before, or 0.05 nats. By default 1.02 (2 % worse) where
+    the recipe has guard texts; `"off"` for no limit."""
     require_improvement: bool = True
     """`false`: apply the one strength that is given, whatever it does. It needs no texts."""
     control: Literal["none", "random", "shuffled"] = "none"
@@ -137,8 +139,12 @@ class Transport:
         scored = min(answer_rows(context, Split.VALIDATION), SCORED_ROWS)
         tried = scoring_cost(context, rows, scored).repeated(len(self.strengths))
         read = context.texts.as_teacher_reads.rows_of(Split.VALIDATION)
+        guarded = is_guarded(self.guard, context.texts)
         states = teacher_states_cost(context, read, ("transport", Split.VALIDATION))
-        accepted = acceptance_cost(context, self.guard is not None, SCORED_ROWS)
+        if guarded:
+            outside = context.texts.as_teacher_reads.rows_of(Split.GUARD_VALIDATION)
+            states += teacher_states_cost(context, outside, ("transport", Split.GUARD_VALIDATION))
+        accepted = acceptance_cost(context, guarded, SCORED_ROWS)
         return cost + states.dealt() + tried + accepted
 
     def context_after(self, context: CostContext) -> CostContext:

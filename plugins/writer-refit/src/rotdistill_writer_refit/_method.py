@@ -30,6 +30,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
 from rotdistill_core.evaluation.divergence import shared_vocabulary
+from rotdistill_core.evaluation.guard import guard_of
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.forward.row_rms import mean_square
@@ -98,7 +99,8 @@ def solve(
         SetupError: teacher and student have different tokenizers, or the disk refuses the states.
     """
     weights, pair, samples = targets.weights, targets.pair, targets.samples
-    check_options(step, weights, samples)
+    check_options(step, weights)
+    guard = guard_of(step.guard, samples, step.use)
     shared_vocabulary(pair)  # raises before the work
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
     student, folder = pair.student, out.ledger.folder
@@ -116,7 +118,7 @@ def solve(
 
         # How much of the KL on validation texts is that of texts which were not fitted.
         out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
-        return accept_if_better(weights, refitted, score, step.guard, out)
+        return accept_if_better(weights, refitted, score, guard, out)
 
 
 def refit(
@@ -159,8 +161,8 @@ def refit(
     return weights.edit(edited)
 
 
-def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None:
-    """Raise RecipeError if the options do not fit the model or the texts."""
+def check_options(step: WriterRefit, weights: Weights) -> None:
+    """Raise RecipeError if the options do not fit the model."""
     if step.features == "output" and step.writers != ("neurons",):
         raise RecipeError(
             'writer-refit: features = "output" is a map of the MLP\'s output; '
@@ -170,10 +172,6 @@ def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None
         raise RecipeError(
             f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
             "writers and stream."
-        )
-    if step.guard and not samples.layout.select(Split.GUARD_VALIDATION).texts:
-        raise RecipeError(
-            "writer-refit: guard needs texts outside the domain; name them as samples.guard."
         )
 
 

@@ -11,6 +11,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.evaluation.guard import Guard, is_guarded
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
@@ -82,9 +83,10 @@ class WriterRefit:
     alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Interpolation between the student's state (0) and the teacher's (1), used as the target. Use
     less than 1 when the models differ in basis."""
-    guard: Annotated[float, Field(ge=1)] | None = None
-    """Largest KL allowed on the guard's validation half, as a multiple of the KL before (1.02: 2 %
-    worse). The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped."""
+    guard: Guard | None = None
+    """Largest KL allowed on the guard's validation half, as a multiple of the KL before; 0.05 nats
+    are always allowed. The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped. By
+    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
 
     exact: ClassVar[bool] = False
 
@@ -124,7 +126,7 @@ class WriterRefit:
 
         scored = min(answer_rows(context, Split.VALIDATION), SCORED_ROWS)
         final_states = scored * context.teacher.width * context.teacher_bytes
-        scores = acceptance_cost(context, self.guard is not None, SCORED_ROWS)
+        scores = acceptance_cost(context, is_guarded(self.guard, context.texts), SCORED_ROWS)
         walks = forward.host_bytes + beside.host_bytes
         regression = walks + targets + moments if refitted else walks
         passes = 1 + len(self.writers) * refitted / student.depth
