@@ -9,13 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rotdistill_residuals._spans import UNPAIRED, ByteSpan, PairedRows, pair_rows, token_bytes
+from rotdistill_residuals._spans import (
+    UNPAIRED,
+    ByteSpan,
+    PairedRows,
+    content_spans,
+    pair_rows,
+    token_bytes,
+)
 from rotdistill_residuals._tokenizers import require_pairs
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rotdistill_core.data.conversations import Conversation, Turn
-from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import tokenize_for_both
 from rotdistill_core.errors import RecipeError, SetupError
@@ -163,6 +170,20 @@ def test_spans_are_those_of_the_bytes_and_every_byte_is_covered(
     again = pair_rows(samples, *tokenizers)
     assert torch.equal(pairs.spans, again.spans)
     assert pairs.table == again.table
+
+
+def test_ids_beyond_the_tokenizer_stand_for_no_bytes() -> None:
+    """A padded embedding has more ids than its tokenizer, and a model may write one of them."""
+    bytes_of = token_bytes(SMALL)
+    tokens = SMALL.encode("the tower")
+    padded = [tokens[0], len(SMALL) + 7, *tokens[1:]]
+    assert SMALL.decode(padded) == SMALL.decode(tokens)
+    plain, with_gap = (
+        content_spans(Text("t", "en", Split.FIT, tuple(ids), 0), bytes_of, [b"the tower"], "small")
+        for ids in (tokens, padded)
+    )
+    assert list(with_gap.values()) == list(plain.values())
+    assert 1 not in with_gap
 
 
 @pytest.mark.parametrize("tokenizers", [(SMALL, LARGE), (FALLBACK, SMALL)])

@@ -102,8 +102,10 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         pieces = [_bytes_with_fallback(name or "") for name in names]
     else:
         raise not_of_bytes(tokenizer.name_or_path, decoder)
-    # Added tokens stand for themselves in every vocabulary.
-    for token_id, token in tokenizer.added_tokens_decoder.items():
+    # Added tokens stand for themselves in every vocabulary. Their ids may leave gaps.
+    added = tokenizer.added_tokens_decoder
+    pieces += [b""] * (max(added, default=-1) + 1 - len(pieces))
+    for token_id, token in added.items():
         pieces[token_id] = token.content.encode()
     return pieces
 
@@ -115,7 +117,7 @@ def content_spans(
 
     Args:
         text: the tokenised conversation.
-        bytes_of: the bytes of every token id.
+        bytes_of: the bytes of every token id. Ids beyond it stand for no bytes.
         contents: system prompt, turns and answer, in the order of the conversation.
         tokenizer_name: for the error.
 
@@ -126,7 +128,8 @@ def content_spans(
     Raises:
         RecipeError: a content is not in the bytes of the tokens.
     """
-    pieces = [bytes_of[token] for token in text.tokens]
+    # A model has more ids than its tokenizer where its embedding is padded. It can write them.
+    pieces = [bytes_of[token] if token < len(bytes_of) else b"" for token in text.tokens]
     whole = b"".join(pieces)
     ends = [0, *accumulate(map(len, pieces))]
     spans: dict[int, ByteSpan] = {}
@@ -145,8 +148,9 @@ def content_spans(
         stop = min(start + len(content), len(whole))
         shift = offset - start
         for j, (token_start, token_end) in enumerate(pairwise(ends)):
-            if token_start < stop and start < token_end:
-                spans[j] = ByteSpan(max(token_start, start) + shift, min(token_end, stop) + shift)
+            first, last = max(token_start, start), min(token_end, stop)
+            if first < last:
+                spans[j] = ByteSpan(first + shift, last + shift)
         position = stop
         offset += len(content)
     return spans
