@@ -148,10 +148,13 @@ class StepMemory:
         self._watching[step_id] = PeakMemory().__enter__()
 
     @hookimpl
-    def after_step(self, step_id: str) -> None:
-        """Keep the peak; a step that was found was not watched."""
-        if memory := self._watching.pop(step_id, None):
-            memory.__exit__(None, None, None)
+    def after_step(self, step_id: str, reused: bool) -> None:
+        """Keep the peak; that of a step which was found says nothing."""
+        memory = self._watching.pop(step_id, None)
+        if memory is None:
+            return
+        memory.__exit__(None, None, None)
+        if not reused:
             self.peaks[step_id] = memory.bytes
             self.path.write_text(json.dumps(self.peaks), encoding="utf-8")
 

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,7 +82,7 @@ def test_the_best_rate_on_validation_texts_trains_for_the_whole_time(
 
     def peer(command: list[str], check: bool) -> None:
         asked.append(command)
-        value = dict(zip(command, command[1:], strict=False))
+        value = dict(pairwise(command))
         kl = {"1e-4": 0.5, "5e-4": 0.4, "1e-3": 0.6}[value["--rate"]]
         folder = Path(value["--out"])
         folder.mkdir(parents=True)
