@@ -47,7 +47,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
 the wall time would be without it."""
 
 
-class Budget(TrainerCallback):
+class Budget(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
     """Ends a training when its time is spent.
 
     Args:
