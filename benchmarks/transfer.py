@@ -7,8 +7,9 @@
 Carries out the recipe, whose variants are our rows. Each peer (`peers.py`) then trains for the same
 time, from the checkpoint of the variant `--start`, on the same texts: the teacher's answers and the
 lessons of the run. Its learning rate is the one of `--rates` with the least KL on validation texts
-after `--search-seconds`. Every row is a Hugging Face folder, and one recipe (`--scores`) scores
-them all. What is done already, in `--out`, is not done again; the table is written into `--page`.
+after `--search-seconds`. The steps of our recipe score our rows; another one
+(`--scores`) scores any other Hugging Face folder, by the same steps on the same texts. What is done
+already, in `--out`, is not done again; the table is written into `--page`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.intervals import estimates
 from rotdistill_core.evaluation.rows import MetricRow, row_from_json, rows_as_json
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 
@@ -91,7 +93,7 @@ def main() -> None:
                 with scored.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(asdict(with_figures(row, options))) + "\n")
     rows = read(scored)
-    text = table(rows, options.against) + "\n\n" + "\n".join(searches(rows))
+    text = "\n\n".join([table(rows, options.against), *searches(rows)])
     print(text)
     if options.page:
         options.page.write_text(
@@ -177,6 +179,7 @@ def our_rows(options: argparse.Namespace) -> list[Row]:
                 str(folder),
                 seconds=sum(result.steps[variant, step].seconds for step in steps),
                 memory=None if None in peaks else max(filter(None, peaks)),
+                figures=figures_of(result, variant, variant),
             )
         )
     executor = Executor(recipe, options.runs, memory, memory.progress)
@@ -260,17 +263,28 @@ def trained(
 
 
 def with_figures(row: Row, options: argparse.Namespace) -> Row:
-    """Return a row with the metrics of its model."""
-    memory = StepMemory(options.out / "peaks_of_scores.json")
+    """Return a row with the metrics of its model; ours have them from the run that made them."""
+    if row.figures:
+        return row
     model = Path(row.model)
     ref = str(model.resolve()) if model.exists() else row.model
+    memory = StepMemory(options.out / "peaks_of_scores.json")
     result = run(options.scores, set={"student.model": ref}, runs=options.runs, observer=memory)
-    wanted = [
-        each._replace(variant=row.name)
-        for each in result.rows
-        if each.metric in METRICS and (each.is_overall or each.text)
-    ]
-    return replace(row, figures=rows_as_json(wanted))
+    [variant] = result.checkpoints
+    return replace(row, figures=figures_of(result, variant, row.name))
+
+
+def figures_of(result: RunResult, variant: str, name: str) -> list[dict[str, Any]]:
+    """Return what the table needs of a variant's metrics, under the name of a row."""
+    return rows_as_json(
+        [
+            each._replace(variant=name)
+            for each in result.rows
+            if each.variant == variant
+            and each.metric in METRICS
+            and (each.is_overall or each.text is not None)
+        ]
+    )
 
 
 def read(path: Path) -> list[Row]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,18 @@ from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.rows import MetricRow, rows_as_json
+from rotdistill_core.testing import PicoWorkspace
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STEPS = """
+step = [
+    { use = "chop", layers = 2 },
+    { use = "residuals" },
+    { id = "refit", use = "writer-refit" },
+    { use = "fidelity" },
+]
+"""
+SCORES = 'step = [{ use = "residuals" }, { use = "fidelity" }]\n'
 PEER = {
     "trainer": "gkd",
     "rate": 5e-4,
@@ -89,7 +100,7 @@ def test_the_best_rate_on_validation_texts_trains_for_the_whole_time(
         record = PEER | {"rate": float(value["--rate"]), "validation KL": kl}
         (folder / "peer.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(transfer.subprocess, "run", peer)
+    monkeypatch.setattr(transfer, "subprocess", SimpleNamespace(run=peer))
     options = argparse.Namespace(
         out=tmp_path,
         peers="python-of-peers",
@@ -145,6 +156,46 @@ def test_our_rows_count_the_steps_that_make_them(transfer: ModuleType) -> None:
     assert scores.teacher == recipe.recipe.teacher
     for name in ("heldout", "guard", "style", "max_tokens", "answer_tokens"):
         assert getattr(scores.samples, name) == getattr(recipe.recipe.samples, name)
+
+
+def test_a_peer_that_learns_nothing_scores_as_its_start(
+    transfer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peer(command: list[str], check: bool) -> None:
+        value = dict(pairwise(command))
+        shutil.copytree(value["--student"], value["--out"])
+        Path(value["--out"], "COMPLETE").unlink()
+        (Path(value["--out"]) / "peer.json").write_text(json.dumps(PEER))
+
+    monkeypatch.setattr(transfer, "subprocess", SimpleNamespace(run=peer))
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    workspace.model(num_hidden_layers=3)
+    recipe = workspace.recipe(STEPS + 'variants = { base = [], refit = ["refit"] }')
+    scores = workspace.recipe(SCORES + "variants = { scored = [] }", name="scores")
+    page = tmp_path / "page.md"
+    page.write_text(f"{transfer.BEGIN}{transfer.END}")
+    words = ["transfer", str(recipe), "--set", "samples.own_answers=4", "--scores", str(scores)]
+    words += ["--runs", str(workspace.runs), "--out", str(tmp_path / "out"), "--page", str(page)]
+    words += ["--peers", "PYTHON", "--trainers", "gkd", "--rates", "1e-3", "--against", "refit"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    transfer.main()
+
+    rows = {row.name: row for row in transfer.read(tmp_path / "out/rows.jsonl")}
+    kl = {
+        name: next(each["value"] for each in row.figures if each["metric"] == "kl")
+        for name, row in rows.items()
+    }
+    assert kl["gkd"] == pytest.approx(kl["refit"], rel=1e-6)
+    assert kl["base"] != pytest.approx(kl["refit"], rel=1e-3)
+    assert rows["refit"].memory > 0
+    assert rows["gkd"].seconds == pytest.approx(rows["refit"].seconds + 1300.0)
+    assert "| refit, then TRL's GKD | " in page.read_text()
+
+    before = page.read_text()
+    transfer.main()
+    assert page.read_text() == before
 
 
 def test_the_page_keeps_its_words_and_rows_come_back(transfer: ModuleType, tmp_path: Path) -> None:
