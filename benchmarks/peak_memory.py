@@ -1,0 +1,42 @@
+"""The peak anonymous memory of this process: what it holds apart from files that are mapped."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import psutil
+
+INTERVAL = 0.02
+"""Seconds between two readings."""
+
+
+class PeakMemory:
+    """Reads the memory of this process while it is entered, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        """The most that was read since the beginning."""
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            info = process.memory_info()
+            self.bytes = max(self.bytes, info.rss - info.shared)
+            if self._ended.wait(INTERVAL):
+                return
