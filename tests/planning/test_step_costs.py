@@ -294,6 +294,29 @@ def test_fisher_information_is_stored_for_each_ingredient(deep: CostContext) -> 
     assert fisher.device_bytes > 3 * deep.student.parameters() * 4
 
 
+def test_a_transport_scores_every_strength(deep: CostContext) -> None:
+    one, two, three = (
+        cost_of("transport", deep, source="teacher", strengths=tuple(range(1, n + 1)))
+        for n in (1, 2, 3)
+    )
+    assert three.operations - two.operations == pytest.approx(two.operations - one.operations)
+    assert 0 < one.dealt_operations < one.operations
+    unscored = cost_of(
+        "transport", deep, source="teacher", strengths=(1.0,), require_improvement=False
+    )
+    assert unscored.operations < one.operations
+    assert unscored.disk_bytes == one.disk_bytes
+
+
+def test_a_whole_models_change_is_written_beside_the_weights(deep: CostContext) -> None:
+    untied = replace(deep.student.changed(tie_word_embeddings=False), stored="float32")
+    assert after("transport", deep, source="teacher").student == untied
+    weights = untied.parameters() * FLOAT32_BYTES
+    assert cost_of("transport", deep, source="teacher").disk_bytes == 2 * weights
+    one, two = (cost_of("transport", deep, source="teacher", rank=n).disk_bytes for n in (1, 2))
+    assert weights < one < two < 2 * weights
+
+
 def test_captures_and_comparisons_are_dealt_and_answers_are_not(deep: CostContext) -> None:
     for options in ({}, {"store": "moments"}):
         capture = cost_of("residuals", deep, **options)

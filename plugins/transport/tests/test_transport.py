@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ from rotdistill_chop.step import Chop
 from rotdistill_transport.step import Transport, steps
 from safetensors.torch import load_file, save_file
 
-from rotdistill_core.checkpoint.lora import read_lora
+from rotdistill_core.checkpoint.lora import Lora, read_lora
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, RotdistillError, SetupError
 from rotdistill_core.evaluation.acceptance import interpolate
 from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
+from rotdistill_core.planning.machine import this_machine
+from rotdistill_core.planning.plan import build_plan
 from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.testing import (
+    PicoWorkspace,
     logits,
     max_difference,
     parametrize_with_checks,
@@ -231,6 +237,31 @@ def test_a_change_that_the_teacher_does_not_ask_for_is_dropped(
     assert found.weights is base.weights
 
 
+def test_the_change_may_begin_after_the_cut(tmp_path: Path, transport: Carry, base: Model) -> None:
+    """The teacher is the cut student with a half of the change, in the layers after the cut."""
+    adapter = write_adapter(tmp_path / "lora", base, size=0.2)
+    lora = read_lora(adapter, base.weights)
+    cut = base.weights.cut([0, 2])
+    for layers, part in (("02", "all layers"), ("2", "layers after the first cut")):
+        names = [name for name in lora.factors if name.split(".")[2] in layers]
+        some = Lora({name: lora.factors[name] for name in names})
+        view = some.applied_to(base.weights).cut([0, 2])
+        teacher = saved(interpolate(cut, view, 0.5), base, tmp_path / f"teacher {layers}")
+        found = transport(
+            adapter,
+            base,
+            "student",
+            weights=cut,
+            teacher=teacher,
+            require_improvement=True,
+            strengths=(0.5, 1.0),
+        )
+        assert found.notes["applied"] == part
+        assert found.notes["strength"] == 0.5
+        assert found.notes["validation KL after"] < 1e-4 < found.notes["validation KL before"]
+        shutil.rmtree(tmp_path / "runs")
+
+
 @pytest.mark.parametrize("control", ["random", "shuffled"])
 def test_controls_bring_nothing(
     tmp_path: Path, transport: Carry, base: Model, control: str
@@ -259,6 +290,31 @@ def test_a_guard_limits_the_change(tmp_path: Path, transport: Carry, base: Model
     assert refused
     assert all(kl > before for kl in refused)
     assert kept <= before
+
+
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_a_plan_states_what_is_written(tmp_path: Path, base: Model, kind: str) -> None:
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    saved(fine_tuned(base), base, tmp_path / "whole")
+    write_adapter(tmp_path / "lora", base)
+    unscored = "require_improvement = false, strengths = [1.0]"
+    recipe = workspace.recipe(
+        f'step = [{{ use = "transport", source = "{kind}", base = "student", {unscored} }}]'
+        '\nvariants = { full = ["transport"] }',
+        teacher="base",
+        student="base",
+    )
+    with chdir(tmp_path):
+        plan = build_plan(load_recipe(recipe), Path("runs"), this_machine(Path("runs")))
+    planned = {line.id: line.disk_bytes for line in plan.lines}
+    folder = workspace.run(recipe).folder
+    for step, part in (("transport", "weights"), ("checkpoints", "checkpoints")):
+        files = (folder / part).glob("**/*.safetensors")
+        written = sum(file.stat().st_size for file in files)
+        # The LoRA of the source is in float64 here, and the student's in float32.
+        assert written <= 1.05 * planned[step]
+        assert planned[step] <= 1.2 * written
 
 
 @pytest.mark.parametrize(

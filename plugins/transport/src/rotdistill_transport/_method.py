@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,8 @@ from rotdistill_transport.step import SCORED_ROWS
 if TYPE_CHECKING:
     from rotdistill_transport.step import Transport
 
+ALL = "all layers"
+AFTER_CUT = "layers after the first cut"
 CHANGE = "change.safetensors"
 """File of a whole model's change, so that it is computed once."""
 
@@ -60,18 +63,22 @@ def carry(
         scorer = EditScorer(pair, samples, guard, out, progress, ranks, limit=SCORED_ROWS)
 
     def carried() -> Weights:
-        change = _carried(step, target, out, progress)
+        change, layers = _carried(step, target, out, progress)
         if scorer is None:
             return _applied(weights, change, step.strengths[0])
-        return _best(step, weights, change, scorer, guard, out, progress)
+        parts = _parts(weights, change, layers)
+        return _best(step, weights, parts, scorer, guard, out, progress)
 
     return ranks.lead_alone(carried, weights)
 
 
 def _carried(
     step: Transport, target: Target, out: StepOutput, progress: Progress
-) -> dict[str, LazyTensor]:
-    """Return parameter of the student -> its change, and commit the LoRA if it is one."""
+) -> tuple[dict[str, LazyTensor], Sequence[int]]:
+    """Return parameter of the student -> its change, and for each layer that of the source.
+
+    The LoRA is committed if it is one.
+    """
     weights, pair = target.weights, target.pair
     source = open_source(step, pair)
     spaces = find_spaces(source, target)
@@ -100,7 +107,7 @@ def _carried(
     for name, vector in found.vectors.items():
         change[name] = LazyTensor.from_tensor(vector())
     progress(1, 1, f"{len(change)} parameters")
-    return change
+    return change, spaces.layers
 
 
 def _shuffled(factors: Callable[[], Factors], seed: int) -> Factors:
@@ -152,16 +159,43 @@ def _applied(weights: Weights, change: Mapping[str, LazyTensor], strength: float
     )
 
 
+def _parts(
+    weights: Weights, change: Mapping[str, LazyTensor], layers: Sequence[int]
+) -> dict[str, Mapping[str, LazyTensor]]:
+    """Return what may be applied of a change: all of it, or only what comes after the first cut.
+
+    A refit of the last layer before a cut stands for the layers that are gone. It was fitted to the
+    student without the change, and what layers before it do differently it may blow up.
+
+    Args:
+        weights: the student.
+        change: parameter -> its change.
+        layers: for each layer of the student, the layer of the source.
+    """
+    parts = {ALL: change}
+    cut = next((i for i, (a, b) in enumerate(pairwise(layers), 1) if b > a + 1), None)
+    if cut is not None:
+        table = weights.adapter
+        before = (table.embedding, *(f"{table.layers}.{i}." for i in range(cut)))
+        after = {name: each for name, each in change.items() if not name.startswith(before)}
+        if 0 < len(after) < len(change):
+            parts[AFTER_CUT] = after
+    return parts
+
+
 def _best(
     step: Transport,
     weights: Weights,
-    change: Mapping[str, LazyTensor],
+    parts: Mapping[str, Mapping[str, LazyTensor]],
     scorer: EditScorer,
     guard: float | None,
     out: StepOutput,
     progress: Progress,
 ) -> Weights:
-    """Return the student at the strength of least validation KL, if that is a gain."""
+    """Return the student with the part, at the strength, of least validation KL, if that is a gain.
+
+    The part is decided on at the strength that is nearest to 1.
+    """
     known: dict[tuple[int, Split], TextScores] = {}
 
     def score(view: Weights, split: Split) -> TextScores:
@@ -169,28 +203,44 @@ def _best(
             known[id(view), split] = scorer(view, split)
         return known[id(view), split]
 
-    views = {strength: _applied(weights, change, strength) for strength in step.strengths}
-    kl: dict[float, float] = {}
+    start = _nearest_to_one(step.strengths)
+    views: dict[tuple[str, float], Weights] = {}
+
+    def kl_at(part: str, strength: float) -> float:
+        views[part, strength] = view = _applied(weights, parts[part], strength)
+        value = score(view, Split.VALIDATION).mean
+        tries = len(step.strengths) + len(parts) - 1
+        progress(len(views), tries, f"{part} x {strength:g}: KL {value:.4f}")
+        return value
+
+    by_part = {part: kl_at(part, start) for part in parts}
+    part = min(by_part, key=lambda each: by_part[each])
+    kl = {start: by_part[part]}
     for strength in _downhill(step.strengths, kl):
-        kl[strength] = score(views[strength], Split.VALIDATION).mean
-        progress(len(kl), len(step.strengths), f"strength {strength:g}: KL {kl[strength]:.4f}")
+        kl[strength] = kl_at(part, strength)
     best = min(kl, key=lambda strength: kl[strength])
+    if len(parts) > 1:
+        out.notes |= {"applied": part, "validation KL by part": by_part}
     out.notes |= {
         "strength": best,
         "validation KL by strength": {f"{strength:g}": kl[strength] for strength in sorted(kl)},
     }
-    return accept_if_better(weights, views[best], score, guard, out)
+    return accept_if_better(weights, views[part, best], score, guard, out)
+
+
+def _nearest_to_one(strengths: tuple[float, ...]) -> float:
+    return min(strengths, key=lambda strength: abs(strength - 1))
 
 
 def _downhill(strengths: tuple[float, ...], kl: Mapping[float, float]) -> Iterator[float]:
-    """Yield the strengths to be scored: that nearest to 1, then its neighbours as long as it falls.
+    """Yield the strengths to be scored: neighbours of that nearest to 1, as long as it falls.
 
     Args:
         strengths: all candidates, rising.
-        kl: what has been scored so far; the caller enters each before it asks for the next.
+        kl: what has been scored, at first that nearest to 1; the caller enters each before it asks
+            for the next.
     """
-    at = min(range(len(strengths)), key=lambda k: abs(strengths[k] - 1))
-    yield strengths[at]
+    at = strengths.index(_nearest_to_one(strengths))
     for direction in (1, -1):
         k = at
         while 0 <= k + direction < len(strengths):

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.errors import SetupError
 from rotdistill_core.evaluation.guard import Guard, is_guarded
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
@@ -73,7 +74,8 @@ class Transport:
         1.5,
         2.0,
     )
-    """Candidates for the factor of the change, rising. 0, the student as it is, is always one."""
+    """Candidates for the factor of the change, rising. 0, the student as it is, is always one. Of a
+    student without some layers the change is tried without those before the first cut, too."""
     rank: PositiveInt | None = None
     """Reduce the change of each matrix to this rank by SVD; the notes give the error. With it, a
     whole model leaves a LoRA too."""
@@ -124,12 +126,11 @@ class Transport:
     def cost(self, context: CostContext) -> Cost:
         """The matching of heads and neurons, one layer after the other, and the scores.
 
-        The strengths are scored one after the other, from 1 downhill, all of them at worst. A whole
-        model's change is stored once.
+        The strengths are scored one after the other, from 1 downhill, all of them at worst. One
+        score more is of the change without the layers before a cut.
         """
-        student, number = context.student, context.student_bytes
-        change = student.parameters() * number
-        cost = replace(assignment_cost(context), disk_bytes=2 * change)
+        student = context.student
+        cost = replace(assignment_cost(context), disk_bytes=self._disk_bytes(context))
         # The embeddings of both models give the map of the stream.
         sums = (student.width**2 + student.width * context.teacher.width) * FLOAT64_BYTES
         cost = replace(cost, host_bytes=cost.host_bytes + sums)
@@ -137,7 +138,7 @@ class Transport:
             return cost
         rows = context.texts.rows_of(Split.VALIDATION)
         scored = min(answer_rows(context, Split.VALIDATION), SCORED_ROWS)
-        tried = scoring_cost(context, rows, scored).repeated(len(self.strengths))
+        tried = scoring_cost(context, rows, scored).repeated(len(self.strengths) + 1)
         read = context.texts.as_teacher_reads.rows_of(Split.VALIDATION)
         guarded = is_guarded(self.guard, context.texts)
         states = teacher_states_cost(context, read, ("transport", Split.VALIDATION))
@@ -148,8 +149,44 @@ class Transport:
         return cost + states.dealt() + tried + accepted
 
     def context_after(self, context: CostContext) -> CostContext:
-        """Weights are edited."""
-        return context.with_edited_weights()
+        """Weights are edited; a whole model's change is one of the embedding too, which unties the
+        head."""
+        edited = context.with_edited_weights()
+        return edited if self._lora_bytes() else edited.with_student(tie_word_embeddings=False)
+
+    def _disk_bytes(self, context: CostContext) -> float:
+        """Return what is written: the edited weights, and the change as a file of its own.
+
+        A LoRA edits matrices of layers. A whole model may have changed everything.
+        """
+        number = context.student_bytes
+        lora = self._lora_bytes()
+        if lora:
+            return context.student.parameters(inside=True) * number + lora
+        student = context.student.changed(tie_word_embeddings=False)
+        weights = student.parameters() * number
+        if not self.rank:
+            return 2 * weights
+        sizes = student.adapter.sizes(student.config)
+        tables = student.adapter.expand(student.config).values()
+        ends = sum(sum(sizes[axis] for axis in p.axes) for p in tables if len(p.axes) == 2)
+        return weights + self.rank * ends * number
+
+    def _lora_bytes(self) -> int:
+        """Return the size of the LoRA that is carried; 0 for a whole model, and for one that is
+        not there, which `check_models` refuses."""
+        from rotdistill_core.checkpoint.open import locate_model
+        from rotdistill_core.checkpoint.references import is_adapter, reference_of
+
+        if self.source in OF_RECIPE:
+            return 0
+        try:
+            folder = locate_model(reference_of(self.source))
+        except SetupError:
+            return 0
+        if not is_adapter(folder):
+            return 0
+        return sum(path.stat().st_size for path in folder.glob("adapter_*"))
 
     def caveats(self) -> list[Caveat]:
         """Return why a control is not to be trusted."""
