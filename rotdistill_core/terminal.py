@@ -162,6 +162,11 @@ class ProgressDisplay:
         self.console.print(f"  {literal(variant):<12} {literal(step_id):<16} {duration}")
 
     @hookimpl
+    def step_failed(self, step_id: str, variant: str) -> None:
+        """See `HookSpecs.step_failed`. The error itself is printed where the program ends."""
+        self.console.print(f"  {literal(variant):<12} {literal(step_id):<16} [red]failed[/]")
+
+    @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
         """See `HookSpecs.variant_saved`."""
         path = literal(relative_to_cwd(folder))

@@ -27,14 +27,20 @@ import torch
 from torch import Tensor
 
 from rotdistill_core.data.splits import Split
-from rotdistill_core.errors import RecipeError, SingularError
+from rotdistill_core.errors import SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
+    MORE_TEXTS,
     ScoredRows,
+    TextScores,
     largest_allowed_share,
+    refuse,
+    refuse_without_gain,
+    require_guard_texts,
     scored_rows,
     scores_by_text,
     significantly_lower,
+    wider_guard,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
 from rotdistill_core.forward.head import logits_of, logits_scaling
@@ -274,16 +280,28 @@ def with_best_head(
         best = map_head(step, problem, best, texts.mapped, limit, out, progress)
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
-    if best.head is H_s or not _significantly_better(problem, best.head):
-        candidate = "candidate that the guard allows" if step.guard else "candidate"
-        out.report.refused = (
-            f"no {candidate} lowers the validation KL beyond chance; the head is left as it was"
-        )
+    if best.head is H_s:
+        candidate = "head that the guard allows" if step.guard else "candidate"
+        remedies = [*(wider_guard(step.guard) if step.guard else []), *remedies_of(step)]
+        refuse(out, f"no {candidate} lowers the validation KL", [*remedies, MORE_TEXTS])
+        return weights
+    scores_before, scores_after = (_scores(problem, H) for H in (H_s, best.head))
+    if not significantly_lower(scores_before, scores_after):
+        refuse_without_gain(out, scores_before, scores_after, remedies_of(step))
         return weights
     # Rows of padding tokens keep their values.
     whole = weights.head().to(X.states.dtype, copy=True)
     whole[:vocabulary] = best.head.to(whole)
     return weights.untie().edit({weights.adapter.head: whole})
+
+
+def remedies_of(step: LmHeadRidge) -> list[str]:
+    """Return what to try next where no head is a gain on validation texts."""
+    largest = max(step.ridge)
+    remedies = [f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])"]
+    if step.objective == "ridge":
+        remedies.append('a map that is fitted to the KL itself (objective = "kl")')
+    return [*remedies, "leaving the step out where a refit goes before it"]
 
 
 def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
@@ -295,10 +313,8 @@ def _texts_of(step: LmHeadRidge, samples: Samples) -> PackedTexts:
     fit = samples.layout.select(Split.FIT, limit=step.max_texts)
     splits = (Split.VALIDATION, Split.GUARD_VALIDATION) if step.guard else (Split.VALIDATION,)
     layout = replace(fit, texts=fit.texts + samples.layout.select(*splits).texts)
-    if step.guard and not len(layout.prediction_rows(Split.GUARD_VALIDATION)[0]):
-        raise RecipeError(
-            "lm-head-ridge: guard needs texts outside the domain; name them as samples.guard."
-        )
+    if step.guard:
+        require_guard_texts("lm-head-ridge", samples)
     return layout
 
 
@@ -310,13 +326,9 @@ def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
     return OutOfDomain(rows, guard * float(problem.kl(rows, problem.head).mean()))
 
 
-def _significantly_better(problem: HeadProblem, head: Tensor) -> bool:
-    """Return whether a head lowers the validation KL of the student's own beyond chance."""
-    before, after = (
-        scores_by_text(problem.kl(problem.validation, H), problem.validation_text)
-        for H in (problem.head, head)
-    )
-    return significantly_lower(before, after)
+def _scores(problem: HeadProblem, head: Tensor) -> TextScores:
+    """Return the validation KL of a head, text by text."""
+    return scores_by_text(problem.kl(problem.validation, head), problem.validation_text)
 
 
 def choose_ridge_head(

@@ -22,7 +22,12 @@ from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length, with_prompt
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.evaluation.acceptance import accept_if_better
+from rotdistill_core.evaluation.acceptance import (
+    MORE_TEXTS,
+    accept_if_better,
+    refuse,
+    require_guard_texts,
+)
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
@@ -80,14 +85,16 @@ def distil(
     # The guard's forward passes need memory: the model that trained is gone when this returns.
     saved = SavedTraining(out, ranks)
     trained = trained_weights(step, weights, targets, saved, out, progress)
+    remedies = [
+        "a lower learning rate (learning_rate)",
+        'the teacher\'s answers instead of its continuations (prompts_from = ["questions"])',
+    ]
     kept = weights
     if trained is None:
-        out.report.refused = (
-            "training did not lower the validation KL; the weights are left as they were"
-        )
+        refuse(out, "training did not lower the validation KL", [*remedies, MORE_TEXTS])
     else:
         score = partial(targets.scores, samples)
-        kept = accept_if_better(weights, trained, score, step.guard, out)
+        kept = accept_if_better(weights, trained, score, step.guard, out, remedies)
     saved.clear()
     return kept
 
@@ -119,11 +126,8 @@ def training_texts(
             )
     outside: list[Text] = []
     if step.guard:
+        require_guard_texts("prompt-kl", samples)
         outside = list(samples.layout.select(Split.GUARD_VALIDATION).texts)
-        if not outside:
-            raise RecipeError(
-                "prompt-kl: guard needs texts outside the domain; name them as samples.guard."
-            )
     continuations: list[Text] = []
     if step.continues_topics:
         continuations = topic_continuations(step, pair, samples, out, progress)

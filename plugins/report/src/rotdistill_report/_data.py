@@ -118,6 +118,7 @@ class StepSummary:
     notes: dict[str, Any]
     """What the step noted for people, its certificate and refusal included."""
     refused: str
+    """Why it did not apply its edit, and what to try next; empty if it did."""
     curves: list[Curve]
     training: TrainingCurve | None = None
     """Of a step that trained: its losses."""
@@ -472,14 +473,14 @@ def step_summaries(outcome: RunResult) -> list[StepSummary]:
         if report.certificate:
             notes["certificate"] = asdict(report.certificate)
         if report.refused:
-            notes["refused"] = report.refused
+            notes["refused"] = report.refusal
         summaries[result.key] = StepSummary(
             step=step,
             variant=variant,
             reused=result.reused,
             seconds=result.seconds,
             notes=notes,
-            refused=report.refused,
+            refused=report.refusal,
             curves=report.curves,
             training=report.training,
         )

@@ -135,7 +135,7 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
 
 def _refusal(step: StepSummary) -> Issue:
     subject = f"{step.step} (in {step.variant})"
-    return Issue(IssueKind.REFUSED, subject, f"{step.refused}.")
+    return Issue(IssueKind.REFUSED, subject, step.refused)
 
 
 def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:

@@ -15,7 +15,7 @@ from rotdistill_core.checkpoint.models import is_unedited
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
-from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
+from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better, require_guard_texts
 from rotdistill_core.evaluation.kl_scorer import KLScorer
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
@@ -55,6 +55,8 @@ def carry(
     weights, pair = target.weights, target.pair
     scorers: dict[str, KLScorer] = {}
     if step.require_improvement:
+        if step.guard:
+            require_guard_texts("transport", samples)
         splits = [Split.VALIDATION, *([Split.GUARD_VALIDATION] if step.guard else [])]
         for split in splits:
             scorers[split] = KLScorer(pair, samples, split, out, progress, ranks, limit=SCORED_ROWS)
@@ -178,7 +180,12 @@ def _best(
         "strength": best,
         "validation KL by strength": {f"{strength:g}": kl[strength] for strength in sorted(kl)},
     }
-    return accept_if_better(weights, views[best], score, step.guard, out)
+    least = min(step.strengths)
+    remedies = [
+        f"weaker strengths (strengths = [{least / 4:g}, {least / 2:g}])",
+        "a fine-tune of a model nearer to the student (source, base)",
+    ]
+    return accept_if_better(weights, views[best], score, step.guard, out, remedies)
 
 
 def _downhill(strengths: tuple[float, ...], kl: Mapping[float, float]) -> Iterator[float]:

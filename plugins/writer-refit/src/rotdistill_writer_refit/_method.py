@@ -28,7 +28,7 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
+from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better, require_guard_texts
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
@@ -116,7 +116,17 @@ def solve(
 
         # How much of the KL on validation texts is that of texts which were not fitted.
         out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
-        return accept_if_better(weights, refitted, score, step.guard, out)
+        return accept_if_better(weights, refitted, score, step.guard, out, remedies_of(step))
+
+
+def remedies_of(step: WriterRefit) -> list[str]:
+    """Return what to try next where a refit is no gain on validation texts."""
+    largest = max(step.ridge)
+    return [
+        f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])",
+        "fewer layers cut, where chop goes before it",
+        f"targets nearer to the student (alpha = {step.alpha / 2:g})",
+    ]
 
 
 def refit(
@@ -171,10 +181,8 @@ def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None
             f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
             "writers and stream."
         )
-    if step.guard and not samples.layout.select(Split.GUARD_VALIDATION).texts:
-        raise RecipeError(
-            "writer-refit: guard needs texts outside the domain; name them as samples.guard."
-        )
+    if step.guard:
+        require_guard_texts("writer-refit", samples)
 
 
 def layers_before_cuts(weights: Weights) -> list[int]:
