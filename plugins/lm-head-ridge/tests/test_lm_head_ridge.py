@@ -422,5 +422,5 @@ def test_the_map_is_scaled_down_to_the_limit(within: float | None, share: float)
 
 
 def test_a_guard_without_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"name them as samples\.guard"):
+    with pytest.raises(RecipeError, match=r"as samples\.guard"):
         fitted(LmHeadRidge(guard=1.02), Pair(teacher, teacher), samples, tmp_path / "runs")

@@ -114,7 +114,7 @@ def training_texts(
     if pair.student.adapter.fused:
         raise RecipeError(
             f"prompt-kl: a {pair.student.config['model_type']} model has fused projections, "
-            "on which no LoRA is trained here."
+            "on which no LoRA is trained here. Leave the step out."
         )
     answers: list[Text] = []
     if "questions" in step.prompts_from:

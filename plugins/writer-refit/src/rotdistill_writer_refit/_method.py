@@ -169,6 +169,12 @@ def refit(
     return weights.edit(edited)
 
 
+def _other_writers(weights: Weights) -> str:
+    """Return what to do where writers cannot be refitted."""
+    can = ", ".join(f'"{name}"' for name in weights.adapter.writers)
+    return f"Set writers = [{can}]." if can else "Leave the step out."
+
+
 def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None:
     """Raise RecipeError if the options do not fit the model or the texts."""
     if step.features == "output" and step.writers != ("neurons",):
@@ -179,7 +185,7 @@ def check_options(step: WriterRefit, weights: Weights, samples: Samples) -> None
     if not set(step.writers) <= set(weights.adapter.writers):
         raise RecipeError(
             f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
-            "writers and stream."
+            f"writers and stream. {_other_writers(weights)}"
         )
     if step.guard:
         require_guard_texts("writer-refit", samples)
