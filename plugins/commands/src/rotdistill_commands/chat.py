@@ -221,7 +221,7 @@ def _ask(
         RotdistillError: one has failed; the others have answered.
     """
     console = stdout_console()
-    is_live = show and console.is_terminal
+    is_live = show and console.is_terminal and console.file.isatty()
     live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
     failures: list[RotdistillError] = []
     with live or nullcontext():

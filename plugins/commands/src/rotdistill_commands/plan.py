@@ -180,7 +180,7 @@ def _cells(lines: list[PlanLine], has_gpu: bool) -> list[str]:
         result = f"[dim]reused: {literal(first.why)}[/]"
     else:
         time = time_class(sum(line.seconds for line in lines))
-        note = f"; {first.note}" if first.note else ""
+        note = f"; {literal(first.note)}" if first.note else ""
         result = f"to do, {time}: {literal(first.why)}{note}"
     return [
         literal(step),
