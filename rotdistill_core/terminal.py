@@ -66,7 +66,8 @@ Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override: step-id.field=value or table.key=value.",
+        help="Change one option of the recipe: step-id.option=value or table.key=value. "
+        "May be given several times.",
         autocompletion=complete_set_keys,
     ),
 ]

@@ -261,14 +261,18 @@ def rm(
         ),
     ],
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep checkpoints, scores and report.")
+        bool,
+        typer.Option("--keep-checkpoints", help="Remove all but checkpoints, scores and report."),
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask. Without a terminal that is the only way.")
+        bool,
+        typer.Option(
+            "--yes", help="Do not ask first. Where there is no terminal to ask on, --yes is needed."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove runs for good. Files that results of other runs consist of stay and are found there.
+    """Remove runs for good. Files that other runs need stay where they are.
 
     Examples:
 
