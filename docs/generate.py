@@ -6,7 +6,8 @@ It fills the places between `<!-- NAME -->` and `<!-- end -->`, where NAME is on
 - `options of STEP`, `keys of TABLE`: one table of options, or of keys of a recipe;
 - `stages`, `hooks`: the hook specifications;
 - `functions`, `types`: the public names of `rotdistill_core`;
-- `plugins`: the distributions of this project, and what each offers.
+- `plugins`: the distributions of this project, and what each offers;
+- `commands`, `exit codes`: the command line, from its own parser and errors.
 
 The rest of a document stays as it is.
 """
@@ -17,15 +18,27 @@ import dataclasses
 import inspect
 import json
 import re
+import signal
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import cached_property
 from inspect import getdoc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from typer.main import get_command
 
 import rotdistill_core
+from rotdistill_core.cli import app
+from rotdistill_core.errors import (
+    CheckFailed,
+    PluginError,
+    RecipeError,
+    RotdistillError,
+    SetupError,
+)
 from rotdistill_core.plugin.hookspecs import HookSpecs
 from rotdistill_core.plugin.registry import STEPS, installed_plugins, step_class
 from rotdistill_core.plugin.step import STAGES, stage_of, validator_of
@@ -33,7 +46,8 @@ from rotdistill_core.recipe import document
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(
-    r"(<!-- (steps|stages|hooks|plugins|functions|types|(?:keys|options) of [\w-]+) -->\n)"
+    r"(<!-- (steps|stages|hooks|plugins|functions|types|commands|exit codes"
+    r"|(?:keys|options) of [\w-]+) -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -48,6 +62,8 @@ EXACTNESS = {
     True: ", exact",
     False: ", not exact",
 }
+KINDS = {str: "text", int: "integer", Path: "path", bool: "none"}
+"""Type of a value on the command line -> what its table calls it."""
 WIDTH = 100
 
 
@@ -56,6 +72,7 @@ def documents() -> list[Path]:
     return [
         ROOT / "recipes" / "README.md",
         ROOT / "plugins" / "README.md",
+        ROOT / "docs" / "commands.md",
         ROOT / "docs" / "python.md",
         ROOT / "docs" / "plugins" / "hooks.md",
         *sorted(ROOT.glob("plugins/*/README.md")),
@@ -81,6 +98,8 @@ def _filled(place: re.Match[str]) -> str:
         "plugins": _plugins,
         "functions": _functions,
         "types": _types,
+        "commands": _commands,
+        "exit codes": _exit_codes,
     }
     return head + writers[what]() + tail
 
@@ -224,6 +243,76 @@ def _plugins() -> str:
         folder = path.parent.name
         rows.append(f"| [{folder}]({folder}/README.md) | {project['description']} | {offers} |")
     return "\n".join(rows) + "\n"
+
+
+def _commands() -> str:
+    """Return a section for each verb, and one for the options before it, as `--help` has them."""
+    program: Any = get_command(app)
+    rows = "".join(_parameter_row(parameter) for parameter in program.params)
+    table_of_program = "\n| option | value | meaning |\n|---|---|---|\n" + rows
+    sections = [f"\n{program.help}\n\n{program.epilog}\n{table_of_program}"]
+    for name in sorted(program.list_commands(None)):
+        sections.append(_verb(name, program.get_command(None, name)))
+    return "".join(sections) + "\n"
+
+
+def _verb(name: str, verb: Any) -> str:
+    """Return the section of a verb: usage, help, arguments and options, examples."""
+    about, _, examples = inspect.cleandoc(verb.help).partition("Examples:")
+    arguments = [p for p in verb.params if p.param_type_name == "argument"]
+    usage = ["rotdistill", name, *map(_metavar, arguments)]
+    if len(arguments) < len(verb.params):
+        usage.append("[OPTIONS]")
+    parts = [f"\n### {name}\n\n```text\n{' '.join(usage)}\n```\n\n{about.strip()}\n"]
+    if verb.params:
+        rows = "".join(map(_parameter_row, [*arguments, *_options(verb)]))
+        parts.append(f"\n| argument or option | value | meaning |\n|---|---|---|\n{rows}")
+    lines = "\n".join(line.strip() for line in examples.splitlines() if line.strip())
+    if lines:
+        parts.append(f"\n```bash\n{lines}\n```\n")
+    return "".join(parts)
+
+
+def _options(verb: Any) -> list[Any]:
+    return [p for p in verb.params if p.param_type_name == "option"]
+
+
+def _metavar(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    return name if argument.required else f"[{name}]"
+
+
+def _parameter_row(parameter: Any) -> str:
+    """Return a row of a table about an argument or an option."""
+    annotation = parameter.type_descriptor.annotation
+    annotation = next(iter(get_args(annotation)), annotation)  # of a list's items
+    if issubclass(annotation, Enum):
+        kind = " or ".join(f"`{each.value}`" for each in annotation)
+    else:
+        kind = KINDS[annotation]
+    if parameter.param_type_name == "argument":
+        name = parameter.metavar or parameter.name.upper()
+        kind = f"{kind}, required" if parameter.required else kind
+    else:
+        name = ", ".join(parameter.opts)
+        if parameter.multiple:
+            kind = f"{kind}, may be repeated"
+        if not parameter.is_flag and parameter.default not in (None, ()):
+            kind = f"{kind}, default `{parameter.default}`"
+    return f"| `{name}` | {kind} | {escaped(' '.join((parameter.help or '').split()))} |\n"
+
+
+def _exit_codes() -> str:
+    """Return a table of the exit codes: those of the errors, and those of other ends."""
+    meanings: dict[int, list[str]] = {0: ["The work is done."]}
+    for error in (RotdistillError, RecipeError, PluginError, SetupError, CheckFailed):
+        meaning = re.sub(r" \(exit code \d\)", "", _first_line(error))
+        meanings.setdefault(error.exit_code, []).append(meaning)
+    for number, name in ((signal.SIGINT, "SIGINT, Ctrl-C"), (signal.SIGTERM, "SIGTERM")):
+        end = f"A signal ended the run ({name}). The last line is the command that continues it."
+        meanings[128 + number] = [end]
+    rows = [f"| {code} | {' '.join(texts)} |" for code, texts in sorted(meanings.items())]
+    return "\n".join(["| exit code | meaning |", "|---|---|", *rows]) + "\n"
 
 
 def _first_line(subject: Any) -> str:

@@ -147,19 +147,21 @@ def run(
         bool,
         typer.Option(
             "--fresh",
-            help="Make everything anew, the teacher's answers and the captured states too. What "
-            "is there is replaced as the run goes on.",
+            help="Make everything again, even the teacher's answers and the captured states. "
+            "Old results are replaced as the run goes on.",
         ),
     ] = False,
     unplanned: Annotated[
         bool,
         typer.Option(
-            "--no-plan", help="Begin without comparing memory and disk with what `plan` estimates."
+            "--no-plan",
+            help="Begin at once: do not check first whether memory and disk are enough for what "
+            "`plan` estimates.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Carry out a recipe; whatever an earlier run made with the same inputs is reused.
+    """Carry out a recipe. Results that an earlier run made from the same inputs are used again.
 
     Examples:
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from rotdistill_core.characters import visible, visible_json
 from rotdistill_core.evaluation.metrics import FAILED, METRICS, UNPROMPTED_TEACHER
@@ -64,7 +66,8 @@ Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Override: step-id.field=value or table.key=value.",
+        help="Change one option of the recipe: step-id.option=value or table.key=value. "
+        "May be given several times.",
         autocompletion=complete_set_keys,
     ),
 ]
@@ -131,7 +134,9 @@ class ProgressDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.status = console.status("") if console.is_terminal else None
+        # FORCE_COLOR makes a file count as a terminal; a live line needs one whose cursor moves.
+        is_live = console.is_terminal and console.file.isatty()
+        self.status = console.status("") if is_live else None
         self.step = ""
         self.started = time.monotonic()
         if self.status:
@@ -159,13 +164,21 @@ class ProgressDisplay:
     def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
         """See `HookSpecs.after_step`."""
         duration = "[dim]reused[/]" if reused else f"{seconds:6.1f} s"
-        self.console.print(f"  {literal(variant):<12} {literal(step_id):<16} {duration}")
+        self.console.print(
+            f"  {padded(variant, 12)} {padded(step_id, 16)} {duration}", soft_wrap=True
+        )
+
+    @hookimpl
+    def step_failed(self, step_id: str, variant: str) -> None:
+        """See `HookSpecs.step_failed`. The error itself is printed where the program ends."""
+        failed = f"  {padded(variant, 12)} {padded(step_id, 16)} [red]failed[/]"
+        self.console.print(failed, soft_wrap=True)
 
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
         """See `HookSpecs.variant_saved`."""
         path = literal(relative_to_cwd(folder))
-        self.console.print(f"  {literal(variant):<12} saved            {path}", soft_wrap=True)
+        self.console.print(f"  {padded(variant, 12)} saved            {path}", soft_wrap=True)
 
     def stop(self) -> None:
         """Remove the live line."""
@@ -177,11 +190,13 @@ class WideTable(Table):
     """A table that is never cut.
 
     Where it is wider than the terminal, it becomes several tables below each other, each of which
-    repeats the first column. Columns with `overflow="fold"` hold text, which may wrap.
+    repeats the first column. Columns with `overflow="fold"` hold text, which may wrap; no other
+    column does, so that a name can be copied. Where the first column and another one do not fit
+    beside each other, every row becomes a list.
     """
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        """Yield as many plain tables as the width needs."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        """Yield as many plain tables as the width needs, or lists."""
         full = [
             max(console.measure(text).maximum for text in (column.header, *column.cells))
             for column in self.columns
@@ -190,13 +205,24 @@ class WideTable(Table):
             min(width, NARROWEST_TEXT) if column.overflow == "fold" else width
             for width, column in zip(full, self.columns, strict=True)
         ]
-        for number, group in enumerate(_column_groups(needed, options.max_width)):
-            table = Table(title=self.title if number == 0 else None)
+        available = options.max_width
+        if _width_of([needed[0], *([max(needed[1:])] if needed[1:] else [])]) > available:
+            yield from self._lists()
+            return
+        groups = _column_groups(needed, available)
+        title = self.title
+        if title and console.measure(title).maximum > _width_of([needed[k] for k in groups[0]]):
+            # Above a table that is narrower than its title, a path would be broken.
+            yield Text.from_markup(str(title), style="table.title", overflow="fold")
+            title = None
+        for number, group in enumerate(groups):
+            table = Table(title=title if number == 0 else None)
             # A column of text that had to give up width wraps; rich decides how wide it becomes.
             table.columns = [
                 replace(
                     self.columns[k].copy(),
                     width=full[k] if needed[k] == full[k] else None,
+                    min_width=needed[k],
                     overflow="fold",
                 )
                 for k in group
@@ -206,13 +232,36 @@ class WideTable(Table):
                 table.add_row(*cells, style=row.style)
             yield table
 
+    def _lists(self) -> Iterator[Text]:
+        """Yield each row as a list: its first cell, and below it a line for each other one."""
+        if self.title:
+            yield Text.from_markup(str(self.title), style="table.title", overflow="fold")
+        first, *others = self.columns
+        for number, name in enumerate(first.cells):
+            yield Text.from_markup(str(name), style="bold", overflow="fold")
+            for column in others:
+                cell = list(column.cells)[number]
+                header = " ".join(str(column.header).split())
+                if cell:
+                    yield Text.from_markup(f"  {header}: {cell}", overflow="fold")
+
+
+def _width_of(columns: Sequence[int]) -> int:
+    """Return the width of a table whose columns have these widths."""
+    # Each column has a border and two blanks; one border closes the table.
+    return sum(columns) + 3 * len(columns) + 1
+
+
+def padded(text: object, columns: int) -> str:
+    """Return a text as rich markup, filled with blanks to so many columns of a terminal."""
+    return literal(text) + " " * max(0, columns - cell_len(visible(str(text))))
+
 
 def _column_groups(widths: Sequence[int], available: int) -> list[list[int]]:
     """Return the column numbers of each table; every group begins with column 0."""
     groups = [[0]]
     for k in range(1, len(widths)):
-        # Each column has a border and two blanks; one border closes the table.
-        total = sum(widths[j] + 3 for j in [*groups[-1], k]) + 1
+        total = _width_of([widths[j] for j in [*groups[-1], k]])
         if total > available and len(groups[-1]) > 1:
             groups.append([0])
         groups[-1].append(k)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import io
 import math
+from collections import Counter
+from itertools import pairwise
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Column
 
 from rotdistill_core.evaluation.rows import MetricRow, failure_row
-from rotdistill_core.terminal import WideTable, results_table
+from rotdistill_core.terminal import (
+    ProgressDisplay,
+    VisibleConsole,
+    WideTable,
+    literal,
+    padded,
+    results_table,
+)
 
 ROWS = [
     MetricRow("base", "kl", 4.23689),
@@ -32,6 +46,22 @@ HEADERS = [
     "parameters",
     "seconds",
 ]
+
+
+SCRIPTS = (
+    "base",
+    "transport-students-9bf783fa",
+    "مرحبا-تجربة",
+    "שלום",
+    "模型蒸馏",
+    "실험",
+    "e\u0301te\u0301",
+    "👩\u200d💻",
+    "[bold]",
+    "\x1b[2J",
+    "x" * 45,
+)
+BORDERS = "│┃┏┡└"
 
 
 def lines(table: WideTable, width: int) -> list[str]:
@@ -69,3 +99,70 @@ def test_a_table_that_is_too_wide_continues_below_with_its_first_column() -> Non
     assert len(narrow) == 2 * len(wide)
     assert sum("base" in line for line in narrow) == 2
     assert any("y" * 20 in line for line in narrow)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.sampled_from(SCRIPTS), min_size=4, max_size=4), min_size=1, max_size=4
+    ),
+    width=st.sampled_from([24, 40, 80, 140, 160]),
+)
+def test_tables_of_any_script_are_whole_at_any_width(rows: list[list[str]], width: int) -> None:
+    table = WideTable("name", "state", Column("variants", overflow="fold"), "KL", title="runs/a-1")
+    for name, state, variants, kl in rows:
+        table.add_row(
+            literal(name), literal(state), literal(f"{variants}, {variants}"), literal(kl)
+        )
+    output = io.StringIO()
+    VisibleConsole(file=output, width=width).print(table)
+    shown = output.getvalue().splitlines()
+    assert all(cell_len(line) <= width for line in shown)
+    # Lines between two borders are of one width: no script moves a column.
+    for above, line in pairwise(shown):
+        if above[:1] in BORDERS and line[:1] in BORDERS and above[:1] and line[:1] != "┏":
+            assert cell_len(above) == cell_len(line)
+    # Nothing is lost, and what may be copied stands on one line if a line holds it.
+    printed = Counter("".join(shown))
+    for row in rows:
+        for cell in row:
+            assert not Counter("".join(literal(cell).replace("\\[", "[").split())) - printed
+        for cell in (row[0], row[1], row[3]):
+            text = literal(cell).replace("\\[", "[")
+            if cell_len(text) <= width - len("  state: "):
+                assert any(text in line for line in shown), text
+    assert "\x1b" not in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("base", "base  |"),
+        ("漢字", "漢字  |"),
+        ("e\u0301", "e\u0301     |"),
+        ("long-one", "long-one|"),
+    ],
+)
+def test_progress_is_padded_by_columns_and_not_by_characters(text: str, shown: str) -> None:
+    assert padded(text, 6) + "|" == shown
+
+
+def test_a_title_that_is_wider_than_its_table_is_not_broken() -> None:
+    table = WideTable("a", "b", title="runs/transport-students-9bf783fa")
+    table.add_row("1", "2")
+    assert "runs/transport-students-9bf783fa" in lines(table, 40)
+
+
+@pytest.mark.parametrize("colours", [None, "truecolor"])
+def test_no_live_line_goes_to_a_file(colours: str | None) -> None:
+    """FORCE_COLOR makes rich take a file for a terminal: colours may go there, no spinner."""
+    output = io.StringIO()
+    console = VisibleConsole(file=output, force_terminal=True, color_system=colours)
+    display = ProgressDisplay(console)
+    display.before_step("refit", "full")
+    display.progress(1, 2, "layer 1")
+    display.after_step("refit", "full", 1.5, reused=True)
+    display.stop()
+    assert "\x1b[?25l" not in output.getvalue()  # hides the cursor
+    assert "\r" not in output.getvalue()
+    assert len(output.getvalue().splitlines()) == 1

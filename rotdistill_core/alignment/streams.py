@@ -134,7 +134,8 @@ def solve_stages(
     width = activations.width(Side.STUDENT)
     if width > pair.teacher.width:
         raise RecipeError(
-            f"{use}: the student is wider ({width}) than the teacher ({pair.teacher.width})."
+            f"{use}: the student is wider ({width}) than the teacher ({pair.teacher.width}). Take "
+            "a teacher that is as wide or wider."
         )
     boundaries = list(range(len(activations.depths)))
     stage_size = len(boundaries) if tie == "all" else tie

@@ -37,6 +37,8 @@ MAX_SCORED_ROWS = 1024
 """Rows on which a step scores an edit, unless it needs more."""
 MIN_TEXTS = 4
 """Fewest texts over which a standard error is estimated."""
+MORE_TEXTS = "more texts to fit on (samples.index, or lessons.count = 500)"
+"""What helps an edit of any kind that does not carry over to validation texts."""
 
 Score = Callable[[Weights, Split], "TextScores"]
 """View of the weights, split -> the KL to the teacher, text by text."""
@@ -229,13 +231,62 @@ def largest_allowed_share(
     return 0.0
 
 
+def refuse(out: StepOutput, reason: str, remedies: Sequence[str]) -> None:
+    """Report that a step leaves the weights as they were.
+
+    Args:
+        out: output of the step.
+        reason: why; no sentence end.
+        remedies: what to try next, the most promising first; each names an option.
+    """
+    out.report.refused = f"{reason}; the weights are left as they were"
+    out.report.remedies = tuple(dict.fromkeys(remedies))
+
+
+def refuse_without_gain(
+    out: StepOutput, before: TextScores, after: TextScores, remedies: Sequence[str]
+) -> None:
+    """Report that an edit is no gain on validation texts, and why that can be.
+
+    Args:
+        out: output of the step.
+        before: validation KL before the edit.
+        after: validation KL of the best candidate.
+        remedies: what to change in the step's options.
+    """
+    change = f"validation KL would go from {before.mean:.4f} to {after.mean:.4f}"
+    texts = len(after.rows)
+    if texts < MIN_TEXTS:
+        few = f"{change}, but {texts} validation texts are too few to tell a gain from chance"
+        more = f"more texts, so that {MIN_TEXTS} or more are for validation (samples.index)"
+        refuse(out, few, [more, "a larger share of them (samples.validation)"])
+        return
+    # A fall that is within chance may be a gain that more texts would show.
+    lower = after.mean < before.mean
+    first = ["more texts to judge by (samples.index, samples.validation)"] if lower else []
+    refuse(out, f"{change}, no gain beyond chance", [*first, *remedies, MORE_TEXTS])
+
+
+def wider_guard(guard: float) -> list[str]:
+    """Return what to try next where a guard allows no share of an edit."""
+    return [
+        f"a wider guard (guard = {1 + 2 * (guard - 1) if guard > 1 else 1.1:g})",
+        "lessons outside the domain, which the edit then learns too (lessons.general = 0.5)",
+    ]
+
+
 def accept_if_better(
-    before: Weights, after: Weights, score: Score, guard: float | None, out: StepOutput
+    before: Weights,
+    after: Weights,
+    score: Score,
+    guard: float | None,
+    out: StepOutput,
+    remedies: Sequence[str] = (),
 ) -> Weights:
     """Return as much of an edit as the guard allows, or `before` if validation KL does not fall.
 
     It falls when the change is beyond chance (`significantly_lower`). The reason for a refusal
-    is written to `out.report.refused`, the KL values to the notes.
+    and what to try next are written to `out.report`, the KL values to the notes.
 
     Args:
         before: the weights before the edit.
@@ -244,6 +295,7 @@ def accept_if_better(
         guard: limit on the KL on the guard's validation half, as a multiple of its value before
             the edit (`guard_of`); None for no limit.
         out: output of the step.
+        remedies: what to change in the step's options if the edit is no gain.
     """
     start = score(before, Split.VALIDATION)
     kept = after
@@ -252,15 +304,12 @@ def accept_if_better(
     end = score(kept, Split.VALIDATION)
     out.notes |= {"validation KL before": start.mean, "validation KL after": end.mean}
     if kept is before:
-        out.report.refused = (
-            f"at every strength the KL on the guard's texts would exceed {guard:g} times its value "
-            f"before the edit (and {HARMLESS_KL:g} nats); the weights are left as they were"
-        )
+        assert guard is not None
+        reason = f"at every strength the KL on the guard's texts would exceed {guard:g} times its"
+        shown = f"{reason} value before the edit, and {HARMLESS_KL:g} nats"
+        refuse(out, shown, [*wider_guard(guard), *remedies])
     elif not significantly_lower(start, end):
-        out.report.refused = (
-            f"validation KL would go from {start.mean:.4f} to {end.mean:.4f}, no gain beyond "
-            "chance; the weights are left as they were"
-        )
+        refuse_without_gain(out, start, end, remedies)
         kept = before
     return kept
 

@@ -46,8 +46,8 @@ def guard_of(option: Guard | None, samples: Samples, step: str) -> float | None:
     if option is None:
         return None
     raise RecipeError(
-        f"{step}: guard needs texts outside the domain; name them as samples.guard, or leave the "
-        "option out."
+        f"{step}: guard needs texts outside the domain. Name a file of them as samples.guard, or "
+        "leave out `guard`."
     )
 
 

@@ -390,6 +390,10 @@ class Executor:
             self.ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
+        if record.report.refused and not (reused and made_here):
+            self.observers.log(
+                f"{variant}: {recipe_step.id} keeps the student as it was: {record.report.refusal}"
+            )
         return record
 
     def _find(self, keyed: KeyedStep, made_here: bool) -> StepRecord | None:

@@ -41,7 +41,9 @@ def enforce_certificate(certificate: Certificate, check: Check, where: str) -> N
         value, allowed = getattr(certificate, name), getattr(check, name)
         if not value <= allowed:
             raise CheckFailed(
-                f"{where}: the certificate fails: {name} is {value:.2e}, more than {allowed:.0e}."
+                f"{where}: the certificate fails: {name} is {value:.2e}, more than {allowed:.0e}. "
+                "A step that says it is exact is not: leave it out, and report it to the authors "
+                "of the step or of the architecture's table."
             )
 
 

@@ -30,7 +30,8 @@ def require_finite(X: Tensor, where: str) -> None:
     bad = int((~torch.isfinite(X)).sum())
     if bad:
         raise RotdistillError(
-            f"{where}: {bad} of {X.numel()} values are NaN or Inf; nothing was solved."
+            f"{where}: {bad} of {X.numel()} values are NaN or Inf; nothing was solved. A model "
+            'overflowed there: compute in a wider dtype (dtype = "float32" of teacher and student).'
         )
 
 
@@ -120,7 +121,10 @@ def svd(M: Tensor, where: str, device: torch.device = CPU) -> tuple[Tensor, Tens
             return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vt)
         except scipy.linalg.LinAlgError:
             continue
-    raise RotdistillError(f"{where}: the singular value decomposition does not converge.")
+    raise RotdistillError(
+        f"{where}: the singular value decomposition does not converge. "
+        "Fit on more texts, or with a larger ridge where the step has one."
+    )
 
 
 def _svd_on_device(M: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:

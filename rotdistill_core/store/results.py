@@ -106,6 +106,8 @@ class StepReport:
 
     refused: str = ""
     """Why the step left the weights as they were; empty if its edit was applied."""
+    remedies: tuple[str, ...] = ()
+    """What to try next if the edit was refused, the most promising first."""
     certificate: Certificate | None = None
     parity: Parity | None = None
     """Of a step that cut the model: the model after it, in transformers."""
@@ -115,6 +117,14 @@ class StepReport:
     training: TrainingCurve | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     """Question id -> both answers."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the edit was refused and what to try next, in sentences; empty if it was applied."""
+        if not self.refused:
+            return ""
+        tried = f" Try: {'; '.join(self.remedies)}." if self.remedies else ""
+        return f"{self.refused}.{tried}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values; see `from_dict`."""

@@ -14,11 +14,13 @@ from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import (
     BACKOFF,
+    MORE_TEXTS,
     TextScores,
     accept_if_better,
     interpolate,
     largest_allowed_share,
     paired_final_states,
+    refuse_without_gain,
     scored_rows,
     scores_by_text,
     significantly_lower,
@@ -209,6 +211,26 @@ def test_an_edit_without_gain_is_refused_with_both_figures(tmp_path: Path) -> No
     kept = accept_if_better(before, after, score, None, out)
     assert kept is before
     assert "from 1.0000 to 1.5000" in out.report.refused
+    assert out.report.remedies == (MORE_TEXTS,)
+
+
+def test_a_fall_within_chance_asks_for_texts_to_judge_by_first(tmp_path: Path) -> None:
+    out = pico_output(tmp_path / "runs")
+    before, after = scores(*([1.0] * 9)), scores(*([0.5, 1.4] * 4), 0.9)
+    refuse_without_gain(out, before, after, ["a larger ridge"])
+    first, *others = out.report.remedies
+    assert "more texts to judge by" in first
+    assert others == ["a larger ridge", MORE_TEXTS]
+
+
+def test_too_few_validation_texts_are_named_as_the_reason(tmp_path: Path) -> None:
+    out = pico_output(tmp_path / "runs")
+    refuse_without_gain(out, scores(1.0, 1.0), scores(0.5, 0.5), ["a larger ridge"])
+    assert "2 validation texts are too few to tell a gain from chance" in out.report.refused
+    assert out.report.refusal == (
+        f"{out.report.refused}. Try: more texts, so that 4 or more are for validation "
+        "(samples.index); a larger share of them (samples.validation)."
+    )
 
 
 def test_rows_of_a_baked_prompt_are_those_of_the_teacher_that_reads_it(tmp_path: Path) -> None:

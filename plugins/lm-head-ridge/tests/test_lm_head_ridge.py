@@ -272,7 +272,7 @@ def test_a_student_that_is_its_teacher_keeps_its_head(
 ) -> None:
     made, out = fitted(LmHeadRidge(), Pair(teacher, teacher), samples, tmp_path / "runs")
     assert made is teacher.weights
-    assert "the head is left as it was" in out.report.refused
+    assert "the weights are left as they were" in out.report.refused
     assert out.notes["validation KL after"] == out.notes["validation KL before"]
 
 
@@ -308,7 +308,7 @@ def test_a_map_without_gain_leaves_the_head(
     step = LmHeadRidge(objective="kl")
     made, out = fitted(step, Pair(teacher, teacher), samples, tmp_path / "runs")
     assert made is teacher.weights
-    assert "the head is left as it was" in out.report.refused
+    assert "the weights are left as they were" in out.report.refused
 
 
 @pytest.mark.parametrize("limit", [2, 6, 9, 100])
@@ -422,5 +422,5 @@ def test_the_map_is_scaled_down_to_the_limit(within: float | None, share: float)
 
 
 def test_a_guard_without_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"name them as samples\.guard"):
+    with pytest.raises(RecipeError, match=r"as samples\.guard"):
         fitted(LmHeadRidge(guard=1.02), Pair(teacher, teacher), samples, tmp_path / "runs")

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
-from rotdistill_report._answer_summary import answer_summary
-from rotdistill_report._data import ShownFigure, answer_variants, figure_table
+from rotdistill_report._answer_summary import answer_summary, answer_verdict
+from rotdistill_report._data import (
+    ReportData,
+    ShownFigure,
+    Tone,
+    answer_variants,
+    evenly_spaced,
+    figure_table,
+)
 from rotdistill_report._findings import language_summary, worse_alignments
 
-from rotdistill_core.evaluation.intervals import Estimate, Interval
+from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.store.results import Answer
 
 UP = Interval(2.0, 1.0, 3.0)
 DOWN = Interval(-2.0, -3.0, -1.0)
@@ -50,6 +58,106 @@ def test_answers_move_beyond_their_intervals_only(
     subjects = [line.partition(":")[0] for line in lines]
     assert subjects == ["Length", "Language", "chrF against the teacher's answers"]
     assert all(words in line for line in lines)
+
+
+def judged(
+    kl: float, chrf: float, false: float = 0.0, texts: int = 6, same: bool = False
+) -> tuple[str, Tone]:
+    """Return the verdict on answers whose figures change like this from `base` to `full`.
+
+    Every text changes by the same amount but for a little noise that a change of 0 does not exceed.
+    """
+    names = [f"held-{k}" for k in range(texts)]
+    changes = {"kl": kl, "answer_chrf": chrf, "hallucination_rate": false}
+    figures = {
+        metric: {
+            "base": {name: TextFigure(1.0, 1.0) for name in names},
+            "full": {
+                name: TextFigure(1.0 + change + 0.1 * (-1) ** k, 1.0)
+                for k, name in enumerate(names)
+            },
+        }
+        for metric, change in changes.items()
+    }
+    answers = {
+        variant: {
+            name: Answer(language="en", question="?", teacher="t", student="s" if same else variant)
+            for name in names
+        }
+        for variant in ("base", "full")
+    }
+    report = ReportData(
+        recipe_name="r",
+        run="r-1",
+        baseline="base",
+        figures={},
+        failures={},
+        estimates={},
+        kl_by_language={},
+        layer_curves={},
+        diagnostics={},
+        steps=[],
+        answers=answers,
+        answer_variants=["base", "full"],
+        first_questions=names[:1],
+        provenance={},
+        recipe_text="",
+        saved_as="",
+        parity={},
+        model_parity={},
+    )
+    sentence, tone = answer_verdict(report, figures, seed=0)
+    return sentence, tone
+
+
+LOWER, EQUAL, HIGHER = -1.0, 0.0, 1.0
+NOT_BETTER = "The lower KL did not make better answers. "
+
+
+@pytest.mark.parametrize(
+    ("kl", "chrf", "false", "begins", "tone"),
+    [
+        (LOWER, HIGHER, EQUAL, "The answers of `full` are better than those of `base`: chrF +1.0 ["
+         , Tone.GOOD),
+        (LOWER, EQUAL, EQUAL, NOT_BETTER + "The answers of `full` are not distinguishable from "
+         "those of `base`: chrF 0.0 [", Tone.BAD),
+        (LOWER, LOWER, EQUAL, NOT_BETTER + "The answers of `full` are worse than those of `base`: "
+         "chrF -1.0 [", Tone.BAD),
+        (LOWER, EQUAL, HIGHER, NOT_BETTER + "The answers of `full` are worse than those of "
+         "`base`: false answers +1.00 [", Tone.BAD),
+        (LOWER, HIGHER, HIGHER, "The answers of `full` are better than those of `base` by chrF "
+         "+1.0 [", Tone.NEUTRAL),
+        (EQUAL, EQUAL, EQUAL, "The answers of `full` are not distinguishable", Tone.NEUTRAL),
+        (HIGHER, LOWER, EQUAL, "The answers of `full` are worse", Tone.BAD),
+        (HIGHER, HIGHER, EQUAL, "The answers of `full` are better", Tone.GOOD),
+    ],
+)  # fmt: skip
+def test_answers_are_judged_by_their_own_metrics(
+    kl: float, chrf: float, false: float, begins: str, tone: Tone
+) -> None:
+    sentence, found = judged(kl, chrf, false)
+    assert sentence.startswith(begins)
+    assert found is tone
+
+
+def test_equal_answers_are_called_so_even_of_few_texts() -> None:
+    same = "`full` answers as `base` does, word for word."
+    assert judged(EQUAL, EQUAL, texts=2, same=True) == (same, Tone.NEUTRAL)
+    assert judged(LOWER, EQUAL, same=True) == (NOT_BETTER + same, Tone.BAD)
+
+
+def test_few_texts_say_nothing_of_answers() -> None:
+    sentence, tone = judged(LOWER, HIGHER, texts=3)
+    assert "cannot be told from 3 held-out questions" in sentence
+    assert tone is Tone.NEUTRAL
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2]), (20, [0, 6, 13])],
+)
+def test_questions_of_the_first_screen_are_evenly_spaced(count: int, shown: list[int]) -> None:
+    assert evenly_spaced([f"{k}" for k in range(count)], 3) == [f"{k}" for k in shown]
 
 
 def test_one_variant_with_answers_has_no_summary() -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rotdistill_report._data import ReportData, collect, with_interval
 from rotdistill_report._findings import with_findings
 from rotdistill_report._plots import plots
-from rotdistill_report._templates import table_cell
+from rotdistill_report._templates import LONGEST_EXCERPT, excerpt, table_cell
 from rotdistill_report._write import html as html_report
 
 from rotdistill_core.evaluation.intervals import Interval, estimates
@@ -204,6 +204,51 @@ def test_answers_to_all_questions_stand_side_by_side(outcome: RunResult, markdow
         assert f"| {question} | en | {cells} |" in markdown
 
 
+def test_three_answers_stand_before_all_figures(
+    outcome: RunResult, page: str, markdown: str, report: dict[str, Any]
+) -> None:
+    answers = outcome.steps["base", "answers"].report.answers
+    assert report["first_questions"] == list(answers)
+    first = answers["held-0"]
+    header, _, line = re.split("\n", markdown[markdown.index("| question | teacher |") :])[:3]
+    assert header == "| question | teacher | base | full |"
+    assert line.startswith(f"| {first.question} | {table_cell(excerpt(first.teacher))} | ")
+    assert markdown.index(header) < markdown.index("## Variants")
+    screen, _, below = page.partition('<h2 id="variants">')
+    for question, answer in answers.items():
+        for part in (screen, below):
+            assert part.count(f'<span class="count" lang="en">{question}, en</span>') == 1
+            assert html.escape(excerpt(answer.teacher), quote=False) in html.unescape(part)
+    words = report["answer_verdict"].replace("`", "")
+    assert words in html.unescape(re.sub(r"</?code>", "", screen))
+    assert report["answer_verdict"] in markdown.partition("## Variants")[0]
+
+
+def test_an_excerpt_is_cut_with_a_mark_only() -> None:
+    assert excerpt("a  b\nc") == "a b c"
+    whole = "x" * LONGEST_EXCERPT
+    assert excerpt(whole) == whole
+    assert excerpt(whole + "y") == whole + " …"
+    words = "word " * LONGEST_EXCERPT
+    assert excerpt(words).endswith("word …")
+    assert len(excerpt(words)) <= LONGEST_EXCERPT + 2
+
+
+def test_answers_of_scripts_from_right_to_left_have_a_direction_of_their_own(
+    outcome: RunResult,
+) -> None:
+    answer = Answer(language="ar", question="أين؟", teacher="هنا.", student="هناك.")
+    data = replace(
+        rebuild(outcome),
+        answers={"base": {"q": answer}, "full": {"q": answer}},
+        first_questions=["q"],
+    )
+    text = html_report(data, outcome.folder.parent)
+    for words in (answer.teacher, answer.student):
+        assert len(re.findall(rf'<p dir="auto">{words}</p>', text)) == text.count(words) > 0
+    assert text.count('<h3 dir="auto">أين؟ ') == 2
+
+
 def test_answers_are_in_no_note_of_a_step(report: dict[str, Any]) -> None:
     (step,) = [s for s in report["steps"] if (s["step"], s["variant"]) == ("answers", "base")]
     assert "answers" not in step["notes"]
@@ -262,7 +307,8 @@ def test_facts_and_errors_stand_above_the_answers_that_state_them(outcome: RunRe
         teacher_facts=("stands here",),
         student_errors=("stands there",),
     )
-    data = replace(rebuild(outcome), answers={"base": {"q": answer}, "full": {"q": answer}})
+    answers = {"base": {"q": answer}, "full": {"q": answer}}
+    data = replace(rebuild(outcome), answers=answers, first_questions=["q"])
     text = re.sub(r"<[^>]*>", "", html_report(data, outcome.folder.parent))
     assert "teacher · names: stands hereHere." in text
     assert "full · wrongly: stands thereThere." in text

@@ -84,7 +84,9 @@ def check_options(step: Chop, weights: Weights) -> None:
     for name, size in sizes.items():
         present = getattr(whole, name)
         if size > present:
-            raise RecipeError(f"chop: {name} = {size}, but the student has {present}.")
+            raise RecipeError(
+                f"chop: {name} = {size}, but the student has {present}. Ask for that or less."
+            )
     rejection = whole._replace(**sizes).rejection(weights)
     if rejection:
         asked = ", ".join(f"{name} = {size}" for name, size in sizes.items())

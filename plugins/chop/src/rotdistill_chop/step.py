@@ -108,7 +108,9 @@ class Chop:
         for option, size in self.requested_sizes().items():
             key = keys[option]
             if size > config.get(key, size):
-                raise RecipeError(f"{option} = {size}, but the student has {config[key]}.")
+                raise RecipeError(
+                    f"{option} = {size}, but the student has {config[key]}. Ask for that or less."
+                )
         cuts = context.cuts + self.places_cut(context.student.depth)
         if self.edits_weights():
             context = context.with_edited_weights()

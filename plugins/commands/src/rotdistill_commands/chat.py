@@ -55,25 +55,40 @@ def chat(
         list[str] | None,
         typer.Option(
             "--variant",
-            help="A variant; give it several times.",
+            help="A variant to ask; may be given several times.",
             show_default=False,
             autocompletion=complete_variants,
         ),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Ask this and end; may be given again.", show_default=False),
+        typer.Option(
+            "--prompt",
+            help="Ask this question and end; may be given several times.",
+            show_default=False,
+        ),
     ] = None,
-    teacher: Annotated[bool, typer.Option("--teacher", help="The teacher answers too.")] = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Let the teacher answer, too.")
+    ] = False,
     system: Annotated[
         Path | None,
-        typer.Option("--system", help="A file with another system prompt.", show_default=False),
+        typer.Option(
+            "--system",
+            help="A file with a system prompt in place of the run's own.",
+            show_default=False,
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer.")] = 160,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")
+    ] = 160,
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Where the models compute: auto, cpu, cuda, cuda:1 or mps."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Ask variants of a run and read their answers side by side; an empty line ends it.
+    """Ask variants of a run and read their answers side by side. An empty line ends the chat.
 
     Answers are greedy and follow the system prompt of the run. Variants of a run that bakes the
     prompt in are asked without it. The teacher answers through the engine of the run's recipe.
@@ -221,7 +236,7 @@ def _ask(
         RotdistillError: one has failed; the others have answered.
     """
     console = stdout_console()
-    is_live = show and console.is_terminal
+    is_live = show and console.is_terminal and console.file.isatty()
     live = Live(_columns(answers), console=console, refresh_per_second=8) if is_live else None
     failures: list[RotdistillError] = []
     with live or nullcontext():

@@ -34,7 +34,7 @@ def check(
         bool,
         typer.Option(
             "--resolved",
-            help="Print the recipe as TOML after `extends`, --set and defaults.",
+            help="Print the whole recipe as TOML: `extends`, --set and all defaults filled in.",
         ),
     ] = False,
     as_json: Json = False,

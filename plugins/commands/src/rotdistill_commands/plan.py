@@ -43,20 +43,23 @@ def plan(
     path: RecipePath,
     sets: Sets = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="As for `run --fresh`: nothing is reused.")
+        bool, typer.Option("--fresh", help="Plan for `run --fresh`, which reuses nothing.")
     ] = False,
     short: Annotated[
-        bool, typer.Option("--short", help="One line on stderr, as `run` begins with.")
+        bool, typer.Option("--short", help="Print only one line, on stderr, as `run` does first.")
     ] = False,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", help="Plan for so many equal machines.")
+        int | None, typer.Option("--nodes", help="Number of machines, all alike.")
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", help="GPUs of each machine, a process on each.")
+        int | None,
+        typer.Option(
+            "--gpus", help="Number of GPUs in each machine; each has a process of its own."
+        ),
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="Their kind: h100, h200, a100, l40s, rtx4090, or here."),
+        typer.Option("--gpu", help="Kind of these GPUs: h100, h200, a100, l40s, rtx4090, or here."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -180,7 +183,7 @@ def _cells(lines: list[PlanLine], has_gpu: bool) -> list[str]:
         result = f"[dim]reused: {literal(first.why)}[/]"
     else:
         time = time_class(sum(line.seconds for line in lines))
-        note = f"; {first.note}" if first.note else ""
+        note = f"; {literal(first.note)}" if first.note else ""
         result = f"to do, {time}: {literal(first.why)}{note}"
     return [
         literal(step),

@@ -149,6 +149,8 @@ def show(run: RunName, as_json: Json = False) -> None:
         names = literal(", ".join(users))
         console.print(f"{len(needed)} of its files are part of {names}; `rm` leaves those.")
     console.print(_step_table(folder, steps) if steps else "No step is finished yet.")
+    for step_id, refusal in _refusals(folder).items():
+        console.print(f"{literal(step_id)} left the student as it was: {literal(refusal)}")
     if rows:
         console.print(results_table(rows))
 
@@ -170,9 +172,21 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
                 "variants": [],
                 "options": record.options,
                 "notes": record.notes,
+                "refused": record.report.refused,
+                "remedies": list(record.report.remedies),
             }
             steps.setdefault(record.key, description)["variants"].append(variant)
     return list(steps.values())
+
+
+def _refusals(run: RunFolder) -> dict[str, str]:
+    """Return step id, with its variant -> why it did not apply its edit, and what to try next."""
+    found: dict[str, tuple[str, str]] = {}
+    for variant, chain in run.chains().items():
+        for step, record in chain.items():
+            if record.report.refused:
+                found.setdefault(record.key, (f"{variant}: {step}", record.report.refusal))
+    return dict(found.values())
 
 
 def _step_table(run: RunFolder, steps: Sequence[Mapping[str, Any]]) -> WideTable:
@@ -247,14 +261,18 @@ def rm(
         ),
     ],
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep checkpoints, scores and report.")
+        bool,
+        typer.Option("--keep-checkpoints", help="Remove all but checkpoints, scores and report."),
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask. Without a terminal that is the only way.")
+        bool,
+        typer.Option(
+            "--yes", help="Do not ask first. Where there is no terminal to ask on, --yes is needed."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove runs for good. Files that results of other runs consist of stay and are found there.
+    """Remove runs for good. Files that other runs need stay where they are.
 
     Examples:
 

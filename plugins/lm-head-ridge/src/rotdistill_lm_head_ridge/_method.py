@@ -30,11 +30,16 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
+    MORE_TEXTS,
     ScoredRows,
+    TextScores,
     largest_allowed_share,
+    refuse,
+    refuse_without_gain,
     scored_rows,
     scores_by_text,
     significantly_lower,
+    wider_guard,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
 from rotdistill_core.evaluation.guard import guard_of, largest_allowed_kl
@@ -278,16 +283,28 @@ def with_best_head(
         best = map_head(step, problem, best, texts.mapped, limit, out, progress)
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
-    if best.head is H_s or not _significantly_better(problem, best.head):
-        candidate = "candidate that the guard allows" if guard else "candidate"
-        out.report.refused = (
-            f"no {candidate} lowers the validation KL beyond chance; the head is left as it was"
-        )
+    if best.head is H_s:
+        candidate = "head that the guard allows" if guard else "candidate"
+        remedies = [*(wider_guard(guard) if guard else []), *remedies_of(step)]
+        refuse(out, f"no {candidate} lowers the validation KL", [*remedies, MORE_TEXTS])
+        return weights
+    scores_before, scores_after = (_scores(problem, H) for H in (H_s, best.head))
+    if not significantly_lower(scores_before, scores_after):
+        refuse_without_gain(out, scores_before, scores_after, remedies_of(step))
         return weights
     # Rows of padding tokens keep their values.
     whole = weights.head().to(X.states.dtype, copy=True)
     whole[:vocabulary] = best.head.to(whole)
     return weights.untie().edit({weights.adapter.head: whole})
+
+
+def remedies_of(step: LmHeadRidge) -> list[str]:
+    """Return what to try next where no head is a gain on validation texts."""
+    largest = max(step.ridge)
+    remedies = [f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])"]
+    if step.objective == "ridge":
+        remedies.append('a map that is fitted to the KL itself (objective = "kl")')
+    return [*remedies, "leaving the step out where a refit goes before it"]
 
 
 def _texts_of(step: LmHeadRidge, samples: Samples, guard: float | None) -> PackedTexts:
@@ -306,13 +323,9 @@ def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
     return OutOfDomain(rows, largest_allowed_kl(guard, before))
 
 
-def _significantly_better(problem: HeadProblem, head: Tensor) -> bool:
-    """Return whether a head lowers the validation KL of the student's own beyond chance."""
-    before, after = (
-        scores_by_text(problem.kl(problem.validation, H), problem.validation_text)
-        for H in (problem.head, head)
-    )
-    return significantly_lower(before, after)
+def _scores(problem: HeadProblem, head: Tensor) -> TextScores:
+    """Return the validation KL of a head, text by text."""
+    return scores_by_text(problem.kl(problem.validation, head), problem.validation_text)
 
 
 def choose_ridge_head(

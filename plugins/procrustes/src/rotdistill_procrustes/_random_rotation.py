@@ -25,7 +25,8 @@ def solve(options: RandomRotation, weights: Weights, maps: Maps, pair: Pair) -> 
     d_s, d_t = weights.width, pair.teacher.width
     if d_s > d_t:
         raise RecipeError(
-            f"random-rotation: the student is wider ({d_s}) than the teacher ({d_t})."
+            f"random-rotation: the student is wider ({d_s}) than the teacher ({d_t}). "
+            "Take a teacher that is as wide or wider."
         )
     generator = torch.Generator().manual_seed(options.seed)
     rotation = random_rotation(d_s, d_t, generator)

@@ -22,7 +22,11 @@ from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length, with_prompt
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.evaluation.acceptance import accept_if_better
+from rotdistill_core.evaluation.acceptance import (
+    MORE_TEXTS,
+    accept_if_better,
+    refuse,
+)
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.evaluation.guard import guard_of
 from rotdistill_core.forward.answers import model_answers
@@ -83,14 +87,16 @@ def distil(
     # The guard's forward passes need memory: the model that trained is gone when this returns.
     saved = SavedTraining(out, ranks)
     trained = trained_weights(step, weights, targets, saved, out, progress)
+    remedies = [
+        "a lower learning rate (learning_rate)",
+        'the teacher\'s answers instead of its continuations (prompts_from = ["questions"])',
+    ]
     kept = weights
     if trained is None:
-        out.report.refused = (
-            "training did not lower the validation KL; the weights are left as they were"
-        )
+        refuse(out, "training did not lower the validation KL", [*remedies, MORE_TEXTS])
     else:
         score = partial(targets.scores, samples)
-        kept = accept_if_better(weights, trained, score, guard, out)
+        kept = accept_if_better(weights, trained, score, guard, out, remedies)
     saved.clear()
     return kept
 
@@ -115,7 +121,7 @@ def training_texts(
     if pair.student.adapter.fused:
         raise RecipeError(
             f"prompt-kl: a {pair.student.config['model_type']} model has fused projections, "
-            "on which no LoRA is trained here."
+            "on which no LoRA is trained here. Leave the step out."
         )
     answers: list[Text] = []
     if "questions" in step.prompts_from:

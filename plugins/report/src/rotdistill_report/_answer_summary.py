@@ -4,10 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from rotdistill_core.evaluation.intervals import Estimate
+from rotdistill_core.evaluation.intervals import Estimate, FiguresByText, Interval, paired_change
 from rotdistill_core.evaluation.metrics import metric_named, teacher_metric
-from rotdistill_report._data import with_interval
+from rotdistill_report._data import MIN_TEXTS, ReportData, Tone, Verdict, with_interval
+
+JUDGED_BY = (
+    "answer_chrf",
+    "answer_length_gap",
+    "answer_language_teacher",
+    "factual_completeness",
+    "hallucination_rate",
+)
+"""The metrics that say whether an answer is better. The question's language is none of them: the
+goal is the teacher, who may answer in another."""
+
+
+def answer_verdict(
+    report: ReportData, figures: Mapping[str, Mapping[str, FiguresByText]], seed: int
+) -> Verdict:
+    """Return whether the headline answers better than the baseline, and whether its KL said so.
+
+    The answers are judged by their own metrics alone. A metric counts if the interval of its
+    paired change does not hold 0.
+
+    Args:
+        report: names the two variants, and has their answers.
+        figures: metric -> variant -> figures of single texts.
+        seed: of the intervals.
+
+    Returns:
+        An empty sentence where fewer than two variants answered.
+    """
+    if len(report.answer_variants) < 2:
+        return Verdict("", Tone.NEUTRAL)
+    before, after = report.answer_variants
+    changes = {}
+    for metric in ("kl", *JUDGED_BY):
+        of_variants = figures.get(metric, {})
+        if before in of_variants and after in of_variants:
+            change = paired_change(of_variants[after], of_variants[before], seed)
+            if change is not None:
+                changes[metric] = change
+    kl = changes.pop("kl", None)
+    texts_before, texts_after = (
+        {question: answer.student for question, answer in report.answers[variant].items()}
+        for variant in (before, after)
+    )
+    if texts_before == texts_after:
+        sentence = f"`{after}` answers as `{before}` does, word for word."
+        judged = Judgement(sentence, Tone.NEUTRAL, better=False)
+    elif len(texts_after) < MIN_TEXTS:
+        sentence = (
+            f"Whether `{after}` answers better than `{before}` cannot be told from "
+            f"{len(texts_after)} held-out questions; it takes {MIN_TEXTS} or more."
+        )
+        return Verdict(sentence, Tone.NEUTRAL)
+    else:
+        judged = _judged(before, after, changes)
+    if kl is not None and kl.beyond_noise() and kl.value < 0 and not judged.better:
+        return Verdict(f"The lower KL did not make better answers. {judged.sentence}", Tone.BAD)
+    return Verdict(judged.sentence, judged.tone)
+
+
+class Judgement(NamedTuple):
+    """Whether answers got better."""
+
+    sentence: str
+    tone: Tone
+    better: bool
+    """Whether they did by any metric."""
+
+
+def _judged(before: str, after: str, changes: Mapping[str, Interval]) -> Judgement:
+    """Return whether answers got better, from metric -> paired change."""
+    moved = {metric: change for metric, change in changes.items() if change.beyond_noise()}
+    better = {m: c for m, c in moved.items() if c.value * metric_named(m).direction > 0}
+    worse = {m: c for m, c in moved.items() if m not in better}
+    subject, others = f"The answers of `{after}` are", f"those of `{before}`"
+    if better and worse:
+        sentence = f"better than {others} by {_changes(better)}, and worse by {_changes(worse)}."
+        return Judgement(f"{subject} {sentence}", Tone.NEUTRAL, better=True)
+    if better:
+        sentence = f"{subject} better than {others}: {_changes(better)}."
+        return Judgement(sentence, Tone.GOOD, better=True)
+    if worse:
+        sentence = f"{subject} worse than {others}: {_changes(worse)}."
+        return Judgement(sentence, Tone.BAD, better=False)
+    first = dict(list(changes.items())[:1])
+    shown = f": {_changes(first)}" if first else ""
+    sentence = f"{subject} not distinguishable from {others}{shown}."
+    return Judgement(sentence, Tone.NEUTRAL, better=False)
+
+
+def _changes(changes: Mapping[str, Interval]) -> str:
+    """Return changes in words, `chrF +24.5 [+17.4, +31.7], length gap -0.20 [-0.31, -0.09]`."""
+    return ", ".join(
+        f"{metric_named(metric).title} {with_interval(change, metric, '+')}"
+        for metric, change in changes.items()
+    )
 
 
 def answer_summary(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from rotdistill_core.evaluation.intervals import (
     Estimate,
@@ -43,7 +43,9 @@ from rotdistill_core.store.results import Answer, Curve, Parity, TrainingCurve
 from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
-"""Texts of a language from which an interval over them is shown."""
+"""Texts from which an interval over them says something."""
+SHOWN_QUESTIONS = 3
+"""Questions whose answers are on the first screen."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,18 @@ class Issue:
 
 
 class Tone(StrEnum):
-    """How the verdict is coloured."""
+    """How a verdict is coloured."""
 
     GOOD = "good"
     BAD = "bad"
     NEUTRAL = "none"
+
+
+class Verdict(NamedTuple):
+    """A conclusion in one sentence."""
+
+    sentence: str
+    tone: Tone
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class StepSummary:
     notes: dict[str, Any]
     """What the step noted for people, its certificate and refusal included."""
     refused: str
+    """Why it did not apply its edit, and what to try next; empty if it did."""
     curves: list[Curve]
     training: TrainingCurve | None = None
     """Of a step that trained: its losses."""
@@ -126,7 +136,7 @@ class StepDiagnostics:
 
 @dataclass(frozen=True)
 class ReportData:
-    """The content of a report. Its last six fields come from `_findings.with_findings`."""
+    """The content of a report. Its last eight fields come from `_findings.with_findings`."""
 
     recipe_name: str
     run: str
@@ -149,6 +159,8 @@ class ReportData:
     """Variant -> question id -> the answers of teacher and variant."""
     answer_variants: list[str]
     """The variants whose answers are shown: baseline and headline."""
+    first_questions: list[str]
+    """Ids of the questions on the first screen, which `evenly_spaced` takes."""
     provenance: dict[str, Mapping[str, str | Source]]
     """Models, texts, recipe and versions that had a part in the run."""
     recipe_text: str
@@ -164,6 +176,9 @@ class ReportData:
     verdict: str = ""
     """In one sentence: whether the run worked."""
     tone: Tone = Tone.NEUTRAL
+    answer_verdict: str = ""
+    """In one sentence: whether the headline answers better than the baseline; empty if unknown."""
+    answer_tone: Tone = Tone.NEUTRAL
     issues: list[Issue] = field(default_factory=list)
     ablations: list[str] = field(default_factory=list)
     """In words: what the steps of each variant changed."""
@@ -246,6 +261,8 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         if result.report.answers
     }
     answered = [variant for variant in recipe.recipe.variants if variant in answers]
+    compared = answer_variants(answered, baseline, recipe.headline)
+    questions = list(answers[compared[0]]) if compared else []
     return ReportData(
         recipe_name=recipe.recipe.name,
         run=outcome.folder.name,
@@ -258,7 +275,8 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         diagnostics=alignment_diagnostics(outcome, out),
         steps=step_summaries(outcome),
         answers=answers,
-        answer_variants=answer_variants(answered, baseline, recipe.headline),
+        answer_variants=compared,
+        first_questions=evenly_spaced(questions, SHOWN_QUESTIONS),
         provenance=provenance(recipe, outcome),
         recipe_text=resolved_toml(recipe),
         saved_as=_save_dtype(recipe, outcome),
@@ -455,14 +473,14 @@ def step_summaries(outcome: RunResult) -> list[StepSummary]:
         if report.certificate:
             notes["certificate"] = asdict(report.certificate)
         if report.refused:
-            notes["refused"] = report.refused
+            notes["refused"] = report.refusal
         summaries[result.key] = StepSummary(
             step=step,
             variant=variant,
             reused=result.reused,
             seconds=result.seconds,
             notes=notes,
-            refused=report.refused,
+            refused=report.refusal,
             curves=report.curves,
             training=report.training,
         )
@@ -476,3 +494,12 @@ def answer_variants(answered: Sequence[str], baseline: str, headline: str) -> li
     first = baseline if baseline in answered else answered[0]
     last = headline if headline in answered else answered[-1]
     return list(dict.fromkeys([first, last]))
+
+
+def evenly_spaced(questions: Sequence[str], count: int) -> list[str]:
+    """Return at most `count` questions: the first, and others at equal distances after it.
+
+    The choice depends on nothing but their order, so that no answer is shown for being good.
+    """
+    shown = min(count, len(questions))
+    return [questions[k * len(questions) // shown] for k in range(shown)]

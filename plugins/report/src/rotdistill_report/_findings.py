@@ -18,7 +18,7 @@ from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagn
 from rotdistill_core.plugin.caveats import CaveatKind
 from rotdistill_core.plugin.step import caveats_of, is_exact
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
-from rotdistill_report._answer_summary import answer_summary
+from rotdistill_report._answer_summary import answer_summary, answer_verdict
 from rotdistill_report._data import (
     Issue,
     IssueKind,
@@ -26,6 +26,7 @@ from rotdistill_report._data import (
     ShownFigure,
     StepSummary,
     Tone,
+    Verdict,
     with_interval,
 )
 
@@ -59,10 +60,13 @@ def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult
     """Return the report with its findings."""
     warnings = list(validity_warnings(report, recipe))
     conclusion = verdict(report, recipe, warnings)
+    of_answers = answer_verdict(report, figures_by_text(outcome.rows), recipe.recipe.seed)
     return replace(
         report,
         verdict=conclusion.sentence,
         tone=conclusion.tone,
+        answer_verdict=of_answers.sentence,
+        answer_tone=of_answers.tone,
         issues=[*warnings, *collect_issues(report, recipe)],
         ablations=list(ablation_effects(report, recipe, outcome)),
         language_summary=language_summary(report.kl_by_language, report.baseline),
@@ -131,7 +135,7 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
 
 def _refusal(step: StepSummary) -> Issue:
     subject = f"{step.step} (in {step.variant})"
-    return Issue(IssueKind.REFUSED, subject, f"{step.refused}.")
+    return Issue(IssueKind.REFUSED, subject, step.refused)
 
 
 def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
@@ -246,13 +250,6 @@ def _changes_model(recipe_step: RecipeStep) -> bool:
 
 
 # Whether the run worked.
-
-
-class Verdict(NamedTuple):
-    """Whether a run worked."""
-
-    sentence: str
-    tone: Tone
 
 
 def verdict(report: ReportData, recipe: ResolvedRecipe, warnings: list[Issue]) -> Verdict:

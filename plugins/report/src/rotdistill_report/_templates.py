@@ -18,6 +18,8 @@ from rotdistill_core.characters import visible
 from rotdistill_core.evaluation.metrics import UNPROMPTED_TEACHER, metric_named
 
 PLAIN_YAML = re.compile(r"[a-z][a-z0-9.-]*")
+LONGEST_EXCERPT = 180
+"""Characters of an answer on the first screen."""
 YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 """Words that YAML takes for something else than text."""
 
@@ -35,6 +37,7 @@ def template(name: str) -> Template:
     environment.filters |= {
         "metric_title": metric_title,
         "note": note_text,
+        "excerpt": excerpt,
         "cell": table_cell,
         "code": code_markup,
         "span": code_span,
@@ -76,6 +79,17 @@ def note_text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(note_text(item) for item in value)
     return str(value)
+
+
+def excerpt(text: str) -> str:
+    """Return the beginning of a text, with `…` where it goes on; at a blank, if one is near."""
+    one_line = " ".join(text.split())
+    if len(one_line) <= LONGEST_EXCERPT:
+        return one_line
+    cut = one_line[: LONGEST_EXCERPT + 1]
+    words = cut.rpartition(" ")[0]
+    kept = words if len(words) > LONGEST_EXCERPT // 2 else cut[:LONGEST_EXCERPT]
+    return f"{kept} …"
 
 
 def table_cell(text: str) -> Markup:

@@ -19,6 +19,9 @@ def terminal_summary(report: ReportData) -> Group:
     parts: list[WideTable | Text] = [
         Text(report.verdict.replace("`", ""), style=STYLES[report.tone])
     ]
+    if report.answer_verdict:
+        judged = Text(report.answer_verdict.replace("`", ""), style=STYLES[report.answer_tone])
+        parts.append(judged)
     metrics = [metric for metric in INTERVAL_METRICS if metric in report.estimates]
     if metrics:
         parts.append(_interval_table(report, metrics))
@@ -45,8 +48,8 @@ def _answers(report: ReportData) -> list[Text]:
     if report.answer_summary:
         lines.append(Text(f"\nAnswers, {' → '.join(report.answer_variants)}"))
         lines += [Text(f"  {line}") for line in report.answer_summary]
-    question, answer = next(iter(report.answers[report.answer_variants[0]].items()))
-    texts = {"teacher": answer.teacher}
+    question = report.first_questions[0]
+    texts = {"teacher": report.answers[report.answer_variants[0]][question].teacher}
     for variant in report.answer_variants:
         texts[variant] = report.answers[variant][question].student
     for name, text in texts.items():

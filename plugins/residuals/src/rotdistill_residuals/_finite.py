@@ -22,5 +22,6 @@ def require_finite_states(model: str, boundary: int, states: Tensor) -> None:
         where = f"layer {boundary - 1}" if boundary else "the embeddings"
         raise RotdistillError(
             f"{model}: {where}: {len(bad_rows)} rows are NaN or Inf, "
-            f"the first is row {bad_rows[0]}."
+            f"the first is row {bad_rows[0]}. The model overflows there: set its dtype to "
+            '"float32".'
         )

@@ -143,7 +143,7 @@ def content_spans(
             shown = content[:40].decode(errors="replace")
             raise RecipeError(
                 f"text {text.id}: the tokens of {tokenizer_name} do not give its bytes back: "
-                f"{shown!r} is not there."
+                f"{shown!r} is not there. Leave the text out."
             )
         stop = min(start + len(content), len(whole))
         shift = offset - start

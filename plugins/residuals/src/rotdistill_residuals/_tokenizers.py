@@ -37,7 +37,7 @@ def not_of_bytes(source: str, decoder: str) -> SetupError:
     """Return the error of a tokenizer whose tokens are not bytes."""
     return SetupError(
         f"{source}: its tokens are not bytes (decoder {decoder[:60]}); it cannot be paired with "
-        "another."
+        "another. Take two models of one vocabulary."
     )
 
 

@@ -46,53 +46,68 @@ class Kind(StrEnum):
 
 
 def new(  # noqa: PLR0913  an option each
-    kind: Annotated[Kind, typer.Argument(help="What to write.", show_default=False)],
+    kind: Annotated[
+        Kind,
+        typer.Argument(help="What to write: a step, an adapter or a recipe.", show_default=False),
+    ],
     name: Annotated[
         str,
         typer.Argument(
-            help="Its name: in recipes, or an adapter's model type.", show_default=False
+            help="The name of a step or recipe; for an adapter, the model type of config.json.",
+            show_default=False,
         ),
     ],
     stage: Annotated[
         str,
         typer.Option(
             "--stage",
-            help=f"A step's stage: {', '.join(STAGES)}.",
+            help=f"Of a step: its stage; one of {', '.join(STAGES)}.",
             autocompletion=lambda: list(STAGES),
         ),
     ] = "align",
     teacher: Annotated[
-        str | None, typer.Option("--teacher", help="A recipe's large model.", show_default=False)
+        str | None,
+        typer.Option("--teacher", help="Of a recipe: the large model.", show_default=False),
     ] = None,
     student: Annotated[
         str | None,
         typer.Option(
             "--student",
-            help="Its small model; without it, the teacher with fewer layers.",
+            help="Of a recipe: the small model. Without it, the teacher with fewer layers.",
             show_default=False,
         ),
     ] = None,
     texts: Annotated[
         str | None,
-        typer.Option("--texts", help="Its conversations; see docs/texts.md.", show_default=False),
+        typer.Option(
+            "--texts",
+            help="Of a recipe: a file of conversations; see docs/texts.md.",
+            show_default=False,
+        ),
     ] = None,
     heldout: Annotated[
         str | None,
-        typer.Option("--heldout", help="Its held-out questions.", show_default=False),
+        typer.Option(
+            "--heldout", help="Of a recipe: a file of held-out questions.", show_default=False
+        ),
     ] = None,
     guard: Annotated[
         str | None,
-        typer.Option("--guard", help="Texts outside its domain.", show_default=False),
+        typer.Option(
+            "--guard", help="Of a recipe: a file of texts outside the domain.", show_default=False
+        ),
     ] = None,
     system: Annotated[
         Path | None,
-        typer.Option("--system", help="A file with its system prompt.", show_default=False),
+        typer.Option(
+            "--system", help="Of a recipe: a file with the system prompt.", show_default=False
+        ),
     ] = None,
     domain: Annotated[
         str | None,
         typer.Option(
             "--domain",
-            help="What its answers are about: writes a system prompt to edit.",
+            help="Of a recipe: what answers are about. Writes a system prompt that you can edit.",
             show_default=False,
         ),
     ] = None,

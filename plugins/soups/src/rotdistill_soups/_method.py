@@ -106,7 +106,11 @@ def merge_into_student(
         merged = DRIVERS.get(step.method, _merge_all)(run)
         if not step.require_improvement:
             return merged
-        return accept_if_better(weights, merged, run.score, guard, out)
+        remedies = [
+            "other ingredients, or smaller weights of them (ingredients, weights)",
+            'leave it to the validation texts which to take (method = "greedy")',
+        ]
+        return accept_if_better(weights, merged, run.score, guard, out, remedies)
 
     return ranks.lead_alone(merged, weights)
 

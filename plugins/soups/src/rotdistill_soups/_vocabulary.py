@@ -38,7 +38,7 @@ def match_tokens(model: Model, student: Model, student_rows: int, reference: str
         if model_rows != student_rows:
             raise SetupError(
                 f"soups: {reference} has {model_rows} rows for tokens, the student {student_rows}, "
-                "and no tokenizer to match them by."
+                "and no tokenizer to match them by. Put its tokenizer files into its folder."
             )
         return None
     student_vocab = student.tokenizer.get_vocab()
@@ -50,7 +50,7 @@ def match_tokens(model: Model, student: Model, student_rows: int, reference: str
     if shared < SHARED_TOKENS * len(student_vocab):
         raise SetupError(
             f"soups: {reference} shares {shared} of the student's {len(student_vocab)} tokens: it "
-            "has another tokenizer."
+            "has another tokenizer. Leave it out: only models of one tokenizer can be merged."
         )
     return rows
 

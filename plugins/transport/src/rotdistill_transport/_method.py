@@ -225,7 +225,12 @@ def _best(
         "strength": best,
         "validation KL by strength": {f"{strength:g}": kl[strength] for strength in sorted(kl)},
     }
-    return accept_if_better(weights, views[part, best], score, guard, out)
+    least = min(step.strengths)
+    remedies = [
+        f"weaker strengths (strengths = [{least / 4:g}, {least / 2:g}])",
+        "a fine-tune of a model nearer to the student (source, base)",
+    ]
+    return accept_if_better(weights, views[part, best], score, guard, out, remedies)
 
 
 def _nearest_to_one(strengths: tuple[float, ...]) -> float:

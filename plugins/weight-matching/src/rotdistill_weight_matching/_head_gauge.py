@@ -47,7 +47,7 @@ def solve(
     if not kinds:
         raise RecipeError(
             "head-gauge: the two models have neither heads nor neurons of one shape in which these "
-            "gauges are free."
+            "gauges are free. Leave the step out."
         )
     heads = weights.adapter.heads(weights.config)
     new_maps: dict[str, Map] = {}

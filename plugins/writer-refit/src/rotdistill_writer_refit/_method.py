@@ -118,7 +118,17 @@ def solve(
 
         # How much of the KL on validation texts is that of texts which were not fitted.
         out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
-        return accept_if_better(weights, refitted, score, guard, out)
+        return accept_if_better(weights, refitted, score, guard, out, remedies_of(step))
+
+
+def remedies_of(step: WriterRefit) -> list[str]:
+    """Return what to try next where a refit is no gain on validation texts."""
+    largest = max(step.ridge)
+    return [
+        f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])",
+        "fewer layers cut, where chop goes before it",
+        f"targets nearer to the student (alpha = {step.alpha / 2:g})",
+    ]
 
 
 def refit(
@@ -161,6 +171,12 @@ def refit(
     return weights.edit(edited)
 
 
+def _other_writers(weights: Weights) -> str:
+    """Return what to do where writers cannot be refitted."""
+    can = ", ".join(f'"{name}"' for name in weights.adapter.writers)
+    return f"Set writers = [{can}]." if can else "Leave the step out."
+
+
 def check_options(step: WriterRefit, weights: Weights) -> None:
     """Raise RecipeError if the options do not fit the model."""
     if step.features == "output" and step.writers != ("neurons",):
@@ -171,7 +187,7 @@ def check_options(step: WriterRefit, weights: Weights) -> None:
     if not set(step.writers) <= set(weights.adapter.writers):
         raise RecipeError(
             f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
-            "writers and stream."
+            f"writers and stream. {_other_writers(weights)}"
         )
 
 
