@@ -9,8 +9,8 @@ can evict them. Memory is peak anonymous memory.
 
 Times are those of each result, by the clock and by the processor. A plan states the time on an idle
 machine, so where other programs compute, too, the processor's time is the one to compare. It counts
-all threads, so call this with OMP_NUM_THREADS=1. What happens between two results (found, read back,
-reported) has a row of its own.
+all threads, so call this with OMP_NUM_THREADS=1. What happens between two results (they are found,
+read back, reported) has a row of its own.
 """
 
 from __future__ import annotations

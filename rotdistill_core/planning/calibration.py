@@ -26,8 +26,12 @@ from rotdistill_core.store.plain import read_bytes
 
 VARIABLE = "ROTDISTILL_CALIBRATION"
 """The environment variable that says where rates come from; empty for those of this machine."""
-OFF, FIXED = "off", "assumed"
-"""Its values: no rates, and `ASSUMED`, the same everywhere."""
+FIXED = "assumed"
+"""Its value for `ASSUMED`, the same everywhere."""
+OFF = "off"
+"""Its value for no rates; any other one means the same."""
+MEASURE = ("-m", "rotdistill_core.planning.measure")
+"""What Python is started with to measure."""
 MOST_SECONDS = 300
 """Seconds after which a calibration is given up. On an idle machine it takes about ten."""
 MOST_KEPT = 64
@@ -87,7 +91,7 @@ def measured() -> Profile:
         OSError: no process could be started.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "rotdistill_core.planning.measure"],
+        [sys.executable, *MEASURE],
         capture_output=True,
         text=True,
         check=True,

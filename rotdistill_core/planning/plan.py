@@ -209,7 +209,7 @@ class Plan:
             ]
         notes = []
         if any(line.gpu_bytes for line in self.todo) and not profile.gpu_measured:
-            notes.append("times: how fast the GPU is was assumed, not measured.")
+            notes.append("times: the speed of the GPU was assumed, not measured.")
         busy = load()
         if busy > BUSY:
             notes.append(
@@ -542,13 +542,8 @@ class _LineBuilder:
 
     def model_lines(self) -> Iterator[PlanLine]:
         """Yield the line of what is done with the models before the first step."""
-        line = PlanLine(
-            id=MODELS,
-            reused=self._started_before,
-            why="the same models and texts were run before"
-            if self._started_before
-            else "compared with transformers before anything is made",
-        )
+        why = self._why("compared with transformers before anything is made")
+        line = PlanLine(id=MODELS, reused=self._started_before, why=why)
         yield self._with_cost(line, models_cost(self.start))
 
     @property
@@ -556,16 +551,23 @@ class _LineBuilder:
         """Whether a run began from the same models and texts, and is not to be made anew."""
         return self.start_key != UNKNOWN and not self.fresh
 
+    def _why(self, otherwise: str) -> str:
+        """Return why what comes before the first step is reused or made.
+
+        Args:
+            otherwise: why it is made if no run began from the same models and texts.
+        """
+        if self.start_key == UNKNOWN:
+            return otherwise
+        return FRESH if self.fresh else "the same models and texts were run before"
+
     def answer_lines(self) -> Iterator[PlanLine]:
         """Yield the lines of what is written in the teacher's name: its answers, and lessons.
 
         Raises:
             RotdistillError: the engine cannot work.
         """
-        known = self.start_key != UNKNOWN
-        why = "not made before from these models and texts"
-        if known:
-            why = FRESH if self.fresh else "the same models and texts were run before"
+        why = self._why("not made before from these models and texts")
         texts = self.start.texts
         engine = self.recipe.engine
         line = PlanLine(
