@@ -1,11 +1,16 @@
-"""The estimates of `plan`, compared with what a run takes: peak anonymous memory, bytes written.
+"""The estimates of `plan`, compared with what a run takes: memory, bytes written, and time.
 
     python benchmarks/plan_accuracy.py RECIPE [KEY=VALUE ...]
     python benchmarks/plan_accuracy.py --small
 
 `--small` makes random models with the vocabulary of real ones, and three recipes for them, in a
 folder of its own. Pages of memory-mapped weight files do not count, because the operating system
-can evict them.
+can evict them. Memory is peak anonymous memory.
+
+Times are those of each result, by the clock and by the processor. A plan states the time on an idle
+machine, so where other programs compute, too, the processor's time is the one to compare. It counts
+all threads, so call this with OMP_NUM_THREADS=1. What happens between two results (they are found,
+read back, reported) has a row of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +30,9 @@ import torch
 
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.machine import this_machine
-from rotdistill_core.planning.plan import build_plan
+from rotdistill_core.planning.plan import CHECKPOINTS, Plan, build_plan
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
@@ -92,14 +100,43 @@ SMALL_RECIPES = (
 )
 
 
-class MemoryObserver(SilentObserver):
-    """Reads the anonymous memory of this process while a run goes on, step by step."""
+BEFORE = "before the first step"
+"""Phase in which models are compared, and the teacher answers."""
+BETWEEN = "between results"
+
+
+class Time(NamedTuple):
+    """Seconds of a phase."""
+
+    wall: float = 0.0
+    processor: float = 0.0
+
+    def __add__(self, other: object) -> Time:
+        """Return the sum of both."""
+        assert isinstance(other, Time)
+        return Time(self.wall + other.wall, self.processor + other.processor)
+
+    def since(self, start: Time) -> Time:
+        """Return the seconds from `start` to this."""
+        return Time(self.wall - start.wall, self.processor - start.processor)
+
+    @classmethod
+    def now(cls) -> Time:
+        """Return the clocks."""
+        return cls(time.monotonic(), time.process_time())
+
+
+class PhaseObserver(SilentObserver):
+    """Reads memory and clocks of this process while a run goes on, step by step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase = "teacher's answers"
+        self.phase = BEFORE
         self.peaks = dict[str, int]()
         """Step and variant -> peak anonymous memory, bytes."""
+        self.times = dict[str, Time]()
+        """Phase -> its time."""
+        self._event = Time.now()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -109,15 +146,28 @@ class MemoryObserver(SilentObserver):
             self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), info.rss - info.shared)
             time.sleep(MEMORY_INTERVAL)
 
+    def ends(self, phase: str) -> None:
+        """Count the time since the last event for a phase."""
+        now = Time.now()
+        self.times[phase] = self.times.get(phase, Time()) + now.since(self._event)
+        self._event = now
+
     @hookimpl
     def before_step(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.before_step`."""
+        self.ends(BEFORE if self.phase == BEFORE else BETWEEN)
         self.phase = f"{step_id} {variant}"
 
     @hookimpl
     def after_step(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.after_step`."""
+        self.ends(self.phase)
         self.phase = f"after {step_id} {variant}"
+
+    @hookimpl
+    def variant_saved(self, variant: str) -> None:
+        """See `HookSpecs.variant_saved`."""
+        self.ends(f"{CHECKPOINTS} {variant}")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -161,10 +211,12 @@ def write_recipe(recipe: SmallRecipe, folder: Path) -> Path:
 def compare_estimates(path: Path, sets: list[str], root: Path) -> None:
     """Plan a recipe, run it in a folder of runs, and print estimates and measurements."""
     loaded = load_recipe(path, sets)
-    planned = build_plan(loaded, root, this_machine(root))
-    observer = MemoryObserver()
+    profile = calibrated(lambda line: print(line, file=sys.stderr))
+    planned = build_plan(loaded, root, replace(this_machine(root), profile=profile))
     bytes_before = folder_bytes(root)
+    observer = PhaseObserver()
     Executor(loaded, root, observer, lambda *_: None).go()
+    observer.ends(BETWEEN)
     lines = {f"{line.id} {' '.join(line.variants[:1])}".strip(): line for line in planned.todo}
     print(f"{path.stem:<28} {'estimated, GB':>13} {'measured, GB':>13}")
     for phase, peak in observer.peaks.items():
@@ -174,6 +226,31 @@ def compare_estimates(path: Path, sets: list[str], root: Path) -> None:
     totals = planned.totals
     print_ratio("peak memory", totals.ram_bytes, max(observer.peaks.values()))
     print_ratio("disk", totals.disk_bytes, folder_bytes(root) - bytes_before)
+    print_times(planned, observer.times)
+
+
+def print_times(planned: Plan, times: Mapping[str, Time]) -> None:
+    """Print planned and measured seconds of each result, and of all of them."""
+    plans: dict[str, float] = {}
+    for line in planned.todo:
+        # Variants share a result; the first of them makes it.
+        phase = f"{line.id} {line.variants[0]}" if line.variants else BEFORE
+        plans[phase] = plans.get(phase, 0.0) + (line.seconds or 0.0)
+    print("| result | planned, s | processor, s | planned / processor | clock, s |")
+    print("|---|---|---|---|---|")
+    made = [phase for phase in times if phase in plans]
+    rest = [phase for phase in times if phase not in plans]
+    for phase in made:
+        print_time(phase, plans[phase], times[phase])
+    print_time("all of these", sum(plans[p] for p in made), sum((times[p] for p in made), Time()))
+    print_time(BETWEEN, 0.0, sum((times[p] for p in rest), Time()))
+    sys.stdout.flush()
+
+
+def print_time(phase: str, planned: float, took: Time) -> None:
+    """Print a row of the table of times."""
+    ratio = f"{planned / took.processor:.2f}" if planned and took.processor else ""
+    print(f"| {phase} | {planned:.1f} | {took.processor:.1f} | {ratio} | {took.wall:.1f} |")
 
 
 def print_ratio(resource: str, estimate: int, measured: int) -> None:

@@ -9,11 +9,13 @@ result.to_pandas()
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rotdistill_core.execution.observers import QuietObserver
 from rotdistill_core.forward.ranks import start_ranks
+from rotdistill_core.planning.calibration import kept_profile
 from rotdistill_core.planning.machine import Machine, this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.recipe.document import Recipe
@@ -71,6 +73,8 @@ def plan(
 ) -> Plan:
     """Return what `run` would do: results in order, memory, disk and time. Nothing is written.
 
+    Times are None until this machine has been measured, which the command line does.
+
     Args:
         recipe: the path of a recipe, or a recipe from `load_recipe`.
         set: overrides, as for `run`.
@@ -84,7 +88,8 @@ def plan(
     """
     resolved = _resolve(recipe, set or {})
     folder = Path(runs)
-    return build_plan(resolved, folder, machine or this_machine(folder), fresh, log)
+    here = machine or replace(this_machine(folder), profile=kept_profile())
+    return build_plan(resolved, folder, here, fresh, log)
 
 
 def _resolve(

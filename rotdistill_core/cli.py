@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -33,9 +34,10 @@ from rotdistill_core.evaluation.rows import rows_as_json
 from rotdistill_core.execution.observers import QuietObserver
 from rotdistill_core.execution.outcome import RunFailed, RunResult
 from rotdistill_core.forward.ranks import Ranks, ToldByLead, start_ranks
+from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
-from rotdistill_core.planning.plan import build_plan
+from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -43,6 +45,7 @@ from rotdistill_core.store.layout import RUNS_FOLDER, RunLayout
 from rotdistill_core.terminal import (
     Json,
     ProgressDisplay,
+    Recalibrate,
     RecipePath,
     Sets,
     literal,
@@ -159,6 +162,7 @@ def run(
             "`plan` estimates.",
         ),
     ] = False,
+    recalibrate: Recalibrate = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe. Results that an earlier run made from the same inputs are used again.
@@ -172,7 +176,11 @@ def run(
     ranks = start_ranks()
     with ranks.together():
         if ranks.leads:
-            _run_here(path, sets or [], fresh, unplanned, as_json, ranks)
+            loaded = load_recipe(path, sets or [])
+            for note in loaded.notes:
+                stderr_console().print(literal(note), soft_wrap=True)
+            planned = None if unplanned else _plan_here(loaded, fresh, recalibrate)
+            _run_here(loaded, planned, fresh, as_json, ranks)
         else:
             _follow(path, sets or [], fresh, ranks)
 
@@ -187,18 +195,13 @@ def _follow(path: Path, sets: Sequence[str], fresh: bool, ranks: Ranks) -> None:
 
 
 def _run_here(
-    path: Path, sets: Sequence[str], fresh: bool, unplanned: bool, as_json: bool, ranks: Ranks
+    loaded: ResolvedRecipe, planned: Plan | None, fresh: bool, as_json: bool, ranks: Ranks
 ) -> None:
     """Carry out a recipe, and print how it goes and what came out."""
-    loaded = load_recipe(path, sets)
-    for note in loaded.notes:
-        stderr_console().print(literal(note), soft_wrap=True)
-    if not unplanned:
-        _check_machine(loaded, fresh)
-    from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
-
-    screen = ProgressDisplay(stderr_console())
+    screen = ProgressDisplay(stderr_console(), planned)
     try:
+        from rotdistill_core.execution.executor import Executor  # noqa: PLC0415  loads torch
+
         outcome = Executor(loaded, RUNS_FOLDER, screen, screen.progress, fresh, ranks).go()
     except RunFailed as failure:
         _show(failure.outcome, as_json)
@@ -208,8 +211,11 @@ def _run_here(
     _show(outcome, as_json)
 
 
-def _check_machine(loaded: ResolvedRecipe, fresh: bool) -> None:
-    """Print the plan of a run in one line. A model that is not here yet is no reason to stop.
+def _plan_here(loaded: ResolvedRecipe, fresh: bool, recalibrate: bool) -> Plan | None:
+    """Print the plan of a run in one line, and return it.
+
+    Returns:
+        None where a model is not here yet, which is no reason to stop.
 
     Raises:
         SetupError: the machine is too small.
@@ -217,15 +223,18 @@ def _check_machine(loaded: ResolvedRecipe, fresh: bool) -> None:
     console = stderr_console()
 
     def log(text: str) -> None:
-        console.print(literal(text))
+        console.print(literal(text), soft_wrap=True)
 
+    machine = replace(this_machine(RUNS_FOLDER), profile=calibrated(log, recalibrate))
     try:
-        planned = build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER), fresh, log)
+        planned = build_plan(loaded, RUNS_FOLDER, machine, fresh, log)
     except ModelNotAvailable as error:
-        console.print(f"plan: {literal(error)}", soft_wrap=True)
-        return
-    console.print(literal(planned.summary), soft_wrap=True)
+        log(f"plan: {error}")
+        return None
+    for line in (planned.summary, *planned.time_notes):
+        log(line)
     planned.require_resources(loaded.path)
+    return planned
 
 
 def _show(outcome: RunResult, as_json: bool) -> None:

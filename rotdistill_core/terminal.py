@@ -21,6 +21,9 @@ from rich.text import Text
 from rotdistill_core.characters import visible, visible_json
 from rotdistill_core.evaluation.metrics import FAILED, METRICS, UNPROMPTED_TEACHER
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures, unprompted_teacher
+from rotdistill_core.planning.plan import CHECKPOINTS, Plan
+from rotdistill_core.planning.time_left import TimeLeft
+from rotdistill_core.planning.times import time_in_words
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.load import load_recipe
@@ -70,6 +73,10 @@ Sets = Annotated[
         "May be given several times.",
         autocompletion=complete_set_keys,
     ),
+]
+Recalibrate = Annotated[
+    bool,
+    typer.Option("--recalibrate", help="Measure again how fast this machine is, for its times."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -127,13 +134,18 @@ def relative_to_cwd(path: Path) -> str:
 
 
 class ProgressDisplay:
-    """Observer that shows the progress of a run.
+    """Observer that shows the progress of a run, and the time that is left.
 
     On a terminal one live line for the current step, elsewhere plain lines.
+
+    Args:
+        console: where it is shown.
+        planned: the plan of the run; without one no time that is left is known.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, planned: Plan | None = None) -> None:
         self.console = console
+        self.left = TimeLeft(planned) if planned else None
         # FORCE_COLOR makes a file count as a terminal; a live line needs one whose cursor moves.
         is_live = console.is_terminal and console.file.isatty()
         self.status = console.status("") if is_live else None
@@ -152,20 +164,31 @@ class ProgressDisplay:
             return
         seconds = time.monotonic() - self.started
         rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
-        self.status.update(f"{literal(self.step)}  {done}/{total}{rate}  {literal(note)}")
+        left = f"  {self._time_left()}" if self._time_left() else ""
+        self.status.update(f"{literal(self.step)}  {done}/{total}{rate}  {literal(note)}{left}")
+
+    def _time_left(self) -> str:
+        """Return the time that is left in words; empty if it is not known."""
+        seconds = self.left.seconds() if self.left else None
+        return "" if seconds is None else f"{time_in_words(seconds)} left"
 
     @hookimpl
     def before_step(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.before_step`."""
         self.step = f"{variant}: {step_id}"
         self.started = time.monotonic()
+        if self.left:
+            self.left.begins(step_id, variant)
 
     @hookimpl
     def after_step(self, step_id: str, variant: str, seconds: float, reused: bool) -> None:
         """See `HookSpecs.after_step`."""
+        if self.left:
+            self.left.ends(step_id, variant)
         duration = "[dim]reused[/]" if reused else f"{seconds:6.1f} s"
+        left = f"  [dim]{self._time_left()}[/]" if self._time_left() and not reused else ""
         self.console.print(
-            f"  {padded(variant, 12)} {padded(step_id, 16)} {duration}", soft_wrap=True
+            f"  {padded(variant, 12)} {padded(step_id, 16)} {duration}{left}", soft_wrap=True
         )
 
     @hookimpl
@@ -177,6 +200,8 @@ class ProgressDisplay:
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
         """See `HookSpecs.variant_saved`."""
+        if self.left:
+            self.left.ends(CHECKPOINTS, variant)
         path = literal(relative_to_cwd(folder))
         self.console.print(f"  {padded(variant, 12)} saved            {path}", soft_wrap=True)
 

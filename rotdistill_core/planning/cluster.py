@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from rotdistill_core.errors import RecipeError, suggest
 from rotdistill_core.planning.cost import Cost
-from rotdistill_core.planning.machine import HOST, Machine
+from rotdistill_core.planning.machine import Machine
+from rotdistill_core.planning.rates import ASSUMED
 
 GIB = 1 << 30
 MOST = 4096
@@ -34,6 +35,10 @@ class Kind:
     """Bytes of host memory for each GPU."""
     host_operations: float = 1e12
     """Floating-point operations in a second of the processors, in float64."""
+    measured: bool = False
+    """Whether the operations of the GPU were measured; else they are assumed."""
+    host_measured: bool = False
+    """Whether those of the processors were."""
 
 
 KINDS = {
@@ -64,7 +69,7 @@ class Cluster:
         return self.nodes * self.gpus
 
     def machine(self, here: Machine) -> Machine:
-        """Return one of the machines; its cores are those of this one.
+        """Return one of the machines; its cores, and how fast they are, are those of this one.
 
         Several machines have the folder of runs on a disk that all of them see, and other machines
         than this one have disks of their own: how much is free there is not known.
@@ -72,7 +77,8 @@ class Cluster:
         if self.name == HERE:
             return here if self.nodes == 1 else replace(here, disk=None)
         memory = (self.kind.memory,) * self.gpus
-        return Machine(self.kind.ram * self.gpus, memory, None, here.cores)
+        profile = here.profile and here.profile.on_gpu(self.kind.operations)
+        return Machine(self.kind.ram * self.gpus, memory, None, here.cores, profile)
 
     def seconds(self, cost: Cost) -> float:
         """Return the time of a step: the dealt part, what one process does alone, and sums."""
@@ -108,9 +114,12 @@ class Cluster:
         """Return the constants that figures come from, and whether they were measured."""
         kind = self.kind
         memory, ram = ("measured", "measured") if self.name == HERE else ("data sheet", "assumed")
+        of_gpu, of_host = (
+            "measured" if each else "assumed" for each in (kind.measured, kind.host_measured)
+        )
         return [
-            f"{kind.operations / 1e12:.3g} TFLOP/s (assumed)",
-            f"{kind.host_operations / 1e12:.3g} TFLOP/s of the processors (assumed)",
+            f"{kind.operations / 1e12:.3g} TFLOP/s ({of_gpu})",
+            f"{kind.host_operations / 1e12:.3g} TFLOP/s of the processors ({of_host})",
             f"{kind.network / 1e9:g} GB/s between machines (assumed)",
             f"{kind.memory / GIB:.0f} GiB of GPU memory ({memory})",
             f"{kind.ram / GIB:.0f} GiB of host memory for each ({ram})",
@@ -143,6 +152,15 @@ def cluster_of(nodes: int | None, gpus: int | None, name: str | None, here: Mach
 
 def _kind_here(here: Machine, gpus: int) -> Kind:
     """Return what stands for this machine; without a GPU its processes share the cores."""
-    device = here.device_of("auto")
-    speed = here.speed(device) / (gpus if device == HOST else 1)
-    return Kind(min(here.gpus, default=0), speed, 1.1e9, here.ram // gpus, here.speed(HOST))
+    profile = here.profile or ASSUMED
+    on_host = not here.gpus
+    speed = profile.host.float32 / gpus if on_host else profile.gpu.bfloat16
+    return Kind(
+        memory=min(here.gpus, default=0),
+        operations=speed,
+        network=1.1e9,
+        ram=here.ram // gpus,
+        host_operations=profile.host.float64,
+        measured=here.profile is not None and (on_host or profile.gpu_measured),
+        host_measured=here.profile is not None,
+    )

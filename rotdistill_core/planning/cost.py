@@ -1,4 +1,4 @@
-"""The cost of a step: memory, disk, operations, reads and traffic, estimated from sizes alone.
+"""The cost of a step: memory, disk, work, reads and traffic, estimated from sizes alone.
 
 A step may state its own cost (`cost`) and how it changes the student (`context_after`). A step that
 states neither counts as a plain step of its stage. `plan` adds up and knows no step by name. The
@@ -7,6 +7,9 @@ functions below are the parts that several steps share.
 Memory is the peak of the tensors that a step holds at once. Libraries and tokenizers count once
 for the whole run (`baseline_memory`). Pages of memory-mapped weight files do not count, because the
 operating system can evict them.
+
+Work is counted by kind, because a machine does each at a rate of its own. How long it takes here is
+in `rotdistill_core.planning.times`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 from rotdistill_core.data.batching import ANSWERS_AT_ONCE, BATCH_TOKENS, LOGIT_ROWS
@@ -26,8 +30,14 @@ LIBRARY_BYTES = 0.3e9
 """Memory of torch, transformers and scipy once they are loaded."""
 BYTES_PER_TOKEN = 600
 """Memory of a tokenizer for each token of its vocabulary."""
-GENERATION_FACTOR = 4
-"""Time of a generated token, divided by the time of a token in a forward pass."""
+CONFIRMED_ANSWERS = 4
+"""Answers of a series that a forward pass confirms: `CONFIRMED_PER_CHUNK`, in a module that needs
+torch."""
+COMPARED_POSITIONS = 16
+"""Positions of a text at which logits are compared with those of transformers: `POSITIONS`, in a
+module that needs torch."""
+COMPARED_TEXTS = 2
+"""Texts on which a model is compared with transformers: the shortest and the longest."""
 LOGIT_BLOCKS = 7
 """Copies of one block of logits that a comparison holds: both models' logits, log-probabilities
 and temporaries. Set on the measured runs of `benchmarks/plan_accuracy.py`."""
@@ -43,6 +53,19 @@ FLOAT64_BYTES = 8
 FLOAT32_BYTES = 4
 GUARD_SCORES = 5
 """Most times that an edit is scored on the guard's texts: before it, and at four strengths."""
+
+
+class Kernel(StrEnum):
+    """Operations that a machine does at another rate than products in float32."""
+
+    BFLOAT16 = "bfloat16"
+    """Products in bfloat16 or float16."""
+    FLOAT64 = "float64"
+    """Products in float64."""
+    SOLVES = "solves"
+    """Cholesky factors in float64, and triangular solves with them."""
+    DECOMPOSITIONS = "decompositions"
+    """Singular values and eigenvalues in float64; `SVD_OPERATIONS` counts them."""
 
 
 class Added(NamedTuple):
@@ -85,6 +108,17 @@ class Cost:
     """Floating-point operations."""
     dealt_operations: float = 0.0
     """Those of them that are dealt over the processes of a run."""
+    kernels: Mapping[Kernel, float] = field(default_factory=dict)
+    """Those of them that are no products in float32."""
+    activations: float = 0.0
+    """Numbers that pass through a model beside its products: norms, attention, activations, and
+    logits that are compared."""
+    layer_calls: float = 0.0
+    """How often a layer is called. A call takes time, however few rows it gets."""
+    streamed_bytes: float = 0.0
+    """Bytes of weights and caches that pass through the processor token by token."""
+    exact_terms: float = 0.0
+    """Numbers that are added to exact sums."""
     added_up: tuple[Added, ...] = ()
     """What its processes add up together."""
     gathered: tuple[Gathered, ...] = ()
@@ -105,6 +139,14 @@ class Cost:
             disk_bytes=self.disk_bytes + other.disk_bytes,
             operations=self.operations + other.operations,
             dealt_operations=self.dealt_operations + other.dealt_operations,
+            kernels={
+                kernel: self.kernels.get(kernel, 0.0) + other.kernels.get(kernel, 0.0)
+                for kernel in {**self.kernels, **other.kernels}
+            },
+            activations=self.activations + other.activations,
+            layer_calls=self.layer_calls + other.layer_calls,
+            streamed_bytes=self.streamed_bytes + other.streamed_bytes,
+            exact_terms=self.exact_terms + other.exact_terms,
             added_up=(*self.added_up, *other.added_up),
             gathered=(*self.gathered, *other.gathered),
             read_bytes=self.read_bytes + other.read_bytes,
@@ -116,6 +158,24 @@ class Cost:
         """Return the cost of the same work on the teacher's device."""
         return replace(self, device_bytes=0.0, teacher_device_bytes=self.device_bytes)
 
+    def work_only(self, *, reads: bool = True) -> Cost:
+        """Return the cost without memory and files: what takes time, and is done once more.
+
+        Args:
+            reads: whether weights are read again, too.
+        """
+        return Cost(
+            operations=self.operations,
+            dealt_operations=self.dealt_operations,
+            kernels=self.kernels,
+            activations=self.activations,
+            layer_calls=self.layer_calls,
+            streamed_bytes=self.streamed_bytes,
+            exact_terms=self.exact_terms,
+            read_bytes=self.read_bytes if reads else 0.0,
+            traffic_bytes=self.traffic_bytes,
+        )
+
     def dealt(self) -> Cost:
         """Return the cost of the same work, dealt over the processes of a run."""
         return replace(self, dealt_operations=self.operations)
@@ -126,6 +186,11 @@ class Cost:
             self,
             operations=count * self.operations,
             dealt_operations=count * self.dealt_operations,
+            kernels={kernel: count * number for kernel, number in self.kernels.items()},
+            activations=count * self.activations,
+            layer_calls=count * self.layer_calls,
+            streamed_bytes=count * self.streamed_bytes,
+            exact_terms=count * self.exact_terms,
             added_up=tuple(each._replace(times=count * each.times) for each in self.added_up),
             gathered=tuple(each._replace(size=count * each.size) for each in self.gathered),
             read_bytes=count * self.read_bytes,
@@ -165,7 +230,7 @@ class CostContext:
 
     def with_edited_weights(self) -> CostContext:
         """Return the context after an edit of weights, which are kept in the compute dtype."""
-        stored = next(name for name, size in DTYPE_BYTES.items() if size == self.student_bytes)
+        stored = stored_name(self.student_bytes)
         return replace(self, student=replace(self.student, stored=stored))
 
     def with_student(self, keep: float = 1.0, **config: Any) -> CostContext:
@@ -258,6 +323,12 @@ def answer_rows(context: CostContext, split: str) -> float:
     return texts.rows.get(split, 0) / 2
 
 
+def products(operations: float, number: int) -> dict[Kernel, float]:
+    """Return products in numbers of `number` bytes by kernel; those in float32 have none."""
+    kernel = {2: Kernel.BFLOAT16, 8: Kernel.FLOAT64}.get(number)
+    return {kernel: operations} if kernel else {}
+
+
 def forward_cost(shape: ModelShape, rows: int, number: int) -> Cost:
     """Return the cost of a layer-by-layer forward pass.
 
@@ -278,6 +349,9 @@ def forward_cost(shape: ModelShape, rows: int, number: int) -> Cost:
         host_bytes=states,
         device_bytes=(2.5 * shape.layer_parameters + batch) * number,
         operations=2 * inside * rows,
+        kernels=products(2 * inside * rows, number),
+        activations=training_activations(shape, rows, 1),
+        layer_calls=shape.depth * -(-rows // BATCH_TOKENS),
         read_bytes=inside * DTYPE_BYTES[shape.stored],
         traffic_bytes=inside * number + 2 * shape.depth * states,
     )
@@ -288,6 +362,10 @@ def generation_cost(
 ) -> Cost:
     """Return the cost of generation by a whole model: weights, key/value cache of a batch, logits.
 
+    Prompts are read in a pass, and the system prompt only once. Then all weights pass through the
+    processor for each token, whatever the number of answers that grow at once. At the end a few
+    answers are confirmed, each in a forward pass of its own.
+
     Args:
         shape: the model.
         texts: the texts of the run.
@@ -297,16 +375,67 @@ def generation_cost(
     """
     batch = min(questions, ANSWERS_AT_ONCE)
     # Rows of one conversation: the system prompt, a mean text, and a mean answer.
-    mean_text = (texts.total - texts.prefix) / max(sum(texts.texts.values()), 1)
-    rows = texts.prefix + mean_text + tokens / max(questions, 1)
-    cache = batch * rows * shape.depth * 2 * shape.kv_width * number
+    answer = tokens / max(questions, 1)
+    text = mean_text(texts)
+    rows = texts.prefix + text + answer
+    row_bytes = shape.depth * 2 * shape.kv_width * number
+    cache = batch * rows * row_bytes
     weights = shape.parameters() * number
+    # Half of a text is its question.
+    read = texts.prefix + questions * text / 2 + min(CONFIRMED_ANSWERS, questions) * rows
+    steps = answer * -(-questions // ANSWERS_AT_ONCE)
+    operations = 2.0 * shape.parameters() * (read + tokens)
     return Cost(
         device_bytes=weights + cache + batch * shape.vocab * 4,
-        operations=2 * shape.parameters() * tokens * GENERATION_FACTOR,
+        operations=operations,
+        kernels=products(operations, number),
+        activations=training_activations(shape, read + tokens, 1),
+        layer_calls=shape.depth * steps,
+        streamed_bytes=steps * (weights + cache),
         read_bytes=shape.bytes,
         traffic_bytes=weights,
     )
+
+
+def mean_text(texts: TextCounts) -> float:
+    """Return the token rows of a mean text, without the system prompt that all of them share."""
+    return (texts.total - texts.prefix) / max(sum(texts.texts.values()), 1)
+
+
+def comparison_cost(shape: ModelShape, texts: TextCounts, *, without_prefix: bool = False) -> Cost:
+    """Return the cost of comparing a model with transformers, in float32.
+
+    Both compute the shortest and the longest text, transformers each by itself.
+
+    Args:
+        shape: the model.
+        texts: the texts of the run.
+        without_prefix: whether each text is also computed without the shared prefix here.
+    """
+    whole = COMPARED_TEXTS * (texts.prefix + mean_text(texts))
+    here = texts.prefix + COMPARED_TEXTS * mean_text(texts) + (whole if without_prefix else 0.0)
+    rows = round(here + whole)
+    head = shape.vocab * shape.width
+    # The body in transformers reads a row no faster than the layers here.
+    walk = forward_cost(shape, rows, FLOAT32_BYTES)
+    return replace(
+        walk,
+        device_bytes=shape.parameters() * FLOAT32_BYTES,
+        operations=walk.operations + 2.0 * 2 * COMPARED_TEXTS * COMPARED_POSITIONS * head,
+        layer_calls=(1 + COMPARED_TEXTS) * shape.depth,
+        read_bytes=2 * shape.bytes,
+    )
+
+
+def models_cost(context: CostContext) -> Cost:
+    """Return the cost of comparing the models of a run with transformers before the first step."""
+    read = context.texts.as_teacher_reads
+    cost = comparison_cost(context.teacher, read, without_prefix=True).on_teacher()
+    if not context.same:
+        cost += comparison_cost(context.student, context.texts, without_prefix=True)
+    if context.anchor:
+        cost += comparison_cost(context.anchor, context.texts, without_prefix=True)
+    return cost
 
 
 def teacher_answers_cost(context: CostContext) -> Cost:
@@ -335,14 +464,24 @@ def lessons_cost(context: CostContext) -> Cost:
 
 
 def checkpoint_cost(context: CostContext, number: int) -> Cost:
-    """Return the cost of saving a variant in numbers of `number` bytes, tensor by tensor."""
+    """Return the cost of saving a variant in numbers of `number` bytes, tensor by tensor.
+
+    What is saved is compared with transformers.
+    """
     student = context.student
     largest = student.vocab * student.width
-    return Cost(
+    saved = replace(student, stored=stored_name(number))
+    compared = comparison_cost(saved, context.texts).work_only()
+    return compared + Cost(
         host_bytes=largest * (context.student_bytes + number),
         disk_bytes=student.parameters() * number,
         read_bytes=student.bytes,
     )
+
+
+def stored_name(number: int) -> str:
+    """Return the name of a dtype whose numbers have so many bytes."""
+    return next(name for name, size in DTYPE_BYTES.items() if size == number)
 
 
 def teacher_states_cost(context: CostContext, rows: int, key: Hashable) -> Cost:
@@ -379,6 +518,7 @@ def scoring_cost(context: CostContext, rows: int, scored: float) -> Cost:
         walk,
         host_bytes=walk.host_bytes + teacher_states + logits_memory(context, scored),
         operations=walk.operations + 2.0 * scored * student.vocab * (student.width + teacher.width),
+        activations=walk.activations + LOGIT_BLOCKS * scored * student.vocab,
         read_bytes=walk.read_bytes + heads,
     )
 
@@ -453,20 +593,25 @@ def alignment_cost(context: CostContext, stages: int = 1) -> Cost:
     student, teacher = context.student, context.teacher
     rows = context.texts.rows_of(Split.FIT)
     read = 2 * rows * (student.width + teacher.width) * context.student_bytes
-    products = 4.0 * rows * student.width * teacher.width
+    made = 4.0 * rows * student.width * teacher.width
     if context.sums:
         # Sums are read and not made. Thresholds and diagnostics still need the sample's rows.
         rows = context.texts.sampled.rows_of(Split.FIT)
         read = (2 * student.width * teacher.width + teacher.width**2) * FLOAT64_BYTES
-        products = 0.0
+        made = 0.0
     streams = rows * (student.width + teacher.width) * context.student_bytes
     chunks = min(rows, MOMENT_ROWS) * (student.width + 2 * teacher.width) * FLOAT64_BYTES
     matrices = 6 * teacher.width**2 + 4 * student.width * teacher.width
     rotations = stages * student.width * teacher.width * FLOAT64_BYTES
+    solved = 2 * stages * SVD_OPERATIONS * teacher.width**3
     return Cost(
         host_bytes=streams + chunks + matrices * FLOAT64_BYTES + rotations,
         disk_bytes=rotations,
-        operations=products * (student.depth + 1) + 2 * stages * SVD_OPERATIONS * teacher.width**3,
+        operations=made * (student.depth + 1) + solved,
+        kernels={
+            Kernel.FLOAT64: made * (student.depth + 1),
+            Kernel.DECOMPOSITIONS: solved,
+        },
         read_bytes=read * (student.depth + 1),
     )
 
@@ -488,14 +633,15 @@ def assignment_cost(context: CostContext, pairs: int | None = None) -> Cost:
     # The student's layer is taken into the teacher's basis first.
     rotation = 2.0 * student.layer_parameters * teacher.width
     circuits = 8.0 * student.query_width * teacher.query_width * teacher.width
-    products = 2.0 * similarities * teacher.width
+    compared = 2.0 * similarities * teacher.width
     solve = ASSIGNMENT_OPERATIONS * min(student.neurons, teacher.neurons) ** 3
     read = student.layer_parameters * DTYPE_BYTES[student.stored]
     read += teacher.layer_parameters * DTYPE_BYTES[teacher.stored]
     return Cost(
         host_bytes=layers + similarities * FLOAT64_BYTES,
         disk_bytes=permutation_bytes(student),
-        operations=pairs * (rotation + circuits + products + solve),
+        operations=pairs * (rotation + circuits + compared + solve),
+        kernels={Kernel.FLOAT64: pairs * (rotation + circuits + compared)},
         read_bytes=pairs * read,
     )
 
@@ -536,4 +682,5 @@ def evaluation_cost(context: CostContext) -> Cost:
         walk,
         host_bytes=walk.host_bytes + logits + frames,
         operations=walk.operations + heads,
+        activations=walk.activations + float(LOGIT_BLOCKS * rows * student.vocab),
     )

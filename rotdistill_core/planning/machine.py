@@ -1,4 +1,4 @@
-"""The memory, disk and speed of the machine that a run would use."""
+"""The memory, disk and rates of the machine that a run would use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import psutil
 
+from rotdistill_core.planning.rates import Profile
+
 HOST = "cpu"
 """The host, as a device that computes."""
-OPERATIONS_PER_SECOND = {"cpu": 6e10, "gpu": 5e13}
-"""Of one core, or of one GPU. Rough: a plan states classes of time, not times."""
+BUSY = 1.25
+"""Waiting programs for each core above which a machine counts as busy."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,8 @@ class Machine:
     disk: int | None
     """Free space on the disk of the runs; None if that disk is not this machine's."""
     cores: int
-
-    def speed(self, device: str) -> float:
-        """Return the floating-point operations in a second of a device; see `device_of`."""
-        if device == HOST:
-            return OPERATIONS_PER_SECOND["cpu"] * self.cores
-        return OPERATIONS_PER_SECOND["gpu"]
+    profile: Profile | None = None
+    """How fast it works; None if that is not known."""
 
     def device_of(self, name: str) -> str:
         """Return the device that a recipe's name stands for: `HOST`, or `cuda:0` and so on.
@@ -73,17 +71,31 @@ def this_machine(root: Path) -> Machine:
     )
 
 
+def load() -> float:
+    """Return how many programs want to compute for each core: 1 if all cores are in use."""
+    return float(psutil.getloadavg()[0]) / (os.cpu_count() or 1)
+
+
+def gpu_listing() -> str:
+    """Return the names of the GPUs, a line for each; empty without one that nvidia-smi knows."""
+    return _asked_of_gpus("name")
+
+
+def _asked_of_gpus(fields: str) -> str:
+    """Return what nvidia-smi says of each GPU, a line for each; empty without it."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout
+
+
 def _gpu_memories() -> tuple[int, ...]:
     """Return the memory of each GPU that CUDA shows to a process, in bytes and in its order.
 
     Without torch, so from nvidia-smi, which lists all GPUs in the order of the PCI bus.
     """
-    if not shutil.which("nvidia-smi"):
-        return ()
-    query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
     memories: dict[str, int] = {}
-    for line in answer.splitlines():
+    for line in _asked_of_gpus("uuid,memory.total").splitlines():
         uuid, comma, mebibytes = line.partition(", ")
         if comma:
             # A GPU that shares the host's memory states none of its own: "[N/A]".

@@ -35,13 +35,15 @@ from rotdistill_core.planning.cost import (
     CostContext,
     baseline_memory,
     checkpoint_cost,
+    comparison_cost,
     context_after,
     lessons_cost,
+    models_cost,
     states_cost,
     step_cost,
     teacher_answers_cost,
 )
-from rotdistill_core.planning.machine import HOST, Machine
+from rotdistill_core.planning.machine import BUSY, HOST, Machine, load
 from rotdistill_core.planning.models import ModelInfo, model_info
 from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
@@ -61,6 +63,7 @@ from rotdistill_core.planning.text_counts import (
     token_counter,
     upper_bounds,
 )
+from rotdistill_core.planning.times import added_seconds, seconds_of, time_in_words
 from rotdistill_core.plugin.step import check_models
 from rotdistill_core.recipe.document import ModelRef, Recipe, StudentRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
@@ -68,13 +71,15 @@ from rotdistill_core.store.ledger import ArtifactStore
 
 ESTIMATED_FROM_STAGE = "estimated from its stage"
 """Note of a line whose step does not state its own cost."""
-TIME_CLASSES = {60: "seconds", 3600: "minutes", 86400: "hours", float("inf"): "days"}
-"""Upper limit in seconds -> name of the class."""
+MODELS = "models"
+"""Id of the line of what is done before the first step: models are compared with transformers."""
+CHECKPOINTS = "checkpoints"
+"""Id of the lines of saved variants."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanLine:
-    """One result of a run: of a step, the teacher's answers, or a checkpoint.
+    """One result of a run: of a step, the models' comparison, the teacher's answers, a checkpoint.
 
     The sizes and the time are those of making it, and 0 if it is reused. Field names are the keys
     that `rotdistill plan --json` prints.
@@ -105,8 +110,11 @@ class PlanLine:
     read_bytes: int = 0
     traffic_bytes: int = 0
     """Bytes copied between host and GPU; 0 without a GPU."""
-    seconds: float = 0.0
-    """As measured before with the same options, or estimated."""
+    seconds: float | None = 0.0
+    """As measured when it was made before, or estimated on an otherwise idle machine; None if it is
+    not known how fast the machine is."""
+    reused_seconds: float | None = 0.0
+    """What making a reused result took, or would take; 0 for one that has to be made."""
     prompts: int = 0
     """Prompts that the engine answers."""
     answer_tokens: int = 0
@@ -126,7 +134,10 @@ class Totals:
     disk_bytes: int
     read_bytes: int
     traffic_bytes: int
-    seconds: float
+    seconds: float | None
+    """Until the last result is made, libraries loaded; None if it is not known."""
+    reused_seconds: float | None
+    """What making the reused results took, or would take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +176,47 @@ class Plan:
             disk_bytes=sum(line.disk_bytes for line in todo),
             read_bytes=sum(line.read_bytes for line in todo),
             traffic_bytes=sum(line.traffic_bytes for line in todo),
-            seconds=sum(line.seconds for line in todo),
+            seconds=added_seconds([self.loading, *(line.seconds for line in todo)]),
+            reused_seconds=added_seconds(line.reused_seconds for line in self.lines),
         )
+
+    @property
+    def loading(self) -> float | None:
+        """Seconds until libraries are loaded; 0 if there is nothing to make."""
+        profile = self.machine.profile
+        return (profile.loading if profile else None) if self.todo else 0.0
+
+    @property
+    def time(self) -> str:
+        """How long the run takes, and what reused results save, in words."""
+        totals = self.totals
+        if self.todo and totals.seconds is None:
+            return "how long it takes is not known"
+        takes = f"takes {time_in_words(totals.seconds)}"
+        if not totals.reused_seconds:
+            return takes
+        return f"{takes}; what is reused took {time_in_words(totals.reused_seconds)}"
+
+    @property
+    def time_notes(self) -> list[str]:
+        """What the user should know of the times, a sentence each."""
+        profile = self.machine.profile
+        if not self.todo:
+            return []
+        if profile is None:
+            return [
+                "times: this machine was not measured, so they are not known; see --recalibrate."
+            ]
+        notes = []
+        if any(line.gpu_bytes for line in self.todo) and not profile.gpu_measured:
+            notes.append("times: the speed of the GPU was assumed, not measured.")
+        busy = load()
+        if busy > BUSY:
+            notes.append(
+                f"times: are those of an idle machine. Now {busy:.1f} programs for each core want "
+                "to compute, so the run takes longer."
+            )
+        return notes
 
     @property
     def shortfalls(self) -> list[str]:
@@ -218,7 +268,7 @@ class Plan:
         return (
             f"plan: {reused} of {results} results are there; {memory}; "
             f"disk {format_bytes(totals.disk_bytes)}{free_disk(machine)}; "
-            f"takes {time_class(totals.seconds)}{lacks}"
+            f"{self.time}{lacks}"
         )
 
     def require_resources(self, recipe: Path) -> None:
@@ -298,7 +348,12 @@ def build_plan(
     )
     return Plan(
         folder=folder,
-        lines=[*builder.answer_lines(), *builder.step_lines(), *builder.checkpoint_lines()],
+        lines=[
+            *builder.model_lines(),
+            *builder.answer_lines(),
+            *builder.step_lines(),
+            *builder.checkpoint_lines(),
+        ],
         models=models,
         texts=start.texts,
         machine=machine,
@@ -485,23 +540,41 @@ class _LineBuilder:
     costs: list[Cost] = field(default_factory=list)
     """Cost of each line that was made, in their order; none of what is reused."""
 
+    def model_lines(self) -> Iterator[PlanLine]:
+        """Yield the line of what is done with the models before the first step."""
+        why = self._why("compared with transformers before anything is made")
+        line = PlanLine(id=MODELS, reused=self._started_before, why=why)
+        yield self._with_cost(line, models_cost(self.start))
+
+    @property
+    def _started_before(self) -> bool:
+        """Whether a run began from the same models and texts, and is not to be made anew."""
+        return self.start_key != UNKNOWN and not self.fresh
+
+    def _why(self, otherwise: str) -> str:
+        """Return why what comes before the first step is reused or made.
+
+        Args:
+            otherwise: why it is made if no run began from the same models and texts.
+        """
+        if self.start_key == UNKNOWN:
+            return otherwise
+        return FRESH if self.fresh else "the same models and texts were run before"
+
     def answer_lines(self) -> Iterator[PlanLine]:
         """Yield the lines of what is written in the teacher's name: its answers, and lessons.
 
         Raises:
             RotdistillError: the engine cannot work.
         """
-        known = self.start_key != UNKNOWN
-        why = "not made before from these models and texts"
-        if known:
-            why = FRESH if self.fresh else "the same models and texts were run before"
+        why = self._why("not made before from these models and texts")
         texts = self.start.texts
         engine = self.recipe.engine
         line = PlanLine(
             id="teacher's answers",
             use=engine.engine.use,
             plugin=engine.origin.release,
-            reused=known and not self.fresh,
+            reused=self._started_before,
             why=why,
         )
         if texts.questions_asked:
@@ -543,7 +616,8 @@ class _LineBuilder:
                 variants=status.variants,
                 captures=captures,
             )
-            cost = step_cost(step, self._context_after(status.earlier))
+            context = self._context_after(status.earlier)
+            cost = step_cost(step, context)
             line = PlanLine(
                 id=recipe_step.id,
                 use=step.use,
@@ -555,7 +629,21 @@ class _LineBuilder:
                 why=status.existing.run if status.existing else status.reason,
                 note="" if states_cost(step) else ESTIMATED_FROM_STAGE,
             )
-            yield self._with_cost(line, _own_files(cost, counted), status.measured_seconds)
+            yield self._with_cost(
+                line,
+                _own_files(cost, counted),
+                status.measured_seconds,
+                beside=self._comparison_after(recipe_step, context),
+            )
+
+    def _comparison_after(self, recipe_step: RecipeStep, before: CostContext) -> Cost:
+        """Return the cost of comparing a model that a step has cut with transformers."""
+        after = _context_after(before, recipe_step).student
+        adapter = after.adapter
+        sizes = adapter.sizes(after.config), adapter.sizes(before.student.config)
+        if after.depth == before.student.depth and sizes[0] == sizes[1]:
+            return Cost()
+        return comparison_cost(after, before.texts).work_only()
 
     def checkpoint_lines(self) -> Iterator[PlanLine]:
         """Yield a line for the checkpoint of each variant.
@@ -573,7 +661,7 @@ class _LineBuilder:
             if exists:
                 why = FRESH if self.fresh else "in the run's folder"
             line = PlanLine(
-                id="checkpoints",
+                id=CHECKPOINTS,
                 variants=[variant],
                 reused=exists and not self.fresh,
                 why=why,
@@ -585,17 +673,27 @@ class _LineBuilder:
         return reduce(_context_after, steps, self.start)
 
     def _with_cost(
-        self, line: PlanLine, cost: Cost, measured_seconds: float | None = None
+        self,
+        line: PlanLine,
+        cost: Cost,
+        measured_seconds: float | None = None,
+        beside: Cost | None = None,
     ) -> PlanLine:
-        """Return the line with the cost of its result; unchanged if the result is reused."""
+        """Return the line with the cost of its result, or with the time that reusing it saves.
+
+        Args:
+            line: the line.
+            cost: the cost of making the result.
+            measured_seconds: what making it took; None: it is estimated.
+            beside: further work that takes time.
+        """
         self.costs.append(Cost() if line.reused else cost)
-        if line.reused:
-            return line
         seconds = measured_seconds
         if seconds is None:
-            only_teacher = cost.teacher_device_bytes and not cost.device_bytes
-            device = self.teacher_device if only_teacher else self.student_device
-            seconds = cost.operations / self.machine.speed(device)
+            seconds = self._seconds(cost + beside if beside else cost)
+        seconds = None if seconds is None else round(seconds, 1)
+        if line.reused:
+            return replace(line, reused_seconds=seconds)
         by_device: dict[str, float] = {}
         for device, size in (
             (self.teacher_device, cost.teacher_device_bytes),
@@ -614,8 +712,16 @@ class _LineBuilder:
             disk_bytes=round(cost.disk_bytes),
             read_bytes=round(cost.read_bytes),
             traffic_bytes=round(traffic),
-            seconds=round(seconds, 1),
+            seconds=seconds,
         )
+
+    def _seconds(self, cost: Cost) -> float | None:
+        """Return how long work takes on this machine; None if that is not known."""
+        if self.machine.profile is None:
+            return None
+        only_teacher = cost.teacher_device_bytes and not cost.device_bytes
+        device = self.teacher_device if only_teacher else self.student_device
+        return seconds_of(cost, self.machine.profile, on_gpu=device != HOST)
 
 
 def _context_after(context: CostContext, recipe_step: RecipeStep) -> CostContext:
@@ -642,8 +748,3 @@ def format_bytes(size: float) -> str:
 def free_disk(machine: Machine) -> str:
     """Return how much of its disk is free, to follow what is needed; nothing if it is unknown."""
     return "" if machine.disk is None else f", {format_bytes(machine.disk)} are free"
-
-
-def time_class(seconds: float) -> str:
-    """Return whether something takes seconds, minutes, hours or days."""
-    return next(name for limit, name in TIME_CLASSES.items() if seconds < limit)

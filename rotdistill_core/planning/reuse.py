@@ -54,8 +54,13 @@ class StepStatus:
 
     @property
     def measured_seconds(self) -> float | None:
-        """Time that the step took with the same options; None if it has not run with them."""
-        if self.newest and self.newest.options == options_of(self.recipe_step.step):
+        """Time that this very result took when it was made; None if that was never done.
+
+        With other models or texts a step of the same options takes another time.
+        """
+        if self.existing:
+            return self.existing.record.seconds
+        if self.newest and self.newest.key == self.key:
             return self.newest.seconds
         return None
 

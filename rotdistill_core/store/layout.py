@@ -10,6 +10,8 @@ RUNS_FOLDER = Path("runs")
 """The folder of all runs, relative to the current folder."""
 MODEL_HASHES = "model_hashes.json"
 """In the user's cache: the sha256 of model files that runs have read."""
+CALIBRATION = "calibration.json"
+"""In the user's cache: how fast this machine works."""
 
 
 @dataclass(frozen=True)

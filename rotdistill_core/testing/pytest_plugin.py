@@ -5,13 +5,18 @@ pytest_plugins = ["rotdistill_core.testing.pytest_plugin"]
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rotdistill_core.planning.calibration import FIXED, VARIABLE
 from rotdistill_core.testing.workspace import PicoWorkspace
+
+# No test, and no program that one starts, measures the machine: that takes ten seconds.
+os.environ.setdefault(VARIABLE, FIXED)
 
 
 @pytest.fixture

@@ -168,11 +168,12 @@ def the_cost_is_stated_in_numbers(cls: type, options: Options, folder: Path) -> 
         assert after.student.parameters() > 0
     cost = step_cost(step, context)
     assert isinstance(cost, Cost), "cost must return a Cost"
-    others = ("shared_files", "added_up", "gathered")
+    others = ("shared_files", "added_up", "gathered", "kernels")
     figures = {f.name: getattr(cost, f.name) for f in fields(cost) if f.name not in others}
     figures |= {f"added_up.{k}": each.size * each.times for k, each in enumerate(cost.added_up)}
     figures |= {f"gathered.{k}": each.size for k, each in enumerate(cost.gathered)}
     figures |= {str(key): size for key, size in cost.shared_files.items()}
+    figures |= {f"kernels.{kernel}": each for kernel, each in cost.kernels.items()}
     bad = {name: value for name, value in figures.items() if not 0 <= value < math.inf}
     assert not bad, f"no number of bytes or operations: {bad}"
 

@@ -10,6 +10,7 @@ from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rotdistill_core.planning.calibration import FIXED, VARIABLE
 from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import Ledger
@@ -180,6 +181,7 @@ def make_workspace(folder: Path, steps: str = SMALL, observers: tuple[str, ...] 
 def warm_up_in(folder: Path) -> None:
     """Load what every child needs, so that it is not loaded in each of them."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ[VARIABLE] = FIXED
     keep_to_one_thread()
     make_workspace(folder / "warm", WHOLE, ("report",))
     with chdir(folder / "warm"):

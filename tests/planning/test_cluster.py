@@ -10,8 +10,9 @@ from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning.cluster import HERE, KINDS, Cluster, cluster_of
 from rotdistill_core.planning.cost import Added, Cost, Gathered
 from rotdistill_core.planning.machine import Machine
+from rotdistill_core.planning.rates import ASSUMED
 
-MACHINE = Machine(ram=64 << 30, gpus=(), disk=1 << 40, cores=4)
+MACHINE = Machine(ram=64 << 30, gpus=(), disk=1 << 40, cores=4, profile=ASSUMED)
 SPEED = KINDS["h100"].operations
 NETWORK = KINDS["h100"].network
 
@@ -79,14 +80,20 @@ def test_a_machine_of_the_table_has_its_memory_and_this_one_its_own() -> None:
     assert (here.name, here.ranks) == (HERE, 2)
     assert here.machine(MACHINE) == replace(MACHINE, disk=None)
     assert cluster_of(1, None, None, MACHINE).machine(MACHINE) == MACHINE
-    assert here.kind.operations == MACHINE.speed("cpu")
-    assert cluster_of(1, 2, "here", MACHINE).kind.operations == MACHINE.speed("cpu") / 2
+    speed = MACHINE.profile.host.float32
+    assert here.kind.operations == speed
+    assert cluster_of(1, 2, "here", MACHINE).kind.operations == speed / 2
+    assert of_table.profile.gpu.bfloat16 == pytest.approx(SPEED)
+    assert replace(of_table.profile, gpu=ASSUMED.gpu) == MACHINE.profile
 
 
 def test_each_constant_says_where_it_is_from() -> None:
     for name in (*KINDS, HERE):
         constants = cluster_of(1, 1, name, MACHINE).constants()
         assert all(line.endswith(("(assumed)", "(measured)", "(data sheet)")) for line in constants)
+    unknown = replace(MACHINE, profile=None)
+    speeds = [cluster_of(1, 1, HERE, here).constants()[0] for here in (MACHINE, unknown)]
+    assert [speed.rpartition(" ")[2] for speed in speeds] == ["(measured)", "(assumed)"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ REQUIRED_OPTIONS: dict[str, dict[str, Any]] = {
     "soups": {"ingredients": ["run:one/full"]},
     "transport": {"source": "adapter"},
 }
-NOT_SIZES = ("shared_files", "added_up", "gathered")
+NOT_SIZES = ("shared_files", "added_up", "gathered", "kernels")
 SIZES = [field.name for field in fields(Cost) if field.name not in NOT_SIZES]
 
 
@@ -89,6 +89,8 @@ def test_every_shipped_step_states_a_finite_cost(name: str, pico_context: CostCo
     assert all(math.isfinite(value) and value >= 0 for value in sizes.values()), sizes
     assert cost.operations > 0
     assert cost.dealt_operations <= cost.operations * (1 + 1e-9)
+    assert all(math.isfinite(each) and each >= 0 for each in cost.kernels.values())
+    assert sum(cost.kernels.values()) <= cost.operations * (1 + 1e-9)
     assert all(each.size > 0 and math.isfinite(each.times) for each in cost.added_up)
     assert all(each.size >= 0 and each.batches >= 0 for each in cost.gathered)
     assert cost.host_bytes + cost.device_bytes > 0

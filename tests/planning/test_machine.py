@@ -36,7 +36,6 @@ def test_each_gpu_has_its_own_memory() -> None:
     assert TWO.gpu_memory("cuda:1") == 24 * GIB
     assert TWO.gpu_memory("cuda:2") == 0
     assert NONE.gpu_memory("cuda:0") == 0
-    assert TWO.speed("cuda:1") > TWO.speed(HOST)
 
 
 @pytest.mark.parametrize(

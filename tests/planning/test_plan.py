@@ -17,12 +17,12 @@ from rotdistill_core.planning.plan import (
     PlanLine,
     build_plan,
     format_bytes,
-    time_class,
 )
+from rotdistill_core.planning.rates import ASSUMED
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import PicoWorkspace, run_recipe
 
-CPU = Machine(ram=10**12, gpus=(), disk=10**12, cores=2)
+CPU = Machine(ram=10**12, gpus=(), disk=10**12, cores=2, profile=ASSUMED)
 GPU = replace(CPU, gpus=(10**12,))
 THIRD_PARTY = '''
 from typing import Literal
@@ -109,7 +109,7 @@ def test_a_third_party_step_is_planned_with_the_cost_that_it_states(third_party:
     assert line.plugin == "third-party 0.1.0"
     assert (line.ram_bytes, line.gpu_bytes, line.traffic_bytes) == (3200, 0, 0)
     assert (line.disk_bytes, line.read_bytes) == (30, 4)
-    assert line.seconds == 5.0  # at 6e10 operations in a second of each of two cores
+    assert line.seconds == pytest.approx(6e11 / ASSUMED.host.float32, abs=0.1)
 
 
 def test_a_gpu_takes_the_device_memory_and_the_traffic(third_party: Path) -> None:
@@ -237,6 +237,7 @@ def test_a_reused_result_costs_nothing(after_run: Path) -> None:
     for line in planned.lines:
         sizes = (line.ram_bytes, line.gpu_bytes, line.disk_bytes, line.read_bytes, line.seconds)
         assert (line.reused, sizes) == (True, (0, 0, 0, 0, 0.0))
+    assert (planned.totals.seconds, planned.loading) == (0.0, 0.0)
     assert planned.totals.ram_bytes == planned.baseline_memory
     assert planned.totals.disk_bytes == 0
 
@@ -323,12 +324,45 @@ def test_a_plan_with_nothing_to_make_fits_everywhere() -> None:
     assert small_plan(machine, PlanLine(id="old", reused=True, why="run")).shortfalls == []
 
 
-@pytest.mark.parametrize(
-    ("seconds", "name"),
-    [(0, "seconds"), (59, "seconds"), (60, "minutes"), (3600, "hours"), (1e6, "days")],
-)
-def test_times_have_classes(seconds: float, name: str) -> None:
-    assert time_class(seconds) == name
+def test_a_machine_that_was_not_measured_has_no_times(before_run: Path) -> None:
+    planned = plan_of(replace(CPU, profile=None))
+    assert {line.seconds for line in planned.todo} == {None}
+    assert planned.totals.seconds is None
+    assert "how long it takes is not known" in planned.summary
+    assert any("was not measured" in note for note in planned.time_notes)
+
+
+def test_times_of_an_absent_gpu_are_said_to_be_assumed(before_run: Path) -> None:
+    assert any("GPU was assumed" in note for note in plan_of(GPU).time_notes)
+    measured = replace(GPU, profile=replace(ASSUMED, gpu_measured=True))
+    assert not any("assumed" in note for note in plan_of(measured).time_notes)
+    assert not any("assumed" in note for note in plan_of(CPU).time_notes)
+
+
+def test_every_result_has_a_time_and_the_whole_is_their_sum(before_run: Path) -> None:
+    planned = plan_of(CPU)
+    times = [line.seconds for line in planned.todo]
+    assert all(time is not None and time >= 0 for time in times)
+    assert planned.totals.seconds == pytest.approx(sum(times) + ASSUMED.loading)
+    assert planned.totals.reused_seconds == 0
+
+
+def test_what_is_reused_has_the_time_that_it_took(after_run: Path) -> None:
+    planned = plan_of(CPU)
+    shown = run_recipe(Path("trial.toml")).steps
+    for line in planned.lines:
+        if line.stage:
+            assert line.reused_seconds == round(shown[line.variants[0], line.id].seconds, 1)
+
+
+def test_a_step_that_was_made_before_and_is_made_anew_takes_as_long(after_run: Path) -> None:
+    took = {(line.id, *line.variants): line.reused_seconds for line in plan_of(CPU).lines}
+    anew = build_plan(load_recipe(Path("trial.toml")), Path("runs"), CPU, fresh=True)
+    for line in anew.lines:
+        if line.stage:
+            assert line.seconds == took[line.id, *line.variants]
+    other = build_plan(load_recipe(Path("trial.toml"), ["seed=12"]), Path("runs"), CPU)
+    assert all(line.seconds is not None for line in other.lines)
 
 
 def test_bytes_are_written_for_people() -> None:

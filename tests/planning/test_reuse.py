@@ -160,17 +160,19 @@ def test_an_evaluator_has_a_newest_result_for_each_variant(tmp_path: Path) -> No
     assert index.newest("fidelity") is None
 
 
-def test_a_step_that_ran_with_the_same_options_has_a_measured_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_result_that_was_made_before_has_a_measured_time(tmp_path: Path, fresh: bool) -> None:
     cls, origin = step_class("procrustes")
-    same, other = RecipeStep("basis", cls(), origin), RecipeStep("basis", cls(tie=1), origin)
+    step = RecipeStep("basis", cls(), origin)
     ledger = Ledger(tmp_path / "one")
-    ledger.append(step_record("k", options=options_of(same.step), seconds=12.5))
+    ledger.append(step_record("k", options=options_of(step.step), seconds=12.5))
     keyed = [
-        KeyedStep("full", same, "another key", "before", ()),
-        KeyedStep("free", other, "a third key", "before", ()),
+        KeyedStep("full", step, "k", "before", ()),
+        # The same options on other models or texts take another time.
+        KeyedStep("free", step, "another key", "before", ()),
     ]
     index = ReuseIndex([ledger], "one")
-    measured, unmeasured = step_statuses(keyed, index, [], fresh=False)
+    measured, unmeasured = step_statuses(keyed, index, [], fresh)
     assert measured.measured_seconds == 12.5
     assert unmeasured.measured_seconds is None
 

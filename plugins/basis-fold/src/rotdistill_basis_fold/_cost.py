@@ -11,6 +11,9 @@ from rotdistill_core.planning.cost import (
     SVD_OPERATIONS,
     Cost,
     CostContext,
+    Kernel,
+    products,
+    training_activations,
 )
 from rotdistill_core.planning.shape import ModelShape
 
@@ -40,11 +43,13 @@ def fold_cost(step: BasisFold, context: CostContext, after: ModelShape) -> Cost:
     rotation = after.width * student.width * FLOAT64_BYTES if rotated else 0
     # `block` computes all its weights at once; an exact fold computes each when it is read.
     held = 0 if step.exact else student.parameters(inside=True) * FLOAT64_BYTES
+    operations = 2.0 * reads * turned * student.width
     cost = Cost(
         host_bytes=held,
         device_bytes=2.5 * after.layer_parameters * FLOAT64_BYTES,
         disk_bytes=_stored_parameters(step, after) * context.student_bytes + rotation,
-        operations=2.0 * reads * turned * student.width,
+        operations=operations,
+        kernels=products(operations, FLOAT64_BYTES),
         read_bytes=reads * student.bytes,
     )
     if step.exact:
@@ -60,10 +65,9 @@ def _stored_parameters(step: BasisFold, after: ModelShape) -> int:
 
 
 def certificate_cost(context: CostContext, after: ModelShape) -> Cost:
-    """Return the cost of comparing both models on two validation texts, twice.
+    """Return the cost of comparing both models on two validation texts, in float64 and float32.
 
-    In memory are both heads in float64, and blocks of logits. A pass in float64 takes as long as
-    two in float32.
+    In memory are both heads in float64, and blocks of logits.
     """
     student, texts = context.student, context.texts
     rows = texts.rows_of(Split.VALIDATION, limit=2)
@@ -73,7 +77,10 @@ def certificate_cost(context: CostContext, after: ModelShape) -> Cost:
     numbers += student.vocab * (student.width + after.width)
     return Cost(
         host_bytes=heads + logits,
-        operations=2.0 * 3 * numbers * rows,
+        operations=2.0 * 2 * numbers * rows,
+        kernels=products(2.0 * numbers * rows, FLOAT64_BYTES),
+        activations=4 * training_activations(student, rows, 1),
+        layer_calls=4 * student.depth,
         read_bytes=3 * student.bytes,
     )
 
@@ -86,10 +93,11 @@ def frame_cost(context: CostContext) -> Cost:
     boundaries = teacher.depth + 1
     captured = rows * teacher.width
     square = teacher.width**2
+    made = 2.0 * boundaries * rows * square
+    solved = 2 * SVD_OPERATIONS * teacher.width**3
     return Cost(
         host_bytes=(3 * captured + 4 * square + 3 * student.width * teacher.width) * FLOAT64_BYTES,
-        operations=2.0 * boundaries * rows * square
-        + 2.0 * student.width**2 * teacher.width
-        + 2 * SVD_OPERATIONS * teacher.width**3,
+        operations=made + 2.0 * student.width**2 * teacher.width + solved,
+        kernels={Kernel.FLOAT64: made, Kernel.DECOMPOSITIONS: solved},
         read_bytes=boundaries * captured * context.teacher_bytes,
     )

@@ -11,6 +11,7 @@ from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
     CostContext,
+    Kernel,
     converted_bytes,
     forward_cost,
 )
@@ -86,12 +87,15 @@ def search_cost(step: Chop, context: CostContext) -> Cost:
     layer_bytes = student.layer_parameters * DTYPE_BYTES[student.stored]
     streams = 2 * (max_cut + 1) * rows * student.width * number
     head = student.vocab * student.width
-    return Cost(
+    walked = forward.work_only().repeated(passes / student.depth)
+    return replace(
+        walked,
         host_bytes=streams + _kl_bytes(context, rows) + head * converted_bytes(student, number),
         device_bytes=forward.device_bytes,
-        operations=passes * forward.operations / student.depth + kl,
+        operations=walked.operations + kl,
+        activations=walked.activations
+        + float(student.depth * max_cut * KL_COPIES * rows) * student.vocab,
         read_bytes=layer_bytes * student.depth**2 / 2 + head * DTYPE_BYTES[student.stored],
-        traffic_bytes=passes * forward.traffic_bytes / student.depth,
     )
 
 
@@ -120,8 +124,10 @@ def trials_cost(step: Chop, context: CostContext) -> Cost:
     kl = 2.0 * scored * student.vocab * width
     one_cut = _cut_operations(student, rows, student.neurons, student.query_width)
     cost = forward.repeated(passes)
+    solved = MAX_TRIALS * student.depth * sum(n**3 / 3 + 2.0 * n**2 * width for n in inputs)
     return replace(
         cost,
+        kernels={**cost.kernels, Kernel.SOLVES: solved},
         host_bytes=forward.host_bytes + targets + max(moments, _kl_bytes(context, scored)),
         operations=cost.operations + MAX_TRIALS * (student.depth * refits + one_cut + kl),
     )

@@ -6,7 +6,7 @@ Everything comes from configs, file headers and ledgers; no weight is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +15,7 @@ from rich.table import Column
 from rotdistill_commands._arguments import log
 from rotdistill_commands._cluster import cluster_document, cluster_notes, cluster_table
 from rotdistill_core import hookimpl
+from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.cluster import cluster_of
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.models import ModelNotAvailable
@@ -24,12 +25,13 @@ from rotdistill_core.planning.plan import (
     build_plan,
     format_bytes,
     free_disk,
-    time_class,
 )
+from rotdistill_core.planning.times import added_seconds, time_in_words
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import (
     Json,
+    Recalibrate,
     RecipePath,
     Sets,
     WideTable,
@@ -39,7 +41,7 @@ from rotdistill_core.terminal import (
 )
 
 
-def plan(
+def plan(  # noqa: PLR0913  each is an option of the command line
     path: RecipePath,
     sets: Sets = None,
     fresh: Annotated[
@@ -61,12 +63,15 @@ def plan(
         str | None,
         typer.Option("--gpu", help="Kind of these GPUs: h100, h200, a100, l40s, rtx4090, or here."),
     ] = None,
+    recalibrate: Recalibrate = False,
     as_json: Json = False,
 ) -> None:
     """Estimate memory, disk and time of a run, and list the results that it reuses.
 
     With --nodes, --gpus or --gpu, other machines take the place of this one. The free space
     on their disk is not known, so it is not compared with what the run writes.
+
+    The first plan measures how fast this machine is, for about ten seconds, and keeps that.
 
     Exits with code 3 if the machine is too small.
 
@@ -76,7 +81,7 @@ def plan(
 
       rotdistill plan recipes/tour_guide.toml --nodes 4 --gpus 8 --gpu h100
     """
-    here = this_machine(RUNS_FOLDER)
+    here = replace(this_machine(RUNS_FOLDER), profile=calibrated(log, recalibrate))
     cluster = None
     if (nodes, gpus, gpu) != (None, None, None):
         cluster = cluster_of(nodes, gpus, gpu, here)
@@ -124,7 +129,8 @@ def _document(planned: Plan) -> dict[str, Any]:
         "models": models,
         "texts": {"rows": texts.rows, "texts": texts.texts, "shared prompt": texts.prefix},
         **asdict(totals),
-        "time": time_class(totals.seconds),
+        "loading": planned.loading,
+        "time": planned.time,
         "machine": asdict(planned.machine),
         "shortfalls": planned.shortfalls,
     }
@@ -147,7 +153,8 @@ def _notes(planned: Plan) -> Iterator[str]:
         there = format_bytes(machine.gpu_memory(gpu))
         needs.append(f"{gpu} about {format_bytes(needed)}, {there} are there")
     needs.append(f"disk about {format_bytes(totals.disk_bytes)}{free_disk(machine)}")
-    yield "; ".join([*needs, f"takes {time_class(totals.seconds)}"])
+    yield "; ".join([*needs, planned.time])
+    yield from planned.time_notes
 
 
 def _table(planned: Plan) -> WideTable:
@@ -159,6 +166,7 @@ def _table(planned: Plan) -> WideTable:
         "memory",
         *(["GPU"] if has_gpu else []),
         "disk",
+        Column("time", overflow="fold"),
         Column("result", overflow="fold"),
         title=literal(planned.folder),
     )
@@ -180,15 +188,19 @@ def _cells(lines: list[PlanLine], has_gpu: bool) -> list[str]:
         sizes.append(max(line.gpu_bytes for line in lines))
     sizes.append(sum(line.disk_bytes for line in lines))
     if first.reused:
+        took = added_seconds(line.reused_seconds for line in lines)
+        time = "" if took is None else f"[dim]({time_in_words(took)})[/]"
         result = f"[dim]reused: {literal(first.why)}[/]"
     else:
-        time = time_class(sum(line.seconds for line in lines))
+        takes = added_seconds(line.seconds for line in lines)
+        time = "not known" if takes is None else time_in_words(takes)
         note = f"; {literal(first.note)}" if first.note else ""
-        result = f"to do, {time}: {literal(first.why)}{note}"
+        result = f"to do: {literal(first.why)}{note}"
     return [
         literal(step),
         literal(", ".join(variants)),
         *(format_bytes(size) if size else "" for size in sizes),
+        time,
         result,
     ]
 

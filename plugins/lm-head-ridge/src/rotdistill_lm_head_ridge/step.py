@@ -15,10 +15,12 @@ from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
+    LOGIT_BLOCKS,
     Added,
     Cost,
     CostContext,
     Gathered,
+    answer_rows,
     converted_bytes,
     forward_cost,
 )
@@ -113,13 +115,15 @@ class LmHeadRidge:
         copied = student.width * converted_bytes(student, number)
         copied += teacher.width * converted_bytes(teacher, number)
         # Every candidate of the default grid reads both heads on every scored row.
-        scores = 10.0 * SCORED_ROWS * student.vocab * (student.width + teacher.width)
+        scored = min(SCORED_ROWS, answer_rows(context, Split.VALIDATION))
+        scores = 10.0 * scored * student.vocab * (student.width + teacher.width)
         host = states + moments + 3 * head + student.vocab * copied + logits + targets
         return replace(
             cost,
             host_bytes=cost.host_bytes + host,
             disk_bytes=head,
             operations=cost.operations + scores,
+            activations=cost.activations + 5.0 * LOGIT_BLOCKS * scored * student.vocab,
             dealt_operations=cost.operations,
             added_up=added_up,
             gathered=(Gathered(gathered, blocks),),

@@ -18,6 +18,7 @@ from rotdistill_core.planning.cost import (
     converted_bytes,
     forward_cost,
     generation_cost,
+    products,
     teacher_states_cost,
     training_activations,
 )
@@ -59,6 +60,11 @@ class TrainingTexts(NamedTuple):
     """Tokens of the longer kind of text."""
     longest_answer: float
     """Tokens of the longer kind of answer, at most."""
+
+    @property
+    def answer_share(self) -> float:
+        """Share of the tokens of a text whose predictions are compared, at most."""
+        return min(self.longest_answer / max(self.longest, 1.0), 1.0)
 
 
 def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
@@ -148,7 +154,6 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     # The validation texts are scored before training and twice an epoch.
     validated = (1 - texts.fit_share) * texts.tokens * (1 + 2 * step.max_epochs)
     forward = 2.0 * (inside + head)
-    speed = 4 if step.bfloat16 else 1
     # The teacher's head is multiplied too, on the answers.
     teacher_logits = 2.0 * teacher.vocab * teacher.width * (trained + validated)
     fit_texts = texts.fit_share * (texts.topics + texts.answers) / step.shard[1]
@@ -167,7 +172,12 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
         host_bytes=states + teacher_head + edited * number + SUM_BYTES * size,
         device_bytes=whole + kept + logits + size * (TRAINED_STATE * wide + LIMB_BYTES),
         disk_bytes=edited * number + adapter + SAVED_STATE * size * wide,
-        operations=operations / speed + teacher_logits,
+        operations=operations + teacher_logits,
+        kernels=products(operations, 2 if step.bfloat16 else number),
+        # Backward, each number is needed about as often again.
+        activations=training_activations(student, (1 + passes) * trained + validated, 1)
+        + LOGIT_BLOCKS * student.vocab * texts.answer_share * (2 * trained + validated),
+        layer_calls=3.0 * student.depth * (trained + validated) / max(tokens, 1.0),
         read_bytes=context.student.bytes,
         traffic_bytes=whole,
         # Not counted as dealt: it is, but over so many processes only as a step has texts.

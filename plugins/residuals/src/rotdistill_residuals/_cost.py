@@ -119,5 +119,6 @@ def _sums_cost(step: Residuals, context: CostContext, partner: ModelShape) -> Co
         # What was begun is committed while blocks are missing, and lies there to the end.
         disk_bytes=sums + (LIMBS * sums if blocks > COMMIT_BLOCKS else 0.0),
         operations=walk.operations + 2.0 * rows * products,
+        exact_terms=walk.exact_terms + float(blocks * entries),
         added_up=(Added(LIMBS * sums, blocks / COMMIT_BLOCKS, dealt=True),),
     ).dealt()

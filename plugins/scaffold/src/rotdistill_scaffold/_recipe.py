@@ -21,10 +21,12 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import foreign_characters
 from rotdistill_core.data.vocabularies import have_vocabularies, require_one_vocabulary
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.planning.calibration import kept_profile
 from rotdistill_core.planning.chats import planned_chats, position_limit
 from rotdistill_core.planning.machine import Machine, this_machine
 from rotdistill_core.planning.models import ModelNotAvailable, model_info
 from rotdistill_core.planning.plan import Plan, build_plan, format_bytes
+from rotdistill_core.planning.rates import ASSUMED
 from rotdistill_core.planning.text_counts import token_counter
 from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.recipe.load import resolve_recipe
@@ -307,7 +309,7 @@ def _first_that_fits(setting: Setting, planned: Callable[[Choices], tuple[str, P
         shortfalls = plan.shortfalls
         if not shortfalls:
             fitting = text
-            if plan.totals.seconds <= LONGEST_RUN:
+            if (plan.totals.seconds or 0.0) <= LONGEST_RUN:
                 break
     if not fitting:
         models = " and ".join({model.ref.model: None for model in setting.pair.by_role.values()})
@@ -357,7 +359,9 @@ def _planned(
     text = recipe_text(setting, choices)
     sets = {key: str(path) for key, path in elsewhere.items()}
     loaded = resolve_recipe(into / f"{setting.name}.toml", text, tomllib.loads(text), sets)
-    return text, build_plan(loaded, RUNS_FOLDER, this_machine(RUNS_FOLDER))
+    # A machine that was not measured yet counts as one of two cores.
+    machine = replace(this_machine(RUNS_FOLDER), profile=kept_profile() or ASSUMED)
+    return text, build_plan(loaded, RUNS_FOLDER, machine)
 
 
 def _in_words(machine: Machine) -> str:

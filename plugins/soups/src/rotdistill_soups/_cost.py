@@ -94,6 +94,7 @@ def merge_cost(step: Soups, context: CostContext) -> Cost:
         host_bytes=largest * (wide + copy),
         disk_bytes=merged * number,
         operations=4.0 * merged * reads,
+        activations=merged * reads,
         read_bytes=share * student.bytes * reads,
     )
 
@@ -116,6 +117,9 @@ def fisher_cost(step: Soups, context: CostContext) -> Cost:
         + logits,
         disk_bytes=parameters * BFLOAT16_BYTES,
         operations=6.0 * parameters * tokens * min(step.fisher_texts, fit_texts),
+        activations=(2.0 * training_activations(student, tokens, 1) + 2 * parameters)
+        * min(step.fisher_texts, fit_texts),
+        layer_calls=3.0 * student.depth * min(step.fisher_texts, fit_texts),
         # Read again for the mean of the notes, and while parameters are merged.
         read_bytes=student.bytes + 2 * parameters * BFLOAT16_BYTES,
         traffic_bytes=2 * parameters * number,
@@ -151,5 +155,6 @@ def _merged_score_cost(context: CostContext, split: str, parts: int) -> Cost:
         score,
         host_bytes=score.host_bytes + head,
         operations=score.operations + 4.0 * student.parameters() * parts,
+        activations=score.activations + float(student.parameters() * parts),
         read_bytes=parts * score.read_bytes,
     )

@@ -19,6 +19,7 @@ from rotdistill_core.planning.cost import (
     Cost,
     CostContext,
     Gathered,
+    Kernel,
     acceptance_cost,
     answer_rows,
     forward_cost,
@@ -130,26 +131,26 @@ class WriterRefit:
         walks = forward.host_bytes + beside.host_bytes
         regression = walks + targets + moments if refitted else walks
         passes = 1 + len(self.writers) * refitted / student.depth
-        return Cost(
+        # Each batch of texts adds a term to every sum; its fit rows and its others are apart.
+        entries = sum(n * (n + width) for n in inputs)
+        walked = forward.work_only().repeated(passes) + beside.work_only() + scores.work_only()
+        return replace(
+            walked,
             host_bytes=max(regression, scores.host_bytes) + writer_bytes,
             device_bytes=max(forward.device_bytes + beside.device_bytes, scores.device_bytes),
             teacher_device_bytes=beside.teacher_device_bytes,
             disk_bytes=2 * writer_bytes + forward.disk_bytes + beside.disk_bytes,
-            operations=beside.operations
-            + forward.operations * passes
-            + refitted * solves
-            + scores.operations,
-            dealt_operations=beside.operations
-            + forward.operations * passes
-            + refitted * products
-            + scores.operations,
+            operations=walked.operations + refitted * solves,
+            dealt_operations=walked.operations + refitted * products,
+            kernels={
+                **walked.kernels,
+                Kernel.SOLVES: refitted * len(self.ridge) * candidate,
+            },
+            exact_terms=float(refitted * entries * 2 * -(-rows // BATCH_TOKENS)),
             # Each score takes the teacher's final states of its rows to all processes.
             added_up=(Added(sums, refitted), Added(final_states, SCORES)),
             gathered=(Gathered(solutions, len(self.ridge)),),
             read_bytes=forward.read_bytes + beside.read_bytes + scores.read_bytes,
-            traffic_bytes=forward.traffic_bytes * passes
-            + beside.traffic_bytes
-            + scores.traffic_bytes,
         )
 
     def caveats(self) -> list[Caveat]:

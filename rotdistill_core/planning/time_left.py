@@ -1,0 +1,79 @@
+"""The time that a run still takes: what its plan says of the rest, at the pace of what is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rotdistill_core.planning.plan import Plan, PlanLine
+
+PRIOR = 0.1
+"""Share of the whole time that the plan's own pace counts for: a first short step says little."""
+
+
+class TimeLeft:
+    """The time that is left of a run, from the events of its observers.
+
+    At the start it is the time of the plan. What is finished gives the pace: the seconds that it
+    took, divided by those that were planned. Work that takes longer than planned counts as if it
+    were finished now.
+
+    Args:
+        planned: the plan of the run.
+        now: the clock, seconds.
+    """
+
+    def __init__(self, planned: Plan, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began = self._event = now()
+        self._total = planned.totals.seconds
+        """None if the plan does not know it."""
+        self._waiting: dict[tuple[str, str], PlanLine] = {
+            (line.id, variant): line for line in planned.todo for variant in line.variants
+        }
+        """Id and variant -> a result that has to be made. Variants share a line and its result."""
+        # Results without a variant are made before the first step.
+        before = [line for line in planned.todo if not line.variants]
+        self._done = 0.0
+        """Planned seconds of what is finished."""
+        self._current = sum(map(_seconds, before)) + (planned.loading or 0.0)
+        """Planned seconds of what is at work; 0 if that is not known."""
+        self._is_before = True
+
+    def begins(self, step_id: str, variant: str) -> None:
+        """Take that a step begins."""
+        if self._is_before:
+            self._done, self._is_before = self._current, False
+        self._event = self._now()
+        self._current = _seconds(self._waiting.get((step_id, variant)))
+
+    def ends(self, result: str, variant: str) -> None:
+        """Take that a step, or a checkpoint, of a variant is made or was found."""
+        self._event = self._now()
+        self._current = 0.0
+        line = self._waiting.get((result, variant))
+        if line:
+            self._done += _seconds(line)
+            self._waiting = {key: each for key, each in self._waiting.items() if each is not line}
+
+    def seconds(self) -> float | None:
+        """Return the seconds that are left; None if the plan does not know how long it takes."""
+        if self._total is None:
+            return None
+        at_work = self._now() - self._event
+        took, done = self._event - self._began, self._done
+        if self._current and at_work > self._current:
+            took, done = took + at_work, done + self._current
+            return max(self._pace(took, done) * (self._total - done), 0.0)
+        pace, rest = self._pace(took, done), self._total - done
+        # Between two steps a checkpoint is saved, or something found: no event says so.
+        return max(pace * rest - min(at_work, pace * (self._current or rest)), 0.0)
+
+    def _pace(self, took: float, done: float) -> float:
+        """Return how many seconds a planned second takes."""
+        prior = PRIOR * (self._total or 0.0)
+        return (took + prior) / (done + prior) if done + prior else 1.0
+
+
+def _seconds(line: PlanLine | None) -> float:
+    return (line.seconds or 0.0) if line else 0.0
