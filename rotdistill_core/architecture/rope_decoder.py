@@ -37,13 +37,16 @@ class _Projection(NamedTuple):
     gain: str | None
 
 
-def rope_decoder(
+def rope_decoder(  # noqa: PLR0913  a difference each
     model_types: tuple[str, ...],
     biases: tuple[str, ...] = (),
     optional_biases: tuple[str, ...] = (),
+    attention_norm: str = "input_layernorm",
     mlp_norm: str = "post_attention_layernorm",
     head_norms: tuple[str, ...] = (),
+    all_heads_norms: tuple[str, ...] = (),
     output_norms: tuple[str, ...] = (),
+    key_gauge: bool = True,
     **fields: Any,
 ) -> Adapter:
     """Return the table of a Llama-shaped decoder: RMSNorm, rotary grouped attention, SwiGLU.
@@ -52,17 +55,23 @@ def rope_decoder(
         model_types: values of `model_type` in config.json.
         biases: projections (`q`, `k`, `v`, `o`, `gate`, `up`, `down`) that always have a bias.
         optional_biases: projections whose bias the config switches.
-        mlp_norm: the norm before the MLP.
+        attention_norm: the norm before attention; empty where attention reads the stream itself.
+        mlp_norm: the norm before the MLP; empty where the MLP reads the stream itself.
         head_norms: norms inside attention, of queries and keys; all heads share one gain.
+        all_heads_norms: norms inside attention, of all queries and of all keys, in this order.
         output_norms: norms on what attention and the MLP write, in this order.
+        key_gauge: whether the gauge between query and key is free: coordinates j and j + width / 2
+            of every head are turned as a pair. Norms on queries and keys take it away.
         fields: further fields of `Adapter`.
     """
-    attention_gain = f"{LAYER}input_layernorm.weight"
-    mlp_gain = f"{LAYER}{mlp_norm}.weight"
+    attention_gain, mlp_gain = (
+        f"{LAYER}{norm}.weight" if norm else None for norm in (attention_norm, mlp_norm)
+    )
     projections = _projections(attention_gain, mlp_gain)
     # A norm on queries and keys takes their complex factors out again, so that gauge is gone.
+    has_key_gauge = key_gauge and not (head_norms or all_heads_norms)
     gauges = {
-        key: gauge for key, gauge in GAUGES.items() if not (head_norms and gauge.startswith("key"))
+        key: gauge for key, gauge in GAUGES.items() if has_key_gauge or not gauge.startswith("key")
     }
     params = {EMBEDDING: Param((VOCAB, "residual"))}
     for key, projection in projections.items():
@@ -75,9 +84,13 @@ def rope_decoder(
         )
     outputs = [f"{LAYER}{norm}.weight" for norm in output_norms]
     for name in (attention_gain, mlp_gain, *outputs, FINAL_NORM):
-        params[name] = Param(("residual",), is_gain=True)
+        if name:
+            params[name] = Param(("residual",), is_gain=True)
     for norm in head_norms:
         params[f"{ATTENTION}{norm}.weight"] = Param(("head_dim.{i}",), is_gain=True)
+    # One RMS over all heads does not depend on their order, so these gains move with the heads.
+    for norm, space in zip(all_heads_norms, ("q.{i}", "kv.{i}"), strict=False):
+        params[f"{ATTENTION}{norm}.weight"] = Param((space,), is_gain=True)
     params["lm_head.weight"] = Param((VOCAB, "residual"), FINAL_NORM, tied=EMBEDDING)
     # After a norm the stream is no linear function of neurons and heads: nothing can be refitted.
     writers = {
@@ -102,7 +115,7 @@ def rope_heads(config: Config) -> HeadLayout:
     return HeadLayout(query, int(config.get("num_key_value_heads") or query), width)
 
 
-def _projections(attention_gain: str, mlp_gain: str) -> dict[str, _Projection]:
+def _projections(attention_gain: str | None, mlp_gain: str | None) -> dict[str, _Projection]:
     return {
         "q": _Projection(f"{ATTENTION}q_proj", ("q.{i}", "residual"), attention_gain),
         "k": _Projection(f"{ATTENTION}k_proj", ("kv.{i}", "residual"), attention_gain),
@@ -117,7 +130,7 @@ def _projections(attention_gain: str, mlp_gain: str) -> dict[str, _Projection]:
 def _sites(mlp_norm: str, output_norms: Sequence[str]) -> dict[str, Site]:
     """Return where the mid-block stream, the MLP's output, neurons and heads are observed."""
     return {
-        "mid": Site(mlp_norm, "input"),
+        "mid": Site(mlp_norm or "mlp", "input"),
         "mlp": Site(output_norms[-1] if output_norms else "mlp.down_proj", "output"),
         "neurons": Site("mlp.down_proj", "input"),
         "heads": Site("self_attn.o_proj", "input"),

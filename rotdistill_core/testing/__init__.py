@@ -14,6 +14,7 @@ from rotdistill_core.testing.adapter_checks import (
     the_layerwise_forward_computes_what_transformers_computes,
     unfolding_gives_the_weights_back,
 )
+from rotdistill_core.testing.adapter_report import adapter_problems
 from rotdistill_core.testing.compute import (
     final_states,
     logits,
@@ -97,6 +98,7 @@ __all__ = [
     "a_planted_rotation_is_found",
     "a_rotation_of_the_stream_is_exact_or_refused",
     "a_saved_fold_reloads_in_transformers",
+    "adapter_problems",
     "captured_activations",
     "command_line",
     "count_within",

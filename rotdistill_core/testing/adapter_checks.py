@@ -41,10 +41,18 @@ def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
     return open_folder(folder, config, adapter), pico_samples(vocabulary, texts=4).layout
 
 
+class WrongTableError(AssertionError):
+    """A table is wrong."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("the table is wrong:\n" + "\n".join(problems))
+        self.problems = list(problems)
+
+
 def report(problems: Sequence[str]) -> None:
     """Fail with a list of problems, if there are any."""
     if problems:
-        raise AssertionError("the table is wrong:\n" + "\n".join(problems))
+        raise WrongTableError(problems)
 
 
 def every_tensor_is_claimed_once(adapter: Adapter, folder: Path) -> None:
@@ -98,11 +106,22 @@ def _tensor_problems(
         return
     for axis, (size, space) in enumerate(zip(shape, axes, strict=True)):
         if sizes.get(space) != size:
-            alike = [other for other, number in sizes.items() if number == size]
+            here = (_layer_of(name), None)
+            alike = [
+                other
+                for other, number in sizes.items()
+                if number == size and _layer_of(other) in here
+            ]
             yield (
                 f'{name}: axis {axis} is declared "{space}" ({sizes.get(space)}), '
                 f"it has {size} like {alike}"
             )
+
+
+def _layer_of(name: str) -> str | None:
+    """Return the number in the name of a tensor or space of a layer."""
+    found = re.search(r"\.(\d+)(\.|$)", name)
+    return found and found[1]
 
 
 def defaults_are_those_of_the_config_class(adapter: Adapter, folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rotdistill_core import hookimpl
 from rotdistill_core.architecture.rope_decoder import ATTENTION, MLP, rope_decoder
 from rotdistill_core.architecture.table import Adapter, Config
@@ -18,29 +16,18 @@ def defaults(config: Config) -> Config:
     }
 
 
-def table() -> Adapter:
-    """Return the Llama table with two fused tensors, and without the key gauge.
-
-    With a partial rotary factor (Phi-4-mini) only some coordinates of a head turn, and they pair
-    up differently. So the complex factors of that gauge would not be exact.
-    """
-    llama_shaped = rope_decoder(
-        ("phi3",),
-        partial_rotary=True,
-        defaults=defaults,
-        fused={
-            f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{x}_proj.weight" for x in "qkv"),
-            f"{MLP}gate_up_proj.weight": (f"{MLP}gate_proj.weight", f"{MLP}up_proj.weight"),
-        },
-    )
-    params = {
-        name: replace(param, gauge="") if param.gauge.startswith("key") else param
-        for name, param in llama_shaped.params.items()
-    }
-    return replace(llama_shaped, params=params)
-
-
-PHI3 = table()
+PHI3 = rope_decoder(
+    ("phi3",),
+    # With a partial rotary factor (Phi-4-mini) only some coordinates of a head turn, and they pair
+    # up differently. So the complex factors of the key gauge would not be exact.
+    partial_rotary=True,
+    key_gauge=False,
+    defaults=defaults,
+    fused={
+        f"{ATTENTION}qkv_proj.weight": tuple(f"{ATTENTION}{x}_proj.weight" for x in "qkv"),
+        f"{MLP}gate_up_proj.weight": (f"{MLP}gate_proj.weight", f"{MLP}up_proj.weight"),
+    },
+)
 
 
 @hookimpl

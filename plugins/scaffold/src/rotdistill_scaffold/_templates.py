@@ -45,15 +45,23 @@ def step_files(name: str, stage: str) -> dict[str, str]:
     )
 
 
-def adapter_files(name: str) -> dict[str, str]:
-    """Return the files of a new adapter.
+def require_no_adapter(name: str) -> None:
+    """Refuse a model type that has an adapter.
 
     Raises:
-        RecipeError: an adapter of that model type is installed.
-        SetupError: transformers knows no such model type, or no table can express it.
+        RecipeError: it is installed.
     """
     if name in installed_plugins(ADAPTERS):
         raise RecipeError(f'an adapter for model type "{name}" is installed already.')
+
+
+def adapter_files(name: str) -> dict[str, str]:
+    """Return the files of a new adapter, relative path -> text.
+
+    Raises:
+        SetupError: transformers knows no such model type, no table can express it, or a package is
+            missing.
+    """
     # Loads transformers, which the other verbs of this distribution do without.
     from transformers.models.auto.configuration_auto import (  # noqa: PLC0415
         CONFIG_MAPPING_NAMES,
@@ -63,19 +71,21 @@ def adapter_files(name: str) -> dict[str, str]:
         close = suggest(name, CONFIG_MAPPING_NAMES)
         raise SetupError(f'the installed transformers knows no model type "{name}".{close}')
     try:
-        # Loads torch, and the kit with pytest.
-        from rotdistill_scaffold._architecture import (  # noqa: PLC0415
-            source_of,
-            table_arguments,
-        )
+        # Load torch, and the kit with pytest.
+        from rotdistill_scaffold import _source  # noqa: PLC0415
+        from rotdistill_scaffold._new_table import new_table  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise SetupError(
             f"new adapter tries the table with the conformance kit, which needs {error.name}: "
             f"pip install {error.name}."
         ) from error
+    table = new_table(name)
     values = {
         **_names(name, f"{name}-adapter"),
-        "table": source_of(name, table_arguments(name)),
+        "table": _source.table_source(table),
+        "defaults": _source.defaults_source(table),
+        "cases": _source.cases_source(table),
+        "config_class": CONFIG_MAPPING_NAMES[name],
         "group": '."rotdistill.adapters"',
         "title": f"Architecture table of model type {name}.",
     }

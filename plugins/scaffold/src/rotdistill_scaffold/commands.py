@@ -30,7 +30,7 @@ from rotdistill_core.terminal import (
     stdout_console,
 )
 from rotdistill_scaffold._recipe import Wanted, recipe_files
-from rotdistill_scaffold._templates import adapter_files, step_files
+from rotdistill_scaffold._templates import adapter_files, require_no_adapter, step_files
 
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 TRY_PLUGIN = ("pip install --no-build-isolation --no-deps -e", "python -m pytest")
@@ -142,6 +142,8 @@ def new(  # noqa: PLR0913  an option each
     if kind is Kind.step:
         files = step_files(name, stage)
     elif kind is Kind.adapter:
+        require_no_adapter(name)
+        _require_free([into / f"{name}-adapter"])  # before the table is tried
         files = adapter_files(name)
     else:
         _require_free([into / f"{name}.toml"])  # before models are opened
