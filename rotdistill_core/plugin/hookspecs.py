@@ -162,7 +162,8 @@ class HookSpecs:
           measures a certificate: logits in float64 and float32, and the way back. A variant whose
           certificate fails is marked as failed, and the run ends with exit code 4.
         - False: the step changes behaviour. Choose options on validation texts, and let "do
-          nothing" be a candidate; when it wins, set `out.report.refused` to the reason.
+          nothing" be a candidate; when it wins, set `out.report.refused` to the reason, and
+          `out.report.remedies` to what may be tried next.
 
         `weights` is a lazy view: return an edited view, never write into its tensors.
         """
