@@ -229,6 +229,7 @@ MAY_PRINT = {
     # They answer their parent process.
     "rotdistill_report/rotation_sanity.py",
     "data/_rendering.py",
+    "planning/measure.py",
 }
 
 

@@ -226,7 +226,9 @@ def test_a_gauge_alone_costs_less_than_all_three(deep: CostContext) -> None:
 
 def test_a_longer_answer_costs_more(deep: CostContext) -> None:
     one, two = (cost_of("answers", deep, max_tokens=n) for n in (10, 20))
-    assert two.operations == 2 * one.operations
+    # Prompts are read as before, and each further token takes a call of every layer.
+    assert one.operations < two.operations < 2 * one.operations
+    assert two.layer_calls == pytest.approx(2 * one.layer_calls)
 
 
 def test_a_head_that_trains_is_untied_and_keeps_no_layers(deep: CostContext) -> None:

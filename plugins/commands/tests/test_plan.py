@@ -163,6 +163,8 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
         "read_bytes",
         "traffic_bytes",
         "seconds",
+        "reused_seconds",
+        "loading",
         "time",
         "machine",
         "shortfalls",
@@ -185,6 +187,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
         "read_bytes",
         "traffic_bytes",
         "seconds",
+        "reused_seconds",
         "prompts",
         "answer_tokens",
         "missing",
@@ -192,7 +195,7 @@ def test_the_document_keeps_its_keys(recipe: Path) -> None:
     assert steps["fold"]["needs"] == ["captured states", "maps"]
     assert document["shortfalls"] == []
     assert document["models"]["student"]["source"] == "model"
-    assert document["machine"].keys() == {"ram", "gpus", "disk", "cores"}
+    assert document["machine"].keys() == {"ram", "gpus", "disk", "cores", "profile"}
 
 
 def test_the_table_has_a_row_for_each_step(recipe: Path) -> None:
@@ -235,7 +238,35 @@ def test_run_begins_with_the_plan_in_one_line(recipe: Path) -> None:
     assert command_line("run", "trial.toml")[0] == 0
     code, _, err = command_line("run", "trial.toml")
     assert code == 0
-    assert "plan: 9 of 9 results are there; nothing to make" in err
+    assert "plan: 10 of 10 results are there; nothing to make" in err
+
+
+def test_a_plan_prints_the_time_of_each_step_and_of_the_whole(recipe: Path) -> None:
+    document = json.loads(command_line("plan", "trial.toml", "--json")[1])
+    times = [step["seconds"] for step in document["steps"]]
+    assert all(time is not None for time in times)
+    assert document["seconds"] == pytest.approx(sum(times) + document["loading"])
+    assert "; takes about 5 seconds" in command_line("plan", "trial.toml")[1]
+    assert "takes about 5 seconds" in command_line("plan", "trial.toml", "--short")[2]
+
+
+def test_a_run_begins_with_the_time_left_that_its_plan_states(recipe: Path) -> None:
+    code, _, err = command_line("run", "trial.toml")
+    assert code == 0
+    assert "takes about 5 seconds" in err
+    lines = [line for line in err.splitlines() if line.endswith(" left")]
+    assert len(lines) >= 5
+    assert "reused" not in "".join(lines)
+
+
+def test_a_machine_that_cannot_be_measured_is_planned_and_run_without_times(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROTDISTILL_CALIBRATION", "off")
+    code, out, _ = command_line("plan", "trial.toml")
+    assert (code, "how long it takes is not known" in out) == (0, True)
+    code, _, err = command_line("run", "trial.toml")
+    assert (code, " left" in err) == (0, False)
 
 
 @pytest.mark.parametrize("cut", ["layers=9", "neurons=4096", "kv_heads=64", "width=512"])
@@ -282,9 +313,11 @@ def test_memory_is_that_of_the_gpus_that_the_recipe_names(recipe: Path) -> None:
     (code, apart), (_, together) = planned_on("auto", "cuda:0"), planned_on("cpu", "cuda:0")
     assert (code, apart["machine"]["gpus"]) == (0, [81559 << 20, 0])
     assert apart["by_gpu"].keys() == together["by_gpu"].keys() == {"cuda:0"}
-    answers = next(step for step in apart["steps"] if step["id"] == "teacher's answers")
-    there, here = (next(iter(plan["steps"])) for plan in (apart, together))
-    assert there["by_gpu"] == {"cuda:0": answers["gpu_bytes"]}
+    there, here = (
+        next(step for step in plan["steps"] if step["id"] == "teacher's answers")
+        for plan in (apart, together)
+    )
+    assert there["by_gpu"] == {"cuda:0": there["gpu_bytes"]}
     assert here["by_gpu"] == {}
     assert (here["ram_bytes"], here["traffic_bytes"]) == (there["gpu_bytes"], 0)
 
