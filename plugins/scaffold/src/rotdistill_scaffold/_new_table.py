@@ -135,7 +135,10 @@ def _gauge_arguments(table: NewTable, folder: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     wrong = _wrong_gauges(table.adapter, folder)
     if "rope_type" in _rotary_table(table.model_type):
-        partly = {ROPE: {"rope_type": "default", **HALF_TURNED}, **small_sizes(table.model_type)}
+        partly: dict[str, Any] = {
+            ROPE: {"rope_type": "default", **HALF_TURNED},
+            **small_sizes(table.model_type),
+        }
         # A class may raise anything at a rotary table that it does not know.
         with suppress(Exception):
             half = pico_folder(folder.with_name("partly"), table.model_type, **partly)
