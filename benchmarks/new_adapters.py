@@ -98,9 +98,7 @@ def main() -> None:
     """Print a line for each model type."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_types", nargs="*", default=MODEL_TYPES)
-    print(
-        "| model type | `new adapter` | its test | what is said in the table, or why there is none |"
-    )
+    print("| model type | `new adapter` | its test | what the table says, or why there is none |")
     print("|---|---|---|---|")
     for model_type in parser.parse_args().model_types:
         print(row(model_type), flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from rotdistill_core.architecture.rope_decoder import rope_decoder
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.errors import SetupError
 from rotdistill_core.plugin.registry import adapter_for
-from rotdistill_core.testing import PICO
+from rotdistill_core.testing import PICO, command_line
 
 SAME = (
     "params",
@@ -74,8 +76,7 @@ def test_a_table_of_an_architecture_without_an_adapter_passes_the_kit() -> None:
     assert table.cases[0] == {"head_dim": 12, "intermediate_size": 56}
 
 
-def test_the_class_is_asked_which_norms_there_are() -> None:
-    # Of OLMo 2's norms those on branches, and of Qwen3's those on heads.
+def test_norms_on_heads_and_on_branches_are_told_apart() -> None:
     assert nearest_table("exaone4").arguments == {
         "attention_norm": "",
         "mlp_norm": "",
@@ -99,6 +100,42 @@ def test_a_table_that_fails_the_kit_is_refused_with_what_is_wrong(
         new_table("llama")
     assert "rope_decoder(biases=('q',), gain_offset=1.0), is wrong; " in str(raised.value)
     assert "model.layers.{i}.self_attn.q_proj.bias is declared" in str(raised.value)
+
+
+ROWS = re.findall(
+    r"^\| `(\w+)` \| (writes|refuses) \|.*\| (.+) \|$",
+    (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+REFUSED = [(model_type, reasons) for model_type, what, reasons in ROWS if what == "refuses"]
+
+
+@pytest.mark.parametrize(("model_type", "reasons"), REFUSED)
+def test_the_readme_has_the_reasons_of_each_refusal(
+    tmp_path: Path, model_type: str, reasons: str
+) -> None:
+    code, out, err = command_line("new", "adapter", model_type, "--in", str(tmp_path))
+    assert (code, out, list(tmp_path.iterdir())) == (3, "", [])
+    assert f"cannot be expressed as a table: {reasons}. Nothing was" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("model_type", ["exaone4", "glm", "olmo2"])
+def test_the_readme_has_the_arguments_of_a_table(model_type: str) -> None:
+    [found] = [found for name, what, found in ROWS if (name, what) == (model_type, "writes")]
+    arguments = nearest_table(model_type).arguments
+    assert found == ", ".join(f"`{name}`" for name in arguments)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("t5", "transformers makes no causal language model of it"),
+        ("kimi_linear", "a mixture of experts"),  # whose norms raise errors of their own
+    ],
+)
+def test_classes_that_cannot_be_run_small_are_refused_too(model_type: str, message: str) -> None:
+    with pytest.raises(SetupError, match=message):
+        nearest_table(model_type)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,11 +133,16 @@ def _gauge_arguments(table: NewTable, folder: Path) -> dict[str, Any]:
     A gate that takes the place of `up` has the gauge of `up`, and not its own.
     """
     arguments: dict[str, Any] = {}
-    folders = [folder]
+    wrong = _wrong_gauges(table.adapter, folder)
     if "rope_type" in _rotary_table(table.model_type):
-        partly = {ROPE: {"rope_type": "default", **HALF_TURNED}, **small_sizes(table.model_type)}
-        folders.append(pico_folder(folder.with_name("partly"), table.model_type, **partly))
-    wrong = {kind for path in folders for kind in _wrong_gauges(table.adapter, path)}
+        partly: dict[str, Any] = {
+            ROPE: {"rope_type": "default", **HALF_TURNED},
+            **small_sizes(table.model_type),
+        }
+        # A class may raise anything at a rotary table that it does not know.
+        with suppress(Exception):
+            half = pico_folder(folder.with_name("partly"), table.model_type, **partly)
+            wrong |= _wrong_gauges(table.adapter, half)
     if KEY_GAUGE in wrong:
         arguments["key_gauge"] = False
     fused = dict(table.arguments.get("fused", {}))

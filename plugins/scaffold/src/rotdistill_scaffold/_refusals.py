@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ def require_expressible(model_type: str) -> Any:
         if not reasons:
             raise
     else:
-        reasons += _run_reasons(model)
+        # A class may raise anything when it is run with hooks; its shapes then have to do.
+        with suppress(Exception):
+            reasons += _run_reasons(model)
     if reasons:
         raise inexpressible(model_type, reasons)
     missing = list(_missing(model))
@@ -76,7 +79,10 @@ def inexpressible(model_type: str, reasons: list[str]) -> SetupError:
 
 def _whole_reasons(model_type: str) -> Iterator[str]:
     """Yield why a config is not of one decoder."""
-    config = CONFIG_MAPPING[model_type]()
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except Exception:  # a class may have no defaults that go together; a small model may say more
+        return
     if config.is_encoder_decoder:
         yield "it is an encoder and a decoder, and a table is of a decoder alone"
         return
@@ -145,7 +151,7 @@ def _subtracts_mean(module: nn.Module, config: Any) -> bool:
     row = torch.ones(1, 1, *(shape if weight is None else weight.shape))
     try:
         return bool(norm(row).abs().max() < 0.1)
-    except (TypeError, ValueError, RuntimeError):  # a norm with more inputs: gates, keys
+    except Exception:  # a norm with more inputs (gates, keys) may raise anything without them
         return False
 
 
