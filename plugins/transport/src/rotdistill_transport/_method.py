@@ -165,7 +165,7 @@ def _parts(
     """Return what may be applied of a change: all of it, or only what comes after the first cut.
 
     A refit of the last layer before a cut stands for the layers that are gone. It was fitted to the
-    student without the change, and what layers before it do differently it may blow up.
+    student without the change, and may not fit what layers before it then do differently.
 
     Args:
         weights: the student.
