@@ -26,7 +26,7 @@ from enum import Enum
 from functools import cached_property
 from inspect import getdoc
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ForwardRef, get_args
 
 from typer.main import get_command
 
@@ -184,7 +184,9 @@ def _members(cls: type) -> str:
         for name, kind in vars(cls).get("__annotations__", {}).items()
         if not name.startswith("_") and "ClassVar" not in str(kind)
     }
-    rows = [f"| `{name}` | `{escaped(str(kind))}` |" for name, kind in fields.items()]
+    rows = [f"| `{name}` | `{escaped(_written(kind))}` |" for name, kind in fields.items()]
+    if issubclass(cls, Enum):
+        rows += [f"| `{each.name}` | `{each.value!r}` |" for each in cls]
     for name, member in vars(cls).items():
         if name.startswith("_") or name in fields:
             continue
@@ -196,6 +198,11 @@ def _members(cls: type) -> str:
     if not rows:
         return ""
     return "\n".join(["\n| member | type, or what it is |", "|---|---|", *rows]) + "\n"
+
+
+def _written(kind: Any) -> str:
+    """Return a type as the code writes it. Of a named tuple it is a forward reference."""
+    return str(kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind)
 
 
 def escaped(cell: str) -> str:

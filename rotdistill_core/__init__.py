@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rotdistill_core.linalg.diagnostics import LayerDiagnostics
     from rotdistill_core.linalg.maps import Gauge, Map, Maps, Permutation, Rotation
     from rotdistill_core.linalg.moments import Moments
+    from rotdistill_core.linalg.paired_sums import RowSums
     from rotdistill_core.planning.cost import Cost, CostContext
     from rotdistill_core.recipe.load import load_recipe
     from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -52,6 +53,7 @@ _HOME = {
     "Ranks": "forward.ranks",
     "ResolvedRecipe": "recipe.resolved",
     "Rotation": "linalg.maps",
+    "RowSums": "linalg.paired_sums",
     "RunFailed": "execution.outcome",
     "RunResult": "execution.outcome",
     "Samples": "data.packed",
@@ -86,6 +88,7 @@ __all__ = [
     "Ranks",
     "ResolvedRecipe",
     "Rotation",
+    "RowSums",
     "RunFailed",
     "RunResult",
     "Samples",
