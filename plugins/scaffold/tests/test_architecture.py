@@ -130,7 +130,7 @@ def test_the_readme_has_the_arguments_of_a_table(model_type: str) -> None:
     ("model_type", "message"),
     [
         ("t5", "transformers makes no causal language model of it"),
-        ("kimi_linear", "a mixture of experts"),  # whose norms raise errors of their own
+        ("bailing_hybrid", "a mixture of experts"),  # whose norms raise errors of their own
     ],
 )
 def test_classes_that_cannot_be_run_small_are_refused_too(model_type: str, message: str) -> None:

@@ -241,5 +241,5 @@ def trial_cases(model_type: str) -> tuple[dict[str, Any], ...]:
     try:
         small_model(model_type, **cases[0])
     except SetupError:  # of some classes heads have to make up the width of the stream
-        cases[0] |= small_sizes(model_type)
+        cases[0].update(small_sizes(model_type))
     return cases

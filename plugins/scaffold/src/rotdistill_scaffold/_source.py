@@ -31,6 +31,11 @@ def defaults_source(table: NewTable) -> str:
     )
 
 
+def config_name(table: NewTable) -> str:
+    """Return the name of the parameter of the function `defaults`, which may not need it."""
+    return "config" if QueryHeads in table.defaults.values() else "_"
+
+
 def cases_source(table: NewTable) -> str:
     """Return the cases of the test, one a line."""
     return "".join(f"{STEP}{_on_one_line(case)},\n" for case in table.cases)

@@ -84,6 +84,7 @@ def adapter_files(name: str) -> dict[str, str]:
         **_names(name, f"{name}-adapter"),
         "table": _source.table_source(table),
         "defaults": _source.defaults_source(table),
+        "config": _source.config_name(table),
         "cases": _source.cases_source(table),
         "config_class": CONFIG_MAPPING_NAMES[name],
         "group": '."rotdistill.adapters"',
