@@ -170,7 +170,7 @@ def test_a_second_run_recomputes_nothing(job: Job) -> None:
     results = results_in(job.folder / "ledger.jsonl")
     before = {p: p.stat().st_mtime_ns for p in (job.folder / "checkpoints").rglob("*")}
     done = run(job.where, "tour_guide.toml")
-    assert "plan: 20 of 20 results are there; nothing to make" in done.err
+    assert "plan: 21 of 21 results are there; nothing to make" in done.err
     assert results_in(job.folder / "ledger.jsonl") == results
     assert before == {p: p.stat().st_mtime_ns for p in (job.folder / "checkpoints").rglob("*")}
     assert "full answers" in done.out

@@ -33,8 +33,8 @@ step = [
     { use = "residuals" },
     { id = "basis", use = "procrustes" },
     { id = "fold", use = "basis-fold", mode = "canonical" },
-    { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
-    { id = "head", use = "lm-head-ridge" },
+    { id = "refit", use = "writer-refit", writers = ["heads", "neurons"], guard = "off" },
+    { id = "head", use = "lm-head-ridge", guard = "off" },
     { use = "fidelity" },
 ]
 """

@@ -473,7 +473,7 @@ def test_a_plan_counts_what_servers_are_asked_and_nothing_of_the_teacher(
     recipe = pico_workspace.recipe(step, tables=tables)
     words = ("plan", recipe.name, "--json", "--set", "lessons.count=10")
     words = (*words, "--set", "lessons.from=teacher", "--set", "lessons.general=0")
-    answers, lessons, *_ = json.loads(pico_workspace.command(*words)[1])["steps"]
+    _, answers, lessons, *_ = json.loads(pico_workspace.command(*words)[1])["steps"]
     for line, prompts, tokens in ((answers, 3, 12), (lessons, 20, 10 * 64 + 10 * 64)):
         assert (line["use"], line["prompts"], line["answer_tokens"]) == ("openai", prompts, tokens)
         sizes = ("ram_bytes", "disk_bytes", "read_bytes", "traffic_bytes", "seconds")
@@ -482,6 +482,6 @@ def test_a_plan_counts_what_servers_are_asked_and_nothing_of_the_teacher(
         "3 prompts and up to 12 tokens of answers for 2 servers, whose time is not counted"
     )
     table = ("--set", "engine={ use = 'transformers' }")
-    answers, lessons, *_ = json.loads(pico_workspace.command(*words, *table)[1])["steps"]
+    _, answers, lessons, *_ = json.loads(pico_workspace.command(*words, *table)[1])["steps"]
     assert answers["ram_bytes"] > 0 < lessons["read_bytes"]
     assert (answers["note"], answers["prompts"]) == ("", 3)
