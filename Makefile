@@ -1,6 +1,7 @@
 # make demo: set up and run the tour guide; make test: set up and run the whole suite.
 # make faults: an hour of kills, flipped bits, hostile inputs and model settings; writes the table of docs/reliability.md.
 # make docs: rewrite what documents say of options, hooks, plugins and the Python API, and build the site into site/.
+# make screenshots: draw the first screen of a report anew, for the documents; needs Chromium or Chrome.
 # make wheels: build all distributions.
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ empty :=
 space := $(empty) $(empty)
 export MYPYPATH := $(subst $(space),:,. benchmarks $(wildcard plugins/*/src))
 
-.PHONY: setup demo test types suite faults bench docs wheels
+.PHONY: setup demo test types suite faults bench docs screenshots wheels
 
 setup: $(STAMP)
 
@@ -48,6 +49,9 @@ docs: setup
 	$(BIN)/python docs/generate.py
 	$(BIN)/rotdistill schema > recipes/recipe.schema.json
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
+
+screenshots: setup
+	$(BIN)/python docs/screenshots.py
 
 bench: setup
 	$(BIN)/python benchmarks/bench.py
