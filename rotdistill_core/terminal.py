@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +32,8 @@ WIDTH_OF_FILES = 160
 """Columns of a table that is written to a file or a pipe."""
 NARROWEST_TEXT = 16
 """Columns that a column of text keeps when it wraps."""
+QUIET_SECONDS = 30.0
+"""How long a run may print nothing where no live line is shown: in a file or a pipe."""
 TABLE_METRICS = (
     "kl",
     "top1",
@@ -136,36 +138,54 @@ def relative_to_cwd(path: Path) -> str:
 class ProgressDisplay:
     """Observer that shows the progress of a run, and the time that is left.
 
-    On a terminal one live line for the current step, elsewhere plain lines.
+    On a terminal one live line for the current step. Elsewhere plain lines: one when a step ends,
+    and in a long step one after every `QUIET_SECONDS` at most.
 
     Args:
         console: where it is shown.
         planned: the plan of the run; without one no time that is left is known.
+        now: the clock, seconds.
     """
 
-    def __init__(self, console: Console, planned: Plan | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        planned: Plan | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = console
-        self.left = TimeLeft(planned) if planned else None
+        self.now = now
+        self.left = TimeLeft(planned, now) if planned else None
         # FORCE_COLOR makes a file count as a terminal; a live line needs one whose cursor moves.
         is_live = console.is_terminal and console.file.isatty()
         self.status = console.status("") if is_live else None
         self.step = ""
-        self.started = time.monotonic()
+        self.started = self.printed = now()
         if self.status:
             self.status.start()
 
     def log(self, text: str) -> None:
         """Print one line."""
-        self.console.print(literal(text), soft_wrap=True)
+        self._print(literal(text))
+
+    def _print(self, line: str) -> None:
+        """Print one line of rich markup."""
+        self.printed = self.now()
+        self.console.print(line, soft_wrap=True)
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show how far the current step has come."""
-        if not self.status:
-            return
-        seconds = time.monotonic() - self.started
+        if self.status:
+            self.status.update(self._how_far(done, total, note))
+        elif self.now() - self.printed >= QUIET_SECONDS:
+            self._print(f"  {self._how_far(done, total, note)}")
+
+    def _how_far(self, done: int, total: int, note: str) -> str:
+        """Return how far the current step has come, as rich markup."""
+        seconds = self.now() - self.started
         rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
-        left = f"  {self._time_left()}" if self._time_left() else ""
-        self.status.update(f"{literal(self.step)}  {done}/{total}{rate}  {literal(note)}{left}")
+        parts = (literal(self.step), f"{done}/{total}{rate}", literal(note), self._time_left())
+        return "  ".join(filter(None, parts))
 
     def _time_left(self) -> str:
         """Return the time that is left in words; empty if it is not known."""
@@ -176,7 +196,7 @@ class ProgressDisplay:
     def before_step(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.before_step`."""
         self.step = f"{variant}: {step_id}"
-        self.started = time.monotonic()
+        self.started = self.now()
         if self.left:
             self.left.begins(step_id, variant)
 
@@ -187,15 +207,12 @@ class ProgressDisplay:
             self.left.ends(step_id, variant)
         duration = "[dim]reused[/]" if reused else f"{seconds:6.1f} s"
         left = f"  [dim]{self._time_left()}[/]" if self._time_left() and not reused else ""
-        self.console.print(
-            f"  {padded(variant, 12)} {padded(step_id, 16)} {duration}{left}", soft_wrap=True
-        )
+        self._print(f"  {padded(variant, 12)} {padded(step_id, 16)} {duration}{left}")
 
     @hookimpl
     def step_failed(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.step_failed`. The error itself is printed where the program ends."""
-        failed = f"  {padded(variant, 12)} {padded(step_id, 16)} [red]failed[/]"
-        self.console.print(failed, soft_wrap=True)
+        self._print(f"  {padded(variant, 12)} {padded(step_id, 16)} [red]failed[/]")
 
     @hookimpl
     def variant_saved(self, variant: str, folder: Path) -> None:
@@ -203,7 +220,7 @@ class ProgressDisplay:
         if self.left:
             self.left.ends(CHECKPOINTS, variant)
         path = literal(relative_to_cwd(folder))
-        self.console.print(f"  {padded(variant, 12)} saved            {path}", soft_wrap=True)
+        self._print(f"  {padded(variant, 12)} saved            {path}")
 
     def stop(self) -> None:
         """Remove the live line."""

@@ -16,6 +16,7 @@ from rich.table import Column
 
 from rotdistill_core.evaluation.rows import MetricRow, failure_row
 from rotdistill_core.terminal import (
+    QUIET_SECONDS,
     ProgressDisplay,
     VisibleConsole,
     WideTable,
@@ -166,3 +167,39 @@ def test_no_live_line_goes_to_a_file(colours: str | None) -> None:
     assert "\x1b[?25l" not in output.getvalue()  # hides the cursor
     assert "\r" not in output.getvalue()
     assert len(output.getvalue().splitlines()) == 1
+
+
+def test_a_long_step_prints_a_plain_line_now_and_then_into_a_file() -> None:
+    output, clock = io.StringIO(), [0.0]
+    display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
+    display.before_step("refit", "full")
+    for layer in range(60):  # a layer takes 4 seconds
+        clock[0] += 4.0
+        display.progress(layer + 1, 60, "refitted [o] and down")
+    display.after_step("refit", "full", 240.0, reused=False)
+    *lines, end = output.getvalue().splitlines()
+    assert len(lines) == 240 // 32  # the first layer that ends after every 30 seconds
+    assert lines[0] == "  full: refit  8/60, 0.2/s  refitted [o] and down"
+    assert end == "  full         refit             240.0 s"
+    assert "\x1b" not in output.getvalue()
+
+
+def test_a_short_step_prints_its_end_alone_into_a_file() -> None:
+    output, clock = io.StringIO(), [0.0]
+    display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
+    for step in range(20):  # ten minutes, and a line every 20 seconds
+        display.before_step(f"step-{step}", "full")
+        clock[0] += QUIET_SECONDS - 10
+        display.progress(1, 2, "half")
+        clock[0] += 10
+        display.after_step(f"step-{step}", "full", 30.0, reused=False)
+    assert len(output.getvalue().splitlines()) == 20
+
+
+def test_the_time_before_the_first_step_prints_lines_too() -> None:
+    """The teacher's answers may take longer than all steps."""
+    output, clock = io.StringIO(), [0.0]
+    display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
+    clock[0] = 31.0
+    display.progress(16, 200, "questions are answered")
+    assert output.getvalue() == "  16/200, 0.5/s  questions are answered\n"
