@@ -94,7 +94,17 @@ def test_a_step_that_fails_is_named_before_the_error(
     assert code == 2
     *_, failed, error = [line for line in err.splitlines() if line.strip()]
     assert failed.split() == ["full", "head", "failed"]
-    assert "guard needs texts outside the domain. Name a file of them as samples.guard" in error
+    message = "guard needs texts outside the domain. Name a file of them as samples.guard"
+    assert message in error
+
+    (line,) = [line for line in command_line("show", "failing")[1].splitlines() if message in line]
+    assert re.match(r"full: head failed at \d{4}-\d\d-\d\d \d\d:\d\d: RecipeError: ", line)
+    (failure,) = json.loads(command_line("show", "failing", "--json")[1])["failures"]
+    assert (failure["id"], failure["variant"]) == ("head", "full")
+    (listed,) = json.loads(command_line("runs", "--json")[1])
+    assert (listed["state"], listed["failures"]) == ("unfinished, head failed", [failure])
+    code, _, err = command_line("report", "failing")
+    assert (code, line in err) == (2, True)
 
 
 @pytest.mark.parametrize("use", ["writer-refit", "lm-head-ridge"])

@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -30,7 +32,7 @@ from rotdistill_core.data.conversations import facts_digest
 from rotdistill_core.data.lessons import checked_lesson_texts
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.reading import read_conversations
-from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError
+from rotdistill_core.errors import CheckFailed, RotdistillError, SetupError, shortened
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.rows import MetricRow, Variant, failure_row, rows_as_json
 from rotdistill_core.execution.artifacts import restore_result, store_result
@@ -70,6 +72,7 @@ from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.presence import REMOVING, RUNNING, at_work, others_at_work
 from rotdistill_core.store.records import (
+    FailureRecord,
     RowsRef,
     StartRecord,
     StepRecord,
@@ -321,7 +324,7 @@ class Executor:
         work = partial(self._edit, keyed.recipe_step, state, samples)
         record = self._find_or_make(keyed, work)
         if not self.ranks.lead(partial(self._describes_files, record, keyed, state, samples)):
-            with self.observers.step(keyed.recipe_step, keyed.variant):
+            with self._at_work(keyed):
                 record = self._make(keyed, work)
             self._note(keyed, record, reused=False)
         return self._restored(record, keyed, state, samples)
@@ -382,11 +385,12 @@ class Executor:
         made_here = key in {done.key for done in self.steps.values() if not done.reused}
         record = self.ranks.lead(partial(self._find, keyed, made_here))
         reused = record is not None
-        with self.observers.step(recipe_step, variant):
+        with self._at_work(keyed):
             if record is None:
                 record = self._make(keyed, work)
-        # Another run may have made it, and this run depends on it.
-        if self.ranks.leads and record not in self.ledger:
+        # Another run may have made it, and this run depends on it; or it has failed here since.
+        is_news = record not in self.ledger or self.ledger.failed_last(key)
+        if self.ranks.leads and is_news:
             self.ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
@@ -395,6 +399,31 @@ class Executor:
                 f"{variant}: {recipe_step.id} keeps the student as it was: {record.report.refusal}"
             )
         return record
+
+    @contextmanager
+    def _at_work(self, keyed: KeyedStep) -> Iterator[None]:
+        """Tell observers that a step begins, and them and the ledger if it raises."""
+        with self.observers.step(keyed.recipe_step, keyed.variant):
+            try:
+                yield
+            except Exception as error:
+                if self.ranks.leads:
+                    self._record_failure(keyed, error)
+                raise
+
+    def _record_failure(self, keyed: KeyedStep, error: Exception) -> None:
+        """Append what a step raised. Where the disk refuses, that error is the one to be told."""
+        record = FailureRecord(
+            key=keyed.key,
+            id=keyed.recipe_step.id,
+            variant=keyed.variant,
+            plugin=keyed.recipe_step.origin.release,
+            when=datetime.now(UTC).isoformat(timespec="seconds"),
+            error=type(error).__name__,
+            message=shortened(str(error)),
+        )
+        with suppress(SetupError):
+            self.ledger.append(record)
 
     def _find(self, keyed: KeyedStep, made_here: bool) -> StepRecord | None:
         """Return the record of a finished step with its key, if all its files hold."""

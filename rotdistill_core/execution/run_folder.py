@@ -22,6 +22,7 @@ from rotdistill_core.store.plain import COLLECTION_BYTES, read_bytes
 from rotdistill_core.store.presence import REMOVING, RUNNING, others_at_work
 from rotdistill_core.store.records import (
     CheckpointRecord,
+    FailureRecord,
     FileRecord,
     LedgerRecord,
     ParityRecord,
@@ -104,6 +105,22 @@ class RunFolder:
     def is_copy(self) -> bool:
         """Whether somebody copied the folder of another run to here."""
         return bool(self._owner)
+
+    @property
+    def failures(self) -> list[FailureRecord]:
+        """For each variant and step that raised and was not made since: how it failed last.
+
+        Raises:
+            CheckFailed: the recipe is not what was committed.
+        """
+        chains, place = self.chains(), {id(each): i for i, each in enumerate(self.ledger.records)}
+        newest = {(record.variant, record.id): record for record in self.ledger.failures}
+        made = {
+            (variant, step): place[id(record)]
+            for variant, chain in chains.items()
+            for step, record in chain.items()
+        }
+        return [each for key, each in newest.items() if made.get(key, -1) < place[id(each)]]
 
     @property
     def damage(self) -> list[str]:
@@ -274,8 +291,9 @@ def remove_if_nothing_was_made(folder: Path) -> None:
     """Remove the folder of a run that was refused before anything came of it.
 
     It then holds the recipe and the texts at most, which the next run writes again, and would stand
-    among the runs as an unfinished one. Files that no ledger names stay, and so does all of it
-    while another process is at work there, or if the disk refuses.
+    among the runs as an unfinished one. Where a step began and failed, the ledger says so, and the
+    folder stays. Files that no ledger names stay, and so does all of it while another process is at
+    work there, or if the disk refuses.
     """
     if others_at_work(folder, RUNNING) or others_at_work(folder, REMOVING):
         return

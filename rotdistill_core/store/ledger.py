@@ -49,6 +49,7 @@ from rotdistill_core.store.plain import (
 )
 from rotdistill_core.store.records import (
     CheckpointRecord,
+    FailureRecord,
     FileRecord,
     LedgerRecord,
     ParityRecord,
@@ -109,6 +110,16 @@ class Ledger:
     def steps(self) -> list[StepRecord]:
         """The finished steps."""
         return [record for record in self.records if isinstance(record, StepRecord)]
+
+    @property
+    def failures(self) -> list[FailureRecord]:
+        """The steps that raised, those too that were made later."""
+        return [record for record in self.records if isinstance(record, FailureRecord)]
+
+    def failed_last(self, key: str) -> bool:
+        """Return whether the newest that is known of a step is that it raised."""
+        known = (r for r in reversed(self.records) if isinstance(r, StepRecord | FailureRecord))
+        return isinstance(next((r for r in known if r.key == key), None), FailureRecord)
 
     @property
     def checkpoints(self) -> list[CheckpointRecord]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
@@ -36,6 +37,12 @@ def _row(row: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(variant, str) or not isinstance(metric, str) or not is_number:
         raise ValueError("is no variant, metric and number")
     return row
+
+
+def _moment(text: str) -> str:
+    """Return a date and time in ISO 8601, if it is one."""
+    datetime.fromisoformat(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -214,6 +221,34 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FailureRecord:
+    """A step that began and raised. The next run makes it; nothing is reused of this line."""
+
+    kind: Literal["failure"] = "failure"
+    key: str
+    """Key of the step."""
+    id: str
+    variant: str
+    """The variant for which it was made."""
+    plugin: str
+    """Distribution and version."""
+    when: Annotated[str, AfterValidator(_moment)]
+    """In ISO 8601, with the time zone."""
+    error: str
+    """Class of the error."""
+    message: str
+
+    def __str__(self) -> str:
+        """Return it as a sentence, in local time."""
+        when = datetime.fromisoformat(self.when).astimezone().isoformat(" ", "minutes")[:16]
+        return f"{self.variant}: {self.id} failed at {when}: {self.error}: {self.message}"
+
+    def paths(self) -> Iterator[str]:
+        """Yield no file."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
     """A saved variant."""
 
@@ -261,7 +296,13 @@ class RemovalRecord:
 
 
 LedgerRecord = (
-    StartRecord | FileRecord | StepRecord | CheckpointRecord | ParityRecord | RemovalRecord
+    StartRecord
+    | FileRecord
+    | StepRecord
+    | FailureRecord
+    | CheckpointRecord
+    | ParityRecord
+    | RemovalRecord
 )
 
 _VALIDATOR: TypeAdapter[LedgerRecord] = TypeAdapter(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from rotdistill_core import hookimpl
 from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.evaluation.rows import MetricRow
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.store.ledger import Ledger
 from rotdistill_core.store.records import ActivationsRef, RowsRef, WeightsRef
 from rotdistill_core.testing import PicoWorkspace
@@ -141,6 +145,74 @@ def test_a_failing_evaluator_ends_the_run_and_is_reported(
     with pytest.raises(RotdistillError, match="no memory for it"):
         executor("broken", observer=recorder).go()
     assert recorder.failed == ["base fidelity: no memory for it"]
+
+
+def test_a_step_that_fails_is_in_the_ledger_until_it_is_made(
+    executor: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @hookimpl
+    def fail(self: object, weights: object) -> None:
+        raise ZeroDivisionError("a " + "very " * 2000 + "long tale")
+
+    began = datetime.now(UTC).replace(microsecond=0)
+    broken = executor("broken")
+    with monkeypatch.context() as patch:
+        patch.setattr("rotdistill_writer_refit.step.WriterRefit.fold", fail)
+        for _ in range(2):  # the second run finds what the first one made before it failed
+            with pytest.raises(ZeroDivisionError):
+                executor("broken").go()
+    run = RunFolder(broken.folder)
+    assert [(each.variant, each.id) for each in run.ledger.failures] == [("full", "refit")] * 2
+    (failure,) = run.failures
+    assert (failure.error, failure.message[:6]) == ("ZeroDivisionError", "a very")
+    assert failure.message.endswith("long tale")
+    assert len(failure.message) < 5000
+    assert began <= datetime.fromisoformat(failure.when) <= datetime.now(UTC)
+    assert run.ledger.faults == []
+    assert [record.id for record in run.ledger.steps if not record.variant] == ["chop", "residuals"]
+
+    whole = executor("broken").go()
+    assert whole.steps["full", "residuals"].reused
+    assert not whole.steps["full", "refit"].reused
+    assert RunFolder(broken.folder).failures == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rotdistill_writer_refit.step.WriterRefit.fold", fail)
+        with pytest.raises(ZeroDivisionError):
+            executor("broken", fresh=True).go()
+    assert [each.id for each in RunFolder(broken.folder).failures] == ["refit"]
+    again = executor("broken").go()  # finds what was made before
+    assert again.steps["full", "refit"].reused
+    assert RunFolder(broken.folder).failures == []
+
+
+def test_a_kill_is_no_failure_of_a_step(executor: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    killed = executor("killed")
+    monkeypatch.setattr("rotdistill_core.checkpoint.weights.Weights.store", kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.go()
+    assert Ledger(killed.folder).failures == []
+
+
+def test_a_full_disk_does_not_hide_why_a_step_failed(
+    executor: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = executor("full-disk")
+
+    @hookimpl
+    def fail(self: object, weights: object) -> None:
+        monkeypatch.setattr("rotdistill_core.store.ledger.os.write", refuse)
+        raise RotdistillError("no such layer")
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("rotdistill_chop.step.Chop.fold", fail)
+    with pytest.raises(RotdistillError, match="no such layer"):
+        full.go()
 
 
 @pytest.mark.parametrize(

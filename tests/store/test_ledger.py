@@ -24,6 +24,7 @@ from rotdistill_core.store.place import Place, this_place
 from rotdistill_core.store.records import (
     ActivationsRef,
     CheckpointRecord,
+    FailureRecord,
     FileRecord,
     LedgerRecord,
     MapsRef,
@@ -86,6 +87,15 @@ RECORDS: dict[str, LedgerRecord] = {
     "start": StartRecord(key="k", inputs={"teacher": "ab", "seed": "0"}, models={"teacher": "abc"}),
     "file": FileRecord(key="k", name="a.json", path="run/a.json", bytes=3, sha256="ab"),
     "checkpoint": CheckpointRecord(key="k", variant="full", folder="run/c/full", files=FILES),
+    "failure": FailureRecord(
+        key="k",
+        id="head",
+        variant="full",
+        plugin="rotdistill-chop 0.1",
+        when="2026-01-02T03:04:05+00:00",
+        error="RecipeError",
+        message="größer",
+    ),
     "activations": replace(
         SOLVED,
         result=ActivationsRef(
@@ -138,6 +148,7 @@ def test_a_record_knows_the_files_that_it_needs() -> None:
     own = {"run/a.json", "other/b.json"}
     assert paths["start"] == set()
     assert paths["file"] == {"run/a.json"}
+    assert paths["failure"] == set()
     assert paths["checkpoint"] == own
     assert paths["activations"] == own | {"run/s0", "other/s1"}
     assert paths["maps"] == own | {"run/m", "run/layer_0.json"}
@@ -153,8 +164,8 @@ def test_a_ledger_sorts_its_records_by_kind(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     for record in RECORDS.values():
         ledger.append(record)
-    counts = (ledger.starts, ledger.files, ledger.steps, ledger.checkpoints)
-    assert [len(records) for records in counts] == [1, 1, 5, 1]
+    counts = (ledger.starts, ledger.files, ledger.steps, ledger.checkpoints, ledger.failures)
+    assert [len(records) for records in counts] == [1, 1, 5, 1, 1]
 
 
 def test_a_record_with_nan_and_number_keys_is_recognised(tmp_path: Path) -> None:

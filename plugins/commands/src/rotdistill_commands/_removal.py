@@ -12,6 +12,7 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.presence import REMOVING, at_work
 from rotdistill_core.store.records import (
     CheckpointRecord,
+    FailureRecord,
     FileRecord,
     LedgerRecord,
     RemovalRecord,
@@ -135,8 +136,8 @@ def _is_still_true(record: LedgerRecord, run: RunFolder, keep_steps: bool) -> bo
         keep_steps: whether records of steps and checkpoints may stay; those of files always may.
     """
     root = run.path.parent
-    if isinstance(record, RemovalRecord):
-        return False  # a new one takes its place
+    if isinstance(record, RemovalRecord | FailureRecord):
+        return False  # a new removal takes the place of the old; no step is left to have failed
     if isinstance(record, FileRecord):
         return run.owns(record.path) and (root / record.path).is_file()
     return keep_steps and all((root / path).is_file() for path in record.paths() if run.owns(path))

@@ -33,9 +33,10 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         CheckFailed: a document of the run is not what was committed.
     """
     if run.state != "done":
-        raise RecipeError(
+        problem = (
             f"{run.path}: is {run.state}; there is a report when its recipe has run to the end."
         )
+        raise RecipeError(" ".join([problem, *map(str, run.failures)]))
     layout = run.layout
     text = (run.read(RunLayout.RECIPE) or b"").decode()
     loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
@@ -50,7 +51,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         pair=open_pair(recipe.teacher, recipe.student, recipe.anchor, log),
         model_parity={each.role: each.result for each in run.ledger.parities if each.role},
         parity={each.variant: each.result for each in run.ledger.parities if each.variant},
-        failed=_failures(rows, recipe.check, loaded.baseline),
+        failed=_failures(run, rows, recipe.check, loaded.baseline),
     )
     manager = plugin_manager()
     manager.register(load_plugin(OBSERVERS, "report")[0])
@@ -87,16 +88,18 @@ def _step_results(run: RunFolder) -> dict[tuple[str, str], StepResult]:
     return results
 
 
-def _failures(rows: list[MetricRow], check: Check, baseline: str) -> dict[str, list[str]]:
+def _failures(
+    run: RunFolder, rows: list[MetricRow], check: Check, baseline: str
+) -> dict[str, list[str]]:
     """Return variant -> the checks that it breaks.
 
-    A variant that failed while it was made has no scores to recompute the failure from.
+    A variant that failed while it was made has no scores to recompute the failure from; the ledger
+    says how a step of it failed.
     """
     scored = [row for row in rows if row.metric != FAILED]
     failures = broken_gates(scored, check, baseline)
+    of_steps = {failure.variant: failure.message for failure in run.failures}
+    unknown = "it broke a check when it was made; its recipe, run again, says which."
     for variant in failed_variants(rows):
-        if variant not in failures:
-            failures[variant] = [
-                "it broke a check when it was made; its recipe, run again, says which."
-            ]
+        failures.setdefault(variant, [of_steps.get(variant, unknown)])
     return failures

@@ -66,10 +66,13 @@ def _listing(run: RunFolder, every_run: Sequence[RunFolder]) -> dict[str, Any]:
     """Return a run as JSON values. What is described by a damaged document is left out."""
     needed = [RUNS_FOLDER / path for path in needed_by(run, every_run)]
     damage = run.damage
+    failures = [] if damage else [asdict(failure) for failure in run.failures]
+    failed = dict.fromkeys(f"{failure['id']} failed" for failure in failures)
     return {
         "run": run.path.name,
-        "state": f"{run.state}, damaged" if damage else run.state,
+        "state": ", ".join([run.state, *failed, *(["damaged"] if damage else [])]),
         "damage": damage,
+        "failures": failures,
         "variants": [] if damage else list(run.recipe.get("variants", {})),
         "best": None if damage else _lowest_kl(run),
         "bytes": run.bytes,
@@ -134,6 +137,7 @@ def show(run: RunName, as_json: Json = False) -> None:
             "needed_by": users,
             "recipe": folder.recipe,
             "steps": steps,
+            "failures": [asdict(failure) for failure in folder.failures],
             "figures": overall_figures(rows),
         }
         print_json(document)
@@ -149,6 +153,8 @@ def show(run: RunName, as_json: Json = False) -> None:
         names = literal(", ".join(users))
         console.print(f"{len(needed)} of its files are part of {names}; `rm` leaves those.")
     console.print(_step_table(folder, steps) if steps else "No step is finished yet.")
+    for failure in folder.failures:
+        console.print(literal(failure))
     for step_id, refusal in _refusals(folder).items():
         console.print(f"{literal(step_id)} left the student as it was: {literal(refusal)}")
     if rows:
