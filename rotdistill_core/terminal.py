@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from rotdistill_core.plugin.step import options_of
 from rotdistill_core.recipe.load import load_recipe
 
 WIDTH_OF_FILES = 160
-"""Columns of a table that is written to a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe, where COLUMNS is not set."""
 NARROWEST_TEXT = 16
 """Columns that a column of text keeps when it wraps."""
 QUIET_SECONDS = 30.0
@@ -106,8 +107,15 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """Return the console for results (stdout), as wide as the terminal or `WIDTH_OF_FILES`."""
-    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    """Return the console for results (stdout).
+
+    It is as wide as COLUMNS says, or else as the terminal, or else `WIDTH_OF_FILES`.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        width = int(columns)
+    else:
+        width = None if sys.stdout.isatty() else WIDTH_OF_FILES
     return VisibleConsole(width=width, highlight=False)
 
 

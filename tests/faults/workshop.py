@@ -108,8 +108,8 @@ def _contents(record: LedgerRecord) -> Iterator[str]:
     saves work where the line of a step commits the same file.
     """
     values = record_as_json(record)
-    if values["kind"] == "removal":
-        return  # it tells of what was there, and commits nothing
+    if values["kind"] in ("removal", "failure"):
+        return  # it tells of what was there, or failed, and commits nothing
     files = [values] if isinstance(record, FileRecord) else values.get("files", [])
     named = {file["path"]: f"{file['bytes']} {file['sha256']}" for file in files}
     yield from (f"{path} {rest}" for path, rest in named.items())
