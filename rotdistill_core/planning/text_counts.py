@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rotdistill_core.checkpoint.foreign import reading
 from rotdistill_core.data.batching import SAMPLE_TEXTS
+from rotdistill_core.data.conversations import OWN_ANSWER
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import read_bytes
@@ -203,6 +205,20 @@ class TextCounts:
     """Whether the rows of some splits follow from those of some of their texts."""
     teacher_prefix: int | None = None
     """Rows of the system prompt as the teacher reads it; None if the student reads the same."""
+    own_answers: Mapping[str, int] = field(default_factory=dict)
+    """Split -> those of its texts that are a question once more, for the teacher to answer."""
+
+    def in_words(self) -> str:
+        """Return how many texts there are of each split, and where those of no file come from."""
+        counts = ", ".join(f"{count} {split}" for split, count in self.texts.items())
+        made = []
+        if self.own_answers:
+            own = " and ".join(f"{count} {split}" for split, count in self.own_answers.items())
+            made.append(f"{own} that the teacher answers itself (samples.own_answers)")
+        if self.lessons:
+            made.append(f"{self.lessons} fit that are lessons (lessons.count)")
+        among = f", among them {'; '.join(made)}" if made else ""
+        return f"{self.total} tokens in {counts} texts{among}"
 
     def rows_of(self, *splits: str, limit: int | None = None) -> int:
         """Return the rows of some splits, with the shared prompt.
@@ -302,8 +318,11 @@ def count_texts(
     """
     prefix = count(style) + TEMPLATE_TOKENS
     by_split: dict[str, list[Conversation]] = {}
+    own_answers: Counter[str] = Counter()
     questions_asked = answer_tokens = 0
     for question in conversations:
+        if question.id.endswith(OWN_ANSWER):
+            own_answers[question.split] += 1
         by_split.setdefault(question.split, []).append(question)
         if question.answer is None and not Split(question.split).outside_domain:
             questions_asked += 1
@@ -320,6 +339,7 @@ def count_texts(
         answer_tokens=answer_tokens,
         estimated=most is not None and any(len(asked) > most for asked in by_split.values()),
         teacher_prefix=prefix if settings.bake_prompt else None,
+        own_answers=own_answers,
     )
     return _with_lessons(counts, lessons, settings) if lessons and lessons.count else counts
 

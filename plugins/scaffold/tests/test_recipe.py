@@ -137,6 +137,43 @@ def test_a_model_whose_writers_cannot_be_refitted_is_trained(work: PicoWorkspace
     assert uses(new(work))[:4] == ["chop", "residuals", "lm-head-ridge", "prompt-kl"]
 
 
+def test_it_says_which_texts_guard_and_that_texts_are_few(work: PicoWorkspace) -> None:
+    words = ("--teacher", "teacher", "--texts", "mine.jsonl")
+    code, _, err = work.command("new", "recipe", "mine", *words)
+    assert code == 0, err
+    guard, few = (next(x for x in err.splitlines() if x.startswith(k)) for k in ("guard", "texts"))
+    assert guard.startswith("guard: ")
+    assert "samples/general/index.tsv, 40 shipped texts outside the domain" in guard
+    assert f"texts: {TEXTS} conversations show that everything works" in few
+    comments = " ".join(
+        line.lstrip("# ")
+        for line in (work.folder / "mine.toml").read_text().splitlines()
+        if line.startswith("#")
+    )
+    assert guard.partition("tsv, ")[2] in comments
+    assert few.removeprefix("texts: ") in comments
+    sets = [word for word in few.replace("`", "").split() if word.startswith("lessons.")]
+    assert len(sets) == 2
+    sets = [word.strip(";").replace("1000", "20") for word in sets]
+    code, _, err = work.command("plan", "mine.toml", "--set", sets[0], "--set", sets[1])
+    assert code == 0, err
+
+    (work.folder / "mine.toml").unlink()
+    pico_rows = work.texts()["guard.tsv"]
+    code, _, err = work.command("new", "recipe", "mine", *words, "--guard", str(pico_rows))
+    assert code == 0, err
+    assert "guard.tsv, texts outside the domain, which should stay right" in err
+
+
+def test_enough_texts_get_no_advice(work: PicoWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotdistill_scaffold._recipe_text.ENOUGH_TEXTS", TEXTS)
+    words = ("--teacher", "teacher", "--texts", "mine.jsonl")
+    code, _, err = work.command("new", "recipe", "mine", *words)
+    assert code == 0, err
+    assert "lessons" not in err
+    assert "lessons" not in (work.folder / "mine.toml").read_text()
+
+
 def test_texts_without_answers_are_answered_by_the_teacher(work: PicoWorkspace) -> None:
     write_texts(work.folder / "mine.jsonl", answered=False)
     assert new(work)["samples"]["own_answers"] > 0

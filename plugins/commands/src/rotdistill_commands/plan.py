@@ -127,7 +127,13 @@ def _document(planned: Plan) -> dict[str, Any]:
         "run_dir": str(planned.folder),
         "steps": [asdict(line) for line in planned.lines],
         "models": models,
-        "texts": {"rows": texts.rows, "texts": texts.texts, "shared prompt": texts.prefix},
+        "texts": {
+            "rows": texts.rows,
+            "texts": texts.texts,
+            "own answers": texts.own_answers,
+            "lessons": texts.lessons,
+            "shared prompt": texts.prefix,
+        },
         **asdict(totals),
         "loading": planned.loading,
         "time": planned.time,
@@ -142,8 +148,7 @@ def _notes(planned: Plan) -> Iterator[str]:
         billions = info.shape.parameters() / 1e9
         size = format_bytes(info.shape.bytes)
         yield f"{role}: {billions:.2f} billion parameters, {size}, according to {info.source}"
-    counts = ", ".join(f"{count} {split}" for split, count in planned.texts.texts.items())
-    yield f"texts: {planned.texts.total} tokens in {counts} texts"
+    yield f"texts: {planned.texts.in_words()}"
     yield from planned.notes
     totals, machine = planned.totals, planned.machine
     needs = [

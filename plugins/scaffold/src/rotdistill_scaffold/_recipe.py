@@ -32,7 +32,15 @@ from rotdistill_core.recipe.document import ModelRef, SamplesRef
 from rotdistill_core.recipe.load import resolve_recipe
 from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.store.plain import read_bytes
-from rotdistill_scaffold._recipe_text import Choices, Kind, Setting, TextFacts, recipe_text
+from rotdistill_scaffold._recipe_text import (
+    Choices,
+    Kind,
+    Setting,
+    TextFacts,
+    few_texts_advice,
+    guard_choice,
+    recipe_text,
+)
 
 Log = Callable[[str], None]
 
@@ -93,7 +101,7 @@ def recipe_files(wanted: Wanted, into: Path, log: Log) -> dict[str, str]:
         if prompt:
             prompt_file.write_text(prompt, encoding="utf-8")
             samples = samples.model_copy(update={"style": str(prompt_file)})
-        facts = _facts(samples, into, pair)
+        facts = _facts(samples, into, pair, chose_guard=wanted.guard is None)
         if prompt:
             named = samples.model_copy(update={"style": f"{wanted.name}-system.md"})
             facts = replace(facts, samples=facts.samples.model_copy(update={"style": named.style}))
@@ -107,6 +115,10 @@ def recipe_files(wanted: Wanted, into: Path, log: Log) -> dict[str, str]:
         )
         planned = partial(_planned, setting, into, {"samples.style": prompt_file} if prompt else {})
         text = _first_that_fits(setting, planned)
+    guard = f"{setting.facts.samples.guard}, " if setting.facts.samples.guard else ""
+    log(f"guard: {guard}{guard_choice(setting.facts)}")
+    if advice := few_texts_advice(setting):
+        log(f"texts: {advice}")
     return {f"{wanted.name}.toml": text} | ({f"{wanted.name}-system.md": prompt} if prompt else {})
 
 
@@ -204,8 +216,14 @@ def _seen_from(into: Path, name: str) -> str:
 # The texts.
 
 
-def _facts(samples: SamplesRef, into: Path, pair: Pair) -> TextFacts:
+def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool) -> TextFacts:
     """Return what decides about the texts, with shares that suit their number.
+
+    Args:
+        samples: their files.
+        into: the folder that the recipe will lie in.
+        pair: the models.
+        chose_guard: whether nobody named texts outside the domain.
 
     Raises:
         RecipeError: see `read_conversations`.
@@ -232,6 +250,8 @@ def _facts(samples: SamplesRef, into: Path, pair: Pair) -> TextFacts:
         longest_text=max(map(sum, zip(prompts, answers, strict=True)), default=0),
         answers=tuple(sorted(length for length in answers if length)),
         limit=min((limit for limit in limits if limit), default=None),
+        guard_texts=sum(each.split.outside_domain for each in found),
+        chose_guard=chose_guard,
     )
 
 

@@ -29,6 +29,10 @@ LONGEST_ANSWER = 256
 ROOM = 64
 """Tokens after the longest prompt."""
 ROUND_TO = 8
+ENOUGH_TEXTS = 100
+"""Texts from which a result is more than a trial; see docs/paths/texts.md."""
+FIRST_LESSONS = 1000
+"""Texts that the teacher may write where there are few; more teach a refit little."""
 MOST_ANSWERS = 0.95
 """Share of the answers that are no longer than those that the teacher writes."""
 
@@ -62,6 +66,10 @@ class TextFacts:
     """Lengths of the answers, rising."""
     limit: int | None
     """Tokens that the models were made for."""
+    guard_texts: int
+    """Number of texts outside the domain."""
+    chose_guard: bool
+    """Whether those are shipped ones, because nobody named others."""
 
     @property
     def count(self) -> int:
@@ -138,6 +146,30 @@ class Setting:
         """Whether the student's stream can be rotated at all."""
         student = self.pair.student
         return self.aligns and not student.adapter.gains(student.config).stuck
+
+
+def guard_choice(facts: TextFacts) -> str:
+    """Return which texts outside the domain a recipe names, and why."""
+    if not facts.samples.guard:
+        return "no texts outside the domain; --guard would name some, to limit what is forgotten"
+    if not facts.chose_guard:
+        return "texts outside the domain, which should stay right"
+    return (
+        f"{facts.guard_texts} shipped texts outside the domain, since --guard named none: an edit "
+        "may cost little there"
+    )
+
+
+def few_texts_advice(setting: Setting) -> str:
+    """Return what to do where there are few texts; empty where there are enough."""
+    count = setting.facts.count
+    if count >= ENOUGH_TEXTS or setting.kind is Kind.streams:  # aligners need few
+        return ""
+    return (
+        f"{count} conversations show that everything works, and are few for a result: take "
+        f"{ENOUGH_TEXTS} or more. The teacher writes some: `rotdistill run {setting.name}.toml "
+        f"--set lessons.count={FIRST_LESSONS} --set lessons.from=teacher`; see docs/lessons.md."
+    )
 
 
 def recipe_text(setting: Setting, choices: Choices) -> str:
@@ -235,6 +267,7 @@ def _samples(setting: Setting, choices: Choices) -> list[str]:
     facts, samples = setting.facts, setting.facts.samples
     answers = "all with answers" if facts.answered else "some without an answer"
     lines = ["[samples]"]
+    lines += _comment(few_texts_advice(setting))
     lines += _line("index", samples.index, f"{facts.count} conversations, {answers}")
     if samples.style:
         others = " of texts without their own" if facts.own_prompts else ""
@@ -246,7 +279,7 @@ def _samples(setting: Setting, choices: Choices) -> list[str]:
         "validation", samples.validation, "share of the others, on which options are chosen"
     )
     if samples.guard:
-        lines += _line("guard", samples.guard, "texts outside the domain, which should stay right")
+        lines += _line("guard", samples.guard, guard_choice(facts))
     else:
         lines += _comment('guard = "other.jsonl" would limit what is forgotten outside the domain')
     if choices.limit:

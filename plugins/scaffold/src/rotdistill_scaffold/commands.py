@@ -147,7 +147,7 @@ def new(  # noqa: PLR0913  an option each
         files = adapter_files(name)
     else:
         _require_free([into / f"{name}.toml"])  # before models are opened
-        files = recipe_files(wanted, into, lambda line: stderr_console().print(literal(line)))
+        files = recipe_files(wanted, into, _log)
     written = _write(files, into)
     if as_json:
         print_json([str(into / file) for file in files])
@@ -156,6 +156,10 @@ def new(  # noqa: PLR0913  an option each
     commands = TRY_RECIPE if kind is Kind.recipe else TRY_PLUGIN
     lines = ["try it:", *(f"{command} {literal(str(written[0]))}" for command in commands)]
     stderr_console().print("\n".join(lines), soft_wrap=True)
+
+
+def _log(line: str) -> None:
+    stderr_console().print(literal(line), soft_wrap=True)
 
 
 def _write(files: Mapping[str, str], into: Path) -> list[Path]:
