@@ -1,7 +1,8 @@
 """rotdistill: surgery on language models with linear algebra.
 
-Everything that a plugin author or a notebook needs is importable from here. A name is imported
-from its module when it is first used, so `import rotdistill_core` loads no torch.
+Everything that a notebook needs, and the types and markers of a plugin, are importable from here. A
+name is imported from its module when it is first used, so `import rotdistill_core` loads no torch.
+docs/python.md lists the modules that methods compute with.
 """
 
 from __future__ import annotations

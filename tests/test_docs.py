@@ -127,6 +127,39 @@ def test_the_page_on_python_has_every_public_name(name: str) -> None:
     assert f"\n### {name}\n" in page or f"`{name}`" in page
 
 
+def public_modules() -> set[str]:
+    """Return the modules that the page on Python names as public."""
+    section = read(ROOT / "docs" / "python.md").partition("\n## Modules\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`(?:rotdistill_core)?\.([a-z_.]+)`", section)
+    return {f"rotdistill_core.{name}" for name in named}
+
+
+def test_public_modules_exist() -> None:
+    assert len(public_modules()) > 20
+    assert all(importlib.util.find_spec(name) for name in public_modules())
+
+
+AUTHORS_PAGES = [
+    *sorted((ROOT / "docs" / "plugins").glob("*.md")),
+    ROOT / "docs" / "engines.md",
+    *sorted((ROOT / "plugins/scaffold/src/rotdistill_scaffold/templates").rglob("*.txt")),
+]
+
+
+@pytest.mark.parametrize("path", AUTHORS_PAGES, ids=lambda path: path.name)
+def test_what_authors_are_shown_imports_public_modules_alone(path: Path) -> None:
+    used = set(re.findall(r"from (rotdistill_core\.[a-z_.]+) import", read(path)))
+    assert used <= public_modules(), used - public_modules()
+
+
+def test_the_reference_shows_the_aligner_that_new_writes() -> None:
+    shown = read(PAGES["hooks"]).partition("## What an aligner measures")[2]
+    (block,) = re.findall(r"```python\n(.*?)```", shown.partition("## All hooks")[0], re.DOTALL)
+    written = read(ROOT / "plugins/scaffold/src/rotdistill_scaffold/templates/hooks/align.txt")
+    lines = [line.strip().replace("my-aligner", "$name") for line in block.splitlines()]
+    assert "\n".join(lines) in "\n".join(line.strip() for line in written.splitlines())
+
+
 def entries(nav: list | dict | str) -> Iterator[str]:
     """Yield the files of a nav of mkdocs."""
     if isinstance(nav, str):

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
+from rotdistill_scaffold._templates import step_files
 
+from rotdistill_core.checkpoint.models import Pair
+from rotdistill_core.linalg.maps import Maps
+from rotdistill_core.planning import cost
 from rotdistill_core.plugin.step import STAGES
-from rotdistill_core.testing import command_line
+from rotdistill_core.testing import (
+    captured_activations,
+    command_line,
+    pico_model,
+    pico_output,
+    pico_samples,
+    rotated_twin,
+)
 
 ROOT = Path(__file__).parents[3]
 RECIPE = f"""name = "t"
@@ -102,6 +116,36 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
         'step "my-align" (#2): strength: Input should be less than or equal to 1'
         in call(begun, *main, "check", "bad.toml").stderr
     )
+
+
+def test_a_new_aligner_measures_its_map_and_a_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "my-measured-aligner"
+    assert command_line("new", "step", name, "--in", str(tmp_path))[0] == 0
+    monkeypatch.syspath_prepend(str(tmp_path / name))
+    aligner = import_module("rotdistill_my_measured_aligner").MyMeasuredAligner()
+    student = pico_model(tmp_path / "student")
+    teacher, planted = rotated_twin(student, tmp_path / "teacher")
+    pair, out = Pair(teacher, student), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, student.weights, pico_samples(), out)
+    maps = aligner.align(activations=activations, maps=Maps(), pair=pair)
+    assert (maps["residual.0"].matrix - planted).abs().max() < 1e-5
+    assert [*maps.diagnostics] == [*range(student.depth + 1)]
+    for boundary, figures in maps.diagnostics.items():
+        assert (figures.layer, figures.aligner) == (boundary, name)
+        assert figures.cosine_after == pytest.approx(1.0, abs=1e-6)
+        assert figures.cosine_shuffled < 0.9
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_new_step_costs_what_a_plain_step_of_its_stage_does(stage: str) -> None:
+    source = step_files("anything", stage)["anything/rotdistill_anything.py"]
+    (name,) = re.findall(r"return (\w+)\(context\)", source)
+    context = Mock()
+    with patch.object(cost, name, return_value="its cost") as function:
+        assert cost.default_cost(stage, context) == "its cost"
+    function.assert_called_once_with(context)
 
 
 @pytest.mark.parametrize(

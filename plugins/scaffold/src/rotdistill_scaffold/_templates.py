@@ -11,6 +11,16 @@ from rotdistill_core.errors import RecipeError, SetupError, suggest
 from rotdistill_core.plugin.registry import ADAPTERS, STEPS, installed_plugins
 from rotdistill_core.plugin.step import EDITING_STAGES, STAGES
 
+COSTS = {
+    "capture": "capture_cost",
+    "align": "alignment_cost",
+    "refine": "alignment_cost",
+    "fold": "edit_cost",
+    "style": "edit_cost",
+    "evaluate": "evaluation_cost",
+}
+"""Stage -> the function of `rotdistill_core.planning.cost` for a plain step of it."""
+
 
 def template(name: str) -> str:
     """Return the text of a template."""
@@ -33,6 +43,7 @@ def step_files(name: str, stage: str) -> dict[str, str]:
         "cls": "".join(part.capitalize() for part in re.split("[-_]", name)),
         "group": ".rotdistill",
         "title": f"A step of the stage {stage}, for rotdistill.",
+        "cost": COSTS[stage],
         "exact": template("exact.txt").rstrip("\n") + "\n" if edits else "",
         "classvar": "ClassVar, " if edits else "",
     }
