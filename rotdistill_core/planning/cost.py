@@ -26,8 +26,8 @@ from rotdistill_core.planning.shape import DTYPE_BYTES, ModelShape
 from rotdistill_core.planning.text_counts import TextCounts
 from rotdistill_core.plugin.step import stage_of
 
-LIBRARY_BYTES = 0.3e9
-"""Memory of torch, transformers and scipy once they are loaded."""
+LIBRARY_BYTES = 0.35e9
+"""Memory of torch, transformers and scipy once they are loaded and in use."""
 BYTES_PER_TOKEN = 600
 """Memory of a tokenizer for each token of its vocabulary."""
 CONFIRMED_ANSWERS = 4

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
 
+JUDGE_BYTES = 0.1e9
+"""Memory of what tells the language of answers and compares them."""
+
 
 @step
 class Answers:
@@ -38,13 +41,14 @@ class Answers:
     """Longest answer in tokens; without it, the length of the teacher's longest answer."""
 
     def cost(self, context: CostContext) -> Cost:
-        """The whole student answers the held-out questions."""
+        """The whole student answers the held-out questions; then libraries judge the answers."""
         texts = context.texts
         questions = texts.texts.get(Split.HELDOUT, 0)
         tokens = round(answer_rows(context, Split.HELDOUT))
         if self.max_tokens is not None:
             tokens = self.max_tokens * questions
-        return generation_cost(context.student, texts, questions, tokens, context.student_bytes)
+        answers = generation_cost(context.student, texts, questions, tokens, context.student_bytes)
+        return answers + Cost(host_bytes=JUDGE_BYTES)
 
     @hookimpl
     def evaluate(

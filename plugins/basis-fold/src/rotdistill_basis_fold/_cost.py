@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FRAME_ROWS = 4096
 """Rows of each boundary that the teacher's principal frame is computed from."""
+RETURNED_BYTES = 32 << 20
+"""Freed blocks of so many bytes glibc always gives back; of smaller ones it learns to keep them
+(mallopt(3), M_MMAP_THRESHOLD)."""
 EXACT_READS = 5
 """How often a certificate reads each folded weight: to store it, for two passes, and to unfold it
 and fold it before that."""
@@ -67,22 +70,34 @@ def _stored_parameters(step: BasisFold, after: ModelShape) -> int:
 def certificate_cost(context: CostContext, after: ModelShape) -> Cost:
     """Return the cost of comparing both models on two validation texts, in float64 and float32.
 
-    In memory are both heads in float64, and blocks of logits.
+    In memory is one head in float64 while the other is folded, or both with blocks of logits; and
+    what the walks through the layers leave.
     """
     student, texts = context.student, context.texts
     rows = texts.rows_of(Split.VALIDATION, limit=2)
-    heads = 1.75 * student.vocab * (student.width + after.width) * FLOAT64_BYTES
+    heads = student.vocab * (student.width + after.width) * FLOAT64_BYTES
     logits = 8 * min(LOGIT_ROWS, rows) * student.vocab * FLOAT64_BYTES
     numbers = student.parameters(inside=True) + after.parameters(inside=True)
     numbers += student.vocab * (student.width + after.width)
     return Cost(
-        host_bytes=heads + logits,
+        host_bytes=max(1.5 * heads, heads + logits) + unreturned_bytes(after),
         operations=2.0 * 2 * numbers * rows,
         kernels=products(2.0 * numbers * rows, FLOAT64_BYTES),
         activations=4 * training_activations(student, rows, 1),
         layer_calls=4 * student.depth,
         read_bytes=3 * student.bytes,
     )
+
+
+def unreturned_bytes(shape: ModelShape) -> float:
+    """Return the bytes of layers in float64 that stay with the process after a walk through them.
+
+    One layer is alive at a time, but the C library gives only large blocks back to the system, and
+    was seen to keep about as much as all layers together.
+    """
+    matrices = [(3, shape.neurons), (2, shape.query_width), (2, shape.kv_width)]
+    sizes = [(count, width * shape.width * FLOAT64_BYTES) for count, width in matrices]
+    return float(shape.depth * sum(count * size for count, size in sizes if size < RETURNED_BYTES))
 
 
 def frame_cost(context: CostContext) -> Cost:
