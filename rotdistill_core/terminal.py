@@ -112,10 +112,9 @@ def stdout_console() -> Console:
     It is as wide as COLUMNS says, or else as the terminal, or else `WIDTH_OF_FILES`.
     """
     columns = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
     if columns.isdecimal() and int(columns) > 0:
         width = int(columns)
-    else:
-        width = None if sys.stdout.isatty() else WIDTH_OF_FILES
     return VisibleConsole(width=width, highlight=False)
 
 
