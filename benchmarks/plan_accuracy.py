@@ -177,7 +177,7 @@ def folder_bytes(folder: Path) -> int:
 
 def write_small_recipes(folder: Path) -> list[Path]:
     """Write random models, texts, and the recipes of `SMALL_RECIPES` for them."""
-    pico_texts(folder / "texts", blurbs=60, questions=6)
+    pico_texts(folder / "texts", blurbs=40, questions=6)
     pico_folder(folder / "cut-model", "llama", 0, **CUT_MODEL)
     pico_folder(folder / "wide-model", "llama", 0, **WIDE_MODEL)
     pico_folder(folder / "narrow-model", "llama", 0, **NARROW_MODEL)
