@@ -29,6 +29,12 @@ from rotdistill_core.testing.config_checks import (
     every_setting_of_the_config_is_computed_or_refused,
 )
 from rotdistill_core.testing.conformance import parametrize_with_checks
+from rotdistill_core.testing.key_checks import (
+    a_cut_of_sizes_computes_what_transformers_computes,
+    every_name_of_the_table_is_found,
+    every_size_key_sets_its_size,
+    the_depth_key_sets_the_depth,
+)
 from rotdistill_core.testing.pico import (
     PICO,
     SPECIAL_TOKENS,
@@ -95,6 +101,7 @@ __all__ = [
     "SilentObserver",
     "Trial",
     "a_cut_computes_what_transformers_computes_without_the_layers",
+    "a_cut_of_sizes_computes_what_transformers_computes",
     "a_planted_rotation_is_found",
     "a_rotation_of_the_stream_is_exact_or_refused",
     "a_saved_fold_reloads_in_transformers",
@@ -104,7 +111,9 @@ __all__ = [
     "count_within",
     "defaults_are_those_of_the_config_class",
     "every_gain_is_absorbed_by_its_readers",
+    "every_name_of_the_table_is_found",
     "every_setting_of_the_config_is_computed_or_refused",
+    "every_size_key_sets_its_size",
     "every_tensor_is_claimed_once",
     "final_states",
     "gauges",
@@ -138,6 +147,7 @@ __all__ = [
     "scramble",
     "sites_are_found",
     "the_cost_is_stated_in_numbers",
+    "the_depth_key_sets_the_depth",
     "the_hook_is_as_specified",
     "the_layerwise_forward_computes_what_transformers_computes",
     "unfolding_gives_the_weights_back",

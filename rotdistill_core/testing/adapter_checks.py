@@ -35,7 +35,8 @@ PLAIN = 1e-5
 """Largest difference from transformers, whose norms drop to float32."""
 
 
-def _opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
+def opened(adapter: Adapter, folder: Path) -> tuple[Weights, PackedTexts]:
+    """Return a pico checkpoint as a view, and texts of its vocabulary."""
     config = adapter.completed(read_config(folder))
     vocabulary = int(adapter.sizes(config)[VOCAB])
     return open_folder(folder, config, adapter), pico_samples(vocabulary, texts=4).layout
@@ -142,7 +143,7 @@ def the_layerwise_forward_computes_what_transformers_computes(
     adapter: Adapter, folder: Path
 ) -> None:
     """Compare every boundary of the stream, and the logits, in float64."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     states, expected = plain_transformers(adapter, folder, layout)
     report(_offset_problems(weights, layout, expected))
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
@@ -183,7 +184,7 @@ def _offset_problems(weights: Weights, layout: PackedTexts, expected: Tensor) ->
 
 def every_gain_is_absorbed_by_its_readers(adapter: Adapter, folder: Path) -> None:
     """Fuse one norm gain after the other into the readers that name it; logits do not change."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     weights = weights.untie()
     before = logits(weights, layout)
     table = adapter.expand(weights.config)
@@ -277,7 +278,7 @@ def _fold_problems(
 def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path) -> None:
     """Fold a random rotation: logits stay, or the table has norms after writers and the fold says
     so."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     rotation = Rotation(random_rotation(weights.width, 1))
     stuck = adapter.gains(weights.config)[1]
     if stuck:
@@ -298,7 +299,7 @@ def a_rotation_of_the_stream_is_exact_or_refused(adapter: Adapter, folder: Path)
 
 def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
     """Permute neurons and heads of each layer, and channels of the stream: logits stay."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     before = logits(weights, layout)
     for what, maps in whole_permutations(weights).items():
         report(_fold_problems(weights, maps, layout, before, what=f"permuting {what}"))
@@ -306,7 +307,7 @@ def permutations_are_exact(adapter: Adapter, folder: Path) -> None:
 
 def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
     """Put random gauges into heads and neurons of each layer, one by one: logits stay."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     before = logits(weights, layout)
     table = adapter.expand(weights.config)
     problems = []
@@ -325,7 +326,7 @@ def gauges_are_exact(adapter: Adapter, folder: Path) -> None:
 
 def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
     """Fold everything that may be folded, and take it back."""
-    weights, _ = _opened(adapter, folder)
+    weights, _ = opened(adapter, folder)
     folded = scramble(weights)[0]
     assert folded.undo is not None
     back = folded.unfold(folded.undo)
@@ -342,10 +343,10 @@ def unfolding_gives_the_weights_back(adapter: Adapter, folder: Path) -> None:
 
 def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None:
     """Save the folded model; plain transformers computes the same from both folders."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     copy = folder.with_name(f"{folder.name}-folded")
     save_folder(scramble(weights)[0], folder, copy, torch.float64)
-    _opened(adapter, copy)
+    opened(adapter, copy)
     before = plain_transformers(adapter, folder, layout)[1]
     after = plain_transformers(adapter, copy, layout)[1]
     change = max_difference(before, after)
@@ -356,7 +357,7 @@ def a_saved_fold_reloads_in_transformers(adapter: Adapter, folder: Path) -> None
 def sites_are_found(adapter: Adapter, folder: Path) -> None:
     """Observe every site: `mid` and `mlp` add up to the stream after a layer, writers carry their
     sites; each times what a layer multiplies its branches by."""
-    weights, layout = _opened(adapter, folder)
+    weights, layout = opened(adapter, folder)
     walk = LayerwiseForward(weights, layout, torch.device("cpu"), torch.float64)
     problems: list[str] = []
     for i in walk:

@@ -24,6 +24,11 @@ from rotdistill_core.testing.adapter_checks import (
     the_layerwise_forward_computes_what_transformers_computes,
 )
 from rotdistill_core.testing.config_checks import ADAPTER_CHECKS
+from rotdistill_core.testing.key_checks import (
+    every_name_of_the_table_is_found,
+    every_size_key_sets_its_size,
+    the_depth_key_sets_the_depth,
+)
 from rotdistill_core.testing.pico import pico_folder
 
 Check = Callable[[Adapter, Path], None]
@@ -32,8 +37,11 @@ LAYER_NUMBER = re.compile(r"(?:(?<=[a-z]\.)|(?<=layer ))\d+\b")
 FIGURE = re.compile(r"\d\.\de[+-]\d+")
 
 STAGES: tuple[tuple[Check, ...], ...] = (
+    (every_name_of_the_table_is_found,),
+    (the_depth_key_sets_the_depth,),
     (every_tensor_is_claimed_once,),
     (
+        every_size_key_sets_its_size,
         the_layerwise_forward_computes_what_transformers_computes,
         sites_are_found,
         every_gain_is_absorbed_by_its_readers,

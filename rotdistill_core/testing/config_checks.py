@@ -35,6 +35,7 @@ from rotdistill_core.testing.adapter_checks import (
     the_layerwise_forward_computes_what_transformers_computes,
 )
 from rotdistill_core.testing.compute import logits, max_difference, plain_transformers, save_folder
+from rotdistill_core.testing.key_checks import KEY_CHECKS
 from rotdistill_core.testing.pico import PICO, pico_checkpoint, pico_samples
 
 OTHER_FACTORS = (0.37, 1.9, 0.61, 2.3, 0.53, 1.7)
@@ -264,6 +265,7 @@ def _cut_problems(adapter: Adapter, whole: Path, kind: str) -> Iterator[str]:
 
 ADAPTER_CHECKS: tuple[Callable[[Adapter, Path], None], ...] = (
     *TABLE_CHECKS,
+    *KEY_CHECKS,
     every_setting_of_the_config_is_computed_or_refused,
     a_cut_computes_what_transformers_computes_without_the_layers,
 )
