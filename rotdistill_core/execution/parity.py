@@ -25,6 +25,7 @@ from rotdistill_core.errors import CheckFailed, SetupError
 from rotdistill_core.execution.context import RunContext
 from rotdistill_core.execution.keys import texts_digest
 from rotdistill_core.forward.parity import (
+    branch_fault,
     compare_with_transformers,
     logits_of_folder,
     logits_of_view,
@@ -76,6 +77,7 @@ def _compare_model(run: RunContext, model: Model, where: str) -> Parity:
     logits = logits_of_folder(model.folder, model.device)
     parity = compare_with_transformers(model.weights, logits, texts, model.device)
     fault = parity_fault(parity, model.weights)
+    fault = fault or branch_fault(model.weights, texts, model.device)
     if fault:
         raise SetupError(f"{where}: {fault} Nothing was captured.")
     return parity

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
@@ -47,6 +49,10 @@ another length, a window) make 1e-2 and more. A difference of 1e-4 is a KL of so
 """
 POSITIONS = 16
 """Positions of a text at which logits are compared, the first and the last among them."""
+ALIKE = 0.999
+"""Least cosine of what a layer adds to the stream and of what its writer writes."""
+FACTOR_TOLERANCE = 1e-3
+"""Relative tolerance of the factor between both. Rounding in float32 makes 1e-6 of it."""
 SHOWN_SETTINGS = 6
 AT_ONCE = 1 << 62
 """Padded tokens of a batch: all texts of one table go together."""
@@ -133,7 +139,12 @@ def parity_fault(parity: Parity, weights: Weights) -> str:
         f"{parity.difference:.1e} of their spread, more than {parity.allowed:.0e}"
     )
     model_type = weights.config.get("model_type")
-    named = unnamed_settings(weights.config, weights.adapter)
+    inside = settings_of_layers(weights)
+    named = [
+        name
+        for name in unnamed_settings(weights.config, weights.adapter)
+        if name.partition(" ")[0] not in inside
+    ]
     if not named:
         return (
             f"{difference}. No setting of config.json stands out: the table of the adapter for "
@@ -143,6 +154,92 @@ def parity_fault(parity: Parity, weights: Weights) -> str:
         f"{difference}. The table of the adapter for {model_type} does not name these settings of "
         f"config.json, which are not at their defaults: {', '.join(named[:SHOWN_SETTINGS])}. "
         "Install an adapter whose table covers them, or take a model without them."
+    )
+
+
+# What a layer adds to the stream.
+
+
+@torch.no_grad()
+def branch_fault(weights: Weights, layout: PackedTexts, device: torch.device) -> str:
+    """Return what the table has wrong of what the first layer adds to the stream; else nothing.
+
+    Logits do not show it, for layers are transformers' own. But steps refit what attention and the
+    MLP write, so they have to know what it is multiplied by.
+
+    Args:
+        weights: the model.
+        layout: texts; some rows of them are compared.
+        device: where to compute.
+    """
+    adapter = weights.adapter
+    forward = LayerwiseForward(weights, layout, device, torch.float32, AT_ONCE)
+    rows = _positions(layout.rows)
+    start = forward.states_of(rows).cpu().double()
+    seen: dict[str, Tensor] = {}
+
+    def note(site: str, these: Tensor, values: Tensor) -> None:
+        found = seen.setdefault(site, torch.zeros(len(rows), values.shape[1], dtype=torch.float64))
+        order = {row: k for k, row in enumerate(these.tolist())}
+        for k, row in enumerate(rows.tolist()):
+            if row in order:
+                found[k] = values[order[row]].cpu().double()
+
+    sites = [site for site in ("mid", "mlp", *adapter.writers) if site in adapter.sites]
+    for _ in forward:
+        forward.run({site: partial(note, site) for site in sites})
+        break
+    if "mid" not in seen:
+        return ""
+    branches = (seen["mid"] - start, forward.states_of(rows).cpu().double() - seen["mid"])
+    written = {"": seen["mlp"]} if "mlp" in seen else {}
+    for site, template in adapter.writers.items():
+        name = template.replace("{i}", "0")
+        bias = weights.entries.get(f"{name.removesuffix('weight')}bias")
+        added = 0.0 if bias is None else bias.read().cpu().double()
+        written[name] = seen[site] @ weights[name].cpu().double().T + added
+    expected = adapter.residual_multiplier(weights.config)
+    for name, rows_written in written.items():
+        problem = _branch_problem(weights, name, rows_written, branches, expected)
+        if problem:
+            return problem
+    return ""
+
+
+def _branch_problem(
+    weights: Weights, name: str, written: Tensor, branches: Sequence[Tensor], expected: float
+) -> str:
+    """Return what is wrong if none of the branches is what was written, times what is expected."""
+    likeness = [
+        float(nn.functional.cosine_similarity(b.flatten(), written.flatten(), dim=0))
+        for b in branches
+    ]
+    best = max(range(len(branches)), key=lambda k: abs(likeness[k]))
+    size = float(written.square().sum())
+    if not size or not float(branches[best].square().sum()):  # nothing is added, so nothing is seen
+        return ""
+    model_type = weights.config.get("model_type")
+    if abs(likeness[best]) < ALIKE:
+        what = f"{name} makes of the activations at its site" if name else "the MLP writes"
+        return (
+            f"the table of the adapter for {model_type} is wrong: the first layer adds something "
+            f"else to the stream than what {what}."
+        )
+    factor = float((branches[best] * written).sum()) / size
+    if abs(factor - expected) <= FACTOR_TOLERANCE * abs(factor):
+        return ""
+    given = transformers_config(weights.config).to_dict()
+    keys = [
+        f"{key} = {value!r}"
+        for key, value in given.items()
+        if isinstance(value, float) and abs(value - factor) <= FACTOR_TOLERANCE * abs(factor)
+    ]
+    cause = f" In its config.json is {' and '.join(keys)}." if keys else ""
+    return (
+        f"a layer multiplies what attention and the MLP write by {factor:.4g} before it adds that "
+        f"to the stream, and the table of the adapter for {model_type} takes {expected:.4g} for "
+        f"it, so refits would be wrong.{cause} Name the key in the table "
+        "(`residual_multiplier_key`), or install an adapter whose table does."
     )
 
 
@@ -203,6 +300,48 @@ def unnamed_settings(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
         f"{key} = {value!r} (default {defaults[key]!r})"
         for key, value in sorted(found.items(), key=lambda item: not _is_number(item[1]))
     ]
+
+
+def settings_of_layers(weights: Weights) -> set[str]:
+    """Return the fractions of a config that its class reads for the layers alone.
+
+    transformers' own layers compute with them here, so they are no cause of a difference. A count,
+    a switch or a word may act through masks and rotary tables as well.
+    """
+    config = transformers_config(weights.config)
+    fractions = {key for key, value in config.to_dict().items() if isinstance(value, float)}
+    layer = empty_model(weights, torch.float32).get_submodule(weights.adapter.layers)[0]
+    builds = type(layer).__init__
+    inside: set[str] = set()
+    outside: set[str] = set()
+    open_layers: list[nn.Module] = []
+
+    class Noted(type(config)):  # type: ignore[misc]  # its class is known only here
+        """The config, which notes the keys that are read while a layer is built, and the others."""
+
+        def __getattribute__(self, key: str) -> Any:
+            if key in fractions:
+                (inside if open_layers else outside).add(key)
+            return super().__getattribute__(key)
+
+    def noted(module: nn.Module, *args: Any, **options: Any) -> None:
+        open_layers.append(module)
+        try:
+            builds(module, *args, **options)
+        finally:
+            open_layers.pop()
+
+    whole = AutoModelForCausalLM._model_mapping[type(config)]
+    config.__class__ = Noted
+    type(layer).__init__ = noted
+    try:
+        with init_empty_weights():
+            whole(config)
+    except Exception:  # a class may raise anything at a config that notes; then none is known
+        return set()
+    finally:
+        type(layer).__init__ = builds
+    return inside - outside
 
 
 _WITHOUT_EFFECT = (

@@ -22,6 +22,7 @@ from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.head import final_norm
 from rotdistill_core.forward.parity import (
+    branch_fault,
     compare_with_transformers,
     logits_of_folder,
     logits_of_view,
@@ -248,6 +249,41 @@ def test_a_setting_that_the_table_does_not_name_is_found_and_named(
 def test_what_the_layers_compute_themselves_holds(tmp_path: Path, changes: dict[str, Any]) -> None:
     weights = model_with_bare_table(tmp_path / "model", "granite", **changes)
     assert of_folder(weights, tmp_path / "model").holds
+
+
+@pytest.mark.parametrize("model_type", [*MODELS, "granite"])
+def test_what_a_layer_adds_is_what_its_writers_write(tmp_path: Path, model_type: str) -> None:
+    multipliers = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+    changes = multipliers if model_type == "granite" else MODELS[model_type]
+    weights = pico_model(tmp_path / "model", model_type, **changes).weights
+    assert branch_fault(weights, texts(), CPU) == ""
+
+
+def test_a_residual_multiplier_that_the_table_does_not_name_is_refused(tmp_path: Path) -> None:
+    weights = model_with_bare_table(
+        tmp_path / "model", "granite", residual_multiplier=0.22, attention_multiplier=0.25
+    )
+    fault = branch_fault(weights, texts(), CPU)
+    assert "what attention and the MLP write by 0.22 before it adds" in fault
+    assert "In its config.json is residual_multiplier = 0.22. Name the key in the table" in fault
+
+
+def test_writers_that_write_something_else_are_refused(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model")
+    writers = {**model.adapter.writers, "heads": "model.layers.{i}.self_attn.q_proj.weight"}
+    wrong = replace(model.weights, adapter=replace(model.adapter, writers=writers))
+    assert "than what model.layers.0.self_attn.q_proj.weight makes" in branch_fault(
+        wrong, texts(), CPU
+    )
+
+
+def test_what_acts_inside_layers_alone_is_no_cause(tmp_path: Path) -> None:
+    changes = {"embedding_multiplier": 12.0, "attention_multiplier": 0.25}
+    weights = model_with_bare_table(
+        tmp_path / "model", "granite", **changes, residual_multiplier=0.22
+    )
+    fault = parity_fault(of_folder(weights, tmp_path / "model"), weights)
+    assert "not at their defaults: embedding_multiplier = 12.0 (default 1.0). Install" in fault
 
 
 def test_all_multipliers_of_a_real_config_are_named(tmp_path: Path) -> None:
