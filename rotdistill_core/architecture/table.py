@@ -6,7 +6,8 @@ layer by layer. No forward pass is subclassed, so transformers may change beneat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -280,7 +281,28 @@ class Adapter:
                     yield f"{name} is missing (expected {list(expected)})"
             elif tuple(shapes[name]) != expected:
                 yield f"{name} has shape {list(shapes[name])}, expected {list(expected)}"
-        for number, name in enumerate(name for name in shapes if name not in table):
+        unknown: dict[str, list[str]] = {}
+        for name in shapes:
+            if name not in table:
+                unknown.setdefault(_LAYER_NUMBER.sub(LAYER, name), []).append(name)
+        for number, (template, names) in enumerate(unknown.items()):
+            of_one = len(names) == 1
+            name, known = (names[0], table) if of_one else (template, self.params)
             # Looking for the nearest name takes long, and only the first problems are shown.
-            hint = suggest(name, table) if number < SHOWN_PROBLEMS else ""
-            yield f"{name} is not in the table.{hint}"
+            near = suggest(name, known) if number < SHOWN_PROBLEMS else ""
+            yield f"{name} is not in the table{bias_hint(name, known) or f'.{near}'}"
+
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def bias_hint(name: str, params: Collection[str]) -> str:
+    """Return where to name a bias whose weight a table has, as the end of a sentence; else
+    nothing."""
+    weight = f"{name.removesuffix('bias')}weight"
+    if not name.endswith(".bias") or weight not in params:
+        return ""
+    return (
+        "; a projection with a bias belongs in `biases`, or in `optional_biases` where the config "
+        "switches it"
+    )

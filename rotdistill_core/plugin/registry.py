@@ -52,6 +52,17 @@ CORE_PLUGINS = (
 )
 """What the core offers itself. Variants are answered by this engine, whatever a recipe names."""
 INSTALL_ALL = "`pip install 'rotdistill[all]'` installs the plugins of this project."
+SHIPPED_MODEL_TYPES = (
+    "gemma3_text",
+    "granite",
+    "llama",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Model types for which a plugin of this project has a table."""
 SHORT_KINDS = {
     STEPS: "step",
     ADAPTERS: "adapter",
@@ -118,10 +129,27 @@ def find_plugin(group: str, name: str) -> EntryPoint:
         both = " and ".join(sorted({distribution for distribution, _ in points}))
         raise PluginError(f'plugin name "{name}" is offered by {both}; uninstall one of them.')
     if not points:
-        close = suggest(name, installed_plugins(group))
-        hint = "" if "Did you mean" in close else f" {INSTALL_ALL}"
-        raise PluginError(f'no {KINDS[group]} "{name}" is installed.{close}{hint}')
+        raise PluginError(f'no {KINDS[group]} "{name}" is installed.{_missing_hint(group, name)}')
     return next(iter(points.values()))
+
+
+def _missing_hint(group: str, name: str) -> str:
+    """Return what to do about a plugin that is not installed, as a sentence after a blank."""
+    if group == ADAPTERS and name in SHIPPED_MODEL_TYPES:
+        return f" {INSTALL_ALL}"
+    if group == ADAPTERS and _is_known_to_transformers(name):
+        # A name that is near is another architecture, and no misspelling.
+        return f" `rotdistill new adapter {name}` writes one, or says why no table can be written."
+    close = suggest(name, installed_plugins(group))
+    return close if "Did you mean" in close else f"{close} {INSTALL_ALL}"
+
+
+def _is_known_to_transformers(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import (  # noqa: PLC0415  (takes seconds)
+        CONFIG_MAPPING_NAMES,
+    )
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def load_plugin(group: str, name: str) -> tuple[Any, Origin]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from rotdistill_core.architecture.spaces import VOCAB
-from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.architecture.table import Adapter, bias_hint
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.checkpoint.weights import Weights, open_folder
 from rotdistill_core.data.packed import PackedTexts
@@ -98,8 +98,11 @@ def _tensor_problems(
         for template in adapter.params
         if re.fullmatch(re.escape(template).replace(r"\{i\}", r"\d+"), name)
     ]
-    if len(templates) != 1 or name not in table:
-        yield f"{name} is claimed {len(templates)} times: {templates}"
+    if not templates:
+        yield f"{name} has no entry in the table{bias_hint(name, table)}"
+        return
+    if len(templates) > 1 or name not in table:
+        yield f"{name} is claimed by several entries of the table: {', '.join(templates)}"
         return
     axes = table[name].axes
     if len(shape) != len(axes):
@@ -155,6 +158,7 @@ def the_layerwise_forward_computes_what_transformers_computes(
         differences[f"layer {i}"] = max_difference(walk.states, states[i + 1])
     problems = [
         f"the stream after {place} differs from transformers by {difference:.1e}"
+        + ("; look at embedding and embedding_multiplier_key" if place == "the embeddings" else "")
         for place, difference in differences.items()
         if difference > PLAIN
     ]
@@ -163,7 +167,7 @@ def the_layerwise_forward_computes_what_transformers_computes(
     if difference > PLAIN:
         problems.append(
             f"logits differ by {difference:.1e}: "
-            "look at norm, head, eps_key, gain_offset and softcap_key"
+            "look at norm, head, eps_key, gain_offset, softcap_key and logits_scaling_key"
         )
     report(problems)
 
@@ -395,7 +399,10 @@ def _site_problems(
     if {"mid", "mlp"} <= observed.keys():
         total = observed["mid"] + multiplier * observed["mlp"]
         if not max_difference(total, end) <= EXACT:
-            yield f'sites "mid" and "mlp" do not add up to the stream after layer {layer}'
+            yield (
+                f'sites "mid" and "mlp" do not add up to the stream after layer {layer}; look at '
+                "`sites` and residual_multiplier_key"
+            )
     branches: dict[str, Tensor] = {}
     if "mid" in observed:
         branches = {"attention": observed["mid"] - start, "the MLP": end - observed["mid"]}
@@ -412,8 +419,9 @@ def _site_problems(
         matches = [max_difference(written, branch) <= EXACT for branch in branches.values()]
         if branches and not any(matches):
             yield (
-                f'{name} does not carry the site "{site}" into what '
-                f"{' or '.join(branches)} adds to the stream"
+                f'`writers`: {name} times the activations at the site "{site}" is not what '
+                f"{' or '.join(branches)} adds to the stream; look at `writers`, `sites` and "
+                "residual_multiplier_key"
             )
 
 

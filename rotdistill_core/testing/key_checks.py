@@ -99,7 +99,7 @@ def the_depth_key_sets_the_depth(adapter: Adapter, folder: Path) -> None:
 
     def sets(key: str) -> bool | None:
         model = _model_or_none({**plain, key: depth})
-        return model and len(model.get_submodule(adapter.layers)) == depth
+        return None if model is None else len(model.get_submodule(adapter.layers)) == depth
 
     report(
         _key_problems(
@@ -156,8 +156,10 @@ def _size_problems(adapter: Adapter, config: Config, changed: SizeKey) -> Iterat
     def sets(key: str) -> bool | None:
         """Return whether a key makes a model of the wanted sizes; None if there is no model."""
         model = _model_or_none({**stated, key: changed.value})
-        found = model and {name: tuple(p.shape) for name, p in model.named_parameters()}
-        return found and all(wanted.get(name, shape) == shape for name, shape in found.items())
+        if model is None:
+            return None
+        found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return all(wanted.get(name, shape) == shape for name, shape in found.items())
 
     problems = _key_problems(
         config,

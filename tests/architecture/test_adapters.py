@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rotdistill_core.architecture.table import Adapter
-from rotdistill_core.plugin.registry import adapter_for
+from rotdistill_core.plugin.registry import SHIPPED_MODEL_TYPES, adapter_for
 from rotdistill_core.testing import pico_folder
 from rotdistill_core.testing.adapter_checks import TABLE_CHECKS
 
@@ -113,6 +113,7 @@ def shipped_model_types() -> set[str]:
 
 def test_every_shipped_adapter_is_checked_here() -> None:
     assert shipped_model_types() == set(VARIANTS)
+    assert shipped_model_types() == set(SHIPPED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize("model_type", VARIANTS)

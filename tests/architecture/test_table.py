@@ -170,3 +170,21 @@ def test_missing_keys_of_a_config_are_completed() -> None:
     table = replace(TABLE, defaults=lambda _: {"head_dim": 3, "rms_norm_eps": 1e-5})
     completed = table.completed({**CONFIG, "head_dim": 2, "rms_norm_eps": None})
     assert (completed["head_dim"], completed["rms_norm_eps"]) == (2, 1e-5)
+
+
+def test_biases_that_the_table_lacks_are_one_line_for_all_layers() -> None:
+    q, kv = ((n,) for n in (TABLE.sizes(CONFIG)["q.0"], TABLE.sizes(CONFIG)["kv.0"]))
+    biases = {
+        f"{ATTENTION}{x}_proj.bias".replace("{i}", str(i)): s
+        for i in range(2)
+        for x, s in (("q", q), ("k", kv))
+    }
+    with pytest.raises(SetupError) as caught:
+        TABLE.check(CONFIG, {**shapes(), **biases}, "here")
+    hint = (
+        "is not in the table; a projection with a bias belongs in `biases`, or in "
+        "`optional_biases` where the config switches it"
+    )
+    names = [f"{ATTENTION}{x}_proj.bias" for x in "qk"]
+    wanted = "; ".join(f"{name} {hint}" for name in names)
+    assert str(caught.value).endswith(f"the adapter for trial: {wanted}.")

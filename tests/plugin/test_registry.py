@@ -286,6 +286,20 @@ def test_an_unknown_model_type_is_refused_not_guessed(install: Install) -> None:
     assert 'model type ""' in refusal(lambda: adapter_for(""))
 
 
+def test_a_missing_adapter_says_how_to_get_one(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("acme-tiny", "tiny", TABLE, ADAPTERS)
+    assert refusal(lambda: adapter_for("stablelm")) == (
+        'no adapter for model type "stablelm" is installed. `rotdistill new adapter stablelm` '
+        "writes one, or says why no table can be written."
+    )
+    monkeypatch.setattr(registry, "_points", lambda _: [])
+    assert refusal(lambda: adapter_for("smollm3")) == (
+        f'no adapter for model type "smollm3" is installed. {registry.INSTALL_ALL}'
+    )
+
+
 def test_everything_lists_steps_adapters_and_broken_plugins(install: Install) -> None:
     install("acme-spin", "spin", GOOD)
     install("acme-tiny", "tiny", TABLE, ADAPTERS)

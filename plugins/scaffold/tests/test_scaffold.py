@@ -155,7 +155,7 @@ def test_a_new_step_costs_what_a_plain_step_of_its_stage_does(stage: str) -> Non
         (("step", "../step"), 2, "a name is lower-case letters"),
         (("step", "mine", "--stage", "alien"), 2, 'Did you mean "align"?'),
         (("step", "procrustes"), 2, 'a step "procrustes" is installed already'),
-        (("adapter", "llama"), 2, "is installed already"),
+        (("adapter", "llama"), 2, "is installed already, by rotdistill-llama-adapter. Uninstall"),
         (("adapter", "mistrall"), 3, 'Did you mean "mistral"?'),
         (("wheel", "mine"), 2, "wheel"),
         (("recipe", "taken"), 2, "taken.toml: is there already"),

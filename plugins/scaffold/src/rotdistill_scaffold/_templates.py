@@ -8,7 +8,7 @@ from importlib.resources import files
 from string import Template
 
 from rotdistill_core.errors import RecipeError, SetupError, suggest
-from rotdistill_core.plugin.registry import ADAPTERS, STEPS, installed_plugins
+from rotdistill_core.plugin.registry import ADAPTERS, STEPS, adapter_origin, installed_plugins
 from rotdistill_core.plugin.step import EDITING_STAGES, STAGES
 
 COSTS = {
@@ -63,7 +63,10 @@ def require_no_adapter(name: str) -> None:
         RecipeError: it is installed.
     """
     if name in installed_plugins(ADAPTERS):
-        raise RecipeError(f'an adapter for model type "{name}" is installed already.')
+        raise RecipeError(
+            f'an adapter for model type "{name}" is installed already, by '
+            f"{adapter_origin(name).distribution}. Uninstall that first to write another."
+        )
 
 
 def adapter_files(name: str) -> dict[str, str]:
