@@ -71,6 +71,7 @@ METRICS = {
     "answer_length_gap": Metric("length gap", ".2f", Direction.LOWER, ".2f"),
     "answer_language": Metric("in the question's language", ".2f", Direction.HIGHER, ".2f"),
     "answer_language_teacher": Metric("in the teacher's language", ".2f", Direction.HIGHER, ".2f"),
+    "answer_repeats": Metric("repeating themselves", ".2f", Direction.LOWER, ".2f"),
     "parameters": Metric("parameters", ",.0f"),
     "seconds": Metric("seconds", ".0f"),
 }

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from rotdistill_answers._method import (
+    MOST_REPEATED,
     UNKNOWN,
     AnswerScore,
     Figure,
@@ -20,6 +21,8 @@ from rotdistill_answers._method import (
     claim_figures,
     decode_answer,
     of_teacher,
+    repeated_share,
+    repetition,
     score_answer,
     similarity,
 )
@@ -135,6 +138,31 @@ def test_the_teachers_answer_is_as_similar_as_can_be() -> None:
         "answer_language": 0,
         "answer_language_teacher": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "repeats"),
+    [
+        ("I'm sorry for the customer's trip. I'm sorry for the customer's trip. I'm sorry", 1),
+        ("Bekimme:\n\nBekimme:\n\nBekimme:\n\nBekimme:", 1),
+        ("この塔はとても高い。この塔はとても高い。この塔はとても高い。", 1),
+        ("هذا هو البرج. هذا هو البرج. هذا هو البرج.", 1),
+        (ENGLISH, 0),
+        (FRENCH, 0),
+        ("Yes.", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_that_runs_in_circles_repeats_itself_in_any_script(
+    answer: str, repeats: float
+) -> None:
+    assert repetition(answer) == {"answer_repeats": Figure(repeats)}
+
+
+def test_no_shipped_text_repeats_itself() -> None:
+    with (ROOT / "samples/index.tsv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert max(repeated_share(row["blurb"]) for row in rows) < 0.05 < MOST_REPEATED
 
 
 def test_an_answers_language_is_compared_with_question_and_teacher() -> None:

@@ -56,16 +56,53 @@ def test_answers_move_beyond_their_intervals_only(
 ) -> None:
     lines = summary(*changes)
     subjects = [line.partition(":")[0] for line in lines]
-    assert subjects == ["Length", "Language", "chrF against the teacher's answers"]
-    assert all(words in line for line in lines)
+    assert subjects == [
+        "Length",
+        "In the teacher's language",
+        "In the question's language",
+        "chrF against the teacher's answers, of 100",
+    ]
+    assert all(words in line for line in lines if "question's language" not in line)
+
+
+def test_each_figure_of_an_answer_has_a_line_and_a_change_of_its_own() -> None:
+    own = Interval(0.75, 0.5, 1.0)
+    still = Interval(0.0, 0.0, 0.0)
+    estimates = {
+        metric: {"base": Estimate(own, None), "full": Estimate(own, change)}
+        for metric, change in {
+            "answer_length": still,
+            "answer_length_gap": still,
+            "answer_language": UP,
+            "answer_language_teacher": still,
+            "answer_chrf": UP,
+            "answer_repeats": DOWN,
+            "answer_repeats_teacher": still,
+        }.items()
+    }
+    lines = answer_summary(estimates, ["base", "full"])
+    assert "In the teacher's language: 75% → 75%: no change." in lines
+    assert "In the question's language: 75% → 75%: more often (+2.00 [+1.00, +3.00])." in lines
+    assert (
+        "Answers that repeat themselves: 75% → 75% (the teacher 75%): better "
+        "(-2.00 [-3.00, -1.00])." in lines
+    )
 
 
 def judged(
-    kl: float, chrf: float, false: float = 0.0, texts: int = 6, same: bool = False
+    kl: float,
+    chrf: float,
+    false: float = 0.0,
+    texts: int = 6,
+    same: bool = False,
+    facts: float | None = None,
+    repeats: tuple[int, int] | None = None,
 ) -> tuple[str, Tone]:
     """Return the verdict on answers whose figures change like this from `base` to `full`.
 
     Every text changes by the same amount but for a little noise that a change of 0 does not exceed.
+    Of the facts one text alone changes, which is within noise. So many answers repeat themselves,
+    those of the teacher last.
     """
     names = [f"held-{k}" for k in range(texts)]
     changes = {"kl": kl, "answer_chrf": chrf, "hallucination_rate": false}
@@ -79,6 +116,16 @@ def judged(
         }
         for metric, change in changes.items()
     }
+    if facts is not None:
+        figures["factual_completeness"] = {
+            "base": {name: TextFigure(0.5, 1.0) for name in names},
+            "full": {name: TextFigure(0.5 + facts * (k == 0), 1.0) for k, name in enumerate(names)},
+        }
+    for metric, count in zip(
+        ("answer_repeats", "answer_repeats_teacher"), repeats or (), strict=False
+    ):
+        of_texts = {name: TextFigure(float(k < count), 1.0) for k, name in enumerate(names)}
+        figures[metric] = {"base": of_texts, "full": of_texts}
     answers = {
         variant: {
             name: Answer(language="en", question="?", teacher="t", student="s" if same else variant)
@@ -117,19 +164,19 @@ NOT_BETTER = "The lower KL did not make better answers. "
 @pytest.mark.parametrize(
     ("kl", "chrf", "false", "begins", "tone"),
     [
-        (LOWER, HIGHER, EQUAL, "The answers of `full` are better than those of `base`: chrF +1.0 ["
-         , Tone.GOOD),
+        (LOWER, HIGHER, EQUAL, "The answers of `full` are nearer to the teacher's than those of "
+         "`base`: chrF +1.0 [", Tone.GOOD),
         (LOWER, EQUAL, EQUAL, NOT_BETTER + "The answers of `full` are not distinguishable from "
          "those of `base`: chrF 0.0 [", Tone.BAD),
-        (LOWER, LOWER, EQUAL, NOT_BETTER + "The answers of `full` are worse than those of `base`: "
-         "chrF -1.0 [", Tone.BAD),
+        (LOWER, LOWER, EQUAL, NOT_BETTER + "The answers of `full` are farther from the teacher's "
+         "than those of `base`: chrF -1.0 [", Tone.BAD),
         (LOWER, EQUAL, HIGHER, NOT_BETTER + "The answers of `full` are worse than those of "
          "`base`: false answers +1.00 [", Tone.BAD),
-        (LOWER, HIGHER, HIGHER, "The answers of `full` are better than those of `base` by chrF "
-         "+1.0 [", Tone.NEUTRAL),
+        (LOWER, HIGHER, HIGHER, "Against those of `base`, the answers of `full` are nearer to the "
+         "teacher's by chrF +1.0 [", Tone.NEUTRAL),
         (EQUAL, EQUAL, EQUAL, "The answers of `full` are not distinguishable", Tone.NEUTRAL),
-        (HIGHER, LOWER, EQUAL, "The answers of `full` are worse", Tone.BAD),
-        (HIGHER, HIGHER, EQUAL, "The answers of `full` are better", Tone.GOOD),
+        (HIGHER, LOWER, EQUAL, "The answers of `full` are farther from the teacher's", Tone.BAD),
+        (HIGHER, HIGHER, EQUAL, "The answers of `full` are nearer to the teacher's", Tone.GOOD),
     ],
 )  # fmt: skip
 def test_answers_are_judged_by_their_own_metrics(
@@ -138,6 +185,36 @@ def test_answers_are_judged_by_their_own_metrics(
     sentence, found = judged(kl, chrf, false)
     assert sentence.startswith(begins)
     assert found is tone
+
+
+@pytest.mark.parametrize(
+    ("facts", "repeats", "ends", "tone"),
+    [
+        (None, None, "of 100.", Tone.GOOD),
+        (0.0, (0, 0), "of 100.", Tone.GOOD),
+        (+0.5, (1, 1), "1 of its 6 answers repeats itself; 1 of the teacher's does.", Tone.GOOD),
+        (-0.5, None, "But facts went from 0.50 to 0.42 (-0.08 [-0.33, 0.00], within noise).",
+         Tone.NEUTRAL),
+        (None, (2, 0), "2 of its 6 answers repeat themselves; none of the teacher's does.",
+         Tone.NEUTRAL),
+        (None, (3, 6), "3 of its 6 answers repeat themselves; 6 of the teacher's do.",
+         Tone.NEUTRAL),
+    ],
+)  # fmt: skip
+def test_what_speaks_against_a_gain_stands_beside_it(
+    facts: float | None, repeats: tuple[int, int] | None, ends: str, tone: Tone
+) -> None:
+    sentence, found = judged(LOWER, HIGHER, facts=facts, repeats=repeats)
+    assert sentence.startswith("The answers of `full` are nearer to the teacher's")
+    assert sentence.endswith(ends)
+    assert found is tone
+
+
+def test_a_loss_of_facts_beyond_noise_is_in_the_judgement() -> None:
+    sentence, tone = judged(LOWER, HIGHER, false=1.0)
+    assert "; worse by false answers +1.00 [" in sentence
+    assert "better" not in sentence
+    assert tone is Tone.NEUTRAL
 
 
 def test_equal_answers_are_called_so_even_of_few_texts() -> None:

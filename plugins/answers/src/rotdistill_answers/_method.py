@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 LANGUAGES = ("ar", "de", "el", "en", "es", "fr", "hi", "it", "ja", "ko", "pt", "ru", "zh")
 """Languages that are identified besides those of the questions. A model may drift into a language
 in which nobody asked."""
+REPEATED_LENGTH = 8
+"""Characters of the pieces by which an answer is searched for repetitions."""
+MOST_REPEATED = 1 / 3
+"""Share of pieces that stood before, from which an answer repeats itself. Of the 200 shipped blurbs
+in thirteen languages none has a share above 0.05; answers that run in circles have 0.4 to 0.9."""
 UNKNOWN = "und"
 """Code of a text in no language, such as an empty one or signs alone."""
 
@@ -132,7 +137,8 @@ def evaluate(
         asked_language = language if language in identifier.languages else None
         figures = {
             **similarity(student, teacher, asked_language),
-            **of_teacher(claim_figures(teacher, question)),
+            **repetition(student.answer),
+            **of_teacher({**repetition(teacher.answer), **claim_figures(teacher, question)}),
             **claim_figures(student, question),
         }
         for metric, figure in figures.items():
@@ -152,7 +158,9 @@ def evaluate(
         out.notes["languages that cannot be identified"] = unidentified
     without_facts = sum(not questions[text.id].facts for text in texts)
     if without_facts:
-        out.notes["questions without facts, which no score of facts counts"] = without_facts
+        out.notes["questions without expected facts, left out of the scores of facts"] = (
+            without_facts
+        )
     if unfinished.total():
         out.notes["answers that end inside their thoughts, scored as empty"] = dict(unfinished)
     means = [_mean(of_metric) for of_metric in rows.values()]
@@ -209,6 +217,21 @@ def similarity(
     if teacher.language != UNKNOWN:
         figures["answer_language_teacher"] = Figure(float(student.language == teacher.language))
     return figures
+
+
+def repeated_share(answer: str) -> float:
+    """Return the share of an answer's pieces of eight characters that stood in it before.
+
+    It needs no words, so it is the same measure in every script. Case and blanks do not count.
+    """
+    text = " ".join(answer.lower().split())
+    pieces = [text[k : k + REPEATED_LENGTH] for k in range(len(text) - REPEATED_LENGTH + 1)]
+    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
+
+
+def repetition(answer: str) -> dict[str, Figure]:
+    """Return whether an answer repeats itself, as a figure."""
+    return {"answer_repeats": Figure(float(repeated_share(answer) > MOST_REPEATED))}
 
 
 def of_teacher(figures: Mapping[str, Figure]) -> dict[str, Figure]:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from rotdistill_core.evaluation.intervals import Estimate, FiguresByText, Interval, paired_change
-from rotdistill_core.evaluation.metrics import metric_named, teacher_metric
+from rotdistill_core.evaluation.metrics import is_teacher_metric, metric_named, teacher_metric
 from rotdistill_report._data import MIN_TEXTS, ReportData, Tone, Verdict, with_interval
 
-JUDGED_BY = (
-    "answer_chrf",
-    "answer_length_gap",
-    "answer_language_teacher",
-    "factual_completeness",
-    "hallucination_rate",
-)
-"""The metrics that say whether an answer is better. The question's language is none of them: the
-goal is the teacher, who may answer in another."""
+NEARNESS = ("answer_chrf", "answer_length_gap", "answer_language_teacher")
+"""The metrics that say whether an answer is like the teacher's: not whether it is a good one."""
+CONTENT = ("factual_completeness", "hallucination_rate")
+"""The metrics that say whether it is right. The question's language is in neither list: the goal is
+the teacher, who may answer in another."""
+REPEATS = "answer_repeats"
+MANY = 0.5
+"""Share of answers that repeat themselves from which nothing is called good."""
+
+Figures = Mapping[str, Mapping[str, FiguresByText]]
+"""Metric -> variant -> figures of single texts."""
 
 
-def answer_verdict(
-    report: ReportData, figures: Mapping[str, Mapping[str, FiguresByText]], seed: int
-) -> Verdict:
-    """Return whether the headline answers better than the baseline, and whether its KL said so.
+def answer_verdict(report: ReportData, figures: Figures, seed: int) -> Verdict:
+    """Return what became of the answers from baseline to headline, and whether the KL said so.
 
     The answers are judged by their own metrics alone. A metric counts if the interval of its
-    paired change does not hold 0.
+    paired change does not hold 0. What speaks against a gain is said with it, and then the tone is
+    not good.
 
     Args:
         report: names the two variants, and has their answers.
-        figures: metric -> variant -> figures of single texts.
+        figures: figures of single texts.
         seed: of the intervals.
 
     Returns:
@@ -41,7 +42,7 @@ def answer_verdict(
         return Verdict("", Tone.NEUTRAL)
     before, after = report.answer_variants
     changes = {}
-    for metric in ("kl", *JUDGED_BY):
+    for metric in ("kl", *NEARNESS, *CONTENT):
         of_variants = figures.get(metric, {})
         if before in of_variants and after in of_variants:
             change = paired_change(of_variants[after], of_variants[before], seed)
@@ -54,7 +55,7 @@ def answer_verdict(
     )
     if texts_before == texts_after:
         sentence = f"`{after}` answers as `{before}` does, word for word."
-        judged = Judgement(sentence, Tone.NEUTRAL, better=False)
+        judged = Judgement(sentence, Tone.NEUTRAL, gained=False)
     elif len(texts_after) < MIN_TEXTS:
         sentence = (
             f"Whether `{after}` answers better than `{before}` cannot be told from "
@@ -62,40 +63,122 @@ def answer_verdict(
         )
         return Verdict(sentence, Tone.NEUTRAL)
     else:
-        judged = _judged(before, after, changes)
-    if kl is not None and kl.beyond_noise() and kl.value < 0 and not judged.better:
-        return Verdict(f"The lower KL did not make better answers. {judged.sentence}", Tone.BAD)
-    return Verdict(judged.sentence, judged.tone)
+        judged = _judged(before, after, changes, figures)
+    sentence, tone = judged.sentence, judged.tone
+    if kl is not None and kl.beyond_noise() and kl.value < 0 and not judged.gained:
+        sentence, tone = f"The lower KL did not make better answers. {sentence}", Tone.BAD
+    objections = list(_content_objections(before, after, changes, figures))
+    repeats = _repeats(after, figures)
+    if tone is Tone.GOOD and (objections or (repeats and repeats.speaks_against)):
+        tone = Tone.NEUTRAL
+    sentences = [sentence, *objections, *([repeats.sentence] if repeats else [])]
+    return Verdict(" ".join(sentences), tone)
 
 
 class Judgement(NamedTuple):
-    """Whether answers got better."""
+    """What became of answers."""
 
     sentence: str
     tone: Tone
-    better: bool
-    """Whether they did by any metric."""
+    gained: bool
+    """Whether any metric improved."""
 
 
-def _judged(before: str, after: str, changes: Mapping[str, Interval]) -> Judgement:
-    """Return whether answers got better, from metric -> paired change."""
+def _judged(
+    before: str, after: str, changes: Mapping[str, Interval], figures: Figures
+) -> Judgement:
+    """Return what became of answers, from metric -> paired change."""
     moved = {metric: change for metric, change in changes.items() if change.beyond_noise()}
-    better = {m: c for m, c in moved.items() if c.value * metric_named(m).direction > 0}
-    worse = {m: c for m, c in moved.items() if m not in better}
+    gains = {m for m, c in moved.items() if c.value * metric_named(m).direction > 0}
     subject, others = f"The answers of `{after}` are", f"those of `{before}`"
-    if better and worse:
-        sentence = f"better than {others} by {_changes(better)}, and worse by {_changes(worse)}."
-        return Judgement(f"{subject} {sentence}", Tone.NEUTRAL, better=True)
-    if better:
-        sentence = f"{subject} better than {others}: {_changes(better)}."
-        return Judgement(sentence, Tone.GOOD, better=True)
-    if worse:
-        sentence = f"{subject} worse than {others}: {_changes(worse)}."
-        return Judgement(sentence, Tone.BAD, better=False)
-    first = dict(list(changes.items())[:1])
-    shown = f": {_changes(first)}" if first else ""
-    sentence = f"{subject} not distinguishable from {others}{shown}."
-    return Judgement(sentence, Tone.NEUTRAL, better=False)
+    if not moved:
+        first = dict(list(changes.items())[:1])
+        shown = f": {_changes(first)}" if first else ""
+        sentence = f"{subject} not distinguishable from {others}{shown}."
+        return Judgement(sentence, Tone.NEUTRAL, gained=False)
+    groups = {
+        "nearer to the teacher's": [m for m in NEARNESS if m in gains],
+        "better": [m for m in CONTENT if m in gains],
+        "farther from the teacher's": [m for m in NEARNESS if m in moved and m not in gains],
+        "worse": [m for m in CONTENT if m in moved and m not in gains],
+    }
+    shown = {
+        words: ", ".join(_moved(metric, moved[metric], after, figures) for metric in metrics)
+        for words, metrics in groups.items()
+        if metrics
+    }
+    first_words, *_ = shown
+    if len(shown) == 1:
+        sentence = f"{subject} {first_words} than {others}: {shown[first_words]}."
+    else:
+        first_words, *more = (f"{words} by {metrics}" for words, metrics in shown.items())
+        sentence = f"Against {others}, the answers of `{after}` are {first_words}; "
+        sentence += f"{'; '.join(more)}."
+    losses = moved.keys() - gains
+    tone = Tone.NEUTRAL if gains and losses else Tone.GOOD if gains else Tone.BAD
+    return Judgement(sentence, tone, gained=bool(gains))
+
+
+def _moved(metric: str, change: Interval, after: str, figures: Figures) -> str:
+    """Return a change in words; that of chrF with the score itself, which is hard to guess."""
+    words = _changes({metric: change})
+    if metric != "answer_chrf":
+        return words
+    return f"{words}, to {_mean(figures[metric][after]):.1f} of 100"
+
+
+def _content_objections(
+    before: str, after: str, changes: Mapping[str, Interval], figures: Figures
+) -> Iterator[str]:
+    """Yield which scores of facts point the wrong way, though within noise.
+
+    Those that got worse beyond noise are in the judgement.
+    """
+    for metric in CONTENT:
+        change = changes.get(metric)
+        if change is None or change.beyond_noise():
+            continue
+        if change.value * metric_named(metric).direction < 0:
+            old, new = (f"{_mean(figures[metric][variant]):.2f}" for variant in (before, after))
+            if old != new:
+                yield (
+                    f"But {metric_named(metric).title} went from {old} to {new} "
+                    f"({with_interval(change, metric, '+')}, within noise)."
+                )
+
+
+class Repeats(NamedTuple):
+    """How many answers repeat themselves."""
+
+    sentence: str
+    speaks_against: bool
+    """Whether they are more than the teacher's, or many."""
+
+
+def _repeats(after: str, figures: Figures) -> Repeats | None:
+    """Return how many answers of a variant repeat themselves; None if none does, as far as known.
+
+    Runs of earlier versions have no figure of it.
+    """
+    own = figures.get(REPEATS, {}).get(after)
+    teacher = figures.get(teacher_metric(REPEATS), {}).get(after)
+    if not own or not teacher or not _count(own):
+        return None
+    share = _mean(own)
+    others = {0: "none of the teacher's does", 1: "1 of the teacher's does"}
+    of_teacher = others.get(_count(teacher), f"{_count(teacher)} of the teacher's do")
+    verb = "repeats itself" if _count(own) == 1 else "repeat themselves"
+    sentence = f"{_count(own)} of its {len(own)} answers {verb}; {of_teacher}."
+    return Repeats(sentence, share > _mean(teacher) or share >= MANY)
+
+
+def _count(figures: FiguresByText) -> int:
+    return round(sum(figure.value for figure in figures.values()))
+
+
+def _mean(figures: FiguresByText) -> float:
+    weights = sum(figure.weight for figure in figures.values())
+    return sum(figure.value * figure.weight for figure in figures.values()) / weights
 
 
 def _changes(changes: Mapping[str, Interval]) -> str:
@@ -131,37 +214,43 @@ class AnswerComparison:
     def lines(self) -> list[str]:
         """Return in words whether answers move towards the teacher's."""
         lines = [self._length()]
-        # No figure of it exists where no answer of the teacher is in an identifiable language.
+        # No figure of these exists where nothing is in an identifiable language.
         if "answer_language_teacher" in self.estimates:
-            lines.append(self._language())
+            lines.append(self._share("answer_language_teacher", "In the teacher's language"))
+        if "answer_language" in self.estimates:
+            title = "In the question's language"
+            lines.append(self._share("answer_language", title, "more often", "less often"))
         scores = self._values("answer_chrf", ".1f")
         lines.append(
-            f"chrF against the teacher's answers: {scores}: {self._movement('answer_chrf')}"
+            f"chrF against the teacher's answers, of 100: {scores}: {self._movement('answer_chrf')}"
         )
-        if "factual_completeness" in self.estimates:
-            lines.append(self._facts("factual_completeness", "Expected facts named"))
-        if "hallucination_rate" in self.estimates:
-            lines.append(self._facts("hallucination_rate", "Answers with a known error"))
+        for metric, title in (
+            (REPEATS, "Answers that repeat themselves"),
+            ("factual_completeness", "Expected facts named"),
+            ("hallucination_rate", "Answers with a known error"),
+        ):
+            if metric in self.estimates:
+                lines.append(self._share(metric, title, "better", "worse"))
         return lines
 
     def _length(self) -> str:
         ratio = self._values("answer_length", ".2f")
         gap = self._values("answer_length_gap", ".2f")
         movement = self._movement("answer_length_gap")
-        return f"Length: {ratio} times the teacher's, mean |ln| of that {gap}: {movement}"
+        return f"Length: {ratio} times the teacher's. Length gap (0 is as long): {gap}: {movement}"
 
-    def _language(self) -> str:
-        asked = ""
-        if "answer_language" in self.estimates:
-            asked = f"{self._values('answer_language', '.0%')} in the question's language, "
-        same = self._values("answer_language_teacher", ".0%")
-        movement = self._movement("answer_language_teacher")
-        return f"Language: {asked}{same} in that of the teacher's answer: {movement}"
-
-    def _facts(self, metric: str, title: str) -> str:
-        of_teacher = self.estimates.get(teacher_metric(metric))
+    def _share(
+        self,
+        metric: str,
+        title: str,
+        improvement: str = "towards the teacher",
+        decline: str = "away from the teacher",
+    ) -> str:
+        """Return a share of both variants and of the teacher, where it is known, in one line."""
+        name = teacher_metric(metric)
+        of_teacher = self.estimates.get(name) if is_teacher_metric(name) else None
         goal = f" (the teacher {of_teacher[self.before].own.value:.0%})" if of_teacher else ""
-        movement = self._movement(metric, improvement="better", decline="worse")
+        movement = self._movement(metric, improvement, decline)
         return f"{title}: {self._values(metric, '.0%')}{goal}: {movement}"
 
     def _values(self, metric: str, specification: str) -> str:
@@ -180,6 +269,8 @@ class AnswerComparison:
         change = self.estimates[metric][self.after].change
         if change is None:
             return "not compared."
+        if change.low == change.high == 0:
+            return "no change."
         improves = change.value * metric_named(metric).direction > 0
         words = "no change beyond noise"
         if change.beyond_noise():
