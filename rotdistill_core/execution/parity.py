@@ -207,7 +207,7 @@ def _timed(run: RunContext, subject: str, compare: Callable[[], Parity]) -> Pari
     started = time.monotonic()
     parity = compare()
     seconds = time.monotonic() - started
-    run.log(f"  {subject:<12} {'as transformers':<16} {seconds:6.1f} s")
+    run.log(f"  {subject:<12} {'compared':<16} {seconds:6.1f} s  with transformers")
     return parity
 
 

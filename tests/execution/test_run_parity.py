@@ -330,5 +330,6 @@ def test_lines_say_what_was_compared(pico_workspace: PicoWorkspace) -> None:
     pico_workspace.model(num_hidden_layers=3)
     watching = SilentObserver()
     pico_workspace.run(pico_workspace.recipe(STEPS), observer=watching)
-    lines = [line.split() for line in watching.lines if "as transformers" in line]
+    lines = [line.split() for line in watching.lines if "with transformers" in line]
+    assert all(line[1] == "compared" for line in lines)
     assert [line[0] for line in lines] == ["teacher", "chop", "base", "full"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from rotdistill_report._answer_summary import answer_summary, answer_verdict
 from rotdistill_report._data import (
+    IssueKind,
     ReportData,
     ShownFigure,
     Tone,
@@ -14,7 +16,12 @@ from rotdistill_report._data import (
     evenly_spaced,
     figure_table,
 )
-from rotdistill_report._findings import language_summary, worse_alignments
+from rotdistill_report._findings import (
+    language_summary,
+    larger_than_teacher,
+    smallest_of_equals,
+    worse_alignments,
+)
 
 from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
@@ -133,7 +140,14 @@ def judged(
         }
         for variant in ("base", "full")
     }
-    report = ReportData(
+    report = replace(bare_report(), answers=answers, answer_variants=["base", "full"])
+    sentence, tone = answer_verdict(report, figures, seed=0)
+    return sentence, tone
+
+
+def bare_report() -> ReportData:
+    """Return a report in which nothing was measured."""
+    return ReportData(
         recipe_name="r",
         run="r-1",
         baseline="base",
@@ -144,17 +158,15 @@ def judged(
         layer_curves={},
         diagnostics={},
         steps=[],
-        answers=answers,
-        answer_variants=["base", "full"],
-        first_questions=names[:1],
+        answers={},
+        answer_variants=[],
+        first_questions=[],
         provenance={},
         recipe_text="",
         saved_as="",
         parity={},
         model_parity={},
     )
-    sentence, tone = answer_verdict(report, figures, seed=0)
-    return sentence, tone
 
 
 LOWER, EQUAL, HIGHER = -1.0, 0.0, 1.0
@@ -235,6 +247,48 @@ def test_few_texts_say_nothing_of_answers() -> None:
 )
 def test_questions_of_the_first_screen_are_evenly_spaced(count: int, shown: list[int]) -> None:
     assert evenly_spaced([f"{k}" for k in range(count)], 3) == [f"{k}" for k in shown]
+
+
+def sized(**parameters: float) -> dict[str, dict[str, ShownFigure]]:
+    """Return figures of variants with so many parameters."""
+    return {name: {"parameters": ShownFigure(n, f"{n}")} for name, n in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("refit", "parameters", "named"),
+    [
+        (0.02, {"refit": 113e6, "full": 142e6}, "refit"),
+        (0.02, {"refit": 142e6, "full": 142e6}, "full"),
+        (0.02, {"refit": 150e6, "full": 142e6}, "full"),
+        (0.50, {"refit": 113e6, "full": 142e6}, "full"),
+    ],
+)
+def test_of_variants_as_near_as_each_other_the_smaller_is_named(
+    refit: float, parameters: dict[str, float], named: str
+) -> None:
+    # `refit` has a KL that is larger by so much, give or take 0.1.
+    kl = {
+        "full": {f"{k}": TextFigure(1.0, 1.0) for k in range(8)},
+        "refit": {f"{k}": TextFigure(1.0 + refit + 0.1 * (-1) ** k, 1.0) for k in range(8)},
+    }
+    report = replace(bare_report(), figures=sized(**parameters))
+    assert smallest_of_equals(report, "full", ["refit", "full"], kl, seed=0) == named
+
+
+@pytest.mark.parametrize(
+    ("is_cut", "teacher", "larger"),
+    [(True, 134.5e6, ["full"]), (False, 134.5e6, []), (True, 200e6, []), (True, 100e6, [])],
+)
+def test_a_cut_student_larger_than_its_teacher_is_an_issue(
+    is_cut: bool, teacher: int, larger: list[str]
+) -> None:
+    figures = sized(base=113.3e6, full=141.6e6)
+    report = replace(bare_report(), figures=figures, is_cut=is_cut, teacher_parameters=teacher)
+    issues = list(larger_than_teacher(report))
+    assert [(issue.kind, issue.subject) for issue in issues] == [
+        (IssueKind.LARGER, name) for name in larger
+    ]
+    assert all("141.6 million parameters where its teacher has 134.5" in i.text for i in issues)
 
 
 def test_one_variant_with_answers_has_no_summary() -> None:

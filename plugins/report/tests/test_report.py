@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rotdistill_report._data import ReportData, collect, with_interval
-from rotdistill_report._findings import with_findings
+from rotdistill_report._data import ReportData, ShownFigure, Tone, collect, with_interval
+from rotdistill_report._findings import verdict, with_findings
 from rotdistill_report._plots import plots
 from rotdistill_report._templates import LONGEST_EXCERPT, excerpt, table_cell
 from rotdistill_report._write import html as html_report
 
-from rotdistill_core.evaluation.intervals import Interval, estimates
+from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure, estimates
 from rotdistill_core.evaluation.metrics import metric_named
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures, row_from_json
 from rotdistill_core.execution.outcome import RunResult
@@ -194,6 +194,45 @@ def test_the_verdict_is_the_same_everywhere(
     assert report["verdict"].replace("`", "") in html.unescape(re.sub(r"</?code>", "", page))
 
 
+def test_a_smaller_variant_within_noise_of_the_best_is_named_with_its_size(
+    outcome: RunResult,
+) -> None:
+    data = rebuild(outcome)
+    recipe = load_recipe(outcome.folder.parents[1] / "reported.toml")
+    kl = {"base": 2.0, "cut": 1.1, "full": 1.0}
+    sizes = {"base": 100e6, "cut": 113.3e6, "full": 141.6e6}
+    figures = {
+        name: {
+            "kl": ShownFigure(kl[name], f"{kl[name]:.4f}"),
+            "parameters": ShownFigure(sizes[name], ""),
+        }
+        for name in kl
+    }
+    lower = Interval(-0.9, -1.0, -0.8), Interval(-1.0, -1.1, -0.9)
+    own = Interval(1.0, 0.9, 1.1)
+    changes = {"base": None, "cut": lower[0], "full": lower[1]}
+    data = replace(
+        data,
+        figures=figures,
+        estimates={"kl": {name: Estimate(own, changes[name]) for name in kl}},
+        teacher_parameters=134_515_008,
+    )
+    texts = {name: {f"{k}": TextFigure(kl[name] + (k - 2) * (name == "cut"), 1.0)
+                    for k in range(5)} for name in kl}  # fmt: skip
+    sentence, tone = verdict(data, recipe, [], texts)
+    assert sentence.startswith(
+        "It worked: `cut` is as near to the teacher as `full`, which is larger, with a held-out KL "
+        "of 1.1000 nats per token instead of 2.0000 (-0.900 [-1.000, -0.800]). It has 113.3 "
+        "million parameters, the teacher 134.5 million."
+    )
+    assert tone is Tone.GOOD
+
+
+def test_the_size_of_the_teacher_is_known_where_it_was_opened(report: dict[str, Any]) -> None:
+    assert report["is_cut"] is True
+    assert report["teacher_parameters"] == report["figures"]["base"]["parameters"]["value"]
+
+
 def test_answers_to_all_questions_stand_side_by_side(outcome: RunResult, markdown: str) -> None:
     base, full = (outcome.steps[name, "answers"].report.answers for name in ("base", "full"))
     assert len(base) == 3
@@ -278,8 +317,8 @@ def test_the_terminal_shows_intervals_and_one_question(outcome: RunResult) -> No
         ("full", "held-0:"),
     ]
     assert "Answers, base → full" in text
-    assert "chrF against the teacher's answers: " in text
-    assert "Language:" not in text  # pico models speak none
+    assert "chrF against the teacher's answers, of 100: " in text
+    assert "teacher's language" not in text  # pico models speak none
 
 
 def test_the_page_loads_nothing_and_its_links_stay_inside(page: str) -> None:
@@ -328,6 +367,9 @@ def test_only_variants_that_answered_are_among_the_answers(tmp_path: Path) -> No
     assert "| id | language | question | teacher | full |" in markdown
     answers = markdown.partition("## Answers")[2].partition("## Steps")[0]
     assert "| base |" not in answers
+    page = (outcome.folder / RunLayout.REPORT_HTML).read_text(encoding="utf-8")
+    assert "Empty cells: `base`, `cut` did not answer the held-out questions." in markdown
+    assert "Empty cells: <code>base</code>, <code>cut</code> did not answer" in page
 
 
 def test_without_the_observer_there_are_results_and_no_report(tmp_path: Path) -> None:
@@ -351,9 +393,10 @@ def test_a_report_is_rebuilt_from_the_files_of_the_run(
     outcome: RunResult, report: dict[str, Any]
 ) -> None:
     rebuilt = rebuild(outcome).as_json()
-    # Models are not opened, so their hashes are not known.
-    assert rebuilt.pop("provenance") != report["provenance"]
-    assert rebuilt == {name: value for name, value in report.items() if name != "provenance"}
+    # Models are not opened, so their hashes and sizes are not known.
+    unknown = ("provenance", "teacher_parameters", "is_cut")
+    assert all(rebuilt.pop(name) != report[name] for name in unknown)
+    assert rebuilt == {name: value for name, value in report.items() if name not in unknown}
 
 
 def test_a_figure_that_rounds_to_zero_has_no_sign() -> None:

@@ -81,7 +81,8 @@ def finished(work: PicoWorkspace) -> set[str]:
 
 def test_one_model_is_cut(work: PicoWorkspace) -> None:
     recipe = new(work, "--domain", "lamps", "--student", "teacher")
-    assert uses(recipe)[:4] == ["chop", "residuals", "writer-refit", "lm-head-ridge"]
+    assert uses(recipe) == ["chop", "residuals", "writer-refit", "fidelity", "answers"]
+    assert recipe["variants"] == {"base": ["answers"], "full": ["refit", "answers"]}
     assert recipe["step"][0]["layers"] == 2
     samples = recipe["samples"]
     assert samples["index"] == "mine.jsonl"
@@ -89,7 +90,10 @@ def test_one_model_is_cut(work: PicoWorkspace) -> None:
     assert samples["style"] == "mine-system.md"
     assert "lamps" in (work.folder / "mine-system.md").read_text()
     assert samples["max_tokens"] < 128
-    assert finished(work) == {"base", "refit", "full"}
+    assert finished(work) == {"base", "full"}
+    # No head of its own: the student is not larger than what was cut.
+    folder = work.run(work.folder / "mine.toml", ("observers=[]",)).checkpoints["full"]
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize(("width", "runs"), [(16, True), (48, False)])
@@ -134,7 +138,7 @@ def test_vocabularies_that_cannot_be_paired_are_refused(work: PicoWorkspace) -> 
 
 def test_a_model_whose_writers_cannot_be_refitted_is_trained(work: PicoWorkspace) -> None:
     work.model("teacher", "olmo2", num_hidden_layers=3)
-    assert uses(new(work))[:4] == ["chop", "residuals", "lm-head-ridge", "prompt-kl"]
+    assert uses(new(work))[:4] == ["chop", "residuals", "prompt-kl", "fidelity"]
 
 
 def test_it_says_which_texts_guard_and_that_texts_are_few(work: PicoWorkspace) -> None:

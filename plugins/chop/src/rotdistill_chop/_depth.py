@@ -88,7 +88,7 @@ class LayerSelector:
         layout = self.samples.layout.select(Split.FIT, limit=self.step.max_angle_texts)
         forward = LayerwiseForward(self.weights, layout, self.device, self.dtype)
         angles = run_angles(forward, cut, self.progress)
-        self.notes["angle over the cut, by first layer"] = angles
+        self.notes["angle between the states around a cut, by the first layer cut"] = angles
         first = min(range(1, depth - cut), key=angles.__getitem__, default=1)
         return [*range(first), *range(first + cut, depth)]
 

@@ -76,6 +76,8 @@ class IssueKind(StrEnum):
     """A step did not apply its own edit."""
     NOT_EXACT = "not exact"
     """Exact steps changed the KL."""
+    LARGER = "larger"
+    """A student that was cut has more parameters than its teacher."""
     WORSE_ALIGNMENT = "worse alignment"
     """A permutation or rotation leaves a layer farther from the teacher."""
     WORSE = "worse"
@@ -171,6 +173,10 @@ class ReportData:
     """Variant -> how it compares with transformers."""
     model_parity: dict[str, Parity]
     """The same for each opened model, and after each step that cuts."""
+    teacher_parameters: int | None = None
+    """None where the models were not opened."""
+    is_cut: bool = False
+    """Whether the student is made from its teacher alone."""
     lessons: Mapping[str, Any] | None = None
     """What `lessons.json` says of the texts that the teacher wrote; None without lessons."""
     verdict: str = ""
@@ -192,6 +198,13 @@ class ReportData:
         """The metrics of the table of variants, known ones first."""
         measured = (metric for row in self.figures.values() for metric in row)
         return in_table_order(m for m in measured if m != FAILED and not is_teacher_metric(m))
+
+    @property
+    def unanswered(self) -> list[str]:
+        """The variants without answers, where others have some: their cells are empty."""
+        if not self.answers:
+            return []
+        return [variant for variant in self.figures if variant not in self.answers]
 
     @property
     def unprompted_teacher(self) -> dict[str, ShownFigure]:
@@ -282,6 +295,8 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         saved_as=_save_dtype(recipe, outcome),
         parity=outcome.parity,
         model_parity={**outcome.model_parity, **cut_parities(outcome)},
+        teacher_parameters=outcome.pair.teacher.weights.parameters if outcome.pair else None,
+        is_cut=bool(outcome.pair and outcome.pair.same),
         lessons=written_lessons(recipe, outcome, out),
     )
 
@@ -316,6 +331,11 @@ def with_interval(interval: Interval, metric: str, sign: str = "") -> str:
     low = _without_sign_of_zero(format(interval.low, specification))
     high = _without_sign_of_zero(format(interval.high, specification))
     return f"{value} [{low}, {high}]"
+
+
+def million(parameters: float) -> str:
+    """Return a number of parameters in millions as text: `134.5`."""
+    return f"{parameters / 1e6:,.1f}" if parameters >= 1e5 else f"{parameters / 1e6:.1g}"
 
 
 def _without_sign_of_zero(number: str) -> str:

@@ -11,7 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from rotdistill_core.evaluation.intervals import Interval, figures_by_text, paired_change
+from rotdistill_core.evaluation.intervals import (
+    FiguresByText,
+    Interval,
+    figures_by_text,
+    paired_change,
+)
 from rotdistill_core.evaluation.metrics import METRICS, is_teacher_metric, metric_named
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
@@ -27,6 +32,7 @@ from rotdistill_report._data import (
     StepSummary,
     Tone,
     Verdict,
+    million,
     with_interval,
 )
 
@@ -59,8 +65,9 @@ ISSUES_OF_CAVEATS = {
 def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult) -> ReportData:
     """Return the report with its findings."""
     warnings = list(validity_warnings(report, recipe))
-    conclusion = verdict(report, recipe, warnings)
-    of_answers = answer_verdict(report, figures_by_text(outcome.rows), recipe.recipe.seed)
+    figures = figures_by_text(outcome.rows)
+    conclusion = verdict(report, recipe, warnings, figures.get("kl", {}))
+    of_answers = answer_verdict(report, figures, recipe.recipe.seed)
     return replace(
         report,
         verdict=conclusion.sentence,
@@ -127,6 +134,7 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
             yield _refusal(step)
     if report.saved_in_full_precision:
         yield from _inexact_variants(report, recipe)
+    yield from larger_than_teacher(report)
     for title, measured in report.diagnostics.items():
         for text in worse_alignments(measured.layers):
             yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
@@ -149,6 +157,27 @@ def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Is
         if exact and not abs(change) <= EXACT_KL_TOLERANCE:
             text = f"it has exact steps only, yet its KL changes by {change:+.4f}: "
             yield Issue(IssueKind.NOT_EXACT, variant, text + "that is an error of the program.")
+
+
+def larger_than_teacher(report: ReportData) -> Iterator[Issue]:
+    """Yield the variants of a student that was cut which end larger than its teacher."""
+    teacher = report.teacher_parameters
+    sizes = {
+        variant: row["parameters"].value
+        for variant, row in report.figures.items()
+        if "parameters" in row
+    }
+    if not report.is_cut or teacher is None or not any(n < teacher for n in sizes.values()):
+        return
+    for variant, size in sizes.items():
+        if size > teacher:
+            yield Issue(
+                IssueKind.LARGER,
+                variant,
+                f"was cut, and has {million(size)} million parameters where its teacher has "
+                f"{million(teacher)}: a head of its own adds them. Steps that fit the head or fuse "
+                "norm gains write one; without them it stays tied to the embedding.",
+            )
 
 
 def worse_alignments(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]:
@@ -252,8 +281,20 @@ def _changes_model(recipe_step: RecipeStep) -> bool:
 # Whether the run worked.
 
 
-def verdict(report: ReportData, recipe: ResolvedRecipe, warnings: list[Issue]) -> Verdict:
-    """Return in one sentence whether the run worked."""
+def verdict(
+    report: ReportData,
+    recipe: ResolvedRecipe,
+    warnings: list[Issue],
+    kl: Mapping[str, FiguresByText],
+) -> Verdict:
+    """Return in one sentence whether the run worked.
+
+    Args:
+        report: the figures.
+        recipe: the run's recipe.
+        warnings: why it is not to be trusted.
+        kl: variant -> held-out KL of each text.
+    """
     if warnings:
         first = warnings[0]
         return Verdict(f"Not to be trusted: `{first.subject}`: {first.text}", Tone.BAD)
@@ -270,11 +311,14 @@ def verdict(report: ReportData, recipe: ResolvedRecipe, warnings: list[Issue]) -
     if not changes:
         sentence = "Nothing to compare: the run has no second variant with a KL to the teacher."
         return Verdict(sentence, Tone.NEUTRAL)
-    return _verdict_of_changes(report, recipe, changes)
+    return _verdict_of_changes(report, recipe, changes, kl)
 
 
 def _verdict_of_changes(
-    report: ReportData, recipe: ResolvedRecipe, changes: Mapping[str, Interval]
+    report: ReportData,
+    recipe: ResolvedRecipe,
+    changes: Mapping[str, Interval],
+    kl: Mapping[str, FiguresByText],
 ) -> Verdict:
     measured = report.estimates["kl"]
     reference = report.baseline if report.baseline in measured else next(iter(measured))
@@ -293,16 +337,51 @@ def _verdict_of_changes(
     if not (changes[best].beyond_noise() and changes[best].value < 0):
         sentence = f"It did not work: no variant is nearer to the teacher than `{reference}` "
         return Verdict(sentence + "by more than the choice of texts explains.", Tone.BAD)
-    row, reference_row = report.figures[best], report.figures[reference]
+    better = [v for v in changes if changes[v].beyond_noise() and changes[v].value < 0]
+    named = smallest_of_equals(report, best, better, kl, recipe.recipe.seed)
+    place = "nearest to the teacher"
+    if named != best:
+        place = f"as near to the teacher as `{best}`, which is larger"
+    row, reference_row = report.figures[named], report.figures[reference]
     sentence = (
-        f"It worked: `{best}` is nearest to the teacher, with a held-out KL of "
+        f"It worked: `{named}` is {place}, with a held-out KL of "
         f"{row['kl'].text} nats per token instead of {reference_row['kl'].text} "
-        f"({with_interval(changes[best], 'kl', '+')})."
+        f"({with_interval(changes[named], 'kl', '+')})."
     )
+    if "parameters" in row and report.teacher_parameters:
+        own, teacher = million(row["parameters"].value), million(report.teacher_parameters)
+        sentence += f" It has {own} million parameters, the teacher {teacher} million."
     if "guard_kl" in row and "guard_kl" in reference_row:
         before, after = reference_row["guard_kl"].text, row["guard_kl"].text
         sentence += f" Outside the domain the KL went from {before} to {after}."
     return Verdict(sentence, Tone.GOOD)
+
+
+def smallest_of_equals(
+    report: ReportData,
+    best: str,
+    others: Sequence[str],
+    kl: Mapping[str, FiguresByText],
+    seed: int,
+) -> str:
+    """Return the smallest of the variants that are as near to the teacher as the best one.
+
+    Those are as near whose paired difference from it has an interval that holds 0. Of equal sizes
+    the best one stays.
+    """
+
+    def size(variant: str) -> float:
+        row = report.figures[variant]
+        return row["parameters"].value if "parameters" in row else math.inf
+
+    smallest = best
+    for variant in others:
+        if variant == best or variant not in kl or best not in kl:
+            continue
+        change = paired_change(kl[variant], kl[best], seed)
+        if change and not change.beyond_noise() and size(variant) < size(smallest):
+            smallest = variant
+    return smallest
 
 
 # What the steps of each variant changed.

@@ -136,6 +136,16 @@ class Setting:
         fused = bool(self.pair.student.adapter.fused)
         return self.kind is not Kind.streams and not self.refits and not fused
 
+    def fits_head(self, train: bool) -> bool:
+        """Return whether to fit a head.
+
+        That of a cut student is the teacher's own, and tied to the embedding. A fit of it after a
+        refit or a LoRA gained nothing measurable, and unties it: a fifth more parameters.
+        """
+        if self.kind is Kind.cut:
+            return not self.refits and not (self.trains and train)
+        return self.kind is Kind.pair
+
     @property
     def aligns(self) -> bool:
         """Whether the student's stream can be rotated onto the teacher's: it may not be wider."""
@@ -321,9 +331,10 @@ def _steps(setting: Setting, choices: Choices) -> Iterator[list[str]]:
         if setting.refits:
             why = "transfer: the layers make up for those that were cut, in closed form"
             yield _step(why, "writer-refit", "refit", writers=["heads", "neurons"])
-        why = "transfer: the head is fitted to the teacher's predictions"
-        fits = {"objective": "kl"} if setting.kind is Kind.pair else {}
-        yield _step(why, "lm-head-ridge", "head", max_texts=HEAD_TEXTS, **fits)
+        if setting.fits_head(choices.train):
+            why = "transfer: the head is fitted to the teacher's predictions"
+            fits = {"objective": "kl"} if setting.kind is Kind.pair else {}
+            yield _step(why, "lm-head-ridge", "head", max_texts=HEAD_TEXTS, **fits)
         yield from _training(setting, choices)
     yield _step("evaluate: predictions, compared with the teacher's", "fidelity")
     yield _step("evaluate: variants answer the held-out questions", "answers")
@@ -393,7 +404,8 @@ def _toggles(setting: Setting, choices: Choices) -> dict[str, list[str]]:
         folded = [*aligned, "fold"] if setting.folds else aligned
         return {"base": ["answers"]} | ({"rotated": folded} if folded else {})
     edits = ["refit"] if setting.refits else []
-    edits.append("head")
+    if setting.fits_head(choices.train):
+        edits.append("head")
     if setting.trains and choices.train:
         edits.append("style")
     first = {edits[0]: edits[:1]} if len(edits) > 1 else {}
