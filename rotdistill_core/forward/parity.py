@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
@@ -139,12 +138,7 @@ def parity_fault(parity: Parity, weights: Weights) -> str:
         f"{parity.difference:.1e} of their spread, more than {parity.allowed:.0e}"
     )
     model_type = weights.config.get("model_type")
-    inside = settings_of_layers(weights)
-    named = [
-        name
-        for name in unnamed_settings(weights.config, weights.adapter)
-        if name.partition(" ")[0] not in inside
-    ]
+    named = unnamed_settings(weights.config, weights.adapter)
     if not named:
         return (
             f"{difference}. No setting of config.json stands out: the table of the adapter for "
@@ -302,56 +296,19 @@ def unnamed_settings(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
     ]
 
 
-def settings_of_layers(weights: Weights) -> set[str]:
-    """Return the fractions of a config that its class reads for the layers alone.
-
-    transformers' own layers compute with them here, so they are no cause of a difference. A count,
-    a switch or a word may act through masks and rotary tables as well.
-    """
-    config = transformers_config(weights.config)
-    fractions = {key for key, value in config.to_dict().items() if isinstance(value, float)}
-    layer = empty_model(weights, torch.float32).get_submodule(weights.adapter.layers)[0]
-    builds = type(layer).__init__
-    inside: set[str] = set()
-    outside: set[str] = set()
-    open_layers: list[nn.Module] = []
-
-    class Noted(type(config)):  # type: ignore[misc]  # its class is known only here
-        """The config, which notes the keys that are read while a layer is built, and the others."""
-
-        def __getattribute__(self, key: str) -> Any:
-            if key in fractions:
-                (inside if open_layers else outside).add(key)
-            return super().__getattribute__(key)
-
-    def noted(module: nn.Module, *args: Any, **options: Any) -> None:
-        open_layers.append(module)
-        try:
-            builds(module, *args, **options)
-        finally:
-            open_layers.pop()
-
-    whole = AutoModelForCausalLM._model_mapping[type(config)]
-    config.__class__ = Noted
-    type(layer).__init__ = noted
-    try:
-        with init_empty_weights():
-            whole(config)
-    except Exception:  # a class may raise anything at a config that notes; then none is known
-        return set()
-    finally:
-        type(layer).__init__ = builds
-    return inside - outside
-
-
 _WITHOUT_EFFECT = (
+    "attention_multiplier",
+    "attn_logit_softcapping",
     "initializer_range",
     "max_position_embeddings",
     "pretraining_tp",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
     "tie_word_embeddings",
     "use_cache",
 )
-"""Keys with which logits do not change, or that everything here knows."""
+"""Keys with which logits do not change, that only transformers' own layers read, or that everything
+here knows."""
 
 
 def _is_number(value: object) -> bool:

@@ -97,7 +97,8 @@ def test_multipliers_that_the_table_does_not_name_are_refused_before_anything_is
     assert message.startswith("teacher model: is not computed as transformers computes it")
     assert message.endswith("Nothing was captured.")
     for setting, value in MULTIPLIERS[which].items():
-        assert f"{setting} = {value} (default 1.0)" in message
+        acts_inside_layers = setting in ("residual_multiplier", "attention_multiplier")
+        assert (f"{setting} = {value} (default 1.0)" in message) != acts_inside_layers
     assert files_below(pico_workspace.runs) == []
 
 

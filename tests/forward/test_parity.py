@@ -286,14 +286,10 @@ def test_what_acts_inside_layers_alone_is_no_cause(tmp_path: Path) -> None:
     assert "not at their defaults: embedding_multiplier = 12.0 (default 1.0). Install" in fault
 
 
-def test_all_multipliers_of_a_real_config_are_named(tmp_path: Path) -> None:
-    changes = {
-        "embedding_multiplier": 12.0,
-        "logits_scaling": 8.0,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.25,
-    }
-    weights = model_with_bare_table(tmp_path / "model", "granite", **changes)
+def test_all_multipliers_that_act_outside_layers_are_named(tmp_path: Path) -> None:
+    changes = {"embedding_multiplier": 12.0, "logits_scaling": 8.0}
+    inside = {"residual_multiplier": 0.22, "attention_multiplier": 0.25}
+    weights = model_with_bare_table(tmp_path / "model", "granite", **changes, **inside)
     named = unnamed_settings(weights.config, weights.adapter)
     assert named == [f"{key} = {value} (default 1.0)" for key, value in changes.items()]
     table = replace(weights.adapter, requires={"logits_scaling": 8.0}, softcap_key="none")
