@@ -25,7 +25,11 @@ from accelerate.utils import PrefixedDataset
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.checkpoint.foreign import reading
@@ -326,7 +330,7 @@ def logits_of_folder(folder: Path, device: torch.device) -> Logits:
     Raises:
         SetupError: transformers cannot open it, or finds other tensors there than the model has.
     """
-    with reading(folder, "the model, as transformers opens it,"), _quiet_transformers():
+    with reading(folder, "the model, as transformers opens it,"), quiet_transformers():
         config = AutoConfig.from_pretrained(
             folder,
             local_files_only=True,
@@ -450,19 +454,23 @@ def _logits_of(model: Any, device: torch.device) -> Logits:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep its progress bars, and its notes on where weights lie, from the terminal."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars, warnings, and notes on where weights lie from the
+    terminal."""
     verbosity = transformers_logging.get_verbosity()
     accelerate = logging.getLogger("accelerate.big_modeling")
     level = accelerate.level
     transformers_logging.set_verbosity_error()
     accelerate.setLevel(logging.ERROR)
+    has_bars = is_progress_bar_enabled()
     disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         accelerate.setLevel(level)
+        if has_bars:
+            enable_progress_bar()
 
 
 def _few(names: Iterable[str], shown: int = 4) -> str:

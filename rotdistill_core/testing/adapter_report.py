@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rotdistill_core.architecture.table import Adapter
+from rotdistill_core.forward.parity import quiet_transformers
 from rotdistill_core.testing.adapter_checks import (
     WrongTableError,
     a_rotation_of_the_stream_is_exact_or_refused,
@@ -70,10 +71,18 @@ def adapter_problems(
         cases: changes of the pico config; none: the config as it is.
         checks: the checks to run.
     """
-    folders = [
-        pico_folder(folder / f"model-{number}", adapter.model_types[0], **case)
-        for number, case in enumerate(cases or ({},))
-    ]
+    with quiet_transformers():
+        folders = [
+            pico_folder(folder / f"model-{number}", adapter.model_types[0], **case)
+            for number, case in enumerate(cases or ({},))
+        ]
+        return _staged_problems(adapter, folders, checks)
+
+
+def _staged_problems(
+    adapter: Adapter, folders: Sequence[Path], checks: Sequence[Check]
+) -> list[str]:
+    """Return the problems of the first stage that has any."""
     waiting = [*checks]
     problems: list[str] = []
     for stage in (*STAGES, tuple(checks)):
@@ -83,6 +92,7 @@ def adapter_problems(
             if check in waiting:
                 waiting.remove(check)
                 problems += _of_all_cases([_problems(check, adapter, path) for path in folders])
+    problems = _errors_as_one(problems)
     if problems and waiting:
         names = ", ".join(check.__name__ for check in waiting)
         problems.append(f"not checked before these are right: {names}")
@@ -102,6 +112,16 @@ def _problems(check: Check, adapter: Adapter, folder: Path) -> list[str]:
         return []
     by_meaning = {_meaning(problem): problem for problem in map(_of_any_layer, problems)}
     return list(by_meaning.values())
+
+
+def _errors_as_one(problems: Sequence[str]) -> list[str]:
+    """Return problems with one for all checks that raised the same error, named at its first."""
+    checks: dict[str, list[str]] = {}
+    for problem in problems:
+        name, colon, error = problem.partition(": ")
+        known = bool(colon) and any(name == check.__name__ for check in ADAPTER_CHECKS)
+        checks.setdefault(error if known else problem, []).extend([name] if known else [])
+    return [f"{', '.join(names)}: {key}" if names else key for key, names in checks.items()]
 
 
 def _of_any_layer(problem: str) -> str:

@@ -7,6 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from rotdistill_core.architecture.table import Adapter
 from rotdistill_core.plugin.registry import adapter_for
@@ -73,8 +78,21 @@ def test_what_builds_on_wrong_tensors_waits_for_them(tmp_path: Path) -> None:
 
 def test_whatever_a_wrong_table_raises_is_listed(tmp_path: Path) -> None:
     table = replace(LLAMA, eps_key="no_such_key")
-    first = adapter_problems(table, tmp_path, checks=QUICK)[0]
-    assert first.endswith("KeyError: 'no_such_key'")
+    first, *others = adapter_problems(table, tmp_path, checks=QUICK)
+    assert first.endswith(", gauges_are_exact: KeyError: 'no_such_key'")
+    assert not any("KeyError" in problem for problem in others)
+
+
+def test_transformers_prints_nothing_meanwhile(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    enable_progress_bar()
+    try:
+        adapter_problems(broken(up={"gain": None}), tmp_path, checks=QUICK)
+        assert is_progress_bar_enabled()
+    finally:
+        disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_adapter_is_one_test(tmp_path: Path) -> None:

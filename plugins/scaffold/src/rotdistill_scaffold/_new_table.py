@@ -21,6 +21,7 @@ from rotdistill_core.architecture.spaces import KEY_GAUGE, UP_GAUGE
 from rotdistill_core.architecture.table import Adapter, Config
 from rotdistill_core.checkpoint.headers import folder_headers, read_config
 from rotdistill_core.errors import SetupError
+from rotdistill_core.forward.parity import quiet_transformers
 from rotdistill_core.testing import PICO, adapter_problems, gauges_are_exact, pico_folder
 from rotdistill_core.testing.adapter_checks import WrongTableError
 from rotdistill_core.testing.config_checks import ROPE, settings_computed_wrongly, tried_settings
@@ -79,7 +80,8 @@ def new_table(model_type: str) -> NewTable:
         SetupError: no table can express the model, transformers makes no causal model of it, or the
             nearest table does not pass.
     """
-    table = nearest_table(model_type)
+    with quiet_transformers():
+        table = nearest_table(model_type)
     with tempfile.TemporaryDirectory() as root:
         problems = adapter_problems(table.adapter, Path(root), *table.cases)
     if problems:
