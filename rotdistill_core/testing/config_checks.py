@@ -61,11 +61,18 @@ def every_setting_of_the_config_is_computed_or_refused(adapter: Adapter, folder:
     settings = read_config(folder)
     report(
         [
-            f'config key "{key}", here {settings.get(key)!r}: {problem}; name it in the table, or '
-            "state in `requires` what the table holds for"
+            f'config key "{key}", here {settings.get(key)!r}: {problem}; name it in the table'
+            f"{_argument_for(key)}, or state in `requires` what the table holds for"
             for key, problem in settings_computed_wrongly(adapter, folder).items()
         ]
     )
+
+
+def _argument_for(key: str) -> str:
+    """Return the argument that names a config key of this kind, in brackets; else nothing."""
+    fields = {f"{key}_key", "softcap_key" if "softcap" in key else ""}
+    found = [field.name for field in dataclasses.fields(Adapter) if field.name in fields]
+    return f' (`{found[0]}="{key}"`)' if found else ""
 
 
 def settings_computed_wrongly(adapter: Adapter, folder: Path) -> dict[str, str]:

@@ -42,7 +42,9 @@ def test_the_page_lists_every_shipped_adapter_with_its_model_type(folder: Path) 
 @pytest.fixture(scope="module")
 def mistral() -> Adapter:
     """Return the table of the page's example."""
-    [source] = re.findall(r"```python\n(\"\"\"Mistral.*?)```", PAGE, re.DOTALL)
+    [source] = re.findall(
+        r"```python\n(\"\"\"Checkpoints of model type `mistral`.*?)```", PAGE, re.DOTALL
+    )
     namespace: dict[str, object] = {"__name__": "example"}
     exec(source, namespace)
     [table] = namespace["adapters"]()  # type: ignore[operator]

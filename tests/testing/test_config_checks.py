@@ -81,6 +81,8 @@ def test_a_setting_that_is_computed_wrongly_is_named(
         every_setting_of_the_config_is_computed_or_refused(table, folder_of(tmp_path, table))
     named = [line.split('"')[1] for line in str(caught.value).splitlines() if "config key" in line]
     assert set(keys) <= set(named)
+    for key in set(keys) & {*MULTIPLIERS}:
+        assert f'; name it in the table (`{key}_key="{key}"`), or state in' in str(caught.value)
     assert "attention_multiplier" not in named
     assert not {"attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps"} & set(named)
 

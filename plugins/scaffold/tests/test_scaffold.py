@@ -118,6 +118,12 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
     )
 
 
+def test_the_page_on_adapters_shows_the_adapter_that_new_writes(begun: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/plugins/adapters.md").read_text(encoding="utf-8")
+    written = begun / "mistral-adapter" / "rotdistill_mistral_adapter.py"
+    assert f"```python\n{written.read_text(encoding='utf-8')}```" in page
+
+
 def test_a_new_aligner_measures_its_map_and_a_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
