@@ -77,7 +77,9 @@ def _compare_model(run: RunContext, model: Model, where: str) -> Parity:
     logits = logits_of_folder(model.folder, model.device)
     parity = compare_with_transformers(model.weights, logits, texts, model.device)
     fault = parity_fault(parity, model.weights)
-    fault = fault or branch_fault(model.weights, texts, model.device)
+    branch = branch_fault(model.weights, texts, model.device)
+    if branch:
+        fault = f"{fault} Besides, {branch}" if fault else branch
     if fault:
         raise SetupError(f"{where}: {fault} Nothing was captured.")
     return parity

@@ -214,7 +214,8 @@ def _branch_problem(
     ]
     best = max(range(len(branches)), key=lambda k: abs(likeness[k]))
     size = float(written.square().sum())
-    if not size or not float(branches[best].square().sum()):  # nothing is added, so nothing is seen
+    added = float(branches[best].square().sum())
+    if not (size > 0 and added > 0):  # nothing is added, or nothing finite, so nothing is seen
         return ""
     model_type = weights.config.get("model_type")
     if abs(likeness[best]) < ALIKE:

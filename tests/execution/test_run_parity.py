@@ -78,6 +78,7 @@ MULTIPLIERS: dict[str, Mapping[str, float]] = {
         "attention_multiplier": 0.25,
     },
     "embedding_multiplier": {"embedding_multiplier": 12.0},
+    "residual_multiplier": {"residual_multiplier": 0.22},
     "logits_scaling": {"logits_scaling": 8.0},
     "both": {"logits_scaling": 0.5, "embedding_multiplier": 0.5},
 }
@@ -94,11 +95,17 @@ def test_multipliers_that_the_table_does_not_name_are_refused_before_anything_is
         pico_workspace.run(recipe)
     message = str(caught.value)
     assert caught.value.exit_code == 3
-    assert message.startswith("teacher model: is not computed as transformers computes it")
     assert message.endswith("Nothing was captured.")
+    acts_on_logits = {*MULTIPLIERS[which]} & {"embedding_multiplier", "logits_scaling"}
+    if acts_on_logits:
+        wanted = "teacher model: is not computed as transformers computes it"
+        assert message.startswith(wanted)
+    else:
+        assert message.startswith("teacher model: a layer multiplies what attention and the MLP ")
     for setting, value in MULTIPLIERS[which].items():
-        acts_inside_layers = setting in ("residual_multiplier", "attention_multiplier")
-        assert (f"{setting} = {value} (default 1.0)" in message) != acts_inside_layers
+        assert (f"{setting} = {value} (default 1.0)" in message) == (setting in acts_on_logits)
+    named = "In its config.json is residual_multiplier = 0.22. " in message
+    assert named == ("residual_multiplier" in MULTIPLIERS[which])
     assert files_below(pico_workspace.runs) == []
 
 
