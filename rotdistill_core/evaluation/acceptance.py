@@ -24,6 +24,7 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.store.layout import RunLayout
+from rotdistill_core.store.results import Caution, CautionKind
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -39,6 +40,11 @@ MIN_TEXTS = 4
 """Fewest texts over which a standard error is estimated."""
 MORE_TEXTS = "more texts to fit on (samples.index, or lessons.count = 500)"
 """What helps an edit of any kind that does not carry over to validation texts."""
+
+SHARES_IN_WORDS = {0.5: "half", 0.25: "a quarter", 0.1: "a tenth"}
+OVERFIT_RATIO = 5.0
+"""KL on validation texts over that on fitted ones from which an edit is called overfitted. Refits
+on hundreds of texts have 2 to 3."""
 
 Score = Callable[[Weights, Split], "TextScores"]
 """View of the weights, split -> the KL to the teacher, text by text."""
@@ -298,9 +304,9 @@ def accept_if_better(
         remedies: what to change in the step's options if the edit is no gain.
     """
     start = score(before, Split.VALIDATION)
-    kept = after
+    kept, caution = after, None
     if guard is not None:
-        kept = _within_guard(before, after, score, guard, out)
+        kept, caution = _within_guard(before, after, score, guard, out)
     end = score(kept, Split.VALIDATION)
     out.notes |= {"validation KL before": start.mean, "validation KL after": end.mean}
     if kept is before:
@@ -311,13 +317,39 @@ def accept_if_better(
     elif not significantly_lower(start, end):
         refuse_without_gain(out, start, end, remedies)
         kept = before
+    elif caution:
+        out.report.cautions.append(caution)
     return kept
+
+
+def caution_of_overfit(
+    out: StepOutput, fit: float, validation: float, remedies: Sequence[str] = ()
+) -> None:
+    """Report that an edit learned its texts by heart, where it did.
+
+    Args:
+        out: output of the step.
+        fit: KL on the texts that it was fitted on, nats per row.
+        validation: KL on validation texts.
+        remedies: what to change in the step's options, after more texts.
+    """
+    if out.report.refused or validation <= OVERFIT_RATIO * fit:
+        return
+    reason = (
+        f"it has learned its texts by heart: the KL is {fit:.3f} on texts that it was fitted on, "
+        f"and {validation:.3f} on validation texts"
+    )
+    caution = Caution(CautionKind.OVERFITTED, reason, (MORE_TEXTS, *remedies))
+    out.report.cautions.append(caution)
 
 
 def _within_guard(
     before: Weights, after: Weights, score: Score, guard: float, out: StepOutput
-) -> Weights:
-    """Return the largest share of an edit that the guard allows: `before` itself if none is."""
+) -> tuple[Weights, Caution | None]:
+    """Return the largest share of an edit that the guard allows: `before` itself if none is.
+
+    With a part comes what the user should know of it.
+    """
     kl_before = score(before, Split.GUARD_VALIDATION).mean
     kl_by_share: dict[float, float] = {}
 
@@ -333,4 +365,14 @@ def _within_guard(
         "guard KL allowed": limit,
         "guard KL by strength": {f"{tried:g}": kl for tried, kl in kl_by_share.items()},
     }
-    return interpolate(before, after, share) if share else before
+    if not share:
+        return before, None
+    caution = None
+    if share < 1:
+        reason = (
+            f"{SHARES_IN_WORDS[share]} of it, the guard allows no more (all of it would bring the "
+            f"KL on the guard's texts from {kl_before:.3f} to {kl_by_share[BACKOFF[0]]:.3f}, and "
+            f"{limit:.3f} is allowed)"
+        )
+        caution = Caution(CautionKind.GUARDED, reason, tuple(wider_guard(guard)))
+    return interpolate(before, after, share), caution

@@ -394,10 +394,12 @@ class Executor:
             self.ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
-        if record.report.refused and not (reused and made_here):
-            self.observers.log(
-                f"{variant}: {recipe_step.id} keeps the student as it was: {record.report.refusal}"
-            )
+        if not (reused and made_here):
+            if record.report.refused:
+                kept = f"{recipe_step.id} keeps the student as it was"
+                self.observers.log(f"{variant}: {kept}: {record.report.refusal}")
+            for caution in record.report.cautions:
+                self.observers.log(f"{variant}: {recipe_step.id}: {caution.text}")
         return record
 
     @contextmanager

@@ -5,8 +5,9 @@ Free notes (`StepOutput.notes`) are for people; no program reads them. What a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -100,6 +101,35 @@ class Answer:
     """Known errors that the variant's answer asserts."""
 
 
+class CautionKind(StrEnum):
+    """What a user should know of an edit that was applied."""
+
+    GUARDED = "guarded"
+    """The guard allowed a part of it only."""
+    OVERFITTED = "overfitted"
+    """It is much nearer to the teacher on the texts that it was fitted on than on others."""
+
+
+@dataclass(frozen=True)
+class Caution:
+    """What speaks against an edit that was applied, and what to try next."""
+
+    kind: CautionKind
+    reason: str
+    """In words; no sentence end."""
+    remedies: tuple[str, ...] = ()
+    """What to try next, the most promising first; each names an option."""
+
+    @property
+    def text(self) -> str:
+        """Reason and remedies in sentences."""
+        return f"{self.reason}.{_tried(self.remedies)}"
+
+
+def _tried(remedies: Sequence[str]) -> str:
+    return f" Try: {'; '.join(remedies)}." if remedies else ""
+
+
 @dataclass
 class StepReport:
     """The typed part of what a step reports. The ledger keeps it with the step's files."""
@@ -108,6 +138,8 @@ class StepReport:
     """Why the step left the weights as they were; empty if its edit was applied."""
     remedies: tuple[str, ...] = ()
     """What to try next if the edit was refused, the most promising first."""
+    cautions: list[Caution] = field(default_factory=list)
+    """What speaks against an edit that was applied."""
     certificate: Certificate | None = None
     parity: Parity | None = None
     """Of a step that cut the model: the model after it, in transformers."""
@@ -123,8 +155,7 @@ class StepReport:
         """Why the edit was refused and what to try next, in sentences; empty if it was applied."""
         if not self.refused:
             return ""
-        tried = f" Try: {'; '.join(self.remedies)}." if self.remedies else ""
-        return f"{self.refused}.{tried}"
+        return f"{self.refused}.{_tried(self.remedies)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values; see `from_dict`."""

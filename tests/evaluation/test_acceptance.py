@@ -17,6 +17,7 @@ from rotdistill_core.evaluation.acceptance import (
     MORE_TEXTS,
     TextScores,
     accept_if_better,
+    caution_of_overfit,
     interpolate,
     largest_allowed_share,
     paired_final_states,
@@ -26,6 +27,7 @@ from rotdistill_core.evaluation.acceptance import (
     significantly_lower,
     teacher_final_states,
 )
+from rotdistill_core.store.results import CautionKind, StepReport
 from rotdistill_core.testing import (
     final_states,
     pico_baked,
@@ -199,6 +201,31 @@ def test_as_much_of_an_edit_is_kept_as_the_guard_allows(
     assert out.notes["validation KL after"] == pytest.approx(2.0 - share)
     assert bool(out.report.refused) is (share == 0)
     assert (kept is before) is (share == 0)
+    words = {0.5: "half of it, the guard allows no more", 0.25: "a quarter of it, the guard"}
+    assert [caution.kind for caution in out.report.cautions] == [CautionKind.GUARDED] * (
+        share in words
+    )
+    for caution in out.report.cautions:
+        assert caution.text.startswith(words[share])
+        assert "from 1.000 to 1.100" in caution.text
+        assert "Try: a wider guard (guard = " in caution.text
+    assert StepReport.from_dict(out.report.as_dict()) == out.report
+
+
+@pytest.mark.parametrize(
+    ("fit", "validation", "refused", "by_heart"),
+    [(0.009, 0.45, "", True), (0.2, 0.45, "", False), (0.009, 0.45, "no gain", False)],
+)
+def test_an_edit_that_learned_its_texts_by_heart_says_so(
+    tmp_path: Path, fit: float, validation: float, refused: str, by_heart: bool
+) -> None:
+    out = pico_output(tmp_path / "runs")
+    out.report.refused = refused
+    caution_of_overfit(out, fit, validation, ["a larger ridge"])
+    assert [caution.text for caution in out.report.cautions] == [
+        "it has learned its texts by heart: the KL is 0.009 on texts that it was fitted on, and "
+        f"0.450 on validation texts. Try: {MORE_TEXTS}; a larger ridge."
+    ] * by_heart
 
 
 def test_an_edit_without_gain_is_refused_with_both_figures(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rotdistill_report._data import ReportData, ShownFigure, Tone, collect, with_interval
-from rotdistill_report._findings import verdict, with_findings
+from rotdistill_report._findings import collect_issues, verdict, with_findings
 from rotdistill_report._plots import plots
 from rotdistill_report._templates import LONGEST_EXCERPT, excerpt, table_cell
 from rotdistill_report._write import html as html_report
@@ -30,7 +30,7 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.results import Answer, TrainingCurve
+from rotdistill_core.store.results import Answer, Caution, CautionKind, TrainingCurve
 from rotdistill_core.testing import PicoWorkspace
 
 STEPS = """
@@ -231,6 +231,20 @@ def test_a_smaller_variant_within_noise_of_the_best_is_named_with_its_size(
 def test_the_size_of_the_teacher_is_known_where_it_was_opened(report: dict[str, Any]) -> None:
     assert report["is_cut"] is True
     assert report["teacher_parameters"] == report["figures"]["base"]["parameters"]["value"]
+
+
+def test_cautions_of_steps_are_issues_with_what_to_try(outcome: RunResult) -> None:
+    guarded = Caution(CautionKind.GUARDED, "half of it", ("a wider guard",))
+    by_heart = Caution(CautionKind.OVERFITTED, "by heart")
+    data = rebuild(outcome)
+    first = replace(data.steps[0], cautions=[guarded, by_heart])
+    data = replace(data, steps=[first, *data.steps[1:]])
+    recipe = load_recipe(outcome.folder.parents[1] / "reported.toml")
+    issues = [
+        each for each in collect_issues(data, recipe) if each.kind in ("guarded", "overfitted")
+    ]
+    assert [each.text for each in issues] == ["half of it. Try: a wider guard.", "by heart."]
+    assert issues[0].subject == f"{first.step} (in {first.variant})"
 
 
 def test_answers_to_all_questions_stand_side_by_side(outcome: RunResult, markdown: str) -> None:

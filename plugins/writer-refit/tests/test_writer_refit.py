@@ -243,6 +243,18 @@ def test_guard_bounds_the_kl_outside_the_domain(
     assert kl(after, pair, texts, Split.GUARD_VALIDATION) <= guard * before * (1 + 1e-5)
 
 
+def test_a_refit_that_learned_its_texts_by_heart_says_so(
+    teacher: Model, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotdistill_core.evaluation.acceptance.OVERFIT_RATIO", 0.1)
+    weights = teacher.weights.cut(KEPT)
+    step = WriterRefit(layers="cut")
+    _, out = refit(step, weights, Pair(teacher, teacher), samples, tmp_path / "runs")
+    (caution,) = out.report.cautions
+    assert f"{out.notes['fit KL after']:.3f} on texts that it was fitted on" in caution.text
+    assert "a larger ridge" in caution.text
+
+
 def test_guard_without_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:
     pair, weights = Pair(teacher, teacher), teacher.weights.cut(KEPT)
     with pytest.raises(RecipeError, match=r"samples\.guard"):

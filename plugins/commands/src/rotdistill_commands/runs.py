@@ -157,6 +157,8 @@ def show(run: RunName, as_json: Json = False) -> None:
         console.print(literal(failure))
     for step_id, refusal in _refusals(folder).items():
         console.print(f"{literal(step_id)} left the student as it was: {literal(refusal)}")
+    for step_id, cautions in _cautions(folder).items():
+        console.print(f"{literal(step_id)}: {literal(' '.join(cautions))}")
     if rows:
         console.print(results_table(rows))
 
@@ -180,6 +182,7 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
                 "notes": record.notes,
                 "refused": record.report.refused,
                 "remedies": list(record.report.remedies),
+                "cautions": [caution.text for caution in record.report.cautions],
             }
             steps.setdefault(record.key, description)["variants"].append(variant)
     return list(steps.values())
@@ -192,6 +195,17 @@ def _refusals(run: RunFolder) -> dict[str, str]:
         for step, record in chain.items():
             if record.report.refused:
                 found.setdefault(record.key, (f"{variant}: {step}", record.report.refusal))
+    return dict(found.values())
+
+
+def _cautions(run: RunFolder) -> dict[str, list[str]]:
+    """Return step id, with its variant -> what speaks against the edit that it applied."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for variant, chain in run.chains().items():
+        for step, record in chain.items():
+            if record.report.cautions:
+                texts = [caution.text for caution in record.report.cautions]
+                found.setdefault(record.key, (f"{variant}: {step}", texts))
     return dict(found.values())
 
 

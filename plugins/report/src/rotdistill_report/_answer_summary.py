@@ -93,8 +93,8 @@ def _judged(
     subject, others = f"The answers of `{after}` are", f"those of `{before}`"
     if not moved:
         first = dict(list(changes.items())[:1])
-        example = f": {_changes(first)}" if first else ""
-        sentence = f"{subject} not distinguishable from {others}{example}."
+        told = f": {_changes(first)}" if first else ""
+        sentence = f"{subject} not distinguishable from {others}{told}."
         return Judgement(sentence, Tone.NEUTRAL, gained=False)
     groups = {
         "nearer to the teacher's": [m for m in NEARNESS if m in gains],

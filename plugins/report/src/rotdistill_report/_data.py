@@ -39,7 +39,7 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
-from rotdistill_core.store.results import Answer, Curve, Parity, TrainingCurve
+from rotdistill_core.store.results import Answer, Caution, Curve, Parity, TrainingCurve
 from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
@@ -74,6 +74,10 @@ class IssueKind(StrEnum):
     """A variant breaks a check."""
     REFUSED = "refused"
     """A step did not apply its own edit."""
+    GUARDED = "guarded"
+    """The guard allowed a part of an edit only."""
+    OVERFITTED = "overfitted"
+    """A step learned its texts by heart."""
     NOT_EXACT = "not exact"
     """Exact steps changed the KL."""
     LARGER = "larger"
@@ -124,6 +128,8 @@ class StepSummary:
     curves: list[Curve]
     training: TrainingCurve | None = None
     """Of a step that trained: its losses."""
+    cautions: list[Caution] = field(default_factory=list)
+    """What speaks against the edit that it applied."""
 
 
 @dataclass(frozen=True)
@@ -503,6 +509,7 @@ def step_summaries(outcome: RunResult) -> list[StepSummary]:
             refused=report.refusal,
             curves=report.curves,
             training=report.training,
+            cautions=report.cautions,
         )
     return list(summaries.values())
 

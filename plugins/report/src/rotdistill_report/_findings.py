@@ -132,6 +132,10 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
     for step in report.steps:
         if step.refused:
             yield _refusal(step)
+    for step in report.steps:
+        for caution in step.cautions:
+            kind = IssueKind(caution.kind.value)
+            yield Issue(kind, f"{step.step} (in {step.variant})", caution.text)
     if report.saved_in_full_precision:
         yield from _inexact_variants(report, recipe)
     yield from larger_than_teacher(report)

@@ -28,7 +28,11 @@ from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
-from rotdistill_core.evaluation.acceptance import TextScores, accept_if_better
+from rotdistill_core.evaluation.acceptance import (
+    TextScores,
+    accept_if_better,
+    caution_of_overfit,
+)
 from rotdistill_core.evaluation.divergence import shared_vocabulary
 from rotdistill_core.evaluation.guard import guard_of
 from rotdistill_core.forward.layerwise import LayerwiseForward, Progress
@@ -117,8 +121,12 @@ def solve(
             return scorer.score(split, view, finished)
 
         # How much of the KL on validation texts is that of texts which were not fitted.
-        out.notes["fit KL after"] = scorer.score(Split.FIT, refitted, forward).mean
-        return accept_if_better(weights, refitted, score, guard, out, remedies_of(step))
+        fit_kl = scorer.score(Split.FIT, refitted, forward).mean
+        out.notes["fit KL after"] = fit_kl
+        remedies = remedies_of(step)
+        kept = accept_if_better(weights, refitted, score, guard, out, remedies)
+        caution_of_overfit(out, fit_kl, out.notes["validation KL after"], remedies)
+        return kept
 
 
 def remedies_of(step: WriterRefit) -> list[str]:
