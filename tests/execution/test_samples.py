@@ -20,11 +20,13 @@ def test_texts_are_frozen_with_hashes_and_answers_are_shared(
     samples = one.samples()
     layout = RunLayout(one.folder)
     header, *lines = layout.texts.read_text(encoding="utf-8").splitlines()
-    assert header.split("\t") == ["id", "language", "split", "tokens", "answer_from", "sha256"]
+    columns = ("id", "language", "split", "tokens", "answer_from", "system", "sha256")
+    assert header == "\t".join(columns)
     rows = [line.split("\t") for line in lines]
     assert [row[0] for row in rows] == [text.id for text in samples.layout.texts]
     assert [row[-1] for row in rows] == [digest(text.tokens) for text in samples.layout.texts]
     assert layout.system_prompt.read_text(encoding="utf-8") == samples.style
+    assert {row[-2] for row in rows} == {digest(samples.style)}
     assert (one.folder / RunLayout.answers("teacher-heldout", 0)).is_file()
     assert not (one.folder / RunLayout.answers("teacher-own", 0)).exists()
 

@@ -149,6 +149,93 @@ def test_a_card_shows_the_recipe_that_made_the_checkpoint(
     assert "ridge = [\n    7.0,\n]" in shown[1]
 
 
+UNCHANGED = """
+step = [{ use = "residuals" }, { use = "fidelity" }]
+variants.base = []
+"""
+
+
+def card_of(workspace: PicoWorkspace, *sets: str) -> str:
+    """Return the card of the model as it is."""
+    recipe = workspace.recipe(
+        UNCHANGED, teacher="student", student="student", observers=("report",)
+    )
+    folder = workspace.run(recipe, sets).checkpoints["base"]
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def section(card: str) -> str:
+    return card.partition("## How to ask\n")[2].partition("\n## ")[0]
+
+
+def test_a_card_lists_the_languages_of_fitted_texts_alone(workspace: PicoWorkspace) -> None:
+    guard = workspace.folder / "texts/guard.tsv"
+    guard.write_text(guard.read_text().replace("\ten\t", "\tfr\t"), encoding="utf-8")
+    held = workspace.folder / "texts/heldout.tsv"
+    held.write_text(held.read_text().replace("\ten\t", "\tde\t"), encoding="utf-8")
+    front_matter = card_of(workspace, "samples.guard=texts/guard.tsv").split("---\n")[1]
+    assert 'language:\n- "en"\ntags' in front_matter
+
+
+NO_SYSTEM_ROLE = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, NO_SYSTEM_ROLE + TEMPLATE, None])
+def test_a_card_tells_how_to_ask_and_its_example_runs(
+    workspace: PicoWorkspace,
+    template: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = workspace.folder / "student/chat_template.jinja"
+    path.unlink()
+    if template:
+        path.write_text(template, encoding="utf-8")
+    card = card_of(workspace)
+    asking = section(card)
+    assert "```text\nw1 w2 w3 w4\n```" in asking
+    assert ("apply_chat_template" in asking) is bool(template)
+    assert ("written plainly" in asking) is (template is None)
+    assert ('"role": "system"' in asking) is (template == TEMPLATE)
+    found = re.search(r"```python\n(.*?)```", asking, re.DOTALL)
+    assert found
+    monkeypatch.chdir(next(workspace.folder.glob("runs/*/checkpoints/base")))
+    capsys.readouterr()
+    exec(found[1].replace("Your question?", "w7 w8"), {"SYSTEM": "w1 w2 w3 w4"})
+    written = capsys.readouterr().out
+    assert "w1 w2 w3 w4" in written
+    assert "w7 w8" in written
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sentence"),
+    [
+        (["w1 w2"], "```text\nw1 w2\n```"),
+        (["w1 w2", "w3"], "each text of the run brings its own, 2 different ones"),
+        ([None], "Without a system prompt: the texts of the run have none."),
+    ],
+)
+def test_a_card_knows_system_prompts_that_rows_bring_along(
+    workspace: PicoWorkspace, prompts: list[str | None], sentence: str
+) -> None:
+    rows = []
+    for k in range(12):
+        turns = [("user", f"w{k + 5} w{k + 6}"), ("assistant", f"w{k + 9} w4")]
+        prompt = prompts[k % len(prompts)]
+        messages = [("system", prompt), *turns] if prompt else turns
+        rows.append({"messages": [{"role": role, "content": text} for role, text in messages]})
+    text = "\n".join(json.dumps({**row, "language": "en"}) for row in rows)
+    (workspace.folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    head = 'name = "rows"\nteacher.model = "student"\nstudent.model = "student"\n'
+    head += 'samples = { index = "rows.jsonl", heldout_share = 0.3, validation = 0.3 }\n'
+    recipe = workspace.folder / "rows.toml"
+    recipe.write_text(f'{head}observers = ["report"]\n{UNCHANGED}\n', encoding="utf-8")
+    folder = workspace.run(recipe).checkpoints["base"]
+    asking = section((folder / "README.md").read_text(encoding="utf-8"))
+    assert sentence in asking
+    assert ("SYSTEM" in asking) is (prompts != [None])
+
+
 OTHER_TEMPLATE = "{% for m in messages %}<system> {{ m.content }} <end> {% endfor %}"
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.languages import NO_LANGUAGE
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.plugin.step import is_exact
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.plain import read_bytes
+from rotdistill_core.store.plain import read_bytes, read_text
 from rotdistill_report._data import ReportData
 from rotdistill_report._templates import template
 
@@ -80,8 +84,13 @@ def model_card(
     licences = {role: licence_of(model) for role, model in models.items()}
     kinds = {recipe_step.id: _kind(recipe_step) for recipe_step in _edits(recipe, variant)}
     edits = [name for name, kind in kinds.items() if kind in ("fold", "style")]
-    languages = {row.language for row in outcome.rows if row.language}
-    thinking = recipe.recipe.samples.thinking
+    samples = recipe.recipe.samples
+    texts = _texts(outcome)
+    languages = {text["language"] for text in texts if text["split"] == Split.FIT}
+    chat = _chat_format(outcome.checkpoints[variant], samples.thinking)
+    system = _system_prompt(outcome, texts)
+    if samples.bake_prompt:
+        system = SystemPrompt("", 0)
     return template("card.md.j2").render(
         report=report,
         variant=variant,
@@ -94,8 +103,11 @@ def model_card(
         edits=edits,
         asking=[
             *_prompting(recipe, edits),
-            *_asking(outcome.checkpoints[variant], pair, names, date, thinking),
+            *_asking(chat, pair, names, date, samples.thinking),
         ],
+        system=system,
+        baked=samples.bake_prompt,
+        example=_example(chat, system, samples.answer_tokens),
         languages=sorted(
             code for code in languages if re.fullmatch(r"[a-z]{2,3}", code) and code != NO_LANGUAGE
         ),
@@ -130,11 +142,73 @@ def _prompting(recipe: ResolvedRecipe, edits: Sequence[str]) -> list[str]:
     return [sentence]
 
 
+class SystemPrompt(NamedTuple):
+    """The system prompt that the texts of a run were read under."""
+
+    text: str
+    """Empty where there is none, or not one for all."""
+    others: int
+    """How many others rows bring along."""
+
+
+def _texts(outcome: RunResult) -> list[dict[str, str]]:
+    """Return the table of the texts of a run, a mapping for each."""
+    path = RunLayout(outcome.folder).texts
+    if not path.is_file():
+        return []
+    lines = read_text(path).split("\n")
+    return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _system_prompt(outcome: RunResult, texts: Sequence[Mapping[str, str]]) -> SystemPrompt:
+    """Return the system prompt of a run, and how many others its texts have."""
+    path = RunLayout(outcome.folder).system_prompt
+    text = read_text(path) if path.is_file() else ""
+    # Runs of earlier versions have no such column. Plain texts have no prompt.
+    hashes = {each["system"] for each in texts if each.get("system") and _in_domain(each)}
+    return SystemPrompt(text, len(hashes - {digest(text)}))
+
+
+def _in_domain(text: Mapping[str, str]) -> bool:
+    return not Split(text["split"]).outside_domain
+
+
+def _example(chat: ChatFormat | None, system: SystemPrompt, tokens: int) -> str:
+    """Return three statements of Python that ask a checkpoint; `SYSTEM` is its system prompt.
+
+    Args:
+        chat: its format; None if only transformers can tell.
+        system: its system prompt.
+        tokens: the longest answer.
+    """
+    asked = bool(system.text or system.others)
+    if chat and chat.is_ours:
+        start = 'SYSTEM + "\\n\\n' if asked else '"'
+        prompt = f'tokenizer({start}User: Your question?\\nAssistant:", return_tensors="pt")'
+    else:
+        own_turn = not (chat and asked) or chat.for_style(system.text or "?", "?").system_turn
+        turns = ['{"role": "user", "content": "Your question?"}']
+        if asked and own_turn:
+            turns.insert(0, '{"role": "system", "content": SYSTEM}')
+        elif asked:
+            turns = ['{"role": "user", "content": SYSTEM + "\\n\\nYour question?"}']
+        switches = [f"{name}={value}" for name, value in (chat.switches if chat else {}).items()]
+        options = ["add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
+        prompt = "tokenizer.apply_chat_template(\n    "
+        prompt += f"[{', '.join(turns)}],\n    {', '.join([*options, *switches])},\n)"
+    return (
+        "from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer\n\n"
+        'tokenizer, model = Tokenizer.from_pretrained("."), Model.from_pretrained(".")\n'
+        f"prompt = {prompt}\n"
+        "print(tokenizer.decode(model.generate("
+        f"**prompt, max_new_tokens={tokens}, do_sample=False)[0]))"
+    )
+
+
 def _asking(
-    checkpoint: Path, pair: Pair, names: Mapping[str, str], date: str, thinking: bool
+    asked: ChatFormat | None, pair: Pair, names: Mapping[str, str], date: str, thinking: bool
 ) -> list[str]:
     """Return what a user should know of the checkpoint's chat template, a sentence each."""
-    asked = _chat_format(checkpoint, thinking)
     if asked is None:  # only transformers can tell
         return []
     sentences = []
