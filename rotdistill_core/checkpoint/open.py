@@ -164,6 +164,31 @@ def locate_model(ref: ModelRef, log: Log = lambda _: None) -> Path:
     raise _not_found(name, sources)
 
 
+def has_source(name: str) -> bool:
+    """Return whether a source opens references of this kind, and no folder or hub is meant."""
+    return _kind(name) in installed_plugins(SOURCES)
+
+
+def require_in_current_folder(name: str, base: Path) -> None:
+    """Refuse a folder that lies beside the recipe, where the user is elsewhere.
+
+    Args:
+        name: what the recipe names as a model.
+        base: the folder of the recipe.
+
+    Raises:
+        SetupError: naming both folders.
+    """
+    path = Path(name).expanduser()
+    beside = base / path
+    if has_source(name) or path.exists() or not beside.is_dir():
+        return
+    raise SetupError(
+        f"{name}: there is no such folder in {Path.cwd()}, where you are, and models are relative "
+        f'to that. There is one beside the recipe: write model = "{beside}", or go to {base}.'
+    )
+
+
 def _kind(name: str) -> str:
     """Return the scheme of a reference, or else its ending."""
     scheme, colon, _ = name.partition(":")
@@ -184,7 +209,10 @@ def _not_found(name: str, sources: Sequence[str]) -> RotdistillError:
     elif _is_hub_id(name):
         wanted = "ids of a model hub (owner/name)"
     else:
-        return SetupError(f"{name}: is neither a folder here nor a Hugging Face id (owner/name).")
+        return SetupError(
+            f"{name}: is neither a folder here nor a Hugging Face id (owner/name). Models are "
+            f"relative to the folder that you are in, {Path.cwd()}."
+        )
     opened = f"Installed sources open: {', '.join(sources)}." if sources else "None is installed."
     return PluginError(
         f"{name}: there is no such folder, and no installed source opens {wanted}. A source is a "

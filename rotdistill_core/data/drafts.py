@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
+from rotdistill_core.characters import visible
 from rotdistill_core.data.conversations import Claim, Turn
 from rotdistill_core.data.rows import Row
 from rotdistill_core.data.text_files import (
@@ -38,6 +39,12 @@ PAIRS = (
     ("instruction", "output"),
 )
 """Columns of question and answer. The first pair of which a row has the question counts."""
+FORMS = (
+    "messages, conversations, question and answer, prompt and completion, or instruction and output"
+)
+"""The columns of a conversation, in words."""
+SHOWN_KEYS = 8
+"""Names of columns that a message lists."""
 ROLES = {
     "system": "system",
     "user": "user",
@@ -85,6 +92,10 @@ class BadRowError(ValueError):
     """What is wrong with a row: `column: sentence`."""
 
 
+class NoQuestionError(BadRowError):
+    """A row has no column that is a question; rows of one file mostly share that."""
+
+
 def drafts_of(
     rows: Iterable[Row], use: Use, problems: list[str], thinking: bool = False
 ) -> list[Draft]:
@@ -97,12 +108,18 @@ def drafts_of(
         thinking: keep what an assistant thinks before it answers.
     """
     drafts = []
+    alike: dict[str, list[str]] = {}
     for row in rows:
         try:
             draft = _draft(row, use)
             drafts.append(draft if thinking else _without_thoughts(draft))
+        except NoQuestionError as error:
+            alike.setdefault(str(error), []).append(row.where)
         except BadRowError as error:
             problems.append(f"{row.where}: {error}")
+    for problem, places in alike.items():
+        others = f" So it is in {len(places)} rows." if len(places) > 1 else ""
+        problems.append(f"{places[0]}: {problem}{others}")
     return drafts
 
 
@@ -220,9 +237,9 @@ def _is_filled(value: object) -> bool:
 
 
 def _refuse_without_question(row: Row, use: Use) -> NoReturn:
-    has = ", ".join(sorted(row.values)) or "nothing that is read"
-    wanted = "messages, question or prompt" + (", or text" if use == "guard" else "")
-    raise BadRowError(f"has no question; it needs {wanted} (it has {has}).")
+    has = ", ".join([*sorted(row.values), *row.others][:SHOWN_KEYS]) or "nothing"
+    wanted = FORMS + (", or text" if use == "guard" else "")
+    raise NoQuestionError(f"has no question (it has {visible(has):.200}). It needs {wanted}.")
 
 
 def _turns(

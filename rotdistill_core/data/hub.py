@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rotdistill_core.data.rows import KEYS, Row, known_values
+from rotdistill_core.data.rows import KEYS, Row, ignored_keys, known_values
 from rotdistill_core.errors import RecipeError, SetupError
 
 HUB = "hub:"
@@ -55,7 +55,8 @@ def read_hub(reference: str) -> list[Row]:
             revision=parts["revision"],
         )
         known = found.select_columns([name for name in found.column_names if name in KEYS])
-        return [_row(reference, k, values) for k, values in enumerate(known, 1)]
+        others = tuple(ignored_keys(found.column_names))
+        return [_row(reference, k, values, others) for k, values in enumerate(known, 1)]
     except Exception as error:  # the library raises what those below it raise
         said = " ".join(str(error).split())[:300]
         raise SetupError(
@@ -64,5 +65,5 @@ def read_hub(reference: str) -> list[Row]:
         ) from error
 
 
-def _row(reference: str, number: int, values: Mapping[str, Any]) -> Row:
-    return Row(f"{reference}: row {number}", known_values(values))
+def _row(reference: str, number: int, values: Mapping[str, Any], others: tuple[str, ...]) -> Row:
+    return Row(f"{reference}: row {number}", known_values(values), others)

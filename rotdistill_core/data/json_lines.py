@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rotdistill_core.data.rows import Row, known_values
+from rotdistill_core.data.rows import Row, ignored_keys, known_values
 from rotdistill_core.data.text_files import LINE_END, decode_file
 
 
@@ -31,7 +31,8 @@ def read_json_lines(path: Path, problems: list[str]) -> list[Row]:
             continue
         where = f"{path}: line {number}"
         try:
-            rows.append(Row(where, known_values(json_object(line))))
+            values = json_object(line)
+            rows.append(Row(where, known_values(values), tuple(ignored_keys(values))))
         except BadLineError as error:
             problems.append(f"{where}{error}")
     return rows

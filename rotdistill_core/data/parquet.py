@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from rotdistill_core.data.rows import KEYS, Row, known_values
+from rotdistill_core.data.rows import KEYS, Row, ignored_keys, known_values
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import COLLECTION_BYTES, require_plain
 
@@ -59,6 +59,7 @@ def _append_rows(file: Any, path: Path, rows: list[Row]) -> None:
     if size > COLLECTION_BYTES:
         raise ValueError(f"it unpacks to {size} bytes; {COLLECTION_BYTES} are the most")
     columns = [name for name in file.schema_arrow.names if name in KEYS]
+    others = tuple(ignored_keys(file.schema_arrow.names))
     for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
         for values in batch.to_pylist():
-            rows.append(Row(f"{path}: row {len(rows) + 1}", known_values(values)))
+            rows.append(Row(f"{path}: row {len(rows) + 1}", known_values(values), others))

@@ -54,11 +54,23 @@ def read_conversations(
             a dataset.
     """
     problems: list[str] = []
+    _refuse_held_out_index(ref, base)
     how = (base, problems, log, ref.thinking)
     index = _read(ref.index, "index", *how)
     heldout = _read(ref.heldout, "heldout", *how) if ref.heldout else []
     guard = _read(ref.guard, "guard", *how) if ref.guard else []
     style = _read_system_prompt(base / ref.style, problems) if ref.style else ""
+    if not ref.style and (style := _shared_prompt(index)):
+        index, heldout = _without_prompt(index, style), _without_prompt(heldout, style)
+        log(
+            f"{text_path(ref.index, base)}: all {len(index)} conversations have one system prompt: "
+            "it is that of the run."
+        )
+    elif ref.style and style and {draft.system for draft in index}.isdisjoint({None, style}):
+        log(
+            f"{base / ref.style}: no conversation reads this system prompt: all {len(index)} of "
+            f"{text_path(ref.index, base)} have their own. Leave one of them out."
+        )
     problems += first_few(_overlaps(index, heldout))
     problems += first_few(_repeated_ids(guard, (*index, *heldout)))
     if not ref.own_answers:
@@ -133,11 +145,22 @@ def _with_languages(drafts: list[Draft], path: str, log: Log) -> list[Draft]:
     told = told_languages(unknown, {draft.language for draft in drafts if draft.language})
     counts = Counter(told.values()).most_common()
     log(
-        f"{path}: the language of {len(told)} of {len(drafts)} texts is told by their words: "
-        f"{', '.join(f'{language} {count}' for language, count in counts)}. A column `language` "
-        "says it."
+        f"note: {path}: the language of {len(told)} of {len(drafts)} texts is told by their words: "
+        f"{', '.join(f'{language} {count}' for language, count in counts)}. Nothing needs to be "
+        "done; where that is wrong, a column `language` sets it right."
     )
     return [replace(draft, language=draft.language or told[draft.id]) for draft in drafts]
+
+
+def _shared_prompt(index: Sequence[Draft]) -> str:
+    """Return the system prompt that all texts of the index have themselves; empty for none."""
+    prompts = {draft.system for draft in index}
+    return (prompts.pop() or "") if len(prompts) == 1 else ""
+
+
+def _without_prompt(drafts: Iterable[Draft], prompt: str) -> list[Draft]:
+    """Return drafts that leave a system prompt to that of the run, where it is theirs."""
+    return [replace(each, system=None) if each.system == prompt else each for each in drafts]
 
 
 def _words(draft: Draft) -> str:
@@ -214,6 +237,21 @@ def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:
 
 
 # Checks over several rows.
+
+
+def _refuse_held_out_index(ref: SamplesRef, base: Path) -> None:
+    """Refuse to score on the very file that is fitted on.
+
+    Raises:
+        RecipeError: `heldout` names the file of `index`.
+    """
+    files = [reference for reference in (ref.index, ref.heldout) if reference]
+    paths = {each if each.startswith(HUB) else (base / each).resolve() for each in files}
+    if len(paths) < len(files):
+        raise RecipeError(
+            f"{text_path(ref.index, base)}: heldout is the index file. Leave heldout out: then "
+            "samples.heldout_share of the texts is held out."
+        )
 
 
 def _unanswered(index: Iterable[Draft]) -> Iterable[str]:

@@ -41,6 +41,8 @@ class Row:
     """File and line, or file and row, for messages: `texts.tsv: line 3`."""
     values: Mapping[str, Any]
     """Column -> value; no null."""
+    others: tuple[str, ...] = ()
+    """Columns that are not read."""
 
     def has(self, *keys: str) -> bool:
         """Return whether the row has all of these columns."""

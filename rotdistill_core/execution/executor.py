@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from rotdistill_core.checkpoint.devices import resolve_device
 from rotdistill_core.checkpoint.models import Pair
-from rotdistill_core.checkpoint.open import open_pair
+from rotdistill_core.checkpoint.open import open_pair, require_in_current_folder
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import facts_digest
 from rotdistill_core.data.lessons import checked_lesson_texts
@@ -124,6 +124,7 @@ class Executor:
         watching = recipe.observers if ranks.leads else []
         self.observers = Observers(observer, watching, folder)
         for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
+            require_in_current_folder(ref.model, loaded.path.parent)
             resolve_device(ref.device)  # a missing one is an error now, not after a download
         pair = open_pair(recipe.teacher, recipe.student, recipe.anchor, log)
         for recipe_step in loaded.steps:

@@ -200,22 +200,15 @@ def _teacher_answers(
 
 
 def _freeze(run: RunContext, samples: Samples) -> None:
-    """Commit the system prompt, and a table of the texts with the hash of their tokens.
+    """Commit the system prompt, and a table of the texts.
 
-    The system prompt is that of the recipe, else the one that all texts of the domain bring along;
-    where they bring several, there is none. The table has the hash of each text's own.
+    The table has the hash of each text's tokens, and of the system prompt that it is read with.
     """
     out = run.output(samples.digest())
     given = {each.id: each for each in (*samples.conversations, *run.conversations)}
     prompts = {
         name: "" if each.is_plain else each.system_under(run.style) for name, each in given.items()
     }
-    of_domain = {
-        prompts[name]
-        for name, each in given.items()
-        if not (each.is_plain or each.split.outside_domain)
-    }
-    common = next(iter(of_domain)) if len(of_domain) == 1 else ""
     lines = ["id\tlanguage\tsplit\ttokens\tanswer_from\tsystem\tsha256\n"]
     for text in samples.layout.texts:
         cells = (
@@ -229,4 +222,4 @@ def _freeze(run: RunContext, samples: Samples) -> None:
         )
         lines.append("\t".join(cells) + "\n")
     out.document(RunLayout.TEXTS, [line.encode() for line in lines])
-    out.document(RunLayout.SYSTEM_PROMPT, [(run.style or common).encode()])
+    out.document(RunLayout.SYSTEM_PROMPT, [run.style.encode()])

@@ -15,7 +15,7 @@ from pathlib import Path
 from rotdistill_core.architecture.counts import require_counts
 from rotdistill_core.checkpoint.headers import TOKENIZERS, folder_headers, missing_files
 from rotdistill_core.checkpoint.models import Model
-from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.checkpoint.open import has_source, open_model
 from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.shape import ModelShape
 from rotdistill_core.plugin.registry import adapter_for
@@ -73,6 +73,11 @@ def model_info(ref: ModelRef, texts: Path, log: Callable[[str], None]) -> ModelI
             "it is. If it is a hub id, `rotdistill run` downloads it."
         )
     return _described(path)
+
+
+def needs_source(ref: ModelRef) -> bool:
+    """Return whether a source has to open a reference: it is no folder and no id of a hub."""
+    return not Path(ref.model).expanduser().is_dir() and has_source(ref.model)
 
 
 def _is_hub_id(name: str) -> bool:

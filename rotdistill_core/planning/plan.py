@@ -10,10 +10,12 @@ from operator import attrgetter
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair, require_vocabulary
+from rotdistill_core.checkpoint.open import require_in_current_folder
 from rotdistill_core.data.conversations import Conversation, facts_digest
 from rotdistill_core.data.lessons import LessonTexts, checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.summary import text_notes, texts_in_words
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
 from rotdistill_core.planning.answering import Asking, HasOutlook, Questions
@@ -43,8 +45,13 @@ from rotdistill_core.planning.cost import (
     step_cost,
     teacher_answers_cost,
 )
-from rotdistill_core.planning.machine import BUSY, HOST, Machine, load
-from rotdistill_core.planning.models import ModelInfo, model_info
+from rotdistill_core.planning.machine import BUSY, HOST, Machine, load, this_machine
+from rotdistill_core.planning.models import (
+    ModelInfo,
+    ModelNotAvailable,
+    model_info,
+    needs_source,
+)
 from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
     FRESH,
@@ -154,8 +161,10 @@ class Plan:
     """Memory that every step needs on top of its own, bytes."""
     costs: list[Cost] = field(default_factory=list)
     """Cost of each line, as its step states it; nothing where the result is reused."""
+    counted: str = ""
+    """How many texts there are of each file and split, in words."""
     notes: list[str] = field(default_factory=list)
-    """What the user should know of how texts are written, a sentence each."""
+    """What the user should know of texts and how they are written, a sentence each."""
 
     @property
     def todo(self) -> list[PlanLine]:
@@ -305,11 +314,10 @@ def build_plan(
         RotdistillError: models or texts of the recipe are missing, or its steps do not fit them.
     """
     recipe = loaded.recipe
-    texts_folder = (loaded.path.parent / recipe.samples.index).parent
     read: list[str] = []
     conversations, style = read_conversations(recipe.samples, loaded.path.parent, read.append)
     lesson_texts = checked_lesson_texts(recipe, loaded.path.parent, conversations)
-    models = _models(recipe, texts_folder, log)
+    models = _models(loaded, log)
     _let_steps_check(loaded, models)
     start = _start_context(recipe, models, conversations, style, machine)
     folder = loaded.folder(root)
@@ -359,8 +367,10 @@ def build_plan(
         machine=machine,
         baseline_memory=round(baseline_memory(start)),
         costs=builder.costs,
+        counted=texts_in_words(conversations, recipe.samples, start.texts.lessons),
         notes=[
             *read,
+            *text_notes(conversations, recipe.samples, recipe.teacher.model),
             *_counting_notes(start.texts),
             *notes,
             *lesson_notes(recipe, conversations, lesson_texts),
@@ -378,14 +388,69 @@ def _counting_notes(texts: TextCounts) -> list[str]:
     ]
 
 
-def _models(recipe: Recipe, texts_folder: Path, log: Callable[[str], None]) -> dict[str, ModelInfo]:
+def check_against_models(
+    loaded: ResolvedRecipe, conversations: Sequence[Conversation], style: str
+) -> list[str]:
+    """Check a recipe against the folders and configs of its models, as a plan does.
+
+    Nothing is unpacked or downloaded: of a recipe with a model that would be, the other models are
+    looked for, and no more.
+
+    Args:
+        loaded: the recipe.
+        conversations: its texts.
+        style: its system prompt.
+
+    Returns:
+        A sentence for each model that was not looked at.
+
+    Raises:
+        RotdistillError: a model is missing or torn, or a step does not fit the models.
+    """
+    recipe = loaded.recipe
+    unseen = []
+    for ref in filter(None, (recipe.teacher, recipe.student, recipe.anchor)):
+        require_in_current_folder(ref.model, loaded.path.parent)
+        try:
+            if needs_source(ref):
+                raise ModelNotAvailable(ref.model)
+            model_info(ref, _texts_folder(loaded), lambda _: None)
+        except ModelNotAvailable:
+            unseen.append(
+                f"{ref.model}: was not looked at, since that would unpack or download it; "
+                "`rotdistill plan` says whether it fits the recipe."
+            )
+    if unseen:
+        return list(dict.fromkeys(unseen))
+    models = _models(loaded, lambda _: None)
+    _let_steps_check(loaded, models)
+    machine = this_machine(Path())
+    start = _start_context(recipe, models, conversations, style, machine)
+    for chain in loaded.chains(narrow=False).values():
+        context = start
+        for recipe_step in chain:
+            step_cost(recipe_step.step, context)
+            context = _context_after(context, recipe_step)
+    return []
+
+
+def _texts_folder(loaded: ResolvedRecipe) -> Path:
+    return (loaded.path.parent / loaded.recipe.samples.index).parent
+
+
+def _models(loaded: ResolvedRecipe, log: Callable[[str], None]) -> dict[str, ModelInfo]:
+    recipe = loaded.recipe
     refs = {"teacher": recipe.teacher, "student": recipe.student, "anchor": recipe.anchor}
     for role, ref in refs.items():
+        if not ref:
+            continue
+        require_in_current_folder(ref.model, loaded.path.parent)
         # Of Apple's GPU the system tells; a plan asks no torch. Other GPUs are counted later.
-        if ref and ref.device == "mps" and sys.platform != "darwin":
+        if ref.device == "mps" and sys.platform != "darwin":
             raise SetupError(
                 f'{role}.device = "mps": this machine has no Apple GPU; write "cpu" or "auto".'
             )
+    texts_folder = _texts_folder(loaded)
     found = {role: model_info(ref, texts_folder, log) for role, ref in refs.items() if ref}
     for role in ("teacher", "student"):  # an anchor reads no text
         if model := found[role].model:

@@ -208,18 +208,6 @@ class TextCounts:
     own_answers: Mapping[str, int] = field(default_factory=dict)
     """Split -> those of its texts that are a question once more, for the teacher to answer."""
 
-    def in_words(self) -> str:
-        """Return how many texts there are of each split, and where those of no file come from."""
-        counts = ", ".join(f"{count} {split}" for split, count in self.texts.items())
-        made = []
-        if self.own_answers:
-            own = " and ".join(f"{count} {split}" for split, count in self.own_answers.items())
-            made.append(f"{own} that the teacher answers itself (samples.own_answers)")
-        if self.lessons:
-            made.append(f"{self.lessons} fit that are lessons (lessons.count)")
-        among = f", among them {'; '.join(made)}" if made else ""
-        return f"{self.total} tokens in {counts} texts{among}"
-
     def rows_of(self, *splits: str, limit: int | None = None) -> int:
         """Return the rows of some splits, with the shared prompt.
 

@@ -223,8 +223,9 @@ def test_the_last_turn_of_the_assistant_is_the_answer_and_earlier_ones_its_conte
 def test_a_row_has_its_own_system_prompt_or_that_of_the_recipe(
     tmp_path: Path, system: str | None, prompt: str
 ) -> None:
-    write_jsonl(tmp_path / "i.jsonl", [{**row, "system": system} for row in ROWS])
-    assert {each.system_under("w9") for each in read(tmp_path, "i.jsonl")} == {prompt}
+    other = {**HELDOUT[1], "answer": "w5", "system": "w7"}
+    write_jsonl(tmp_path / "i.jsonl", [*({**row, "system": system} for row in ROWS), other])
+    assert {each.system_under("w9") for each in read(tmp_path, "i.jsonl")} == {prompt, "w7"}
 
 
 THOUGHT = [
@@ -449,3 +450,59 @@ def test_a_missing_library_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SetupError, match=rf"pip install 'rotdistill\[{extra}\]'"):
         read(tmp_path, reference)
+
+
+PROMPT = "Be brief."
+
+
+def shared(**changes: Any) -> list[dict[str, Any]]:
+    return [{**row, "id": f"s{k}", "system": PROMPT, **changes} for k, row in enumerate(ROWS)]
+
+
+def test_a_prompt_that_all_rows_have_is_that_of_the_run(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "i.jsonl", shared())
+    said: list[str] = []
+    found, style = read_conversations(SamplesRef(index="i.jsonl"), tmp_path, said.append)
+    assert style == PROMPT
+    assert {each.system for each in found} == {None}
+    assert f"all {len(ROWS)} conversations have one system prompt" in "\n".join(said)
+    # The texts stay as they were: they have it as their own where one row has another.
+    other = shared()
+    other[0]["system"] = "Be long."
+    write_jsonl(tmp_path / "i.jsonl", other)
+    mixed, style = read_conversations(SamplesRef(index="i.jsonl"), tmp_path)
+    assert style == ""
+    assert {each.id: each.split for each in mixed} == {each.id: each.split for each in found}
+    assert {each.system for each in mixed} == {PROMPT, "Be long."}
+
+
+def test_a_named_prompt_that_no_row_reads_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "s.md").write_text("Be long.")
+    write_jsonl(tmp_path / "i.jsonl", shared())
+    said: list[str] = []
+    ref = SamplesRef(index="i.jsonl", style="s.md")
+    found, style = read_conversations(ref, tmp_path, said.append)
+    assert (style, {each.system for each in found}) == ("Be long.", {PROMPT})
+    assert "no conversation reads this system prompt" in "\n".join(said)
+    for rows in (ROWS, shared(system="Be long.")):
+        said.clear()
+        write_jsonl(tmp_path / "i.jsonl", rows)
+        read_conversations(ref, tmp_path, said.append)
+        assert "no conversation reads" not in "\n".join(said)
+
+
+def test_rows_without_a_question_are_one_problem(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "i.jsonl", [{"user": "Why?", "bot": "So."}] * 24)
+    with pytest.raises(RecipeError) as caught:
+        read_conversations(SamplesRef(index="i.jsonl"), tmp_path)
+    (problem,) = caught.value.problems
+    assert "line 1: has no question (it has bot, user)" in problem
+    assert problem.endswith("So it is in 24 rows.")
+
+
+def test_the_index_is_not_held_out(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "i.jsonl", ROWS)
+    with pytest.raises(RecipeError) as caught:
+        read_conversations(SamplesRef(index="i.jsonl", heldout="./i.jsonl"), tmp_path)
+    (problem,) = caught.value.problems
+    assert "heldout is the index file" in problem

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from rotdistill_core.data.conversations import OWN_ANSWER, Conversation
+from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import SetupError
 from rotdistill_core.planning.text_counts import (
@@ -114,23 +113,6 @@ def test_texts_outside_the_domain_are_plain() -> None:
     found = counts(question("guard", "x y z", text=""), question("guard-validation", "x", text=""))
     assert found.rows == {"guard": 3, "guard-validation": 1}
     assert found.questions_asked == 0
-
-
-def test_words_say_where_texts_of_no_file_come_from() -> None:
-    fit = [question("fit", "x y")] * 3
-    assert counts(*fit).in_words() == f"{counts(*fit).total} tokens in 3 fit texts"
-    own = [
-        replace(question(split, None), id=f"id{OWN_ANSWER}")
-        for split in ("fit", "fit", "validation")
-    ]
-    told = (
-        "in 5 fit, 1 validation texts, among them 2 fit and 1 validation that the teacher answers "
-        "itself (samples.own_answers)"
-    )
-    assert counts(*fit, *own).in_words().endswith(told)
-    lessons = count_texts(fit, "a b", SETTINGS, words, Lessons(count=10))
-    told = "in 13 fit texts, among them 10 fit that are lessons (lessons.count)"
-    assert lessons.in_words().endswith(told)
 
 
 def test_a_limit_counts_texts_at_their_mean_length() -> None:

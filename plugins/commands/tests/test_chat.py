@@ -142,3 +142,45 @@ def test_variants_are_asked_on_the_day_of_their_texts(
     assert workspace.command("chat", "dated", "--prompt", QUESTION, "--tokens", "2")[0] == 0
     assert rendered
     assert all(text.startswith("w29 ") for text in rendered)
+
+
+def test_a_model_answers_before_there_is_a_run(work: Path) -> None:
+    words = ("chat", "--prompt", QUESTION, "--tokens", "3", "--json")
+    code, out, err = command_line(*words, "--model", "model", "--system", "texts/style.md")
+    assert code == 0, err
+    [found] = json.loads(out)
+    of_run = json.loads(command_line(*words, "trial", "--variant", "base")[1])[0]
+    assert found["answers"] == {"model": of_run["answers"]["base"]}
+    for more, message in (
+        ((), "or a model with --model"),
+        (("trial", "--model", "model"), "alone"),
+    ):
+        code, out, err = command_line(*words, *more)
+        assert (code, out) == (2, "")
+        assert message in err
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_prompt_of_the_rows_is_that_of_the_run_or_is_said_to_differ(
+    make_workspace: Callable[..., PicoWorkspace], differ: bool
+) -> None:
+    workspace = make_workspace()
+    rows = [
+        {"question": f"w{k} w4", "answer": "w5", "language": "en", "system": "w6 w7"}
+        for k in range(20)
+    ]
+    if differ:
+        rows[3]["system"] = "w8"
+    texts = "".join(json.dumps(row) + "\n" for row in rows)
+    (workspace.folder / "rows.jsonl").write_text(texts)
+    (workspace.folder / "own.toml").write_text(
+        'name = "own"\nobservers = []\nteacher.model = "model"\nstudent.model = "model"\n'
+        'samples = { index = "rows.jsonl", answer_tokens = 2 }\n'
+        'step = [{ use = "chop", layers = 1 }]\n'
+    )
+    workspace.run(workspace.folder / "own.toml")
+    [prompt] = workspace.folder.glob("runs/own-*/system.md")
+    assert prompt.read_text() == ("" if differ else "w6 w7")
+    code, _, err = workspace.command("chat", "own", "--prompt", QUESTION, "--tokens", "2")
+    assert code == 0, err
+    assert ("which differ, so none is used here. --system FILE" in err) is differ

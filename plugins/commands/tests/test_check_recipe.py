@@ -157,3 +157,44 @@ def test_the_texts_of_an_override_are_read(own: PicoWorkspace, key: str) -> None
     assert code == RecipeError.exit_code
     assert f"samples.{key}" in err or "[samples]" in err
     assert "No such file" in err
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ("chop.layers=9", 2, 'step "chop": layers = 9, but the student has 2'),
+        ("student.model=gone", 3, "gone: is neither a folder here nor"),
+        ("teacher.model=texts", 3, "texts"),
+    ],
+)
+def test_models_are_looked_at_without_loading(
+    own: PicoWorkspace, changed: str, code: int, message: str
+) -> None:
+    found, _, err = own.command("check", "trial.toml", "--set", changed)
+    assert (found, "fine" in err) == (code, False)
+    assert message in err
+
+
+def test_a_model_that_would_be_downloaded_is_named(own: PicoWorkspace) -> None:
+    code, _, err = own.command("check", "trial.toml", "--set", "teacher.model=owner/gone")
+    assert (code, "fine" in err) == (0, True)
+    assert "owner/gone: was not looked at" in err
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "run"])
+def test_a_model_beside_the_recipe_is_named_from_elsewhere(
+    own: PicoWorkspace, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(own.folder.parent)
+    code, _, err = command_line(verb, f"{own.folder.name}/trial.toml")
+    assert code == 3
+    assert f'write model = "{own.folder.name}/model"' in err
+
+
+def test_check_and_plan_count_texts_in_the_same_words(own: PicoWorkspace) -> None:
+    _, _, err = own.command("check", "trial.toml", "--set", "samples.own_answers=4")
+    (line,) = [line for line in err.splitlines() if line.startswith("texts: ")]
+    _, out, _ = own.command("plan", "trial.toml", "--set", "samples.own_answers=4")
+    assert line.removeprefix("texts: ") in out
+    assert "play no part in the scores" in err
+    assert "play no part in the scores" in out

@@ -145,6 +145,11 @@ def test_it_says_which_texts_guard_and_that_texts_are_few(work: PicoWorkspace) -
     words = ("--teacher", "teacher", "--texts", "mine.jsonl")
     code, _, err = work.command("new", "recipe", "mine", *words)
     assert code == 0, err
+    text = (work.folder / "mine.toml").read_text()
+    said = "of the 24 texts: options are chosen on them"
+    validation = next(line for line in text.splitlines() if line.endswith(said))
+    share, number = float(validation.split()[2]), int(validation.split("# ")[1].split()[0])
+    assert round(share * TEXTS) == number
     guard, few = (next(x for x in err.splitlines() if x.startswith(k)) for k in ("guard", "texts"))
     assert guard.startswith("guard: ")
     assert "samples/general/index.tsv, 40 shipped texts outside the domain" in guard
@@ -208,7 +213,11 @@ def test_sizes_follow_the_machine(work: PicoWorkspace, monkeypatch: pytest.Monke
             2,
             "--domain: write in a few words",
         ),
-        (("recipe", "new", "--teacher", "teacher", "--texts", "gone.jsonl"), 2, "gone.jsonl"),
+        (
+            ("recipe", "new", "--teacher", "teacher", "--texts", "gone.jsonl"),
+            2,
+            "--texts gone.jsonl: there is no such file",
+        ),
         (("recipe", "new", "--teacher", "owner/gone"), 3, "hf download owner/gone"),
         (("step", "new", "--texts", "mine.jsonl"), 2, "--texts: for a recipe"),
     ],
@@ -220,3 +229,20 @@ def test_mistakes_are_reported_and_nothing_is_written(
     assert (found, out) == (code, "")
     assert message in err
     assert not list(work.folder.glob("new*"))
+
+
+def test_a_packaged_teacher_is_said(work: PicoWorkspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rotdistill_scaffold._recipe.MODEL", "teacher")
+    code, _, err = work.command("new", "recipe", "mine", "--texts", "mine.jsonl")
+    assert code == 0, err
+    assert "teacher: teacher, a small model in a Python package, since --teacher named none" in err
+
+
+def test_a_prompt_that_all_texts_have_is_no_missing_one(work: PicoWorkspace) -> None:
+    path = work.folder / "mine.jsonl"
+    rows = [{**json.loads(line), "system": "w1"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "style" not in new(work)["samples"]
+    text = (work.folder / "mine.toml").read_text()
+    assert "# The system prompt is that of the conversations: all have the same." in text
+    assert "there is none" not in text

