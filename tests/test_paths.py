@@ -70,12 +70,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("pico", "big", "small")):
         config = {"num_hidden_layers": 3, "max_position_embeddings": 512, "seed": seed}
         workspace.model(f"models/{name}", **config)
-    write_files(ROOT / "docs" / "paths" / "texts.md", workspace.folder)
+    page = ROOT / "docs" / "paths" / "texts.md"
+    write_files(page, workspace.folder)
     recipes = workspace.folder / "recipes"
     recipes.mkdir()
     shipped = (ROOT / "recipes" / "support.toml").read_text(encoding="utf-8")
     (recipes / "support.toml").write_text(small(shipped), encoding="utf-8")
     (workspace.folder / "samples").symlink_to(ROOT / "samples")
+    [line] = re.findall(
+        r"^rotdistill (new recipe mine .*)$", page.read_text(encoding="utf-8"), re.M
+    )
+    code, _, err = workspace.command(*shlex.split(small(line)))
+    assert code == 0, err
     assert workspace.command("run", "mine.toml")[0] == 0
     return workspace.folder
 

@@ -193,7 +193,7 @@ def test_a_model_beside_the_recipe_is_named_from_elsewhere(
 
 def test_check_and_plan_count_texts_in_the_same_words(own: PicoWorkspace) -> None:
     _, _, err = own.command("check", "trial.toml", "--set", "samples.own_answers=4")
-    (line,) = [line for line in err.splitlines() if line.startswith("texts: ")]
+    (line,) = [line for line in err.splitlines() if " of texts/index.tsv: " in line]
     _, out, _ = own.command("plan", "trial.toml", "--set", "samples.own_answers=4")
     assert line.removeprefix("texts: ") in out
     assert "play no part in the scores" in err
