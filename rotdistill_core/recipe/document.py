@@ -94,8 +94,9 @@ class SamplesRef(Document):
     """Conversations to fit on: a tab-separated table, `.jsonl`, `.parquet`, or
     `hub:owner/name`."""
     style: str | None = None
-    """The system prompt of conversations that have none of their own. By default there is none;
-    without `index` it is `../samples/tour_guide.md`."""
+    """The system prompt of conversations that have none of their own. By default it is the one that
+    all conversations of `index` have, if they have one; without `index` it is
+    `../samples/tour_guide.md`."""
     heldout: str | None = None
     """Held-out questions, in the forms of `index`. The teacher answers them, and variants are
     scored on its answers. By default a share of `index` is held out; without `index` it is
