@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rotdistill_core.data.rows import KEYS, Row, ignored_keys, known_values
+from rotdistill_core.data.text_files import NAMED_BY
 from rotdistill_core.errors import SetupError
 from rotdistill_core.store.plain import COLLECTION_BYTES, require_plain
 
@@ -26,9 +27,7 @@ def read_parquet(path: Path, problems: list[str]) -> list[Row]:
     try:
         require_plain(path, COLLECTION_BYTES)
     except OSError as error:
-        problems.append(
-            f"{path}: cannot be read: {error.strerror}. The recipe names it under [samples]."
-        )
+        problems.append(f"{path}: cannot be read: {error.strerror}. {NAMED_BY}")
         return []
     try:
         parquet = importlib.import_module("pyarrow.parquet")

@@ -18,6 +18,8 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """First bytes of a file -> its encoding; the longer ones first, because they begin as others do."""
+NAMED_BY = "The recipe, or the one that it extends, names it under [samples]."
+"""What follows a problem with a whole file."""
 SAMPLED_BYTES = 4096
 """So much of a file tells whether it is UTF-16 without a byte-order mark."""
 MARK = "\ufeff"
@@ -69,11 +71,9 @@ def decode_file(path: Path, problems: list[str]) -> str | None:
     try:
         return decode_utf8(read_bytes(path, COLLECTION_BYTES))
     except NotUtf8Error as error:
-        problems.append(f"{path}: {error}. The recipe names it under [samples].")
+        problems.append(f"{path}: {error}. {NAMED_BY}")
     except OSError as error:
-        problems.append(
-            f"{path}: cannot be read: {error.strerror}. The recipe names it under [samples]."
-        )
+        problems.append(f"{path}: cannot be read: {error.strerror}. {NAMED_BY}")
     return None
 
 

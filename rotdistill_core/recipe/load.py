@@ -241,6 +241,9 @@ def _parent(path: Path, tables: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(parent, str) or "\0" in parent:
         raise RecipeError(f"{path}: extends: must be the path of one recipe.")
     parent_path = path.parent / parent
+    if not parent_path.exists():
+        folder = path.parent.resolve()
+        raise RecipeError(f"{path}: extends: {parent} cannot be read: no such file in {folder}.")
     parent_tables = _parse(parent_path, _read(parent_path))
     if "extends" in parent_tables:
         raise RecipeError(
