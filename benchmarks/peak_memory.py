@@ -8,15 +8,21 @@ from types import TracebackType
 import psutil
 
 INTERVAL = 0.02
-"""Seconds between two readings."""
+"""Seconds between two readings, by default."""
 
 
 class PeakMemory:
     """Reads the memory of this process while it is entered, in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = INTERVAL) -> None:
+        """Prepare to read.
+
+        Args:
+            interval: seconds between two readings. A peak that is shorter may be missed.
+        """
         self.bytes = 0
         """The most that was read since the beginning."""
+        self.interval = interval
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -38,5 +44,5 @@ class PeakMemory:
         while True:
             info = process.memory_info()
             self.bytes = max(self.bytes, info.rss - info.shared)
-            if self._ended.wait(INTERVAL):
+            if self._ended.wait(self.interval):
                 return

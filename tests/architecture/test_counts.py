@@ -45,6 +45,9 @@ IMPOSSIBLE = {
     "table": {"n": 2},
 }
 
+SECONDS = 8
+"""Loose: another process may have the machine. The faults took minutes."""
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -74,7 +77,7 @@ def test_an_impossible_count_is_named(
     started = time.monotonic()
     with pytest.raises(SetupError, match=rf"config\.json does not fit: {key} is .{{1,60}}, and"):
         open_model(ModelRef(model=str(folder)))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < SECONDS
 
 
 @pytest.mark.parametrize("layers", [1, 3, MOST_LAYERS])
@@ -123,7 +126,7 @@ def test_many_unknown_tensors_are_refused_in_a_moment(models: Callable[[str], Pa
     started = time.monotonic()
     with pytest.raises(SetupError, match=r"Did you mean .*; and \d+ more"):
         adapter.check(config, shapes, "here")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < SECONDS
 
 
 def test_the_command_line_ends_with_3(
