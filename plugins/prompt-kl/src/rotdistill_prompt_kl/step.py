@@ -63,14 +63,14 @@ class PromptKl:
     """Peak learning rate of AdamW, after a warm-up and before a linear decay. By default 5e-4 for a
     LoRA, and 5e-5 for `rank = "full"`."""
     bfloat16: bool = False
-    """Multiply in bfloat16 while training: four times as fast on a GPU or a processor with AMX,
-    slow on others."""
+    """Multiply in bfloat16 while training: faster on a GPU and on a processor with AMX or
+    AVX512-BF16, slow on others. The heads stay in float32."""
     batch_size: PositiveInt = 4
     """Continuations in one step of training."""
     micro_batch_size: PositiveInt = 1
-    """Continuations that go through the student at once; gradients of a step add up, so this
-    changes memory and time, and the result only by rounding. Each process takes so many at a
-    time."""
+    """Continuations that go through the student at once: more are faster, and take more memory.
+    Gradients of a step add up, so the result changes only by rounding. Each process takes so many
+    at a time."""
     loss: Literal["forward", "reverse", "jensen-shannon"] = "forward"
     """What training minimises: `"forward"`, the KL from teacher to student; `"reverse"`, the KL
     from student to teacher; or `"jensen-shannon"`, between the two. Validation and acceptance go by
