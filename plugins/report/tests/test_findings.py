@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from rotdistill_report._answer_summary import answer_summary, answer_verdict
@@ -11,20 +12,24 @@ from rotdistill_report._data import (
     IssueKind,
     ReportData,
     ShownFigure,
+    StepDiagnostics,
     Tone,
     answer_variants,
     evenly_spaced,
     figure_table,
 )
 from rotdistill_report._findings import (
+    alignment_issues,
     language_summary,
     larger_than_teacher,
+    maps_below_the_mean,
     smallest_of_equals,
     worse_alignments,
 )
 
 from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
+from rotdistill_core.plugin.registry import step_class
 from rotdistill_core.store.results import Answer
 
 UP = Interval(2.0, 1.0, 3.0)
@@ -333,6 +338,31 @@ def test_a_rotation_that_lowers_cosines_is_reported_with_its_worst_layer() -> No
     (text,) = worse_alignments(layers)
     assert "lowers the cosine" in text
     assert "at 2 of 3 layers, most at layer 0: from 1.000 to 0.800" in text
+
+
+def test_a_map_worse_than_the_mean_is_reported_with_what_to_do() -> None:
+    layers = {
+        0: LayerDiagnostics(cosine_after=0.5, cosine_mean=0.6),
+        1: LayerDiagnostics(cosine_after=0.3, cosine_mean=0.7),
+        2: LayerDiagnostics(cosine_after=0.7, cosine_mean=0.7),
+        3: LayerDiagnostics(cosine_after=0.1),
+    }
+    (text,) = maps_below_the_mean(layers)
+    assert "at 2 of 3 layers, most at layer 1: cosine 0.300, of the mean 0.700" in text
+    assert "Try more texts" in text
+    assert list(maps_below_the_mean({2: layers[2], 3: layers[3]})) == []
+
+
+def test_a_map_worse_than_the_mean_is_an_issue_unless_it_is_random_on_purpose() -> None:
+    layers = {0: LayerDiagnostics(cosine_after=0.5, cosine_mean=0.6)}
+    report = replace(bare_report(), diagnostics={"basis": StepDiagnostics("basis", layers)})
+
+    def issues(use: str) -> list[tuple[IssueKind, str]]:
+        recipe = Mock(steps=[Mock(id="basis", step=step_class(use)[0]())])
+        return [(issue.kind, issue.subject) for issue in alignment_issues(report, recipe)]
+
+    assert issues("procrustes") == [(IssueKind.BELOW_MEAN, "basis")]
+    assert issues("random-rotation") == []
 
 
 def test_a_permutation_worse_than_none_is_reported() -> None:

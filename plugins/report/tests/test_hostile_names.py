@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from rotdistill_report import _write
 from rotdistill_report._card import model_card
-from rotdistill_report._data import Issue, IssueKind, ReportData, collect
+from rotdistill_report._data import Issue, IssueKind, ReportData, StepDiagnostics, collect
 from rotdistill_report._findings import with_findings
 from rotdistill_report._svg import STYLE, Line, draw_lines, svg_of_axes
 from rotdistill_report._templates import code_span, fenced, table_cell, yaml_string, yaml_word
@@ -109,8 +109,12 @@ def hostile(report: ReportData, attack: str) -> ReportData:
     """Return the report with the attack in everything but the names of files that plots read, and
     the headings of the provenance."""
     provenance = {group: spoiled(lines, attack) for group, lines in report.provenance.items()}
+    own = {f"figure{attack}": 1.5, f"name{attack}": attack}
     diagnostics = {
-        title + attack: replace(measured, step=measured.step + attack)
+        title + attack: StepDiagnostics(
+            measured.step + attack,
+            {layer: replace(each, extra=own) for layer, each in measured.layers.items()},
+        )
         for title, measured in report.diagnostics.items()
     }
     return replace(spoiled(report, attack), provenance=provenance, diagnostics=diagnostics)

@@ -40,12 +40,15 @@ from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
 from rotdistill_core.store.results import Answer, Caution, Curve, Parity, TrainingCurve
+from rotdistill_report._alignments import AlignmentTable, alignment_table
 from rotdistill_report._provenance import Source, provenance
 
 MIN_TEXTS = 4
 """Texts from which an interval over them says something."""
 SHOWN_QUESTIONS = 3
 """Questions whose answers are on the first screen."""
+SHARED_NULLS = ("cosine_random", "cosine_mean")
+"""Figures of `LayerDiagnostics` that are the same for every map of the same rows."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class IssueKind(StrEnum):
     """A student that was cut has more parameters than its teacher."""
     WORSE_ALIGNMENT = "worse alignment"
     """A permutation or rotation leaves a layer farther from the teacher."""
+    BELOW_MEAN = "below the mean"
+    """A map is worse than the teacher's mean in place of every row."""
     WORSE = "worse"
     """A figure got worse, beyond noise."""
 
@@ -198,6 +203,12 @@ class ReportData:
     """In words: in which languages each variant gains most and least."""
     answer_summary: list[str] = field(default_factory=list)
     """In words: whether length, language, chrF and facts of the answers move to the teacher's."""
+
+    @property
+    def alignments(self) -> dict[str, AlignmentTable]:
+        """Title of an alignment step -> the table of its figures, where there are any."""
+        tables = {title: alignment_table(each.layers) for title, each in self.diagnostics.items()}
+        return {title: table for title, table in tables.items() if table.rows or table.remarks}
 
     @property
     def metrics(self) -> list[str]:
@@ -444,7 +455,8 @@ def layer_curves(rows: Iterable[MetricRow]) -> dict[str, dict[str, dict[int, flo
 def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, StepDiagnostics]:
     """Return title -> what an alignment step measured, each solved step once.
 
-    An aligner stores the figures of its predecessors again. Those are left out of its own.
+    An aligner stores the figures of its predecessors again. Those are left out of its own, but for
+    the nulls that are the same for every map: they belong to each cosine.
     """
     files = _diagnostics_files(out)
     diagnostics: dict[str, StepDiagnostics] = {}
@@ -458,8 +470,11 @@ def alignment_diagnostics(outcome: RunResult, out: StepOutput) -> dict[str, Step
         stored: set[tuple[int, str, str]] = set()
         for layer, path in sorted(files[result.key].items()):
             document = json.loads(read_text(out.committed(path)))
+            document.pop("map", None)  # where the map lies, which is no figure
             figures = {(layer, name, str(value)): value for name, value in document.items()}
             new[layer] = {key[1]: value for key, value in figures.items() if key not in known}
+            if "cosine_after" in new[layer]:
+                new[layer] |= {name: document[name] for name in SHARED_NULLS if name in document}
             stored |= figures.keys()
         known |= stored
         if result.key not in collected:

@@ -103,11 +103,7 @@ def validity_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Is
 
 def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
     """Yield the alignments that are no better than chance at half of their boundaries or more."""
-    random_on_purpose = {
-        step.id
-        for step in recipe.steps
-        if any(caveat.kind is CaveatKind.RANDOM_MAP for caveat in caveats_of(step.step))
-    }
+    on_purpose = _random_on_purpose(recipe)
     for title, measured in report.diagnostics.items():
         compared = 0
         at_chance = 0
@@ -116,9 +112,18 @@ def _chance_warnings(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Iss
             if fitted is not None and chance is not None:
                 compared += 1
                 at_chance += not fitted > chance
-        if compared and 2 * at_chance >= compared and measured.step not in random_on_purpose:
+        if compared and 2 * at_chance >= compared and measured.step not in on_purpose:
             text = f"at {at_chance} of {compared} boundaries its map is no better than one fitted "
             yield Issue(IssueKind.CHANCE, title, text + "to shuffled rows.")
+
+
+def _random_on_purpose(recipe: ResolvedRecipe) -> set[str]:
+    """Return the ids of the steps whose maps are random, as a control."""
+    return {
+        step.id
+        for step in recipe.steps
+        if any(caveat.kind is CaveatKind.RANDOM_MAP for caveat in caveats_of(step.step))
+    }
 
 
 # What went wrong.
@@ -139,9 +144,7 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
     if report.saved_in_full_precision:
         yield from _inexact_variants(report, recipe)
     yield from larger_than_teacher(report)
-    for title, measured in report.diagnostics.items():
-        for text in worse_alignments(measured.layers):
-            yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
+    yield from alignment_issues(report, recipe)
     yield from _worse_figures(report)
 
 
@@ -184,6 +187,36 @@ def larger_than_teacher(report: ReportData) -> Iterator[Issue]:
             )
 
 
+def alignment_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
+    """Yield the alignments whose maps are worse than a constant, or than none."""
+    on_purpose = _random_on_purpose(recipe)
+    for title, measured in report.diagnostics.items():
+        if measured.step not in on_purpose:
+            for text in maps_below_the_mean(measured.layers):
+                yield Issue(IssueKind.BELOW_MEAN, title, text)
+        for text in worse_alignments(measured.layers):
+            yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
+
+
+def maps_below_the_mean(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]:
+    """Yield in words where a map is worse than the teacher's mean in place of every row."""
+    cosines = {
+        i: Drop(card.cosine_mean, card.cosine_after)
+        for i, card in layers.items()
+        if card.cosine_mean is not None and card.cosine_after is not None
+    }
+    drops = {i: d for i, d in cosines.items() if d.after < d.before - COSINE_TOLERANCE}
+    if drops:
+        layer, largest = _largest_drop(drops)
+        yield (
+            f"its map is worse than the teacher's mean in place of every row, at {len(drops)} of "
+            f"{len(cosines)} layers, most at layer {layer}: cosine {largest.after:.3f}, of the "
+            f"mean {largest.before:.3f}. What is fitted through this map learns less than a "
+            "constant. Try more texts to fit on, maps for fewer layers each (`tie = 1`, where the "
+            "aligner has it), or another aligner."
+        )
+
+
 def worse_alignments(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]:
     """Yield in words where a map leaves layers farther from the teacher than they were."""
     assignments: dict[str, dict[int, AssignmentDiagnostics]] = {
@@ -222,9 +255,14 @@ class Drop(NamedTuple):
 
 def _places(drops: Mapping[int, Drop], measured: int) -> str:
     """Return at how many layers a figure drops, and where most."""
-    layer, largest = max(drops.items(), key=lambda item: item[1].before - item[1].after)
+    layer, largest = _largest_drop(drops)
     count = f"at {len(drops)} of {measured} layers"
     return f"{count}, most at layer {layer}: from {largest.before:.3f} to {largest.after:.3f}"
+
+
+def _largest_drop(drops: Mapping[int, Drop]) -> tuple[int, Drop]:
+    """Return the layer with the largest drop, and that drop."""
+    return max(drops.items(), key=lambda item: item[1].before - item[1].after)
 
 
 def _worse_figures(report: ReportData) -> Iterator[Issue]:

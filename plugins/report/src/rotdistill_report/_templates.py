@@ -20,6 +20,10 @@ from rotdistill_core.evaluation.metrics import UNPROMPTED_TEACHER, metric_named
 PLAIN_YAML = re.compile(r"[a-z][a-z0-9.-]*")
 LONGEST_EXCERPT = 180
 """Characters of an answer on the first screen."""
+ALIGNMENTS_ABOUT = (
+    "Over the layer boundaries, on rows that were not fitted: what each aligner measured, its "
+    "nulls (what a map reaches that has learned nothing), and then figures of its own."
+)
 YAML_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 """Words that YAML takes for something else than text."""
 
@@ -46,6 +50,7 @@ def template(name: str) -> Template:
         "quoted": yaml_string,
     }
     environment.globals["unprompted_title"] = UNPROMPTED_TEACHER
+    environment.globals["alignments_about"] = ALIGNMENTS_ABOUT
     return environment.get_template(name)
 
 
