@@ -281,6 +281,42 @@ def wider_guard(guard: float) -> list[str]:
     ]
 
 
+def refuse_by_guard(
+    out: StepOutput, where: str, guard: float, remedies: Sequence[str] = ()
+) -> None:
+    """Report that a guard allows nothing of an edit.
+
+    Args:
+        out: output of the step.
+        where: of which edits that is so: `at every strength`.
+        guard: the limit, as a multiple of the KL before the edit.
+        remedies: what to change in the step's options, after the guard.
+    """
+    reason = f"{where} the KL on the guard's texts would exceed {guard:g} times its value before"
+    shown = f"{reason} the edit, and {HARMLESS_KL:g} nats"
+    refuse(out, shown, [*wider_guard(guard), *remedies])
+
+
+def caution_of_guard(
+    part: str, guard: float, *, before: float, whole: float, allowed: float, subject: str
+) -> Caution:
+    """Return what a user should know of an edit of which the guard allows a part only.
+
+    Args:
+        part: what is applied: `half of it`.
+        guard: the limit, as a multiple of the KL before the edit.
+        before: KL on the guard's texts before the edit, nats per token.
+        whole: the same after what the guard does not allow.
+        allowed: the largest that is allowed.
+        subject: what the guard does not allow: `all of it`.
+    """
+    reason = (
+        f"{part}, the guard allows no more ({subject} would bring the KL on the guard's texts from "
+        f"{before:.3f} to {whole:.3f}, and {allowed:.3f} is allowed)"
+    )
+    return Caution(CautionKind.GUARDED, reason, tuple(wider_guard(guard)))
+
+
 def accept_if_better(
     before: Weights,
     after: Weights,
@@ -311,11 +347,9 @@ def accept_if_better(
     out.notes |= {"validation KL before": start.mean, "validation KL after": end.mean}
     if kept is before:
         assert guard is not None
-        reason = f"at every strength the KL on the guard's texts would exceed {guard:g} times its"
-        shown = f"{reason} value before the edit, and {HARMLESS_KL:g} nats"
-        refuse(out, shown, [*wider_guard(guard), *remedies])
+        refuse_by_guard(out, "at every strength", guard, remedies)
     elif not significantly_lower(start, end):
-        refuse_without_gain(out, start, end, remedies)
+        refuse_without_gain(out, start, end, [*(caution.remedies if caution else ()), *remedies])
         kept = before
     elif caution:
         out.report.cautions.append(caution)
@@ -327,6 +361,8 @@ def caution_of_overfit(
 ) -> None:
     """Report that an edit learned its texts by heart, where it did.
 
+    Both figures are of the whole edit, also where the guard allows a part of it only.
+
     Args:
         out: output of the step.
         fit: KL on the texts that it was fitted on, nats per row.
@@ -336,8 +372,8 @@ def caution_of_overfit(
     if out.report.refused or validation <= OVERFIT_RATIO * fit:
         return
     reason = (
-        f"it has learned its texts by heart: the KL is {fit:.3f} on texts that it was fitted on, "
-        f"and {validation:.3f} on validation texts"
+        f"it has learned its texts by heart: with all of it the KL is {fit:.3f} on texts that it "
+        f"was fitted on, and {validation:.3f} on validation texts"
     )
     caution = Caution(CautionKind.OVERFITTED, reason, (MORE_TEXTS, *remedies))
     out.report.cautions.append(caution)
@@ -369,10 +405,12 @@ def _within_guard(
         return before, None
     caution = None
     if share < 1:
-        reason = (
-            f"{SHARES_IN_WORDS[share]} of it, the guard allows no more (all of it would bring the "
-            f"KL on the guard's texts from {kl_before:.3f} to {kl_by_share[BACKOFF[0]]:.3f}, and "
-            f"{limit:.3f} is allowed)"
+        caution = caution_of_guard(
+            f"{SHARES_IN_WORDS[share]} of it",
+            guard,
+            before=kl_before,
+            whole=kl_by_share[BACKOFF[0]],
+            allowed=limit,
+            subject="all of it",
         )
-        caution = Caution(CautionKind.GUARDED, reason, tuple(wider_guard(guard)))
     return interpolate(before, after, share), caution

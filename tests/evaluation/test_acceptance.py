@@ -223,9 +223,26 @@ def test_an_edit_that_learned_its_texts_by_heart_says_so(
     out.report.refused = refused
     caution_of_overfit(out, fit, validation, ["a larger ridge"])
     assert [caution.text for caution in out.report.cautions] == [
-        "it has learned its texts by heart: the KL is 0.009 on texts that it was fitted on, and "
-        f"0.450 on validation texts. Try: {MORE_TEXTS}; a larger ridge."
+        "it has learned its texts by heart: with all of it the KL is 0.009 on texts that it was "
+        f"fitted on, and 0.450 on validation texts. Try: {MORE_TEXTS}; a larger ridge."
     ] * by_heart
+
+
+def test_a_part_without_gain_asks_for_a_wider_guard_first(tmp_path: Path) -> None:
+    before, after = edited(tmp_path / "model", 1.0)
+    out = pico_output(tmp_path / "runs")
+
+    def score(view: Weights, split: Split) -> TextScores:
+        size = float((view[NAME] - before[NAME]).mean())
+        whole = size > 0.9
+        mean = 1.0 + 0.1 * size if split == Split.GUARD_VALIDATION else 2.0 - size * whole
+        return scores(*([mean] * 9))
+
+    assert accept_if_better(before, after, score, 1.06, out, ["a larger ridge"]) is before
+    assert "no gain beyond chance" in out.report.refused
+    assert out.report.remedies[0].startswith("a wider guard (guard = ")
+    assert out.report.remedies[-2:] == ("a larger ridge", MORE_TEXTS)
+    assert not out.report.cautions
 
 
 def test_an_edit_without_gain_is_refused_with_both_figures(tmp_path: Path) -> None:

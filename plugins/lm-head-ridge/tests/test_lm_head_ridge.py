@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from rotdistill_core.forward.head import final_norm
 from rotdistill_core.plugin.step import stage_of
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import CautionKind
 from rotdistill_core.testing import (
     captured_activations,
     final_states,
@@ -373,11 +374,12 @@ def test_a_guard_limits_the_kl_outside_the_domain(
         assert out.notes["validation KL after"] <= out.notes["validation KL before"]
         if guard > ratio:
             assert torch.equal(made.head(), free.head())
+            assert not out.report.cautions
 
 
 def impossible_limit(problem: _method.HeadProblem, _: float | None) -> OutOfDomain:
     """Return a limit that no head can meet."""
-    return OutOfDomain(problem.layout.prediction_rows(Split.GUARD_VALIDATION)[0], -1.0)
+    return OutOfDomain(problem.layout.prediction_rows(Split.GUARD_VALIDATION)[0], 1.0, 0.5, -1.0)
 
 
 def test_a_guard_that_nothing_meets_leaves_the_head(
@@ -389,7 +391,53 @@ def test_a_guard_that_nothing_meets_leaves_the_head(
     made, out = fitted(step, pair, pico_samples(texts=40, guard=4), tmp_path / "runs")
     assert made is pair.student.weights
     assert out.notes["map"]["strength"] == 0.0
-    assert "that the guard allows" in out.report.refused
+    assert out.report.refused.startswith(
+        "with every head that lowers the validation KL the KL on the guard's texts would exceed 1 "
+        "times its value before the edit"
+    )
+    assert out.report.remedies[0].startswith("a wider guard")
+    assert not out.report.cautions
+
+
+def test_a_guard_that_allows_a_weaker_head_only_says_so(
+    teacher: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = with_random_head(teacher, tmp_path / "student")
+    of_rows = _method.candidate_kl
+
+    def worse_by_blend(
+        problem: _method.HeadProblem, teacher_head: Any, rows: torch.Tensor, *options: Any
+    ) -> dict[_method.Candidate, float]:
+        found = of_rows(problem, teacher_head, rows, *options)
+        return found if rows is problem.validation else {each: each.blend for each in found}
+
+    monkeypatch.setattr(_method, "candidate_kl", worse_by_blend)
+    monkeypatch.setattr(_method, "largest_allowed_kl", lambda *_: 0.5)
+    samples = pico_samples(texts=40, guard=4)
+    step = LmHeadRidge(ridge=(0.01,), guard=1.02)
+    made, out = fitted(step, pair, samples, tmp_path / "runs")
+    assert made is not pair.student.weights
+    (caution,) = out.report.cautions
+    assert caution.kind is CautionKind.GUARDED
+    assert caution.text.startswith("the head of ridge 0.01 and blend 0.5, the guard allows no more")
+    assert "that of ridge 0.01 and blend 1, the best, would bring" in caution.text
+    assert "to 1.000, and 0.500 is allowed" in caution.text
+    assert "Try: a wider guard (guard = 1.04)" in caution.text
+
+
+@pytest.mark.parametrize(("share", "part"), [(0.25, "a quarter of the map"), (1.0, "")])
+def test_a_guard_that_allows_a_part_of_the_map_says_so(
+    teacher: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, part: str
+) -> None:
+    pair = Pair(teacher, padded(pico_model(tmp_path / "student", seed=1)))
+    monkeypatch.setattr(_method, "largest_allowed_kl", lambda *_: 100.0)
+    monkeypatch.setattr(_method, "allowed_share", lambda *_: share)
+    step = LmHeadRidge(objective="kl", guard=1.02)
+    _, out = fitted(step, pair, pico_samples(texts=40, guard=4), tmp_path / "runs")
+    assert not out.report.refused
+    texts = [caution.text for caution in out.report.cautions]
+    assert len(texts) == bool(part)
+    assert all(text.startswith(f"{part}, the guard allows no more (all of it") for text in texts)
 
 
 class PlainRows(NamedTuple):
@@ -417,7 +465,8 @@ def test_the_map_is_scaled_down_to_the_limit(within: float | None, share: float)
     )
     limit = None
     if within is not None:
-        limit = OutOfDomain(torch.arange(20), problem.validation_kl(H + within * change))
+        rows = torch.arange(20)
+        limit = OutOfDomain(rows, 1.0, 0.0, problem.validation_kl(H + within * change))
     assert allowed_share(problem, H, change, limit) == share
 
 

@@ -252,7 +252,31 @@ def test_a_refit_that_learned_its_texts_by_heart_says_so(
     _, out = refit(step, weights, Pair(teacher, teacher), samples, tmp_path / "runs")
     (caution,) = out.report.cautions
     assert f"{out.notes['fit KL after']:.3f} on texts that it was fitted on" in caution.text
+    assert f"{out.notes['validation KL after']:.3f} on validation texts" in caution.text
     assert "a larger ridge" in caution.text
+
+
+def test_a_refit_that_the_guard_halves_is_judged_whole(
+    teacher: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotdistill_core.evaluation.acceptance.OVERFIT_RATIO", 0.1)
+    allowed = "rotdistill_core.evaluation.acceptance.largest_allowed_share"
+    weights, samples = teacher.weights.cut(KEPT), pico_samples(texts=40, guard=6)
+    step = WriterRefit(layers="cut", guard=1.02)
+
+    def refitted(share: float) -> StepOutput:
+        def chosen(_: object, ood_kl: Callable[[float], float], __: float) -> float:
+            ood_kl(1.0)  # the caution states it
+            return share
+
+        monkeypatch.setattr(allowed, chosen)
+        return refit(step, weights, Pair(teacher, teacher), samples, tmp_path / f"{share}")[1]
+
+    whole, half = refitted(1.0), refitted(0.5)
+    assert half.notes["validation KL after"] > whole.notes["validation KL after"] * 1.01
+    guarded, by_heart = half.report.cautions
+    assert guarded.text.startswith("half of it")
+    assert by_heart == whole.report.cautions[0]
 
 
 def test_guard_without_texts_is_refused(teacher: Model, samples: Samples, tmp_path: Path) -> None:

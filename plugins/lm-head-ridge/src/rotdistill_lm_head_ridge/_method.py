@@ -31,15 +31,17 @@ from rotdistill_core.errors import SingularError
 from rotdistill_core.evaluation.acceptance import (
     MAX_SCORED_ROWS,
     MORE_TEXTS,
+    SHARES_IN_WORDS,
     ScoredRows,
     TextScores,
+    caution_of_guard,
     largest_allowed_share,
     refuse,
+    refuse_by_guard,
     refuse_without_gain,
     scored_rows,
     scores_by_text,
     significantly_lower,
-    wider_guard,
 )
 from rotdistill_core.evaluation.divergence import kl_divergence, shared_vocabulary
 from rotdistill_core.evaluation.guard import guard_of, largest_allowed_kl
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from rotdistill_core.forward.activations import ActivationStore
     from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.store.output import StepOutput
+    from rotdistill_core.store.results import Caution
     from rotdistill_lm_head_ridge.step import LmHeadRidge
 
 
@@ -92,6 +95,10 @@ class Candidate(NamedTuple):
     blend: float
     """Share of the ridge head."""
 
+    def __str__(self) -> str:
+        """Return its options in words."""
+        return f"ridge {self.ridge:g} and blend {self.blend:g}"
+
 
 OWN_HEAD = Candidate(0.0, 0.0)
 
@@ -103,6 +110,8 @@ class ScoredHead(NamedTuple):
     """`[V, d_s]`."""
     kl: float
     """Nats per row."""
+    cautions: tuple[Caution, ...] = ()
+    """What the guard did not allow, of what would have been better on the validation rows."""
 
 
 class TeacherHead(NamedTuple):
@@ -129,8 +138,24 @@ class OutOfDomain(NamedTuple):
 
     rows: Tensor
     """Rows of the guard's texts [n]."""
+    guard: float
+    """Multiple of the KL before that is allowed."""
+    kl_before: float
+    """Mean KL of the student's own head on these rows, nats."""
     max_kl: float
     """Largest mean KL on these rows that a head may have, nats."""
+
+    def caution(self, part: str, subject: str, kl: float) -> Caution:
+        """Return that `part` is applied, because the KL on these rows would be `kl` with
+        `subject`."""
+        return caution_of_guard(
+            part,
+            self.guard,
+            before=self.kl_before,
+            whole=kl,
+            allowed=self.max_kl,
+            subject=subject,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,15 +308,23 @@ def with_best_head(
         best = map_head(step, problem, best, texts.mapped, limit, out, progress)
 
     out.notes |= {"validation KL before": before.kl, "validation KL after": best.kl}
+    if limit is not None:
+        out.notes |= {"guard KL before": limit.kl_before, "guard KL allowed": limit.max_kl}
+    remedies = remedies_of(step)
+    if best.head is H_s and best.cautions:
+        assert limit is not None
+        where = "with every head that lowers the validation KL"
+        refuse_by_guard(out, where, limit.guard, [*remedies, MORE_TEXTS])
+        return weights
     if best.head is H_s:
-        candidate = "head that the guard allows" if guard else "candidate"
-        remedies = [*(wider_guard(guard) if guard else []), *remedies_of(step)]
-        refuse(out, f"no {candidate} lowers the validation KL", [*remedies, MORE_TEXTS])
+        refuse(out, "no candidate lowers the validation KL", [*remedies, MORE_TEXTS])
         return weights
     scores_before, scores_after = (_scores(problem, H) for H in (H_s, best.head))
     if not significantly_lower(scores_before, scores_after):
-        refuse_without_gain(out, scores_before, scores_after, remedies_of(step))
+        wider = [remedy for caution in best.cautions for remedy in caution.remedies]
+        refuse_without_gain(out, scores_before, scores_after, [*wider, *remedies])
         return weights
+    out.report.cautions += best.cautions
     # Rows of padding tokens keep their values.
     whole = weights.head().to(X.states.dtype, copy=True)
     whole[:vocabulary] = best.head.to(whole)
@@ -320,7 +353,7 @@ def ood_limit(problem: HeadProblem, guard: float | None) -> OutOfDomain | None:
         return None
     rows = problem.layout.prediction_rows(Split.GUARD_VALIDATION)[0]
     before = float(problem.kl(rows, problem.head).mean())
-    return OutOfDomain(rows, largest_allowed_kl(guard, before))
+    return OutOfDomain(rows, guard, before, largest_allowed_kl(guard, before))
 
 
 def _scores(problem: HeadProblem, head: Tensor) -> TextScores:
@@ -352,22 +385,27 @@ def choose_ridge_head(
     rows = problem.validation
     scores = {OWN_HEAD: before.kl}
     scores |= candidate_kl(problem, teacher, rows, solutions, step.blend)
-    forbidden: set[Candidate] = set()
+    ood_kl: dict[Candidate, float] = {}
     if limit is not None:
         ood_kl = candidate_kl(problem, teacher, limit.rows, solutions, step.blend)
-        forbidden = {candidate for candidate, kl in ood_kl.items() if kl > limit.max_kl}
+    forbidden = {c for c, kl in ood_kl.items() if limit is not None and kl > limit.max_kl}
     best = min((c for c in scores if c not in forbidden), key=scores.__getitem__)
     if scores[best] > before.kl - MIN_GAIN:
         best = OWN_HEAD
+    cautions: tuple[Caution, ...] = ()
+    unguarded = min(scores, key=scores.__getitem__)
+    if limit is not None and scores[unguarded] < scores[best] - MIN_GAIN:
+        part = "nothing of a ridge head" if best == OWN_HEAD else f"the head of {best}"
+        cautions = (limit.caution(part, f"that of {unguarded}, the best,", ood_kl[unguarded]),)
     out.notes["validation KL by (ridge, blend)"] = {
         f"{candidate.ridge:g}, {candidate.blend:g}": kl for candidate, kl in scores.items()
     }
     out.notes["chosen (ridge, blend)"] = list(best)
     if best == OWN_HEAD:
-        return before
+        return before._replace(cautions=cautions)
     A, B = solutions[best.ridge]
     head = H_s + best.blend * (H_t @ A.T.to(H_s) + H_s @ B.T.to(H_s) - H_s)
-    return ScoredHead(head, scores[best])
+    return ScoredHead(head, scores[best], cautions)
 
 
 def ridge_solutions(
@@ -478,7 +516,18 @@ def map_head(
         "validation KL before": start.kl,
         "validation KL after": kl,
     }
-    return ScoredHead(mapped, kl) if kl < start.kl - MIN_GAIN else start
+    cautions = start.cautions
+    if limit is not None and share < 1 and problem.validation_kl(head + change) < kl - MIN_GAIN:
+        part = f"{SHARES_IN_WORDS[share]} of the map" if share else "nothing of the map"
+        cautions += (limit.caution(part, "all of it", _ood_kl(problem, head + change, limit)),)
+    if kl < start.kl - MIN_GAIN:
+        return ScoredHead(mapped, kl, cautions)
+    return start._replace(cautions=cautions)
+
+
+def _ood_kl(problem: HeadProblem, head: Tensor, limit: OutOfDomain) -> float:
+    """Return the mean KL of a head on the rows of the guard, nats."""
+    return float(problem.kl(limit.rows, head).mean())
 
 
 def allowed_share(
@@ -489,7 +538,7 @@ def allowed_share(
         return MAP_SHARES[0]
 
     def ood_kl(share: float) -> float:
-        return float(problem.kl(limit.rows, head + share * change).mean())
+        return _ood_kl(problem, head + share * change, limit)
 
     return largest_allowed_share(MAP_SHARES, ood_kl, limit.max_kl)
 

@@ -125,7 +125,11 @@ def solve(
         out.notes["fit KL after"] = fit_kl
         remedies = remedies_of(step)
         kept = accept_if_better(weights, refitted, score, guard, out, remedies)
-        caution_of_overfit(out, fit_kl, out.notes["validation KL after"], remedies)
+        if not out.report.refused:
+            whole = out.notes["validation KL after"]
+            if kept is not refitted:  # the guard allows a part, and the fit KL is of the whole
+                whole = score(refitted, Split.VALIDATION).mean
+            caution_of_overfit(out, fit_kl, whole, remedies)
         return kept
 
 
