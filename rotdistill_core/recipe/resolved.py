@@ -105,10 +105,17 @@ class ResolvedRecipe:
     @property
     def notes(self) -> list[str]:
         """What is noteworthy about the recipe, a sentence each."""
+        if not self.left_out:
+            return []
+        names = ", ".join(f'"{name}"' for name in self.left_out)
+        steps, were, them = (
+            (f"step {names} is", "it was a toggle", "it")
+            if len(self.left_out) == 1
+            else (f"steps {names} are", "they were toggles", "them")
+        )
         return [
-            f'{self.path}: step "{name}" is left out: it was a toggle before `extends` or an '
-            "override changed the variants, and no variant names it now."
-            for name in self.left_out
+            f"{self.path}: {steps} left out: {were} before `extends` or an override changed the "
+            f"variants, and no variant names {them} now."
         ]
 
     def resolved(self) -> dict[str, Any]:

@@ -310,6 +310,14 @@ def test_a_toggle_that_no_new_variant_names_is_left_out_and_noted(tmp_path: Path
     assert (overridden.left_out, len(overridden.steps)) == (("fold",), 3)
 
 
+def test_toggles_that_are_left_out_are_noted_in_one_sentence(tmp_path: Path) -> None:
+    loaded = load_recipe(child(tmp_path, "[variants]\nbase = []\n"))
+    assert loaded.left_out == ("basis", "fold")
+    (note,) = loaded.notes
+    assert 'steps "basis", "fold" are left out: they were toggles' in note
+    assert note.endswith("no variant names them now.")
+
+
 def test_a_toggle_of_which_a_new_variant_misspells_the_name_is_suggested(tmp_path: Path) -> None:
     problems = problems_of(child(tmp_path, '[variants]\nmine = ["bassis"]\n'))
     assert 'no step has the id "bassis". Did you mean "basis"?' in problems[0]
