@@ -6,6 +6,7 @@ It fills the places between `<!-- NAME -->` and `<!-- end -->`, where NAME is on
 - `options of STEP`, `keys of TABLE`: one table of options, or of keys of a recipe;
 - `stages`, `hooks`: the hook specifications;
 - `functions`, `types`: the public names of `rotdistill_core`;
+- `names of MODULE`: the public names of one module of it, a line each;
 - `plugins`: the distributions of this project, and what each offers;
 - `commands`, `exit codes`: the command line, from its own parser and errors.
 
@@ -15,6 +16,7 @@ The rest of a document stays as it is.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -47,7 +49,7 @@ from rotdistill_core.recipe import document
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = re.compile(
     r"(<!-- (steps|stages|hooks|plugins|functions|types|commands|exit codes"
-    r"|(?:keys|options) of [\w-]+) -->\n)"
+    r"|(?:keys|options|names) of [\w.-]+) -->\n)"
     r".*?(<!-- end -->)",
     re.DOTALL,
 )
@@ -74,6 +76,7 @@ def documents() -> list[Path]:
         ROOT / "plugins" / "README.md",
         ROOT / "docs" / "commands.md",
         ROOT / "docs" / "python.md",
+        ROOT / "docs" / "paths" / "method.md",
         ROOT / "docs" / "plugins" / "hooks.md",
         *sorted(ROOT.glob("plugins/*/README.md")),
     ]
@@ -91,6 +94,8 @@ def _filled(place: re.Match[str]) -> str:
         return head + table(step_class(subject)[0]) + tail
     if what == "keys":
         return head + table(getattr(document, subject), "key") + tail
+    if what == "names":
+        return head + _names(subject) + tail
     writers: dict[str, Callable[[], str]] = {
         "steps": _all_steps,
         "stages": _stages,
@@ -175,6 +180,17 @@ def _types() -> str:
         if inspect.isclass(found):
             sections.append(f"\n### {name}\n\n{prose(found)}\n{_members(found)}")
     return "".join(sections) + "\n"
+
+
+def _names(module: str) -> str:
+    """Return a table of the public names of a module of the core, with their first sentences."""
+    namespace = importlib.import_module(f"rotdistill_core.{module}")
+    rows = ["| name | what it is |", "|---|---|"]
+    for name in namespace.__all__:
+        found = getattr(namespace, name)
+        written = name if inspect.isclass(found) else call_of(name, found)
+        rows.append(f"| `{written}` | {escaped(_first_line(found))} |")
+    return "\n".join(rows) + "\n"
 
 
 def _members(cls: type) -> str:

@@ -152,14 +152,6 @@ def test_what_authors_are_shown_imports_public_modules_alone(path: Path) -> None
     assert used <= public_modules(), used - public_modules()
 
 
-def test_the_reference_shows_the_aligner_that_new_writes() -> None:
-    shown = read(PAGES["hooks"]).partition("## What an aligner measures")[2]
-    (block,) = re.findall(r"```python\n(.*?)```", shown.partition("## All hooks")[0], re.DOTALL)
-    written = read(ROOT / "plugins/scaffold/src/rotdistill_scaffold/templates/hooks/align.txt")
-    lines = [line.strip().replace("my-aligner", "$name") for line in block.splitlines()]
-    assert "\n".join(lines) in "\n".join(line.strip() for line in written.splitlines())
-
-
 def entries(nav: list | dict | str) -> Iterator[str]:
     """Yield the files of a nav of mkdocs."""
     if isinstance(nav, str):

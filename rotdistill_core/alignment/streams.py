@@ -2,6 +2,10 @@
 
 A stage is a run of layer boundaries that share one map. Rows are divided by their RMS. Position 0
 and massive-activation rows are left out, because they would dominate every sum.
+
+An aligner that is one solve from sums calls `solve_stages`, which does all the rest. One that needs
+the rows themselves, or another map for each boundary, uses the parts: `sum_fit_rows` to fit,
+`paired_streams` for the rows, and `diagnose` to measure.
 """
 
 from __future__ import annotations
@@ -28,19 +32,35 @@ from rotdistill_core.linalg.paired_sums import RowSums
 from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import require_finite
 
+__all__ = [
+    "MeanCosines",
+    "PairedStreams",
+    "StageSolution",
+    "StreamSums",
+    "cosine",
+    "diagnose",
+    "mean_cosines",
+    "orthogonality",
+    "paired_streams",
+    "random_orthogonal",
+    "solve_stages",
+    "spectral_gap",
+    "sum_fit_rows",
+]
+
 
 @dataclass(frozen=True)
 class StageSolution:
     """The rotation of a stage, and how well its rows determine it."""
 
     R: Tensor
-    """`[d_s, d_t]` with `R Rᵀ = I`."""
+    """`[d_s, d_t]` with `R Rᵀ = I`, float64, on the host."""
     spectrum: Tensor
-    """Singular values of the matrix that was solved, falling."""
+    """Singular values of the matrix that was solved, falling; for people, beside their null."""
     k: int
-    """Number of directions that the fit itself determines."""
+    """Number of directions that the fit itself determines: all of them, or a rank below."""
     gap: float
-    """Gap of the spectrum at k, as a share of its largest value."""
+    """Gap of the spectrum at k, as a share of its largest value: `spectral_gap(spectrum, k)`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +103,7 @@ class StreamSums:
         )
 
     def shuffled(self) -> StreamSums:
-        """Return the sums of the shuffled rows."""
+        """Return the sums of the shuffled rows: what a solve makes of them is its null."""
         return replace(self, C_st=self.C_st_shuffled, C_st_shuffled=self.C_st)
 
     def scale(self, R: Tensor) -> float:
@@ -116,15 +136,32 @@ def solve_stages(
 ) -> Maps:
     """Add one rotation per stage, solved on fit rows, with diagnostics on validation rows.
 
+    This is a whole aligner but for its solve. For each stage it
+
+    1. adds up the fit rows of its boundaries, each row divided by its RMS (`sum_fit_rows`);
+    2. calls `solve` for these sums, and again for the same with shuffled rows of the teacher: the
+       null, a map that can have learned nothing;
+    3. gives the rotation its least-squares scale (`StreamSums.scale`);
+    4. measures it on the validation rows of each boundary, beside its nulls: the shuffled map, a
+       random rotation and the teacher's mean (`diagnose`).
+
     Args:
         activations: the captured streams.
         maps: the maps of earlier steps; they are kept.
         pair: teacher and student.
         progress: called after each boundary.
         use: name of the aligner, for errors and diagnostics.
-        tie: boundaries of a stage, or all of them.
-        solve: returns the rotation of a stage from its sums; its second argument names the stage.
-        squares: whether `solve` reads C_ss and C_tt.
+        tie: boundaries of a stage, or all of them. With 1 every boundary has its own map.
+        solve: returns the rotation of a stage from its sums. Its second argument names the stage
+            (`my-aligner: stage 0`), for errors of solvers. It is called twice a stage, so it should
+            depend on its arguments alone.
+        squares: whether `solve` reads C_ss and C_tt (also by `centred`); they are zero otherwise,
+            and cost as much again to add up.
+
+    Returns:
+        `maps` with a `Rotation` for each `residual.{boundary}`, the same one in a whole stage, and
+        a `LayerDiagnostics` for each boundary. Boundaries are those of the student, 0 after the
+        embeddings.
 
     Raises:
         RecipeError: the student is wider than the teacher, or a boundary has no rows.
@@ -186,15 +223,22 @@ def _fit_stage(
 
 
 class PairedStreams(NamedTuple):
-    """Both raw streams at one layer boundary, and the rows of them to take."""
+    """Both raw streams at one layer boundary, and the rows of them to take.
+
+    `S` and `T` hold the rows of all splits, as the models computed them. What is measured or fitted
+    is `rms_normalise(S[taken])` beside `rms_normalise(T[taken])`
+    (`rotdistill_core.forward.row_rms`).
+    """
 
     boundary: int
+    """Layer boundary of the student; 0 follows the embeddings."""
     S: Tensor
     """The student's stream `[rows, d_s]`."""
     T: Tensor
     """The teacher's stream, a row for each of the student's `[rows, d_t]`."""
     taken: Tensor
-    """Numbers of the rows to take, without position 0 and massive activations."""
+    """Numbers of the rows to take `[n]`, an index into both: the rows of the split that was asked
+    for, without position 0, massive activations, and rows that have none of the teacher's."""
 
 
 def paired_streams(
@@ -202,7 +246,15 @@ def paired_streams(
 ) -> Iterator[PairedStreams]:
     """Yield the streams of one boundary after the other, with their rows of a split.
 
-    The rows are those of the sample that every capture keeps (`ActivationStore.sample`).
+    The rows are those of the sample that every capture keeps (`ActivationStore.sample`): of fit
+    texts a part only, so fit on sums (`sum_fit_rows`) where sums are enough.
+
+    Args:
+        activations: the captured streams.
+        pair: teacher and student; named in errors.
+        boundaries: layer boundaries of the student.
+        split: the texts whose rows `taken` lists; `Split.VALIDATION` to measure a map.
+        use: name of the step, for errors.
 
     Raises:
         RotdistillError: a stream is not finite.
@@ -239,6 +291,13 @@ def sum_fit_rows(
     activations: ActivationStore, pair: Pair, boundaries: list[int], use: str, squares: bool
 ) -> StreamSums:
     """Return the sums over the fit rows of some boundaries; see `ActivationStore.sums`.
+
+    Args:
+        activations: the captured streams.
+        pair: teacher and student; the student's device does the products.
+        boundaries: layer boundaries of the student: a stage.
+        use: name of the step, for errors.
+        squares: whether C_ss and C_tt are wanted; they are zero otherwise.
 
     Raises:
         RotdistillError: a stream is not finite.

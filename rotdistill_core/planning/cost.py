@@ -56,7 +56,13 @@ GUARD_SCORES = 5
 
 
 class Kernel(StrEnum):
-    """Operations that a machine does at another rate than products in float32."""
+    """Operations that a machine does at another rate than products in float32.
+
+    A step counts them twice: among `Cost.operations`, which has all, and by kind in `Cost.kernels`.
+    So an SVD of a `[d, d]` matrix is `n = SVD_OPERATIONS * d**3`, in
+    `Cost(operations=n, kernels={Kernel.DECOMPOSITIONS: n})`. `plan` divides each kind by the rate
+    that was measured for it here, and takes what is in no kernel for products in float32.
+    """
 
     BFLOAT16 = "bfloat16"
     """Products in bfloat16 or float16."""
@@ -105,11 +111,12 @@ class Cost:
     disk_bytes: float = 0.0
     """Size of the files that only this step writes."""
     operations: float = 0.0
-    """Floating-point operations."""
+    """Floating-point operations, those of `kernels` among them; a product of `[n, k]` and `[k, m]`
+    has `2 n k m`."""
     dealt_operations: float = 0.0
     """Those of them that are dealt over the processes of a run."""
     kernels: Mapping[Kernel, float] = field(default_factory=dict)
-    """Those of them that are no products in float32."""
+    """Those of them that are no products in float32, by kind."""
     activations: float = 0.0
     """Numbers that pass through a model beside its products: norms, attention, activations, and
     logits that are compared."""

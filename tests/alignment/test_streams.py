@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from rotdistill_core.alignment import streams as module
 from rotdistill_core.alignment.streams import (
     PairedStreams,
     StreamSums,
@@ -23,8 +28,9 @@ from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.forward.row_rms import rms_normalise
-from rotdistill_core.linalg.maps import Rotation
+from rotdistill_core.linalg.maps import Maps, Rotation
 from rotdistill_core.linalg.paired_sums import PairedSums
+from rotdistill_core.linalg.solvers import polar
 from rotdistill_core.testing import (
     captured_activations,
     pico_model,
@@ -171,3 +177,50 @@ def test_orthogonality_measures_a_projector_or_an_identity(d_t: int) -> None:
     else:
         assert figures.max_rtr is None
         assert figures.rank_rtr == pytest.approx(4)
+
+
+def test_an_aligner_by_hand_measures_what_solve_stages_does(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "plugins" / "hooks.md"
+    (shown,) = re.findall(r"^```python\n(sums = .*?)^return maps", page.read_text(), re.M | re.S)
+    student, teacher = (pico_model(tmp_path / name, seed=len(name)) for name in ("a", "bb"))
+    pair, out = Pair(teacher, student), pico_output(tmp_path / "runs")
+    activations = captured_activations(pair, student.weights, pico_samples(), out)
+    solved: list[torch.Tensor] = []
+
+    def solve(sums: StreamSums, where: str) -> module.StageSolution:
+        assert where == "mine: stage 0" + ", shuffled" * len(solved)
+        R, S = polar(sums.C_st, where)
+        solved.append(R)
+        return module.StageSolution(R, S, k=len(S), gap=spectral_gap(S, len(S)))
+
+    maps = module.solve_stages(
+        activations,
+        Maps(),
+        pair,
+        lambda *_: None,
+        use="mine",
+        tie="all",
+        solve=solve,
+        squares=False,
+    )
+    place: dict[str, Any] = {name: getattr(module, name) for name in module.__all__}
+    place |= {"Rotation": Rotation, "Split": Split, "replace": replace}
+    place |= {"activations": activations, "pair": pair, "boundaries": [0, 1, 2]}
+    place |= {"self": SimpleNamespace(use="mine"), "R": solved[0], "null": solved[1]}
+    exec(shown, place)
+    assert {*place["diagnostics"]} == {0, 1, 2}
+    for boundary, by_hand in place["diagnostics"].items():
+        figures, measured = by_hand.as_dict(), maps.diagnostics[boundary].as_dict()
+        assert figures.pop("iterations") == 12
+        assert figures.items() <= measured.items()
+    (of_stages,) = {rotation.scale for rotation in maps.values() if isinstance(rotation, Rotation)}
+    assert place["found"]["residual.2"].scale == of_stages
+
+
+def test_every_name_of_the_module_is_public_or_has_an_underscore() -> None:
+    defined = {
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__ and not name.startswith("_")
+    }
+    assert defined == {*module.__all__}

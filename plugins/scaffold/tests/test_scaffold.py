@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import Mock, patch
 
 import pytest
@@ -19,6 +20,7 @@ from rotdistill_core.linalg.maps import Maps
 from rotdistill_core.planning import cost
 from rotdistill_core.plugin.step import STAGES
 from rotdistill_core.testing import (
+    a_planted_rotation_is_found,
     captured_activations,
     command_line,
     pico_model,
@@ -40,7 +42,7 @@ model = "b"
 [[step]]
 use = "residuals"
 [[step]]
-use = "my-align"
+use = "my-fold"
 """
 
 
@@ -83,7 +85,7 @@ def call(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_new_plugin_passes_its_own_tests(begun: Path) -> None:
     # Of the two cases that each step is written with the first, and the long checks of two of them.
     subjects = "my_align or my_fold or mistral or specified or survive or cost"
-    first = ["-k", f"not strength and ({subjects})"]
+    first = ["-k", f"not strength and not tie and ({subjects})"]
     words = ["-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", *first]
     made = call(begun, *words, *map(str, begun.glob("m*/tests")))
     assert made.returncode == 0, made.stdout
@@ -112,10 +114,10 @@ def test_a_strangers_step_is_used_listed_and_validated_like_ours(begun: Path) ->
     (begun / "bad.toml").write_text(RECIPE + "strenght = 0.5\n")
     made = call(begun, *main, "check", "bad.toml")
     assert made.returncode == 2
-    assert 'step "my-align" (#2): strenght: unknown key. Did you mean "strength"?' in made.stderr
+    assert 'step "my-fold" (#2): strenght: unknown key. Did you mean "strength"?' in made.stderr
     (begun / "bad.toml").write_text(RECIPE + "strength = 1.5\n")
     assert (
-        'step "my-align" (#2): strength: Input should be less than or equal to 1'
+        'step "my-fold" (#2): strength: Input should be less than or equal to 1'
         in call(begun, *main, "check", "bad.toml").stderr
     )
 
@@ -126,30 +128,61 @@ def test_the_page_on_adapters_shows_the_adapter_that_new_writes(begun: Path) -> 
     assert f"```python\n{written.read_text(encoding='utf-8')}```" in page
 
 
-def test_a_new_aligner_measures_its_map_and_a_null(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def aligner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Return the class of a new aligner."""
     name = "my-measured-aligner"
     assert command_line("new", "step", name, "--in", str(tmp_path))[0] == 0
     monkeypatch.syspath_prepend(str(tmp_path / name))
-    aligner = import_module("rotdistill_my_measured_aligner").MyMeasuredAligner()
+    monkeypatch.delitem(sys.modules, "rotdistill_my_measured_aligner", raising=False)
+    cls: type = import_module("rotdistill_my_measured_aligner").MyMeasuredAligner
+    return cls
+
+
+@pytest.mark.parametrize(("tie", "stages"), [("all", [0, 0, 0]), (2, [0, 0, 1])])
+def test_a_new_aligner_solves_stages_and_measures_its_map_with_nulls(
+    aligner: type, tmp_path: Path, tie: object, stages: list[int]
+) -> None:
     student = pico_model(tmp_path / "student")
     teacher, planted = rotated_twin(student, tmp_path / "teacher")
     pair, out = Pair(teacher, student), pico_output(tmp_path / "runs")
     activations = captured_activations(pair, student.weights, pico_samples(), out)
-    maps = aligner.align(activations=activations, maps=Maps(), pair=pair)
-    assert (maps["residual.0"].matrix - planted).abs().max() < 1e-5
+    maps = aligner(tie=tie).align(
+        activations=activations, maps=Maps(), pair=pair, progress=lambda *_: None
+    )
     assert [*maps.diagnostics] == [*range(student.depth + 1)]
+    assert [figures.stage for figures in maps.diagnostics.values()] == stages
     for boundary, figures in maps.diagnostics.items():
-        assert (figures.layer, figures.aligner) == (boundary, name)
+        assert (maps[f"residual.{boundary}"].matrix - planted).abs().max() < 1e-5
+        assert (figures.layer, figures.aligner) == (boundary, "my-measured-aligner")
         assert figures.cosine_after == pytest.approx(1.0, abs=1e-6)
-        assert figures.cosine_shuffled < 0.9
+        assert figures.scale == pytest.approx(1.0, abs=1e-6)
+        assert max(figures.cosine_shuffled, figures.cosine_random, figures.cosine_mean) < 0.9
+
+
+@pytest.mark.parametrize(
+    "wrong", ["sums.C_st_shuffled", "sums.C_st.abs()", "sums.C_st.roll(1, 0)", "-sums.C_st"]
+)
+def test_the_test_of_a_new_aligner_fails_where_its_method_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    files = step_files("wrong", "align")
+    source = files["wrong/rotdistill_wrong.py"]
+    assert source.count("polar(sums.C_st,") == 1
+    module = ModuleType("rotdistill_wrong")
+    monkeypatch.setitem(sys.modules, "rotdistill_wrong", module)
+    exec(source.replace("polar(sums.C_st,", f"polar({wrong},"), vars(module))
+    test = ModuleType("test_wrong")
+    exec(files["wrong/tests/test_wrong.py"], vars(test))
+    assert a_planted_rotation_is_found in test.CHECKS
+    with pytest.raises(AssertionError, match="off the planted rotation"):
+        a_planted_rotation_is_found(module.Wrong, {}, tmp_path)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_new_step_costs_what_a_plain_step_of_its_stage_does(stage: str) -> None:
     source = step_files("anything", stage)["anything/rotdistill_anything.py"]
-    (name,) = re.findall(r"return (\w+)\(context\)", source)
+    (name,) = re.findall(r"return (\w+_cost)\(context\b", source)
     context = Mock()
     with patch.object(cost, name, return_value="its cost") as function:
         assert cost.default_cost(stage, context) == "its cost"

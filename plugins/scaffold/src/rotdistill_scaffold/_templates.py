@@ -13,13 +13,13 @@ from rotdistill_core.plugin.step import EDITING_STAGES, STAGES
 
 COSTS = {
     "capture": "capture_cost",
-    "align": "alignment_cost",
     "refine": "alignment_cost",
     "fold": "edit_cost",
     "style": "edit_cost",
     "evaluate": "evaluation_cost",
 }
-"""Stage -> the function of `rotdistill_core.planning.cost` for a plain step of it."""
+"""Stage -> the function of `rotdistill_core.planning.cost` for a plain step of it. An aligner has
+a template of its own."""
 
 
 def template(name: str) -> str:
@@ -37,23 +37,31 @@ def step_files(name: str, stage: str) -> dict[str, str]:
         raise RecipeError(f'"{stage}" is no stage.{suggest(stage, STAGES)}')
     if name in installed_plugins(STEPS):
         raise RecipeError(f'a step "{name}" is installed already; choose another name.')
-    edits = stage in EDITING_STAGES
     values = {
         **_names(name, name),
         "cls": "".join(part.capitalize() for part in re.split("[-_]", name)),
         "group": ".rotdistill",
         "title": f"A step of the stage {stage}, for rotdistill.",
+    }
+    kind = "aligner" if stage == "align" else "step"
+    if kind == "step":
+        values |= _hook_values(stage, values)
+    modules = {"{module}.py": f"{kind}.py.txt", "tests/test_{snake}.py": f"{kind}_test.py.txt"}
+    return _distribution(name, modules, values)
+
+
+def _hook_values(stage: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Return what the templates of a step need beyond its names."""
+    hook = Template(template(f"hooks/{stage}.txt")).substitute(values)
+    signature = hook.partition('"""')[0]
+    edits = stage in EDITING_STAGES
+    return {
+        "hook": hook,
+        "types": ", ".join(sorted(set(re.findall(r"[A-Z]\w+", signature)))),
         "cost": COSTS[stage],
         "exact": template("exact.txt").rstrip("\n") + "\n" if edits else "",
         "classvar": "ClassVar, " if edits else "",
     }
-    hook = Template(template(f"hooks/{stage}.txt")).substitute(values)
-    signature = hook.partition('"""')[0]
-    values["hook"] = hook
-    values["types"] = ", ".join(sorted(set(re.findall(r"[A-Z]\w+", signature))))
-    return _distribution(
-        name, {"{module}.py": "step.py.txt", "tests/test_{snake}.py": "step_test.py.txt"}, values
-    )
 
 
 def require_no_adapter(name: str) -> None:
