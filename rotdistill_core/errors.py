@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -109,8 +109,15 @@ def first_few(problems: Iterable[str]) -> list[str]:
     return listed if len(listed) <= FEW else [*listed[:FEW], "there are more problems like these."]
 
 
+def _nowhere(_: Sequence[str]) -> str:
+    return ""
+
+
 def format_validation_errors(
-    error: ValidationError, document: object, known: Mapping[tuple[str, ...], Sequence[str]]
+    error: ValidationError,
+    document: object,
+    known: Mapping[tuple[str, ...], Sequence[str]],
+    at: Callable[[Sequence[str]], str] = _nowhere,
 ) -> list[str]:
     """Turn pydantic's errors into one sentence for each place in a document.
 
@@ -118,6 +125,7 @@ def format_validation_errors(
         error: what pydantic raised.
         document: the tables that it validated.
         known: path of a table -> the keys that it may have, for suggestions.
+        at: path of a key -> the beginning of a sentence about it, such as `line 12: `.
 
     Returns:
         `key.path: what is wrong`, with the nearest known key or the value found there.
@@ -128,7 +136,9 @@ def format_validation_errors(
     # One branch of a union may fail at a path, and another further in, which says more.
     outer = {path[:k] for path in by_path for k in range(len(path))}
     return first_few(
-        _problem(path, details, known) for path, details in by_path.items() if path not in outer
+        f"{at(path)}{_problem(path, details, known)}"
+        for path, details in by_path.items()
+        if path not in outer
     )
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from rotdistill_core.recipe.extends import (
     named_steps,
     step_id,
 )
+from rotdistill_core.recipe.lines import Places, Source
 from rotdistill_core.recipe.resolved import RecipeEngine, RecipeStep, ResolvedRecipe
 from rotdistill_core.store.plain import read_bytes
 
@@ -78,6 +80,8 @@ NO_SECRETS = (
 
 Overrides = Sequence[str] | Mapping[str, object]
 """`["chop.layers=24"]` as on the command line, or `{"chop.layers": 24}`."""
+At = Callable[[Sequence[str]], str]
+"""Path of a key -> the beginning of a message about it, such as `line 12: `."""
 NOTHING_INHERITED = Inherited()
 """For a recipe that extends none."""
 
@@ -100,10 +104,11 @@ def load_recipe(path: str | Path, sets: Overrides = ()) -> ResolvedRecipe:
     if parent is None:
         return resolve_recipe(path, text, tables, sets)
     own_steps = _required_steps(path, tables)
-    parent_steps = _step_tables(parent) or []
-    merged = {**extended(tables, parent), "step": extended_steps(own_steps, parent_steps)}
-    taken_over = inherited(own_steps, parent, parent_steps)
-    return resolve_recipe(path, text, merged, sets, taken_over)
+    parent_tables = _parse(parent.path, parent.text)
+    parent_steps = _step_tables(parent_tables) or []
+    merged = {**extended(tables, parent_tables), "step": extended_steps(own_steps, parent_steps)}
+    taken_over = inherited(own_steps, parent_tables, parent_steps)
+    return resolve_recipe(path, text, merged, sets, taken_over, parent)
 
 
 def resolve_recipe(
@@ -112,6 +117,7 @@ def resolve_recipe(
     tables: dict[str, Any],
     sets: Overrides = (),
     taken_over: Inherited = NOTHING_INHERITED,
+    parent: Source | None = None,
 ) -> ResolvedRecipe:
     """Return the recipe in `tables`, a parsed TOML document that is changed in place.
 
@@ -121,10 +127,12 @@ def resolve_recipe(
         tables: its tables, after `extends`.
         sets: see `load_recipe`.
         taken_over: what is known of the recipe that it extends.
+        parent: the file of that recipe; for the lines in messages.
 
     Raises:
         RecipeError: see `load_recipe`.
     """
+    places = Places(Source(path, text), parent)
     step_tables = _step_tables(tables) or []
     _require_sizes(path, tables, step_tables)
     # New variants, here or in an override, do not turn a toggle into a step that always runs.
@@ -138,18 +146,19 @@ def resolve_recipe(
     if len(left_out) == len(ids):
         problems.insert(0, NO_STEPS)
     tables.pop("step", None)
-    engine, engine_problems = _parse_engine(path.parent, tables.pop(ENGINE, {}))
+    at = partial(places.of_key, dict(tables))
+    engine, engine_problems = _parse_engine(path.parent, tables.pop(ENGINE, {}), at)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
         recipe = None
-        problems += format_validation_errors(error, tables, _known_keys())
-    steps, step_problems = _parse_steps(step_tables, taken_over.mixed_steps)
+        problems += format_validation_errors(error, tables, _known_keys(), at)
+    steps, step_problems = _parse_steps(step_tables, taken_over.mixed_steps, places)
     problems += [*step_problems, *engine_problems]
-    problems += first_few(_observer_problems(tables))
-    problems += first_few(_variant_problems(tables, ids))
+    problems += first_few(_observer_problems(tables, at))
+    problems += first_few(_variant_problems(tables, ids, at))
     if recipe is not None:
-        problems += _marked_problems(recipe)
+        problems += _marked_problems(recipe, at)
     if problems or recipe is None or engine is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
     kept = tuple(step for step in steps if step.id not in left_out)
@@ -238,8 +247,8 @@ def _step_tables(tables: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return None
 
 
-def _parent(path: Path, tables: dict[str, Any]) -> dict[str, Any] | None:
-    """Remove `extends` from the tables, and return those of the recipe that it names.
+def _parent(path: Path, tables: dict[str, Any]) -> Source | None:
+    """Remove `extends` from the tables, and return the recipe that it names.
 
     Raises:
         RecipeError: it is no path of a recipe, or that recipe extends another one: one level only.
@@ -260,7 +269,7 @@ def _parent(path: Path, tables: dict[str, Any]) -> dict[str, Any] | None:
             f"{path}: extends: {parent} itself extends another recipe; one level only."
         )
     _required_steps(parent_path, parent_tables)
-    return parent_tables
+    return Source(parent_path, text)
 
 
 def _required_steps(path: Path, tables: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -337,13 +346,14 @@ def _override(
 
 
 def _parse_steps(
-    tables: Sequence[Mapping[str, Any]], mixed_steps: frozenset[str]
+    tables: Sequence[Mapping[str, Any]], mixed_steps: frozenset[str], places: Places
 ) -> tuple[list[RecipeStep], list[str]]:
     """Validate all steps; return the valid ones, and the problems of the others.
 
     Args:
         tables: the [[step]] tables.
         mixed_steps: ids of the steps that have options of two recipes.
+        places: where they are written.
     """
     steps: list[RecipeStep] = []
     problems: list[str] = []
@@ -354,18 +364,26 @@ def _parse_steps(
         options = dict(table)
         use = options.get("use")
         name = options.pop("id", use)
-        where = f'step "{name!s:.{LONGEST_NAME}}" (#{number})'
         if not isinstance(use, str):
             problems.append(_missing_use(number, name))
             continue
-        problems += [f"{where}: {problem}" for problem in _id_problems(name, seen)]
+        at = partial(_at_option, places, number, name, table)
+        problems += [f"{at(['id'])}{problem}" for problem in _id_problems(name, seen)]
         seen.add(str(name))
         try:
-            steps.append(_parse_step(str(name), use, options))
+            steps.append(RecipeStep(str(name), *_plugin_with_options(step_class, use, options, at)))
         except RecipeError as error:
             hint = MIXED if str(name) in mixed_steps else ""
-            problems += [f"{where}: {problem}{hint}" for problem in error.problems]
+            problems += [f"{problem}{hint}" for problem in error.problems]
     return steps, first_few(problems)
+
+
+def _at_option(
+    places: Places, number: int, name: object, table: Mapping[str, Any], keys: Sequence[str]
+) -> str:
+    """Return the beginning of a message about an option of the step with a number, from 1."""
+    line = places.of_option(number - 1, table, keys)
+    return f'{line}step "{name!s:.{LONGEST_NAME}}" (#{number}): '
 
 
 def _missing_use(number: int, name: object) -> str:
@@ -390,19 +408,19 @@ def _id_problems(name: object, taken: set[str]) -> Iterator[str]:
         yield "id: must be unique; an earlier step has it."
 
 
-def _parse_step(name: str, use: str, options: Mapping[str, Any]) -> RecipeStep:
-    """Return a step with its options validated.
-
-    Raises:
-        RecipeError: no plugin offers it, or options are wrong.
-    """
-    return RecipeStep(name, *_plugin_with_options(step_class, use, options))
-
-
 def _plugin_with_options(
-    class_of: Callable[[str], tuple[type, Origin]], use: str, options: Mapping[str, Any]
+    class_of: Callable[[str], tuple[type, Origin]],
+    use: str,
+    options: Mapping[str, Any],
+    at: At,
 ) -> tuple[Any, Origin]:
     """Return what a plugin offers, with its options validated, and its origin.
+
+    Args:
+        class_of: name of a plugin -> its class and origin.
+        use: the name.
+        options: what the recipe has for it.
+        at: path of an option -> the beginning of a message about it.
 
     Raises:
         RecipeError: no plugin offers it, or options are wrong.
@@ -410,14 +428,14 @@ def _plugin_with_options(
     try:
         cls, origin = class_of(use)
     except PluginError as error:
-        raise RecipeError(str(error)) from error
+        raise RecipeError(f"{at(['use'])}{error}") from error
     try:
         # As JSON: strictly validated Python values may not be lists where a tuple is declared.
         document = json.dumps(options, default=str)
         made: Any = validator_of(cls).validate_json(document, strict=True)
     except ValidationError as error:
         fields = [field.name for field in dataclasses.fields(cls) if field.name != "use"]
-        raise RecipeError(*format_validation_errors(error, options, {(): fields})) from error
+        raise RecipeError(*format_validation_errors(error, options, {(): fields}, at)) from error
     return made, origin
 
 
@@ -440,12 +458,15 @@ def engine_of_run(table: Mapping[str, Any], folder: Path) -> RecipeEngine:
     return engine
 
 
-def _parse_engine(folder: Path, table: object) -> tuple[RecipeEngine | None, list[str]]:
+def _parse_engine(
+    folder: Path, table: object, at: At = lambda _: ""
+) -> tuple[RecipeEngine | None, list[str]]:
     """Return the engine of a recipe, or what is wrong with its table.
 
     Args:
         folder: that of the recipe.
         table: what the recipe has under `engine`; empty for the default.
+        at: path of a key of the recipe -> the beginning of a message about it.
     """
     if not isinstance(table, dict):
         return None, ['engine: must be a table, such as [engine] with use = "transformers".']
@@ -456,10 +477,12 @@ def _parse_engine(folder: Path, table: object) -> tuple[RecipeEngine | None, lis
     if not isinstance(use, str):
         return None, [f"engine.use: must be one of {', '.join(installed_plugins(ENGINES))}."]
     try:
-        engine = RecipeEngine(*_plugin_with_options(engine_class, use, options), folder)
+        made = _plugin_with_options(
+            engine_class, use, options, lambda keys: f"{at([ENGINE, *keys])}engine: "
+        )
     except RecipeError as error:
-        return None, [f"engine: {problem}" for problem in error.problems]
-    return engine, []
+        return None, list(error.problems)
+    return RecipeEngine(*made, folder), []
 
 
 def _secret_problems(value: object, where: str) -> Iterator[str]:
@@ -486,33 +509,34 @@ def _is_variable(value: object) -> bool:
     return isinstance(value, str) and bool(VARIABLE.fullmatch(value))
 
 
-def _variant_problems(tables: Mapping[str, Any], ids: Sequence[Any]) -> Iterator[str]:
+def _variant_problems(tables: Mapping[str, Any], ids: Sequence[Any], at: At) -> Iterator[str]:
     """Yield the ids that variants name and no step has."""
     variants = tables.get("variants", {})
     for variant, names in variants.items() if isinstance(variants, dict) else ():
         for name in names if isinstance(names, list) else ():
             if name not in ids:
                 close = suggest(str(name), map(str, ids))
-                yield f'variants.{variant}: no step has the id "{name}".{close}'
+                line = at(["variants", variant])
+                yield f'{line}variants.{variant}: no step has the id "{name}".{close}'
 
 
-def _observer_problems(tables: Mapping[str, Any]) -> Iterator[str]:
+def _observer_problems(tables: Mapping[str, Any], at: At) -> Iterator[str]:
     """Yield observers that cannot be loaded, default ones included."""
     observers = tables.get("observers", Recipe.model_fields["observers"].default)
     for name in observers if isinstance(observers, list) else ():
         try:
             load_plugin(OBSERVERS, str(name))
         except PluginError as error:
-            yield f"observers: {error}"
+            yield f"{at(['observers'])}observers: {error}"
 
 
-def _marked_problems(recipe: Recipe) -> Iterator[str]:
+def _marked_problems(recipe: Recipe, at: At) -> Iterator[str]:
     """Yield marked variants that do not exist."""
     for key in ("baseline", "headline"):
         marked = getattr(recipe, key)
         if marked is not None and marked not in recipe.variants:
             close = suggest(marked, recipe.variants)
-            yield f'{key}: there is no variant "{marked}".{close}'
+            yield f'{at([key])}{key}: there is no variant "{marked}".{close}'
 
 
 def _missing_rows(recipe: ResolvedRecipe) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def recipe(pico_workspace: PicoWorkspace) -> Callable[..., Path]:
 def refusal(path: Path) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    return str(caught.value).removeprefix(f"{path}: ")
+    return re.sub(r"^line \d+: ", "", str(caught.value).removeprefix(f"{path}: "))
 
 
 def test_the_default_is_the_engine_of_the_core(recipe: Callable[..., Path]) -> None:

@@ -45,7 +45,9 @@ def test_other_names_are_refused(name: str) -> None:
 
 def test_a_recipe_with_another_device_names_the_key(pico_workspace: PicoWorkspace) -> None:
     path = pico_workspace.recipe('[[step]]\nuse = "residuals"\n', tables='teacher.device = "gpu"')
-    with pytest.raises(RecipeError, match=r"trial.toml: teacher.device: write .* \(it is 'gpu'\)"):
+    with pytest.raises(
+        RecipeError, match=r"trial.toml: line \d+: teacher.device: write .* \(it is 'gpu'\)"
+    ):
         load_recipe(path)
 
 
