@@ -128,7 +128,10 @@ class SamplesRef(Document):
     use it. By default it is the day of the first run of these models and texts; later runs keep it,
     so that they reuse what is there. `--fresh` takes today."""
     limit: PositiveInt | None = None
-    """Use only this many texts, the first in order of a hash of their id (for trials)."""
+    """Use only this many texts of `index`, the first in order of a hash of their id (for trials). A
+    share that is held out is a share of these. Files of `heldout` and `guard` are used whole, so
+    that scores can be compared with those of the full run; to be quicker, name shorter files, or
+    lower `answer_tokens`."""
 
     @model_validator(mode="before")
     @classmethod

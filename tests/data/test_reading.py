@@ -203,6 +203,18 @@ def test_the_split_follows_ids_and_not_the_order_of_the_file(tmp_path: Path) -> 
     assert splits_of(write_tables(tmp_path, changed)) == first
 
 
+def test_a_limit_leaves_files_of_held_out_and_guard_texts_whole() -> None:
+    whole = SamplesRef(guard="../samples/general/index.tsv")
+    limited = whole.model_copy(update={"limit": 20})
+    found, all_texts = (
+        Counter(each.split for each in read_conversations(ref, SAMPLES.parent / "recipes")[0])
+        for ref in (limited, whole)
+    )
+    assert found[Split.FIT] + found[Split.VALIDATION] == 20
+    for split in (Split.HELDOUT, Split.GUARD, Split.GUARD_VALIDATION):
+        assert found[split] == all_texts[split] > 0
+
+
 def test_a_limit_takes_the_same_blurbs_in_any_order(tmp_path: Path) -> None:
     rows = blurbs(12)
     limited = REF.model_copy(update={"limit": 4})
