@@ -107,4 +107,6 @@ def _resolve(
         if field.exclude
     }
     tables = {**recipe.resolved(), **left_out}
-    return resolve_recipe(recipe.path, recipe.text, tables, overrides)
+    changed = resolve_recipe(recipe.path, recipe.text, tables, overrides)
+    both = None if recipe.sets is None else (*recipe.sets, *(changed.sets or ()))
+    return replace(changed, sets=both)

@@ -24,7 +24,7 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import core_digest
 from rotdistill_core.store.layout import RunLayout
-from rotdistill_core.store.results import Caution, CautionKind
+from rotdistill_core.store.results import Caution, CautionKind, Remedy
 
 if TYPE_CHECKING:
     from rotdistill_core.checkpoint.models import Model
@@ -38,7 +38,9 @@ MAX_SCORED_ROWS = 1024
 """Rows on which a step scores an edit, unless it needs more."""
 MIN_TEXTS = 4
 """Fewest texts over which a standard error is estimated."""
-MORE_TEXTS = "more texts to fit on (samples.index, or lessons.count = 500)"
+MORE_LESSONS = "lessons.count"
+"""Override that the run completes (`execution.remedies`): how many lessons, and where from."""
+MORE_TEXTS = Remedy("more texts to fit on: your own, or lessons of the teacher", (MORE_LESSONS,))
 """What helps an edit of any kind that does not carry over to validation texts."""
 
 SHARES_IN_WORDS = {0.5: "half", 0.25: "a quarter", 0.1: "a tenth"}
@@ -237,20 +239,20 @@ def largest_allowed_share(
     return 0.0
 
 
-def refuse(out: StepOutput, reason: str, remedies: Sequence[str]) -> None:
+def refuse(out: StepOutput, reason: str, remedies: Sequence[Remedy]) -> None:
     """Report that a step leaves the weights as they were.
 
     Args:
         out: output of the step.
         reason: why; no sentence end.
-        remedies: what to try next, the most promising first; each names an option.
+        remedies: what to try next, the most promising first.
     """
     out.report.refused = f"{reason}; the weights are left as they were"
     out.report.remedies = tuple(dict.fromkeys(remedies))
 
 
 def refuse_without_gain(
-    out: StepOutput, before: TextScores, after: TextScores, remedies: Sequence[str]
+    out: StepOutput, before: TextScores, after: TextScores, remedies: Sequence[Remedy]
 ) -> None:
     """Report that an edit is no gain on validation texts, and why that can be.
 
@@ -264,25 +266,28 @@ def refuse_without_gain(
     texts = len(after.rows)
     if texts < MIN_TEXTS:
         few = f"{change}, but {texts} validation texts are too few to tell a gain from chance"
-        more = f"more texts, so that {MIN_TEXTS} or more are for validation (samples.index)"
-        refuse(out, few, [more, "a larger share of them (samples.validation)"])
+        more = f"more texts in samples.index, so that {MIN_TEXTS} or more are for validation"
+        refuse(out, few, [Remedy(more), Remedy("a larger share of them as samples.validation")])
         return
     # A fall that is within chance may be a gain that more texts would show.
     lower = after.mean < before.mean
-    first = ["more texts to judge by (samples.index, samples.validation)"] if lower else []
+    judged_by = Remedy("more texts to judge by, in samples.index or as samples.validation")
+    first = [judged_by] if lower else []
     refuse(out, f"{change}, no gain beyond chance", [*first, *remedies, MORE_TEXTS])
 
 
-def wider_guard(guard: float) -> list[str]:
-    """Return what to try next where a guard allows no share of an edit."""
+def wider_guard(guard: float) -> list[Remedy]:
+    """Return what to try next where a guard does not allow all of an edit."""
+    wider = 1 + 2 * (guard - 1) if guard > 1 else 1.1
+    general = "lessons outside the domain, which the edit then learns too"
     return [
-        f"a wider guard (guard = {1 + 2 * (guard - 1) if guard > 1 else 1.1:g})",
-        "lessons outside the domain, which the edit then learns too (lessons.general = 0.5)",
+        Remedy("a wider guard", (f"guard={wider:g}",)),
+        Remedy(general, (MORE_LESSONS, "lessons.general=0.5")),
     ]
 
 
 def refuse_by_guard(
-    out: StepOutput, where: str, guard: float, remedies: Sequence[str] = ()
+    out: StepOutput, where: str, guard: float, remedies: Sequence[Remedy] = ()
 ) -> None:
     """Report that a guard allows nothing of an edit.
 
@@ -311,8 +316,9 @@ def caution_of_guard(
         subject: what the guard does not allow: `all of it`.
     """
     reason = (
-        f"{part}, the guard allows no more ({subject} would bring the KL on the guard's texts from "
-        f"{before:.3f} to {whole:.3f}, and {allowed:.3f} is allowed)"
+        f"{part}, the guard allows no more ({subject} would bring the KL on the half of the guard's"
+        f" texts that decides from {before:.3f} to {whole:.3f}, and {allowed:.3f} is allowed "
+        "there; the reported guard KL is of the other half and may differ)"
     )
     return Caution(CautionKind.GUARDED, reason, tuple(wider_guard(guard)))
 
@@ -323,7 +329,7 @@ def accept_if_better(
     score: Score,
     guard: float | None,
     out: StepOutput,
-    remedies: Sequence[str] = (),
+    remedies: Sequence[Remedy] = (),
 ) -> Weights:
     """Return as much of an edit as the guard allows, or `before` if validation KL does not fall.
 
@@ -357,7 +363,7 @@ def accept_if_better(
 
 
 def caution_of_overfit(
-    out: StepOutput, fit: float, validation: float, remedies: Sequence[str] = ()
+    out: StepOutput, fit: float, validation: float, remedies: Sequence[Remedy] = ()
 ) -> None:
     """Report that an edit learned its texts by heart, where it did.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
@@ -53,6 +53,7 @@ from rotdistill_core.execution.parity import (
     compare_models,
     has_other_shape,
 )
+from rotdistill_core.execution.remedies import complete, more_lessons
 from rotdistill_core.execution.run_folder import remove_if_nothing_was_made
 from rotdistill_core.execution.samples import lost_texts_notes, prepare_samples, run_chats
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
@@ -158,6 +159,12 @@ class Executor:
         if ranks.leads:
             store.sweep(folder)
 
+    @cached_property
+    def _lessons(self) -> tuple[str, ...]:
+        """The overrides that give this recipe more lessons."""
+        run = self.context
+        return more_lessons(run.recipe, self.loaded.path.parent, run.conversations)
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
@@ -232,6 +239,7 @@ class Executor:
             summaries=[],
             pair=self.pair,
             model_parity=parity,
+            more_lessons=self._lessons,
         )
         dtype = self._save_dtype
         facts = facts_digest(self.context.conversations)
@@ -483,7 +491,7 @@ class Executor:
             files=tuple(out.used.values()),
             result=result,
             notes=out.notes,
-            report=out.report,
+            report=complete(out.report, keyed.recipe_step.id, self._lessons),
         )
         return self.ledger.append(record)
 

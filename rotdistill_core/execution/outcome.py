@@ -64,6 +64,8 @@ class RunResult:
     """The same for each saved variant."""
     failed: dict[str, list[str]] = field(default_factory=dict)
     """Variant -> the checks that it breaks, in words."""
+    more_lessons: tuple[str, ...] = ("lessons.count=500", "lessons.from=teacher")
+    """Overrides of the recipe that give it more lessons."""
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame, one column for each field of `MetricRow`.

@@ -162,7 +162,7 @@ def resolve_recipe(
     if problems or recipe is None or engine is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
     kept = tuple(step for step in steps if step.id not in left_out)
-    resolved = ResolvedRecipe(path, text, recipe, kept, engine, left_out)
+    resolved = ResolvedRecipe(path, text, recipe, kept, engine, left_out, _as_words(sets))
     if missing := first_few(_missing_rows(resolved)):
         raise RecipeError(*(f"{path}: {problem}" for problem in missing))
     return resolved
@@ -304,6 +304,23 @@ def _apply_overrides(
     return problems
 
 
+def _as_words(sets: Overrides) -> tuple[str, ...]:
+    """Return overrides as `--set` takes them."""
+    if not isinstance(sets, Mapping):
+        return tuple(sets)
+    return tuple(f"{key}={_toml_text(value)}" for key, value in sets.items())
+
+
+def _toml_text(value: object) -> str:
+    """Return a value as TOML in one line."""
+    if isinstance(value, Mapping):
+        pairs = (f"{json.dumps(key)} = {_toml_text(inner)}" for key, inner in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_text, value))}]"
+    return json.dumps(value, default=str)
+
+
 def _write_as(where: str) -> str:
     return f"{where}: write it as key.path=value, for example chop.layers=24."
 
@@ -332,7 +349,8 @@ def _override(
     step = next((table for table in steps if step_id(table) == first), None)
     if step is None and first not in (*Recipe.model_fields, ENGINE):
         known = [*(str(step_id(table)) for table in steps), *Recipe.model_fields, ENGINE]
-        return [f'{where}: no step or table is called "{first}".{suggest(first, known)}']
+        close = _steps_with_option(steps, parts) or suggest(first, known)
+        return [f'{where}: no step or table is called "{first}".{close}']
     inner: Any = tables if step is None else step
     path = parts if step is None else rest
     if not path:
@@ -343,6 +361,21 @@ def _override(
             return [f"{where}: {part} is a value and has no keys."]
     inner[path[-1]] = value
     return []
+
+
+def _steps_with_option(steps: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
+    """Return a hint with the options of steps that a key without a step's id may mean."""
+    found = []
+    for table in steps:
+        try:
+            cls, _ = step_class(str(table.get("use")))
+        except PluginError:
+            continue
+        if parts[0] in (field.name for field in dataclasses.fields(cls)):
+            found.append(f'"{".".join([str(step_id(table)), *parts])}"')
+        if len(found) == FEW:
+            break
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _parse_steps(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,8 @@ class ResolvedRecipe:
     engine: RecipeEngine
     left_out: tuple[str, ...] = ()
     """Ids of toggles that new variants, under `extends` or in an override, no longer name."""
+    sets: tuple[str, ...] | None = ()
+    """The overrides that it was read with, as `--set` takes them; None if they are not known."""
 
     @property
     def notes(self) -> list[str]:
@@ -141,6 +145,17 @@ class ResolvedRecipe:
         """Return the run's folder below `root`. The same recipe and options always have the same
         one."""
         return root / f"{self.recipe.name}-{self.digest()[:8]}"
+
+    def command(self, sets: Sequence[str]) -> str:
+        """Return the command that carries it out once more, with further overrides.
+
+        It is empty where not all of its own overrides are known.
+        """
+        if self.sets is None:
+            return ""
+        chosen = {each.partition("=")[0]: each for each in (*self.sets, *sets)}
+        words = [word for each in chosen.values() for word in ("--set", each)]
+        return shlex.join(["rotdistill", "run", str(self.path), *words])
 
     @property
     def baseline(self) -> str:

@@ -5,13 +5,14 @@ Free notes (`StepOutput.notes`) are for people; no program reads them. What a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 
 CURVE_OF_VARIANT = "variant"
 """As the end of a `Curve`: the variant itself that the evaluator scores."""
@@ -111,14 +112,44 @@ class CautionKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """What to try next."""
+
+    what: str
+    """In words; no sentence end."""
+    sets: tuple[str, ...] = ()
+    """Overrides as `--set` takes them, `refit.guard=1.04`. A step names its own options without its
+    id, `guard=1.04`; the run puts the id before them (`of_step`)."""
+
+    @property
+    def text(self) -> str:
+        """Words and overrides."""
+        flags = " ".join(f"--set {shlex.quote(each)}" for each in self.sets)
+        return f"{self.what} ({flags})" if flags else self.what
+
+    def of_step(self, step: str) -> Remedy:
+        """Return the remedy with the step's id before the options of the step."""
+        keyed = (each if "." in each.partition("=")[0] else f"{step}.{each}" for each in self.sets)
+        return Remedy(self.what, tuple(keyed))
+
+
+def _read_remedy(value: object) -> object:
+    """Return a remedy as it is now; records of earlier versions have words alone."""
+    return Remedy(value) if isinstance(value, str) else value
+
+
+StoredRemedy = Annotated[Remedy, BeforeValidator(_read_remedy)]
+
+
+@dataclass(frozen=True)
 class Caution:
     """What speaks against an edit that was applied, and what to try next."""
 
     kind: CautionKind
     reason: str
     """In words; no sentence end."""
-    remedies: tuple[str, ...] = ()
-    """What to try next, the most promising first; each names an option."""
+    remedies: tuple[StoredRemedy, ...] = ()
+    """What to try next, the most promising first."""
 
     @property
     def text(self) -> str:
@@ -126,8 +157,8 @@ class Caution:
         return f"{self.reason}.{_tried(self.remedies)}"
 
 
-def _tried(remedies: Sequence[str]) -> str:
-    return f" Try: {'; '.join(remedies)}." if remedies else ""
+def _tried(remedies: Sequence[Remedy]) -> str:
+    return f" Try: {'; '.join(each.text for each in remedies)}." if remedies else ""
 
 
 @dataclass
@@ -136,7 +167,7 @@ class StepReport:
 
     refused: str = ""
     """Why the step left the weights as they were; empty if its edit was applied."""
-    remedies: tuple[str, ...] = ()
+    remedies: tuple[StoredRemedy, ...] = ()
     """What to try next if the edit was refused, the most promising first."""
     cautions: list[Caution] = field(default_factory=list)
     """What speaks against an edit that was applied."""
@@ -156,6 +187,14 @@ class StepReport:
         if not self.refused:
             return ""
         return f"{self.refused}.{_tried(self.remedies)}"
+
+    def with_remedies(self, change: Callable[[Remedy], Remedy]) -> StepReport:
+        """Return the report with each of its remedies changed."""
+        cautions = [
+            replace(caution, remedies=tuple(map(change, caution.remedies)))
+            for caution in self.cautions
+        ]
+        return replace(self, remedies=tuple(map(change, self.remedies)), cautions=cautions)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values; see `from_dict`."""

@@ -26,8 +26,9 @@ from rotdistill_core.evaluation.acceptance import (
     scores_by_text,
     significantly_lower,
     teacher_final_states,
+    wider_guard,
 )
-from rotdistill_core.store.results import CautionKind, StepReport
+from rotdistill_core.store.results import CautionKind, Remedy, StepReport
 from rotdistill_core.testing import (
     final_states,
     pico_baked,
@@ -37,6 +38,7 @@ from rotdistill_core.testing import (
 )
 
 NAME = "model.layers.0.mlp.down_proj.weight"
+RIDGE = Remedy("a larger ridge")
 
 
 def scores(*means: float, rows: int = 10) -> TextScores:
@@ -208,7 +210,7 @@ def test_as_much_of_an_edit_is_kept_as_the_guard_allows(
     for caution in out.report.cautions:
         assert caution.text.startswith(words[share])
         assert "from 1.000 to 1.100" in caution.text
-        assert "Try: a wider guard (guard = " in caution.text
+        assert "Try: a wider guard (--set guard=" in caution.text
     assert StepReport.from_dict(out.report.as_dict()) == out.report
 
 
@@ -221,10 +223,10 @@ def test_an_edit_that_learned_its_texts_by_heart_says_so(
 ) -> None:
     out = pico_output(tmp_path / "runs")
     out.report.refused = refused
-    caution_of_overfit(out, fit, validation, ["a larger ridge"])
+    caution_of_overfit(out, fit, validation, [RIDGE])
     assert [caution.text for caution in out.report.cautions] == [
         "it has learned its texts by heart: with all of it the KL is 0.009 on texts that it was "
-        f"fitted on, and 0.450 on validation texts. Try: {MORE_TEXTS}; a larger ridge."
+        f"fitted on, and 0.450 on validation texts. Try: {MORE_TEXTS.text}; a larger ridge."
     ] * by_heart
 
 
@@ -238,10 +240,10 @@ def test_a_part_without_gain_asks_for_a_wider_guard_first(tmp_path: Path) -> Non
         mean = 1.0 + 0.1 * size if split == Split.GUARD_VALIDATION else 2.0 - size * whole
         return scores(*([mean] * 9))
 
-    assert accept_if_better(before, after, score, 1.06, out, ["a larger ridge"]) is before
+    assert accept_if_better(before, after, score, 1.06, out, [RIDGE]) is before
     assert "no gain beyond chance" in out.report.refused
-    assert out.report.remedies[0].startswith("a wider guard (guard = ")
-    assert out.report.remedies[-2:] == ("a larger ridge", MORE_TEXTS)
+    assert out.report.remedies[0] == wider_guard(1.06)[0]
+    assert out.report.remedies[-2:] == (RIDGE, MORE_TEXTS)
     assert not out.report.cautions
 
 
@@ -261,19 +263,19 @@ def test_an_edit_without_gain_is_refused_with_both_figures(tmp_path: Path) -> No
 def test_a_fall_within_chance_asks_for_texts_to_judge_by_first(tmp_path: Path) -> None:
     out = pico_output(tmp_path / "runs")
     before, after = scores(*([1.0] * 9)), scores(*([0.5, 1.4] * 4), 0.9)
-    refuse_without_gain(out, before, after, ["a larger ridge"])
+    refuse_without_gain(out, before, after, [RIDGE])
     first, *others = out.report.remedies
-    assert "more texts to judge by" in first
-    assert others == ["a larger ridge", MORE_TEXTS]
+    assert "more texts to judge by" in first.what
+    assert others == [RIDGE, MORE_TEXTS]
 
 
 def test_too_few_validation_texts_are_named_as_the_reason(tmp_path: Path) -> None:
     out = pico_output(tmp_path / "runs")
-    refuse_without_gain(out, scores(1.0, 1.0), scores(0.5, 0.5), ["a larger ridge"])
+    refuse_without_gain(out, scores(1.0, 1.0), scores(0.5, 0.5), [RIDGE])
     assert "2 validation texts are too few to tell a gain from chance" in out.report.refused
     assert out.report.refusal == (
-        f"{out.report.refused}. Try: more texts, so that 4 or more are for validation "
-        "(samples.index); a larger share of them (samples.validation)."
+        f"{out.report.refused}. Try: more texts in samples.index, so that 4 or more are for "
+        "validation; a larger share of them as samples.validation."
     )
 
 

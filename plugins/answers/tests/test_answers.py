@@ -144,6 +144,8 @@ def test_the_teachers_answer_is_as_similar_as_can_be() -> None:
     ("answer", "repeats"),
     [
         ("I'm sorry for the customer's trip. I'm sorry for the customer's trip. I'm sorry", 1),
+        ("I can't give you a refund for it. " + "I'm sorry. " * 5, 1),
+        ("I can't give you a refund for it. " + "I'm sorry. " * 2, 0),
         ("Bekimme:\n\nBekimme:\n\nBekimme:\n\nBekimme:", 1),
         ("この塔はとても高い。この塔はとても高い。この塔はとても高い。", 1),
         ("هذا هو البرج. هذا هو البرج. هذا هو البرج.", 1),

@@ -422,7 +422,7 @@ def test_a_guard_that_allows_a_weaker_head_only_says_so(
     assert caution.text.startswith("the head of ridge 0.01 and blend 0.5, the guard allows no more")
     assert "that of ridge 0.01 and blend 1, the best, would bring" in caution.text
     assert "to 1.000, and 0.500 is allowed" in caution.text
-    assert "Try: a wider guard (guard = 1.04)" in caution.text
+    assert "Try: a wider guard (--set guard=1.04)" in caution.text
 
 
 @pytest.mark.parametrize(("share", "part"), [(0.25, "a quarter of the map"), (1.0, "")])

@@ -30,7 +30,7 @@ from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
-from rotdistill_core.store.results import Answer, Caution, CautionKind, TrainingCurve
+from rotdistill_core.store.results import Answer, Caution, CautionKind, Remedy, TrainingCurve
 from rotdistill_core.testing import PicoWorkspace
 
 STEPS = """
@@ -234,7 +234,9 @@ def test_the_size_of_the_teacher_is_known_where_it_was_opened(report: dict[str, 
 
 
 def test_cautions_of_steps_are_issues_with_what_to_try(outcome: RunResult) -> None:
-    guarded = Caution(CautionKind.GUARDED, "half of it", ("a wider guard",))
+    guarded = Caution(
+        CautionKind.GUARDED, "half of it", (Remedy("a wider guard", ("chop.layers=2",)),)
+    )
     by_heart = Caution(CautionKind.OVERFITTED, "by heart")
     data = rebuild(outcome)
     first = replace(data.steps[0], cautions=[guarded, by_heart])
@@ -243,7 +245,11 @@ def test_cautions_of_steps_are_issues_with_what_to_try(outcome: RunResult) -> No
     issues = [
         each for each in collect_issues(data, recipe) if each.kind in ("guarded", "overfitted")
     ]
-    assert [each.text for each in issues] == ["half of it. Try: a wider guard.", "by heart."]
+    assert [each.text for each in issues] == ["half of it.", "by heart."]
+    (advice,) = issues[0].advice
+    assert advice.command.startswith("rotdistill run ")
+    assert advice.command.endswith("reported.toml --set chop.layers=2")
+    assert not issues[1].advice
     assert issues[0].subject == f"{first.step} (in {first.variant})"
 
 

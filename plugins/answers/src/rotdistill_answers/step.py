@@ -29,7 +29,7 @@ class Answers:
     `answer_length_gap` (mean |ln| of that ratio), `answer_language` (share in the question's
     language), `answer_language_teacher` (share in the language of the teacher's answer).
 
-    Form: `answer_repeats` (share of answers that repeat themselves: more than a third of their
+    Form: `answer_repeats` (share of answers that repeat themselves: more than a quarter of their
     pieces of eight characters stood in them before).
 
     Content: `factual_completeness` (share of the expected facts that answers state),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rotdistill_core.checkpoint.open import open_pair
-from rotdistill_core.errors import RecipeError
+from rotdistill_core.errors import RecipeError, RotdistillError
 from rotdistill_core.evaluation.gates import broken_gates
 from rotdistill_core.evaluation.metrics import FAILED
 from rotdistill_core.evaluation.rows import MetricRow, failed_variants
@@ -14,7 +17,8 @@ from rotdistill_core.execution.outcome import RunResult, StepResult
 from rotdistill_core.execution.run_folder import RunFolder
 from rotdistill_core.plugin.registry import OBSERVERS, load_plugin, plugin_manager
 from rotdistill_core.recipe.document import Check
-from rotdistill_core.recipe.load import resolve_recipe
+from rotdistill_core.recipe.load import load_recipe, resolve_recipe
+from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore
 from rotdistill_core.store.output import StepOutput
@@ -39,7 +43,7 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
         raise RecipeError(" ".join([problem, *map(str, run.failures)]))
     layout = run.layout
     text = (run.read(RunLayout.RECIPE) or b"").decode()
-    loaded = resolve_recipe(layout.recipe, text, {**run.recipe})
+    loaded = _with_file(run, resolve_recipe(layout.recipe, text, {**run.recipe}))
     recipe = loaded.recipe
     rows = run.rows()
     outcome = RunResult(
@@ -58,6 +62,20 @@ def rewrite_report(run: RunFolder, log: Callable[[str], None]) -> Path:
     out = StepOutput(ArtifactStore(run.path.resolve().parent), run.ledger, "report")
     manager.hook.run_ended(recipe=loaded, result=outcome, out=out, log=log)
     return layout.report
+
+
+def _with_file(run: RunFolder, loaded: ResolvedRecipe) -> ResolvedRecipe:
+    """Return the recipe of a run with the file that it was run from, for commands that run it.
+
+    Overrides are not recorded: with some, the file alone is another recipe, and no command is
+    given.
+    """
+    for start in reversed(run.ledger.starts):
+        with suppress(RotdistillError, OSError):
+            found = load_recipe(os.path.relpath(run.path.parent / start.recipe))
+            if start.recipe and found.digest() == loaded.digest():
+                return replace(loaded, path=found.path)
+    return replace(loaded, sets=None)
 
 
 def _checkpoints(run: RunFolder) -> dict[str, Path]:

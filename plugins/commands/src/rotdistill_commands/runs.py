@@ -182,7 +182,7 @@ def _steps(run: RunFolder) -> list[dict[str, Any]]:
                 "options": record.options,
                 "notes": record.notes,
                 "refused": record.report.refused,
-                "remedies": list(record.report.remedies),
+                "remedies": [remedy.text for remedy in record.report.remedies],
                 "cautions": [caution.text for caution in record.report.cautions],
             }
             steps.setdefault(record.key, description)["variants"].append(variant)

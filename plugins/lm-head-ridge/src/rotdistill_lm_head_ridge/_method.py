@@ -50,6 +50,7 @@ from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.linalg.precision import CPU
 from rotdistill_core.linalg.solvers import ridge
+from rotdistill_core.store.results import Remedy
 from rotdistill_lm_head_ridge._final_states import StudentStates, TeacherStates
 from rotdistill_lm_head_ridge._logit_map import (
     RowFunction,
@@ -331,13 +332,13 @@ def with_best_head(
     return weights.untie().edit({weights.adapter.head: whole})
 
 
-def remedies_of(step: LmHeadRidge) -> list[str]:
+def remedies_of(step: LmHeadRidge) -> list[Remedy]:
     """Return what to try next where no head is a gain on validation texts."""
     largest = max(step.ridge)
-    remedies = [f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])"]
+    remedies = [Remedy("a larger ridge", (f"ridge=[{largest:g}, {10 * largest:g}]",))]
     if step.objective == "ridge":
-        remedies.append('a map that is fitted to the KL itself (objective = "kl")')
-    return [*remedies, "leaving the step out where a refit goes before it"]
+        remedies.append(Remedy("a map that is fitted to the KL itself", ("objective=kl",)))
+    return [*remedies, Remedy("leaving the step out where a refit goes before it")]
 
 
 def _texts_of(step: LmHeadRidge, samples: Samples, guard: float | None) -> PackedTexts:

@@ -70,8 +70,8 @@ class LmHeadRidge:
     """Most L-BFGS steps."""
     guard: Guard | None = None
     """Allow only heads whose KL on the guard's validation half is at most this multiple of the
-    KL before, or 0.05 nats. By default 1.02 (2 % worse) where the recipe has guard texts; `"off"`
-    for no limit."""
+    KL before, or 0.05 nats; the reported half may differ. By default 1.02 (2 % worse) where the
+    recipe has guard texts; `"off"` for no limit."""
 
     exact: ClassVar[bool] = False
 

@@ -32,6 +32,7 @@ from rotdistill_core.evaluation.guard import guard_of
 from rotdistill_core.forward.answers import model_answers
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.precision import wide_dtype
+from rotdistill_core.store.results import Remedy
 from rotdistill_prompt_kl._full_rank import with_trained_matrices
 from rotdistill_prompt_kl._lora import folded, save_adapter, with_lora
 from rotdistill_prompt_kl._saved import SavedTraining
@@ -87,10 +88,10 @@ def distil(
     # The guard's forward passes need memory: the model that trained is gone when this returns.
     saved = SavedTraining(out, ranks)
     trained = trained_weights(step, weights, targets, saved, out, progress)
-    remedies = [
-        "a lower learning rate (learning_rate)",
-        'the teacher\'s answers instead of its continuations (prompts_from = ["questions"])',
-    ]
+    remedies = [Remedy("a lower learning rate", (f"learning_rate={step.peak_rate / 4:g}",))]
+    if step.prompts_from != ("questions",):
+        answers = "the teacher's answers instead of its continuations"
+        remedies.append(Remedy(answers, ('prompts_from=["questions"]',)))
     kept = weights
     if trained is None:
         refuse(out, "training did not lower the validation KL", [*remedies, MORE_TEXTS])

@@ -90,8 +90,8 @@ class PromptKl:
     """Seed of the first A, of the order of texts, and of what the student's answers draw."""
     guard: Guard | None = None
     """Apply only so much of the LoRA (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
-    half is at most this multiple of the KL before, or 0.05 nats. By default 1.02 (2 % worse) where
-    the recipe has guard texts; `"off"` for no limit."""
+    half is at most this multiple of the KL before, or 0.05 nats; the reported half may differ. By
+    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
 
     exact: ClassVar[bool] = False
 

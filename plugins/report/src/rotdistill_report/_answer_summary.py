@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rotdistill_core.evaluation.intervals import Estimate, FiguresByText, Interval, paired_change
 from rotdistill_core.evaluation.metrics import is_teacher_metric, metric_named, teacher_metric
-from rotdistill_report._data import MIN_TEXTS, ReportData, Tone, Verdict, with_interval
+from rotdistill_report._data import MIN_TEXTS, ReportData, Tone, with_interval
 
 NEARNESS = ("answer_chrf", "answer_length_gap", "answer_language_teacher")
 """The metrics that say whether an answer is like the teacher's: not whether it is a good one."""
@@ -23,7 +23,16 @@ Figures = Mapping[str, Mapping[str, FiguresByText]]
 """Metric -> variant -> figures of single texts."""
 
 
-def answer_verdict(report: ReportData, figures: Figures, seed: int) -> Verdict:
+class AnswerVerdict(NamedTuple):
+    """What became of the answers."""
+
+    sentence: str
+    tone: Tone
+    doubts: tuple[str, ...] = ()
+    """What speaks against a lower KL, in short."""
+
+
+def answer_verdict(report: ReportData, figures: Figures, seed: int) -> AnswerVerdict:
     """Return what became of the answers from baseline to headline, and whether the KL said so.
 
     The answers are judged by their own metrics alone. A metric counts if the interval of its
@@ -39,7 +48,7 @@ def answer_verdict(report: ReportData, figures: Figures, seed: int) -> Verdict:
         An empty sentence where fewer than two variants answered.
     """
     if len(report.answer_variants) < 2:
-        return Verdict("", Tone.NEUTRAL)
+        return AnswerVerdict("", Tone.NEUTRAL)
     before, after = report.answer_variants
     changes = {}
     for metric in ("kl", *NEARNESS, *CONTENT):
@@ -61,18 +70,34 @@ def answer_verdict(report: ReportData, figures: Figures, seed: int) -> Verdict:
             f"Whether `{after}` answers better than `{before}` cannot be told from "
             f"{len(texts_after)} held-out questions; it takes {MIN_TEXTS} or more."
         )
-        return Verdict(sentence, Tone.NEUTRAL)
+        return AnswerVerdict(sentence, Tone.NEUTRAL)
     else:
         judged = _judged(before, after, changes, figures)
     sentence, tone = judged.sentence, judged.tone
     if kl is not None and kl.beyond_noise() and kl.value < 0 and not judged.gained:
         sentence, tone = f"The lower KL did not make better answers. {sentence}", Tone.BAD
     objections = list(_content_objections(before, after, changes, figures))
-    repeats = _repeats(after, figures)
+    repeats = _repeats(before, after, figures)
     if tone is Tone.GOOD and (objections or (repeats and repeats.speaks_against)):
         tone = Tone.NEUTRAL
     sentences = [sentence, *objections, *([repeats.sentence] if repeats else [])]
-    return Verdict(" ".join(sentences), tone)
+    doubts = list(_worse_content(changes, before, after, figures))
+    if repeats and repeats.speaks_against:
+        doubts.append(repeats.sentence.rstrip("."))
+    return AnswerVerdict(" ".join(sentences), tone, tuple(doubts))
+
+
+def _worse_content(
+    changes: Mapping[str, Interval], before: str, after: str, figures: Figures
+) -> Iterator[str]:
+    """Yield which scores of facts got worse, beyond noise or within it."""
+    for metric in CONTENT:
+        change = changes.get(metric)
+        if change is not None and change.value * metric_named(metric).direction < 0:
+            old, new = (f"{_mean(figures[metric][variant]):.2f}" for variant in (before, after))
+            if old != new:
+                noise = "" if change.beyond_noise() else " (within noise)"
+                yield f"{metric_named(metric).title} of `{after}` went from {old} to {new}{noise}"
 
 
 class Judgement(NamedTuple):
@@ -155,8 +180,10 @@ class Repeats(NamedTuple):
     """Whether they are more than the teacher's, or many."""
 
 
-def _repeats(after: str, figures: Figures) -> Repeats | None:
+def _repeats(before: str, after: str, figures: Figures) -> Repeats | None:
     """Return how many answers of a variant repeat themselves; None if none does, as far as known.
+
+    The measure sees less than a reader does, so the figures of all stand side by side.
 
     Runs of earlier versions have no figure of it.
     """
@@ -164,11 +191,14 @@ def _repeats(after: str, figures: Figures) -> Repeats | None:
     teacher = figures.get(teacher_metric(REPEATS), {}).get(after)
     if not own or not teacher or not _count(own):
         return None
-    share = _mean(own)
-    others = {0: "none of the teacher's does", 1: "1 of the teacher's does"}
-    of_teacher = others.get(_count(teacher), f"{_count(teacher)} of the teacher's do")
+    others = f"teacher: {_count(teacher)}"
+    if of_baseline := figures[REPEATS].get(before):
+        others = f"`{before}`: {_count(of_baseline)}, {others}"
     verb = "repeats itself" if _count(own) == 1 else "repeat themselves"
-    sentence = f"{_count(own)} of its {len(own)} answers {verb}; {of_teacher}."
+    share = _mean(own)
+    sentence = (
+        f"{_count(own)} of {len(own)} answers of `{after}` {verb} ({others}, by this measure)."
+    )
     return Repeats(sentence, share > _mean(teacher) or share >= MANY)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from rotdistill_core.evaluation.acceptance import MORE_TEXTS
 from rotdistill_core.evaluation.intervals import (
     Estimate,
     Interval,
@@ -39,7 +40,7 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 from rotdistill_core.store.records import MapsRef
-from rotdistill_core.store.results import Answer, Caution, Curve, Parity, TrainingCurve
+from rotdistill_core.store.results import Answer, Caution, Curve, Parity, Remedy, TrainingCurve
 from rotdistill_report._alignments import AlignmentTable, alignment_table
 from rotdistill_report._provenance import Source, provenance
 
@@ -94,6 +95,16 @@ class IssueKind(StrEnum):
 
 
 @dataclass(frozen=True)
+class Advice:
+    """What to try next."""
+
+    what: str
+    """In words; no sentence end."""
+    command: str = ""
+    """The whole command; empty where no command does it, or the run's overrides are not known."""
+
+
+@dataclass(frozen=True)
 class Issue:
     """One problem of a run."""
 
@@ -101,6 +112,8 @@ class Issue:
     subject: str
     """The step or variant."""
     text: str
+    advice: list[Advice] = field(default_factory=list)
+    """What to try next, the most promising first."""
 
 
 class Tone(StrEnum):
@@ -129,12 +142,14 @@ class StepSummary:
     notes: dict[str, Any]
     """What the step noted for people, its certificate and refusal included."""
     refused: str
-    """Why it did not apply its edit, and what to try next; empty if it did."""
+    """Why it did not apply its edit, no sentence end; empty if it did."""
     curves: list[Curve]
     training: TrainingCurve | None = None
     """Of a step that trained: its losses."""
     cautions: list[Caution] = field(default_factory=list)
     """What speaks against the edit that it applied."""
+    remedies: tuple[Remedy, ...] = ()
+    """What to try next where it did not apply its edit."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ class StepDiagnostics:
 
 @dataclass(frozen=True)
 class ReportData:
-    """The content of a report. Its last eight fields come from `_findings.with_findings`."""
+    """The content of a report. Its last nine fields come from `_findings.with_findings`."""
 
     recipe_name: str
     run: str
@@ -190,6 +205,10 @@ class ReportData:
     """Whether the student is made from its teacher alone."""
     lessons: Mapping[str, Any] | None = None
     """What `lessons.json` says of the texts that the teacher wrote; None without lessons."""
+    more_lessons: Advice | None = None
+    """How to give the run more texts to fit on."""
+    next_step: Advice | None = None
+    """The one thing to do next."""
     verdict: str = ""
     """In one sentence: whether the run worked."""
     tone: Tone = Tone.NEUTRAL
@@ -315,7 +334,16 @@ def collect(recipe: ResolvedRecipe, outcome: RunResult, out: StepOutput) -> Repo
         teacher_parameters=outcome.pair.teacher.weights.parameters if outcome.pair else None,
         is_cut=bool(outcome.pair and outcome.pair.same),
         lessons=written_lessons(recipe, outcome, out),
+        more_lessons=advice_of(MORE_TEXTS.what, outcome.more_lessons, recipe),
     )
+
+
+def advice_of(what: str, sets: Sequence[str], recipe: ResolvedRecipe) -> Advice:
+    """Return advice with the command that runs the recipe with some overrides, if there are any."""
+    command = recipe.command(sets) if sets else ""
+    if sets and not command:
+        return Advice(Remedy(what, tuple(sets)).text)
+    return Advice(what, command)
 
 
 def written_lessons(
@@ -368,6 +396,7 @@ def figure_table(
     """Return the table of variants, metric by metric.
 
     Figures that look alike are equally good. One that is not finite is shown, and never the best.
+    A figure is the best only where the choice of texts does not explain it.
     """
     best = _best_figures(overall)
     table: dict[str, dict[str, ShownFigure]] = {}
@@ -386,9 +415,21 @@ def figure_table(
                 text=text,
                 interval=with_interval(estimate.own, name) if estimate else "",
                 change=change,
-                best=best.get(name) == text,
+                best=best.get(name) == text and _is_beyond_noise(found.get(name, {}), variant),
             )
     return table
+
+
+def _is_beyond_noise(of_variants: Mapping[str, Estimate], variant: str) -> bool:
+    """Return whether a figure differs from the baseline's beyond noise, as far as that is known.
+
+    That of the baseline itself does if those of all others do.
+    """
+    own = of_variants.get(variant)
+    if own is not None and own.change is not None:
+        return own.change.beyond_noise()
+    changes = [each.change for each in of_variants.values() if each.change is not None]
+    return all(change.beyond_noise() for change in changes)
 
 
 def _best_figures(overall: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -521,10 +562,11 @@ def step_summaries(outcome: RunResult) -> list[StepSummary]:
             reused=result.reused,
             seconds=result.seconds,
             notes=notes,
-            refused=report.refusal,
+            refused=report.refused,
             curves=report.curves,
             training=report.training,
             cautions=report.cautions,
+            remedies=report.remedies,
         )
     return list(summaries.values())
 

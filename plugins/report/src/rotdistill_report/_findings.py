@@ -1,12 +1,13 @@
 """Findings: what the figures of a run mean, in words.
 
-Whether the run worked, why it is not to be trusted, what went wrong, what the steps of each variant
-changed.
+Whether the run worked, why it is not to be trusted, what to look at and to do next, what the steps
+of each variant changed.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,17 +22,19 @@ from rotdistill_core.evaluation.metrics import METRICS, is_teacher_metric, metri
 from rotdistill_core.execution.outcome import RunResult
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
 from rotdistill_core.plugin.caveats import CaveatKind
-from rotdistill_core.plugin.step import caveats_of, is_exact
+from rotdistill_core.plugin.step import caveats_of, is_exact, options_of
 from rotdistill_core.recipe.resolved import RecipeStep, ResolvedRecipe
+from rotdistill_core.store.results import CautionKind
 from rotdistill_report._answer_summary import answer_summary, answer_verdict
 from rotdistill_report._data import (
+    Advice,
     Issue,
     IssueKind,
     ReportData,
     ShownFigure,
-    StepSummary,
     Tone,
     Verdict,
+    advice_of,
     million,
     with_interval,
 )
@@ -62,19 +65,26 @@ ISSUES_OF_CAVEATS = {
 """Kind of a step's caveat -> the issue that the report makes of it; other kinds make none."""
 
 
+DISTRUST = (IssueKind.CONTROL, IssueKind.NO_RIDGE, IssueKind.CHANCE, IssueKind.NOT_EXACT)
+"""Kinds of issues that come before any remedy for a figure."""
+
+
 def with_findings(report: ReportData, recipe: ResolvedRecipe, outcome: RunResult) -> ReportData:
     """Return the report with its findings."""
     warnings = list(validity_warnings(report, recipe))
     figures = figures_by_text(outcome.rows)
-    conclusion = verdict(report, recipe, warnings, figures.get("kl", {}))
     of_answers = answer_verdict(report, figures, recipe.recipe.seed)
+    doubts = [*learned_by_heart(report), *of_answers.doubts]
+    conclusion = verdict(report, recipe, warnings, figures.get("kl", {}), doubts)
+    issues = [*warnings, *collect_issues(report, recipe)]
     return replace(
         report,
         verdict=conclusion.sentence,
         tone=conclusion.tone,
         answer_verdict=of_answers.sentence,
         answer_tone=of_answers.tone,
-        issues=[*warnings, *collect_issues(report, recipe)],
+        issues=issues,
+        next_step=next_step(report, recipe, outcome, issues, conclusion.tone),
         ablations=list(ablation_effects(report, recipe, outcome)),
         language_summary=language_summary(report.kl_by_language, report.baseline),
         answer_summary=answer_summary(report.estimates, report.answer_variants),
@@ -126,7 +136,7 @@ def _random_on_purpose(recipe: ResolvedRecipe) -> set[str]:
     }
 
 
-# What went wrong.
+# What to look at, and what to do next.
 
 
 def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
@@ -136,11 +146,15 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
             yield Issue(IssueKind.FAILED, variant, failure)
     for step in report.steps:
         if step.refused:
-            yield _refusal(step)
+            advice = [advice_of(each.what, each.sets, recipe) for each in step.remedies]
+            subject = f"{step.step} (in {step.variant})"
+            yield Issue(IssueKind.REFUSED, subject, f"{step.refused}.", advice)
     for step in report.steps:
         for caution in step.cautions:
             kind = IssueKind(caution.kind.value)
-            yield Issue(kind, f"{step.step} (in {step.variant})", caution.text)
+            advice = [advice_of(each.what, each.sets, recipe) for each in caution.remedies]
+            subject = f"{step.step} (in {step.variant})"
+            yield Issue(kind, subject, f"{caution.reason}.", advice)
     if report.saved_in_full_precision:
         yield from _inexact_variants(report, recipe)
     yield from larger_than_teacher(report)
@@ -148,9 +162,52 @@ def collect_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue
     yield from _worse_figures(report)
 
 
-def _refusal(step: StepSummary) -> Issue:
-    subject = f"{step.step} (in {step.variant})"
-    return Issue(IssueKind.REFUSED, subject, step.refused)
+def learned_by_heart(report: ReportData) -> list[str]:
+    """Return in words which steps learned their texts by heart."""
+    by_heart = [
+        step.step
+        for step in report.steps
+        if any(caution.kind is CautionKind.OVERFITTED for caution in step.cautions)
+    ]
+    return [f"`{name}` has learned its texts by heart" for name in dict.fromkeys(by_heart)]
+
+
+def next_step(
+    report: ReportData,
+    recipe: ResolvedRecipe,
+    outcome: RunResult,
+    issues: Sequence[Issue],
+    tone: Tone,
+) -> Advice:
+    """Return the one thing to do next, with its command.
+
+    The first remedy of the gravest issue that has one; else more texts to fit on where the run left
+    something to wish for; else to talk with the headline variant.
+
+    Args:
+        report: the figures.
+        recipe: the run's recipe.
+        outcome: what the run made.
+        issues: what is to look at.
+        tone: of the verdict.
+    """
+    run = outcome.folder.name
+    look = Advice("look at its steps and failures", shlex.join(["rotdistill", "show", run]))
+    if report.failures or any(issue.kind in DISTRUST for issue in issues):
+        return look
+    by_rank = sorted(issues, key=lambda issue: issue.kind is not IssueKind.OVERFITTED)
+    for advice in (each for issue in by_rank for each in issue.advice):
+        if advice.command:
+            return advice
+    fits = any(step.stage == "style" for step in recipe.chain(recipe.headline))
+    if tone is not Tone.GOOD and fits and report.more_lessons and report.more_lessons.command:
+        return report.more_lessons
+    asked = [name for name in (report.baseline, recipe.headline) if name in outcome.checkpoints]
+    if not asked:
+        return look
+    variants = [word for name in dict.fromkeys(asked) for word in ("--variant", name)]
+    words = shlex.join(["rotdistill", "chat", run, *variants])
+    return Advice("ask it something yourself", words)
 
 
 def _inexact_variants(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Issue]:
@@ -193,7 +250,8 @@ def alignment_issues(report: ReportData, recipe: ResolvedRecipe) -> Iterator[Iss
     for title, measured in report.diagnostics.items():
         if measured.step not in on_purpose:
             for text in maps_below_the_mean(measured.layers):
-                yield Issue(IssueKind.BELOW_MEAN, title, text)
+                advice = _advice_for_maps(report, recipe, measured.step)
+                yield Issue(IssueKind.BELOW_MEAN, title, text, advice)
         for text in worse_alignments(measured.layers):
             yield Issue(IssueKind.WORSE_ALIGNMENT, title, text)
 
@@ -212,9 +270,17 @@ def maps_below_the_mean(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]
             f"its map is worse than the teacher's mean in place of every row, at {len(drops)} of "
             f"{len(cosines)} layers, most at layer {layer}: cosine {largest.after:.3f}, of the "
             f"mean {largest.before:.3f}. What is fitted through this map learns less than a "
-            "constant. Try more texts to fit on, maps for fewer layers each (`tie = 1`, where the "
-            "aligner has it), or another aligner."
+            "constant."
         )
+
+
+def _advice_for_maps(report: ReportData, recipe: ResolvedRecipe, aligner: str) -> list[Advice]:
+    """Return what may help an aligner whose maps learn nothing."""
+    advice = [report.more_lessons] if report.more_lessons else []
+    options = next((options_of(each.step) for each in recipe.steps if each.id == aligner), {})
+    if options.get("tie", 1) != 1:
+        advice.append(advice_of("maps for fewer layers each", [f"{aligner}.tie=1"], recipe))
+    return [*advice, Advice("another aligner")]
 
 
 def worse_alignments(layers: Mapping[int, LayerDiagnostics]) -> Iterator[str]:
@@ -328,6 +394,7 @@ def verdict(
     recipe: ResolvedRecipe,
     warnings: list[Issue],
     kl: Mapping[str, FiguresByText],
+    doubts: Sequence[str] = (),
 ) -> Verdict:
     """Return in one sentence whether the run worked.
 
@@ -336,6 +403,7 @@ def verdict(
         recipe: the run's recipe.
         warnings: why it is not to be trusted.
         kl: variant -> held-out KL of each text.
+        doubts: what speaks against a lower KL, in words; it is said in the same breath.
     """
     if warnings:
         first = warnings[0]
@@ -353,7 +421,7 @@ def verdict(
     if not changes:
         sentence = "Nothing to compare: the run has no second variant with a KL to the teacher."
         return Verdict(sentence, Tone.NEUTRAL)
-    return _verdict_of_changes(report, recipe, changes, kl)
+    return _verdict_of_changes(report, recipe, changes, kl, doubts)
 
 
 def _verdict_of_changes(
@@ -361,6 +429,7 @@ def _verdict_of_changes(
     recipe: ResolvedRecipe,
     changes: Mapping[str, Interval],
     kl: Mapping[str, FiguresByText],
+    doubts: Sequence[str],
 ) -> Verdict:
     measured = report.estimates["kl"]
     reference = report.baseline if report.baseline in measured else next(iter(measured))
@@ -385,8 +454,9 @@ def _verdict_of_changes(
     if named != best:
         place = f"as near to the teacher as `{best}`, which is larger"
     row, reference_row = report.figures[named], report.figures[reference]
+    worked = "It worked by the KL alone" if doubts else "It worked"
     sentence = (
-        f"It worked: `{named}` is {place}, with a held-out KL of "
+        f"{worked}: `{named}` is {place}, with a held-out KL of "
         f"{row['kl'].text} nats per token instead of {reference_row['kl'].text} "
         f"({with_interval(changes[named], 'kl', '+')})."
     )
@@ -396,6 +466,8 @@ def _verdict_of_changes(
     if "guard_kl" in row and "guard_kl" in reference_row:
         before, after = reference_row["guard_kl"].text, row["guard_kl"].text
         sentence += f" Outside the domain the KL went from {before} to {after}."
+    if doubts:
+        return Verdict(f"{sentence} But {'; '.join(doubts)}.", Tone.NEUTRAL)
     return Verdict(sentence, Tone.GOOD)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup, escape
@@ -18,6 +19,8 @@ from rotdistill_core.characters import visible
 from rotdistill_core.evaluation.metrics import UNPROMPTED_TEACHER, metric_named
 
 PLAIN_YAML = re.compile(r"[a-z][a-z0-9.-]*")
+MIN_ROWS = 4
+"""Lines from which a note of figures is a table."""
 LONGEST_EXCERPT = 180
 """Characters of an answer on the first screen."""
 ALIGNMENTS_ABOUT = (
@@ -41,6 +44,8 @@ def template(name: str) -> Template:
     environment.filters |= {
         "metric_title": metric_title,
         "note": note_text,
+        "note_rows": note_rows,
+        "note_summary": note_summary,
         "excerpt": excerpt,
         "cell": table_cell,
         "code": code_markup,
@@ -49,6 +54,7 @@ def template(name: str) -> Template:
         "word": yaml_word,
         "quoted": yaml_string,
     }
+    environment.tests["table"] = is_table
     environment.globals["unprompted_title"] = UNPROMPTED_TEACHER
     environment.globals["alignments_about"] = ALIGNMENTS_ABOUT
     return environment.get_template(name)
@@ -84,6 +90,45 @@ def note_text(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(note_text(item) for item in value)
     return str(value)
+
+
+class NoteRows(NamedTuple):
+    """A note of a step as a table."""
+
+    columns: list[str]
+    lines: list[tuple[str, list[str]]]
+    """What each line is of, and its cells; empty where it has no such figure."""
+
+
+def is_table(value: object) -> bool:
+    """Return whether a note has figures of the same names for several things."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) >= MIN_ROWS
+        and all(isinstance(row, Mapping) and row for row in value.values())
+    )
+
+
+def note_rows(value: Mapping[str, Mapping[str, object]]) -> NoteRows:
+    """Return a note that is a table, line by line."""
+    columns = list(dict.fromkeys(name for row in value.values() for name in row))
+    lines = [
+        (label, [note_text(row[name]) if name in row else "" for name in columns])
+        for label, row in value.items()
+    ]
+    return NoteRows(columns, lines)
+
+
+def note_summary(value: Mapping[str, Mapping[str, object]]) -> str:
+    """Return a note that is a table in one line: how many lines, and the range of each figure."""
+    parts = [f"{len(value)} entries"]
+    for name in note_rows(value).columns:
+        figures = [row[name] for row in value.values() if name in row]
+        numbers = [figure for figure in figures if isinstance(figure, int | float)]
+        if len(numbers) == len(figures):
+            low, high = (note_text(float(end)) for end in (min(numbers), max(numbers)))
+            parts.append(f"{name} {low}" if low == high else f"{name} {low} to {high}")
+    return "; ".join(parts)
 
 
 def excerpt(text: str) -> str:

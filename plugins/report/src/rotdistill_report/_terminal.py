@@ -15,7 +15,8 @@ INTERVAL_METRICS = ("kl", "top1", "guard_kl")
 
 
 def terminal_summary(report: ReportData) -> Group:
-    """Return the verdict, intervals, what became of the answers, and one question answered."""
+    """Return the verdict, intervals, what became of the answers, one question answered, and what to
+    do next."""
     parts: list[WideTable | Text] = [
         Text(report.verdict.replace("`", ""), style=STYLES[report.tone])
     ]
@@ -27,6 +28,9 @@ def terminal_summary(report: ReportData) -> Group:
         parts.append(_interval_table(report, metrics))
     if report.answer_variants:
         parts += _answers(report)
+    if report.next_step:
+        words = f"\nNext, {report.next_step.what}:\n  "
+        parts.append(Text.assemble(words, (report.next_step.command, "bold")))
     return Group(*parts)
 
 

@@ -21,6 +21,7 @@ from rotdistill_core.evaluation.kl_scorer import EditScorer
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import Remedy
 from rotdistill_soups._cost import SCORED_ROWS
 from rotdistill_soups._fisher import FisherSettings, fisher_information
 from rotdistill_soups._ingredient_set import (
@@ -106,10 +107,10 @@ def merge_into_student(
         merged = DRIVERS.get(step.method, _merge_all)(run)
         if not step.require_improvement:
             return merged
-        remedies = [
-            "other ingredients, or smaller weights of them (ingredients, weights)",
-            'leave it to the validation texts which to take (method = "greedy")',
-        ]
+        remedies = [Remedy("other ingredients, or smaller weights of them")]
+        if step.method not in ("greedy", "lora") and not (step.weights or step.tensors):
+            chosen = "leave it to the validation texts which to take"
+            remedies.append(Remedy(chosen, ("method=greedy",)))
         return accept_if_better(weights, merged, run.score, guard, out, remedies)
 
     return ranks.lead_alone(merged, weights)

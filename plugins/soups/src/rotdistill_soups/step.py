@@ -78,8 +78,9 @@ class Soups:
     """`fisher`: seed of the sampled labels."""
     guard: Guard | None = None
     """With `require_improvement`: apply only so much of the soup (all, 1/2, 1/4, 1/10) that the KL
-    on the guard's validation half is at most this multiple of the KL before, or 0.05 nats. By
-    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
+    on the guard's validation half is at most this multiple of the KL before, or 0.05 nats; the
+    reported half may differ. By default 1.02 (2 % worse) where the recipe has guard texts; `"off"`
+    for no limit."""
     require_improvement: bool = True
     """Keep the student where the soup's validation KL is no better beyond chance. `false` needs no
     teacher."""

@@ -24,6 +24,7 @@ from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.store.files import tensor_blocks
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.results import Remedy
 from rotdistill_transport._carry import Carried, carry_changes
 from rotdistill_transport._source import open_source
 from rotdistill_transport._spaces import Target, find_spaces, random_spaces
@@ -227,8 +228,8 @@ def _best(
     }
     least = min(step.strengths)
     remedies = [
-        f"weaker strengths (strengths = [{least / 4:g}, {least / 2:g}])",
-        "a fine-tune of a model nearer to the student (source, base)",
+        Remedy("weaker strengths", (f"strengths=[{least / 4:g}, {least / 2:g}]",)),
+        Remedy("a fine-tune of a model nearer to the student, as source with its base"),
     ]
     return accept_if_better(weights, views[part, best], score, guard, out, remedies)
 

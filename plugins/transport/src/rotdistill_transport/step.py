@@ -81,8 +81,8 @@ class Transport:
     whole model leaves a LoRA too."""
     guard: Guard | None = None
     """Apply only so much of the change (all, 1/2, 1/4, 1/10) that the KL on the guard's validation
-    half is at most this multiple of the KL before, or 0.05 nats. By default 1.02 (2 % worse) where
-    the recipe has guard texts; `"off"` for no limit."""
+    half is at most this multiple of the KL before, or 0.05 nats; the reported half may differ. By
+    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
     require_improvement: bool = True
     """`false`: apply the one strength that is given, whatever it does. It needs no texts."""
     control: Literal["none", "random", "shuffled"] = "none"

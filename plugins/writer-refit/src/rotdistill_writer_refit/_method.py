@@ -50,6 +50,7 @@ from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
+from rotdistill_core.store.results import Remedy
 from rotdistill_writer_refit._regression import best_ridge
 from rotdistill_writer_refit._scoring import Scorer
 from rotdistill_writer_refit._targets import Targets, TeacherTargets
@@ -133,13 +134,13 @@ def solve(
         return kept
 
 
-def remedies_of(step: WriterRefit) -> list[str]:
+def remedies_of(step: WriterRefit) -> list[Remedy]:
     """Return what to try next where a refit is no gain on validation texts."""
     largest = max(step.ridge)
     return [
-        f"a larger ridge (ridge = [{largest:g}, {10 * largest:g}])",
-        "fewer layers cut, where chop goes before it",
-        f"targets nearer to the student (alpha = {step.alpha / 2:g})",
+        Remedy("a larger ridge", (f"ridge=[{largest:g}, {10 * largest:g}]",)),
+        Remedy("fewer layers cut, where chop goes before it"),
+        Remedy("targets nearer to the student", (f"alpha={step.alpha / 2:g}",)),
     ]
 
 

@@ -86,8 +86,9 @@ class WriterRefit:
     less than 1 when the models differ in basis."""
     guard: Guard | None = None
     """Largest KL allowed on the guard's validation half, as a multiple of the KL before; 0.05 nats
-    are always allowed. The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped. By
-    default 1.02 (2 % worse) where the recipe has guard texts; `"off"` for no limit."""
+    are always allowed. The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped. The
+    reported half may differ. By default 1.02 (2 % worse) where the recipe has guard texts; `"off"`
+    for no limit."""
 
     exact: ClassVar[bool] = False
 
