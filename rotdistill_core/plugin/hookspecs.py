@@ -163,8 +163,8 @@ class HookSpecs:
           certificate fails is marked as failed, and the run ends with exit code 4.
         - False: the step changes behaviour. Choose options on validation texts, and let "do
           nothing" be a candidate; when it wins, set `out.report.refused` to the reason, and
-          `out.report.remedies` to what may be tried next, each a `Remedy`: words, and the options that
-          do it as `--set` takes them.
+          `out.report.remedies` to what may be tried next. Each is a `Remedy`: words, and the
+          options that do it, as `--set` takes them.
 
         `weights` is a lazy view: return an edited view, never write into its tensors.
         """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
-from rotdistill_report._card import licence_of, public_name, strictest
+from rotdistill_report._card import licence_of, public_name, python_text, strictest
 
+from rotdistill_core.characters import visible
 from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
@@ -193,7 +195,7 @@ def test_a_card_tells_how_to_ask_and_its_example_runs(
         path.write_text(template, encoding="utf-8")
     card = card_of(workspace)
     asking = section(card)
-    assert "```text\nw1 w2 w3 w4\n```" in asking
+    assert '\nSYSTEM = """w1 w2 w3 w4"""\n' in asking
     assert ("apply_chat_template" in asking) is bool(template)
     assert ("written plainly" in asking) is (template is None)
     assert ('"role": "system"' in asking) is (template == TEMPLATE)
@@ -201,16 +203,35 @@ def test_a_card_tells_how_to_ask_and_its_example_runs(
     assert found
     monkeypatch.chdir(next(workspace.folder.glob("runs/*/checkpoints/base")))
     capsys.readouterr()
-    exec(found[1].replace("Your question?", "w7 w8"), {"SYSTEM": "w1 w2 w3 w4"})
+    exec(found[1].replace("Your question?", "w7 w8"), {})
     written = capsys.readouterr().out
     assert "w1 w2 w3 w4" in written
     assert "w7 w8" in written
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "one\ntwo",
+        'say "no"',
+        '""" + exit() + """',
+        "\\",
+        '\\"',
+        "a\\n\tb\r\n",
+        "\x1b[2J\u202e",
+        "```",
+    ],
+)
+def test_a_prompt_in_an_example_evaluates_to_itself(text: str) -> None:
+    literal = python_text(text)
+    assert ast.literal_eval(literal) == text
+    assert visible(literal) == literal
+
+
+@pytest.mark.parametrize(
     ("prompts", "sentence"),
     [
-        (["w1 w2"], "```text\nw1 w2\n```"),
+        (["w1 w2"], '\nSYSTEM = """w1 w2"""\n'),
         (["w1 w2", "w3"], "each text of the run brings its own, 2 different ones"),
         ([None], "Without a system prompt: the texts of the run have none."),
     ],

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from rotdistill_report import _write
 from rotdistill_report._card import model_card
-from rotdistill_report._data import Issue, IssueKind, ReportData, StepDiagnostics, collect
+from rotdistill_report._data import Advice, Issue, IssueKind, ReportData, StepDiagnostics, collect
 from rotdistill_report._findings import with_findings
 from rotdistill_report._svg import STYLE, Line, draw_lines, svg_of_axes
 from rotdistill_report._templates import code_span, fenced, table_cell, yaml_string, yaml_word
@@ -82,7 +82,10 @@ def report(outcome: RunResult) -> ReportData:
     data = with_findings(collect(recipe, outcome, out), recipe, outcome)
     curve = Curve("run:one/full", "variant", (0.0, 0.5, 1.0), (1.0, 3.0, 2.0))
     steps = [replace(step, curves=[curve]) for step in data.steps[:1]] + data.steps[1:]
-    issue = Issue(IssueKind.FAILED, "full", "a check does not hold.")
+    advice = [Advice("wider", "rotdistill run r.toml")]
+    issue = Issue(IssueKind.FAILED, "full", "a check does not hold.", advice)
+    rows = {str(k): {"ridge": k, "of": f"layer {k}"} for k in range(5)}
+    steps[0] = replace(steps[0], notes={"layers": rows})
     return replace(data, steps=steps, issues=[issue], failures={"full": ["a check"]})
 
 
@@ -233,7 +236,7 @@ def test_no_text_leaves_its_place_in_a_card(
     found = tokens(body)
     for kind in ("html_block", "html_inline", "image", "link_open"):
         assert kind not in found
-    assert found.count("fence") == 3  # system prompt, example, recipe
+    assert found.count("fence") == 2  # example, recipe
     assert visible(body) == body
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rotdistill_core.characters import visible
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.languages import NO_LANGUAGE
@@ -24,6 +25,8 @@ from rotdistill_report._data import ReportData
 from rotdistill_report._templates import template
 
 UNKNOWN = "unknown"
+YOUR_PROMPT = "Your system prompt."
+"""Stands in an example where each text has a prompt of its own."""
 LICENCES_BY_STRICTNESS = (
     r"cc0|unlicense|wtfpl|pddl",
     r"mit|bsd|isc|zlib",
@@ -174,7 +177,7 @@ def _in_domain(text: Mapping[str, str]) -> bool:
 
 
 def _example(chat: ChatFormat | None, system: SystemPrompt, tokens: int) -> str:
-    """Return three statements of Python that ask a checkpoint; `SYSTEM` is its system prompt.
+    """Return Python that asks a checkpoint; `SYSTEM` is its system prompt.
 
     Args:
         chat: its format; None if only transformers can tell.
@@ -196,13 +199,25 @@ def _example(chat: ChatFormat | None, system: SystemPrompt, tokens: int) -> str:
         options = ["add_generation_prompt=True", "return_dict=True", 'return_tensors="pt"']
         prompt = "tokenizer.apply_chat_template(\n    "
         prompt += f"[{', '.join(turns)}],\n    {', '.join([*options, *switches])},\n)"
+    defined = f"SYSTEM = {python_text(system.text or YOUR_PROMPT)}\n" if asked else ""
     return (
         "from transformers import AutoModelForCausalLM as Model, AutoTokenizer as Tokenizer\n\n"
+        f"{defined}"
         'tokenizer, model = Tokenizer.from_pretrained("."), Model.from_pretrained(".")\n'
         f"prompt = {prompt}\n"
         "print(tokenizer.decode(model.generate("
         f"**prompt, max_new_tokens={tokens}, do_sample=False)[0]))"
     )
+
+
+def python_text(text: str) -> str:
+    """Return a text as a Python literal of as many lines, which evaluates to it.
+
+    Characters that are not seen are escapes, so that what is pasted is what is read.
+    """
+    escaped = text.replace("\\", "\\\\").replace("\r", "\\r")
+    escaped = re.sub(r'"(?="|\Z)', r"\"", escaped)  # no three in a row, and none at the end
+    return f'"""{visible(escaped)}"""'
 
 
 def _asking(
