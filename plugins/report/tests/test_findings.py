@@ -28,6 +28,7 @@ from rotdistill_report._findings import (
     smallest_of_equals,
     worse_alignments,
 )
+from rotdistill_report._templates import is_table, note_rows, note_summary
 
 from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure
 from rotdistill_core.linalg.diagnostics import AssignmentDiagnostics, LayerDiagnostics
@@ -325,6 +326,27 @@ def test_figures_that_look_alike_are_equally_good() -> None:
     assert {name for name, row in table.items() if row["kl"].best} == {"a", "b"}
     assert table["a"]["kl"].change == "-1.0000"
     assert table["broken"]["kl"].text == "nan"
+
+
+@pytest.mark.parametrize(("high", "best"), [(-0.5, {"full"}), (+0.1, set())])
+def test_a_best_figure_is_beyond_noise(high: float, best: set[str]) -> None:
+    own = Interval(1.0, 0.5, 1.5)
+    change = Interval(-1.0, -1.5, high)
+    found = {"kl": {"base": Estimate(own, None), "full": Estimate(own, change)}}
+    for kl in ({"base": 2.0, "full": 1.0}, {"base": 1.0, "full": 2.0}):
+        table = figure_table({name: {"kl": value} for name, value in kl.items()}, found, "base")
+        shown = {name for name, row in table.items() if row["kl"].best}
+        assert len(shown) == len(best)
+        assert not best or kl[shown.pop()] == 1.0
+
+
+def test_a_note_of_many_lines_is_a_table_with_a_summary() -> None:
+    note = {f"{k} heads": {"ridge": 0.1 * k, "step": 1.0} for k in range(1, 5)}
+    assert is_table(note)
+    assert not is_table({"1 heads": {"ridge": 3}})
+    assert not is_table({f"{k}": 1.0 for k in range(9)})
+    assert note_summary(note) == "4 entries; ridge 0.1 to 0.4; step 1"
+    assert note_rows(note).lines[0] == ("1 heads", ["0.1", "1"])
 
 
 def test_figures_without_a_better_direction_have_no_best() -> None:

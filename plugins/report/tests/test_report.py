@@ -226,6 +226,17 @@ def test_a_smaller_variant_within_noise_of_the_best_is_named_with_its_size(
         "million parameters, the teacher 134.5 million."
     )
     assert tone is Tone.GOOD
+    doubted, tone = verdict(data, recipe, [], texts, ["`cut` has learned its texts by heart"])
+    assert doubted.startswith("It worked in part: `cut` is")
+    assert doubted.endswith(" But `cut` has learned its texts by heart.")
+    assert tone is Tone.NEUTRAL
+
+
+def test_the_next_step_is_a_command_also_where_nothing_is_to_mend(report: dict[str, Any]) -> None:
+    command = report["next_step"]["command"]
+    assert command.startswith("rotdistill ")
+    remedies = [each["command"] for issue in report["issues"] for each in issue["advice"]]
+    assert command in remedies or " chat reported-" in command or " show reported-" in command
 
 
 def test_the_size_of_the_teacher_is_known_where_it_was_opened(report: dict[str, Any]) -> None:

@@ -454,7 +454,7 @@ def _verdict_of_changes(
     if named != best:
         place = f"as near to the teacher as `{best}`, which is larger"
     row, reference_row = report.figures[named], report.figures[reference]
-    worked = "It worked by the KL alone" if doubts else "It worked"
+    worked = "It worked in part" if doubts else "It worked"
     sentence = (
         f"{worked}: `{named}` is {place}, with a held-out KL of "
         f"{row['kl'].text} nats per token instead of {reference_row['kl'].text} "
