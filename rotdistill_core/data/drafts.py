@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rotdistill_core.characters import visible
 from rotdistill_core.data.conversations import Claim, Turn
-from rotdistill_core.data.rows import Row
+from rotdistill_core.data.rows import Row, misspelt
 from rotdistill_core.data.text_files import (
     LINE_END,
     comparable,
@@ -43,6 +43,8 @@ FORMS = (
     "messages, conversations, question and answer, prompt and completion, or instruction and output"
 )
 """The columns of a conversation, in words."""
+QUESTIONS = {"messages", "conversations", *(pair[0] for pair in PAIRS)}
+ANSWERS = {pair[1] for pair in PAIRS}
 SHOWN_KEYS = 8
 """Names of columns that a message lists."""
 ROLES = {
@@ -75,6 +77,13 @@ class Draft:
     system: str | None = None
     facts: tuple[Claim, ...] = ()
     falsehoods: tuple[Claim, ...] = ()
+    misspelt: tuple[tuple[str, str], ...] = ()
+    """Names of columns that are not read, each with the one that it seems to be meant for."""
+
+    @property
+    def answer_hint(self) -> str:
+        """What follows "has no answer": a column that seems to be meant for it; mostly nothing."""
+        return _hint(dict(self.misspelt), ANSWERS)
 
     @cached_property
     def asked(self) -> tuple[str, ...]:
@@ -109,9 +118,15 @@ def drafts_of(
     """
     drafts = []
     alike: dict[str, list[str]] = {}
+    guesses: dict[tuple[tuple[str, ...], frozenset[str]], dict[str, str]] = {}
     for row in rows:
+        # Rows of one file mostly have the same columns, and a comparison of words is slow.
+        columns = (row.others, frozenset(row.values))
+        if row.others and columns not in guesses:
+            guesses[columns] = _meant(*columns, use)
+        meant = guesses.get(columns, {})
         try:
-            draft = _draft(row, use)
+            draft = _draft(row, use, meant)
             drafts.append(draft if thinking else _without_thoughts(draft))
         except NoQuestionError as error:
             alike.setdefault(str(error), []).append(row.where)
@@ -123,8 +138,33 @@ def drafts_of(
     return drafts
 
 
-def _draft(row: Row, use: Use) -> Draft:
+def _meant(others: Iterable[str], has: frozenset[str], use: Use) -> dict[str, str]:
+    """Return the misspelt columns of a row -> those that are meant, where these would be read."""
+    unread = {"text"} if use != "guard" else set()
+    if has & QUESTIONS:
+        unread |= QUESTIONS
+    if has & (ANSWERS | {"messages", "conversations"}):
+        unread |= ANSWERS
+    if "instruction" not in has:
+        unread.add("input")
+    return misspelt(others, has | unread)
+
+
+def _hint(meant: Mapping[str, str], wanted: Iterable[str]) -> str:
+    """Return which misspelt column may hold one of those that are wanted; empty for none."""
+    for name, key in meant.items():
+        if key in wanted:
+            return f" (it has {visible(name)}; did you mean {key}?)"
+    return ""
+
+
+def _draft(row: Row, use: Use, meant: Mapping[str, str]) -> Draft:
     """Return the conversation in a row.
+
+    Args:
+        row: the row.
+        use: what it is for.
+        meant: its misspelt columns -> those that are meant.
 
     Raises:
         BadRowError: it holds none.
@@ -134,7 +174,7 @@ def _draft(row: Row, use: Use) -> Draft:
         raise BadRowError(
             f"id: {name} must not end with {' or '.join(RESERVED_ENDINGS)}, which are ours."
         )
-    system, turns, answer = _plain_text(row) if _is_plain(row, use) else _chat(row, use)
+    system, turns, answer = _plain_text(row) if _is_plain(row, use) else _chat(row, use, meant)
     return Draft(
         where=row.where,
         id=name,
@@ -147,6 +187,7 @@ def _draft(row: Row, use: Use) -> Draft:
         system=system,
         facts=_claims(row, "facts"),
         falsehoods=_claims(row, "falsehoods"),
+        misspelt=tuple(meant.items()),
     )
 
 
@@ -186,7 +227,9 @@ def _without_thoughts(draft: Draft) -> Draft:
 # Messages.
 
 
-def _chat(row: Row, use: Use) -> tuple[str | None, tuple[Turn, ...], str | None]:
+def _chat(
+    row: Row, use: Use, meant: Mapping[str, str]
+) -> tuple[str | None, tuple[Turn, ...], str | None]:
     """Return system prompt, turns up to the question, and answer of a row.
 
     Raises:
@@ -198,16 +241,17 @@ def _chat(row: Row, use: Use) -> tuple[str | None, tuple[Turn, ...], str | None]
     elif row.has("conversations"):
         system, turns = _turns(row.values["conversations"], "conversations", "from", "value")
     else:
-        system, turns = _pair(row, use)
+        system, turns = _pair(row, use, meant)
     answer = turns.pop().content if turns[-1].role == "assistant" else None
     if own is not None and system is not None and own != system:
         raise BadRowError("system: the messages have another system prompt; leave one of them out.")
     if answer is None and use == "guard":
-        raise BadRowError("has no answer; a conversation outside the domain needs one.")
+        hint = _hint(meant, ANSWERS)
+        raise BadRowError(f"has no answer{hint}; a conversation outside the domain needs one.")
     return (own if system is None else system), tuple(turns), answer
 
 
-def _pair(row: Row, use: Use) -> tuple[str | None, list[Turn]]:
+def _pair(row: Row, use: Use, meant: Mapping[str, str]) -> tuple[str | None, list[Turn]]:
     """Return system prompt and turns of a row with question and answer in columns of their own.
 
     Raises:
@@ -215,7 +259,7 @@ def _pair(row: Row, use: Use) -> tuple[str | None, list[Turn]]:
     """
     pairs = [pair for pair in PAIRS if pair[0] in row.values]
     if not pairs:
-        _refuse_without_question(row, use)
+        _refuse_without_question(row, use, meant)
     first = next((pair for pair in pairs if row.has(*pair)), pairs[0])
     question, answer = (row.values.get(key) for key in first)
     if isinstance(question, list | tuple):  # the chat format in two parts
@@ -236,10 +280,12 @@ def _is_filled(value: object) -> bool:
     return value is not None and value != ""
 
 
-def _refuse_without_question(row: Row, use: Use) -> NoReturn:
+def _refuse_without_question(row: Row, use: Use, meant: Mapping[str, str]) -> NoReturn:
     has = ", ".join([*sorted(row.values), *row.others][:SHOWN_KEYS]) or "nothing"
     wanted = FORMS + (", or text" if use == "guard" else "")
-    raise NoQuestionError(f"has no question (it has {visible(has):.200}). It needs {wanted}.")
+    guessed = next((key for key in meant.values() if key in QUESTIONS), "")
+    hint = f"; did you mean {guessed}?" if guessed else ""
+    raise NoQuestionError(f"has no question (it has {visible(has):.200}{hint}). It needs {wanted}.")
 
 
 def _turns(

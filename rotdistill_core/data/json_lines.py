@@ -38,6 +38,10 @@ def read_json_lines(path: Path, problems: list[str]) -> list[Row]:
     return rows
 
 
+AFTER_A_TEXT = ("Expecting ',' delimiter", "Expecting ':' delimiter")
+"""What json reports where a text is followed by something else."""
+
+
 class BadLineError(ValueError):
     """What is wrong with a line: `, column 3: ...` or `: ...`, to follow its number."""
 
@@ -53,9 +57,12 @@ def json_object(line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         is_cut = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string")
         cut = " The line seems to be cut off." if is_cut else ""
+        # A text that goes on after its end is mostly one with a plain quotation mark inside.
+        is_quoted = not is_cut and error.msg in AFTER_A_TEXT and '"' in line[: error.pos]
+        cause = " (an unescaped quotation mark?)" if is_quoted else ""
         raise BadLineError(
-            f", column {error.colno}: is no JSON: {error.msg.removesuffix(' starting at')}.{cut} "
-            "Write one object a line."
+            f", column {error.colno}: is no JSON: {error.msg.removesuffix(' starting at')}{cause}."
+            f"{cut} Write one object a line."
         ) from error
     except RecursionError as error:
         raise BadLineError(": is nested too deeply for a text.") from error

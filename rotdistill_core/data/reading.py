@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rotdistill_core.characters import visible
 from rotdistill_core.data.conversations import OWN_ANSWER, Conversation
 from rotdistill_core.data.drafts import Draft, Use, drafts_of
 from rotdistill_core.data.files import read_rows, text_path
@@ -55,20 +56,21 @@ def read_conversations(
             a dataset.
     """
     problems: list[str] = []
+    notes: list[str] = []
     _refuse_held_out_index(ref, base)
-    how = (base, problems, log, ref.thinking)
+    how = (base, problems, notes.append, ref.thinking)
     index = _read(ref.index, "index", *how)
     heldout = _read(ref.heldout, "heldout", *how) if ref.heldout else []
     guard = _read(ref.guard, "guard", *how) if ref.guard else []
     style = _read_system_prompt(base / ref.style, problems) if ref.style else ""
     if not ref.style and (style := _shared_prompt(index)):
         index, heldout = _without_prompt(index, style), _without_prompt(heldout, style)
-        log(
+        notes.append(
             f"{text_path(ref.index, base)}: all {len(index)} conversations have one system prompt: "
             "it is that of the run."
         )
     elif ref.style and style and {draft.system for draft in index}.isdisjoint({None, style}):
-        log(
+        notes.append(
             f"{base / ref.style}: no conversation reads this system prompt: all {len(index)} of "
             f"{text_path(ref.index, base)} have their own. Leave one of them out."
         )
@@ -78,6 +80,9 @@ def read_conversations(
         problems += first_few(_unanswered(index))
     if problems:
         raise RecipeError(*problems)
+    # What is wrong comes alone; the notes are for texts that can be used.
+    for note in (*_misspelt_columns(index, guard, heldout), *notes):
+        log(note)
 
     conversations = _of_index(index, ref)
     if ref.own_answers:
@@ -260,9 +265,32 @@ def _unanswered(index: Iterable[Draft]) -> Iterable[str]:
     for draft in index:
         if draft.answer is None:
             yield (
-                f"{draft.where}: has no answer; write one, or let the teacher: "
+                f"{draft.where}: has no answer{draft.answer_hint}; write one, or let the teacher: "
                 "samples.own_answers = 64."
             )
+
+
+def _misspelt_columns(index: Sequence[Draft], *others: Sequence[Draft]) -> Iterable[str]:
+    """Yield a warning for each misspelt column, with the first row that has it.
+
+    Args:
+        index: the texts to fit on; one that lacks an answer gets one of the teacher.
+        others: the texts of other files.
+    """
+    for drafts in (index, *others):
+        rows: dict[str, list[str]] = {}
+        for draft in drafts:
+            unanswered = draft.answer_hint if drafts is index and draft.answer is None else ""
+            if unanswered:
+                warning = f"has no answer{unanswered}; the teacher will write it."
+                rows.setdefault(warning, []).append(draft.where)
+            for name, key in draft.misspelt:
+                if f"has {visible(name)};" not in unanswered:
+                    warning = f"{visible(name)} is not read; did you mean {key}?"
+                    rows.setdefault(warning, []).append(draft.where)
+        for warning, places in rows.items():
+            more = f" So it is in {len(places)} rows." if len(places) > 1 else ""
+            yield f"warning: {places[0]}: {warning}{more}"
 
 
 def _require_every_split(

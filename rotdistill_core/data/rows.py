@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,12 @@ KEYS = frozenset(
     }
 )
 """Columns that are read. Tables have no others; of the rows of other forms, others are ignored."""
+GUESSED = sorted(KEYS - {"id", "country", "kind"})
+"""Columns that a misspelt name may stand for: not the shortest, nor those that decide nothing."""
+LIKENESS = 0.8
+"""Similarity of a misspelt name to the right one: `anwser` has 0.83."""
+LONGEST_GUESSED = 40
+"""Characters of a name beyond which it is no misspelling."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,20 @@ def known_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def ignored_keys(keys: Iterable[str]) -> list[str]:
     """Return those of some columns that are not read."""
     return sorted({*keys} - KEYS)
+
+
+def misspelt(others: Iterable[str], has: Iterable[str]) -> dict[str, str]:
+    """Return columns that are not read -> the column that each seems to be meant for.
+
+    Args:
+        others: columns of a row that are not read.
+        has: columns that it has; what is there is not looked for under another name.
+    """
+    lacking = [key for key in GUESSED if key not in {*has}]
+    found = {}
+    for name in others:
+        if len(name) <= LONGEST_GUESSED:
+            word = name.strip().lower()
+            for key in difflib.get_close_matches(word, lacking, n=1, cutoff=LIKENESS):
+                found[name] = key
+    return found

@@ -37,7 +37,10 @@ def texts_in_words(
     parts = []
     for name, what, splits in files:
         counts = Counter(each.split for each in rows if each.split in splits)
-        parts.append(f"{counts.total()} {what} of {name}: {_listed(counts, splits)}")
+        part = f"{counts.total()} {what} of {name}: {_listed(counts, splits)}"
+        if name == samples.index and (unanswered := _unanswered(conversations)):
+            part += f" ({unanswered} without an answer)"
+        parts.append(part)
     if own:
         counts = Counter(each.split for each in own)
         parts.append(
@@ -55,6 +58,15 @@ def _listed(counts: Counter[Split], splits: Iterable[Split]) -> str:
     return ", ".join(found)
 
 
+def _unanswered(conversations: Sequence[Conversation]) -> int:
+    """Return how many rows to fit on are there as a question that the teacher answers, alone."""
+    ids = {each.id for each in conversations}
+    return sum(
+        each.id.endswith(OWN_ANSWER) and each.id.removesuffix(OWN_ANSWER) not in ids
+        for each in conversations
+    )
+
+
 def text_notes(
     conversations: Sequence[Conversation], samples: SamplesRef, teacher: str
 ) -> Iterator[str]:
@@ -65,14 +77,9 @@ def text_notes(
         samples: its `[samples]`.
         teacher: how the recipe names the teacher.
     """
-    ids = {each.id for each in conversations}
-    alone = [
-        each
-        for each in conversations
-        if each.id.endswith(OWN_ANSWER) and each.id.removesuffix(OWN_ANSWER) not in ids
-    ]
-    if alone:
-        rows = "1 row has" if len(alone) == 1 else f"{len(alone)} rows have"
+    unanswered = _unanswered(conversations)
+    if unanswered:
+        rows = "1 row has" if unanswered == 1 else f"{unanswered} rows have"
         yield f"texts: {rows} no answer: the teacher writes it (samples.own_answers)."
     scored = sum(each.split == Split.HELDOUT for each in conversations)
     if scored < FEWEST_SCORED:
@@ -80,8 +87,7 @@ def text_notes(
         more = "add questions to samples.heldout" if samples.heldout else "raise heldout_share"
         yield f"texts: only {scored} {texts} held out, too few to tell a gain from chance: {more}."
     yield (
-        "scores: written answers are learned, and play no part in the scores: those compare with "
-        "what the teacher answers to the held-out questions. So the teacher must do the job well; "
-        f"`rotdistill chat --model {teacher}` shows how it answers, with `--system FILE` under a "
-        "system prompt."
+        "scores: variants are scored against the teacher's answers, not yours, so the teacher must "
+        f"do the job well; `rotdistill chat --model {teacher}` shows how it answers, with "
+        "`--system FILE` under a system prompt."
     )

@@ -45,6 +45,18 @@ LINES = {
         ", column 50: is no JSON: Unterminated string. The line seems",
     ),
     "a cut object": (pair()[:-1], ", column 55: is no JSON: Expecting ',' delimiter. The line"),
+    "a quotation mark inside": (
+        '{"question": "A "b"?", "answer": "c"}',
+        ", column 18: is no JSON: Expecting ',' delimiter (an unescaped quotation mark?). Write",
+    ),
+    "a misspelt question": (
+        '{"qestion": "Why?", "answer": "So."}',
+        ": has no question (it has answer, qestion; did you mean question?). It needs messages,",
+    ),
+    "a misspelt answer": (
+        '{"question": "Why?", "anwser": "So."}',
+        ": has no answer (it has anwser; did you mean answer?); write one, or let the teacher",
+    ),
     "no JSON": ("Why? So.", ", column 1: is no JSON: Expecting value"),
     "single quotes": ("{'question': 'Why?'}", ", column 2: is no JSON"),
     "two objects in a line": (pair() + pair(), ", column 56: is no JSON: Extra data"),
@@ -212,3 +224,41 @@ def test_at_most_24_problems_of_a_file_are_listed(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_named(tmp_path: Path, name: str) -> None:
     (problem,) = problems_of(tmp_path, name)
     assert problem.startswith(f"{tmp_path / name}: cannot be read: No such file")
+
+
+@pytest.mark.parametrize(("name", "unit"), [("t.jsonl", "line"), ("t.parquet", "row")])
+def test_a_misspelt_column_is_named_with_its_first_row(
+    tmp_path: Path, name: str, unit: str
+) -> None:
+    rows = [{**json.loads(line), "topic": f"t{k}"} for k, line in enumerate(GOOD)]
+    rows[2]["topci"], rows[6]["topci"] = rows[2].pop("topic"), rows[6].pop("topic")
+    rows[5]["anwser"] = rows[5].pop("answer")
+    rows[7] |= {"reviewer": "me", "prompt_id": "5"}  # beside a question, no prompt is read
+    path = tmp_path / name
+    if unit == "row":
+        columns = dict.fromkeys(key for row in rows for key in row)
+        table = [columns | row for row in rows]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: list[str] = []
+    read_conversations(SamplesRef(index=name, own_answers=8), tmp_path, found.append)
+    assert found == [
+        f"warning: {path}: {unit} 3: topci is not read; did you mean topic? So it is in 2 rows.",
+        f"warning: {path}: {unit} 6: has no answer (it has anwser; did you mean answer?); the "
+        "teacher will write it.",
+    ]
+
+
+def test_notes_do_not_come_before_what_is_wrong(tmp_path: Path) -> None:
+    lines = [
+        line.replace(', "language": "en"', "").replace('"language": "en", ', "") for line in GOOD
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    found: list[str] = []
+    read_conversations(SamplesRef(index="t.jsonl"), tmp_path, found.append)
+    assert len(found) == 1  # of languages
+    (tmp_path / "t.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    with pytest.raises(RecipeError, match="line 11"):
+        read_conversations(SamplesRef(index="t.jsonl"), tmp_path, found.append)
+    assert len(found) == 1

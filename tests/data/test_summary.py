@@ -50,7 +50,10 @@ def test_a_row_without_an_answer_counts_as_a_row_and_is_named(tmp_path: Path) ->
     found, _ = read_conversations(ref, tmp_path)
     notes = [note for note in text_notes(found, ref, "m") if "no answer" in note]
     assert notes == ["texts: 1 row has no answer: the teacher writes it (samples.own_answers)."]
-    assert texts_in_words(found, ref).startswith("10 conversations of i.jsonl: 6 fit, 2 valid")
+    assert texts_in_words(found, ref).endswith(
+        "2 held out (1 without an answer); 6 fit, 2 validation once more, with the teacher's own "
+        f"answer (samples.own_answers); {len(found)} texts in all"
+    )
 
 
 def test_few_held_out_texts_are_named_and_what_scores_mean_is_said(tmp_path: Path) -> None:
@@ -59,5 +62,5 @@ def test_few_held_out_texts_are_named_and_what_scores_mean_is_said(tmp_path: Pat
         ref = SamplesRef(index="i.jsonl", heldout_share=share)
         *others, scores = text_notes(read_conversations(ref, tmp_path)[0], ref, "big")
         assert [few in note for note in others] == ([True] if few else [])
-        assert "play no part in the scores" in scores
+        assert "against the teacher's answers, not yours" in scores
         assert "`rotdistill chat --model big`" in scores

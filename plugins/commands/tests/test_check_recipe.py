@@ -196,5 +196,5 @@ def test_check_and_plan_count_texts_in_the_same_words(own: PicoWorkspace) -> Non
     (line,) = [line for line in err.splitlines() if " of texts/index.tsv: " in line]
     _, out, _ = own.command("plan", "trial.toml", "--set", "samples.own_answers=4")
     assert line.removeprefix("texts: ") in out
-    assert "play no part in the scores" in err
-    assert "play no part in the scores" in out
+    assert "against the teacher's answers, not yours" in err
+    assert "against the teacher's answers, not yours" in out

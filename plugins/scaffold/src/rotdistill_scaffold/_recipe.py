@@ -106,7 +106,7 @@ def recipe_files(wanted: Wanted, into: Path, log: Log) -> dict[str, str]:
         if prompt:
             prompt_file.write_text(prompt, encoding="utf-8")
             samples = samples.model_copy(update={"style": str(prompt_file)})
-        facts = _facts(samples, into, pair, chose_guard=wanted.guard is None)
+        facts = _facts(samples, into, pair, wanted.guard is None, log)
         if prompt:
             named = samples.model_copy(update={"style": f"{wanted.name}-system.md"})
             facts = replace(facts, samples=facts.samples.model_copy(update={"style": named.style}))
@@ -242,7 +242,7 @@ def _seen_from(into: Path, name: str) -> str:
 # The texts.
 
 
-def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool) -> TextFacts:
+def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool, log: Log) -> TextFacts:
     """Return what decides about the texts, with shares that suit their number.
 
     Args:
@@ -250,6 +250,7 @@ def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool) -> Te
         into: the folder that the recipe will lie in.
         pair: the models.
         chose_guard: whether nobody named texts outside the domain.
+        log: receives lines on what was decided where rows leave it open.
 
     Raises:
         RecipeError: see `read_conversations`.
@@ -262,7 +263,7 @@ def _facts(samples: SamplesRef, into: Path, pair: Pair, chose_guard: bool) -> Te
     if not samples.heldout:
         shares["heldout_share"] = _share(samples.heldout_share, count)
     samples = samples.model_copy(update=shares)
-    found, style = read_conversations(samples.model_copy(update={"own_answers": 1}), into)
+    found, style = read_conversations(samples.model_copy(update={"own_answers": 1}), into, log)
     texts = _own_texts(found, everything=True)
     prompts, answers = _lengths(list(texts.values())[:COUNTED_TEXTS], pair, style)
     limits = (position_limit(model.config) for model in pair.by_role.values())
