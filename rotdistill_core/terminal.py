@@ -35,6 +35,8 @@ NARROWEST_TEXT = 16
 """Columns that a column of text keeps when it wraps."""
 QUIET_SECONDS = 30.0
 """How long a run may print nothing where no live line is shown: in a file or a pipe."""
+SLOW_RATE = 0.1
+"""Parts a second below which their seconds say more."""
 TABLE_METRICS = (
     "kl",
     "top1",
@@ -182,6 +184,8 @@ class ProgressDisplay:
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show how far the current step has come."""
+        if self.left:
+            self.left.progresses(done, total)
         if self.status:
             self.status.update(self._how_far(done, total, note))
         elif self.now() - self.printed >= QUIET_SECONDS:
@@ -190,7 +194,7 @@ class ProgressDisplay:
     def _how_far(self, done: int, total: int, note: str) -> str:
         """Return how far the current step has come, as rich markup."""
         seconds = self.now() - self.started
-        rate = f", {done / seconds:.1f}/s" if done and seconds > 0.5 else ""
+        rate = f", {_rate_in_words(done / seconds)}" if done and seconds > 0.5 else ""
         parts = (literal(self.step), f"{done}/{total}{rate}", literal(note), self._time_left())
         return "  ".join(filter(None, parts))
 
@@ -233,6 +237,11 @@ class ProgressDisplay:
         """Remove the live line."""
         if self.status:
             self.status.stop()
+
+
+def _rate_in_words(rate: float) -> str:
+    """Return so many parts a second in words: "2.0/s", or "20 s each" where they are slow."""
+    return f"{rate:.1f}/s" if rate >= SLOW_RATE else f"{1 / rate:.0f} s each"
 
 
 class WideTable(Table):

@@ -203,3 +203,11 @@ def test_the_time_before_the_first_step_prints_lines_too() -> None:
     clock[0] = 31.0
     display.progress(16, 200, "questions are answered")
     assert output.getvalue() == "  16/200, 0.5/s  questions are answered\n"
+
+
+def test_slow_parts_are_counted_in_seconds_each() -> None:
+    output, clock = io.StringIO(), [0.0]
+    display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
+    clock[0] = 100.0
+    display.progress(4, 8, "questions are answered")
+    assert output.getvalue() == "  4/8, 25 s each  questions are answered\n"

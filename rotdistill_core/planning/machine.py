@@ -49,6 +49,12 @@ class Machine:
         """The names of the GPUs."""
         return [f"cuda:{index}" for index in range(len(self.gpus))]
 
+    def lacks(self, device: str) -> str:
+        """Return that a GPU such as `cuda:1` is not here, and what is; empty if it is."""
+        if device == HOST or device in self.gpu_names:
+            return ""
+        return f"of GPUs this machine has {', '.join(self.gpu_names) or 'none'}"
+
     def gpu_memory(self, device: str) -> int:
         """Return the memory of a GPU such as `cuda:1`; 0 if it is not there."""
         index = int(device.partition(":")[2])

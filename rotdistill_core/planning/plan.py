@@ -221,11 +221,25 @@ class Plan:
             notes.append("times: the speed of the GPU was assumed, not measured.")
         busy = load()
         if busy > BUSY:
-            notes.append(
-                f"times: are those of an idle machine. Now {busy:.1f} programs for each core want "
-                "to compute, so the run takes longer."
-            )
+            notes.append(self._busy_note(busy))
         return notes
+
+    def _busy_note(self, busy: float) -> str:
+        """Return how long the run takes beside other programs.
+
+        Args:
+            busy: other programs for each core that want to compute.
+        """
+        now = f"Now {busy:.1f} programs for each core want to compute"
+        seconds = self.totals.seconds
+        if seconds is None or any(line.gpu_bytes for line in self.todo):
+            return f"times: are those of an idle machine. {now}, so the run takes longer."
+        # Of `busy` programs and the run itself, each gets the same share of a core.
+        return (
+            f"times: are those of an idle machine: {time_in_words(seconds)}. As busy as it is now, "
+            f"{time_in_words((1 + busy) * seconds)}. {now}, and the run gets one share of "
+            f"{1 + busy:.1f}."
+        )
 
     @property
     def shortfalls(self) -> list[str]:
@@ -254,9 +268,11 @@ class Plan:
         for gpu, size in self.totals.by_gpu.items():
             worst = next(line.id for line in self.todo if line.by_gpu.get(gpu) == size)
             there = self.machine.gpu_memory(gpu)
-            if gpu not in self.machine.gpu_names:
-                has = ", ".join(self.machine.gpu_names) or "none"
-                yield f'"{worst}" computes on {gpu}, but of GPUs this machine has {has}'
+            if lacks := self.machine.lacks(gpu):
+                yield (
+                    f'"{worst}" computes on {gpu}, but {lacks}; write device = "auto" or "cpu", '
+                    "as --set teacher.device=auto does, or plan for another machine with --gpu"
+                )
             elif size > there:
                 yield (
                     f'"{worst}" needs about {format_bytes(size)} of memory on {gpu}, '
@@ -432,6 +448,20 @@ def check_against_models(
             step_cost(recipe_step.step, context)
             context = _context_after(context, recipe_step)
     return []
+
+
+def device_warnings(recipe: Recipe, machine: Machine) -> list[str]:
+    """Return a sentence for each model whose GPU is not here.
+
+    That is no mistake: a recipe may be checked on a machine that does not carry it out.
+    """
+    refs = {"teacher": recipe.teacher, "student": recipe.student, "anchor": recipe.anchor}
+    return [
+        f'warning: {role}.device = "{ref.device}": {lacks}, so `run` and `plan` refuse the recipe '
+        'here. Write "auto" or "cpu", unless it is for another machine.'
+        for role, ref in refs.items()
+        if ref and (lacks := machine.lacks(machine.device_of(ref.device)))
+    ]
 
 
 def _texts_folder(loaded: ResolvedRecipe) -> Path:

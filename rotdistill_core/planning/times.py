@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MINUTE, HOUR, DAY = 60.0, 3600.0, 86400.0
+A_MOMENT = 2.0
+"""Seconds below which a time is "a moment"."""
 UNKNOWN_TIME = "its time is not known"
 
 
@@ -58,7 +60,7 @@ def time_in_words(seconds: float | None) -> str:
     """Return a time for people, as exact as an estimate is: "about 4 minutes"."""
     if seconds is None:
         return UNKNOWN_TIME
-    if seconds < 2:
+    if seconds < A_MOMENT:
         return "a moment"
     if seconds < 1.5 * MINUTE:
         return f"about {_rounded(seconds)} seconds"

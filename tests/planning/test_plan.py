@@ -16,9 +16,11 @@ from rotdistill_core.planning.plan import (
     Plan,
     PlanLine,
     build_plan,
+    device_warnings,
     format_bytes,
 )
 from rotdistill_core.planning.rates import ASSUMED
+from rotdistill_core.planning.times import time_in_words
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.testing import PicoWorkspace, run_recipe
 
@@ -384,3 +386,28 @@ def test_a_free_machine_is_read_without_the_folder_of_runs(tmp_path: Path) -> No
 
 def test_shared_files_count_in_the_first_line_that_has_them() -> None:
     assert Cost(shared_files={"a": 1}) + Cost(shared_files={"a": 1}) == Cost(shared_files={"a": 1})
+
+
+def test_a_busy_machine_takes_longer_by_its_share_of_a_core(
+    before_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotdistill_core.planning.plan.load", lambda: 3.0)
+    planned = plan_of(CPU)
+    assert planned.totals.seconds is not None
+    idle, busy = planned.totals.seconds, 4 * planned.totals.seconds
+    assert planned.time_notes == [
+        f"times: are those of an idle machine: {time_in_words(idle)}. As busy as it is now, "
+        f"{time_in_words(busy)}. Now 3.0 programs for each core want to compute, and the run gets "
+        "one share of 4.0."
+    ]
+    monkeypatch.setattr("rotdistill_core.planning.plan.load", lambda: 1.0)
+    assert planned.time_notes == []
+
+
+def test_a_gpu_that_is_not_here_is_a_shortfall_with_a_remedy(before_run: Path) -> None:
+    loaded = load_recipe(Path("trial.toml"), {"teacher.device": "cuda"})
+    (shortfall,) = build_plan(loaded, Path("runs"), CPU).shortfalls
+    assert "of GPUs this machine has none; write device =" in shortfall
+    (warning,) = device_warnings(loaded.recipe, CPU)
+    assert warning.startswith('warning: teacher.device = "cuda": of GPUs this machine has none')
+    assert device_warnings(loaded.recipe, GPU) == []

@@ -151,3 +151,42 @@ def test_a_plan_of_nothing_has_no_time_left(clock: Clock) -> None:
     nothing = TimeLeft(plan_of(line("old", 0.0, "full", reused=True)), clock)
     clock.seconds += 3
     assert nothing.seconds() == 0
+
+
+def test_a_late_last_step_takes_what_its_own_progress_says(left: TimeLeft, clock: Clock) -> None:
+    run(left, clock, 1.0)
+    left.begins("answers", "full")  # of which the plan knows nothing
+    left.progresses(0, 10)
+    assert left.seconds() is None  # no rate yet, and no moment
+    for done in range(1, 10):
+        clock.seconds += 20
+        left.progresses(done, 10)
+        assert left.seconds() == pytest.approx(20 * (10 - done))
+    clock.seconds += 15
+    assert left.seconds() == pytest.approx(5)
+    clock.seconds += 25  # the last answer takes long
+    assert left.seconds() == pytest.approx(220 / 9)
+    left.progresses(10, 10)
+    assert left.seconds() == 0
+
+
+def test_steps_that_follow_a_late_one_count_as_well(left: TimeLeft, clock: Clock) -> None:
+    clock.seconds += 10
+    left.begins("residuals", "base")
+    left.progresses(0, 10)
+    clock.seconds += 80
+    left.progresses(4, 10)
+    told = left.seconds()
+    assert told is not None
+    assert told >= 120 + 50  # its own, and what is planned for the others
+
+
+def test_parts_of_an_earlier_run_say_nothing_of_the_rate(left: TimeLeft, clock: Clock) -> None:
+    run(left, clock, 1.0)
+    left.begins("answers", "full")
+    left.progresses(500, 502)
+    clock.seconds += 30
+    left.progresses(501, 502)
+    assert left.seconds() == pytest.approx(30)
+    left.progresses(1, 7)  # another piece of work
+    assert left.seconds() is None

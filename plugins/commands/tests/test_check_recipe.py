@@ -198,3 +198,15 @@ def test_check_and_plan_count_texts_in_the_same_words(own: PicoWorkspace) -> Non
     assert line.removeprefix("texts: ") in out
     assert "against the teacher's answers, not yours" in err
     assert "against the teacher's answers, not yours" in out
+
+
+def test_a_gpu_of_another_machine_is_a_warning(own: PicoWorkspace) -> None:
+    code, _, err = own.command("check", "trial.toml", "--set", "teacher.device=cuda:77")
+    assert (code, err.count("warning: ")) == (0, 1)
+    assert 'warning: teacher.device = "cuda:77": of GPUs this machine has' in err
+
+
+def test_a_chat_looks_for_its_device_before_the_model(own: PicoWorkspace) -> None:
+    code, _, err = own.command("chat", "--model", "gone", "--device", "cuda:77")
+    assert code == 3
+    assert 'error device = "cuda:77": ' in err

@@ -112,6 +112,7 @@ def chat(  # noqa: PLR0913  an option each
 
       rotdistill chat --model model --prompt "Do you sell tea?" --tokens 40
     """  # noqa: E501  an example is one line
+    _require_device(device)
     if model is not None:
         if run or variants or teacher:
             raise RecipeError("--model: asks that model alone; leave out RUN and its variants.")
@@ -134,6 +135,20 @@ def chat(  # noqa: PLR0913  an option each
     sessions = [load_session(name, path, *asked) for name, path in folders.items()]
     sessions += [connect() for connect in writers]
     _talk(sessions, prompts_of, prompts, as_json)
+
+
+def _require_device(name: str) -> None:
+    """Look for a device before models are opened, which takes longer.
+
+    Raises:
+        RecipeError: it is no name of a device.
+        SetupError: this machine has no such device.
+    """
+    if name in ("auto", "cpu"):
+        return
+    from rotdistill_core.checkpoint.devices import resolve_device  # noqa: PLC0415  loads torch
+
+    resolve_device(name)
 
 
 def _talk(

@@ -14,10 +14,12 @@ from rotdistill_core.data.lessons import checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.summary import text_notes, texts_in_words
 from rotdistill_core.errors import CheckFailed, RecipeError
-from rotdistill_core.planning.plan import check_against_models
+from rotdistill_core.planning.machine import this_machine
+from rotdistill_core.planning.plan import check_against_models, device_warnings
 from rotdistill_core.recipe.as_toml import resolved_toml
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
+from rotdistill_core.store.layout import RUNS_FOLDER
 from rotdistill_core.terminal import Json, Sets, print_json, print_line
 
 
@@ -79,6 +81,7 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
         for note in check_against_models(loaded, conversations, style):
             log(note)
     for note in (
+        *device_warnings(recipe, this_machine(RUNS_FOLDER)),
         *lesson_notes(recipe, conversations, lesson_texts),
         *text_notes(conversations, recipe.samples, recipe.teacher.model),
     ):
