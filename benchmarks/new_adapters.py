@@ -32,6 +32,7 @@ MODEL_TYPES = (
     "phi3",
     "glm",
     "glm4",
+    "gemma",
     "gemma3",
     "stablelm",
     "starcoder2",

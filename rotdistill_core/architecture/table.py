@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from rotdistill_core.errors import SHOWN_PROBLEMS, SetupError, listed, suggest
+from rotdistill_core.errors import SHOWN_PROBLEMS, RecipeError, SetupError, listed, suggest
 
 Config = Mapping[str, Any]
 """A model's config.json."""
@@ -206,6 +206,22 @@ class Adapter:
             if param.is_gain and "residual" in param.axes and name not in absorbed
         ]
         return Gains(absorbed, stuck)
+
+    def require_rotations(self, config: Config) -> None:
+        """Refuse a model whose residual stream cannot be rotated.
+
+        Raises:
+            RecipeError: norm gains act on what attention and MLP write.
+        """
+        stuck = self.gains(config).stuck
+        if stuck:
+            raise RecipeError(
+                f"the residual stream of models of type {config['model_type']} cannot be rotated: "
+                f"{len(stuck)} norm gains, the first is {stuck[0]}, act on what attention and MLP "
+                "write. No reader follows them that could absorb them, and only permutations "
+                "commute with them. Leave out the step that rotates; neurons, heads and channels "
+                "can be permuted."
+            )
 
     def parts(self, config: Config) -> dict[str, list[str]]:
         """Return each fused tensor of a checkpoint with the parameters that it holds."""

@@ -158,16 +158,8 @@ def _gains_to_absorb(adapter: Adapter, config: Config, maps: Mapping[str, Map]) 
     """
     if "residual" not in maps or isinstance(maps["residual"], Permutation):
         return []
-    absorbed, stuck = adapter.gains(config)
-    if stuck:
-        raise RecipeError(
-            f"the residual stream of a {config['model_type']} model cannot be rotated: "
-            f"{len(stuck)} norm gains, the first is {stuck[0]}, act on what attention and MLP "
-            "write. No reader follows them that could absorb them, and only permutations commute "
-            "with them. Leave out the step that rotates; neurons, heads and channels can be "
-            "permuted."
-        )
-    return absorbed
+    adapter.require_rotations(config)
+    return adapter.gains(config).absorbed
 
 
 def _config_of_wider_stream(

@@ -24,6 +24,7 @@ from rotdistill_core.testing.adapter_checks import (
     sites_are_found,
     the_layerwise_forward_computes_what_transformers_computes,
 )
+from rotdistill_core.testing.compute import one_thread
 from rotdistill_core.testing.config_checks import ADAPTER_CHECKS
 from rotdistill_core.testing.key_checks import (
     every_name_of_the_table_is_found,
@@ -71,7 +72,7 @@ def adapter_problems(
         cases: changes of the pico config; none: the config as it is.
         checks: the checks to run.
     """
-    with quiet_transformers():
+    with quiet_transformers(), one_thread():
         folders = [
             pico_folder(folder / f"model-{number}", adapter.model_types[0], **case)
             for number, case in enumerate(cases or ({},))

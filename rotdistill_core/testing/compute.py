@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +21,17 @@ from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.store.files import Blocks, write_file
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_text
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: more of them only wait for each other on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def max_difference(one: Tensor, two: Tensor) -> float:

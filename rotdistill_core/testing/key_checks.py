@@ -24,6 +24,7 @@ from rotdistill_core.checkpoint.headers import read_config
 from rotdistill_core.checkpoint.layer_lists import DTYPE_KEYS
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import suggest
+from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.testing.adapter_checks import PLAIN, opened, report
 from rotdistill_core.testing.compute import logits, max_difference, plain_transformers, save_folder
 
@@ -275,6 +276,33 @@ def a_cut_of_sizes_computes_what_transformers_computes(adapter: Adapter, folder:
     report(problems)
 
 
+def a_narrower_stream_has_the_same_embeddings(adapter: Adapter, folder: Path) -> None:
+    """Leave channels of the stream out; the others begin with the numbers that they had.
+
+    A class may multiply its embeddings by a function of the width. Then a cut or a wider stream
+    would have another sum of embeddings and branches. A stream that cannot be rotated never
+    changes its width.
+    """
+    weights, layout = opened(adapter, folder)
+    if adapter.gains(weights.config).stuck or not states_head_width(adapter, weights.config):
+        return
+    channels = torch.arange(3 * weights.width // 4)
+    narrow = _selected(weights, {RESIDUAL: channels})
+    whole, cut = (
+        LayerwiseForward(view, layout, torch.device("cpu"), torch.float64).states
+        for view in (weights, narrow)
+    )
+    factor = float((cut / whole[:, channels]).median())
+    if max_difference(cut, whole[:, channels]) > PLAIN:
+        report(
+            [
+                f"the class multiplies embeddings by a function of {adapter.width_key}: with "
+                f"{len(channels)} channels of {weights.width} they are {factor:.3g} times as "
+                "large, so no step could change the width of the stream. A table cannot say that"
+            ]
+        )
+
+
 def _kept_inside(weights: Weights) -> dict[str, Tensor]:
     """Return the coordinates of the first half of all neurons and heads, by space.
 
@@ -307,7 +335,9 @@ def _selected(weights: Weights, kept: Mapping[str, Tensor]) -> Weights:
             for axis, space in enumerate(param.axes):
                 tensor = tensor.index_select(axis, kept[space]) if space in kept else tensor
             edited[name] = tensor
-    sizes = {adapter.neurons_key: len(kept[f"{NEURONS}.0"])}
+    sizes = {}
+    if f"{NEURONS}.0" in kept:
+        sizes[adapter.neurons_key] = len(kept[f"{NEURONS}.0"])
     if f"{KEY_VALUE}.0" in kept:
         left = len(kept[f"{KEY_VALUE}.0"]) // width
         sizes |= {adapter.groups_key: left, adapter.query_key: left * (query // groups)}
@@ -336,6 +366,7 @@ KEY_CHECKS = (
     every_name_of_the_table_is_found,
     the_depth_key_sets_the_depth,
     every_size_key_sets_its_size,
+    a_narrower_stream_has_the_same_embeddings,
     a_cut_of_sizes_computes_what_transformers_computes,
 )
 """What every adapter must pass of names and keys: `check(adapter, folder)`."""

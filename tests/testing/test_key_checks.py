@@ -16,6 +16,7 @@ from rotdistill_core.testing.adapter_checks import WrongTableError
 from rotdistill_core.testing.key_checks import (
     KEY_CHECKS,
     a_cut_of_sizes_computes_what_transformers_computes,
+    a_narrower_stream_has_the_same_embeddings,
     every_size_key_sets_its_size,
 )
 
@@ -99,6 +100,17 @@ def test_the_keys_of_shipped_tables_are_right(tmp_path: Path, model_type: str) -
     sizes = {"num_key_value_heads": 4} if model_type == "phi3" else {}
     folder = pico_folder(tmp_path / "model", model_type, **sizes)
     every_size_key_sets_its_size(adapter_for(model_type), folder)
+
+
+def test_embeddings_that_depend_on_the_width_are_refused(tmp_path: Path) -> None:
+    """Gemma multiplies them by the root of its width, which a narrower stream would change."""
+    table = replace(LLAMA, model_types=("gemma",), gain_offset=1.0)
+    folder = pico_folder(tmp_path / "model", "gemma", head_dim=8)
+    with pytest.raises(WrongTableError) as caught:
+        a_narrower_stream_has_the_same_embeddings(table, folder)
+    [problem] = caught.value.problems
+    assert problem.startswith("the class multiplies embeddings by a function of hidden_size: with ")
+    assert "24 channels of 32 they are 0.866 times as large" in problem
 
 
 def test_sizes_that_do_not_follow_the_config_are_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.errors import CheckFailed, RecipeError
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
-from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.plugin.step import check_models, stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
     captured_activations,
@@ -243,6 +243,15 @@ def test_a_model_with_norms_inside_its_heads_cannot_be_widened(
     )
     with pytest.raises(RecipeError, match=r"q_norm.weight shares its eps"):
         align(pair, samples, tmp_path / "runs").fold("widen")
+
+
+@pytest.mark.parametrize("mode", ["canonical", "widen"])
+def test_a_stream_that_cannot_be_rotated_is_refused_before_any_work(
+    mode: Any, tmp_path: Path
+) -> None:
+    gemma = pico_model(tmp_path / "model", "gemma3_text", head_dim=8)
+    with pytest.raises(RecipeError, match="of type gemma3_text cannot be rotated"):
+        check_models(BasisFold(mode=mode), Pair(gemma, gemma))
 
 
 def test_block_rotates_each_layer_between_its_norms_and_its_writers(

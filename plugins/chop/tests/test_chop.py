@@ -17,7 +17,7 @@ from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.linalg.maps import Rotation
-from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.plugin.step import check_models, stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
     logits,
@@ -129,6 +129,8 @@ def test_cut_model_has_the_size_asked_for_and_its_parameters(
 
 def test_narrower_stream_of_gemma_is_refused(chop: Cut, tmp_path: Path) -> None:
     gemma = pico_model(tmp_path / "model", "gemma3_text", num_hidden_layers=3)
+    with pytest.raises(RecipeError, match="cannot be rotated"):
+        check_models(Chop(width=28), Pair(gemma, gemma))
     with pytest.raises(RecipeError, match="cannot be rotated"):
         chop(gemma, width=28)
 

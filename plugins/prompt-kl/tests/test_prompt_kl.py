@@ -27,7 +27,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import accept_if_better
 from rotdistill_core.forward.ranks import Ranks
-from rotdistill_core.plugin.step import stage_of
+from rotdistill_core.plugin.step import check_models, stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
     logits,
@@ -441,8 +441,8 @@ def test_texts_without_topics_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_student_with_fused_projections_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="a phi3 model has fused projections"):
-        distilled(pair_of(tmp_path, "phi3"), tmp_path, **OPTIONS)
+    with pytest.raises(RecipeError, match="models of type phi3 have fused projections"):
+        check_models(PromptKl(), pair_of(tmp_path, "phi3"))
 
 
 def test_bfloat16_products_learn_about_as_much(tmp_path: Path) -> None:

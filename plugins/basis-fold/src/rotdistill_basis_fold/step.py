@@ -65,6 +65,17 @@ class BasisFold:
             changes["head_dim"] = adapter.heads(context.student.config).width
         return edited.with_student(**changes)
 
+    def check_models(self, pair: Pair) -> None:
+        """Raise what norms after the student's writers would end with, where the stream is rotated.
+
+        In the mode `tied` an aligner may have found a permutation, which such norms commute with.
+
+        Raises:
+            RecipeError: no reader could absorb the gains of these norms.
+        """
+        if self.mode in ("canonical", "widen"):
+            pair.student.adapter.require_rotations(pair.student.config)
+
     @hookimpl
     def fold(
         self,

@@ -89,6 +89,15 @@ class Chop:
         }
         return {name: size for name, size in sizes.items() if size is not None}
 
+    def check_models(self, pair: Pair) -> None:
+        """Raise what a narrower stream would end with, of a model that cannot be rotated.
+
+        Raises:
+            RecipeError: see `Adapter.require_rotations`.
+        """
+        if self.width:
+            pair.student.adapter.require_rotations(pair.student.config)
+
     def cost(self, context: CostContext) -> Cost:
         """The search for layers, the trials of `keep_fraction`, and the cut with its refits."""
         return chop_cost(self, context)

@@ -116,14 +116,8 @@ def training_texts(
     """Return the teacher's continuations and answers, and `outside`, the guard's texts.
 
     Raises:
-        RecipeError: the samples lack topics or answers that the options need, or the student has
-            fused projections.
+        RecipeError: the samples lack topics or answers that the options need.
     """
-    if pair.student.adapter.fused:
-        raise RecipeError(
-            f"prompt-kl: a {pair.student.config['model_type']} model has fused projections, "
-            "on which no LoRA is trained here. Leave the step out."
-        )
     answers: list[Text] = []
     if "questions" in step.prompts_from:
         answers = _teacher_answers(samples)

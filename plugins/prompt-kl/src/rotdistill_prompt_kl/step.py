@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
@@ -135,12 +136,18 @@ class PromptKl:
         return edited
 
     def check_models(self, pair: Pair) -> None:
-        """Raise what two tokenizers would end with.
+        """Raise what two tokenizers, or fused projections, would end with.
 
         Raises:
+            RecipeError: the student's projections are fused.
             SetupError: they give different ids to the same tokens.
         """
         require_one_vocabulary(pair)
+        if pair.student.adapter.fused:
+            raise RecipeError(
+                f"prompt-kl: models of type {pair.student.config['model_type']} have fused "
+                "projections, on which no LoRA is trained here. Leave the step out."
+            )
 
     @hookimpl
     def style(

@@ -24,6 +24,7 @@ from rotdistill_core.errors import SetupError
 from rotdistill_core.forward.parity import quiet_transformers
 from rotdistill_core.testing import PICO, adapter_problems, gauges_are_exact, pico_folder
 from rotdistill_core.testing.adapter_checks import WrongTableError
+from rotdistill_core.testing.compute import one_thread
 from rotdistill_core.testing.config_checks import ROPE, settings_computed_wrongly, tried_settings
 from rotdistill_scaffold._lookup import (
     QUERY_KEY,
@@ -80,7 +81,7 @@ def new_table(model_type: str) -> NewTable:
         SetupError: no table can express the model, transformers makes no causal model of it, or the
             nearest table does not pass.
     """
-    with quiet_transformers():
+    with quiet_transformers(), one_thread():
         table = nearest_table(model_type)
     with tempfile.TemporaryDirectory() as root:
         problems = adapter_problems(table.adapter, Path(root), *table.cases)

@@ -27,7 +27,6 @@ from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
 from rotdistill_core.data.splits import Split
-from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import (
     TextScores,
     accept_if_better,
@@ -104,7 +103,7 @@ def solve(
         SetupError: teacher and student have different tokenizers, or the disk refuses the states.
     """
     weights, pair, samples = targets.weights, targets.pair, targets.samples
-    check_options(step, weights)
+    step.check_writers(weights.adapter, weights.config)
     guard = guard_of(step.guard, samples, step.use)
     shared_vocabulary(pair)  # raises before the work
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
@@ -182,26 +181,6 @@ def refit(
         progress(i + 1, weights.depth, f"refitted {' and '.join(step.writers)}")
     out.notes["layers"] = diagnostics
     return weights.edit(edited)
-
-
-def _other_writers(weights: Weights) -> str:
-    """Return what to do where writers cannot be refitted."""
-    can = ", ".join(f'"{name}"' for name in weights.adapter.writers)
-    return f"Set writers = [{can}]." if can else "Leave the step out."
-
-
-def check_options(step: WriterRefit, weights: Weights) -> None:
-    """Raise RecipeError if the options do not fit the model."""
-    if step.features == "output" and step.writers != ("neurons",):
-        raise RecipeError(
-            'writer-refit: features = "output" is a map of the MLP\'s output; '
-            'writers must be ["neurons"].'
-        )
-    if not set(step.writers) <= set(weights.adapter.writers):
-        raise RecipeError(
-            f"writer-refit: in a {weights.config['model_type']} model a norm stands between "
-            f"writers and stream. {_other_writers(weights)}"
-        )
 
 
 def layers_before_cuts(weights: Weights) -> list[int]:

@@ -11,6 +11,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BATCH_TOKENS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.guard import Guard, is_guarded
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         StepOutput,
         Weights,
     )
+    from rotdistill_core.architecture.table import Adapter, Config
 
 Positive = Annotated[float, Field(gt=0)]
 ROW_BYTES = 12 * FLOAT64_BYTES
@@ -91,6 +93,13 @@ class WriterRefit:
     for no limit."""
 
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not go together."""
+        if self.features == "output" and self.writers != ("neurons",):
+            raise ValueError(
+                'features = "output" is a map of the MLP\'s output; writers must be ["neurons"]'
+            )
 
     def cost(self, context: CostContext) -> Cost:
         """Passes of each refitted layer, its normal equations, and the scores of the result.
@@ -159,12 +168,29 @@ class WriterRefit:
         return ridge_caveats(self.ridge)
 
     def check_models(self, pair: Pair) -> None:
-        """Raise what two tokenizers would end with.
+        """Raise what two tokenizers, or norms after the student's writers, would end with.
 
         Raises:
+            RecipeError: see `check_writers`.
             SetupError: they give different ids to the same tokens.
         """
         require_one_vocabulary(pair)
+        self.check_writers(pair.student.adapter, pair.student.config)
+
+    def check_writers(self, adapter: Adapter, config: Config) -> None:
+        """Refuse writers that do not write into the stream themselves.
+
+        Raises:
+            RecipeError: a norm stands between them and the stream.
+        """
+        if set(self.writers) <= set(adapter.writers):
+            return
+        can = ", ".join(f'"{name}"' for name in adapter.writers)
+        remedy = f"Set writers = [{can}]." if can else "Leave the step out."
+        raise RecipeError(
+            f"writer-refit: in models of type {config['model_type']} a norm stands between writers "
+            f"and stream. {remedy}"
+        )
 
     @hookimpl
     def fold(
