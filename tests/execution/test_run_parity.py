@@ -114,7 +114,8 @@ def test_a_cap_that_the_table_does_not_name_is_refused(
 ) -> None:
     pico_workspace.model("model", "gemma3_text", head_dim=8, final_logit_softcapping=5.0)
     tables(monkeypatch, replace(adapter_for("gemma3_text"), softcap_key=""))
-    code, _, errors = pico_workspace.command("run", str(pico_workspace.recipe(STEPS)))
+    recipe = pico_workspace.recipe('step = [{ use = "residuals" }]')
+    code, _, errors = pico_workspace.command("run", str(recipe))
     assert code == 3
     assert "final_logit_softcapping = 5.0" in errors
 

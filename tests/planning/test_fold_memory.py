@@ -22,10 +22,10 @@ from rotdistill_core.testing import pico_model
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
-    "vocab_size": 20_000,
+    "vocab_size": 10_000,
     "hidden_size": 256,
     "intermediate_size": 1024,
-    "num_hidden_layers": 24,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
 }
 RETURNING = {
