@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rotdistill_report._data import ReportData, ShownFigure, Tone, collect, with_interval
-from rotdistill_report._findings import collect_issues, verdict, with_findings
+from rotdistill_report._data import Advice, ReportData, ShownFigure, Tone, collect, with_interval
+from rotdistill_report._findings import collect_issues, next_step, verdict, with_findings
 from rotdistill_report._plots import plots
 from rotdistill_report._templates import LONGEST_EXCERPT, excerpt, table_cell
 from rotdistill_report._write import html as html_report
@@ -237,6 +237,26 @@ def test_the_next_step_is_a_command_also_where_nothing_is_to_mend(report: dict[s
     assert command.startswith("rotdistill ")
     remedies = [each["command"] for issue in report["issues"] for each in issue["advice"]]
     assert command in remedies or " chat reported-" in command or " show reported-" in command
+
+
+@pytest.mark.parametrize(
+    ("full", "tone", "wanted"),
+    [
+        ('"chop", "refit"', Tone.NEUTRAL, "rotdistill run more"),
+        ('"chop", "refit"', Tone.GOOD, " chat "),
+        ('"chop"', Tone.NEUTRAL, " chat "),
+    ],
+)
+def test_more_texts_are_the_next_step_of_a_variant_that_learns(
+    outcome: RunResult, tmp_path: Path, full: str, tone: Tone, wanted: str
+) -> None:
+    refit = '[[step]]\nid = "refit"\nuse = "writer-refit"' if "refit" in full else ""
+    text = (outcome.folder.parents[1] / "reported.toml").read_text(encoding="utf-8")
+    text = text.replace("[variants]", f"{refit}\n[variants]")
+    path = tmp_path / "reported.toml"
+    path.write_text(text.replace('full = ["chop"]', f"full = [{full}]"), encoding="utf-8")
+    data = replace(rebuild(outcome), more_lessons=Advice("more texts", "rotdistill run more"))
+    assert wanted in next_step(data, load_recipe(path), outcome, [], tone).command
 
 
 def test_the_size_of_the_teacher_is_known_where_it_was_opened(report: dict[str, Any]) -> None:

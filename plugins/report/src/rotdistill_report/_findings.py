@@ -199,8 +199,9 @@ def next_step(
     for advice in (each for issue in by_rank for each in issue.advice):
         if advice.command:
             return advice
-    fits = any(step.stage == "style" for step in recipe.chain(recipe.headline))
-    if tone is not Tone.GOOD and fits and report.more_lessons and report.more_lessons.command:
+    # Steps that learn from texts have a guard; a cut has none.
+    learns = any("guard" in options_of(step.step) for step in recipe.chain(recipe.headline))
+    if tone is not Tone.GOOD and learns and report.more_lessons and report.more_lessons.command:
         return report.more_lessons
     asked = [name for name in (report.baseline, recipe.headline) if name in outcome.checkpoints]
     if not asked:
