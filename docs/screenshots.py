@@ -64,7 +64,8 @@ def draw(page: Path, picture: Path, height: int) -> None:
 def main() -> None:
     """Draw the first screen of the report."""
     browser()
-    outcome = rotdistill_core.run(ROOT / "recipes" / "support.toml")
+    os.chdir(ROOT)  # what the page shows of paths is then not of this machine
+    outcome = rotdistill_core.run("recipes/support.toml")
     IMAGES.mkdir(exist_ok=True)
     draw(outcome.folder / "report.html", IMAGES / "report.png", FIRST_SCREEN)
 
