@@ -75,6 +75,17 @@ def test_logits_are_those_of_transformers_to_the_bit(
     assert torch.equal(ours(folder, dtype), theirs(folder, dtype))
 
 
+def test_the_head_reads_the_last_tokens_of_several_texts_in_one_piece(tmp_path: Path) -> None:
+    model = whole_model(open_checkpoint(pico_folder(tmp_path)).weights, CPU, torch.bfloat16)
+    read: list[Tensor] = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, rows: read.append(rows[0]))
+    found = model(IDS.reshape(3, 4), logits_to_keep=1).logits
+    assert read[0].shape[:2] == (3, 1)
+    assert read[0].stride() == (read[0].shape[-1], read[0].shape[-1], 1)
+    assert torch.equal(found[:, 0], head(read[0])[:, 0])
+
+
 def test_ways_to_call_a_model_are_not_taken_from_its_config(tmp_path: Path) -> None:
     folder = pico_folder(tmp_path / "model")
     expected = theirs(folder)
