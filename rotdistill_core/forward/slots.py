@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from rotdistill_core.linalg.precision import widened
+
 SLOTS = "rotdistill-slots"
 """Name of the attention function."""
 SHARED_KINDS = {"full_attention", "sliding_attention"}
@@ -148,19 +150,20 @@ def attend(
     """
     batch, heads, length, size = query.shape
     groups = key.shape[1]
-    # Query heads that share keys are rows of one product.
-    Q = (query * scaling).reshape(batch, groups, -1, size)
+    # Scores are wide until the softmax. Those of Qwen2.5 are in the hundreds, where neighbours in
+    # bfloat16 are 1 apart. Query heads that share keys are rows of one product.
+    Q = (widened(query) * scaling).reshape(batch, groups, -1, size)
     common = slots.common(module)
-    own = torch.matmul(Q, key.transpose(2, 3))
+    own = torch.matmul(Q, key.transpose(2, 3).to(Q))
     scores = _hide(own, slots.hidden_columns(sliding_window), length)
     if common is None:
-        found = torch.matmul(_weights(scores), value)
+        found = torch.matmul(scores.softmax(-1).to(value), value)
     else:
         keys, values = common
         shared = _hide(
-            _products(Q, keys.transpose(1, 2)), slots.hidden_shared(sliding_window), length
+            _products(Q, keys.transpose(1, 2).to(Q)), slots.hidden_shared(sliding_window), length
         )
-        weights = _weights(torch.cat([shared, scores], dim=-1))
+        weights = torch.cat([shared, scores], dim=-1).softmax(-1).to(value)
         tokens = keys.shape[1]
         found = _products(weights[..., :tokens], values)
         found += torch.matmul(weights[..., tokens:], value)
@@ -185,10 +188,6 @@ def _hide(scores: Tensor, hidden: Tensor | None, length: int) -> Tensor:
     split = scores.reshape(batch, groups, rows // length, length, columns)
     masked = split.masked_fill(hidden[:, None, None], float("-inf"))
     return masked.view(batch, groups, rows, columns)
-
-
-def _weights(scores: Tensor) -> Tensor:
-    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
 AttentionInterface.register(SLOTS, attend)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from rotdistill_core.checkpoint.open import open_checkpoint
@@ -19,7 +20,7 @@ from rotdistill_core.forward.generate import (
     unconfirmed_token,
 )
 from rotdistill_core.forward.growth import GrowingAnswer, Growth, add_tokens
-from rotdistill_core.forward.slots import Slots, fits_slots
+from rotdistill_core.forward.slots import Slots, attend, fits_slots
 from rotdistill_core.forward.whole import whole_model
 from rotdistill_core.plugin.engine import Asked
 from rotdistill_core.testing import pico_folder
@@ -74,6 +75,29 @@ WINDOWS: dict[str, dict[str, Any]] = {
     | {"use_sliding_window": True},
 }
 ALL = [*FULL.items(), *WINDOWS.items()]
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_scores_in_the_hundreds_keep_their_digits_in_bfloat16(shared: int) -> None:
+    """Biases of Qwen2.5 make such scores, where neighbours in bfloat16 are 1 apart."""
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 8, 64, generator=draw, dtype=torch.float64).bfloat16()
+    key += 5
+    query += 5
+    module = nn.Module()
+    module.layer_idx = 0
+    slots = Slots(1, 8 - shared)
+    if shared:
+        slots.begin_shared(shared, CPU)
+        slots.update(key[:, :, :shared], value[:, :, :shared], 0)
+    slots.place(0, torch.arange(8 - shared)[None], 8 - shared)
+    own = slots.update(key[:, :, shared:], value[:, :, shared:], 0)
+    found, _ = attend(module, query[:, :, shared:], *own, None, slots=slots, scaling=0.125)
+    scores = query.double() @ key.double().transpose(2, 3) * 0.125
+    assert scores.min() > 100
+    weights = scores.masked_fill(torch.ones(8, 8).triu(1).bool(), float("-inf")).softmax(-1)
+    right = (weights @ value.double()).transpose(1, 2)[:, shared:]
+    assert float((found.double() - right).norm() / right.norm()) < 0.01
 
 
 @pytest.mark.parametrize("shared", [0, 4])
