@@ -17,6 +17,10 @@ LESSON = ".lesson"
 """Ending of the id of a lesson: a conversation or text that the teacher writes itself."""
 
 
+CONTINUED = ".place"
+"""Ending of the id of a text that continues the topic of a conversation."""
+
+
 class Claim(NamedTuple):
     """A statement that an answer may make."""
 

@@ -225,6 +225,23 @@ class TextCounts:
         """Return the number of texts of some splits."""
         return sum(self.texts.get(split, 0) for split in splits)
 
+    def with_fit_share(self, share: float) -> TextCounts:
+        """Return the counts with a share of the texts to fit on, and all others."""
+        rows, texts = dict(self.rows), dict(self.texts)
+        others = texts.get(Split.FIT, 0) - self.lessons
+        validation = texts.get(Split.VALIDATION, 0)
+        asked = max(self.questions_asked - texts.get(Split.HELDOUT, 0), 0)
+        asked_to_fit = asked * others / max(others + validation, 1)
+        for counts in (rows, texts):
+            counts[Split.FIT] = round(share * counts.get(Split.FIT, 0))
+        return replace(
+            self,
+            rows=rows,
+            texts=texts,
+            lessons=round(share * self.lessons),
+            questions_asked=self.questions_asked - round((1 - share) * asked_to_fit),
+        )
+
     @property
     def sampled(self) -> TextCounts:
         """The texts whose rows every capture keeps, see `PackedTexts.sample`, at mean length."""

@@ -351,7 +351,7 @@ def test_shards_have_different_texts_and_together_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, samples = pair_of(tmp_path), answered_samples()
-    seen: dict[int, set[int]] = {}
+    seen: dict[int, set[str]] = {}
     losses = DistillationTargets.losses
     for k in (1, 2, 3):
 
@@ -363,15 +363,15 @@ def test_shards_have_different_texts_and_together_all(
             *rest: Any,
             k: int = k,
         ) -> Tensor:
-            fit = {j for j in texts if self.layout.texts[j].split == Split.FIT}
+            chosen = (self.layout.texts[j] for j in texts)
+            fit = {text.id for text in chosen if text.split == Split.FIT}
             seen.setdefault(k, set()).update(fit)
             return losses(self, student, weights, texts, *rest)
 
         monkeypatch.setattr(DistillationTargets, "losses", noted)
         options = ON_ANSWERS | {"max_epochs": 1, "learning_rate": 5e-3}
         distilled(pair, tmp_path / str(k), samples, **options, shard=(k, 3))
-    texts = samples.layout.select(Split.FIT, Split.VALIDATION).texts
-    fit = {j for j, text in enumerate(texts) if text.split == Split.FIT}
+    fit = {text.id for text in samples.layout.texts if text.split == Split.FIT}
     assert [len(shard) for shard in seen.values()] == [8, 8, 8]
     assert set.union(*seen.values()) == fit
     assert len(fit) == 24

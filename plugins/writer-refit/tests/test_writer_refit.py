@@ -24,6 +24,7 @@ from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.shards import in_shard
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import TextScores
@@ -118,6 +119,20 @@ def idle_teacher(folder: Path, **changes: Any) -> tuple[Model, Weights]:
     save_folder(idle, model.folder, folder / "idle")
     opened = open_model(ModelRef(model=str(folder / "idle")))
     return opened, opened.weights
+
+
+def test_a_shard_is_fitted_as_if_there_were_no_other_texts(
+    teacher: Model, samples: Samples, tmp_path: Path
+) -> None:
+    pair, weights = Pair(teacher, teacher), teacher.weights.cut(KEPT)
+    step = WriterRefit(shard=(-1, 3))
+    only = samples.part(samples.layout.where(in_shard(samples, step.shard)))
+    whole, _ = refit(WriterRefit(), weights, pair, samples, tmp_path / "whole")
+    shard, _ = refit(step, weights, pair, samples, tmp_path / "shard")
+    alone, _ = refit(WriterRefit(), weights, pair, only, tmp_path / "alone")
+    assert changed(weights, shard)
+    assert not changed(shard, alone)
+    assert changed(shard, whole)
 
 
 @pytest.mark.parametrize("features", ["activations", "output"])

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from rotdistill_core.data.shards import share_of
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.guard import is_guarded
 from rotdistill_core.planning.cost import (
@@ -98,26 +99,36 @@ def training_texts(step: PromptKl, context: CostContext) -> TrainingTexts:
 
 def prompt_kl_cost(step: PromptKl, context: CostContext) -> Cost:
     """Return the cost of all parts, one after the other."""
+    written = training_texts(step, context).topics
+    counts = context.texts.with_fit_share(share_of(step.shard))
+    context = replace(context, texts=counts)
     texts = training_texts(step, context)
-    cost = _teacher_cost(step, context, texts) + _training_cost(step, context, texts)
+    cost = _teacher_cost(step, context, texts, written)
+    cost += _training_cost(step, context, texts)
     cost += _answers_of_student_cost(step, context, texts)
     return cost + _scoring_cost(step, context)
 
 
-def _teacher_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -> Cost:
-    """Return the cost of the whole teacher that continues topics, and of its pass over texts."""
+def _teacher_cost(
+    step: PromptKl, context: CostContext, texts: TrainingTexts, written: float
+) -> Cost:
+    """Return the cost of the whole teacher that continues topics, and of its pass over texts.
+
+    It continues those of all shards, `written` of them.
+    """
     read = context.texts.as_teacher_reads
     rows = texts.rows - context.texts.prefix + read.prefix
     if is_guarded(step.guard, context.texts):
         rows += context.texts.rows.get(Split.GUARD_VALIDATION, 0)
-    key = ("prompt-kl", step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard)
+    options = step.prompts_from, step.max_prompts, step.max_new_tokens, step.guard, step.shard
+    key = ("prompt-kl", *options)
     cost = teacher_states_cost(context, rows, key).dealt()
-    if texts.topics:
+    if written:
         cost += generation_cost(
             context.teacher,
             read,
-            round(texts.topics),
-            round(texts.topics * step.max_new_tokens),
+            round(written),
+            round(written * step.max_new_tokens),
             context.teacher_bytes,
         ).on_teacher()
     return cost
@@ -150,13 +161,13 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
     else:
         kept = training_activations(student, tokens, number) / student.depth
         backward, edited = head, head
-    trained = texts.fit_share * texts.tokens / step.shard[1] * step.max_epochs
+    trained = texts.fit_share * texts.tokens * step.max_epochs
     # The validation texts are scored before training and twice an epoch.
     validated = (1 - texts.fit_share) * texts.tokens * (1 + 2 * step.max_epochs)
     forward = 2.0 * (inside + head)
     # The teacher's head is multiplied too, on the answers.
     teacher_logits = 2.0 * teacher.vocab * teacher.width * (trained + validated)
-    fit_texts = texts.fit_share * (texts.topics + texts.answers) / step.shard[1]
+    fit_texts = texts.fit_share * (texts.topics + texts.answers)
     steps = step.max_epochs * fit_texts / step.batch_size
     # For a LoRA no gradient of the weights themselves is taken: the backward pass is as long as the
     # forward pass.
@@ -204,7 +215,7 @@ def _answers_of_student_cost(step: PromptKl, context: CostContext, texts: Traini
     if not step.on_policy:
         return Cost()
     student, teacher = context.student, context.teacher
-    share = step.on_policy * texts.fit_share / step.shard[1]
+    share = step.on_policy * texts.fit_share
     count = share * (texts.topics + texts.answers)
     written = count * texts.longest_answer
     rows = round(context.texts.as_teacher_reads.prefix + share * texts.rows)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rotdistill_core.data.chat import ChatFormat
-from rotdistill_core.data.conversations import LESSON, OWN_ANSWER
+from rotdistill_core.data.conversations import CONTINUED, LESSON, OWN_ANSWER
 from rotdistill_core.data.packed import PackedTexts, Text
+from rotdistill_core.data.shards import in_shard
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length, with_prompt
 from rotdistill_core.errors import RecipeError
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from rotdistill_core.store.output import StepOutput
     from rotdistill_prompt_kl.step import PromptKl
 
-OF_PLACE = ".place"
-"""Ends the id of a text that continues a place name."""
 CONTINUATIONS = "continuations"
 """Names the files of what the teacher wrote after topics."""
 
@@ -129,6 +128,8 @@ def training_texts(
     continuations: list[Text] = []
     if step.continues_topics:
         continuations = topic_continuations(step, pair, samples, out, progress)
+    keeps = in_shard(samples, step.shard)
+    continuations, answers = ([*filter(keeps, each)] for each in (continuations, answers))
     own = (*continuations, *answers)
     for split, use in ((Split.FIT, "train"), (Split.VALIDATION, "validate")):
         if not any(text.split == split for text in own):
@@ -170,7 +171,7 @@ def _without_system_prompt(
     named = [_naming(q).without_system_prompt() for q in _texts_with_topics(samples)]
     prompts = prompt_tokens(tokenizer, samples.style, named, chat)
     for text in continuations:
-        yield with_prompt(text, prompts[text.id.removesuffix(OF_PLACE)])
+        yield with_prompt(text, prompts[text.id.removesuffix(CONTINUED)])
 
 
 def topic_continuations(
@@ -199,7 +200,7 @@ def topic_continuations(
     ).tokens
     return [
         Text(
-            id=f"{question.id}{OF_PLACE}",
+            id=f"{question.id}{CONTINUED}",
             language=question.language,
             split=question.split,
             tokens=(*prompts[question.id], *continuations[question.id]),

@@ -53,8 +53,7 @@ class Batches(NamedTuple):
     @classmethod
     def drawn(cls, step: PromptKl, layout: PackedTexts) -> Batches:
         """Draw the order of the texts of each epoch from torch's generator."""
-        k, n = step.shard
-        texts = [i for i, text in enumerate(layout.texts) if text.split == Split.FIT][k - 1 :: n]
+        texts = [i for i, text in enumerate(layout.texts) if text.split == Split.FIT]
         orders = [torch.randperm(len(texts)).tolist() for _ in range(step.max_epochs)]
         steps = [
             [texts[i] for i in order[start : start + step.batch_size]]

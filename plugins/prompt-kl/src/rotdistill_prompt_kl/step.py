@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.data.shards import WHOLE, Shard, require_shard
 from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.guard import Guard
@@ -51,9 +52,10 @@ class PromptKl:
     """What the teacher continues: `"topics"` (system prompt and a topic, such as the name of a
     place; `"places"` is its older name), `"questions"` (its answers to the questions of the texts,
     `samples.own_answers`), or both."""
-    shard: tuple[PositiveInt, PositiveInt] = (1, 1)
-    """Train on the k-th of n shards of the fit texts: `[2, 3]` is the second third. Steps trained
-    on different shards can be merged (`soups`)."""
+    shard: Shard = WHOLE
+    """Train on the k-th of n shards of the fit texts: `[2, 3]` is the second third, `[-1, 3]` the
+    other two after the first. A step behind a refit learns more from texts that were not refitted
+    (`shard` there); steps trained on different shards can be merged (`soups`)."""
     max_prompts: PositiveInt = 200
     """Most topics, of fit and validation texts together."""
     max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 32
@@ -98,9 +100,7 @@ class PromptKl:
 
     def __post_init__(self) -> None:
         """Refuse options that cannot be."""
-        k, n = self.shard
-        if k > n:
-            raise ValueError(f"shard: there is no shard {k} of {n}")
+        require_shard(self.shard)
         if self.micro_batch_size > self.batch_size:
             raise ValueError(
                 f"micro_batch_size: a step of training has only batch_size = {self.batch_size} "

@@ -26,6 +26,7 @@ from torch import Tensor
 from rotdistill_core.checkpoint.lazy import open_tensors
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.packed import Samples
+from rotdistill_core.data.shards import in_shard
 from rotdistill_core.data.splits import Split
 from rotdistill_core.evaluation.acceptance import (
     TextScores,
@@ -107,6 +108,7 @@ def solve(
     guard = guard_of(step.guard, samples, step.use)
     shared_vocabulary(pair)  # raises before the work
     layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    layout = layout.where(in_shard(samples, step.shard))
     student, folder = pair.student, out.ledger.folder
     forward = LayerwiseForward(
         weights, layout, student.device, student.dtype, ranks=ranks, folder=folder

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BATCH_TOKENS
+from rotdistill_core.data.shards import WHOLE, Shard, require_shard, share_of
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
 from rotdistill_core.errors import RecipeError
@@ -86,6 +87,9 @@ class WriterRefit:
     alpha: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Interpolation between the student's state (0) and the teacher's (1), used as the target. Use
     less than 1 when the models differ in basis."""
+    shard: Shard = WHOLE
+    """Fit on the k-th of n shards of the fit texts: `[1, 3]` is the first third, `[-1, 3]` the
+    others. Training that follows (`prompt-kl`) learns more from texts that were not fitted."""
     guard: Guard | None = None
     """Largest KL allowed on the guard's validation half, as a multiple of the KL before; 0.05 nats
     are always allowed. The refit is scaled to 1, 1/2, 1/4 or 1/10 to stay below it, or dropped. The
@@ -96,6 +100,7 @@ class WriterRefit:
 
     def __post_init__(self) -> None:
         """Refuse options that do not go together."""
+        require_shard(self.shard)
         if self.features == "output" and self.writers != ("neurons",):
             raise ValueError(
                 'features = "output" is a map of the MLP\'s output; writers must be ["neurons"]'
@@ -109,6 +114,8 @@ class WriterRefit:
         captured. What each of them has at the boundary at hand lies in a file for so long; in
         memory are a few numbers of each row.
         """
+        counts = context.texts.with_fit_share(share_of(self.shard))
+        context = replace(context, texts=counts)
         student, number = context.student, context.student_bytes
         width = student.width
         rows = context.texts.rows_of(Split.FIT, Split.VALIDATION)
