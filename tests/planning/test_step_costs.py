@@ -51,6 +51,14 @@ def anchored(context: CostContext) -> CostContext:
     return replace(context, teacher=teacher, anchor=context.student)
 
 
+def test_steps_on_a_shard_count_its_texts(deep: CostContext) -> None:
+    for name in ("writer-refit", "prompt-kl"):
+        whole, rest, quarter = (
+            cost_of(name, deep, shard=shard) for shard in ((1, 1), (-1, 4), (1, 4))
+        )
+        assert quarter.operations < rest.operations < whole.operations, name
+
+
 @pytest.mark.parametrize("name", ["procrustes", "cca", "random-rotation"])
 def test_an_aligner_stores_a_rotation_for_each_stage(name: str, deep: CostContext) -> None:
     one, each = cost_of(name, deep), cost_of(name, deep, tie=1)

@@ -271,3 +271,15 @@ def test_some_of_many_texts_tell_the_rows_of_all() -> None:
     assert (some.texts, some.answer_tokens) == (every.texts, every.answer_tokens)
     assert (some.estimated, every.estimated) == (True, False)
     assert not count_texts(many, "a b", SETTINGS, count, None, 4000).estimated
+
+
+def test_a_shard_has_its_share_of_the_texts_to_fit_on_and_all_others() -> None:
+    rows, texts = {"fit": 400, "validation": 50, "heldout": 80}, {"fit": 40, "validation": 10}
+    found = TextCounts(
+        12, rows, {**texts, "heldout": 5}, questions_asked=25, answer_tokens=9, lessons=20
+    ).with_fit_share(0.25)
+    assert found.rows == {"fit": 100, "validation": 50, "heldout": 80}
+    assert found.texts == {"fit": 10, "validation": 10, "heldout": 5}
+    assert found.lessons == 5
+    # Of the 20 questions that are not held out, two thirds are to fit on: 13, of which 10 go.
+    assert found.questions_asked == 15
