@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
 
 from rotdistill_core.data.conversations import CONTINUED, OWN_ANSWER
-from rotdistill_core.data.packed import Samples, Text
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rotdistill_core.data.packed import Samples, Text
 
 Shard = tuple[int, PositiveInt]
 """`(k, n)`: the k-th of n shards of the texts to fit on. `(-k, n)`: all of them but the k-th."""
