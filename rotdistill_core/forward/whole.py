@@ -79,7 +79,7 @@ def _in_one_piece(_: nn.Module, rows: tuple[Tensor]) -> tuple[Tensor]:
 
     transformers gives the head a slice, the last token of each text (`logits_to_keep`). For such
     rows torch multiplies text by text, and in bfloat16 on a processor it copies the head for each:
-    64 texts of a vocabulary of 152,000 then take 30 GB.
+    32 texts of a vocabulary of 152,000 and a width of 896 then take 7.8 GB, and 28 s for 0.1 s.
     """
     return (rows[0].contiguous(),)
 

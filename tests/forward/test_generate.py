@@ -79,7 +79,7 @@ ALL = [*FULL.items(), *WINDOWS.items()]
 
 @pytest.mark.parametrize("shared", [0, 3])
 def test_scores_in_the_hundreds_keep_their_digits_in_bfloat16(shared: int) -> None:
-    """Biases of Qwen2.5 make such scores, where neighbours in bfloat16 are 1 apart."""
+    """Qwen2.5 has such scores, where neighbours in bfloat16 are 1 apart and more."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 1, 8, 64, generator=draw, dtype=torch.float64).bfloat16()
     key += 5
