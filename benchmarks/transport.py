@@ -1,24 +1,42 @@
 """What a fine-tune brings that is carried into another model, beside one that is trained there.
 
-    python benchmarks/transport.py [--students bare layers neurons turned] [--no-train]
+    python benchmarks/transport.py
+    python benchmarks/transport.py --lessons 1000 --students bare neurons --layers 28 26 \\
+        --neurons 1408 1280 --set lora.max_epochs=1
 
 Runs recipes/transport_source.toml and recipes/transport_students.toml, or finds their runs in
-`runs` of the current folder, and then recipes/transport.toml for each student (`--set KEY=VALUE`
-changes that one). Prints held-out KL to the teacher, the share of the trained LoRA's gain that the
-carried one has, and the wall time of both steps.
+`runs` of the current folder, and then recipes/transport.toml for each student. Prints held-out KL
+to the teacher, the share of the trained LoRA's gain that the carried one has, and the wall time of
+both steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rotdistill_core import run
 from rotdistill_core.execution.outcome import RunResult
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-STUDENTS = ("bare", "layers", "neurons", "turned")
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+STUDENTS = {
+    "bare": ["fewer-layers"],
+    "layers": ["fewer-layers", "refit"],
+    "neurons": ["fewer-neurons", "refit"],
+    "turned": ["turn", "fold"],
+}
+"""Variants of recipes/transport_students.toml."""
+SIZES = {
+    "bare": "fewer-layers.layers",
+    "layers": "fewer-layers.layers",
+    "neurons": "fewer-neurons.neurons",
+}
+"""Student -> the setting that says how large it is."""
+CARRIED_BY = ("carry", "by-chance", "out-of-order")
+"""Steps of recipes/transport.toml that carry the fine-tune."""
 UNTRAINED = {
     "base": [],
     "carried": ["carry"],
@@ -53,22 +71,49 @@ class Progress:
 def main() -> None:
     """Carry out the runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS)
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--layers", nargs="+", type=int, default=[26], help="of `bare`, `layers`")
+    parser.add_argument("--neurons", nargs="+", type=int, default=[1280], help="of `neurons`")
+    parser.add_argument(
+        "--lessons", type=int, default=0, help="answers to learn from, beside the recipes' 64"
+    )
     parser.add_argument("--no-train", action="store_true", help="leave out the trained LoRA")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the source, and of what is carried and trained",
+    )
     options = parser.parse_args()
     settings: dict[str, object] = dict(each.split("=", 1) for each in options.set)
-    for name in ("transport_source", "transport_students"):
-        run(RECIPES / f"{name}.toml", observer=Progress())
+    if options.lessons:
+        settings["lessons.count"] = options.lessons
+        settings["lessons.tokens"] = 24  # as long as the recipes' other answers
+        settings["lessons.forms"] = str(ROOT / "samples" / "forms.tsv")
+    source = run(RECIPES / "transport_source.toml", set=settings, observer=Progress())
+    adapter = str(source.folder / "weights" / "lora" / "adapter")
     print("| " + " | ".join(COLUMNS) + " |", flush=True)
     print("|---" * len(COLUMNS) + "|", flush=True)
-    for student in options.students:
-        model: dict[str, object] = {"student.model": f"run:transport-students/{student}"}
+    for label, folder in students(options):
+        model: dict[str, object] = {"student.model": str(folder)}
+        model |= {f"{step}.source": adapter for step in CARRIED_BY}
         if options.no_train:
-            model |= {"variants": UNTRAINED}
-        print_row(
-            student, run(RECIPES / "transport.toml", set=settings | model, observer=Progress())
-        )
+            model["variants"] = UNTRAINED
+        result = run(RECIPES / "transport.toml", set=settings | model, observer=Progress())
+        print_row(label, result)
+
+
+def students(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Make the students that are asked for; yield the name and the folder of each."""
+    sizes = {"bare": options.layers, "layers": options.layers, "neurons": options.neurons}
+    for name in options.students:
+        for size in sizes.get(name, [None]):
+            settings: dict[str, object] = {"variants": {name: STUDENTS[name]}, "baseline": name}
+            if size:
+                settings[SIZES[name]] = size
+            result = run(RECIPES / "transport_students.toml", set=settings, observer=Progress())
+            yield (f"{name}, {size}" if size else name), result.checkpoints[name].resolve()
 
 
 def print_row(student: str, result: RunResult) -> None:

@@ -352,6 +352,7 @@ def test_shards_have_different_texts_and_together_all(
 ) -> None:
     pair, samples = pair_of(tmp_path), answered_samples()
     seen: dict[int, set[str]] = {}
+    read_by_teacher: dict[int, set[str]] = {}
     losses = DistillationTargets.losses
     for k in (1, 2, 3):
 
@@ -366,6 +367,8 @@ def test_shards_have_different_texts_and_together_all(
             chosen = (self.layout.texts[j] for j in texts)
             fit = {text.id for text in chosen if text.split == Split.FIT}
             seen.setdefault(k, set()).update(fit)
+            of_teacher = (text for text in self.layout.texts if text.split == Split.FIT)
+            read_by_teacher[k] = {text.id for text in of_teacher}
             return losses(self, student, weights, texts, *rest)
 
         monkeypatch.setattr(DistillationTargets, "losses", noted)
@@ -373,6 +376,7 @@ def test_shards_have_different_texts_and_together_all(
         distilled(pair, tmp_path / str(k), samples, **options, shard=(k, 3))
     fit = {text.id for text in samples.layout.texts if text.split == Split.FIT}
     assert [len(shard) for shard in seen.values()] == [8, 8, 8]
+    assert read_by_teacher == seen
     assert set.union(*seen.values()) == fit
     assert len(fit) == 24
 
