@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,10 +84,13 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="of the source, and of what is carried and trained",
+        help="overrides with TOML values, of the source, and of what is carried and trained",
     )
     options = parser.parse_args()
-    settings: dict[str, object] = dict(each.split("=", 1) for each in options.set)
+    pairs = (each.partition("=") for each in options.set)
+    settings: dict[str, object] = tomllib.loads(
+        "\n".join(f'"{key}" = {value}' for key, _, value in pairs)
+    )
     if options.lessons:
         settings["lessons.count"] = options.lessons
         settings["lessons.tokens"] = 24  # as long as the recipes' other answers
