@@ -73,8 +73,11 @@ def main() -> None:
     """Carry out the runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    parser.add_argument("--layers", nargs="+", type=int, default=[26], help="of `bare`, `layers`")
-    parser.add_argument("--neurons", nargs="+", type=int, default=[1280], help="of `neurons`")
+    sizes = "instead of the recipe's"
+    parser.add_argument(
+        "--layers", nargs="+", type=int, default=[], help=f"of `bare` and `layers`, {sizes}"
+    )
+    parser.add_argument("--neurons", nargs="+", type=int, default=[], help=f"of `neurons`, {sizes}")
     parser.add_argument(
         "--lessons", type=int, default=0, help="answers to learn from, beside the recipes' 64"
     )
@@ -109,13 +112,17 @@ def main() -> None:
 
 
 def students(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """Make the students that are asked for; yield the name and the folder of each."""
+    """Make the students that are asked for; yield the name and the folder of each.
+
+    Those of the recipe's sizes are of one run, in which transport_parts.py finds them.
+    """
     sizes = {"bare": options.layers, "layers": options.layers, "neurons": options.neurons}
     for name in options.students:
-        for size in sizes.get(name, [None]):
-            settings: dict[str, object] = {"variants": {name: STUDENTS[name]}, "baseline": name}
+        for size in sizes.get(name) or [None]:
+            settings: dict[str, object] = {}
             if size:
-                settings[SIZES[name]] = size
+                variants = {name: STUDENTS[name]}
+                settings = {SIZES[name]: size, "variants": variants, "baseline": name}
             result = run(RECIPES / "transport_students.toml", set=settings, observer=Progress())
             yield (f"{name}, {size}" if size else name), result.checkpoints[name].resolve()
 
