@@ -1,10 +1,10 @@
 """The code that a result depends on: a step's key covers it, so an edit of it makes the result
 anew.
 
-It is (1) every Python file of the step's distribution and of the rotdistill distributions that it
-requires, directly or not, and (2) the modules of this core that those files import, directly or
-not. Parts of the core that cannot change a figure are left out (`NO_FIGURES`): an edit of the
-command line or of an estimate leaves stored results valid.
+It is (1) every Python file of the step's distribution, of its package as it is imported, and of the
+rotdistill distributions that it requires, directly or not, and (2) the modules of this core that
+those files import, directly or not. Parts of the core that cannot change a figure are left out
+(`NO_FIGURES`): an edit of the command line or of an estimate leaves stored results valid.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def source_digest(origin: Origin) -> str:
     own = {
         path for each in _rotdistill_closure(origin.distribution) for path in _python_files(each)
     }
-    module = importlib.util.find_spec(origin.target.partition(":")[0])
-    if module and module.origin:  # a distribution that lists none of its files
-        own.add(Path(module.origin))
+    own.update(_imported_files(origin.target.partition(":")[0]))
     return _digest_of({*own, *_core_modules(_imported_by(own))})
 
 
@@ -100,10 +98,30 @@ def _python_files(installed: Distribution) -> Iterator[Path]:
             yield Path(str(file.locate()))
     where = json.loads(installed.read_text("direct_url.json") or "{}")
     if where.get("dir_info", {}).get("editable"):
-        folder = Path(unquote(where["url"].removeprefix("file://")))
-        for path in folder.rglob("*.py"):
-            if not {"tests", ".venv"} & {*path.relative_to(folder).parts}:
-                yield path
+        yield from _without_tests(Path(unquote(where["url"].removeprefix("file://"))))
+
+
+def _imported_files(name: str) -> Iterator[Path]:
+    """Yield the Python files of the package of a plugin's module, tests apart, as it is imported.
+
+    They need not be those that its distribution lists: `PYTHONPATH` may name a working copy, and
+    some distributions list none of their files.
+    """
+    module = importlib.util.find_spec(name)
+    if module is None or not module.origin:
+        return
+    yield Path(module.origin)
+    top = name.partition(".")[0]
+    package = importlib.util.find_spec(top)
+    # A namespace package, which has no file of its own, may be that of many distributions.
+    if package and package.origin and package.submodule_search_locations and top != CORE_PACKAGE:
+        yield from _without_tests(Path(package.origin).parent)
+
+
+def _without_tests(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*.py"):
+        if not {"tests", ".venv"} & {*path.relative_to(folder).parts}:
+            yield path
 
 
 def _imported_by(paths: Iterable[Path]) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +94,23 @@ def test_a_distribution_installed_in_place_counts_with_its_folder_but_not_its_te
     assert source_digest(origin_of_spin()) == before
     (source / "helper.py").write_text("x = 1\n")
     assert source_digest(origin_of_spin()) != before
+
+
+@pytest.mark.usefixtures("core")
+def test_a_working_copy_that_is_imported_in_place_of_the_installed_package_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = step_class("transport")[1]
+    package = origin.target.partition(".")[0]
+    before = source_digest(origin)
+    installed = Path(str(importlib.import_module(package).__file__)).parent
+    copy = shutil.copytree(installed, tmp_path / package)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    assert source_digest(origin) == before
+    edit(copy / "_spaces.py")
+    assert source_digest(origin) != before
 
 
 def test_a_required_distribution_that_builds_on_rotdistill_counts(
