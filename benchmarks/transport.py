@@ -23,19 +23,9 @@ from rotdistill_core.execution.outcome import RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-STUDENTS = {
-    "bare": ["fewer-layers"],
-    "layers": ["fewer-layers", "refit"],
-    "neurons": ["fewer-neurons", "refit"],
-    "turned": ["turn", "fold"],
-}
-"""Variants of recipes/transport_students.toml."""
-SIZES = {
-    "bare": "fewer-layers.layers",
-    "layers": "fewer-layers.layers",
-    "neurons": "fewer-neurons.neurons",
-}
-"""Student -> the setting that says how large it is."""
+STUDENTS = RECIPES / "transport_students.toml"
+SIZES = {"bare": "layers", "layers": "layers", "neurons": "neurons"}
+"""Variant of that recipe -> the option of its first step that says how large it is."""
 CARRIED_BY = ("carry", "by-chance", "out-of-order")
 """Steps of recipes/transport.toml that carry the fine-tune."""
 UNTRAINED = {
@@ -71,8 +61,9 @@ class Progress:
 
 def main() -> None:
     """Carry out the runs and print the table."""
+    variants: dict[str, list[str]] = tomllib.loads(STUDENTS.read_text("utf-8"))["variants"]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--students", nargs="+", choices=variants, default=list(variants))
     sizes = "instead of the recipe's"
     parser.add_argument(
         "--layers", nargs="+", type=int, default=[], help=f"of `bare` and `layers`, {sizes}"
@@ -102,7 +93,7 @@ def main() -> None:
     adapter = str(source.folder / "weights" / "lora" / "adapter")
     print("| " + " | ".join(COLUMNS) + " |", flush=True)
     print("|---" * len(COLUMNS) + "|", flush=True)
-    for label, folder in students(options):
+    for label, folder in students(options, variants):
         model: dict[str, object] = {"student.model": str(folder)}
         model |= {f"{step}.source": adapter for step in CARRIED_BY}
         if options.no_train:
@@ -111,19 +102,22 @@ def main() -> None:
         print_row(label, result)
 
 
-def students(options: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+def students(
+    options: argparse.Namespace, variants: dict[str, list[str]]
+) -> Iterator[tuple[str, Path]]:
     """Make the students that are asked for; yield the name and the folder of each.
 
     Those of the recipe's sizes are of one run, in which transport_parts.py finds them.
     """
-    sizes = {"bare": options.layers, "layers": options.layers, "neurons": options.neurons}
     for name in options.students:
-        for size in sizes.get(name) or [None]:
+        steps = variants[name]
+        sizes = getattr(options, SIZES[name]) if name in SIZES else []
+        for size in sizes or [None]:
             settings: dict[str, object] = {}
             if size:
-                variants = {name: STUDENTS[name]}
-                settings = {SIZES[name]: size, "variants": variants, "baseline": name}
-            result = run(RECIPES / "transport_students.toml", set=settings, observer=Progress())
+                settings = {"variants": {name: steps}, "baseline": name}
+                settings[f"{steps[0]}.{SIZES[name]}"] = size
+            result = run(STUDENTS, set=settings, observer=Progress())
             yield (f"{name}, {size}" if size else name), result.checkpoints[name].resolve()
 
 
