@@ -30,9 +30,10 @@ def assign_splits(
 
     Args:
         drafts: the texts in shuffled order; the first are for validation.
-        validation: share of the distinct texts that is for validation.
-        heldout: share that is held out, before validation takes its own; None where the held-out
-            texts have a file of their own. Texts with the same question then stay together too.
+        validation: share of the distinct texts that is for validation, at least one of them.
+        heldout: share that is held out, at least one text, before validation takes its own; None
+            where the held-out texts have a file of their own. Texts with the same question then
+            stay together too.
 
     Returns:
         Id -> split.
@@ -43,7 +44,7 @@ def assign_splits(
     if heldout is not None:
         taken, groups = _taken(groups, max(round(total * heldout), 1))
         splits |= _in_split(taken, Split.HELDOUT)
-    taken, groups = _taken(groups, round(total * validation))
+    taken, groups = _taken(groups, max(round(total * validation), 1))
     return splits | _in_split(taken, Split.VALIDATION) | _in_split(groups, Split.FIT)
 
 

@@ -306,7 +306,7 @@ def _require_every_split(
         path = heldout if heldout and empty == {Split.HELDOUT} else index
         raise RecipeError(
             f"{path}: too few different texts: {', '.join(sorted(empty))} has none. Copies, and "
-            "texts of one topic, stay together."
+            "texts of one topic, stay together; add texts that differ, about other topics."
         )
 
 

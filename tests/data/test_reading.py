@@ -187,6 +187,13 @@ def test_the_first_share_of_texts_is_for_validation() -> None:
     assert assign_splits(rows, 0.3) == validation | fit
 
 
+def test_however_small_the_share_one_text_is_for_validation() -> None:
+    assert assign_splits([draft("a", "1?"), draft("b", "2?")], 0.2) == {
+        "a": Split.VALIDATION,
+        "b": Split.FIT,
+    }
+
+
 def test_copies_of_a_text_get_the_split_of_their_first() -> None:
     rows = [draft(f"b{k}", question) for k, question in enumerate("abcabd")]
     splits = assign_splits(rows, 0.25)
