@@ -85,11 +85,12 @@ def read_conversations(
         log(note)
 
     conversations = _of_index(index, ref)
+    asked = {draft.id: draft.asked for draft in (*index, *heldout)}
     if ref.own_answers:
-        asked = {draft.id: draft.asked for draft in index}
         conversations += _with_own_answers(conversations, asked)
     conversations = [each for each in conversations if _is_complete(each)]
     conversations += [_conversation(draft, Split.HELDOUT) for draft in heldout]
+    conversations = _held_out_once(conversations, asked, log)
     conversations += _guard_texts(guard)
 
     in_file = text_path(ref.heldout, base) if ref.heldout else None
@@ -234,11 +235,44 @@ def _with_own_answers(
     ]
 
 
+def _held_out_once(
+    conversations: Sequence[Conversation], asked: Mapping[str, tuple[str, ...]], log: Log
+) -> list[Conversation]:
+    """Return texts without held-out questions that ask what another one asks.
+
+    The teacher answers both alike, and an interval over texts would take the second for news.
+
+    Args:
+        conversations: the texts.
+        asked: id -> what is asked, in a form in which spellings are equal.
+        log: receives a line on questions that are left out.
+    """
+    first: dict[tuple[str, ...], Conversation] = {}
+    for each in conversations:
+        if each.split == Split.HELDOUT:
+            first.setdefault(asked[each.id], each)
+    kept = [
+        each
+        for each in conversations
+        if each.split != Split.HELDOUT or first[asked[each.id]] is each
+    ]
+    again = len(conversations) - len(kept)
+    if again:
+        log(f"note: held-out questions that repeat others: {again}. Each is scored once.")
+    return kept
+
+
 def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:
-    """Return the texts outside the domain: every second one is scored, the others limit edits."""
+    """Return the texts outside the domain: every second one is scored, the others limit edits.
+
+    Of copies only the first is one of them: else both halves could hold a text.
+    """
+    texts: dict[tuple[str, ...], Draft] = {}
+    for draft in shuffled(drafts):
+        texts.setdefault(draft.text_key, draft)
     return [
         _conversation(draft, Split.GUARD_VALIDATION if number % 2 else Split.GUARD)
-        for number, draft in enumerate(shuffled(drafts))
+        for number, draft in enumerate(texts.values())
     ]
 
 

@@ -132,7 +132,7 @@ class ScoredRows(NamedTuple):
     targets: Tensor
     """Those tokens [n]."""
     text: Tensor
-    """The number of each row's text in the layout [n]."""
+    """The number of each row's text in the layout [n]; copies have that of the first of them."""
 
 
 def scored_rows(
@@ -141,12 +141,15 @@ def scored_rows(
     """Return rows that predict answers in the texts of a split: all, or `limit` evenly spread.
 
     Variants are reported on answers that the teacher wrote. So where the teacher answered some
-    questions of the split, only the rows of those answers are scored.
+    questions of the split, only the rows of those answers are scored. Copies of a text are one text
+    to a test over texts: they say the same about a change.
     """
     teacher_answered = samples.teacher_answered()
     rows, targets, texts = layout.prediction_rows(split)
-    number = {text.id: k for k, text in enumerate(layout.texts)}
-    text = torch.tensor([number[t.id] for t in texts], dtype=torch.long)
+    first: dict[tuple[int, ...], int] = {}
+    for k, each in enumerate(layout.texts):
+        first.setdefault(each.tokens, k)
+    text = torch.tensor([first[t.tokens] for t in texts], dtype=torch.long)
     use = torch.tensor([t.id in teacher_answered for t in texts], dtype=torch.bool)
     if not bool(use.any()):
         use = ~use

@@ -332,6 +332,28 @@ def test_a_guard_with_an_id_of_a_blurb_is_refused(tmp_path: Path) -> None:
     assert problem == f"{folder / 'guard.tsv'}: line 2: the id b0 is also in another file."
 
 
+def test_a_held_out_question_that_repeats_another_is_left_out(tmp_path: Path) -> None:
+    heldout = [
+        ["h1", "en", "Elsewhere", "x", "Why is it so?", "[]", "[]"],
+        ["h2", "en", "Elsewhere", "x", "why is it  so?", "[]", "[]"],
+        ["h3", "en", "Elsewhere", "x", "When was it?", "[]", "[]"],
+    ]
+    folder = write_tables(tmp_path, blurbs(4), heldout)
+    lines: list[str] = []
+    conversations, _ = read_conversations(REF, folder, lines.append)
+    assert [each.id for each in conversations if each.split == Split.HELDOUT] == ["h1", "h3"]
+    assert lines == ["note: held-out questions that repeat others: 1. Each is scored once."]
+
+
+def test_copies_in_the_guard_are_one_text(tmp_path: Path) -> None:
+    folder = write_tables(tmp_path, blurbs(6))
+    rows = [[f"g{k}", "en", "code", "print(1)" if k else "x = 2"] for k in range(5)]
+    write_table(folder / "guard.tsv", GUARD_COLUMNS, rows)
+    conversations, _ = read_conversations(REF.model_copy(update={"guard": "guard.tsv"}), folder)
+    guard = [each for each in conversations if each.split.outside_domain]
+    assert sorted(str(each.answer) for each in guard) == ["print(1)", "x = 2"]
+
+
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
     assert "too few different texts" in problems_of(write_tables(tmp_path, blurbs(1)))[0]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), []))

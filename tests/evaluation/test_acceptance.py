@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,10 @@ def some_samples(*teacher_answered: str) -> Samples:
     """Return three validation texts of four answer tokens each; some the teacher answered."""
     names = ("a", "b", "c")
     layout = PackedTexts(
-        tuple(Text(name, "en", "validation", tuple(range(12)), 8) for name in names), 0
+        tuple(
+            Text(name, "en", "validation", (k, *range(1, 12)), 8) for k, name in enumerate(names)
+        ),
+        0,
     )
     questions = tuple(
         Conversation(name, "en", Split.VALIDATION, "?", None if name in teacher_answered else "!")
@@ -101,6 +105,15 @@ def test_only_answers_of_the_teacher_are_scored_if_there_are_any() -> None:
     assert rows.tolist() == [19, 20, 21, 22]
     assert targets.tolist() == [8, 9, 10, 11]
     assert text.tolist() == [1] * 4
+
+
+def test_copies_of_a_text_count_as_one() -> None:
+    samples = some_samples()
+    a, b, c = samples.layout.texts
+    layout = PackedTexts((a, replace(b, tokens=a.tokens), c), 0)
+    rows, _, text = scored_rows(layout, samples, Split.VALIDATION)
+    assert len(rows) == 12
+    assert text.unique().tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(("most", "count"), [(None, 12), (12, 12), (6, 6), (5, 4), (1, 1)])

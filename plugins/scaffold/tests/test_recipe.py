@@ -28,7 +28,7 @@ def work(pico_workspace: PicoWorkspace) -> PicoWorkspace:
 def write_texts(path: Path, answered: bool = True) -> None:
     rows = [
         {
-            "question": " ".join(WORDS[(5 * k + j) % 50] for j in range(4)),
+            "question": " ".join(WORDS[(k + 5 * j) % 50] for j in range(4)),
             **({"answer": " ".join(WORDS[(7 * k + j) % 50] for j in range(6))} if answered else {}),
             "language": "en",
         }
