@@ -66,7 +66,7 @@ FACTORS: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "llama with biases": {"attention_bias": True},
 }
-"""What a model type does to embeddings, branches or logits."""
+"""Models whose embeddings, branches, logits or attention differ from a plain Llama's."""
 ON_ANSWERS: dict[str, Any] = {"prompts_from": ("questions",), "rank": 4, "max_epochs": 3}
 
 
