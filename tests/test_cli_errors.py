@@ -191,7 +191,7 @@ CASES: dict[str, tuple[Spoil, int, str]] = {
     "too few texts": (
         put("texts/heldout.tsv", "id\tlanguage\tplace\tcountry\tquestion\tfacts\tfalsehoods\n"),
         2,
-        "too few different texts: heldout has none",
+        "too few different texts, none for: heldout",
     ),
     "a layer too many": (
         edit("layers = 1", "layers = 9"),

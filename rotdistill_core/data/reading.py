@@ -339,7 +339,7 @@ def _require_every_split(
     if empty:
         path = heldout if heldout and empty == {Split.HELDOUT} else index
         raise RecipeError(
-            f"{path}: too few different texts: {', '.join(sorted(empty))} has none. Copies, and "
+            f"{path}: too few different texts, none for: {', '.join(sorted(empty))}. Copies, and "
             "texts of one topic, stay together; add texts that differ, about other topics."
         )
 

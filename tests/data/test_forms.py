@@ -319,7 +319,9 @@ def test_places_do_not_tie_texts(tmp_path: Path) -> None:
 
 def test_one_topic_cannot_be_split(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "i.jsonl", [{**row, "topic": "all"} for row in ROWS])
-    with pytest.raises(RecipeError, match=r"i\.jsonl: too few different texts: fit, validation"):
+    with pytest.raises(
+        RecipeError, match=r"i\.jsonl: too few different texts, none for: fit, validation"
+    ):
         read(tmp_path, "i.jsonl")
 
 

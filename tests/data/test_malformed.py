@@ -171,8 +171,8 @@ WHOLE: dict[str, tuple[str, bytes, str]] = {
     "packed": ("i.jsonl.gz", b"\x1f\x8b", ": .gz is not read; unpack it"),
     "JSON lines as a table": ("i.tsv", "\n".join(GOOD).encode(), ": line 1: is no tab-separated"),
     "a table as JSON lines": ("i.jsonl", b"id\tquestion\na\tWhy?", ": line 1, column 1: is no"),
-    "no texts": ("i.jsonl", b"\n\n", ": too few different texts"),
-    "one text": ("i.jsonl", GOOD[0].encode(), ": too few different texts"),
+    "no texts": ("i.jsonl", b"\n\n", ": too few different texts, none for: "),
+    "one text": ("i.jsonl", GOOD[0].encode(), ": too few different texts, none for: "),
 }
 
 

@@ -357,8 +357,9 @@ def test_copies_in_the_guard_are_one_text(tmp_path: Path) -> None:
 def test_too_few_texts_are_refused(tmp_path: Path) -> None:
     assert "too few different texts" in problems_of(write_tables(tmp_path, blurbs(1)))[0]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), []))
-    assert problem.startswith(
-        f"{tmp_path / 'heldout.tsv'}: too few different texts: heldout has none"
+    assert problem == (
+        f"{tmp_path / 'heldout.tsv'}: too few different texts, none for: heldout. Copies, and "
+        "texts of one topic, stay together; add texts that differ, about other topics."
     )
 
 

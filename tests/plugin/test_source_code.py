@@ -97,7 +97,7 @@ def test_a_distribution_installed_in_place_counts_with_its_folder_but_not_its_te
 
 
 @pytest.mark.usefixtures("core")
-def test_a_working_copy_that_is_imported_in_place_of_the_installed_package_counts(
+def test_a_working_copy_that_is_imported_counts_as_the_installed_package_and_without_its_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     origin = step_class("transport")[1]
@@ -105,6 +105,8 @@ def test_a_working_copy_that_is_imported_in_place_of_the_installed_package_count
     before = source_digest(origin)
     installed = Path(str(importlib.import_module(package).__file__)).parent
     copy = shutil.copytree(installed, tmp_path / package)
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_it.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
