@@ -66,11 +66,11 @@ OPTIONS: dict[str, Any] = {
     "max_epochs": 2,
     "learning_rate": 5e-3,
 }
-FACTORS: dict[str, dict[str, Any]] = {
+FACTORS: dict[str, dict[str, float]] = {
     "gemma3_text": {"final_logit_softcapping": 5.0},
     "granite": {"logits_scaling": 0.5, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
 }
-"""Models whose embeddings, branches or logits differ from a plain Llama's."""
+"""What a model type does to embeddings, branches or logits."""
 ON_ANSWERS: dict[str, Any] = {"prompts_from": ("questions",), "rank": 4, "max_epochs": 3}
 
 
@@ -149,11 +149,11 @@ def test_prompt_kl_is_a_style() -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("train", ["lora", "head"])
-@pytest.mark.parametrize("model", ["llama", "qwen2", "gemma3_text", "granite"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "granite"])
 def test_folded_weights_have_the_kl_that_was_trained(
-    tmp_path: Path, model: str, train: Literal["lora", "head"], tied: bool
+    tmp_path: Path, model_type: str, train: Literal["lora", "head"], tied: bool
 ) -> None:
-    pair = pair_of(tmp_path, model, tie_word_embeddings=tied, **FACTORS.get(model, {}))
+    pair = pair_of(tmp_path, model_type, tie_word_embeddings=tied, **FACTORS.get(model_type, {}))
     made, out = distilled(pair, tmp_path, **OPTIONS, train=train)
     assert out.notes["validation KL after"] < 0.98 * out.notes["validation KL before"]
 
