@@ -23,7 +23,7 @@ from rotdistill_core.characters import visible, visible_json
 from rotdistill_core.evaluation.metrics import FAILED, METRICS, UNPROMPTED_TEACHER
 from rotdistill_core.evaluation.rows import MetricRow, overall_figures, unprompted_teacher
 from rotdistill_core.planning.plan import CHECKPOINTS, Plan
-from rotdistill_core.planning.time_left import TimeLeft
+from rotdistill_core.planning.time_left import Count, TimeLeft
 from rotdistill_core.planning.times import time_in_words
 from rotdistill_core.plugin.markers import hookimpl
 from rotdistill_core.plugin.step import options_of
@@ -169,7 +169,9 @@ class ProgressDisplay:
         is_live = console.is_terminal and console.file.isatty()
         self.status = console.status("") if is_live else None
         self.step = ""
-        self.started = self.printed = now()
+        self.printed = now()
+        self.count: Count | None = None
+        """How far the work that was last reported has come, to say how fast it is."""
         if self.status:
             self.status.start()
 
@@ -186,6 +188,9 @@ class ProgressDisplay:
         """Show how far the current step has come."""
         if self.left:
             self.left.progresses(done, total)
+        if not self.count or not self.count.goes_on(done, total):
+            self.count = Count(done, total, self.now())
+        self.count.take(done, self.now())
         if self.status:
             self.status.update(self._how_far(done, total, note))
         elif self.now() - self.printed >= QUIET_SECONDS:
@@ -193,21 +198,21 @@ class ProgressDisplay:
 
     def _how_far(self, done: int, total: int, note: str) -> str:
         """Return how far the current step has come, as rich markup."""
-        seconds = self.now() - self.started
-        rate = f", {_rate_in_words(done / seconds)}" if done and seconds > 0.5 else ""
+        per_second = self.count.rate if self.count else None
+        rate = f", {_rate_in_words(per_second)}" if per_second else ""
         parts = (literal(self.step), f"{done}/{total}{rate}", literal(note), self._time_left())
         return "  ".join(filter(None, parts))
 
     def _time_left(self) -> str:
-        """Return the time that is left in words; empty if it is not known."""
+        """Return the time that is left of the run in words; empty if it is not known."""
         seconds = self.left.seconds() if self.left else None
-        return "" if seconds is None else f"{time_in_words(seconds)} left"
+        return "" if seconds is None else f"{time_in_words(seconds)} left in all"
 
     @hookimpl
     def before_step(self, step_id: str, variant: str) -> None:
         """See `HookSpecs.before_step`."""
         self.step = f"{variant}: {step_id}"
-        self.started = self.now()
+        self.count = None
         if self.left:
             self.left.begins(step_id, variant)
 

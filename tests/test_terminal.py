@@ -196,18 +196,34 @@ def test_a_short_step_prints_its_end_alone_into_a_file() -> None:
     assert len(output.getvalue().splitlines()) == 20
 
 
-def test_the_time_before_the_first_step_prints_lines_too() -> None:
-    """The teacher's answers may take longer than all steps."""
+def shown(*reports: tuple[float, int, int]) -> list[str]:
+    """Return the lines of a file after reports of (seconds, done, total) before any step."""
     output, clock = io.StringIO(), [0.0]
     display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
-    clock[0] = 31.0
-    display.progress(16, 200, "questions are answered")
-    assert output.getvalue() == "  16/200, 0.5/s  questions are answered\n"
+    for clock[0], done, total in reports:
+        display.progress(done, total, "questions are answered")
+    return output.getvalue().splitlines()
+
+
+def test_the_time_before_the_first_step_prints_lines_too() -> None:
+    """The teacher's answers may take longer than all steps."""
+    assert shown((0.0, 0, 200), (32.0, 16, 200)) == ["  16/200, 0.5/s  questions are answered"]
 
 
 def test_slow_parts_are_counted_in_seconds_each() -> None:
-    output, clock = io.StringIO(), [0.0]
-    display = ProgressDisplay(VisibleConsole(file=output), now=lambda: clock[0])
-    clock[0] = 100.0
-    display.progress(4, 8, "questions are answered")
-    assert output.getvalue() == "  4/8, 25 s each  questions are answered\n"
+    assert shown((0.0, 0, 8), (100.0, 4, 8)) == ["  4/8, 25 s each  questions are answered"]
+
+
+def test_the_rate_leaves_out_what_an_earlier_run_did() -> None:
+    assert shown((10.0, 577, 2000), (50.0, 617, 2000)) == [
+        "  617/2000, 1.0/s  questions are answered"
+    ]
+
+
+def test_the_rate_is_that_of_the_work_at_hand() -> None:
+    """A batch of questions that follows others has its own pace."""
+    lines = shown((0.0, 0, 100), (100.0, 100, 100), (105.0, 0, 50), (145.0, 20, 50))
+    assert lines == [
+        "  100/100, 1.0/s  questions are answered",
+        "  20/50, 0.5/s  questions are answered",
+    ]

@@ -40,7 +40,7 @@ class TimeLeft:
         self._current = sum(map(_seconds, before)) + (planned.loading or 0.0)
         """Planned seconds of what is at work; 0 if that is not known."""
         self._is_before = True
-        self._count: _Count | None = None
+        self._count: Count | None = None
         """How far the work has come, as it says itself; None if it has not said so."""
 
     def begins(self, step_id: str, variant: str) -> None:
@@ -54,7 +54,7 @@ class TimeLeft:
     def progresses(self, done: int, total: int) -> None:
         """Take how far the work has come: parts that are done, and all of them."""
         if not self._count or not self._count.goes_on(done, total):
-            self._count = _Count(done, total, self._now())
+            self._count = Count(done, total, self._now())
         self._count.take(done, self._now())
 
     def ends(self, result: str, variant: str) -> None:
@@ -103,7 +103,7 @@ class TimeLeft:
         return (took + prior) / (done + prior) if done + prior else 1.0
 
 
-class _Count:
+class Count:
     """How far one piece of work has come, and how fast.
 
     Args:
@@ -130,6 +130,12 @@ class _Count:
     def is_over(self) -> bool:
         """Whether all parts are done."""
         return self._done >= self._total
+
+    @property
+    def rate(self) -> float | None:
+        """The parts that are made in a second; None before one was made."""
+        made, took = self._done - self._first, self._last - self.began
+        return made / took if made and took > 0 else None
 
     def seconds(self, now: float) -> float | None:
         """Return the seconds that the parts take which are left; None before one was made."""
