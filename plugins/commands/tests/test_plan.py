@@ -254,7 +254,7 @@ def test_a_run_begins_with_the_time_left_that_its_plan_states(recipe: Path) -> N
     code, _, err = command_line("run", "trial.toml")
     assert code == 0
     assert "takes about 5 seconds" in err
-    lines = [line for line in err.splitlines() if line.endswith(" left")]
+    lines = [line for line in err.splitlines() if line.endswith(" left in all")]
     assert len(lines) >= 5
     assert "reused" not in "".join(lines)
 
