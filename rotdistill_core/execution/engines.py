@@ -11,6 +11,7 @@ from rotdistill_core.plugin.registry import connected_engine
 
 if TYPE_CHECKING:
     from rotdistill_core.execution.context import RunContext
+    from rotdistill_core.forward.layerwise import Progress
     from rotdistill_core.plugin.engine import Answering, Asked
 
 
@@ -35,7 +36,11 @@ def connected_once(run: RunContext) -> Connect:
 
 
 def teacher_answers(
-    run: RunContext, asked: Mapping[str, Asked], series: str, connect: Connect | None = None
+    run: RunContext,
+    asked: Mapping[str, Asked],
+    series: str,
+    connect: Connect | None = None,
+    progress: Progress | None = None,
 ) -> KeptAnswers:
     """Return the teacher's answers, by the engine of the recipe.
 
@@ -46,6 +51,7 @@ def teacher_answers(
         asked: the prompts by name, in tokens of the teacher; at least one.
         series: names the files; see `RunLayout.answers`.
         connect: gives the engine; see `connected_once`. By default it is connected anew.
+        progress: called with the number of answers so far; by default that of the run.
 
     Raises:
         RotdistillError: see `kept_answers`.
@@ -53,4 +59,5 @@ def teacher_answers(
     teacher, engine = run.pair.teacher, run.loaded.engine
     out = shared_output(teacher, asked, run.output("answers"), engine.key())
     model = AnsweringModel.of(teacher)
-    return kept_answers(connect or connected_once(run), model, asked, out, series, run.progress)
+    told = progress or run.progress
+    return kept_answers(connect or connected_once(run), model, asked, out, series, told)

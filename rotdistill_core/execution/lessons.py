@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rotdistill_core.data.chat import Message
 from rotdistill_core.data.conversations import Conversation, Turn
@@ -38,6 +38,9 @@ from rotdistill_core.plugin.engine import Answer, Asked
 from rotdistill_core.store.files import json_blocks
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.layout import RunLayout
+
+if TYPE_CHECKING:
+    from rotdistill_core.forward.layerwise import Progress
 
 LESSONS_PER_BLOCK = 128
 """Candidates that are tried together."""
@@ -114,6 +117,7 @@ class _Writer:
         """Answers and proposals that were made now."""
         self.tried = 0
         """Candidates that were tried."""
+        self._written = self._told = 0
         self._connect = connected_once(run)
         self._heads: dict[tuple[LessonKind, Examples], str] = {}
         self._settings = run.recipe.lessons
@@ -140,8 +144,18 @@ class _Writer:
                 break
             self.tried += len(block)
             kept += self._kept(block)
-            self.run.progress(len(kept), wanted, "lessons are written")
+            self._written = len(kept)
+            self._tell()
         return kept
+
+    def _tell(self, more: int = 0) -> None:
+        """Tell how many lessons there are; the count stands still where some are dropped.
+
+        Args:
+            more: answers of the block at hand.
+        """
+        self._told = max(self._told, self._written + more)
+        self.run.progress(self._told, self._settings.count, "lessons are written")
 
     def summary(self, lessons: Sequence[Lesson]) -> dict[str, Any]:
         """Return what the run's folder and the report say of lessons, as JSON values."""
@@ -228,7 +242,9 @@ class _Writer:
             for candidate in block
             if not candidate.question
         }
-        return self._answers(prompts, f"lessons-proposed-{block[0].number:06d}")
+        return self._answers(
+            prompts, f"lessons-proposed-{block[0].number:06d}", lambda *_: self._tell()
+        )
 
     def _proposal_tokens(self, candidate: Candidate) -> int:
         if candidate.kind == LessonKind.TEXT:
@@ -324,7 +340,11 @@ class _Writer:
                 messages=tuple(chat.chat_of(each, run.style)),
             )
         first = min(asked, default="")
-        answers = self._answers(wanted, f"lessons-answers-{first.partition('.')[0]}")
+        answers = self._answers(
+            wanted,
+            f"lessons-answers-{first.partition('.')[0]}",
+            lambda done, *_: self._tell(done),
+        )
         return [
             Lesson(asked[name], list(answer.tokens))
             for name, answer in answers.items()
@@ -333,11 +353,13 @@ class _Writer:
             )
         ]
 
-    def _answers(self, asked: Mapping[str, Asked], series: str) -> dict[str, Answer]:
+    def _answers(
+        self, asked: Mapping[str, Asked], series: str, progress: Progress
+    ) -> dict[str, Answer]:
         """Return what the teacher writes after prompts, in their order."""
         if not asked:
             return {}
-        kept = teacher_answers(self.run, asked, series, self._connect)
+        kept = teacher_answers(self.run, asked, series, self._connect, progress)
         self.made += kept.made
         return {name: kept.answers[name] for name in asked}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_the_engine_is_connected_once_for_all_blocks(
     assert len(lessons) == 12
     assert writer.made >= 12
     assert len(made) == 1
+
+
+def test_progress_counts_the_lessons_of_all_blocks(
+    executor: Callable[..., Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block has two series of answers, and a user waits for all lessons."""
+    monkeypatch.setattr("rotdistill_core.execution.lessons.LESSONS_PER_BLOCK", 4)
+    told: list[tuple[int, int, str]] = []
+    run = executor("run", *sets(12, general=0.5))
+    told_run = replace(run.context, progress=lambda *report: told.append(report))
+    assert len(_Writer(told_run, 512).lessons()) == 12
+    assert {(total, what) for _, total, what in told} == {(12, "lessons are written")}
+    counts = [done for done, *_ in told]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    assert len(set(counts)) > 6
 
 
 def test_settings_of_lessons_count_only_with_lessons(
