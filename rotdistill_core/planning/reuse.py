@@ -48,8 +48,8 @@ class StepStatus:
     """The result with this key, if there is one."""
     reason: str
     """Why it has to be made; empty if it exists."""
-    newest: StepRecord | None
-    """The newest result of a step of this id, whatever its key."""
+    newest: ExistingResult | None
+    """The newest result of a step of this id, whatever its key and its files."""
     variants: list[str] = field(default_factory=list)
 
     @property
@@ -60,8 +60,8 @@ class StepStatus:
         """
         if self.existing:
             return self.existing.record.seconds
-        if self.newest and self.newest.key == self.key:
-            return self.newest.seconds
+        if self.newest and self.newest.record.key == self.key:
+            return self.newest.record.seconds
         return None
 
 
@@ -83,14 +83,15 @@ class ReuseIndex:
         oldest_first = sorted(ledgers, key=lambda ledger: ledger.folder.name == run)
         self.starts = newest_starts(oldest_first, run)
         """What runs have started from, the newest first."""
-        self._newest: dict[tuple[str, str], StepRecord] = {}
+        self._newest: dict[tuple[str, str], ExistingResult] = {}
         self._results: dict[str, list[tuple[Path, ExistingResult]]] = {}
         self._checkpoints: dict[str, list[tuple[Path, CheckpointRecord]]] = {}
         for ledger in oldest_first:
             name, root = ledger.folder.name, ledger.folder.parent
             for step in ledger.steps:
-                self._newest[step.id, step.variant] = step
-                self._results.setdefault(step.key, []).append((root, ExistingResult(name, step)))
+                result = ExistingResult(name, step)
+                self._newest[step.id, step.variant] = result
+                self._results.setdefault(step.key, []).append((root, result))
             for checkpoint in ledger.checkpoints:
                 self._checkpoints.setdefault(checkpoint.key, []).append((root, checkpoint))
 
@@ -116,7 +117,7 @@ class ReuseIndex:
                 return result
         return None
 
-    def newest(self, step: str, variant: str = "") -> StepRecord | None:
+    def newest(self, step: str, variant: str = "") -> ExistingResult | None:
         """Return the newest result of a step by its id, of an evaluator for one variant."""
         return self._newest.get((step, variant))
 
@@ -200,8 +201,10 @@ def _status(entry: KeyedStep, index: ReuseIndex, cause: str, fresh: bool) -> Ste
     )
 
 
-def _reason(recipe_step: RecipeStep, newest: StepRecord | None, cause: str) -> str:
-    """Return why a step has to be made: a change of the step itself, else `cause`.
+def _reason(recipe_step: RecipeStep, newest: ExistingResult | None, cause: str) -> str:
+    """Return why a step has to be made: what differs in the step itself, else `cause`.
+
+    The run that it is compared with is named: it may be one of another recipe.
 
     Args:
         recipe_step: the step.
@@ -210,19 +213,20 @@ def _reason(recipe_step: RecipeStep, newest: StepRecord | None, cause: str) -> s
     """
     if newest is None:
         return "not made before"
-    old, new = newest.options, options_of(recipe_step.step)
+    record = newest.record
+    old, new = record.options, options_of(recipe_step.step)
     changes = [
         f"{option} {old.get(option)} → {new.get(option)}"
         for option in dict.fromkeys([*old, *new])
         if old.get(option) != new.get(option)
     ]
     if changes:
-        return f"changed: {', '.join(changes)}"
+        return f"unlike {newest.run}: {', '.join(changes)}"
     origin = recipe_step.origin
-    if newest.plugin != origin.release:
-        return f"changed: {newest.plugin} → {origin.release}"
-    if newest.before and recipe_step.key(newest.before) != newest.key:
-        return f"changed: the code of {origin.distribution}"
+    if record.plugin != origin.release:
+        return f"unlike {newest.run}: {record.plugin} → {origin.release}"
+    if record.before and recipe_step.key(record.before) != record.key:
+        return f"unlike {newest.run}: the code of {origin.distribution}"
     return cause or "its files are gone, or made from something else"
 
 

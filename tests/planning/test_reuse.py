@@ -37,9 +37,15 @@ def reasons(planned: Plan) -> dict[str, str]:
     return {" ".join([line.id, *line.variants[:1]]): line.why for line in planned.todo}
 
 
+def run_name() -> str:
+    """Return the name of the only run there is."""
+    (folder,) = (path.parent for path in Path("runs").glob("*/ledger.jsonl"))
+    return folder.name
+
+
 def test_a_changed_option_is_the_reason_of_its_step_and_of_all_after_it(after_run: Path) -> None:
     planned = plan_of("basis.tie=1")
-    assert reasons(planned)["basis full"] == "changed: tie all → 1"
+    assert reasons(planned)["basis full"] == f"unlike {run_name()}: tie all → 1"
     assert reasons(planned)["fold full"] == "depends on basis"
     reused = [line for line in planned.lines if line.id in ("chop", "residuals") and line.reused]
     assert {line.why.partition("-")[0] for line in reused} == {"trial"}  # the other run's name
@@ -48,7 +54,7 @@ def test_a_changed_option_is_the_reason_of_its_step_and_of_all_after_it(after_ru
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("chop.layers=3", "changed: layers 2 → 3"),
+        ("chop.layers=3", "unlike RUN: layers 2 → 3"),
         ("seed=5", "seed changed"),
         ("student.dtype=float64", "compute changed"),
     ],
@@ -56,7 +62,7 @@ def test_a_changed_option_is_the_reason_of_its_step_and_of_all_after_it(after_ru
 def test_a_change_at_the_start_is_the_reason_of_the_first_step(
     after_run: Path, override: str, reason: str
 ) -> None:
-    assert reasons(plan_of(override))["chop base"] == reason
+    assert reasons(plan_of(override))["chop base"] == reason.replace("RUN", run_name())
 
 
 def test_fresh_reuses_nothing(after_run: Path) -> None:
@@ -92,7 +98,9 @@ def test_changed_code_is_the_reason_of_its_steps(
         return "edited" if origin.name == "procrustes" else source_digest(origin)
 
     monkeypatch.setattr(resolved, "source_digest", edited)
-    assert reasons(plan_of())["basis full"] == "changed: the code of rotdistill-procrustes"
+    assert reasons(plan_of())["basis full"] == (
+        f"unlike {run_name()}: the code of rotdistill-procrustes"
+    )
 
 
 @pytest.mark.slow
@@ -145,7 +153,7 @@ def test_results_of_the_run_itself_come_first(tmp_path: Path) -> None:
         newest = index.newest("basis")
         assert existing is not None
         assert newest is not None
-        assert (existing.run, newest.seconds) == (run, seconds)
+        assert (existing.run, newest.run, newest.record.seconds) == (run, run, seconds)
         assert index.find("other") is None
 
 
@@ -156,7 +164,7 @@ def test_an_evaluator_has_a_newest_result_for_each_variant(tmp_path: Path) -> No
     index = ReuseIndex([ledger], "one")
     newest = index.newest("fidelity", "base")
     assert newest is not None
-    assert newest.key == "key of base"
+    assert newest.record.key == "key of base"
     assert index.newest("fidelity") is None
 
 
