@@ -17,6 +17,10 @@ HOST = "cpu"
 """The host, as a device that computes."""
 BUSY = 1.25
 """Waiting programs for each core above which a machine counts as busy."""
+SHARED = 0.2
+"""Share of the processors in use above which rates come out too low."""
+GLANCE = 0.2
+"""Seconds for which the use of the processors is looked at."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,14 @@ def this_machine(root: Path) -> Machine:
 
 def load() -> float:
     """Return how many programs want to compute for each core: 1 if all cores are in use."""
-    return float(psutil.getloadavg()[0]) / (os.cpu_count() or 1)
+    average = float(psutil.getloadavg()[0]) / (os.cpu_count() or 1)
+    # The average is of the last minute: what has ended counts only as far as cores are in use now.
+    return average * processors_in_use(GLANCE) if average > BUSY else average
+
+
+def processors_in_use(seconds: float) -> float:
+    """Return the share of the processors that all programs use in the next `seconds`."""
+    return float(psutil.cpu_percent(interval=seconds)) / 100
 
 
 def gpu_listing() -> str:

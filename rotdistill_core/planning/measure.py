@@ -1,8 +1,9 @@
 """Measures the rates of this machine and prints them as JSON: `python -m` with this module.
 
 Each kernel that costs a run time is called a few times, on matrices of the sizes of small models.
-On a CPU the time is that of this thread on its processor: what other programs take meanwhile does
-not count, and a parallel kernel keeps this thread busy to its end.
+On a CPU the time is that of this thread on its processor: what other programs take of it does not
+count. A parallel kernel keeps this thread busy to its end, so where they take the processor of
+another thread, the rates come out too low; `Profile.in_use` says so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rotdistill_core.linalg.exact import ExactSum  # noqa: E402
 from rotdistill_core.linalg.precision import full_float32_products  # noqa: E402
 from rotdistill_core.linalg.solvers import ridge, svd  # noqa: E402
 from rotdistill_core.planning.cost import SVD_OPERATIONS  # noqa: E402
+from rotdistill_core.planning.machine import processors_in_use  # noqa: E402
 from rotdistill_core.planning.rates import ASSUMED_GPU, Profile, Rates  # noqa: E402
 from rotdistill_core.store.files import write_file  # noqa: E402
 from rotdistill_core.store.hashing import sha256_of  # noqa: E402
@@ -53,6 +55,8 @@ WIDTH, NEURONS, HEADS, TEXTS = 576, 1536, 9, 8
 TINY = 64
 """Width of a layer whose products take no time."""
 FILE_BYTES = 1 << 25
+LOOK = 0.5
+"""Seconds for which the work of other programs is looked at before."""
 HOST = torch.device("cpu")
 
 
@@ -191,6 +195,7 @@ def _copied(device: torch.device) -> float:
 def profile() -> Profile:
     """Return the rates of this machine, and of its first GPU if it has one."""
     loading = time.thread_time() - LOADED_FROM
+    in_use = processors_in_use(LOOK)
     written, read = _disk()
     gpu, gpu_measured, copied = ASSUMED_GPU, False, 1e10
     if torch.cuda.is_available():
@@ -204,6 +209,7 @@ def profile() -> Profile:
         read_bytes=read,
         copied_bytes=copied,
         loading=loading,
+        in_use=in_use,
     )
 
 

@@ -45,7 +45,7 @@ from rotdistill_core.planning.cost import (
     step_cost,
     teacher_answers_cost,
 )
-from rotdistill_core.planning.machine import BUSY, HOST, Machine, load, this_machine
+from rotdistill_core.planning.machine import BUSY, HOST, SHARED, Machine, load, this_machine
 from rotdistill_core.planning.models import (
     ModelInfo,
     ModelNotAvailable,
@@ -219,6 +219,11 @@ class Plan:
         notes = []
         if any(line.gpu_bytes for line in self.todo) and not profile.gpu_measured:
             notes.append("times: the speed of the GPU was assumed, not measured.")
+        if profile.in_use > SHARED:
+            notes.append(
+                f"times: other programs used {profile.in_use:.0%} of the processors when the speed "
+                "of this machine was measured, so it may be faster; --recalibrate measures again."
+            )
         busy = load()
         if busy > BUSY:
             notes.append(self._busy_note(busy))
@@ -230,15 +235,14 @@ class Plan:
         Args:
             busy: other programs for each core that want to compute.
         """
-        now = f"Now {busy:.1f} programs for each core want to compute"
         seconds = self.totals.seconds
+        now = f"Other programs compute now, {busy:.1f} for each core"
         if seconds is None or any(line.gpu_bytes for line in self.todo):
             return f"times: are those of an idle machine. {now}, so the run takes longer."
         # Of `busy` programs and the run itself, each gets the same share of a core.
         return (
-            f"times: are those of an idle machine: {time_in_words(seconds)}. As busy as it is now, "
-            f"{time_in_words((1 + busy) * seconds)}. {now}, and the run gets one share of "
-            f"{1 + busy:.1f}."
+            f"times: are those of an idle machine, {time_in_words(seconds)}. {now}: beside them "
+            f"the run takes {time_in_words((1 + busy) * seconds)}."
         )
 
     @property

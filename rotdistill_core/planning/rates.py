@@ -57,6 +57,8 @@ class Profile:
     """Bytes in a second between host and GPU."""
     loading: Seconds
     """Seconds until libraries are loaded."""
+    in_use: float = 0.0
+    """Share of the processors that other programs used when it was measured."""
 
     def on_gpu(self, operations: float) -> Profile:
         """Return the profile with an assumed GPU of so many operations in a second, in bfloat16.

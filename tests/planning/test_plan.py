@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.planning import text_counts
 from rotdistill_core.planning.cost import Cost
-from rotdistill_core.planning.machine import Machine, this_machine
+from rotdistill_core.planning.machine import Machine, load, this_machine
 from rotdistill_core.planning.plan import (
     ESTIMATED_FROM_STAGE,
     Plan,
@@ -396,12 +397,31 @@ def test_a_busy_machine_takes_longer_by_its_share_of_a_core(
     assert planned.totals.seconds is not None
     idle, busy = planned.totals.seconds, 4 * planned.totals.seconds
     assert planned.time_notes == [
-        f"times: are those of an idle machine: {time_in_words(idle)}. As busy as it is now, "
-        f"{time_in_words(busy)}. Now 3.0 programs for each core want to compute, and the run gets "
-        "one share of 4.0."
+        f"times: are those of an idle machine, {time_in_words(idle)}. Other programs compute now, "
+        f"3.0 for each core: beside them the run takes {time_in_words(busy)}."
     ]
     monkeypatch.setattr("rotdistill_core.planning.plan.load", lambda: 1.0)
     assert planned.time_notes == []
+
+
+def test_a_load_that_has_ended_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.cpu_count() or 1
+    monkeypatch.setattr("psutil.getloadavg", lambda: (3.0 * cores, 0.0, 0.0))
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 100.0)
+    assert load() == 3.0
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 2.0)
+    assert load() == pytest.approx(0.06)
+
+
+def test_rates_that_were_measured_beside_other_programs_say_so(
+    before_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rotdistill_core.planning.plan.load", lambda: 0.0)
+    profile = replace(ASSUMED, in_use=0.5)
+    (note,) = plan_of(replace(CPU, profile=profile)).time_notes
+    assert "used 50% of the processors" in note
+    assert "--recalibrate" in note
+    assert plan_of(replace(CPU, profile=replace(profile, in_use=0.1))).time_notes == []
 
 
 def test_a_gpu_that_is_not_here_is_a_shortfall_with_a_remedy(before_run: Path) -> None:
