@@ -51,6 +51,7 @@ from rotdistill_core.terminal import (
     literal,
     print_json,
     print_line,
+    program_name,
     relative_to_cwd,
     results_table,
     stderr_console,
@@ -229,7 +230,10 @@ def _plan_here(loaded: ResolvedRecipe, fresh: bool, recalibrate: bool) -> Plan |
     try:
         planned = build_plan(loaded, RUNS_FOLDER, machine, fresh, log)
     except ModelNotAvailable as error:
-        log(f"plan: {error}")
+        log(
+            f"plan: not known before {error.model} is here. There is no such folder; if it is the "
+            "id of a model on the hub, it is downloaded now."
+        )
         return None
     for line in (planned.summary, *planned.time_notes):
         log(line)
@@ -334,9 +338,7 @@ def _end_by_signal(number: int) -> NoReturn:
 
 def _command_line() -> str:
     """Return the line that was typed, which resumes the run."""
-    program = Path(sys.argv[0])
-    name = relative_to_cwd(program) if program.name == "rotdistill" else "rotdistill"
-    return shlex.join([name, *sys.argv[1:]])
+    return shlex.join([program_name(), *sys.argv[1:]])
 
 
 def _report_error(error: Exception) -> int:

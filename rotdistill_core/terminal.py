@@ -138,6 +138,12 @@ def print_json(value: object) -> None:
     print(visible_json(value))
 
 
+def program_name() -> str:
+    """Return how this program was started, for commands that are to be typed again."""
+    program = Path(sys.argv[0])
+    return relative_to_cwd(program) if program.name == "rotdistill" else "rotdistill"
+
+
 def relative_to_cwd(path: Path) -> str:
     """Return a path relative to the current folder, or as it is where it lies outside."""
     here = Path.cwd()

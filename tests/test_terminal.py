@@ -6,6 +6,7 @@ import io
 import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from rotdistill_core.terminal import (
     WideTable,
     literal,
     padded,
+    program_name,
     results_table,
 )
 
@@ -227,3 +229,14 @@ def test_the_rate_is_that_of_the_work_at_hand() -> None:
         "  100/100, 1.0/s  questions are answered",
         "  20/50, 0.5/s  questions are answered",
     ]
+
+
+def test_commands_to_type_name_the_program_as_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell whose PATH lacks the environment finds it so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / ".venv" / "bin" / "rotdistill"), "run"])
+    assert program_name() == ".venv/bin/rotdistill"
+    monkeypatch.setattr("sys.argv", ["/usr/lib/python3/pytest/__main__.py"])
+    assert program_name() == "rotdistill"

@@ -25,7 +25,16 @@ from rotdistill_core.store.plain import read_text
 
 
 class ModelNotAvailable(SetupError):
-    """A model that has neither local files nor a shipped config (exit code 3)."""
+    """A model that has neither local files nor a shipped config (exit code 3).
+
+    Args:
+        model: how the recipe names it.
+        found: what was looked for in vain; by default only that it is not here.
+    """
+
+    def __init__(self, model: str, found: str = "it is not here.") -> None:
+        super().__init__(f"{model}: {found}")
+        self.model = model
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,9 @@ def model_info(ref: ModelRef, texts: Path, log: Callable[[str], None]) -> ModelI
             else "nor such a model in the hub's cache"
         )
         raise ModelNotAvailable(
-            f"{ref.model}: there is no such folder here, {in_cache}, nor {path} to say how large "
-            "it is. If it is a hub id, `rotdistill run` downloads it."
+            ref.model,
+            f"there is no such folder here, {in_cache}, nor {path} to say how large it is. If it "
+            "is a hub id, `rotdistill run` downloads it.",
         )
     return _described(path)
 

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.text import Text
 
 from rotdistill_core.evaluation.metrics import metric_named
-from rotdistill_core.terminal import WideTable
+from rotdistill_core.terminal import WideTable, program_name
 from rotdistill_report._data import ReportData, Tone
 
 STYLES = {Tone.GOOD: "bold green", Tone.BAD: "bold red", Tone.NEUTRAL: "bold"}
@@ -30,7 +30,12 @@ def terminal_summary(report: ReportData) -> Group:
         parts += _answers(report)
     if report.next_step:
         words = f"\nNext, {report.next_step.what}:\n  "
-        parts.append(Text.assemble(words, (report.next_step.command, "bold")))
+        command = report.next_step.command
+        if command.startswith("rotdistill "):
+            command = program_name() + command.removeprefix("rotdistill")
+        parts.append(Text.assemble(words, (command, "bold")))
+        if command.split()[1:2] == ["run"]:
+            parts.append(Text("  (plan in place of run says what that takes)"))
     return Group(*parts)
 
 
