@@ -118,6 +118,7 @@ class _Writer:
         self.tried = 0
         """Candidates that were tried."""
         self._written = self._told = 0
+        """Lessons of the blocks before, and the count that was told last."""
         self._connect = connected_once(run)
         self._heads: dict[tuple[LessonKind, Examples], str] = {}
         self._settings = run.recipe.lessons
