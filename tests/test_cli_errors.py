@@ -438,6 +438,23 @@ def test_output_that_nobody_reads_ends_quietly(work: Path) -> None:
     assert "unexpected" not in made.stderr
 
 
+def test_a_run_whose_model_is_on_the_hub_says_that_its_plan_is_not_known_yet(work: Path) -> None:
+    edit('model = "model"', 'model = "nobody/nothing"')(work)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    made = subprocess.run(
+        [*MAIN, "run", "trial.toml"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = " ".join(made.stderr.split())
+    assert "plan: not known before nobody/nothing is here." in told
+    assert "it is downloaded now" in told
+    assert (made.returncode, "Traceback" in made.stderr) == (3, False)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_counts_even_if_a_library_makes_an_error_of_it(
     work: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

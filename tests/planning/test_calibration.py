@@ -176,7 +176,9 @@ def test_every_rate_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in small.items():
         monkeypatch.setattr(measure, name, value)
+    monkeypatch.setattr(measure, "processors_in_use", lambda _: 0.375)
     profile = measure.profile()
+    assert profile.in_use == 0.375
     assert all(value > 0 for value in asdict(profile.host).values())
     assert {*asdict(profile.host)} == {field.name for field in fields(Rates)}
     printed = json.dumps(asdict(profile))

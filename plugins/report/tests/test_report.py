@@ -20,6 +20,7 @@ from rotdistill_report._data import Advice, ReportData, ShownFigure, Tone, colle
 from rotdistill_report._findings import collect_issues, next_step, verdict, with_findings
 from rotdistill_report._plots import plots
 from rotdistill_report._templates import LONGEST_EXCERPT, excerpt, table_cell
+from rotdistill_report._terminal import terminal_summary
 from rotdistill_report._write import html as html_report
 
 from rotdistill_core.evaluation.intervals import Estimate, Interval, TextFigure, estimates
@@ -237,6 +238,18 @@ def test_the_next_step_is_a_command_also_where_nothing_is_to_mend(report: dict[s
     assert command.startswith("rotdistill ")
     remedies = [each["command"] for issue in report["issues"] for each in issue["advice"]]
     assert command in remedies or " chat reported-" in command or " show reported-" in command
+
+
+@pytest.mark.parametrize("command", ["rotdistill run more.toml", "rotdistill chat reported"])
+def test_a_run_that_is_advised_comes_with_the_way_to_ask_what_it_takes(
+    outcome: RunResult, command: str
+) -> None:
+    data = replace(rebuild(outcome), next_step=Advice("more texts", command))
+    out = io.StringIO()
+    Console(file=out, width=200).print(terminal_summary(data))
+    after = out.getvalue().partition(f"Next, more texts:\n  {command}")[2]
+    told = "(plan in place of run says what that takes)"
+    assert after.split("\n")[1].strip() == (told if " run " in command else "")
 
 
 @pytest.mark.parametrize(
