@@ -14,6 +14,7 @@ from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
     Cost,
     CostContext,
+    Kernel,
     answer_rows,
     context_after,
     forward_cost,
@@ -173,6 +174,24 @@ def test_a_refit_of_cuts_alone_writes_one_writer_for_each_cut(deep: CostContext)
         files *= 1.5
     assert every.disk_bytes - files == 4 * (cut.disk_bytes - files) > 0
     assert cut.operations < every.operations
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({"layers": 4}, 1 / 2), ({"layers": [0, 2, 7]}, 2 / 3), ({"layers": 4, "neurons": 16}, 1.0)],
+)
+def test_a_refit_works_on_the_layers_behind_the_first_cut(
+    options: dict[str, Any], share: float, deep: CostContext
+) -> None:
+    """Those before it are the teacher's, unless neurons went too; cuts count as evenly spread."""
+    cut = after("chop", replace(deep, same=True), **options)
+    whole, part = (cost_of("writer-refit", each) for each in (replace(cut, cuts=0), cut))
+    assert part.exact_terms == pytest.approx(share * whole.exact_terms)
+    assert part.kernels[Kernel.SOLVES] == pytest.approx(share * whole.kernels[Kernel.SOLVES])
+    walk = forward_cost(cut.student, cut.texts.rows_of("fit", "validation"), 4).operations
+    saved = whole.operations - part.operations
+    assert saved > 2 * (1 - share) * walk if share < 1 else saved == 0
+    assert (part.host_bytes, part.disk_bytes) == (whole.host_bytes, whole.disk_bytes)
 
 
 def test_a_refit_takes_a_pass_of_the_teacher_and_states_in_files(deep: CostContext) -> None:

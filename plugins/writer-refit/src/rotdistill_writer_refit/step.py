@@ -113,6 +113,9 @@ class WriterRefit:
         teacher walks beside the student once, and, where the bases differ, the student as it was
         captured. What each of them has at the boundary at hand lies in a file for so long; in
         memory are a few numbers of each row.
+
+        Work is that of the layers behind the first cut, where those before it are the teacher's;
+        memory and disk are enough for a cut at the first layer.
         """
         counts = context.texts.with_fit_share(share_of(self.shard))
         context = replace(context, texts=counts)
@@ -123,8 +126,10 @@ class WriterRefit:
         beside = _walks_beside(context)
         site_widths = {"neurons": student.neurons, "heads": student.query_width}
         widths = [site_widths[writer] for writer in self.writers]
-        refitted = student.depth if self.layers == "all" else min(context.cuts, student.depth)
-        writer_bytes = refitted * sum(widths) * width * number
+        walked = student.depth - _layers_like_the_teacher(context)
+        most = student.depth if self.layers == "all" else min(context.cuts, student.depth)
+        refitted = min(most, walked)
+        writer_bytes = most * sum(widths) * width * number
 
         # Unknowns of a regression: the writer's inputs, or the channels of the MLP's output.
         inputs = [width] if self.features == "output" else widths
@@ -147,20 +152,20 @@ class WriterRefit:
         scores = acceptance_cost(context, is_guarded(self.guard, context.texts), SCORED_ROWS)
         walks = forward.host_bytes + beside.host_bytes
         regression = walks + targets + moments if refitted else walks
-        passes = 1 + len(self.writers) * refitted / student.depth
+        passes = (walked + len(self.writers) * refitted) / student.depth
         # Each batch of texts adds a term to every sum; its fit rows and its others are apart.
         entries = sum(n * (n + width) for n in inputs)
-        walked = forward.work_only().repeated(passes) + beside.work_only() + scores.work_only()
+        work = forward.work_only().repeated(passes) + beside.work_only() + scores.work_only()
         return replace(
-            walked,
+            work,
             host_bytes=max(regression, scores.host_bytes) + writer_bytes,
             device_bytes=max(forward.device_bytes + beside.device_bytes, scores.device_bytes),
             teacher_device_bytes=beside.teacher_device_bytes,
             disk_bytes=2 * writer_bytes + forward.disk_bytes + beside.disk_bytes,
-            operations=walked.operations + refitted * solves,
-            dealt_operations=walked.operations + refitted * products,
+            operations=work.operations + refitted * solves,
+            dealt_operations=work.operations + refitted * products,
             kernels={
-                **walked.kernels,
+                **work.kernels,
                 Kernel.SOLVES: refitted * len(self.ridge) * candidate,
             },
             exact_terms=float(refitted * entries * 2 * -(-rows // BATCH_TOKENS)),
@@ -217,6 +222,18 @@ class WriterRefit:
 
         targets = TeacherTargets(weights, maps, activations, pair, samples)
         return solve(self, targets, out, progress, ranks or ALONE)
+
+
+def _layers_like_the_teacher(context: CostContext) -> int:
+    """Return about how many layers before the first cut compute what the teacher's do.
+
+    Nobody knows where a cut will lie before it is made. Cuts count as evenly spread.
+    """
+    student, teacher = context.student, context.teacher
+    inside = [(each.width, each.neurons, each.query_width) for each in (student, teacher)]
+    if not context.same or not context.cuts or inside[0] != inside[1]:
+        return 0
+    return student.depth // (context.cuts + 1)
 
 
 def _walks_beside(context: CostContext) -> Cost:
