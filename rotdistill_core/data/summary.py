@@ -10,7 +10,7 @@ from rotdistill_core.data.splits import Split
 from rotdistill_core.recipe.document import SamplesRef
 
 FEWEST_SCORED = 4
-"""Held-out texts from which a change may be more than chance."""
+"""Texts, held out or for validation, from which a change may be more than chance."""
 IN_WORDS = {Split.HELDOUT: "held out"}
 """Split -> what is said of its texts, where that is not its name."""
 
@@ -67,8 +67,16 @@ def _unanswered(conversations: Sequence[Conversation]) -> int:
     )
 
 
+def _different(conversations: Iterable[Conversation]) -> int:
+    """Return how many texts there are if copies count once; what has no answer is no copy."""
+    return len({each.words if each.answer is not None else each.id for each in conversations})
+
+
 def text_notes(
-    conversations: Sequence[Conversation], samples: SamplesRef, teacher: str
+    conversations: Sequence[Conversation],
+    samples: SamplesRef,
+    teacher: str,
+    judged: Sequence[str] = (),
 ) -> Iterator[str]:
     """Yield what a user should know of the texts before a run, a sentence each.
 
@@ -76,11 +84,21 @@ def text_notes(
         conversations: the texts of a recipe, as `read_conversations` returns them.
         samples: its `[samples]`.
         teacher: how the recipe names the teacher.
+        judged: ids of the steps that are not applied without a gain on validation texts.
     """
     unanswered = _unanswered(conversations)
     if unanswered:
         rows = "1 row has" if unanswered == 1 else f"{unanswered} rows have"
         yield f"texts: {rows} no answer: the teacher writes it (samples.own_answers)."
+    validated = _different(each for each in conversations if each.split == Split.VALIDATION)
+    if judged and validated < FEWEST_SCORED:
+        texts = "text is" if validated == 1 else "texts are"
+        steps = ", ".join(f"`{name}`" for name in judged)
+        yield (
+            f"texts: only {validated} {texts} for validation, too few to tell a gain from chance, "
+            f"so {steps} would leave the student as it is: raise samples.validation, or give more "
+            "texts."
+        )
     scored = sum(each.split == Split.HELDOUT for each in conversations)
     if scored < FEWEST_SCORED:
         texts = "text is" if scored == 1 else "texts are"

@@ -125,7 +125,7 @@ class PlanLine:
     prompts: int = 0
     """Prompts that the engine answers."""
     answer_tokens: int = 0
-    """Most tokens of these answers together."""
+    """Largest number of tokens of these answers together."""
     missing: list[str] = field(default_factory=list)
     """Names of prompts that the engine cannot answer."""
 
@@ -390,7 +390,7 @@ def build_plan(
         counted=texts_in_words(conversations, recipe.samples, start.texts.lessons),
         notes=[
             *read,
-            *text_notes(conversations, recipe.samples, recipe.teacher.model),
+            *text_notes(conversations, recipe.samples, recipe.teacher.model, loaded.judged),
             *_counting_notes(start.texts),
             *notes,
             *lesson_notes(recipe, conversations, lesson_texts),

@@ -122,6 +122,14 @@ def changes_behaviour(step: object) -> bool:
     return stage_of(type(step)) in EDITING_STAGES and not is_exact(step)
 
 
+def has_to_show_a_gain(step: object) -> bool:
+    """Return whether a step is not applied where it is no gain on validation texts.
+
+    These are the steps with a `guard`, unless an option `require_improvement` is off.
+    """
+    return hasattr(step, "guard") and bool(getattr(step, "require_improvement", True))
+
+
 def needs_all_rows(step: object) -> bool:
     """Return whether a step says that it reads captured rows of all texts."""
     return bool(getattr(step, "needs_all_rows", False))

@@ -13,7 +13,14 @@ from typing import Any
 from rotdistill_core.plugin.engine import HasInputs, HasOptionChecks, settings_of
 from rotdistill_core.plugin.origin import Origin
 from rotdistill_core.plugin.source_code import source_digest
-from rotdistill_core.plugin.step import changes_behaviour, inputs_of, is_exact, options_of, stage_of
+from rotdistill_core.plugin.step import (
+    changes_behaviour,
+    has_to_show_a_gain,
+    inputs_of,
+    is_exact,
+    options_of,
+    stage_of,
+)
 from rotdistill_core.recipe.document import Recipe
 from rotdistill_core.store.hashing import digest
 
@@ -121,6 +128,11 @@ class ResolvedRecipe:
             f"{self.path}: {steps} left out: {were} before `extends` or an override changed the "
             f"variants, and no variant names {them} now."
         ]
+
+    @property
+    def judged(self) -> list[str]:
+        """Ids of the steps that are not applied without a gain on validation texts."""
+        return [step.id for step in self.steps if has_to_show_a_gain(step.step)]
 
     def resolved(self) -> dict[str, Any]:
         """Return the recipe as JSON values, after `extends`, `--set` and defaults."""

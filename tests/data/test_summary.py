@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,28 @@ def test_few_held_out_texts_are_named_and_what_scores_mean_is_said(tmp_path: Pat
         assert [few in note for note in others] == ([True] if few else [])
         assert "against the teacher's answers, not yours" in scores
         assert "`rotdistill chat --model big`" in scores
+
+
+def test_few_texts_for_validation_are_named_where_a_step_has_to_show_a_gain(tmp_path: Path) -> None:
+    write(tmp_path / "i.jsonl", rows(20))
+    few = (
+        "texts: only 3 texts are for validation, too few to tell a gain from chance, so `head`, "
+        "`lora` would leave the student as it is: raise samples.validation, or give more texts."
+    )
+    judged = ["head", "lora"]
+    for share, wanted in ((0.15, [few]), (0.2, [])):
+        ref = SamplesRef(index="i.jsonl", heldout_share=0.2, validation=share)
+        found, _ = read_conversations(ref, tmp_path)
+        notes = text_notes(found, ref, "m", judged)
+        assert [each for each in notes if "validation" in each] == wanted
+        assert not [each for each in text_notes(found, ref, "m") if "validation" in each]
+
+
+def test_copies_for_validation_count_once(tmp_path: Path) -> None:
+    write(tmp_path / "i.jsonl", rows(20))
+    ref = SamplesRef(index="i.jsonl", heldout_share=0.2, validation=0.2)
+    found, _ = read_conversations(ref, tmp_path)
+    one, *others = (each for each in found if each.split == "validation")
+    copies = [replace(one, id=each.id) for each in others]
+    notes = list(text_notes([one, *copies], ref, "m", ["head"]))
+    assert "texts: only 1 text is for validation" in notes[0]

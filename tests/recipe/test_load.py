@@ -546,3 +546,11 @@ use = "writer-refit"
     load_recipe(path, ["states.store=rows"])
     without = HEAD + steps.partition('\n[[step]]\nid = "refit"')[0] + "[variants]\nbase = []\n"
     load_recipe(write(path, without))
+
+
+def test_steps_that_have_to_show_a_gain_are_named() -> None:
+    recipes = Path(__file__).parents[2] / "recipes"
+    assert load_recipe(recipes / "lessons.toml").judged == ["refit", "lora"]
+    merge = recipes / "merge_anchor.toml"
+    assert load_recipe(merge).judged == []
+    assert load_recipe(merge, {"mix.require_improvement": True}).judged == ["mix"]

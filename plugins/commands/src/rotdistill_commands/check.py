@@ -83,7 +83,7 @@ def _check_recipe(loaded: ResolvedRecipe, resolved: bool, as_json: bool) -> None
     for note in (
         *device_warnings(recipe, this_machine(RUNS_FOLDER)),
         *lesson_notes(recipe, conversations, lesson_texts),
-        *text_notes(conversations, recipe.samples, recipe.teacher.model),
+        *text_notes(conversations, recipe.samples, recipe.teacher.model, loaded.judged),
     ):
         log(note)
     if not as_json and not resolved:
