@@ -71,7 +71,9 @@ def plan(
     machine: Machine | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return what `run` would do: results in order, memory, disk and time. Nothing is written.
+    """Return what `run` would do: results in order, memory, disk and time.
+
+    No run is touched. A `.gguf` model is converted first, once.
 
     Times are None until this machine has been measured, which the command line does.
 

@@ -38,7 +38,7 @@ SLOT = "{topic}"
 FORM_COLUMNS = ("language", "form")
 TOPIC_COLUMNS = ("topic", "language")
 TRIES = 4
-"""Most candidates that are tried for each lesson that is asked for."""
+"""Largest number of candidates that are tried for each lesson that is asked for."""
 LATIN = "LATIN"
 """First word of the Unicode names of Latin letters."""
 EXAMPLE_TURNS = 2

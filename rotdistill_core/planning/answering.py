@@ -40,7 +40,7 @@ class Questions:
     count: int
     """Number of prompts."""
     tokens: int
-    """Most tokens of all answers together."""
+    """Largest number of tokens of all answers together."""
     _make: Callable[[], dict[str, Question]] = field(repr=False)
 
     @cached_property

@@ -16,7 +16,7 @@ from rotdistill_core.planning.rates import ASSUMED
 
 GIB = 1 << 30
 MOST = 4096
-"""Most machines, and most GPUs of one: more is a slip of the hand."""
+"""Largest number of machines, and of GPUs of one: more is a slip of the hand."""
 HERE = "here"
 """Name of this machine in the table."""
 

@@ -52,7 +52,7 @@ WIDENED_ROWS = 4096
 FLOAT64_BYTES = 8
 FLOAT32_BYTES = 4
 GUARD_SCORES = 5
-"""Most times that an edit is scored on the guard's texts: before it, and at four strengths."""
+"""How often an edit is scored on the guard's texts, at most: before it, and at four strengths."""
 
 
 class Kernel(StrEnum):

@@ -47,7 +47,7 @@ class Asked:
     prompt: Sequence[int]
     """Token ids of the model; at least one."""
     max_tokens: int
-    """Most tokens of the answer."""
+    """Largest number of tokens of the answer."""
     temperature: float = 0.0
     """What logits are divided by before a token is drawn; 0 takes the best token."""
     seed: int = 0
@@ -77,8 +77,8 @@ class Answering(Protocol):
     about: dict[str, Any]
     """What wrote the answers, for the record: engine, version, model, settings; JSON values."""
     at_once: int
-    """Most prompts that are answered at once. A resumed series sets it to what the chunk before
-    ended with; engines that memory does not limit have 0."""
+    """Number of prompts that are answered at once, at most. A resumed series sets it to what the
+    chunk before ended with; engines that memory does not limit have 0."""
 
     def chunks(self, asked: Mapping[str, Asked]) -> Sequence[Sequence[str]] | None:
         """Return the names of the prompts that are answered and kept together, chunk by chunk.

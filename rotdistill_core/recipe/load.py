@@ -54,9 +54,9 @@ from rotdistill_core.store.plain import read_bytes
 MAX_BYTES = 1_000_000
 """Largest recipe; more is no recipe but a mistake."""
 MAX_COUNT = 1000
-"""Most steps, and most variants; the time of a plan grows with both."""
+"""Largest number of steps, and of variants; the time of a plan grows with both."""
 MAX_PARTS = 64
-"""Most parts of a dotted key. The parser's time grows with their square."""
+"""Largest number of parts of a dotted key. The parser's time grows with their square."""
 TOO_MANY_PARTS = re.compile(rf"""(?<!["'\w-])(?:["'\w-]++\.){{{MAX_PARTS}}}""")
 INT64 = range(-(2**63), 2**63)
 """The integers of TOML."""

@@ -35,7 +35,7 @@ class Searches(NamedTuple):
     """The searches for layers that a step makes."""
 
     max_cut: int
-    """Most layers that are cut."""
+    """Largest number of layers that are cut."""
     number: int
     """How often layers are searched for."""
 

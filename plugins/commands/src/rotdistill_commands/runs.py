@@ -278,7 +278,9 @@ def rm(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN...", help="Runs, as for `show`.", autocompletion=complete_run_names
+            metavar="RUN...",
+            help="Runs, as for `show`; a name that several have is refused.",
+            autocompletion=complete_run_names,
         ),
     ],
     keep_checkpoints: Annotated[

@@ -35,7 +35,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 BLOCK_ROWS = 128
 """Rows whose logits are held at once."""
 SCORED_ROWS = 1024
-"""Most validation rows: `MAX_SCORED_ROWS` of the core, in a module that needs torch."""
+"""Largest number of validation rows: `MAX_SCORED_ROWS` of the core, whose module needs torch."""
 
 
 @step
@@ -63,11 +63,12 @@ class LmHeadRidge:
     logit_penalty: Annotated[float, Field(ge=0)] = 30.0
     """Weight of the mean square of what the map adds to the logits, relative to the mean KL."""
     max_rows: PositiveInt = 4096
-    """Most rows to fit the map on. Rows of answers that the teacher wrote come first."""
+    """Largest number of rows to fit the map on. Rows of answers that the teacher wrote come
+    first."""
     max_tokens: PositiveInt = 8192
-    """Most tokens that the map's KL distinguishes; all others count as one."""
+    """Largest number of tokens that the map's KL distinguishes; all others count as one."""
     max_iter: PositiveInt = 24
-    """Most L-BFGS steps."""
+    """Largest number of L-BFGS steps."""
     guard: Guard | None = None
     """Allow only heads whose KL on the guard's validation half is at most this multiple of the
     KL before, or 0.05 nats; the reported half may differ. By default 1.02 (2 % worse) where the

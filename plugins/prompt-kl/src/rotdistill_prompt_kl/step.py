@@ -50,18 +50,18 @@ class PromptKl:
         tuple[Literal["topics", "questions", "places"], ...], Field(min_length=1)
     ] = ("topics",)
     """What the teacher continues: `"topics"` (system prompt and a topic, such as the name of a
-    place; `"places"` is its older name), `"questions"` (its answers to the questions of the texts,
-    `samples.own_answers`), or both."""
+    place, of texts that have one; `"places"` is its older name), `"questions"` (its answers to the
+    questions of the texts, which `samples.own_answers` or `lessons.count` makes), or both."""
     shard: Shard = WHOLE
-    """Train on the k-th of n shards of the fit texts: `[2, 3]` is the second third, `[-1, 3]` the
-    other two after the first. A step behind a refit learns more from texts that were not refitted
-    (`shard` there); steps trained on different shards can be merged (`soups`)."""
+    """Train on the k-th of n shards of the fit texts: `[1, 3]` is every third question, `[-1, 3]`
+    all others. A step behind a refit learns more from texts that were not refitted (`shard` there);
+    steps trained on different shards can be merged (`soups`)."""
     max_prompts: PositiveInt = 200
-    """Most topics, of fit and validation texts together."""
+    """Largest number of topics, of fit and validation texts together."""
     max_new_tokens: Annotated[int, Field(ge=1, le=256)] = 32
-    """Most tokens of a continuation of a topic."""
+    """Largest number of tokens of a continuation of a topic."""
     max_epochs: PositiveInt = 3
-    """Most passes over the continuations; `patience` may end training earlier."""
+    """Largest number of passes over the continuations; `patience` may end training earlier."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of AdamW, after a warm-up and before a linear decay. By default 5e-4 for a
     LoRA, and 5e-5 for `rank = "full"`."""

@@ -30,9 +30,9 @@ SHOWN_FIGURES = {
 }
 """Figure of `LayerDiagnostics` -> its title, in the order of the table."""
 MAX_OWN = 40
-"""Most figures of an aligner's own that are shown."""
+"""Largest number of figures of an aligner's own that are shown."""
 MAX_VALUES = 3
-"""Most different texts of one name that are shown."""
+"""Largest number of different texts of one name that are shown."""
 MAX_LETTERS = 120
 """Longest text of an aligner that is shown."""
 

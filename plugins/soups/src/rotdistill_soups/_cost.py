@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rotdistill_soups.step import Soups
 
 SCORED_ROWS = 2048
-"""Most rows of a split on which a view is scored."""
+"""Largest number of rows of a split on which a view is scored."""
 BFLOAT16_BYTES = 2
 READS_TO_PREPARE = {"ties": 4, "slerp": 1}
 """Method -> how often it reads an ingredient before it merges. TIES reads the student as often."""

@@ -41,7 +41,7 @@ Strength = Annotated[float, Field(gt=0, le=10)]
 OF_RECIPE = ("teacher", "student")
 """Names of the recipe's own models, as it opened them."""
 SCORED_ROWS = 1024
-"""Most rows of a split on which a strength is scored."""
+"""Largest number of rows of a split on which a strength is scored."""
 CONTROLS = {
     "random": "The fine-tune was carried by random maps: a control.",
     "shuffled": "The rows of the fine-tune's changes were in another order: a control.",

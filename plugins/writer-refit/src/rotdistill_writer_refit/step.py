@@ -88,7 +88,7 @@ class WriterRefit:
     """Interpolation between the student's state (0) and the teacher's (1), used as the target. Use
     less than 1 when the models differ in basis."""
     shard: Shard = WHOLE
-    """Fit on the k-th of n shards of the fit texts: `[1, 3]` is the first third, `[-1, 3]` the
+    """Fit on the k-th of n shards of the fit texts: `[1, 3]` is every third question, `[-1, 3]` all
     others. Training that follows (`prompt-kl`) learns more from texts that were not fitted."""
     guard: Guard | None = None
     """Largest KL allowed on the guard's validation half, as a multiple of the KL before; 0.05 nats
