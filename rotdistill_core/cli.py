@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from rotdistill_core.characters import visible
 from rotdistill_core.errors import (
+    ModelNotAvailable,
     PluginError,
     RecipeError,
     RotdistillError,
@@ -36,7 +37,6 @@ from rotdistill_core.execution.outcome import RunFailed, RunResult
 from rotdistill_core.forward.ranks import Ranks, ToldByLead, start_ranks
 from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.machine import this_machine
-from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import Plan, build_plan
 from rotdistill_core.plugin.registry import COMMANDS, command_function, installed_plugins
 from rotdistill_core.recipe.load import load_recipe

@@ -54,6 +54,19 @@ class SetupError(RotdistillError):
     exit_code = 3
 
 
+class ModelNotAvailable(SetupError):
+    """A model that is not here, where nothing may be downloaded (exit code 3).
+
+    Args:
+        model: how the recipe names it.
+        found: what was looked for in vain; by default only that it is not here.
+    """
+
+    def __init__(self, model: str, found: str = "it is not here.") -> None:
+        super().__init__(f"{model}: {found}")
+        self.model = model
+
+
 class CheckFailed(RotdistillError):
     """A certificate, hash or quality gate that does not hold (exit code 4).
 

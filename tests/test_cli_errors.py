@@ -455,6 +455,29 @@ def test_a_run_whose_model_is_on_the_hub_says_that_its_plan_is_not_known_yet(wor
     assert (made.returncode, "Traceback" in made.stderr) == (3, False)
 
 
+def test_neither_plan_nor_check_downloads_what_a_step_names(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe of a stranger may name models of any size."""
+    asked: list[str] = []
+
+    def snapshot(name: str, *, local_files_only: bool, **_: object) -> str:
+        if not local_files_only:
+            asked.append(name)
+        raise ValueError("nothing is there")
+
+    monkeypatch.setattr("rotdistill_sources._hub.snapshot_download", snapshot)
+    soup = 'use = "soups", ingredients = ["student", "nobody/nothing"]'
+    edit('{ use = "fidelity" },', f'{{ {soup} }},\n    {{ use = "fidelity" }},')(work)
+    assert "nobody/nothing, which a step names: was not looked at" in printed(
+        0, "check", "trial.toml"
+    )
+    assert "`hf download nobody/nothing`" in printed(3, "plan", "trial.toml")
+    assert asked == []
+    assert "not known before nobody/nothing is here" in printed(3, "run", "trial.toml")
+    assert asked == ["nobody/nothing"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_counts_even_if_a_library_makes_an_error_of_it(
     work: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

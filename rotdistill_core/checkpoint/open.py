@@ -8,7 +8,9 @@ A reference is a folder, or of a kind that an installed source opens: an entry p
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,22 @@ from rotdistill_core.store.layout import RunLayout
 
 HUB_ID = "owner/name"
 """Kind of the ids of a model hub."""
+_may_download: ContextVar[bool] = ContextVar("may_download", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Let sources give what is on this machine, and nothing else: for a plan or a check."""
+    token = _may_download.set(False)
+    try:
+        yield
+    finally:
+        _may_download.reset(token)
+
+
+def may_download() -> bool:
+    """Return whether a source may fetch a model now; where not, it raises `ModelNotAvailable`."""
+    return _may_download.get()
 
 
 def open_model(ref: ModelRef, log: Log = lambda _: None, hashes: FileHashes | None = None) -> Model:
@@ -148,6 +166,7 @@ def locate_model(ref: ModelRef, log: Log = lambda _: None) -> Path:
     """Return the local folder that a reference names; a source may make or download it.
 
     Raises:
+        ModelNotAvailable: it would have to be downloaded `without_downloads`.
         SetupError: there is no such model, or its source cannot get it.
         PluginError: no installed source opens references of this kind.
     """

@@ -182,7 +182,7 @@ def _draft(row: Row, use: Use, meant: Mapping[str, str]) -> Draft:
         question=turns[-1].content if turns else "",
         answer=answer,
         topic=_name(row, "topic") or _name(row, "place"),
-        has_group=row.has("topic"),
+        has_group=bool(_name(row, "topic")),
         earlier=tuple(turns[:-1]),
         system=system,
         facts=_claims(row, "facts"),

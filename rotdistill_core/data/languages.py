@@ -55,6 +55,14 @@ def told_languages(texts: Mapping[str, str], known: Iterable[str] = ()) -> dict[
     return told
 
 
+def can_be_told(language: str) -> bool:
+    """Return whether texts can be told to be in a language, a code or tag as rows have it.
+
+    Codes of three letters cannot, nor `und`.
+    """
+    return language.partition("-")[0] in _model().labels
+
+
 @cache
 def _model() -> _Model:
     """Return the model; lessons ask it block by block, and loading it takes most of a second."""

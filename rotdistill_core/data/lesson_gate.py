@@ -45,6 +45,11 @@ class Reason(StrEnum):
     EMPTY = "the answer is empty"
 
 
+def _asked(conversation: Conversation) -> str:
+    """Return all turns before the answer: an earlier one may name what the question is about."""
+    return "\n".join(turn.content for turn in conversation.turns)
+
+
 def one_line(text: str) -> str:
     """Return the question in what the teacher wrote as a user's turn: its first line, if it is one.
 
@@ -92,13 +97,13 @@ class Gate:
             forms: of questions, in the languages at hand.
         """
         known = [
-            f"{each.topic} {each.question} {each.answer or ''}"
+            f"{each.topic} {each.words}"
             for each in conversations
             if each.split in (Split.FIT, Split.VALIDATION)
         ]
         known += forms
         heldout = [each for each in conversations if each.split == Split.HELDOUT]
-        names = names_in(((each.question, each.topic) for each in heldout), known)
+        names = names_in(((_asked(each), each.topic) for each in heldout), known)
         validation = {each.topic for each in conversations if each.split == Split.VALIDATION}
         taken = (text for each in conversations for text in (each.question, each.answer) if text)
         return cls(Names(names), Names(validation), taken, _marked_languages(conversations))

@@ -25,15 +25,15 @@ def assign_splits(
     """Assign the texts of the index to splits.
 
     Copies of a text (the same question with the same answer, in any spelling that `comparable`
-    takes for the same) go to the same split, and so do the texts of one topic. Otherwise validation
-    would score a fitted text.
+    takes for the same, under any system prompt) go to the same split, and so do the texts of one
+    topic. Otherwise validation would score a fitted text.
 
     Args:
         drafts: the texts in shuffled order; the first are for validation.
         validation: share of the distinct texts that is for validation, at least one of them.
         heldout: share that is held out, at least one text, before validation takes its own; None
-            where the held-out texts have a file of their own. Texts with the same question then
-            stay together too.
+            where the held-out texts have a file of their own. Texts with the same question, under
+            any system prompt, then stay together too.
 
     Returns:
         Id -> split.
@@ -110,9 +110,10 @@ def _groups(drafts: Iterable[Draft], by_question: bool) -> list[list[Draft]]:
 
 def _keys(draft: Draft, by_question: bool) -> list[Hashable]:
     """Return the names of what ties a text to others."""
-    keys: list[Hashable] = [("text", draft.text_key)]
+    # The first part of both is the system prompt, which makes no other text of it.
+    keys: list[Hashable] = [("text", draft.text_key[1:])]
     if by_question:
-        keys.append(("question", draft.asked))
+        keys.append(("question", draft.asked[1:]))
     if draft.has_group:
         keys.append(("topic", comparable_name(draft.topic)))
     return keys

@@ -269,7 +269,7 @@ def _guard_texts(drafts: Iterable[Draft]) -> list[Conversation]:
     """
     texts: dict[tuple[str, ...], Draft] = {}
     for draft in shuffled(drafts):
-        texts.setdefault(draft.text_key, draft)
+        texts.setdefault(draft.text_key[1:], draft)  # under any system prompt
     return [
         _conversation(draft, Split.GUARD_VALIDATION if number % 2 else Split.GUARD)
         for number, draft in enumerate(texts.values())
@@ -339,8 +339,9 @@ def _require_every_split(
     if empty:
         path = heldout if heldout and empty == {Split.HELDOUT} else index
         raise RecipeError(
-            f"{path}: too few different texts, none for: {', '.join(sorted(empty))}. Copies, and "
-            "texts of one topic, stay together; add texts that differ, about other topics."
+            f"{path}: too few different texts, none for: {', '.join(sorted(empty))}. Copies, texts "
+            "of one topic, and texts that ask the same where a share is held out, stay together "
+            "(whatever their system prompts); add texts that differ, about other topics."
         )
 
 

@@ -67,9 +67,14 @@ def _unanswered(conversations: Sequence[Conversation]) -> int:
     )
 
 
-def _different(conversations: Iterable[Conversation]) -> int:
-    """Return how many texts there are if copies count once; what has no answer is no copy."""
-    return len({each.words if each.answer is not None else each.id for each in conversations})
+def _scored_for_validation(conversations: Iterable[Conversation]) -> int:
+    """Return on how many different texts for validation a step is judged.
+
+    These are the teacher's own answers where it answers any (`evaluation.acceptance.scored_rows`).
+    """
+    texts = [each for each in conversations if each.split == Split.VALIDATION]
+    own = [each for each in texts if each.id.endswith(OWN_ANSWER)]
+    return len({(each.system, each.words) for each in own or texts})
 
 
 def text_notes(
@@ -90,7 +95,7 @@ def text_notes(
     if unanswered:
         rows = "1 row has" if unanswered == 1 else f"{unanswered} rows have"
         yield f"texts: {rows} no answer: the teacher writes it (samples.own_answers)."
-    validated = _different(each for each in conversations if each.split == Split.VALIDATION)
+    validated = _scored_for_validation(conversations)
     if judged and validated < FEWEST_SCORED:
         texts = "text is" if validated == 1 else "texts are"
         steps = ", ".join(f"`{name}`" for name in judged)

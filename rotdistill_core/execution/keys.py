@@ -146,7 +146,7 @@ def shared_code(pair: Pair) -> str:
 def start_key(pair: Pair, samples_digest: str, seed: int) -> str:
     """Return the key of the state before the first step."""
     models = [model.sha256 for model in pair.by_role.values()]
-    compute = (str(pair.student.dtype), pair.student.device.type)
+    compute = [f"{model.dtype} {model.device.type}" for model in pair.by_role.values()]
     return digest(*models, shared_code(pair), samples_digest, seed, *compute)
 
 

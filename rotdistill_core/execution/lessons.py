@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rotdistill_core.data.chat import Message
 from rotdistill_core.data.conversations import Conversation, Turn
-from rotdistill_core.data.languages import NO_LANGUAGE, told_languages
+from rotdistill_core.data.languages import NO_LANGUAGE, can_be_told, told_languages
 from rotdistill_core.data.lesson_gate import Gate, Reason, one_line
 from rotdistill_core.data.lessons import (
     TRIES,
@@ -217,17 +217,18 @@ class _Writer:
     def _foreign(self, block: Sequence[Candidate], questions: Mapping[str, str]) -> set[str]:
         """Return the candidates whose proposed question is not in the language that was wanted."""
         wanted = {
-            each.id: each.language
+            each.id: each.language.partition("-")[0]
             for each in block
-            if each.kind == LessonKind.DOMAIN and not each.question and questions[each.id]
+            if each.kind == LessonKind.DOMAIN
+            and not each.question
+            and questions[each.id]
+            and can_be_told(each.language)
         }
         if not wanted:
             return set()
         told = told_languages({name: questions[name] for name in wanted}, self._domain.languages)
         return {
-            name
-            for name, language in wanted.items()
-            if told[name] not in (language.partition("-")[0], NO_LANGUAGE)
+            name for name, language in wanted.items() if told[name] not in (language, NO_LANGUAGE)
         }
 
     def _proposed(self, block: Sequence[Candidate]) -> dict[str, Answer]:

@@ -16,25 +16,12 @@ from rotdistill_core.architecture.counts import require_counts
 from rotdistill_core.checkpoint.headers import TOKENIZERS, folder_headers, missing_files
 from rotdistill_core.checkpoint.models import Model
 from rotdistill_core.checkpoint.open import has_source, open_model
-from rotdistill_core.errors import SetupError
+from rotdistill_core.errors import ModelNotAvailable, SetupError
 from rotdistill_core.planning.shape import ModelShape
 from rotdistill_core.plugin.registry import adapter_for
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.plain import read_text
-
-
-class ModelNotAvailable(SetupError):
-    """A model that has neither local files nor a shipped config (exit code 3).
-
-    Args:
-        model: how the recipe names it.
-        found: what was looked for in vain; by default only that it is not here.
-    """
-
-    def __init__(self, model: str, found: str = "it is not here.") -> None:
-        super().__init__(f"{model}: {found}")
-        self.model = model
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from operator import attrgetter
 from pathlib import Path
 
 from rotdistill_core.checkpoint.models import Pair, require_vocabulary
-from rotdistill_core.checkpoint.open import require_in_current_folder
+from rotdistill_core.checkpoint.open import require_in_current_folder, without_downloads
 from rotdistill_core.data.conversations import Conversation, facts_digest
 from rotdistill_core.data.lessons import LessonTexts, checked_lesson_texts, lesson_notes
 from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.summary import text_notes, texts_in_words
-from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.errors import ModelNotAvailable, RecipeError, SetupError
 from rotdistill_core.execution.keys import keyed_steps, run_inputs
 from rotdistill_core.planning.answering import Asking, HasOutlook, Questions
 from rotdistill_core.planning.chats import (
@@ -46,12 +46,7 @@ from rotdistill_core.planning.cost import (
     teacher_answers_cost,
 )
 from rotdistill_core.planning.machine import BUSY, HOST, SHARED, Machine, load, this_machine
-from rotdistill_core.planning.models import (
-    ModelInfo,
-    ModelNotAvailable,
-    model_info,
-    needs_source,
-)
+from rotdistill_core.planning.models import ModelInfo, model_info, needs_source
 from rotdistill_core.planning.requirements import require_captured_states, required_results
 from rotdistill_core.planning.reuse import (
     FRESH,
@@ -314,6 +309,7 @@ class Plan:
             raise SetupError(f"{recipe}: does not fit here: {shortfalls}. Nothing was loaded.")
 
 
+@without_downloads()
 def build_plan(
     loaded: ResolvedRecipe,
     root: Path,
@@ -321,7 +317,7 @@ def build_plan(
     fresh: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return the plan of a recipe.
+    """Return the plan of a recipe; no model is downloaded.
 
     Args:
         loaded: the recipe.
@@ -331,7 +327,8 @@ def build_plan(
         log: receives lines for the user.
 
     Raises:
-        RotdistillError: models or texts of the recipe are missing, or its steps do not fit them.
+        ModelNotAvailable: a model is not here, nor a config that says how large it is.
+        RotdistillError: texts of the recipe are missing, or its steps do not fit the models.
     """
     recipe = loaded.recipe
     read: list[str] = []
@@ -408,6 +405,7 @@ def _counting_notes(texts: TextCounts) -> list[str]:
     ]
 
 
+@without_downloads()
 def check_against_models(
     loaded: ResolvedRecipe, conversations: Sequence[Conversation], style: str
 ) -> list[str]:
@@ -443,7 +441,12 @@ def check_against_models(
     if unseen:
         return list(dict.fromkeys(unseen))
     models = _models(loaded, lambda _: None)
-    _let_steps_check(loaded, models)
+    try:
+        _let_steps_check(loaded, models)
+    except ModelNotAvailable as error:
+        return [
+            f"{error.model}, which a step names: was not looked at, since that would download it."
+        ]
     machine = this_machine(Path())
     start = _start_context(recipe, models, conversations, style, machine)
     for chain in loaded.chains(narrow=False).values():

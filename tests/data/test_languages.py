@@ -9,7 +9,7 @@ import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from rotdistill_core.data import languages
-from rotdistill_core.data.languages import NO_LANGUAGE, SURE, told_languages
+from rotdistill_core.data.languages import NO_LANGUAGE, SURE, can_be_told, told_languages
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "index.tsv"
 
@@ -62,3 +62,10 @@ def test_short_texts_are_in_a_known_language() -> None:
     assert told_languages({"a": "ok"}, ["pt-BR"]) == {"a": "pt"}
     assert told_languages({"a": "1"}) == {"a": NO_LANGUAGE}
     assert told_languages({}, ["en"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("language", "can"), [("en", True), ("pt-BR", True), ("eng", False), (NO_LANGUAGE, False)]
+)
+def test_codes_that_the_model_does_not_know_cannot_be_told(language: str, can: bool) -> None:
+    assert can_be_told(language) is can

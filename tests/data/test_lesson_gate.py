@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from rotdistill_core.data.conversations import Conversation
+from rotdistill_core.data.conversations import Conversation, Turn
 from rotdistill_core.data.lesson_gate import Gate, Reason, one_line
 from rotdistill_core.data.lessons import Candidate, LessonKind
 from rotdistill_core.data.splits import Split
@@ -122,3 +122,13 @@ def test_a_proposed_question_has_a_mark_where_those_of_the_index_have_one(
     # Forms are the user's own, and general questions need none.
     assert gate.admits(Candidate(1, LessonKind.GENERAL, "und"), f"{question} indeed")
     assert gate.admits(Candidate(2, LessonKind.DOMAIN, language, question="x"), "Tell me of a mill")
+
+
+def test_a_topic_that_only_an_earlier_turn_names_is_held_out_too() -> None:
+    turns = (Turn("user", "Tell me about Angkor."), Turn("assistant", "It is in Cambodia."))
+    chat = Conversation("h", "en", Split.HELDOUT, "When was it built?", None, earlier=turns)
+    gate = Gate.of([*TEXTS, chat], [])
+    for question in ("What makes Angkor special?", "Is Cambodia large?"):
+        assert not gate.admits(PROPOSED, question)
+    assert gate.dropped == {Reason.HELDOUT_QUESTION: 2}
+    assert gate.admits(PROPOSED, "Where do most flamingos spend the winter?")

@@ -201,6 +201,43 @@ def test_copies_of_a_text_get_the_split_of_their_first() -> None:
     assert {name for name, split in splits.items() if split == Split.VALIDATION} == {"b0", "b3"}
 
 
+@pytest.mark.parametrize("heldout", [None, 0.25])
+def test_another_system_prompt_makes_no_other_text(heldout: float | None) -> None:
+    """A question that is held out is not fitted under another prompt, nor a text for validation."""
+    rows = [
+        replace(draft(f"b{k}", f"{k % 8}?", answer=f"{k % 8}"), system=f"Prompt {k // 8}.")
+        for k in range(24)
+    ]
+    splits = assign_splits(rows, 0.25, heldout)
+    for k in range(8):
+        assert len({splits[f"b{n}"] for n in (k, k + 8, k + 16)}) == 1
+    assert len({*splits.values()}) == (3 if heldout else 2)
+
+
+def test_a_question_with_other_answers_is_held_out_under_every_system_prompt() -> None:
+    rows = [
+        replace(draft(f"b{k}", f"{k % 8}?", answer=f"{k}"), system=f"Prompt {k // 8}.")
+        for k in range(24)
+    ]
+    splits = assign_splits(rows, 0.25, 0.25)
+    held = {f"{int(name[1:]) % 8}" for name, split in splits.items() if split == Split.HELDOUT}
+    others = {f"{int(name[1:]) % 8}" for name, split in splits.items() if split != Split.HELDOUT}
+    assert held
+    assert not held & others
+
+
+@pytest.mark.parametrize("form", ["jsonl", "tsv"])
+def test_texts_without_a_topic_have_none_in_common(tmp_path: Path, form: str) -> None:
+    rows = [{"question": f"w{k} w1?", "answer": f"w{k}", "topic": ""} for k in range(20)]
+    path = tmp_path / f"index.{form}"
+    if form == "jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    else:
+        write_table(path, ("question", "answer", "topic"), [[*row.values()] for row in rows])
+    found = splits_of(tmp_path, SamplesRef(index=path.name, heldout_share=0.2))
+    assert Counter(found.values()) == {"fit": 12, "validation": 4, "heldout": 4}
+
+
 def test_the_split_follows_ids_and_not_the_order_of_the_file(tmp_path: Path) -> None:
     rows = blurbs(12)
     first = splits_of(write_tables(tmp_path, rows))
@@ -358,8 +395,9 @@ def test_too_few_texts_are_refused(tmp_path: Path) -> None:
     assert "too few different texts" in problems_of(write_tables(tmp_path, blurbs(1)))[0]
     (problem,) = problems_of(write_tables(tmp_path, blurbs(4), []))
     assert problem == (
-        f"{tmp_path / 'heldout.tsv'}: too few different texts, none for: heldout. Copies, and "
-        "texts of one topic, stay together; add texts that differ, about other topics."
+        f"{tmp_path / 'heldout.tsv'}: too few different texts, none for: heldout. Copies, texts "
+        "of one topic, and texts that ask the same where a share is held out, stay together "
+        "(whatever their system prompts); add texts that differ, about other topics."
     )
 
 

@@ -90,3 +90,14 @@ def test_copies_for_validation_count_once(tmp_path: Path) -> None:
     copies = [replace(one, id=each.id) for each in others]
     notes = list(text_notes([one, *copies], ref, "m", ["head"]))
     assert "texts: only 1 text is for validation" in notes[0]
+
+
+def test_questions_that_the_teacher_answers_count_once_for_validation(tmp_path: Path) -> None:
+    """A step is judged on the teacher's own answers alone, where there are any."""
+    write(tmp_path / "i.jsonl", rows(20))
+    for share, few in ((0.1, True), (0.2, False)):
+        ref = SamplesRef(index="i.jsonl", heldout_share=0.2, validation=share, own_answers=8)
+        found, _ = read_conversations(ref, tmp_path)
+        assert sum(each.split == "validation" for each in found) >= 4
+        notes = list(text_notes(found, ref, "m", ["head"]))
+        assert any("only 2 texts are for validation" in each for each in notes) == few

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.open import open_pair
 from rotdistill_core.data.conversations import facts_digest
 from rotdistill_core.data.reading import read_conversations
@@ -14,13 +16,14 @@ from rotdistill_core.execution.keys import (
     evaluation_key,
     keyed_steps,
     run_inputs,
+    start_key,
 )
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.recipe.load import load_recipe
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.hashing import digest
 from rotdistill_core.store.ledger import Ledger
-from rotdistill_core.testing import PicoWorkspace
+from rotdistill_core.testing import PicoWorkspace, pico_model
 
 STEPS = """
 variants = { base = [], full = ["basis", "fold"] }
@@ -124,3 +127,11 @@ def test_keys_are_those_in_the_ledger_of_a_run(
     assert saved == {
         variant: checkpoint_key(variant, last[variant], "bfloat16") for variant in last
     }
+
+
+@pytest.mark.parametrize("role", ["teacher", "student", "anchor"])
+def test_the_start_depends_on_how_each_model_computes(tmp_path: Path, role: str) -> None:
+    model = pico_model(tmp_path / "model")
+    wide = replace(model, ref=model.ref.model_copy(update={"dtype": "float64"}))
+    pair = Pair(model, model, model)
+    assert start_key(replace(pair, **{role: wide}), "texts", 0) != start_key(pair, "texts", 0)

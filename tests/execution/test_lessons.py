@@ -272,6 +272,26 @@ def test_questions_in_another_language_are_dropped(
     assert "the question is in another language" in summary["dropped"]
 
 
+def test_a_language_that_cannot_be_told_drops_no_question(
+    executor: Callable[..., Executor],
+    teacher: Callable[[Write], list[Asked]],
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = work / "texts" / "index.tsv"
+    text = index.read_text(encoding="utf-8").replace("\ten\t", "\teng\t")
+    assert "\teng\t" in text
+    index.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(
+        "rotdistill_core.execution.lessons.told_languages",
+        lambda texts, _: dict.fromkeys(texts, "en"),
+    )
+    teacher(lambda name, _: [*own(name), END])
+    run = executor("run", *sets(12, general=0.0), "lessons.from=teacher")
+    lessons = [each for each in run.samples().layout.texts if each.id.endswith(".lesson")]
+    assert [each.language for each in lessons] == ["eng"] * 12
+
+
 def test_a_base_model_without_a_template_proposes_questions_too(
     executor: Callable[..., Executor],
     teacher: Callable[[Write], list[Asked]],

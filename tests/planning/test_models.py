@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rotdistill_core.errors import SetupError
-from rotdistill_core.planning.models import ModelNotAvailable, model_info
+from rotdistill_core.errors import ModelNotAvailable, SetupError
+from rotdistill_core.planning.models import model_info
 from rotdistill_core.recipe.document import ModelRef
 from rotdistill_core.testing import pico_model, save_folder
 

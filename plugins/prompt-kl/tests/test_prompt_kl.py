@@ -338,6 +338,26 @@ def test_lessons_are_no_topics(tmp_path: Path) -> None:
     assert lesson not in _method._texts_with_topics(samples)
 
 
+def test_a_topic_for_validation_is_not_trained_on() -> None:
+    """Texts about one place may be in both splits, and the teacher continues them alike."""
+    texts = [
+        Conversation("v", "en", Split.VALIDATION, "w1", "w3", "Old Town"),
+        Conversation("a", "en", Split.FIT, "w2", "w3", "old  town"),
+        Conversation("b", "en", Split.FIT, "w4", "w3", "w6"),
+        Conversation("c", "en", Split.FIT, "w5", "w3", "w6"),
+    ]
+    samples = Samples(SAMPLES.layout, tuple(texts), SAMPLES.style)
+    assert [each.id for each in _method._texts_with_topics(samples)] == ["v", "b", "c"]
+
+
+def test_a_remedy_brings_the_answers_that_it_trains_on(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model", seed=1)
+    _, out = distilled(Pair(model, model), tmp_path, **OPTIONS)
+    assert out.report.refused
+    [remedy] = [each for each in out.report.remedies if "answers" in each.what]
+    assert remedy.sets == ('prompts_from=["questions"]', "samples.own_answers=64")
+
+
 def test_a_baked_prompt_is_learned_from_the_teacher_that_reads_it(tmp_path: Path) -> None:
     model = pico_model(tmp_path / "model", seed=1)
     pair, samples = Pair(model, model), answered_samples()

@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
 from rotdistill_sources._hub import FILES, NOT_FILES
 
-from rotdistill_core.checkpoint.open import locate_model
-from rotdistill_core.errors import SetupError
+from rotdistill_core.checkpoint.open import locate_model, without_downloads
+from rotdistill_core.errors import ModelNotAvailable, SetupError
 from rotdistill_core.recipe.document import ModelRef
 
 INDEX = "model.safetensors.index.json"
@@ -53,6 +53,19 @@ def test_a_model_that_is_nowhere_is_refused_by_name(name: str, revision: str | N
     ):
         locate_model(ModelRef(model=name, revision=revision), lines.append)
     assert lines == [f"{name}: not in the local cache, downloading"]
+
+
+@pytest.mark.usefixtures("snapshot")
+def test_nothing_is_asked_of_the_hub_where_nothing_may_be_downloaded() -> None:
+    lines: list[str] = []
+    with without_downloads():
+        assert locate_model(ModelRef(model="somebody/small"), lines.append).is_dir()
+        for name in ("somebody/other", "hub:somebody/other@v3"):
+            with pytest.raises(ModelNotAvailable, match=r"^somebody/other: is not, or not wholly"):
+                locate_model(ModelRef(model=name), lines.append)
+    assert lines == []
+    with pytest.raises(SetupError, match="the hub did not give it"):
+        locate_model(ModelRef(model="somebody/other"), lines.append)
 
 
 PARTS = {

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from rotdistill_core.checkpoint.lora import Lora, read_lora
 from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
+from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError, RotdistillError, SetupError
-from rotdistill_core.evaluation.acceptance import interpolate
+from rotdistill_core.evaluation.acceptance import TextScores, interpolate
+from rotdistill_core.evaluation.kl_scorer import EditScorer
 from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
 from rotdistill_core.planning.machine import this_machine
 from rotdistill_core.planning.plan import build_plan
@@ -292,6 +294,25 @@ def test_a_guard_limits_the_change(tmp_path: Path, transport: Carry, base: Model
     assert kept <= before
 
 
+@pytest.mark.parametrize("_", range(8))
+def test_each_share_has_its_own_score_under_the_guard(
+    tmp_path: Path, transport: Carry, base: Model, monkeypatch: pytest.MonkeyPatch, _: int
+) -> None:
+    """A view that is scored and gone may leave its address to the next one."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    start = base.weights[name].double()
+
+    def distance(_: EditScorer, view: Weights, split: Split) -> TextScores:
+        far = float((view[name].double() - start).norm())
+        kl = far if split == Split.GUARD_VALIDATION else 1 / (1 + far)
+        return TextScores(torch.full((4,), kl, dtype=torch.float64), torch.ones(4).double())
+
+    monkeypatch.setattr(EditScorer, "__call__", distance)
+    found = chosen(transport, base, tmp_path, guard=1.0, strengths=(10.0,))
+    by_share = list(found.notes["guard KL by strength"].values())
+    assert [kl / by_share[0] for kl in by_share] == pytest.approx([1.0, 0.5, 0.25, 0.1])
+
+
 @pytest.mark.parametrize("kind", ["whole", "lora"])
 def test_a_plan_states_what_is_written(tmp_path: Path, base: Model, kind: str) -> None:
     workspace = PicoWorkspace(tmp_path)
@@ -383,3 +404,15 @@ def test_a_base_that_says_where_it_is(tmp_path: Path, transport: Carry, base: Mo
     adapter = write_adapter(tmp_path / "lora", base, base_model_name_or_path=str(base.folder))
     student = saved(scramble(base.weights, 3)[0], base, tmp_path / "student")
     assert transport(adapter, student).notes["maps from"] == "weights"
+
+
+def test_the_base_that_a_lora_names_is_an_input_of_the_step(tmp_path: Path, base: Model) -> None:
+    named = saved(base.weights, base, tmp_path / "named")
+    adapter = write_adapter(tmp_path / "lora", base, base_model_name_or_path=str(named.folder))
+    step = Transport(source=str(adapter))
+    before = step.inputs()
+    assert before == Transport(source=str(adapter), base=str(named.folder)).inputs()
+    shutil.rmtree(named.folder)
+    elsewhere = Transport(source=str(adapter)).inputs()
+    saved(scramble(base.weights, 3)[0], base, named.folder)
+    assert len({*map(tuple, (before, elsewhere, step.inputs()))}) == 3

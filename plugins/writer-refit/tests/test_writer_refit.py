@@ -23,7 +23,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.data.conversations import Conversation
-from rotdistill_core.data.packed import PackedTexts, Samples
+from rotdistill_core.data.packed import PackedTexts, Samples, Text
 from rotdistill_core.data.shards import in_shard
 from rotdistill_core.data.splits import Split
 from rotdistill_core.errors import RecipeError
@@ -166,10 +166,13 @@ def test_refit_brings_a_cut_student_nearer_to_its_teacher(
 def test_plain_rows_count_the_shared_prompt_once_for_each_fit_text(
     teacher: Model, samples: Samples
 ) -> None:
-    layout = samples.layout.select(Split.FIT, Split.VALIDATION)
+    few = samples.layout.select(Split.FIT, Split.VALIDATION)
+    texts = sum(text.split == Split.FIT for text in few.texts)
+    # A plain text does not begin with the prompt.
+    alone = Text("general.lesson", "en", Split.FIT, (1, 2, 3), 0, plain=True)
+    layout = PackedTexts((*few.texts, alone), few.prefix)
     forward = LayerwiseForward(teacher.weights, layout, torch.device("cpu"), torch.float32)
     targets = torch.ones(layout.rows, 4)
-    texts = sum(text.split == Split.FIT for text in layout.texts)
     distinct = layer_problem(
         WriterRefit(row_weighting="distinct"), targets.__getitem__, forward, samples
     )

@@ -15,10 +15,10 @@ from rich.table import Column
 from rotdistill_commands._arguments import log
 from rotdistill_commands._cluster import cluster_document, cluster_notes, cluster_table
 from rotdistill_core import hookimpl
+from rotdistill_core.errors import ModelNotAvailable
 from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.cluster import cluster_of
 from rotdistill_core.planning.machine import this_machine
-from rotdistill_core.planning.models import ModelNotAvailable
 from rotdistill_core.planning.plan import (
     Plan,
     PlanLine,

@@ -21,6 +21,7 @@ from rotdistill_core.data.conversations import CONTINUED, LESSON, OWN_ANSWER
 from rotdistill_core.data.packed import PackedTexts, Text
 from rotdistill_core.data.shards import in_shard
 from rotdistill_core.data.splits import Split
+from rotdistill_core.data.text_files import comparable_name
 from rotdistill_core.data.tokenization import prompt_tokens, shared_prefix_length, with_prompt
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.acceptance import (
@@ -88,12 +89,15 @@ def distil(
     saved = SavedTraining(out, ranks)
     trained = trained_weights(step, weights, targets, saved, out, progress)
     remedies = [Remedy("a lower learning rate", (f"learning_rate={step.peak_rate / 4:g}",))]
+    if "questions" in step.prompts_from:
+        remedies.append(MORE_TEXTS)
     if step.prompts_from != ("questions",):
         answers = "the teacher's answers instead of its continuations"
-        remedies.append(Remedy(answers, ('prompts_from=["questions"]',)))
+        asks = () if _teacher_answers(samples) else ("samples.own_answers=64",)
+        remedies.append(Remedy(answers, ('prompts_from=["questions"]', *asks)))
     kept = weights
     if trained is None:
-        refuse(out, "training did not lower the validation KL", [*remedies, MORE_TEXTS])
+        refuse(out, "training did not lower the validation KL", remedies)
     else:
         score = partial(targets.scores, samples)
         kept = accept_if_better(weights, trained, score, guard, out, remedies)
@@ -217,7 +221,11 @@ def _naming(conversation: Conversation) -> Conversation:
 
 
 def _texts_with_topics(samples: Samples) -> list[Conversation]:
-    """Return the texts with a topic, without held-out ones and those that the teacher wrote."""
+    """Return the texts with a topic, without held-out ones and those that the teacher wrote.
+
+    A topic for validation is not trained on: the continuation of one `place` is the same in all
+    texts about it, and these may be in both splits.
+    """
     questions = [
         each
         for each in samples.conversations
@@ -225,7 +233,15 @@ def _texts_with_topics(samples: Samples) -> list[Conversation]:
         and each.split in (Split.FIT, Split.VALIDATION)
         and not each.id.endswith((OWN_ANSWER, LESSON))
     ]
-    return list({question.id: question for question in questions}.values())
+    validated = {comparable_name(q.topic) for q in questions if q.split == Split.VALIDATION}
+    return list(
+        {
+            question.id: question
+            for question in questions
+            if question.split == Split.VALIDATION
+            or comparable_name(question.topic) not in validated
+        }.values()
+    )
 
 
 # Training.

@@ -20,11 +20,11 @@ from rotdistill_core.data.reading import read_conversations
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.text_files import foreign_characters
 from rotdistill_core.data.vocabularies import have_vocabularies, require_one_vocabulary
-from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.errors import ModelNotAvailable, RecipeError, SetupError
 from rotdistill_core.planning.calibration import kept_profile
 from rotdistill_core.planning.chats import planned_chats, position_limit
 from rotdistill_core.planning.machine import Machine, this_machine
-from rotdistill_core.planning.models import ModelNotAvailable, model_info
+from rotdistill_core.planning.models import model_info
 from rotdistill_core.planning.plan import Plan, build_plan, format_bytes
 from rotdistill_core.planning.rates import ASSUMED
 from rotdistill_core.planning.text_counts import token_counter

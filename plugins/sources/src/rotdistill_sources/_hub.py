@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from rotdistill_core.checkpoint.headers import TEMPLATE_FOLDER, TOKENIZERS, missing_files
 from rotdistill_core.checkpoint.models import TOKENIZER_FILES
-from rotdistill_core.errors import SetupError
+from rotdistill_core.checkpoint.open import may_download
+from rotdistill_core.errors import ModelNotAvailable, SetupError
 from rotdistill_core.store.layout import RunLayout
 
 FILES = [
@@ -36,12 +37,19 @@ def download(name: str, revision: str | None, log: Callable[[str], None]) -> Pat
         log: shows one line to the user.
 
     Raises:
+        ModelNotAvailable: it is not in the cache, and nothing may be downloaded now.
         SetupError: the hub does not give the model, or does not hold a whole one.
     """
     cached = _cached(name, revision)
     missing = missing_files(cached) if cached else []
     if cached and not missing:
         return cached
+    if not may_download():
+        raise ModelNotAvailable(
+            name,
+            "is not, or not wholly, in the local cache of the hub. `rotdistill run` downloads it; "
+            f"so does `hf download {name}{f' --revision {revision}' if revision else ''}`.",
+        )
     part = f"only partly in the local cache ({', '.join(missing)} missing)"
     log(f"{name}: {part if cached else 'not in the local cache'}, downloading")
     try:

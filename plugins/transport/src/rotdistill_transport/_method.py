@@ -197,12 +197,15 @@ def _best(
 
     The part is decided on at the strength that is nearest to 1.
     """
-    known: dict[tuple[int, Split], TextScores] = {}
+    known: list[tuple[Weights, Split, TextScores]] = []
 
     def score(view: Weights, split: Split) -> TextScores:
-        if (id(view), split) not in known:
-            known[id(view), split] = scorer(view, split)
-        return known[id(view), split]
+        for scored, its_split, scores in known:
+            if scored is view and its_split == split:
+                return scores
+        # It holds the view itself: that of another one may come to lie at the same address.
+        known.append((view, split, scorer(view, split)))
+        return known[-1][2]
 
     start = _nearest_to_one(step.strengths)
     views: dict[tuple[str, float], Weights] = {}

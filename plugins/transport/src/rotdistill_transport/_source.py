@@ -78,6 +78,21 @@ def open_source(step: Transport, pair: Pair) -> Source:
     return _whole(step.source, model, base)
 
 
+def base_that_is_here(source: str) -> str:
+    """Return the folder that a LoRA names as its base, where there is one; empty otherwise.
+
+    Raises:
+        SetupError: there is no such fine-tune.
+    """
+    folder = locate_model(reference_of(source))
+    named = read_adapter_config(folder).base if is_adapter(folder) else ""
+    return named if _is_here(named) else ""
+
+
+def _is_here(name: str) -> bool:
+    return bool(name) and (Path(name).expanduser() / RunLayout.CONFIG).is_file()
+
+
 def _base(step: Transport, pair: Pair, config: AdapterConfig | None) -> Model:
     """Return the model that the fine-tune started from.
 
@@ -93,7 +108,7 @@ def _base(step: Transport, pair: Pair, config: AdapterConfig | None) -> Model:
     for model in (pair.student, pair.teacher):
         if named and named == model.ref.model:
             return model
-    if named and (Path(named).expanduser() / RunLayout.CONFIG).is_file():
+    if _is_here(named):
         return open_model(ModelRef(model=named))
     says = f"names {named}, which is not here" if named else "does not say which"
     what = f"the LoRA {says}" if config else "a whole model does not say which"

@@ -106,8 +106,12 @@ class Transport:
     def inputs(self) -> list[str]:
         """Return the content of the fine-tune and of its base, on which the result depends too."""
         from rotdistill_core.checkpoint.references import content_digest
+        from rotdistill_transport._source import base_that_is_here
 
-        names = [name for name in (self.source, self.base) if name]
+        base = self.base
+        if not base and self.source not in OF_RECIPE:
+            base = base_that_is_here(self.source)
+        names = [name for name in (self.source, base) if name]
         return [name if name in OF_RECIPE else content_digest(name) for name in names]
 
     def check_models(self, pair: Pair) -> None:

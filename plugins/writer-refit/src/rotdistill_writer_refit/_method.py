@@ -217,7 +217,7 @@ def layer_problem(
         counts = torch.ones(layout.rows, dtype=torch.float64)
         if step.row_weighting == "plain":
             # The prompt's rows are stored once; here they count once for each fitted text.
-            counts[: layout.prefix] = sum(text.split == Split.FIT for text in layout.texts)
+            counts[: layout.prefix] = sharing_texts(layout)
     return LayerProblem(targets, counts.float(), layout.split(Split.FIT))
 
 
