@@ -305,6 +305,11 @@ def converted_bytes(shape: ModelShape, number: int) -> int:
     return 0 if DTYPE_BYTES[shape.stored] == number else number
 
 
+def logit_bytes(context: CostContext) -> int:
+    """Return the bytes of a number where logits are compared: float32 at least."""
+    return max(context.student_bytes, FLOAT32_BYTES)
+
+
 def logits_memory(context: CostContext, rows: float) -> float:
     """Return the memory of a comparison of logits: both heads, and blocks of logits of some rows.
 
@@ -312,11 +317,21 @@ def logits_memory(context: CostContext, rows: float) -> float:
         context: the models.
         rows: how many rows are compared; at most `LOGIT_ROWS` of them at once.
     """
+    student, teacher, number = context.student, context.teacher, logit_bytes(context)
+    per_token = student.width * converted_bytes(student, number)
+    per_token += teacher.width * converted_bytes(teacher, number)
+    return student.vocab * per_token + _logit_blocks(context, rows)
+
+
+def logits_device_memory(context: CostContext, rows: float) -> float:
+    """Return what a comparison of logits takes of the student's GPU, where no head is mapped."""
     student, teacher = context.student, context.teacher
-    per_token = student.width * converted_bytes(student, context.student_bytes)
-    per_token += teacher.width * converted_bytes(teacher, context.student_bytes)
-    block = LOGIT_BLOCKS * min(LOGIT_ROWS, rows) * student.vocab * context.student_bytes
-    return student.vocab * per_token + block
+    heads = student.vocab * (student.width + teacher.width) * logit_bytes(context)
+    return heads + _logit_blocks(context, rows)
+
+
+def _logit_blocks(context: CostContext, rows: float) -> float:
+    return LOGIT_BLOCKS * min(LOGIT_ROWS, rows) * context.student.vocab * logit_bytes(context)
 
 
 def answer_rows(context: CostContext, split: str) -> float:
@@ -524,6 +539,7 @@ def scoring_cost(context: CostContext, rows: int, scored: float) -> Cost:
     return replace(
         walk,
         host_bytes=walk.host_bytes + teacher_states + logits_memory(context, scored),
+        device_bytes=max(walk.device_bytes, logits_device_memory(context, scored)),
         operations=walk.operations + 2.0 * scored * student.vocab * (student.width + teacher.width),
         activations=walk.activations + LOGIT_BLOCKS * scored * student.vocab,
         read_bytes=walk.read_bytes + heads,
@@ -688,6 +704,7 @@ def evaluation_cost(context: CostContext) -> Cost:
     return replace(
         walk,
         host_bytes=walk.host_bytes + logits + frames,
+        device_bytes=max(walk.device_bytes, logits_device_memory(context, compared)),
         operations=walk.operations + heads,
         activations=walk.activations + float(LOGIT_BLOCKS * rows * student.vocab),
     )

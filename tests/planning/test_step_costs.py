@@ -17,7 +17,9 @@ from rotdistill_core.planning.cost import (
     Kernel,
     answer_rows,
     context_after,
+    evaluation_cost,
     forward_cost,
+    scoring_cost,
     step_cost,
 )
 from rotdistill_core.plugin.registry import step_class
@@ -421,3 +423,33 @@ def test_a_head_adds_up_one_sum_of_both_models_rows(deep: CostContext) -> None:
     assert (added.times, added.dealt) == (1, False)
     assert 0 < cost.dealt_operations < cost.operations
     assert cost_of("lm-head-ridge", deep, objective="next-token").added_up == ()
+
+
+@pytest.mark.parametrize("stored", [2, 4])
+def test_both_heads_lie_on_the_gpu_in_float32(deep: CostContext, stored: int) -> None:
+    """Whatever models compute in; so do the logits, and nothing there is memory-mapped."""
+    context = replace(deep, student_bytes=stored, teacher_bytes=stored)
+    heads = context.student.vocab * (context.student.width + context.teacher.width) * FLOAT32_BYTES
+    logits = context.student.vocab * 100 * FLOAT32_BYTES
+    assert scoring_cost(context, 100, 100).device_bytes > heads + logits
+    assert evaluation_cost(context).device_bytes > heads
+    own = context.student.vocab * context.student.width * FLOAT32_BYTES
+    assert cost_of("lm-head-ridge", context).device_bytes > heads + 3 * own
+    trained = cost_of("prompt-kl", context, prompts_from=("questions",))
+    assert trained.device_bytes > context.student.parameters() * stored + heads - own
+
+
+def test_a_head_that_is_fitted_to_the_kl_takes_longer(deep: CostContext) -> None:
+    ridge, kl, longer = (
+        cost_of("lm-head-ridge", deep, **options).operations
+        for options in ({}, {"objective": "kl"}, {"objective": "kl", "max_iter": 240})
+    )
+    assert longer - ridge == pytest.approx(10 * (kl - ridge))
+    assert kl > ridge
+    outside = {
+        "rows": {**deep.texts.rows, Split.GUARD_VALIDATION: 40},
+        "texts": {**deep.texts.texts, Split.GUARD_VALIDATION: 4},
+    }
+    guarded = replace(deep, texts=replace(deep.texts, **outside))
+    assert cost_of("lm-head-ridge", guarded).operations > ridge
+    assert cost_of("lm-head-ridge", guarded, guard="off").operations == ridge

@@ -11,7 +11,7 @@ from rotdistill_core import hookimpl, step
 from rotdistill_core.data.batching import BLOCK_TEXTS
 from rotdistill_core.data.splits import Split
 from rotdistill_core.data.vocabularies import require_one_vocabulary
-from rotdistill_core.evaluation.guard import Guard
+from rotdistill_core.evaluation.guard import Guard, is_guarded
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import (
     FLOAT64_BYTES,
@@ -23,6 +23,7 @@ from rotdistill_core.planning.cost import (
     answer_rows,
     converted_bytes,
     forward_cost,
+    logit_bytes,
 )
 from rotdistill_core.plugin.caveats import Caveat, ridge_caveats
 
@@ -83,9 +84,11 @@ class LmHeadRidge:
         are judged by, and alone scores heads.
 
         In memory are one block of texts, the moments, the rows that heads are judged by, both
-        heads, three new heads, and blocks of logits.
+        heads, three new heads, and blocks of logits. All of that but blocks and moments lies where
+        the student computes, in float32 at least.
         """
         student, teacher, number = context.student, context.teacher, context.student_bytes
+        wide = logit_bytes(context)
         texts = context.texts
         fit_texts = min(self.max_texts or texts.texts_of(Split.FIT), texts.texts_of(Split.FIT))
         rows = texts.rows_of(Split.FIT, limit=self.max_texts) + texts.rows_of(Split.VALIDATION)
@@ -109,26 +112,58 @@ class LmHeadRidge:
         states += block_rows * (student.width + teacher.width) * number
         # Integers of two limbs, what they are added from, and the sums themselves.
         moments = 4 * student.width * (student.width + teacher.width) * FLOAT64_BYTES
-        # Probabilities of the map's fit rows, and their logits.
-        targets = 0 if self.objective == "ridge" else self.max_rows * self.max_tokens * number * 2
-        logits = 3 * min(BLOCK_ROWS, rows) * student.vocab * number
         # Heads that are stored in another dtype than is computed in are copied.
-        copied = student.width * converted_bytes(student, number)
-        copied += teacher.width * converted_bytes(teacher, number)
-        # Every candidate of the default grid reads both heads on every scored row.
-        scored = min(SCORED_ROWS, answer_rows(context, Split.VALIDATION))
-        scores = 10.0 * scored * student.vocab * (student.width + teacher.width)
-        host = states + moments + 3 * head + student.vocab * copied + logits + targets
+        copied = student.width * converted_bytes(student, wide)
+        copied += teacher.width * converted_bytes(teacher, wide)
+        held = self._held_bytes(context, rows)
+        host = states + moments + student.vocab * copied + held
+        device = student.vocab * (student.width + teacher.width) * wide + held
+        scores = self._scores(context)
         return replace(
             cost,
             host_bytes=cost.host_bytes + host,
+            device_bytes=max(cost.device_bytes, device),
             disk_bytes=head,
-            operations=cost.operations + scores,
-            activations=cost.activations + 5.0 * LOGIT_BLOCKS * scored * student.vocab,
+            operations=cost.operations + scores.operations,
+            activations=cost.activations + scores.activations,
             dealt_operations=cost.operations,
             added_up=added_up,
             gathered=(Gathered(gathered, blocks),),
         )
+
+    def _held_bytes(self, context: CostContext, rows: int) -> float:
+        """Return the memory of three new heads, of blocks of logits, and of the map's targets."""
+        vocab, wide = context.student.vocab, logit_bytes(context)
+        heads = 3 * vocab * context.student.width * wide
+        logits = 3 * min(BLOCK_ROWS, rows) * vocab * wide
+        # Probabilities of the map's fit rows, and their logits.
+        targets = 0 if self.objective == "ridge" else self.max_rows * self.max_tokens * wide * 2
+        return heads + logits + targets
+
+    def _scores(self, context: CostContext) -> Cost:
+        """Return the work of judging heads, and of fitting the map, if all its steps are made."""
+        student, teacher = context.student, context.teacher
+        scored = min(SCORED_ROWS, answer_rows(context, Split.VALIDATION))
+        # Every candidate of the default grid reads both heads on every scored row.
+        judged = scored
+        if is_guarded(self.guard, context.texts):
+            judged += context.texts.rows_of(Split.GUARD_VALIDATION)
+        heads = student.vocab * (student.width + teacher.width)
+        cost = Cost(
+            operations=10.0 * judged * heads,
+            activations=5.0 * LOGIT_BLOCKS * judged * student.vocab,
+        )
+        if self.objective == "ridge":
+            return cost
+        # A step of L-BFGS takes the logits of the fit rows, forward and backward, once or twice,
+        # and the KL on validation rows.
+        rows = min(self.max_rows, answer_rows(context, Split.FIT))
+        logits = rows * min(self.max_tokens, student.vocab)
+        step = Cost(
+            operations=1.5 * 4 * logits * student.width + 2.0 * scored * heads,
+            activations=1.5 * 2 * logits + LOGIT_BLOCKS * scored * student.vocab,
+        )
+        return cost + step.repeated(self.max_iter)
 
     def context_after(self, context: CostContext) -> CostContext:
         """Return the context after the step: the head is a tensor of its own."""

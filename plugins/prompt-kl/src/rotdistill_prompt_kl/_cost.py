@@ -152,8 +152,12 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
         * texts.longest_answer
         * student.vocab
         * LOGIT_BLOCKS
-        * number
+        * wide
     )
+    # Both heads are multiplied in float32 at least. The student's own is there already, if it is
+    # computed in that.
+    wide_heads = teacher.vocab * teacher.width * wide
+    wide_heads += head * wide if wide != number else 0
 
     if step.train == "lora":
         kept = training_activations(student, tokens, number)
@@ -176,12 +180,16 @@ def _training_cost(step: PromptKl, context: CostContext, texts: TrainingTexts) -
 
     # Those of the student's own answers lie beside the others.
     states = texts.rows * teacher.width * context.teacher_bytes * (2 if step.on_policy else 1)
-    teacher_head = teacher.vocab * teacher.width * converted_bytes(teacher, context.teacher_bytes)
+    teacher_head = teacher.vocab * teacher.width * converted_bytes(teacher, wide)
     whole = student.parameters() * number
     adapter = 0.0 if step.rank == "full" else size * wide
     return Cost(
         host_bytes=states + teacher_head + edited * number + SUM_BYTES * size,
-        device_bytes=whole + kept + logits + size * (TRAINED_STATE * wide + LIMB_BYTES),
+        device_bytes=whole
+        + wide_heads
+        + kept
+        + logits
+        + size * (TRAINED_STATE * wide + LIMB_BYTES),
         disk_bytes=edited * number + adapter + SAVED_STATE * size * wide,
         operations=operations + teacher_logits,
         kernels=products(operations, 2 if step.bfloat16 else number),
