@@ -70,7 +70,10 @@ def main() -> None:
     )
     parser.add_argument("--neurons", nargs="+", type=int, default=[], help=f"of `neurons`, {sizes}")
     parser.add_argument(
-        "--lessons", type=int, default=0, help="answers to learn from, beside the recipes' 64"
+        "--lessons",
+        type=int,
+        default=0,
+        help="lessons to learn from, beside the recipe's own texts",
     )
     parser.add_argument("--no-train", action="store_true", help="leave out the trained LoRA")
     parser.add_argument(
@@ -87,7 +90,7 @@ def main() -> None:
     )
     if options.lessons:
         settings["lessons.count"] = options.lessons
-        settings["lessons.tokens"] = 24  # as long as the recipes' other answers
+        settings["lessons.tokens"] = 24  # as long as the answers that are scored
         settings["lessons.forms"] = str(ROOT / "samples" / "forms.tsv")
     source = run(RECIPES / "transport_source.toml", set=settings, observer=Progress())
     adapter = str(source.folder / "weights" / "lora" / "adapter")
