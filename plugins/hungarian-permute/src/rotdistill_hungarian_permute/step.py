@@ -31,7 +31,8 @@ class HungarianPermute:
     use: Literal["hungarian-permute"] = "hungarian-permute"
     criterion: Literal["weights", "activations"] = "weights"
     """`"weights"`: QK and OV circuits; gate, up and down. Models of different width
-    need a map of the stream before it. `"activations"`: attention maps; correlation of the input of `down_proj`."""
+    need a map of the stream before it. `"activations"`: attention maps; correlation of the input of
+    `down_proj`."""
     within_stage: PositiveInt = 1
     """A layer may be matched with any teacher layer of its stage of this many layers, one to one
     (1: the one at its depth)."""
