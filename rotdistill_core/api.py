@@ -18,8 +18,7 @@ from rotdistill_core.forward.ranks import start_ranks
 from rotdistill_core.planning.calibration import kept_profile
 from rotdistill_core.planning.machine import Machine, this_machine
 from rotdistill_core.planning.plan import Plan, build_plan
-from rotdistill_core.recipe.document import Recipe
-from rotdistill_core.recipe.load import load_recipe, resolve_recipe
+from rotdistill_core.recipe.load import load_recipe, with_overrides
 from rotdistill_core.recipe.resolved import ResolvedRecipe
 from rotdistill_core.store.layout import RUNS_FOLDER
 
@@ -102,13 +101,4 @@ def _resolve(
         return load_recipe(recipe, overrides)
     if not overrides:
         return recipe
-    # The resolved tables leave out what changes no result, such as the observers.
-    left_out = {
-        name: getattr(recipe.recipe, name)
-        for name, field in Recipe.model_fields.items()
-        if field.exclude
-    }
-    tables = {**recipe.resolved(), **left_out}
-    changed = resolve_recipe(recipe.path, recipe.text, tables, overrides)
-    both = None if recipe.sets is None else (*recipe.sets, *(changed.sets or ()))
-    return replace(changed, sets=both)
+    return with_overrides(recipe, overrides)

@@ -8,7 +8,9 @@ show a text in another order than it has.
 from __future__ import annotations
 
 import json
+import math
 import re
+from typing import Any
 
 UNSEEN = re.compile(
     "["
@@ -37,8 +39,20 @@ def escaped_in_strings(text: str) -> str:
 
 
 def visible_json(value: object) -> str:
-    """Return a value as JSON that reads back equal and holds no character that is not seen."""
-    return UNSEEN.sub(_json_escape, json.dumps(value, ensure_ascii=False))
+    """Return a value as JSON that reads back equal and holds no character that is not seen.
+
+    JSON has no number that is not finite: `nan` and `inf` become text, as in results.jsonl.
+    """
+    return UNSEEN.sub(_json_escape, json.dumps(_finite(value), ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value with numbers that are not finite as text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -250,8 +250,9 @@ def _show(outcome: RunResult, as_json: bool) -> None:
     console = stdout_console()
     for summary in (results_table(outcome.rows), *outcome.summaries):
         console.print(summary)
-    layout = RunLayout(outcome.folder)
-    for path in (layout.checkpoints, layout.report):
+    # After a change of inputs, checkpoints lie in a folder beside the older ones.
+    saved = dict.fromkeys(folder.parent for folder in outcome.checkpoints.values())
+    for path in (*saved, RunLayout(outcome.folder).report):
         if path.exists():
             console.print(f"{path.stem:<12} {literal(relative_to_cwd(path))}", soft_wrap=True)
 

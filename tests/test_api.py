@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import rotdistill_core
 from rotdistill_core import MetricRow, RunFailed, hookimpl, load_recipe, plan, run
 from rotdistill_core.errors import CheckFailed, RecipeError, SetupError
 from rotdistill_core.planning.machine import Machine
+from rotdistill_core.recipe.load import with_overrides
 from rotdistill_core.testing import PicoWorkspace
 
 STEPS = """
@@ -102,6 +104,22 @@ def test_overrides_are_python_values(work: Path, load: Callable[[Path], Any]) ->
     words = ["chop.layers=1", "refit.ridge=[0.5, 2.0]", "seed=3", "variants.full=[]"]
     expected = load_recipe(work / "trial.toml", words)
     assert planned.folder.name == expected.folder(Path("runs")).name
+
+
+def test_a_loaded_recipe_takes_overrides_as_its_file_does(work: Path) -> None:
+    text = (work / "trial.toml").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.startswith("samples.")]
+    engine = 'engine = { use = "openai", urls = ["http://127.0.0.1:1/v1"], model = "m" }'
+    path = work / "bare.toml"
+    path.write_text("\n".join([engine, *lines]), encoding="utf-8")
+    # Defaults follow what is set, such as the shipped system prompt from the shipped index.
+    sets: dict[str, object] = {"samples.index": "texts/index.tsv", "samples.heldout_share": 0.2}
+    loaded = with_overrides(load_recipe(path), sets)
+    assert loaded.resolved() == load_recipe(path, sets).resolved()
+    assert loaded.recipe.samples.style is None
+    assert with_overrides(loaded, {"seed": 5}).recipe.seed == 5
+    with pytest.raises(RecipeError, match="the overrides that it was read with are not known"):
+        with_overrides(replace(loaded, sets=None), {"seed": 5})
 
 
 def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 
 import pytest
@@ -63,6 +64,12 @@ def test_json_reads_back_equal_and_holds_nothing_unseen(text: str) -> None:
     shown = visible_json({text: [text]})
     assert json.loads(shown) == {text: [text]}
     assert visible(shown) == shown
+
+
+def test_numbers_that_are_not_finite_are_text_in_json() -> None:
+    shown = visible_json({"a": math.nan, "b": [math.inf, 1.5], "c": (-math.inf, None)})
+    assert json.loads(shown) == {"a": "nan", "b": ["inf", 1.5], "c": ["-inf", None]}
+    assert "NaN" not in shown
 
 
 @pytest.mark.parametrize("text", [c for c in UNSEEN if c not in "\x00\x07\r\x1b\x7f\udcff"])

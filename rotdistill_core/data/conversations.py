@@ -135,4 +135,4 @@ def facts_digest(conversations: Sequence[Conversation]) -> str:
 
     It is kept apart from that of the texts, because only evaluators see facts.
     """
-    return digest([each.facts + each.falsehoods for each in conversations])
+    return digest([(each.facts, each.falsehoods) for each in conversations])

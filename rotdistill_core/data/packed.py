@@ -15,6 +15,7 @@ from rotdistill_core.data.batching import BLOCK_TEXTS, SAMPLE_TEXTS
 from rotdistill_core.data.chat import ChatFormat
 from rotdistill_core.data.conversations import Conversation
 from rotdistill_core.data.splits import Split
+from rotdistill_core.store.hashing import digest
 
 
 @dataclass(frozen=True)
@@ -283,5 +284,7 @@ class Samples:
         return frozenset(question.id for question in self.conversations if question.answer is None)
 
     def digest(self) -> str:
-        """Return the sha256 of all tokens."""
-        return self.layout.digest() + (self.theirs.digest() if self.theirs else "")
+        """Return the sha256 of all tokens, and of what steps are told of texts besides."""
+        told = [(each.id, each.language, each.topic) for each in self.conversations]
+        theirs = self.theirs.digest() if self.theirs else ""
+        return self.layout.digest() + theirs + digest(told)

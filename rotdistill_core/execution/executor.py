@@ -58,6 +58,7 @@ from rotdistill_core.execution.run_folder import remove_if_nothing_was_made
 from rotdistill_core.execution.samples import lost_texts_notes, prepare_samples, run_chats
 from rotdistill_core.execution.save import dtype_name, open_saved, save_variant
 from rotdistill_core.forward.activations import ActivationStore
+from rotdistill_core.forward.certificate import enforce_certificate
 from rotdistill_core.forward.layerwise import Progress
 from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.linalg.maps import Maps
@@ -74,6 +75,7 @@ from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.presence import REMOVING, RUNNING, at_work, others_at_work
 from rotdistill_core.store.records import (
     FailureRecord,
+    MapsRef,
     RowsRef,
     StartRecord,
     StepRecord,
@@ -314,7 +316,7 @@ class Executor:
             models={role: model.sha256 for role, model in run.pair.by_role.items()},
             recipe=os.path.relpath(self.loaded.path, run.store.root),
         )
-        if self.ranks.leads and start not in run.ledger:
+        if self.ranks.leads and run.ledger.starts[-1:] != [start]:
             run.ledger.append(start)
         return VariantState(
             key=start.key,
@@ -336,7 +338,23 @@ class Executor:
             with self._at_work(keyed):
                 record = self._make(keyed, work)
             self._note(keyed, record, reused=False)
-        return self._restored(record, keyed, state, samples)
+        after = self._restored(record, keyed, state, samples)
+        if self.steps[keyed.variant, record.id].reused:
+            self._hold_to_checks(record, after)
+        return after
+
+    def _hold_to_checks(self, record: StepRecord, after: VariantState) -> None:
+        """Hold a result that was found to the tolerances of this recipe: they may be stricter.
+
+        Raises:
+            CheckFailed: a certificate does not hold, or a map is not what it claims to be.
+        """
+        check, where = self.loaded.recipe.check, f'step "{record.id}"'
+        if record.report.certificate is not None:
+            enforce_certificate(record.report.certificate, check, where)
+        if isinstance(record.result, MapsRef):
+            for space, found in after.maps.items():
+                found.verify(check.orthogonality, f"{where}, {space}")
 
     def _describes_files(
         self, record: StepRecord, keyed: KeyedStep, state: VariantState, samples: Samples
@@ -397,9 +415,10 @@ class Executor:
         with self._at_work(keyed):
             if record is None:
                 record = self._make(keyed, work)
-        # Another run may have made it, and this run depends on it; or it has failed here since.
+        # Another run may have made it, and this run depends on it; or it has failed here since, or
+        # been made otherwise, and inputs or code are again what they were.
         is_news = record not in self.ledger or self.ledger.failed_last(key)
-        if self.ranks.leads and is_news:
+        if self.ranks.leads and (is_news or self.ledger.has_later(record)):
             self.ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)

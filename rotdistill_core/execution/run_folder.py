@@ -207,7 +207,10 @@ class RunFolder:
     def chains(self) -> dict[str, dict[str, StepRecord]]:
         """Return variant -> step id -> newest record, as far as each variant came."""
         variants: dict[str, list[str]] = self.recipe.get("variants", {})
-        steps = [step["id"] for step in self.recipe.get("step", [])]
+        listed = [step["id"] for step in self.recipe.get("step", [])]
+        # Evaluators come last, wherever the recipe lists them.
+        scored = {record.id for record in self.ledger.steps if record.variant}
+        steps = sorted(listed, key=scored.__contains__)
         toggled = {step for names in variants.values() for step in names}
         return {
             variant: self._chain(variant, [s for s in steps if s not in toggled or s in names])

@@ -98,7 +98,29 @@ def load_recipe(path: str | Path, sets: Overrides = ()) -> ResolvedRecipe:
         RecipeError: everything that is wrong with it, in one report.
     """
     path = Path(path)
-    text = _read(path)
+    return _loaded(path, _read(path), sets)
+
+
+def with_overrides(recipe: ResolvedRecipe, sets: Overrides) -> ResolvedRecipe:
+    """Return a recipe as it would have been read with more overrides.
+
+    Args:
+        recipe: the recipe, from the text that it was read from.
+        sets: the overrides that come after its own.
+
+    Raises:
+        RecipeError: see `load_recipe`; or its own overrides are not known.
+    """
+    if recipe.sets is None:
+        raise RecipeError(
+            f"{recipe.path}: the overrides that it was read with are not known, so it takes no "
+            "more. Load it from its file, with all of them."
+        )
+    return _loaded(recipe.path, recipe.text, {**_as_values(recipe.sets), **_as_values(sets)})
+
+
+def _loaded(path: Path, text: str, sets: Overrides) -> ResolvedRecipe:
+    """Return the recipe in a text; see `load_recipe`."""
     tables = _parse(path, text)
     parent = _parent(path, tables)
     if parent is None:
@@ -302,6 +324,14 @@ def _apply_overrides(
         value = _toml_value(text)
         problems += _override(tables, steps, key=key, value=value, where=f"--set {item}")
     return problems
+
+
+def _as_values(sets: Overrides) -> dict[str, object]:
+    """Return valid overrides as keys with values."""
+    if isinstance(sets, Mapping):
+        return dict(sets)
+    pairs = (each.partition("=") for each in sets)
+    return {key: _toml_value(value) for key, _, value in pairs}
 
 
 def _as_words(sets: Overrides) -> tuple[str, ...]:

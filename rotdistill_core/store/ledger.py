@@ -121,6 +121,21 @@ class Ledger:
         known = (r for r in reversed(self.records) if isinstance(r, StepRecord | FailureRecord))
         return isinstance(next((r for r in known if r.key == key), None), FailureRecord)
 
+    def has_later(self, record: StepRecord) -> bool:
+        """Return whether readers of the run would take a later record in the place of one.
+
+        They follow a variant from the start, step by step, and take the newest record of each.
+        """
+        starts = {start.key for start in self.starts}
+
+        def place(step: StepRecord) -> tuple[str, str]:
+            if step.variant:  # an evaluator's key is that of a checkpoint, which is in no chain
+                return step.id, step.variant
+            return step.id, "" if step.before in starts else step.before
+
+        newest = {place(step): step for step in self.steps}
+        return newest.get(place(record), record) != record
+
     @property
     def checkpoints(self) -> list[CheckpointRecord]:
         """The saved variants."""

@@ -30,7 +30,7 @@ from rotdistill_core.store.records import (
     LedgerRecord,
     StepRecord,
 )
-from rotdistill_core.testing import PicoWorkspace
+from rotdistill_core.testing import PicoWorkspace, command_line
 
 STEPS = """
 step = [
@@ -162,6 +162,17 @@ def test_a_flipped_byte_is_named_and_ends_the_check(run: Path) -> None:
     found = check_run(run)
     assert found.problems == [f"{path}: does not match its sha256 in the ledger."]
     assert (found.maps, found.unfolded) == (0, {})
+
+
+@pytest.mark.parametrize("ending", ["", "-"])
+def test_a_run_whose_name_has_a_dot_is_no_recipe(
+    run: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.chdir(run.parents[1])
+    shutil.copytree(run, run.with_name("small-1.5b-0a1b2c3d"))
+    code, _, err = command_line("check", f"small-1.5b{ending}")
+    assert code == 0, err
+    assert command_line("check", "small-1.5b.toml")[0] == 2
 
 
 def test_a_folder_without_a_ledger_is_no_run(tmp_path: Path) -> None:

@@ -87,6 +87,19 @@ def test_figures_become_rows_followed_by_the_documents_that_they_are_the_mean_of
     ]
 
 
+def test_documents_that_a_figure_is_not_the_mean_of_have_no_rows() -> None:
+    """Of a perplexity the harness logs the logarithms of the documents."""
+    documents = [
+        {"doc_id": k, "filter": "none", "perplexity": -value} for k, value in enumerate((3.0, 3.8))
+    ]
+    results = {
+        "results": {"lambada": {"perplexity,none": 29.96}},
+        "samples": {"lambada": documents},
+    }
+    (row,) = rows_of("base", results)
+    assert row == MetricRow("base", "lambada.perplexity", 29.96, "lm-eval", n=2)
+
+
 class FakeHarness:
     """Stands for `lm_eval`: knows the task `capitals` and records its calls."""
 

@@ -41,7 +41,9 @@ def files_to_delete(run: RunFolder, keep: Collection[str], keep_checkpoints: boo
     for path in run.path.rglob("*"):
         inside = path.relative_to(run.path).as_posix()
         is_document = "/" not in inside
-        is_checkpoint = inside.startswith(f"{RunLayout.CHECKPOINTS}/")
+        # Where inputs changed, newer checkpoints lie in `checkpoints-<key>`.
+        folder = inside.partition("/")[0].partition("-")[0]
+        is_checkpoint = not is_document and folder == RunLayout.CHECKPOINTS
         stays = (
             _is_folder(path)
             or inside == RunLayout.LEDGER

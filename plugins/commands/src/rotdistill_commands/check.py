@@ -49,7 +49,8 @@ def check(
 
       rotdistill check tour-guide
     """
-    is_recipe = path.is_file() or (path.suffix and not path.is_dir())
+    # A name of a run may have a dot.
+    is_recipe = path.is_file() or (path.suffix == ".toml" and not path.is_dir())
     if is_recipe:
         _check_recipe(load_recipe(path, sets or []), resolved, as_json)
     elif sets or resolved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -86,7 +87,7 @@ def _lowest_kl(run: RunFolder) -> tuple[str, float] | None:
     scores = [
         (figures["kl"], variant)
         for variant, figures in overall_figures(run.rows()).items()
-        if "kl" in figures
+        if math.isfinite(figures.get("kl", math.nan))
     ]
     if not scores:
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -56,7 +58,10 @@ def rows_of(variant: str, results: Mapping[str, Any]) -> Iterator[MetricRow]:
                 and isinstance(document.get(metric), int | float)
             ]
             yield MetricRow(variant, name, float(value), split=SPLIT, n=len(scored) or None)
-            for document in scored:
+            scores = [float(document[metric]) for document in scored]
+            # A perplexity is none: its documents have logarithms.
+            if not scores or not math.isclose(fmean(scores), value, rel_tol=1e-6, abs_tol=1e-9):
+                continue
+            for document, score in zip(scored, scores, strict=True):
                 text = f"{task}.{document['doc_id']}"
-                score = float(document[metric])
                 yield MetricRow(variant, name, score, split=SPLIT, n=1, text=text)
