@@ -61,27 +61,33 @@ def stream_map(weights: Weights, pair: Pair, maps: Maps, layer: int) -> Rotation
         RecipeError: the widths differ, and no earlier step found a map.
     """
     rotation = maps.rotation(layer)
+    basis = weights.lineage.basis
     if rotation is None:
+        if pair.same and basis is not None and len(basis) == pair.teacher.width:
+            return Rotation(basis.T)  # the student is its teacher in another, or a narrower, basis
         if weights.width != pair.teacher.width:
             raise RecipeError(
                 "models of different widths have no weights to compare without a map of the "
                 "stream; put procrustes before it."
             )
         return Rotation(torch.eye(weights.width, dtype=torch.float64))
-    # Maps start from the basis in which the student was opened; undo what was folded since.
-    basis = weights.lineage.basis
-    return rotation if basis is None else Rotation(basis.T).then(rotation)
+    # Maps start from the basis in which the student was captured. That is the one in which it was
+    # opened, unless its stream was cut before: undo what was folded since.
+    if basis is None or len(basis) != len(rotation.matrix):
+        return rotation
+    return Rotation(basis.T).then(rotation)
 
 
 def layer_rows(weights: Weights, layer: int, maps: Mapping[str, Map]) -> dict[str, Tensor]:
     """Return the parameters of a layer by role, in the bases of `maps`, float64.
 
-    Norm gains are absorbed. Readers `q, k, v, gate, up` are `[rows, d + 1]` with the bias as last
-    column. Writers `o, down` are transposed, `[rows, d]`. So each row belongs to one coordinate of
-    a head or to one neuron.
+    Norm gains are absorbed, those on queries and keys of all heads too. Readers `q, k, v, gate, up`
+    are `[rows, d + 1]` with the bias as last column. Writers `o, down` are transposed, `[rows, d]`.
+    So each row belongs to one coordinate of a head or to one neuron.
     """
     rows: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
+    gains: dict[str, Tensor] = {}
     for template, in_any_layer in weights.adapter.params.items():
         name = template.replace("{i}", str(layer))
         kind = _inner_kind(in_any_layer)
@@ -93,7 +99,7 @@ def layer_rows(weights: Weights, layer: int, maps: Mapping[str, Map]) -> dict[st
             W = W * weights.gain(param.gain)
         W = transform_param(W, param.axes, maps, param.gauge)
         if W.ndim == 1:
-            biases[_reader_role(kind, param)] = W
+            (gains if param.is_gain else biases)[_reader_role(kind, param)] = W
         elif kind_of(param.axes[-1]) == kind:
             rows["o" if kind == QUERY else "down"] = W.T
         else:
@@ -102,6 +108,8 @@ def layer_rows(weights: Weights, layer: int, maps: Mapping[str, Map]) -> dict[st
         W = rows[role]
         bias = biases.get(role, W.new_zeros(len(W)))
         rows[role] = torch.cat([W, bias[:, None]], 1)
+        if role in gains:
+            rows[role] *= gains[role][:, None]
     return rows
 
 

@@ -46,6 +46,6 @@ class RunContext:
         role = self.pair.teacher if self.chats.replaced else self.pair.student
         return role.folder
 
-    def output(self, key: str, step: str = "") -> StepOutput:
-        """Return where the files of a key are written."""
-        return StepOutput(self.store, self.ledger, key, step)
+    def output(self, key: str, step: str = "", before: str = "") -> StepOutput:
+        """Return where the files of a key are written; see `StepOutput`."""
+        return StepOutput(self.store, self.ledger, key, step, before)

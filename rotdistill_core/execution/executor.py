@@ -490,7 +490,7 @@ class Executor:
     def _make_in(self, ranks: Ranks, keyed: KeyedStep, work: Work) -> StepRecord:
         """Do the work of a step in some processes, and commit it in the leading one."""
         started = time.monotonic()
-        out = self.context.output(keyed.key, keyed.recipe_step.id)
+        out = self.context.output(keyed.key, keyed.recipe_step.id, keyed.before)
         result = work(out, ranks)
         return ranks.lead(partial(self._commit, keyed, out, result, started))
 

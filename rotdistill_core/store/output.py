@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from rotdistill_core.store.files import (
 from rotdistill_core.store.inside import require_inside
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
-from rotdistill_core.store.records import FileRecord
+from rotdistill_core.store.records import FileRecord, StepRecord
 from rotdistill_core.store.results import StepReport
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class StepOutput:
         ledger: the run that is written to.
         key: the step's key, by which its files are found again.
         step: the step's id.
+        before: the key of the state that the step starts from; empty if nobody says.
         others: ledgers of other runs in which files are looked up too.
 
     Raises:
@@ -48,6 +49,7 @@ class StepOutput:
         ledger: Ledger,
         key: str,
         step: str = "",
+        before: str = "",
         others: Iterable[Ledger] = (),
     ) -> None:
         if ledger.path.is_symlink():
@@ -58,6 +60,7 @@ class StepOutput:
         self.ledger = ledger
         self.key = key
         self.step = step
+        self._before = before
         self.notes: dict[str, Any] = {}
         """Free notes of the step, for people; shown in the report, read by no program."""
         self.report = StepReport()
@@ -75,6 +78,17 @@ class StepOutput:
         """Name of the run that is written to."""
         return self.ledger.folder.name
 
+    def earlier_steps(self) -> Iterator[StepRecord]:
+        """Yield the steps that led to the state that this one starts from, the last one first.
+
+        The ledger has steps of other variants and of other inputs besides.
+        """
+        made = {record.key: record for record in self.ledger.steps}
+        key = self._before
+        while key in made:
+            yield made[key]
+            key = made[key].before
+
     def shared(self, *parts: str, code: str) -> StepOutput:
         """Return an output whose key is the hash of its content's origin, not of the steps before.
 
@@ -87,7 +101,9 @@ class StepOutput:
                 `rotdistill_core.plugin.source_code`.
         """
         key = hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()
-        shared = StepOutput(self.store, self.ledger, key, self.step, self.store.ledgers())
+        shared = StepOutput(
+            self.store, self.ledger, key, self.step, self._before, self.store.ledgers()
+        )
         shared.used = self.used
         shared.notes = self.notes
         return shared
@@ -98,7 +114,7 @@ class StepOutput:
         They only save work when a step is killed and run again. The result of a finished step
         stands without them.
         """
-        aside = StepOutput(self.store, self.ledger, self.key, self.step)
+        aside = StepOutput(self.store, self.ledger, self.key, self.step, self._before)
         aside.notes = self.notes
         return aside
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,29 @@ def test_streams_of_one_width_without_a_map_share_a_basis(tmp_path: Path) -> Non
     wide = Pair(pico_model(tmp_path / "wide", hidden_size=48), model)
     with pytest.raises(RecipeError, match="put procrustes before it"):
         stream_map(model.weights, wide, Maps(), 0)
+
+
+def test_a_student_whose_stream_was_cut_is_mapped_from_the_basis_that_it_is_in(
+    tmp_path: Path,
+) -> None:
+    """Maps that were found after the cut start from the narrow stream."""
+    model = pico_model(tmp_path / "model")
+    basis = random_rotation(32, 1)[:, :24]
+    lineage = replace(model.weights.lineage, basis=basis)
+    cut = replace(model.weights, lineage=lineage)
+    pair = Pair(model, model)
+    found = Rotation(random_rotation(32, 2)[:24])
+    assert torch.equal(stream_map(cut, pair, Maps({"residual.0": found}), 0).matrix, found.matrix)
+    assert torch.equal(stream_map(cut, pair, Maps(), 0).matrix, basis.T)
+
+
+def test_gains_of_queries_and_keys_scale_rows_and_are_no_biases(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "model", "olmo2")
+    prefix = "model.layers.0.self_attn"
+    gain = 1 + torch.arange(32) / 8
+    weights = model.weights.edit({f"{prefix}.q_norm.weight": gain.float()})
+    rows = layer_rows(weights, 0, {})
+    wanted = weights[f"{prefix}.q_proj.weight"].double() * gain.double()[:, None]
+    torch.testing.assert_close(rows["q"][:, :-1], wanted)
+    assert not rows["q"][:, -1].any()
+    assert not rows["k"][:, -1].any()

@@ -20,6 +20,7 @@ from rotdistill_core.linalg.maps import Maps, Permutation, Rotation
 from rotdistill_core.plugin.step import check_models, stage_of
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
+    PicoWorkspace,
     captured_activations,
     logits,
     parametrize_with_checks,
@@ -286,3 +287,12 @@ def test_block_needs_a_rotation_before_every_layer(
 ) -> None:
     with pytest.raises(RecipeError, match="layer 0 has none"):
         align(pair, samples, tmp_path / "runs").fold("block", Maps())
+
+
+def test_a_student_is_folded_once(pico_workspace: PicoWorkspace) -> None:
+    """A second fold would turn by all maps once more, and no logit would show it."""
+    steps = ["residuals", "procrustes", "basis-fold", "hungarian-permute", "basis-fold"]
+    tables = [f'[[step]]\nid = "step-{k}"\nuse = "{use}"\n' for k, use in enumerate(steps)]
+    recipe = pico_workspace.recipe("".join(tables))
+    with pytest.raises(RecipeError, match='step "step-2" has folded the student already'):
+        pico_workspace.run(recipe)

@@ -214,3 +214,16 @@ def test_no_attention_is_kept_where_weights_are_compared(tmp_path: Path) -> None
     model = pico_model(tmp_path / "model")
     maps, _ = aligned(model, model, tmp_path / "runs")
     assert maps.diagnostics[0].attention is None
+
+
+def test_a_stage_may_span_a_cut(tmp_path: Path) -> None:
+    """Its layers lie far apart in the teacher, and the first of them is wanted again."""
+    teacher = pico_model(tmp_path / "model", num_hidden_layers=12)
+    save_folder(teacher.weights.cut([0, 1, 2, 11]), teacher.folder, tmp_path / "cut")
+    student = open_model(ModelRef(model=str(tmp_path / "cut")))
+    weights = teacher.weights.cut([0, 1, 2, 11])
+    pair, out = Pair(teacher, teacher), pico_output(tmp_path / "runs")
+    assert student.depth == weights.depth
+    step = HungarianPermute(criterion="activations", within_stage=2)
+    maps = step.align(weights, Maps(), pair, pico_samples(), out, quiet)
+    assert references(maps) == [0, 1, 2, 11]

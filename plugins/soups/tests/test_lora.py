@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 
 from rotdistill_core.checkpoint.lora import Factors, Lora, read_lora, transform_lora, truncate_rank
-from rotdistill_core.checkpoint.models import Model
+from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
 from rotdistill_core.testing import (
@@ -245,6 +246,26 @@ def test_a_recipe_has_to_name_the_folds_of_an_adapter(recipe: Callable[[str], Pa
         run_recipe(recipe(""))
     with pytest.raises(RecipeError, match='replay_folds names "turm"'):
         run_recipe(recipe('replay_folds = ["turm"]'))
+
+
+def test_the_fold_is_that_of_the_same_variant(recipe: Callable[[str], Path]) -> None:
+    """In a variant without the fold nothing stands before the step, whatever others have."""
+    path = recipe('replay_folds = ["turn"]')
+    text = path.read_text(encoding="utf-8")
+    soup = 'use = "soups"'
+    assert text.count(soup) == 1
+    toggled = text.replace(soup, f'id = "soup"\n{soup}')
+    variants = '[variants]\nturned = ["turn", "soup"]\nplain = ["soup"]\n'
+    path.write_text(f"{toggled}\n{variants}", encoding="utf-8")
+    with pytest.raises(RecipeError, match='replay_folds names "turn", which is no exact fold'):
+        run_recipe(path)
+
+
+def test_fisher_weights_of_fused_projections_are_refused(tmp_path: Path) -> None:
+    model = pico_model(tmp_path / "phi", "phi3")
+    step = Soups(ingredients=("student", "student"), method="fisher")
+    with pytest.raises(RecipeError, match="models of type phi3 have fused projections"):
+        step.check_models(Pair(model, model))
 
 
 def test_an_adapter_for_the_head_leaves_the_embedding_alone(

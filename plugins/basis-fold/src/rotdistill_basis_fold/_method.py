@@ -44,9 +44,16 @@ def fold_maps(
     """Return the student in the bases of `maps`.
 
     Raises:
-        RecipeError: there is nothing to fold, or the rotation does not suit the mode.
+        RecipeError: there is nothing to fold, the student was folded before, or the rotation does
+            not suit the mode.
         CheckFailed: the rotation is not orthogonal.
     """
+    for earlier in out.earlier_steps():
+        if earlier.use == step.use:
+            raise RecipeError(
+                f'basis-fold: step "{earlier.id}" has folded the student already, and all maps '
+                "found so far would be folded once more. Let all aligners go before one fold."
+            )
     inner = _maps_inside_layers(maps)
     if inner:
         out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))

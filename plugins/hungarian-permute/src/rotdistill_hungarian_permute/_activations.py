@@ -6,8 +6,9 @@ later layer of its stage may still be compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -52,11 +53,11 @@ class ActivationComparison:
         self.sample_maps: dict[tuple[Side, int], Tensor] = {}
         """Side and layer -> attention map of one text."""
         self._student = _LayerWindow(
-            walk_layers(weights, pair.student, layout),
+            partial(walk_layers, weights, pair.student, layout),
             length=2 * within_stage,
         )
         self._teacher = _LayerWindow(
-            walk_layers(pair.teacher.weights, pair.teacher, layout),
+            partial(walk_layers, pair.teacher.weights, pair.teacher, layout),
             length=within_stage * (1 + pair.teacher.depth // weights.depth),
         )
 
@@ -81,19 +82,31 @@ class ActivationComparison:
 
 
 class _LayerWindow:
-    """The last layers of a model that goes over its texts layer by layer."""
+    """The last layers of a model that goes over its texts layer by layer.
 
-    def __init__(self, layers: Iterator[LayerActivations], length: int) -> None:
-        self._layers = enumerate(layers)
+    Args:
+        walk: begins to go over them.
+        length: number of layers that are kept.
+    """
+
+    def __init__(self, walk: Callable[[], Iterator[LayerActivations]], length: int) -> None:
+        self._walk = walk
         self._length = length
+        self._layers = enumerate(walk())
+        self._reached = -1
         self._kept: dict[int, LayerActivations] = {}
 
     def layer(self, number: int) -> LayerActivations:
-        """Return a layer, walking on to it; earlier layers than the window are dropped."""
+        """Return a layer, walking on to it; earlier layers than the window are dropped.
+
+        One that was dropped takes another walk: layers of a stage that spans a cut lie far apart.
+        """
+        if number not in self._kept and number <= self._reached:
+            self._layers, self._kept = enumerate(self._walk()), {}
         while number not in self._kept:
-            reached, activations = next(self._layers)
-            self._kept[reached] = activations
-            self._kept.pop(reached - self._length, None)
+            self._reached, activations = next(self._layers)
+            self._kept[self._reached] = activations
+            self._kept.pop(self._reached - self._length, None)
         return self._kept[number]
 
 

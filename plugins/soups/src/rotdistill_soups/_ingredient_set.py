@@ -184,12 +184,12 @@ def replayed_loras(
 
 
 def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
-    """Return the record of an exact step of this run.
+    """Return the record of an exact step that led to the student as it is.
 
     Raises:
-        RecipeError: this run has no such step.
+        RecipeError: no such step did.
     """
-    for record in reversed(out.ledger.steps):
+    for record in out.earlier_steps():
         if record.id == step and isinstance(record.result, WeightsRef) and record.result.undo:
             return restore_undo(out.store.root / record.result.undo, weights)
     raise RecipeError(

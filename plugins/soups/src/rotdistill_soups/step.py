@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from rotdistill_core import hookimpl, step
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.evaluation.guard import Guard
 from rotdistill_core.forward.ranks import ALONE
 from rotdistill_core.planning.cost import Cost, CostContext
@@ -136,9 +137,21 @@ class Soups:
         return [digest_of(reference) for reference in self.ingredients]
 
     def check_models(self, pair: Pair) -> None:
-        """Refuse ingredients that cannot be merged into the student, before any work."""
+        """Refuse ingredients that cannot be merged into the student, before any work.
+
+        Raises:
+            RecipeError: of an ingredient; or Fisher weights are asked for, and the student's
+                projections are fused.
+            SetupError: an ingredient is missing or torn.
+        """
         from rotdistill_soups._ingredients import check_ingredients
 
+        if self.method == "fisher" and pair.student.adapter.fused:
+            raise RecipeError(
+                f"soups: models of type {pair.student.config['model_type']} have fused "
+                "projections, whose gradients are not taken here. Choose another method than "
+                '"fisher".'
+            )
         check_ingredients(self.ingredients, pair, self.same_basis == "ignore")
 
     def cost(self, context: CostContext) -> Cost:
