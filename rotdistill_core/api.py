@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rotdistill_core.checkpoint.open import without_downloads
 from rotdistill_core.execution.observers import QuietObserver
 from rotdistill_core.forward.ranks import start_ranks
 from rotdistill_core.planning.calibration import kept_profile
@@ -90,7 +91,8 @@ def plan(
     resolved = _resolve(recipe, set or {})
     folder = Path(runs)
     here = machine or replace(this_machine(folder), profile=kept_profile())
-    return build_plan(resolved, folder, here, fresh, log)
+    with without_downloads():
+        return build_plan(resolved, folder, here, fresh, log)
 
 
 def _resolve(

@@ -119,7 +119,15 @@ def test_a_loaded_recipe_takes_overrides_as_its_file_does(work: Path) -> None:
     assert loaded.recipe.samples.style is None
     assert with_overrides(loaded, {"seed": 5}).recipe.seed == 5
     with pytest.raises(RecipeError, match="the overrides that it was read with are not known"):
-        with_overrides(replace(loaded, sets=None), {"seed": 5})
+        with_overrides(replace(loaded, given=None), {"seed": 5})
+    # Values go no way through words: None, blanks, and letters beyond 16 bits stay what they are.
+    for first in ({"samples.style": None}, [" seed = 3 "], {"samples.index": "t/\U0001f600.tsv"}):
+        again = with_overrides(load_recipe(path, first), {"check.kl_ratio": 2.0})
+        both = load_recipe(path, first).resolved()
+        both["check"]["kl_ratio"] = 2.0
+        assert again.resolved() == both
+    variants = with_overrides(load_recipe(path, {"variants": {"a": []}}), {"variants.b": ["refit"]})
+    assert variants.recipe.variants == {"a": [], "b": ["refit"]}
 
 
 def test_an_override_that_fits_nothing_is_refused(work: Path) -> None:

@@ -474,7 +474,7 @@ def test_neither_plan_nor_check_downloads_what_a_step_names(
     )
     assert "`hf download nobody/nothing`" in printed(3, "plan", "trial.toml")
     assert asked == []
-    assert "not known before nobody/nothing is here" in printed(3, "run", "trial.toml")
+    assert "the hub did not give it" in printed(3, "run", "trial.toml")
     assert asked == ["nobody/nothing"]
 
 

@@ -71,10 +71,13 @@ def stream_map(weights: Weights, pair: Pair, maps: Maps, layer: int) -> Rotation
                 "stream; put procrustes before it."
             )
         return Rotation(torch.eye(weights.width, dtype=torch.float64))
-    # Maps start from the basis in which the student was captured. That is the one in which it was
-    # opened, unless its stream was cut before: undo what was folded since.
-    if basis is None or len(basis) != len(rotation.matrix):
+    if basis is None:
         return rotation
+    if len(basis) != len(rotation.matrix):
+        # The stream was cut before the map was found, and may have been turned since. The student
+        # is its teacher then, and its basis is known without a map.
+        return Rotation(basis.T)
+    # Maps start from the basis in which the student was opened; undo what was folded since.
     return Rotation(basis.T).then(rotation)
 
 

@@ -33,7 +33,7 @@ def assign_splits(
         validation: share of the distinct texts that is for validation, at least one of them.
         heldout: share that is held out, at least one text, before validation takes its own; None
             where the held-out texts have a file of their own. Texts with the same question, under
-            any system prompt, then stay together too.
+            the same system prompt, then stay together too.
 
     Returns:
         Id -> split.
@@ -110,10 +110,11 @@ def _groups(drafts: Iterable[Draft], by_question: bool) -> list[list[Draft]]:
 
 def _keys(draft: Draft, by_question: bool) -> list[Hashable]:
     """Return the names of what ties a text to others."""
-    # The first part of both is the system prompt, which makes no other text of it.
+    # The first part is the system prompt: it makes no other text of the same words.
     keys: list[Hashable] = [("text", draft.text_key[1:])]
     if by_question:
-        keys.append(("question", draft.asked[1:]))
+        # With other answers it may be what is asked about, such as a document.
+        keys.append(("question", draft.asked))
     if draft.has_group:
         keys.append(("topic", comparable_name(draft.topic)))
     return keys

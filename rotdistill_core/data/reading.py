@@ -340,8 +340,8 @@ def _require_every_split(
         path = heldout if heldout and empty == {Split.HELDOUT} else index
         raise RecipeError(
             f"{path}: too few different texts, none for: {', '.join(sorted(empty))}. Copies, texts "
-            "of one topic, and texts that ask the same where a share is held out, stay together "
-            "(whatever their system prompts); add texts that differ, about other topics."
+            "of one topic, and texts that ask the same where a share is held out, stay together; "
+            "add texts that differ, about other topics."
         )
 
 

@@ -417,9 +417,11 @@ class Executor:
                 record = self._make(keyed, work)
         # Another run may have made it, and this run depends on it; or it has failed here since, or
         # been made otherwise, and inputs or code are again what they were.
-        is_news = record not in self.ledger or self.ledger.failed_last(key)
-        if self.ranks.leads and (is_news or self.ledger.has_later(record)):
-            self.ledger.append(record)
+        ledger = self.ledger
+        is_news = record not in ledger or ledger.failed_last(key)
+        is_old = ledger.has_later(record) or ledger.failed_since(record, variant)
+        if self.ranks.leads and (is_news or is_old):
+            ledger.append(record)
         self._note(keyed, record, reused and not made_here)
         self.observers.after_step(recipe_step, variant, record.seconds, reused)
         if not (reused and made_here):

@@ -101,7 +101,7 @@ def run_inputs(
     only its type counts, as in keys. `engine` is the key of what answers in the teacher's name. The
     date is that of the chat templates, if they write one.
     """
-    refs = (recipe.teacher, recipe.student)
+    refs = filter(None, (recipe.teacher, recipe.student, recipe.anchor))
     return {
         **{role: model.fingerprint for role, model in pair.by_role.items()},
         "code": shared_code(pair),

@@ -207,7 +207,8 @@ class RunFolder:
     def chains(self) -> dict[str, dict[str, StepRecord]]:
         """Return variant -> step id -> newest record, as far as each variant came."""
         variants: dict[str, list[str]] = self.recipe.get("variants", {})
-        listed = [step["id"] for step in self.recipe.get("step", [])]
+        made = {record.id for record in self.ledger.steps}
+        listed = [step["id"] for step in self.recipe.get("step", []) if step["id"] in made]
         # Evaluators come last, wherever the recipe lists them.
         scored = {record.id for record in self.ledger.steps if record.variant}
         steps = sorted(listed, key=scored.__contains__)

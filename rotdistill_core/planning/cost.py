@@ -226,6 +226,8 @@ class CostContext:
     """Whether the capture before this step keeps sums and the rows of a sample."""
     cuts: int = 0
     """At how many places layers of the original student are missing, at most."""
+    folded: bool = False
+    """Whether a step before has folded the maps that aligners found."""
 
     @property
     def for_alignment(self) -> CostContext:

@@ -309,7 +309,6 @@ class Plan:
             raise SetupError(f"{recipe}: does not fit here: {shortfalls}. Nothing was loaded.")
 
 
-@without_downloads()
 def build_plan(
     loaded: ResolvedRecipe,
     root: Path,
@@ -317,7 +316,9 @@ def build_plan(
     fresh: bool = False,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Return the plan of a recipe; no model is downloaded.
+    """Return the plan of a recipe.
+
+    A model that only a step names is downloaded, unless that is forbidden (`without_downloads`).
 
     Args:
         loaded: the recipe.

@@ -125,9 +125,11 @@ def changes_behaviour(step: object) -> bool:
 def has_to_show_a_gain(step: object) -> bool:
     """Return whether a step is not applied where it is no gain on validation texts.
 
-    These are the steps with a `guard`, unless an option `require_improvement` is off.
+    These are the steps with a `guard`, unless an option `require_improvement` is off, or they are
+    judged on texts that they make themselves (`makes_texts`).
     """
-    return hasattr(step, "guard") and bool(getattr(step, "require_improvement", True))
+    judged = getattr(step, "require_improvement", True) and not getattr(step, "makes_texts", False)
+    return hasattr(step, "guard") and bool(judged)
 
 
 def needs_all_rows(step: object) -> bool:

@@ -111,12 +111,15 @@ def with_overrides(recipe: ResolvedRecipe, sets: Overrides) -> ResolvedRecipe:
     Raises:
         RecipeError: see `load_recipe`; or its own overrides are not known.
     """
-    if recipe.sets is None:
+    if recipe.given is None:
         raise RecipeError(
             f"{recipe.path}: the overrides that it was read with are not known, so it takes no "
             "more. Load it from its file, with all of them."
         )
-    return _loaded(recipe.path, recipe.text, {**_as_values(recipe.sets), **_as_values(sets)})
+    new = _as_values(sets)
+    # In the order in which they are given: the last one of a key, or of a table, counts.
+    own = {key: value for key, value in recipe.given.items() if key not in new}
+    return _loaded(recipe.path, recipe.text, {**own, **new})
 
 
 def _loaded(path: Path, text: str, sets: Overrides) -> ResolvedRecipe:
@@ -184,7 +187,9 @@ def resolve_recipe(
     if problems or recipe is None or engine is None:
         raise RecipeError(*(f"{path}: {problem}" for problem in problems))
     kept = tuple(step for step in steps if step.id not in left_out)
-    resolved = ResolvedRecipe(path, text, recipe, kept, engine, left_out, _as_words(sets))
+    resolved = ResolvedRecipe(
+        path, text, recipe, kept, engine, left_out, _as_words(sets), _as_values(sets)
+    )
     if missing := first_few(_missing_rows(resolved)):
         raise RecipeError(*(f"{path}: {problem}" for problem in missing))
     return resolved
@@ -330,8 +335,12 @@ def _as_values(sets: Overrides) -> dict[str, object]:
     """Return valid overrides as keys with values."""
     if isinstance(sets, Mapping):
         return dict(sets)
-    pairs = (each.partition("=") for each in sets)
-    return {key: _toml_value(value) for key, _, value in pairs}
+    values: dict[str, object] = {}
+    for each in sets:
+        key, _, text = map(str.strip, each.partition("="))
+        values.pop(key, None)
+        values[key] = _toml_value(text)
+    return values
 
 
 def _as_words(sets: Overrides) -> tuple[str, ...]:

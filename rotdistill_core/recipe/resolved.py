@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ class ResolvedRecipe:
     """Ids of toggles that new variants, under `extends` or in an override, no longer name."""
     sets: tuple[str, ...] | None = ()
     """The overrides that it was read with, as `--set` takes them; None if they are not known."""
+    given: Mapping[str, object] | None = None
+    """The same as values; None if they are not known, or if the recipe is none of a file."""
 
     @property
     def notes(self) -> list[str]:

@@ -121,6 +121,15 @@ class Ledger:
         known = (r for r in reversed(self.records) if isinstance(r, StepRecord | FailureRecord))
         return isinstance(next((r for r in known if r.key == key), None), FailureRecord)
 
+    def failed_since(self, record: StepRecord, variant: str) -> bool:
+        """Return whether a step of that name raised in a variant after one was made."""
+        for each in reversed(self.records):
+            if isinstance(each, FailureRecord) and (each.variant, each.id) == (variant, record.id):
+                return True
+            if each == record:
+                return False
+        return False
+
     def has_later(self, record: StepRecord) -> bool:
         """Return whether readers of the run would take a later record in the place of one.
 

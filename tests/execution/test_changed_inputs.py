@@ -57,6 +57,37 @@ def test_readers_take_what_the_last_run_was_made_from(work: Path, executor: Open
     assert again.checkpoints == run.ledger.checkpoints
 
 
+def test_what_failed_under_other_inputs_has_not_failed(
+    work: Path, executor: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    style = work / "texts" / "style.md"
+    before = style.read_text(encoding="utf-8")
+    folder = executor("run").go().folder
+    style.write_text("w9 w8 w7\n", encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setattr("rotdistill_chop._method.solve", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            executor("run").go()
+    assert [each.id for each in RunFolder(folder).failures] == ["chop"]
+    style.write_text(before, encoding="utf-8")
+    executor("run").go()
+    assert RunFolder(folder).failures == []
+
+
+def test_a_run_without_scores_shows_its_edits(
+    work: Path, write_recipe: Callable[[str], Path]
+) -> None:
+    """Also where an evaluator is listed first."""
+    recipe = write_recipe("run")
+    text = recipe.read_text(encoding="utf-8")
+    score = '    { use = "fidelity" },\n'
+    recipe.write_text(text.replace(score, "").replace("step = [\n", f"step = [\n{score}"))
+    outcome = PicoWorkspace(work).run(recipe)
+    ledger = RunFolder(outcome.folder).ledger
+    ledger.rewrite([each for each in ledger.records if getattr(each, "id", "") != "fidelity"])
+    assert [*RunFolder(outcome.folder).chains()["full"]] == ["chop", "residuals", "refit"]
+
+
 def test_an_evaluator_may_be_listed_first(work: Path, write_recipe: Callable[[str], Path]) -> None:
     recipe = write_recipe("run")
     text = recipe.read_text(encoding="utf-8")

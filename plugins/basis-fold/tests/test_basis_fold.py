@@ -294,5 +294,8 @@ def test_a_student_is_folded_once(pico_workspace: PicoWorkspace) -> None:
     steps = ["residuals", "procrustes", "basis-fold", "hungarian-permute", "basis-fold"]
     tables = [f'[[step]]\nid = "step-{k}"\nuse = "{use}"\n' for k, use in enumerate(steps)]
     recipe = pico_workspace.recipe("".join(tables))
-    with pytest.raises(RecipeError, match='step "step-2" has folded the student already'):
+    with pytest.raises(RecipeError, match="a step before has folded the student already"):
         pico_workspace.run(recipe)
+    code, _, err = pico_workspace.command("check", str(recipe))
+    assert code == 2
+    assert "basis-fold: a step before has folded the student already" in " ".join(err.split())

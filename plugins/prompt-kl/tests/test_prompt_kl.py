@@ -348,6 +348,19 @@ def test_a_topic_for_validation_is_not_trained_on() -> None:
     ]
     samples = Samples(SAMPLES.layout, tuple(texts), SAMPLES.style)
     assert [each.id for each in _method._texts_with_topics(samples)] == ["v", "b", "c"]
+    # Where all texts are about a few places, most of these train.
+    few = tuple(
+        Conversation(
+            f"{k}", "en", Split.FIT if k % 5 else Split.VALIDATION, "w1", "w3", f"w{k // 20}"
+        )
+        for k in range(100)
+    )
+    chosen = _method._texts_with_topics(Samples(SAMPLES.layout, few, SAMPLES.style))
+    topics = {
+        split: {each.topic for each in chosen if each.split == split}
+        for split in (Split.FIT, Split.VALIDATION)
+    }
+    assert topics == {Split.FIT: {"w1", "w2", "w3", "w4"}, Split.VALIDATION: {"w0"}}
 
 
 def test_a_remedy_brings_the_answers_that_it_trains_on(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ from rotdistill_core.planning.shape import ModelShape
 if TYPE_CHECKING:
     from rotdistill_basis_fold.step import BasisFold
 
+FOLDED_TWICE = (
+    "basis-fold: a step before has folded the student already, and all maps found so far would be "
+    "folded once more. Let all aligners go before one fold."
+)
 FRAME_ROWS = 4096
 """Rows of each boundary that the teacher's principal frame is computed from."""
 RETURNED_BYTES = 32 << 20

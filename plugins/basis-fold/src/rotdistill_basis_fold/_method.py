@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rotdistill_basis_fold._cost import FRAME_ROWS
+from rotdistill_basis_fold._cost import FOLDED_TWICE, FRAME_ROWS
 from rotdistill_core.architecture.spaces import is_residual
 from rotdistill_core.checkpoint.models import Pair
 from rotdistill_core.checkpoint.weights import Weights
@@ -48,12 +48,8 @@ def fold_maps(
             not suit the mode.
         CheckFailed: the rotation is not orthogonal.
     """
-    for earlier in out.earlier_steps():
-        if earlier.use == step.use:
-            raise RecipeError(
-                f'basis-fold: step "{earlier.id}" has folded the student already, and all maps '
-                "found so far would be folded once more. Let all aligners go before one fold."
-            )
+    if any(earlier.use == step.use for earlier in out.earlier_steps()):
+        raise RecipeError(FOLDED_TWICE)
     inner = _maps_inside_layers(maps)
     if inner:
         out.notes["folded"] = dict(Counter(space.partition(".")[0] for space in inner))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from rotdistill_basis_fold._cost import fold_cost
+from rotdistill_basis_fold._cost import FOLDED_TWICE, fold_cost
 from rotdistill_core import hookimpl, step
+from rotdistill_core.errors import RecipeError
 from rotdistill_core.planning.cost import Cost, CostContext
 
 if TYPE_CHECKING:
@@ -54,8 +56,13 @@ class BasisFold:
         """Before a rotation the head absorbs the final gain, so it is no longer tied.
 
         `widen` changes the width. Permutations, gauges and `block` leave the head alone.
+
+        Raises:
+            RecipeError: a step before has folded the same maps.
         """
-        edited = context.with_edited_weights()
+        if context.folded:
+            raise RecipeError(FOLDED_TWICE)
+        edited = replace(context.with_edited_weights(), folded=True)
         if not self.rotates_stream(context):
             return edited
         changes: dict[str, int | bool] = {"tie_word_embeddings": False}

@@ -15,6 +15,7 @@ from rich.table import Column
 from rotdistill_commands._arguments import log
 from rotdistill_commands._cluster import cluster_document, cluster_notes, cluster_table
 from rotdistill_core import hookimpl
+from rotdistill_core.checkpoint.open import without_downloads
 from rotdistill_core.errors import ModelNotAvailable
 from rotdistill_core.planning.calibration import calibrated
 from rotdistill_core.planning.cluster import cluster_of
@@ -90,7 +91,8 @@ def plan(  # noqa: PLR0913  each is an option of the command line
         log(note)
     try:
         machine = cluster.machine(here) if cluster else here
-        planned = build_plan(loaded, RUNS_FOLDER, machine, fresh, log)
+        with without_downloads():
+            planned = build_plan(loaded, RUNS_FOLDER, machine, fresh, log)
     except ModelNotAvailable as error:
         # `run` can go on without a plan, because it downloads the model.
         if not short:

@@ -107,6 +107,9 @@ def distil(
 
 # Texts.
 
+VALIDATED_TOPICS = 5
+"""One of so many topics that are in both splits is for validation."""
+
 
 def training_texts(
     step: PromptKl,
@@ -223,25 +226,29 @@ def _naming(conversation: Conversation) -> Conversation:
 def _texts_with_topics(samples: Samples) -> list[Conversation]:
     """Return the texts with a topic, without held-out ones and those that the teacher wrote.
 
-    A topic for validation is not trained on: the continuation of one `place` is the same in all
-    texts about it, and these may be in both splits.
+    The continuation of one `place` is the same in all texts about it, and these may be in both
+    splits. Of the places that are in both, every fifth is for validation, and the others train.
     """
-    questions = [
-        each
+    questions = {
+        each.id: each
         for each in samples.conversations
         if each.topic
         and each.split in (Split.FIT, Split.VALIDATION)
         and not each.id.endswith((OWN_ANSWER, LESSON))
+    }
+    splits: dict[str, set[Split]] = {}
+    for each in questions.values():
+        splits.setdefault(comparable_name(each.topic), set()).add(each.split)
+    shared = [topic for topic, found in splits.items() if len(found) > 1]
+    dealt = {
+        topic: Split.FIT if number % VALIDATED_TOPICS else Split.VALIDATION
+        for number, topic in enumerate(shared)
+    }
+    return [
+        each
+        for each in questions.values()
+        if dealt.get(comparable_name(each.topic), each.split) == each.split
     ]
-    validated = {comparable_name(q.topic) for q in questions if q.split == Split.VALIDATION}
-    return list(
-        {
-            question.id: question
-            for question in questions
-            if question.split == Split.VALIDATION
-            or comparable_name(question.topic) not in validated
-        }.values()
-    )
 
 
 # Training.

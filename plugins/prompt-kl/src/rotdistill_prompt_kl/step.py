@@ -108,6 +108,11 @@ class PromptKl:
             )
 
     @property
+    def makes_texts(self) -> bool:
+        """Whether it is judged on texts of its own: the teacher's continuations of topics."""
+        return self.continues_topics
+
+    @property
     def continues_topics(self) -> bool:
         """Whether the teacher continues topics."""
         return not {"topics", "places"}.isdisjoint(self.prompts_from)

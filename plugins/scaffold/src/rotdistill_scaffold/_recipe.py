@@ -14,6 +14,7 @@ from pathlib import Path
 
 import rotdistill_core
 from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.open import without_downloads
 from rotdistill_core.data.conversations import OWN_ANSWER, Conversation
 from rotdistill_core.data.hub import HUB
 from rotdistill_core.data.reading import read_conversations
@@ -415,7 +416,8 @@ def _planned(
     loaded = resolve_recipe(into / f"{setting.name}.toml", text, tomllib.loads(text), sets)
     # A machine that was not measured yet counts as one of two cores.
     machine = replace(this_machine(RUNS_FOLDER), profile=kept_profile() or ASSUMED)
-    return text, build_plan(loaded, RUNS_FOLDER, machine)
+    with without_downloads():
+        return text, build_plan(loaded, RUNS_FOLDER, machine)
 
 
 def _in_words(machine: Machine) -> str:
