@@ -250,11 +250,13 @@ def _show(outcome: RunResult, as_json: bool) -> None:
     console = stdout_console()
     for summary in (results_table(outcome.rows), *outcome.summaries):
         console.print(summary)
-    # After a change of inputs, checkpoints lie in a folder beside the older ones.
-    saved = dict.fromkeys(folder.parent for folder in outcome.checkpoints.values())
-    for path in (*saved, RunLayout(outcome.folder).report):
+    # After a change of inputs, each variant lies in a folder of its own, beside the older ones.
+    saved = list(outcome.checkpoints.values())
+    together = {folder.parent for folder in saved}
+    shown = [("checkpoints", path) for path in (together if len(together) == 1 else saved)]
+    for what, path in (*shown, ("report", RunLayout(outcome.folder).report)):
         if path.exists():
-            console.print(f"{path.stem:<12} {literal(relative_to_cwd(path))}", soft_wrap=True)
+            console.print(f"{what:<12} {literal(relative_to_cwd(path))}", soft_wrap=True)
 
 
 class Interrupted(BaseException):

@@ -57,6 +57,30 @@ def test_readers_take_what_the_last_run_was_made_from(work: Path, executor: Open
     assert again.checkpoints == run.ledger.checkpoints
 
 
+def test_comparisons_and_the_last_lines_are_those_of_the_last_run(
+    work: Path, write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    recipe, style = write_recipe("run"), work / "texts" / "style.md"
+    before = style.read_text(encoding="utf-8")
+    compared, told = [], []
+    for text in (before, "w9 w8 w7\n", before):
+        style.write_text(text, encoding="utf-8")
+        code, out, err = command_line("run", str(recipe))
+        assert code == 0, err
+        (folder,) = (work / "runs").iterdir()
+        run = RunFolder(folder)
+        of_full = [each for each in run.ledger.parities if each.variant == "full"]
+        compared.append(of_full[-1].key)
+        lines = [line.split()[-1] for line in out.splitlines() if line.startswith("checkpoints ")]
+        told.append(lines)
+        saved = {run.folder_of(record).resolve() for record in run.checkpoints.values()}
+        found = {Path(line).resolve() for line in lines}
+        assert found in (saved, {path.parent for path in saved})
+    assert compared[0] == compared[2] != compared[1]
+    assert told[0] == told[2] != told[1]
+
+
 def test_what_failed_under_other_inputs_has_not_failed(
     work: Path, executor: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

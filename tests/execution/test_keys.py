@@ -103,6 +103,9 @@ def test_a_run_on_another_gpu_has_the_same_inputs(
         return run_inputs(recipe.model_copy(update={"student": student}), pair, [], "", "engine")
 
     assert inputs("cuda:0") == inputs("cuda:1") == inputs("cuda")
+    anchor = recipe.student.model_copy(update={"dtype": "float64"})
+    anchored = run_inputs(recipe.model_copy(update={"anchor": anchor}), pair, [], "", "engine")
+    assert anchored["compute"] != run_inputs(recipe, pair, [], "", "engine")["compute"]
     changed = inputs("cpu")
     assert {name for name in changed if changed[name] != inputs("cuda")[name]} == {"compute"}
 

@@ -18,6 +18,7 @@ from rotdistill_commands._diff import compare_maps
 from rotdistill_commands._removal import files_to_delete, format_size
 
 from rotdistill_core.errors import RecipeError
+from rotdistill_core.evaluation.rows import MetricRow
 from rotdistill_core.execution.run_folder import RunFolder, all_runs, find_run, needed_by
 from rotdistill_core.linalg.maps import Gauge, Permutation, Rotation
 from rotdistill_core.testing import PicoWorkspace, command_line, run_recipe
@@ -77,6 +78,16 @@ def test_runs_are_listed_the_newest_first(root: Path) -> None:
     code, out, err = command_line("runs")
     assert (code, err) == (0, "")
     assert one["run"] in out
+
+
+def test_a_kl_that_is_no_number_is_not_the_lowest(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(_: RunFolder) -> list[MetricRow]:
+        return [MetricRow("base", "kl", math.nan), MetricRow("full", "kl", 0.5)]
+
+    monkeypatch.setattr(RunFolder, "rows", rows)
+    assert {tuple(run["best"]) for run in document("runs")} == {("full", 0.5)}
 
 
 def test_no_runs_is_a_message_and_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
