@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -124,8 +125,7 @@ class PackedTexts:
         """Return the texts whose rows every capture keeps.
 
         Those are the first `SAMPLE_TEXTS` to fit on and for validation, and all others. Of a
-        sample it is the sample itself. Texts are in shuffled order, so the first are any. Those
-        outside the domain come last: see `inner_rows`.
+        sample it is the sample itself. Texts are in shuffled order, so the first are any.
         """
         room = dict(SAMPLE_TEXTS)
         kept = []
@@ -135,19 +135,11 @@ class PackedTexts:
                     continue
                 room[text.split] -= 1
             kept.append(text)
-        return self.of(tuple(sorted(kept, key=lambda text: text.split.outside_domain)))
+        return self.of(tuple(kept))
 
-    @property
-    def inner_rows(self) -> int:
-        """Number of leading rows that some step reads at other boundaries than the last.
-
-        Texts outside the domain are judged by what a model predicts, so of those that come after
-        all others only the final states are read.
-        """
-        last = len(self.texts)
-        while last and self.texts[last - 1].split.outside_domain:
-            last -= 1
-        return self.starts[last]
+    def with_first(self, ids: AbstractSet[str]) -> PackedTexts:
+        """Return these texts in another order: those with these ids come first."""
+        return self.of(tuple(sorted(self.texts, key=lambda text: text.id not in ids)))
 
     def fit_blocks(self) -> list[PackedTexts]:
         """Return the texts to fit on in blocks of `BLOCK_TEXTS`; a function of the texts alone.

@@ -2,8 +2,9 @@
 
 Rows lie in safetensors shards, one for each side and boundary, each with a JSON sidecar. A capture
 keeps the rows of all texts, or, with `store = "moments"`, the rows of a sample of them
-(`PackedTexts.sample`) and the sums over all rows to fit on. What a step needs decides whether it
-can do with the latter:
+(`PackedTexts.sample`) and the sums over all rows to fit on. With `student_texts` it keeps the
+teacher's rows of the texts beyond at the last boundary only. What a step needs decides what it can
+do with:
 
 - Sums of fit rows: aligners and refiners of the stream (`procrustes`, `cca`, `householder`), the
   frames of `fidelity`.
@@ -11,7 +12,7 @@ can do with the latter:
   diagnostics, the teacher's principal frame of `basis-fold`.
 - Rows of held-out texts, which are always kept: `fidelity`.
 - The teacher's final states of the guard, which are always kept: `fidelity`, `lm-head-ridge`,
-  `prompt-kl`, `writer-refit`. At other boundaries a store of sums has no rows of the guard.
+  `prompt-kl`, `writer-refit`. At other boundaries there may be no rows of the guard.
 - The teacher's final states of texts to fit on, which are computed where they were not captured:
   `lm-head-ridge`, which keeps sums and a few rows of them, and `prompt-kl`.
 - No rows of texts to fit on: `writer-refit`, beside whose student the teacher walks once more.
@@ -49,7 +50,10 @@ from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.store.plain import read_text
 
-ROWS_REMEDY = 'Set store = "rows" in the capture step, which keeps the rows of all texts.'
+ROWS_REMEDY = (
+    'Set store = "rows" in the capture step and leave out student_texts; then it keeps the rows of '
+    "all texts."
+)
 """What to do where rows are missing."""
 
 
@@ -89,8 +93,9 @@ class ActivationStore:
     def rows(self, side: str, boundary: int) -> Tensor:
         """Return one side's raw stream `[rows, d]` at a boundary (0: embeddings), memory-mapped.
 
-        The rows are those of `layouts[side]`, which with `store = "moments"` is a sample. There
-        boundaries other than the last have only the first `inner_rows` of them.
+        The rows are those of `layouts[side]`, which with `store = "moments"` is a sample. Of the
+        teacher's, boundaries other than the last may have only the first ones; those of texts that
+        the student was not captured on, and of the guard, come last.
         """
         return open_tensors(self.root / self.shards[side][boundary])["rows"].read()
 
@@ -230,8 +235,8 @@ class ActivationStore:
     def _require_kept(self, X: Tensor, places: Tensor, boundary: int) -> None:
         if places.numel() and int(places.max()) > len(X) - (places.dim() == 1):
             raise RecipeError(
-                f"rows of texts outside the domain are asked for at boundary {boundary}, and the "
-                f"capture has kept them at the last boundary only. {ROWS_REMEDY}"
+                f"rows of texts are asked for at boundary {boundary} that the capture has kept at "
+                f"the last boundary only. {ROWS_REMEDY}"
             )
 
     def paired_mask(self, layout: PackedTexts) -> Tensor:

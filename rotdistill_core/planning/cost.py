@@ -136,6 +136,9 @@ class Cost:
     """Bytes copied between host and device. A plan without a GPU counts none."""
     shared_files: Mapping[Hashable, float] = field(default_factory=dict)
     """Key of a file's content -> its bytes. A plan counts files with one key once."""
+    less_disk: str = ""
+    """Options with which the step writes less, such as `store = "moments"`. A user reads them when
+    the disk is too small."""
 
     def __add__(self, other: Cost) -> Cost:
         """Return the cost of both steps, one after the other: peak of memory, sum of the rest."""
@@ -159,6 +162,7 @@ class Cost:
             read_bytes=self.read_bytes + other.read_bytes,
             traffic_bytes=self.traffic_bytes + other.traffic_bytes,
             shared_files={**self.shared_files, **other.shared_files},
+            less_disk=self.less_disk or other.less_disk,
         )
 
     def on_teacher(self) -> Cost:

@@ -109,6 +109,8 @@ class PlanLine:
     by_gpu: dict[str, int] = field(default_factory=dict)
     """GPU, such as `cuda:1` -> peak memory there."""
     disk_bytes: int = 0
+    less_disk: str = ""
+    """Options with which the step writes less; empty if there are none."""
     read_bytes: int = 0
     traffic_bytes: int = 0
     """Bytes copied between host and GPU; 0 without a GPU."""
@@ -256,9 +258,10 @@ class Plan:
         shortfalls += self._gpu_shortfalls()
         if machine.disk is not None and totals.disk_bytes > machine.disk:
             worst = max(todo, key=attrgetter("disk_bytes"))
+            less = f", which writes less with {worst.less_disk}" if worst.less_disk else ""
             shortfalls.append(
                 f"the run writes about {format_bytes(totals.disk_bytes)}, most of it for "
-                f'"{worst.id}"; {format_bytes(machine.disk)} are free on the disk'
+                f'"{worst.id}"{less}; {format_bytes(machine.disk)} are free on the disk'
             )
         return shortfalls
 
@@ -813,6 +816,7 @@ class _LineBuilder:
             gpu_bytes=max(by_gpu.values(), default=0),
             by_gpu=by_gpu,
             disk_bytes=round(cost.disk_bytes),
+            less_disk=cost.less_disk,
             read_bytes=round(cost.read_bytes),
             traffic_bytes=round(traffic),
             seconds=seconds,

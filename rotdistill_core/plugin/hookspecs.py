@@ -99,8 +99,8 @@ class HookSpecs:
 
         Run `weights`, not `pair.student.weights`: an earlier step may have cut the student.
         `rotdistill_core.LayerwiseForward` runs a model of any size, one open layer at a time.
-        `out.find` returns files that a killed run had committed. A capture that keeps sums and the
-        rows of a sample has an attribute `keeps_all_rows` that is False.
+        `out.find` returns files that a killed run had committed. A capture that keeps the rows of
+        a part of the texts has an attribute `keeps_all_rows` that is False.
 
         A step of any stage that takes `ranks` is called in each process of a run that `torchrun`
         starts in several (see `rotdistill_core.Ranks`), and has to give the same bits for any

@@ -5,9 +5,9 @@ Besides its field `use` and its one stage hook a step class may have these membe
 - `exact`: whether its edit leaves logits unchanged, of `fold` steps;
 - `check_models(pair)`: refuses what cannot work with the run's models, before any work;
 - `needs_all_rows`: whether it reads captured rows of all texts, so that no capture will do that
-  keeps sums and a sample;
-- `keeps_all_rows`: of `capture` steps, whether they keep the rows of all texts; they do unless they
-  say otherwise;
+  keeps those of a part;
+- `keeps_all_rows`: of `capture` steps, whether they keep the rows of all texts at every boundary;
+  they do unless they say otherwise;
 - `inputs()`: hashes of files or models that its options name; they become part of its key;
 - `caveats()`: why its result is not to be trusted with these options (`HasCaveats`);
 - `cost(context)`: memory, disk and operations that it needs (`rotdistill_core.planning.cost`);

@@ -624,7 +624,8 @@ def _missing_rows(recipe: ResolvedRecipe) -> Iterator[str]:
     for reader, capture_id in found.items():
         yield (
             f'step "{reader}": reads the captured rows of all texts, and step "{capture_id}" keeps '
-            f'sums and the rows of a sample. Set store = "rows" in step "{capture_id}".'
+            f'those of a part. Set store = "rows" in step "{capture_id}", and leave out its '
+            "student_texts."
         )
 
 

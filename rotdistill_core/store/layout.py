@@ -113,6 +113,11 @@ class RunLayout:
         return f"shards/{side}/residual/{boundary:05d}"
 
     @staticmethod
+    def begun_states(side: str) -> str:
+        """Return the name of one side's states at a boundary that a killed capture goes on from."""
+        return f"shards/{side}/residual/begun.safetensors"
+
+    @staticmethod
     def sums(side: str, boundary: int) -> str:
         """Return the name of the sums over the rows of the student and a side at a boundary."""
         return f"sums/{side}/{boundary:05d}.safetensors"

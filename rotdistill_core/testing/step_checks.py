@@ -168,7 +168,7 @@ def the_cost_is_stated_in_numbers(cls: type, options: Options, folder: Path) -> 
         assert after.student.parameters() > 0
     cost = step_cost(step, context)
     assert isinstance(cost, Cost), "cost must return a Cost"
-    others = ("shared_files", "added_up", "gathered", "kernels")
+    others = ("shared_files", "added_up", "gathered", "kernels", "less_disk")
     figures = {f.name: getattr(cost, f.name) for f in fields(cost) if f.name not in others}
     figures |= {f"added_up.{k}": each.size * each.times for k, each in enumerate(cost.added_up)}
     figures |= {f"gathered.{k}": each.size for k, each in enumerate(cost.gathered)}

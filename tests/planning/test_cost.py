@@ -39,7 +39,7 @@ REQUIRED_OPTIONS: dict[str, dict[str, Any]] = {
     "soups": {"ingredients": ["run:one/full"]},
     "transport": {"source": "adapter"},
 }
-NOT_SIZES = ("shared_files", "added_up", "gathered", "kernels")
+NOT_SIZES = ("shared_files", "added_up", "gathered", "kernels", "less_disk")
 SIZES = [field.name for field in fields(Cost) if field.name not in NOT_SIZES]
 
 

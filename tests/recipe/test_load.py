@@ -542,8 +542,9 @@ use = "writer-refit"
     monkeypatch.setattr(step_class("writer-refit")[0], "needs_all_rows", True, raising=False)
     [problem] = problems_of(path)
     assert 'step "refit": reads the captured rows of all texts, and step "states" keeps' in problem
-    assert 'Set store = "rows" in step "states".' in problem
+    assert 'Set store = "rows" in step "states", and leave out its student_texts.' in problem
     load_recipe(path, ["states.store=rows"])
+    assert problems_of(path, "states.store=rows", "states.student_texts=3") == (problem,)
     without = HEAD + steps.partition('\n[[step]]\nid = "refit"')[0] + "[variants]\nbase = []\n"
     load_recipe(write(path, without))
 

@@ -22,7 +22,7 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.data import packed
 from rotdistill_core.data.packed import Samples
-from rotdistill_core.data.splits import Split
+from rotdistill_core.data.splits import Side, Split
 from rotdistill_core.evaluation.rows import Variant
 from rotdistill_core.forward.activations import ActivationStore
 from rotdistill_core.linalg.maps import Maps, tensor_of
@@ -47,6 +47,8 @@ class Stores(NamedTuple):
     samples: Samples
     rows: ActivationStore
     sums: ActivationStore
+    few: ActivationStore
+    """Rows of the student on some texts, and of all others the teacher's final states alone."""
     out: StepOutput
 
 
@@ -80,7 +82,8 @@ def stores(
 
     rows = captured(Residuals(layer_map="match"), "rows")
     sums = captured(Residuals(layer_map="match", store="moments"), "sums")
-    return Stores(pair, samples, rows, sums, pico_output(tmp_path / "runs"))
+    few = captured(Residuals(layer_map="match", student_texts=20), "few")
+    return Stores(pair, samples, rows, sums, few, pico_output(tmp_path / "runs"))
 
 
 def quiet(*_: object) -> None:
@@ -139,11 +142,16 @@ def test_refiners_and_folds(stores: Stores) -> None:
 def test_the_head_and_the_scores(stores: Stores) -> None:
     pair, samples, out = stores.pair, stores.samples, stores.out
     heads, scores = [], []
-    for store in (stores.rows, stores.sums):
+    assert stores.few.holds(Side.TEACHER, samples.teacher)
+    for store in (stores.rows, stores.sums, stores.few):
         weights = LmHeadRidge().style(pair.student.weights, store, pair, samples, out, quiet)
         heads.append(weights["lm_head.weight"])
         variant = Variant("base", pair.student.weights, Maps(), 0.0, pair.student.folder)
         scores.append(Fidelity().evaluate(variant, pair, store, samples, out, quiet))
     assert not torch.equal(heads[0], pair.student.weights.head())
     assert near(heads[1], heads[0])
+    assert near(heads[2], heads[0])
     assert_same_figures([tuple(row) for row in scores[1]], [tuple(row) for row in scores[0]])
+    outside = Split.GUARD
+    of_few, of_rows = ([row for row in each if row.split == outside] for each in scores[::2])
+    assert_same_figures([tuple(row) for row in of_few], [tuple(row) for row in of_rows])

@@ -99,6 +99,25 @@ def test_disk_does_not_grow_with_texts_and_is_what_the_cost_says(
     )
 
 
+@pytest.mark.parametrize(
+    "step",
+    [Residuals(student_texts=20), Residuals(student_texts=3), Residuals(student_texts=1000)],
+    ids=lambda step: f"{step.student_texts} texts",
+)
+def test_inner_rows_are_kept_of_the_texts_of_the_student(
+    pair: Pair, tmp_path: Path, step: Residuals
+) -> None:
+    many = texts(400)
+    found = files_of(pair, many, tmp_path, step)
+    cost = step.cost(context(pair, many))
+    assert found == pytest.approx(cost.disk_bytes + sum(cost.shared_files.values()), rel=0.05)
+    inner = min(step.student_texts or 0, 395)
+    # Two boundaries of the teacher inside, and three of the student, of 32 numbers of 4 bytes; a
+    # text has 19 rows after the prefix. The teacher's last boundary has all.
+    teacher = 400 + 2 * (max(inner, 16) + 5)
+    assert found == pytest.approx(32 * 4 * 19 * (teacher + 3 * inner), rel=0.1)
+
+
 def test_what_was_begun_is_stated_where_it_is_committed(pair: Pair) -> None:
     step = Residuals(store="moments")
     few, many = (step.cost(context(pair, texts(count))).disk_bytes for count in (600, 700))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from rotdistill_residuals import _sums
+from rotdistill_residuals import _method, _sums
 from rotdistill_residuals.step import Residuals
 from safetensors.torch import load_file
 
@@ -52,6 +52,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     wider = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6}
     teacher = in_float64(folder / "teacher", seed=9, **wider)
     return Pair(teacher, in_float64(folder / "student", "qwen2", seed=1))
+
+
+class Killed(Exception):
+    """Stands for a kill."""
 
 
 def quiet(*_: object) -> None:
@@ -161,6 +165,77 @@ def test_rows_that_are_not_kept_say_what_to_do(pair: Pair, tmp_path: Path) -> No
         sums.teacher_states(samples.layout.select(Split.FIT), 1)
 
 
+@pytest.mark.parametrize("kind", ["a shared prompt", "a baked prompt", "no prefix"])
+def test_of_texts_beyond_the_students_the_final_states_are_kept(
+    pair: Pair, tmp_path: Path, kind: str
+) -> None:
+    samples = layouts_of(kind)
+    rows = captured(pair, samples, tmp_path / "rows", Residuals())
+    few = captured(pair, samples, tmp_path / "few", Residuals(student_texts=11))
+    layout, fitted = samples.layout, (Split.FIT, Split.VALIDATION)
+    last = pair.student.depth
+    assert few.holds(Side.TEACHER, samples.teacher)
+    torch.testing.assert_close(few.teacher_states(layout, last), rows.teacher_states(layout, last))
+    first = layout.select(*fitted, limit=11)
+    assert few.layouts[Side.STUDENT] == first
+    for read in (first, layout.select(Split.HELDOUT)):
+        torch.testing.assert_close(few.teacher_states(read, 1), rows.teacher_states(read, 1))
+    beyond = layout.of(layout.select(*fitted).texts[14:])
+    with pytest.raises(RecipeError, match=r"at boundary 1 .* last boundary only.* student_texts"):
+        few.teacher_rows(beyond, 1)
+    sizes = [len(few.rows(Side.TEACHER, boundary)) for boundary in range(4)]
+    assert sizes[0] == sizes[1] == sizes[2] < sizes[3] == samples.teacher.rows
+    assert restore_activations(few.info(samples), few.root, samples) == few
+
+
+def test_a_control_keeps_the_rows_of_all_texts(pair: Pair, tmp_path: Path) -> None:
+    samples = pico_samples(texts=40, guard=4)
+    step = Residuals(student_texts=11, control="shuffled")
+    assert step.keeps_all_rows
+    assert not Residuals(student_texts=11).keeps_all_rows
+    found = captured(pair, samples, tmp_path, step)
+    sizes = {len(found.rows(Side.TEACHER, boundary)) for boundary in range(4)}
+    assert sizes == {samples.layout.rows}
+
+
+@pytest.mark.parametrize("store", ["rows", "moments"])
+@pytest.mark.parametrize("killed_in", range(1, 6))
+def test_a_killed_capture_of_some_rows_goes_on_where_states_were_saved(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int, store: str
+) -> None:
+    monkeypatch.setattr(_method, "SAVED_LAYERS", 2)
+    samples = pico_samples(texts=40, guard=4)
+    step = Residuals(student_texts=11, store=store)  # type: ignore[arg-type]
+    whole = captured(pair, samples, tmp_path / "whole", step)
+    layers: list[int] = []
+    real = LayerwiseForward.run
+
+    def noted(forward: LayerwiseForward, *args: Any, **kwargs: Any) -> None:
+        layers.append(forward.boundary)
+        real(forward, *args, **kwargs)
+
+    def killed(forward: LayerwiseForward, *args: Any, **kwargs: Any) -> None:
+        if len(layers) == killed_in - 1:
+            raise Killed
+        noted(forward, *args, **kwargs)
+
+    monkeypatch.setattr(LayerwiseForward, "run", killed)
+    with pytest.raises(Killed):
+        captured(pair, samples, tmp_path / "runs", step)
+    layers.clear()
+    monkeypatch.setattr(LayerwiseForward, "run", noted)
+    resumed = captured(pair, samples, tmp_path / "runs", step)
+    # Three layers of the teacher, of which a kill in the third one leaves two; then two of the
+    # student, whose shards hold all rows. Sums walk once more.
+    expected = {1: [0, 1, 2, 0, 1], 2: [0, 1, 2, 0, 1], 3: [2, 0, 1], 4: [0, 1], 5: [1]}[killed_in]
+    assert layers[: len(expected)] == expected
+    if store == "rows":
+        assert len(layers) == len(expected)
+    for side, names in whole.shards.items():
+        for one, two in zip(names, resumed.shards[side], strict=True):
+            assert (whole.root / one).read_bytes() == (resumed.root / two).read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["a shared prompt", "a baked prompt"])
 def test_inner_states_of_texts_outside_the_domain_are_not_kept(
     pair: Pair, tmp_path: Path, kind: str
@@ -173,7 +248,7 @@ def test_inner_states_of_texts_outside_the_domain_are_not_kept(
     assert sizes == [inner, inner, inner, kept.rows]
     assert inner < kept.rows
     guard = samples.layout.select(Split.GUARD)
-    with pytest.raises(RecipeError, match=r"at boundary 2, .* last boundary only\. Set store ="):
+    with pytest.raises(RecipeError, match=r"at boundary 2 .* last boundary only\. Set store ="):
         sums.teacher_rows(guard, 2)
     assert len(rows.teacher_rows(guard, 2)) == guard.rows
 
@@ -186,10 +261,6 @@ def test_the_store_is_restored_from_json_and_hashes_its_sums(pair: Pair, tmp_pat
     before = sums.digest()
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert sums.digest() != before
-
-
-class Killed(Exception):
-    """Stands for a kill."""
 
 
 @pytest.fixture

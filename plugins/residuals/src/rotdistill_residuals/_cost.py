@@ -20,6 +20,7 @@ from rotdistill_core.planning.cost import (
     shard_bytes,
 )
 from rotdistill_core.planning.shape import DTYPE_BYTES, ModelShape
+from rotdistill_core.planning.text_counts import TextCounts
 
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
@@ -28,6 +29,8 @@ LIMBS = 2
 """Integers of an entry of a sum while terms are added, each as large as a float64."""
 COMMIT_BLOCKS = 8
 """Blocks of each process after which sums are added up and committed."""
+LESS_DISK = 'student_texts = 48 (alignment needs few), or store = "moments"'
+"""What makes a capture of rows smaller."""
 TEMPORARIES = 5
 """Copies of the largest product while it is added to its sum."""
 
@@ -42,14 +45,13 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
     student_number = DTYPE_BYTES.get(step.dtype, context.student_bytes)
     teacher_number = DTYPE_BYTES.get(step.dtype, context.teacher_bytes)
     read = texts.as_teacher_reads
-    teacher_shards = float(shard_bytes(teacher, read.total, teacher_number))
-    if not step.keeps_all_rows:
-        # Of texts outside the domain only the final states are kept.
-        outside = read.total - read.rows_of(*(s for s in Split if not s.outside_domain))
-        teacher_shards -= teacher.depth * outside * teacher.width * teacher_number
+    inner_rows = read.total if step.keeps_all_rows else _inner_rows(step, read)
+    teacher_shards = float(shard_bytes(teacher, inner_rows, teacher_number))
+    # Of the other rows the final states are kept.
+    teacher_shards += (read.total - inner_rows) * teacher.width * teacher_number
     student_shards = shard_bytes(student, rows, student_number)
     control_shards = teacher_shards if step.control != "none" else 0
-    kept = (step.dtype, step.store)
+    kept = (step.dtype, step.store, step.keeps_all_rows or step.student_texts)
     shared: dict[Hashable, float] = {("teacher states", *kept): teacher_shards}
     anchor_states = ("anchor states", *kept, step.student_texts)
     if context.anchor:
@@ -66,7 +68,18 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
         ),
         disk_bytes=student_shards + control_shards,
         shared_files=shared,
+        less_disk=LESS_DISK if step.keeps_all_rows and step.control == "none" else "",
     )
+
+
+def _inner_rows(step: Residuals, texts: TextCounts) -> int:
+    """Return the teacher's rows that are kept at boundaries before the last, too."""
+    fitted = (Split.FIT, Split.VALIDATION)
+    held_out = [split for split in Split if not split.outside_domain and split not in fitted]
+    sample = texts.sampled.texts_of(*fitted)
+    limit = None if step.student_texts is None else max(step.student_texts, sample)
+    # Both counts have the shared prompt.
+    return texts.rows_of(*fitted, limit=limit) + texts.rows_of(*held_out) - texts.prefix
 
 
 def moments_cost(step: Residuals, context: CostContext) -> Cost:

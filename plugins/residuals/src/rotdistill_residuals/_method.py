@@ -1,6 +1,9 @@
 """The capture: models run layer by layer over the texts, and each boundary becomes one shard.
 
 With `store = "moments"` these texts are a sample, and the sums of all texts follow (`_sums`).
+
+Of texts that the student is not captured on, and of those outside the domain, steps read what the
+teacher predicts. So only their final states are kept, as the last rows of the last shard.
 """
 
 from __future__ import annotations
@@ -8,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +38,11 @@ from rotdistill_residuals._sums import Reading, SumCapture, Walker
 
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
+
+SAVED_LAYERS = 4
+"""After so many layers the states of all rows are saved, where shards do not hold them."""
+BOUNDARY = "boundary"
+STATES = "states"
 
 
 def capture(
@@ -64,8 +73,8 @@ def capture(
     texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     if step.store == "rows":
         return _capture_rows(step, pair, weights, samples, texts, out, progress, ranks)
-    kept = samples.part(samples.layout.sample())
-    activations = _capture_rows(step, pair, weights, kept, texts.sample(), out, progress, ranks)
+    sampled = samples.part(samples.layout.sample())
+    activations = _capture_rows(step, pair, weights, sampled, texts.sample(), out, progress, ranks)
     summed: dict[str, tuple[str, ...]] = {
         each.side: each.capture(progress, ranks)
         for each in _sums_to_capture(step, pair, weights, samples, texts, activations, out)
@@ -84,8 +93,21 @@ def _capture_rows(
     ranks: Ranks,
 ) -> ActivationStore:
     """Capture the rows of all models, and apply the step's control and layer map."""
+    everywhere = len(samples.layout.texts)
+    if not step.keeps_all_rows:
+        inner = _inner_texts(samples.layout, student_texts)
+        samples = samples.part(samples.layout.with_first(inner))
+        everywhere = len(inner)
+    student_rows = student_texts.rows
     streams = [
-        _shared_stream(step, Side.TEACHER, pair.teacher, samples.teacher, out),
+        _shared_stream(
+            step,
+            Side.TEACHER,
+            pair.teacher,
+            samples.teacher,
+            samples.teacher.starts[everywhere],
+            out,
+        ),
         Stream(
             side=Side.STUDENT,
             model=pair.student,
@@ -93,11 +115,12 @@ def _capture_rows(
             layout=student_texts,
             out=out,
             dtype=_dtype(step, pair.student),
-            inner_rows=_inner_rows(step, student_texts),
+            inner_rows=student_rows,
         ),
     ]
     if pair.anchor:
-        streams.append(_shared_stream(step, Side.ANCHOR, pair.anchor, student_texts, out))
+        anchor = _shared_stream(step, Side.ANCHOR, pair.anchor, student_texts, student_rows, out)
+        streams.append(anchor)
 
     shards: dict[str, tuple[str, ...]] = {}
     layouts: dict[str, PackedTexts] = {}
@@ -228,14 +251,18 @@ class Stream:
         def collected(boundary: int) -> Tensor | None:
             if committed[boundary]:
                 return None
-            some = boundary < self.depth and self.inner_rows < self.layout.rows
-            return forward.collected(torch.arange(self.inner_rows) if some else None)
+            whole = boundary == self.depth or self._saves_states(boundary)
+            return forward.collected(None if whole else torch.arange(self.inner_rows))
 
         def commit(boundary: int, states: Tensor | None) -> str:
             if states is None:  # it is committed, or the leading process does that
                 return committed[boundary]
             require_finite_states(self.model.ref.model, boundary, states)
-            return write_shard(self.out, self.side, boundary, states, self.dtype, sidecar)
+            kept = states if boundary == self.depth else states[: self.inner_rows]
+            shard = write_shard(self.out, self.side, boundary, kept, self.dtype, sidecar)
+            if self._saves_states(boundary):
+                self._save_states(boundary, states)
+            return shard
 
         # One thread hashes and writes a boundary while the next layer is computed.
         with ThreadPoolExecutor(1) as writer:
@@ -246,7 +273,25 @@ class Stream:
                 pending = writer.submit(commit, layer + 1, collected(layer + 1))
                 progress(layer + 1, self.depth, f"{self.side}: {self.layout.rows} rows")
             shards.append(pending.result())
+        if not self._keeps_all_rows:
+            # What was begun has served its purpose.
+            ranks.lead(partial(self._save_states, 0, torch.zeros(0, self.weights.width)))
         return tuple(ranks.lead(lambda: shards))
+
+    @property
+    def _keeps_all_rows(self) -> bool:
+        """Whether the shards of all boundaries hold all rows."""
+        return self.inner_rows == self.layout.rows
+
+    def _saves_states(self, boundary: int) -> bool:
+        """Return whether the states at a boundary are saved beside its shard, to go on from."""
+        inside = 0 < boundary < self.depth
+        return inside and not self._keeps_all_rows and boundary % SAVED_LAYERS == 0
+
+    def _save_states(self, boundary: int, states: Tensor) -> None:
+        """Save the states [rows, d] at a boundary, in place of those saved before."""
+        saved = {BOUNDARY: torch.tensor(boundary), STATES: states}
+        self.out.aside().tensors(RunLayout.begun_states(self.side), saved)
 
     def _committed(self) -> list[str]:
         """Return the shard of each boundary that a killed capture committed, or an empty name."""
@@ -261,17 +306,21 @@ class Stream:
         return ""
 
     def _resume(self, forward: LayerwiseForward, committed: list[str]) -> None:
-        """Move the forward pass to the last boundary before which no shard is missing.
+        """Move the forward pass to the last boundary whose states are there, as computed.
 
-        Only shards of all rows, of the dtype of the forward pass, hold the states as they were
-        computed.
+        Those are shards of all rows in the dtype of the forward pass, and states that were saved.
+        No shard before that boundary may be missing.
         """
         first_missing = committed.index("")
-        as_computed = self.dtype == self.model.dtype and self.inner_rows == self.layout.rows
-        if first_missing and as_computed:
+        if first_missing and self._keeps_all_rows and self.dtype == self.model.dtype:
             shard = open_tensors(self.out.store.root / committed[first_missing - 1])
             rows_of_whole = shard["rows"].read()
             forward.start_at(first_missing - 1, lambda rows: rows_of_whole[forward.rows[rows]])
+        elif path := self.out.aside().find(RunLayout.begun_states(self.side)):
+            saved = open_tensors(path)
+            boundary, states = int(saved[BOUNDARY].read()), saved[STATES].read()
+            if 0 < boundary <= first_missing:
+                forward.start_at(boundary, lambda rows: states[forward.rows[rows]])
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
@@ -293,10 +342,14 @@ def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
 
 
 def _shared_stream(
-    step: Residuals, side: Side, model: Model, layout: PackedTexts, out: StepOutput
+    step: Residuals,
+    side: Side,
+    model: Model,
+    layout: PackedTexts,
+    inner_rows: int,
+    out: StepOutput,
 ) -> Stream:
     """Return the stream of an unedited model; its shards are keyed by content for all runs."""
-    inner_rows = _inner_rows(step, layout)
     shared = out.shared(
         f"{side.value} residuals",
         model.sha256,
@@ -319,12 +372,14 @@ def _shared_stream(
     )
 
 
-def _inner_rows(step: Residuals, layout: PackedTexts) -> int:
-    """Return how many of a model's rows are kept at boundaries before the last.
+def _inner_texts(layout: PackedTexts, student_texts: PackedTexts) -> set[str]:
+    """Return the ids of the texts whose rows are read at boundaries before the last, too.
 
-    A capture of rows keeps all of them: it goes on from any boundary, and anybody may look.
+    Those are the texts of the student, which its rows are compared with, the sample's, and the
+    held-out ones. Texts outside the domain are judged by what a model predicts.
     """
-    return layout.rows if step.keeps_all_rows else layout.inner_rows
+    inside = {text.id for text in layout.sample().texts if not text.split.outside_domain}
+    return inside | {text.id for text in student_texts.texts}
 
 
 def _dtype(step: Residuals, model: Model) -> torch.dtype:

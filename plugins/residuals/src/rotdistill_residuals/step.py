@@ -51,7 +51,8 @@ class Residuals:
     texts. `control` needs `"rows"`."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Number of fit and validation texts on which the student is captured (alignment needs few);
-    without it, all of them."""
+    without it, all of them. Of the texts beyond, and of the guard, only the teacher's final states
+    are kept, unless there is a `control`."""
     layer_map: Literal["stretch", "match"] = "stretch"
     """Which teacher boundary each student boundary is compared with. `"stretch"`: the one at the
     same relative depth. `"match"`: the monotone map under which the student's rows explain most of
@@ -72,17 +73,17 @@ class Residuals:
 
     @property
     def keeps_all_rows(self) -> bool:
-        """Whether later steps find the rows of all texts."""
-        return self.store == "rows"
+        """Whether later steps find the teacher's rows of all texts at every boundary."""
+        return self.store == "rows" and (self.student_texts is None or self.control != "none")
 
     def cost(self, context: CostContext) -> Cost:
         """All models on their texts; runs under one folder share the shards of the teacher and of
         an anchor."""
-        return rows_cost(self, context) if self.keeps_all_rows else moments_cost(self, context)
+        return rows_cost(self, context) if self.store == "rows" else moments_cost(self, context)
 
     def context_after(self, context: CostContext) -> CostContext:
         """Later steps find sums, or the rows of all texts."""
-        return replace(context, sums=not self.keeps_all_rows)
+        return replace(context, sums=self.store == "moments")
 
     def caveats(self) -> list[Caveat]:
         """Return why a run with the control is not to be trusted."""
