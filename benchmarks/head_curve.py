@@ -4,7 +4,7 @@
 
 Texts are blurbs and the teacher's own answers to their questions, counted as the recipe does.
 Each head is the ridge head of `lm-head-ridge`. Its blend is chosen on validation rows; λ is not,
-the whole curve is printed. Captures of the teacher under DIR are reused.
+the whole curve is printed. Captures of the teacher by this script under DIR are reused.
 """
 
 from __future__ import annotations

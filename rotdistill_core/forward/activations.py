@@ -3,8 +3,8 @@
 Rows lie in safetensors shards, one for each side and boundary, each with a JSON sidecar. A capture
 keeps the rows of all texts, or, with `store = "moments"`, the rows of a sample of them
 (`PackedTexts.sample`) and the sums over all rows to fit on. With `student_texts` it keeps the
-teacher's rows of the texts beyond at the last boundary only. What a step needs decides what it can
-do with:
+teacher's rows of other texts to fit on and for validation at the last boundary only. What a step
+needs decides what it can do with:
 
 - Sums of fit rows: aligners and refiners of the stream (`procrustes`, `cca`, `householder`), the
   frames of `fidelity`.
@@ -59,7 +59,7 @@ ROWS_REMEDY = (
 
 @dataclass(frozen=True)
 class ActivationStore:
-    """Shards by side and boundary. Their rows are the rows of the side's packed texts."""
+    """Shards by side and boundary. Their rows are those of the side's packed texts; see `rows`."""
 
     root: Path
     """The folder of runs; shards are named relative to it."""
@@ -78,7 +78,7 @@ class ActivationStore:
     """For each boundary of the original student, the teacher's boundary matched with it."""
     summed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Side that the student is paired with -> the file of the sums of each captured student
-    boundary. Empty where the rows of all texts are kept, from which sums are made when asked."""
+    boundary. Empty where rows are kept, from which sums are made when asked."""
     replaced: bool = False
     """Whether a control has put other rows in the place of the teacher's, which no pass of the
     teacher gives."""
@@ -94,8 +94,8 @@ class ActivationStore:
         """Return one side's raw stream `[rows, d]` at a boundary (0: embeddings), memory-mapped.
 
         The rows are those of `layouts[side]`, which with `store = "moments"` is a sample. Of the
-        teacher's, boundaries other than the last may have only the first ones; those of texts that
-        the student was not captured on, and of the guard, come last.
+        teacher's, boundaries other than the last may have only the first ones: with `student_texts`
+        those of texts to fit on and for validation that it leaves out, and of the guard, come last.
         """
         return open_tensors(self.root / self.shards[side][boundary])["rows"].read()
 

@@ -17,7 +17,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rotdistill_residuals import _cost
 
+from rotdistill_core.data.splits import Split
+from rotdistill_core.planning import text_counts
 from rotdistill_core.planning.machine import Machine
 from rotdistill_core.testing import PicoWorkspace, command_line
 
@@ -120,6 +123,8 @@ def test_the_sizes_of_the_32b_recipe_are_those_derived_by_hand(plan_of_32b: dict
     some = 48 * a_text + prompt
     inner = some + texts["rows"]["heldout"]
     states = (64 * inner + rows) * 5120 * 2 + 37 * some * 2048 * 2
+    # All states at one boundary, as they are computed, until the capture is finished.
+    states += rows * 5120 * number
     assert 4e9 < states < 65 * rows * 5120 * 2 / 3
     assert steps["residuals"]["disk_bytes"] == pytest.approx(states, rel=0.1)
 
@@ -297,19 +302,18 @@ def test_a_shortfall_exits_with_3_before_anything_loads(recipe: Path, verb: str)
 
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_a_full_disk_says_with_which_options_less_is_written(
-    recipe: Path, edit: Edit, monkeypatch: pytest.MonkeyPatch, verb: str
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     code, _, err = command_line(verb, "trial.toml")
     assert code == 3
-    assert re.search(
-        r'the run writes about .*, most of it for "residuals", which writes less with '
-        r'student_texts = 48 \(alignment needs few\), or store = "moments"; 0 MB are free on the '
-        "disk",
-        err,
-    )
-    edit('use = "residuals"', 'use = "residuals", student_texts = 8')
-    assert "writes less with" not in command_line(verb, "trial.toml")[2]
+    # Of the few texts of this recipe sums would be larger than rows.
+    needs = 'the run writes about .*, most of it for "residuals"'
+    assert re.search(f"{needs}; 0 MB are free on the disk", err)
+    monkeypatch.setattr(_cost, "FEW_TEXTS", 2)
+    monkeypatch.setattr(text_counts, "SAMPLE_TEXTS", {Split.FIT: 1, Split.VALIDATION: 1})
+    err = command_line(verb, "trial.toml")[2]
+    assert re.search(f"{needs}, which writes less with student_texts = 2 or store = ", err)
     assert not Path("runs").exists()
 
 

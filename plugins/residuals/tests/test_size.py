@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,44 @@ def test_inner_rows_are_kept_of_the_texts_of_the_student(
     # text has 19 rows after the prefix. The teacher's last boundary has all.
     teacher = 400 + 2 * (max(inner, 16) + 5)
     assert found == pytest.approx(32 * 4 * 19 * (teacher + 3 * inner), rel=0.1)
+
+
+def test_a_capture_names_the_options_with_which_it_writes_less(pair: Pair) -> None:
+    def less(step: Residuals, count: int) -> str:
+        return step.cost(context(pair, texts(count))).less_disk
+
+    assert less(Residuals(), 400) == 'student_texts = 48 or store = "moments"'
+    # Sums are larger than the rows of few texts.
+    assert less(Residuals(), 25) == less(Residuals(student_texts=48), 25) == ""
+    assert less(Residuals(student_texts=48), 4000) == 'store = "moments"'
+    assert less(Residuals(control="shuffled"), 400) == less(Residuals(store="moments"), 400) == ""
+
+
+def test_captures_that_share_files_count_them_once(pair: Pair) -> None:
+    def files(step: Residuals) -> set[Hashable]:
+        return {*step.cost(context(pair, texts(400))).shared_files}
+
+    assert files(Residuals()) == files(Residuals(control="shuffled", student_texts=48))
+    assert files(Residuals()) != files(Residuals(student_texts=1))
+    # Both keep the sample's rows inside, which are more.
+    assert files(Residuals(student_texts=1)) == files(Residuals(student_texts=3))
+    sums = [Residuals(store="moments", student_texts=count) for count in (3, 48)]
+    assert files(sums[0]) == files(sums[1]) != files(Residuals(student_texts=48))
+
+
+def test_states_that_are_saved_take_disk_and_are_gathered(pair: Pair) -> None:
+    step = Residuals(student_texts=48)
+    here = context(pair, texts(4000))
+    deep = replace(here, teacher=here.teacher.changed(num_hidden_layers=9))
+    flat = replace(here, teacher=here.teacher.changed(num_hidden_layers=4))
+    saved = here.texts.total * 32 * 4
+    assert step.cost(deep).disk_bytes - step.cost(flat).disk_bytes == saved
+    sizes = [sum(each.size for each in step.cost(model).gathered) for model in (deep, flat)]
+    shards = [sum(step.cost(model).shared_files.values()) for model in (deep, flat)]
+    beside = here.texts.total - 53 * 19  # 48 texts, and five held-out ones
+    assert sizes[0] - sizes[1] - (shards[0] - shards[1]) == pytest.approx(
+        2 * beside * 32 * 4, rel=0.01
+    )
 
 
 def test_what_was_begun_is_stated_where_it_is_committed(pair: Pair) -> None:

@@ -231,9 +231,58 @@ def test_a_killed_capture_of_some_rows_goes_on_where_states_were_saved(
     assert layers[: len(expected)] == expected
     if store == "rows":
         assert len(layers) == len(expected)
+    begun = resumed.root / "run/shards/teacher/residual/begun.safetensors"
+    assert load_file(begun)["states"].shape == (0, 48)
     for side, names in whole.shards.items():
         for one, two in zip(names, resumed.shards[side], strict=True):
             assert (whole.root / one).read_bytes() == (resumed.root / two).read_bytes()
+
+
+def test_states_of_a_capture_that_ended_otherwise_take_no_room(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_method, "SAVED_LAYERS", 2)
+    samples, step = pico_samples(texts=40), Residuals(student_texts=11)
+    with monkeypatch.context() as patch:
+        patch.setattr(_method.Stream, "_clear_saved", lambda _: None)
+        captured(pair, samples, tmp_path, step)
+    [begun] = tmp_path.rglob("begun.safetensors")
+    assert load_file(begun)["states"].shape == (samples.layout.rows, 48)
+    captured(pair, samples, tmp_path, step)
+    assert load_file(begun)["states"].shape == (0, 48)
+    size = begun.stat().st_mtime_ns
+    captured(pair, samples, tmp_path, step)
+    assert begun.stat().st_mtime_ns == size
+
+
+def test_a_capture_in_another_dtype_goes_on_where_states_were_saved(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_method, "SAVED_LAYERS", 2)
+    samples, step = pico_samples(texts=20), Residuals(dtype="bfloat16")
+    whole = captured(pair, samples, tmp_path / "whole", step)
+
+    def kill(done: int, *_: object) -> None:
+        if done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        step.capture(pair, pair.student.weights, samples, pico_output(tmp_path / "runs"), kill)
+    # The last shard is not written yet.
+    started: list[int] = []
+    real = LayerwiseForward.start_at
+
+    def noted(forward: LayerwiseForward, boundary: int, states: Any) -> None:
+        started.append(boundary)
+        real(forward, boundary, states)
+
+    monkeypatch.setattr(LayerwiseForward, "start_at", noted)
+    for shard in (tmp_path / "runs").rglob("00003.*"):
+        shard.unlink()
+    resumed = captured(pair, samples, tmp_path / "runs", step)
+    assert started == [2]
+    for one, two in zip(whole.shards[Side.TEACHER], resumed.shards[Side.TEACHER], strict=True):
+        assert (whole.root / one).read_bytes() == (resumed.root / two).read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["a shared prompt", "a baked prompt"])

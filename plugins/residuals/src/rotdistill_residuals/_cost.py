@@ -29,13 +29,43 @@ LIMBS = 2
 """Integers of an entry of a sum while terms are added, each as large as a float64."""
 COMMIT_BLOCKS = 8
 """Blocks of each process after which sums are added up and committed."""
-LESS_DISK = 'student_texts = 48 (alignment needs few), or store = "moments"'
-"""What makes a capture of rows smaller."""
+FEW_TEXTS = 48
+"""Texts of the student that are enough for an alignment."""
+CLEARLY_LESS = 0.8
+"""Share of a capture's disk below which another one is named in its place."""
+SAVED_LAYERS = 4
+"""After so many layers all states are saved: `SAVED_LAYERS`, in a module that needs torch."""
 TEMPORARIES = 5
 """Copies of the largest product while it is added to its sum."""
 
 
 def rows_cost(step: Residuals, context: CostContext) -> Cost:
+    """Return the cost of capturing the rows of the context's texts, and what would take less."""
+    cost = _captured(step, context)
+    smaller = [
+        option
+        for option, other in _other_captures(step, context).items()
+        if _disk(other) < CLEARLY_LESS * _disk(cost)
+    ]
+    return replace(cost, less_disk=" or ".join(smaller))
+
+
+def _other_captures(step: Residuals, context: CostContext) -> dict[str, Cost]:
+    """Return the cost of captures that serve the same steps, by the option that sets them."""
+    if step.control != "none":  # it needs the rows of all texts
+        return {}
+    few, sums = replace(step, student_texts=FEW_TEXTS), replace(step, store="moments")
+    others = {'store = "moments"': moments_cost(sums, context)}
+    if step.student_texts is None:
+        others = {f"student_texts = {FEW_TEXTS}": _captured(few, context), **others}
+    return others
+
+
+def _disk(cost: Cost) -> float:
+    return cost.disk_bytes + sum(cost.shared_files.values())
+
+
+def _captured(step: Residuals, context: CostContext) -> Cost:
     """Return the cost of capturing the rows of the context's texts.
 
     Runs under one folder share the shards of the teacher and of an anchor.
@@ -51,35 +81,50 @@ def rows_cost(step: Residuals, context: CostContext) -> Cost:
     teacher_shards += (read.total - inner_rows) * teacher.width * teacher_number
     student_shards = shard_bytes(student, rows, student_number)
     control_shards = teacher_shards if step.control != "none" else 0
-    kept = (step.dtype, step.store, step.keeps_all_rows or step.student_texts)
-    shared: dict[Hashable, float] = {("teacher states", *kept): teacher_shards}
-    anchor_states = ("anchor states", *kept, step.student_texts)
+    # Shards that do not hold all states have these beside them while a capture is not finished.
+    saved_times = 0 if inner_rows == read.total else (teacher.depth - 1) // SAVED_LAYERS
+    saved = read.total * teacher.width * context.teacher_bytes if saved_times else 0
+    saved_beside = (read.total - inner_rows) * teacher.width * context.teacher_bytes
+    shared: dict[Hashable, float] = {
+        ("teacher states", step.dtype, read.total, inner_rows): teacher_shards
+    }
+    anchor_shards = 0
     if context.anchor:
-        shared[anchor_states] = shard_bytes(context.anchor, rows, student_number)
+        anchor_shards = shard_bytes(context.anchor, rows, student_number)
+        shared["anchor states", step.dtype, rows] = anchor_shards
     return replace(
         capture_cost(context, student_rows=rows).dealt(),
         gathered=tuple(
             Gathered(size, -(-count // BATCH_TOKENS))
             for size, count in (
-                (teacher_shards, texts.as_teacher_reads.total),
+                (teacher_shards + saved_times * saved_beside, read.total),
                 (student_shards, rows),
-                (shared.get(anchor_states, 0), rows),
+                (anchor_shards, rows),
             )
         ),
-        disk_bytes=student_shards + control_shards,
+        disk_bytes=student_shards + control_shards + saved,
         shared_files=shared,
-        less_disk=LESS_DISK if step.keeps_all_rows and step.control == "none" else "",
     )
 
 
 def _inner_rows(step: Residuals, texts: TextCounts) -> int:
-    """Return the teacher's rows that are kept at boundaries before the last, too."""
+    """Return the teacher's rows that are kept at boundaries before the last, too.
+
+    They are those of the student's texts, taken as an even share of each split, or of the sample
+    where that has more; and those of held-out texts. The shared prompt counts once.
+    """
     fitted = (Split.FIT, Split.VALIDATION)
-    held_out = [split for split in Split if not split.outside_domain and split not in fitted]
-    sample = texts.sampled.texts_of(*fitted)
-    limit = None if step.student_texts is None else max(step.student_texts, sample)
-    # Both counts have the shared prompt.
-    return texts.rows_of(*fitted, limit=limit) + texts.rows_of(*held_out) - texts.prefix
+    rows = texts.prefix
+    for split in Split:
+        limit = None
+        if split.outside_domain:
+            continue
+        if split in fitted and step.student_texts is not None:
+            share = texts.texts_of(split) / max(texts.texts_of(*fitted), 1)
+            of_sample = texts.sampled.texts_of(split)
+            limit = max(round(share * step.student_texts), of_sample)
+        rows += texts.rows_of(split, limit=limit) - texts.prefix
+    return rows
 
 
 def moments_cost(step: Residuals, context: CostContext) -> Cost:
@@ -89,7 +134,7 @@ def moments_cost(step: Residuals, context: CostContext) -> Cost:
     texts. On disk are the sums, and what was begun of them.
     """
     sampled = replace(context, texts=context.texts.sampled)
-    cost = rows_cost(step, sampled)
+    cost = _captured(step, sampled)
     for partner in filter(None, (context.teacher, context.anchor)):
         cost += _sums_cost(step, context, partner)
     return cost

@@ -2,7 +2,7 @@
 
 With `store = "moments"` these texts are a sample, and the sums of all texts follow (`_sums`).
 
-Of texts that the student is not captured on, and of those outside the domain, steps read what the
+With `student_texts` steps read of the texts beyond these, and of those outside the domain, what the
 teacher predicts. So only their final states are kept, as the last rows of the last shard.
 """
 
@@ -235,11 +235,12 @@ class Stream:
         """
         committed = ranks.lead(self._committed)
         if all(committed):
+            ranks.lead(self._clear_saved)
             return tuple(committed)
         forward = LayerwiseForward(
             self.weights, self.layout, self.model.device, self.model.dtype, ranks=ranks
         )
-        self._resume(forward, committed)
+        self._resume(forward, committed, ranks)
         shards = committed[: forward.boundary]
         sidecar = {
             "model": self.model.ref.model,
@@ -273,25 +274,32 @@ class Stream:
                 pending = writer.submit(commit, layer + 1, collected(layer + 1))
                 progress(layer + 1, self.depth, f"{self.side}: {self.layout.rows} rows")
             shards.append(pending.result())
-        if not self._keeps_all_rows:
-            # What was begun has served its purpose.
-            ranks.lead(partial(self._save_states, 0, torch.zeros(0, self.weights.width)))
+        ranks.lead(self._clear_saved)
         return tuple(ranks.lead(lambda: shards))
 
     @property
-    def _keeps_all_rows(self) -> bool:
-        """Whether the shards of all boundaries hold all rows."""
-        return self.inner_rows == self.layout.rows
+    def _shards_are_states(self) -> bool:
+        """Whether the shard of any boundary holds all states there, as they were computed."""
+        return self.inner_rows == self.layout.rows and self.dtype == self.model.dtype
 
     def _saves_states(self, boundary: int) -> bool:
         """Return whether the states at a boundary are saved beside its shard, to go on from."""
         inside = 0 < boundary < self.depth
-        return inside and not self._keeps_all_rows and boundary % SAVED_LAYERS == 0
+        return inside and not self._shards_are_states and boundary % SAVED_LAYERS == 0
 
     def _save_states(self, boundary: int, states: Tensor) -> None:
         """Save the states [rows, d] at a boundary, in place of those saved before."""
         saved = {BOUNDARY: torch.tensor(boundary), STATES: states}
         self.out.aside().tensors(RunLayout.begun_states(self.side), saved)
+
+    def _clear_saved(self) -> None:
+        """Empty the saved states: they have served their purpose, and are large."""
+        aside = self.out.aside()
+        if not aside.names(RunLayout.begun_states(self.side)):
+            return
+        path = aside.find(RunLayout.begun_states(self.side))
+        if path is None or int(open_tensors(path)[BOUNDARY].read()):
+            self._save_states(0, torch.zeros(0, self.weights.width))
 
     def _committed(self) -> list[str]:
         """Return the shard of each boundary that a killed capture committed, or an empty name."""
@@ -305,22 +313,34 @@ class Stream:
             return self.out.relative(path)
         return ""
 
-    def _resume(self, forward: LayerwiseForward, committed: list[str]) -> None:
+    def _resume(self, forward: LayerwiseForward, committed: list[str], ranks: Ranks) -> None:
         """Move the forward pass to the last boundary whose states are there, as computed.
 
-        Those are shards of all rows in the dtype of the forward pass, and states that were saved.
         No shard before that boundary may be missing.
         """
         first_missing = committed.index("")
-        if first_missing and self._keeps_all_rows and self.dtype == self.model.dtype:
-            shard = open_tensors(self.out.store.root / committed[first_missing - 1])
-            rows_of_whole = shard["rows"].read()
-            forward.start_at(first_missing - 1, lambda rows: rows_of_whole[forward.rows[rows]])
-        elif path := self.out.aside().find(RunLayout.begun_states(self.side)):
-            saved = open_tensors(path)
-            boundary, states = int(saved[BOUNDARY].read()), saved[STATES].read()
-            if 0 < boundary <= first_missing:
-                forward.start_at(boundary, lambda rows: states[forward.rows[rows]])
+        if not first_missing:
+            return
+        if self._shards_are_states:
+            boundary, path, name = first_missing - 1, committed[first_missing - 1], "rows"
+        else:
+            boundary, path = ranks.lead(partial(self._saved_until, first_missing))
+            name = STATES
+        if boundary:
+            states = open_tensors(self.out.store.root / path)[name].read()
+            forward.start_at(boundary, lambda rows: states[forward.rows[rows]])
+
+    def _saved_until(self, last: int) -> tuple[int, str]:
+        """Return the boundary at which states were saved and their file; (0, "") without any.
+
+        Args:
+            last: the boundary may not lie behind this one.
+        """
+        path = self.out.aside().find(RunLayout.begun_states(self.side))
+        boundary = int(open_tensors(path)[BOUNDARY].read()) if path else 0
+        if path is None or boundary > last:
+            return 0, ""
+        return boundary, self.out.relative(path)
 
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:

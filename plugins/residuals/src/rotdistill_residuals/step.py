@@ -35,24 +35,23 @@ CONTROLS = {
 class Residuals:
     """Run teacher and student once over all texts and keep the residual stream at every boundary.
 
-    Boundary 0 is the embeddings, boundary `l` the stream after layer `l`. All runs under one folder
-    share the teacher's shards, whatever other steps do to the student. Put a `chop` before this
-    step and every other edit after it.
+    Boundary 0 is the embeddings, boundary `l` the stream after layer `l`. Runs under one folder
+    with the same `student_texts` share the teacher's shards, whatever other steps do to the
+    student. Put a `chop` before this step and every other edit after it.
     """
 
     use: Literal["residuals"] = "residuals"
     dtype: Literal["float32", "bfloat16", "compute"] = "compute"
-    """Dtype of the shards. `compute` is the dtype of the forward pass; only with it a killed
-    capture resumes at the layer where it stopped."""
+    """Dtype of the shards. `compute` is the dtype of the forward pass."""
     store: Literal["rows", "moments"] = "rows"
-    """What is kept. `"rows"`: the rows of all texts. `"moments"`: exact sums over the rows to fit
-    on, and the rows of held-out texts, of the first 24 texts to fit on and of the first 8 for
-    validation, with the final states of the guard; memory and disk do not grow with the number of
-    texts. `control` needs `"rows"`."""
+    """What is kept. `"rows"`: rows of texts, of which ones `student_texts` says. `"moments"`: exact
+    sums over the rows to fit on, and the rows of held-out texts, of the first 24 texts to fit on
+    and of the first 8 for validation, with the final states of the guard; memory and disk do not
+    grow with the number of texts. `control` needs `"rows"`."""
     student_texts: Annotated[int, Field(ge=1)] | None = None
     """Number of fit and validation texts on which the student is captured (alignment needs few);
-    without it, all of them. Of the texts beyond, and of the guard, only the teacher's final states
-    are kept, unless there is a `control`."""
+    without it, all of them. Of those beyond, and of the guard, only the teacher's final states are
+    kept, unless there is a `control`."""
     layer_map: Literal["stretch", "match"] = "stretch"
     """Which teacher boundary each student boundary is compared with. `"stretch"`: the one at the
     same relative depth. `"match"`: the monotone map under which the student's rows explain most of
@@ -78,11 +77,11 @@ class Residuals:
 
     def cost(self, context: CostContext) -> Cost:
         """All models on their texts; runs under one folder share the shards of the teacher and of
-        an anchor."""
+        an anchor on the same texts."""
         return rows_cost(self, context) if self.store == "rows" else moments_cost(self, context)
 
     def context_after(self, context: CostContext) -> CostContext:
-        """Later steps find sums, or the rows of all texts."""
+        """Later steps find sums, or rows."""
         return replace(context, sums=self.store == "moments")
 
     def caveats(self) -> list[Caveat]:

@@ -394,7 +394,7 @@ def _capture(setting: Setting, choices: Choices) -> list[str]:
     if setting.kind is Kind.streams:
         options["layer_map"] = "match"  # which layers belong together
     if choices.moments:
-        options["store"] = "moments"  # the rows of all texts would not fit here
+        options["store"] = "moments"  # rows would not fit here
     return _step("capture: what both models compute between layers", "residuals", **options)
 
 
