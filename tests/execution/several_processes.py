@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rotdistill_residuals import _method
 from torch import Tensor
 
 from rotdistill_core.execution.executor import Executor
@@ -49,7 +50,7 @@ STEPS = """
 variants = { base = [], full = ["refit"] }
 step = [
     { use = "chop", layers = 2 },
-    { use = "residuals" },
+    { use = "residuals", student_texts = 60 },
     { id = "refit", use = "writer-refit", writers = ["heads", "neurons"] },
     { use = "fidelity" },
 ]
@@ -69,7 +70,7 @@ on_policy = 0.5 },
     { use = "fidelity" },
 ]
 """
-CUT_OF_MOMENTS = STEPS.replace('"residuals"', '"residuals", store = "moments"')
+CUT_OF_MOMENTS = STEPS.replace("student_texts = 60", 'store = "moments"')
 
 
 def forked(action: Callable[[], None]) -> int:
@@ -133,6 +134,7 @@ KILLS: Mapping[str, tuple[int, Callable[[], None]]] = {
     "block": (1, die_in_second_block),
     "sum": (1, die_before_second_sum),
     "leading block": (0, die_in_second_block),
+    "states": (0, partial(die_before_a_line, "shards/teacher/residual/00002.safetensors")),
     "shard": (0, partial(die_before_a_line, "shards/student/residual/00001.safetensors")),
     "writer": (0, partial(die_before_a_line, "weights/refit/layer_00001_heads.safetensors")),
 }
@@ -213,6 +215,7 @@ def make_recipe(folder: Path, steps: str, teacher: Path, student: Path, count: i
 
 def main() -> None:
     keep_to_one_thread()
+    _method.SAVED_LAYERS = 1  # pico models have few
     work = Path(sys.argv[1])
     model = PicoWorkspace(work).model(num_hidden_layers=3)
     other = PicoWorkspace(work).model("other", seed=1)
