@@ -252,8 +252,10 @@ class Stream:
         def collected(boundary: int) -> Tensor | None:
             if committed[boundary]:
                 return None
-            whole = boundary == self.depth or self._saves_states(boundary)
-            return forward.collected(None if whole else torch.arange(self.inner_rows))
+            all_inside = self.inner_rows == self.layout.rows
+            if all_inside or boundary == self.depth or self._saves_states(boundary):
+                return forward.collected()
+            return forward.collected(torch.arange(self.inner_rows))
 
         def commit(boundary: int, states: Tensor | None) -> str:
             if states is None:  # it is committed, or the leading process does that
