@@ -218,7 +218,13 @@ def restore_weights(info: Mapping[str, Any], student: Weights, root: Path) -> We
     return Weights(info["config"], student.adapter, entries, Lineage(tuple(info["depths"]), basis))
 
 
-def restore_undo(path: Path, before: Weights) -> Undo:
-    """Return the record that `Undo.tensors` described, for the weights before the fold."""
+def restore_undo(path: Path, config_before: Config, adapter: Adapter) -> Undo:
+    """Return the record that `Undo.tensors` described.
+
+    Args:
+        path: the file that holds the tensors.
+        config_before: config.json of the model before the fold.
+        adapter: the table of its architecture.
+    """
     tensors = {name: entry.read().clone() for name, entry in open_tensors(path).items()}
-    return Undo.from_tensors(tensors, before.config, before.adapter.gain_offset)
+    return Undo.from_tensors(tensors, config_before, adapter.gain_offset)

@@ -6,17 +6,22 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rotdistill_soups._ingredient_set import recorded_folds
 from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 
 from rotdistill_core.checkpoint.lora import Factors, Lora, read_lora, transform_lora, truncate_rank
 from rotdistill_core.checkpoint.models import Model, Pair
+from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.recipe.document import ModelRef
+from rotdistill_core.store.records import WeightsRef
 from rotdistill_core.testing import (
     PicoWorkspace,
     logits,
@@ -206,17 +211,22 @@ require_improvement = false
 """
 
 
+def write_recipe(tmp_path: Path, steps: str, student: Model, **of_teacher: Any) -> Path:
+    """Write a recipe of `steps`, its texts, its teacher, and the LoRA that it names."""
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    teacher = workspace.model("teacher", seed=4, **of_teacher)
+    if not (tmp_path / "lora").exists():
+        write_adapter(tmp_path / "lora", student.weights, 1)
+    return workspace.recipe(steps, teacher=teacher, student=student.folder)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, student: Model) -> Callable[[str], Path]:
     """Return a function that writes a recipe which folds the student and then adds a LoRA."""
-    workspace = PicoWorkspace(tmp_path)
-    workspace.texts()
-    teacher = workspace.model("teacher", seed=4)
-    write_adapter(tmp_path / "lora", student.weights, 1)
 
     def write(more: str) -> Path:
-        steps = STEPS.format(folder=tmp_path, more=more)
-        return workspace.recipe(steps, teacher=teacher, student=student.folder)
+        return write_recipe(tmp_path, STEPS.format(folder=tmp_path, more=more), student)
 
     return write
 
@@ -238,6 +248,106 @@ def test_a_recipe_carries_an_adapter_through_its_folds(
     for file in (tmp_path / "other").iterdir():
         (tmp_path / "lora" / file.name).write_bytes(file.read_bytes())
     assert_run_adds_the_adapter(path, student)
+
+
+WIDENED = """
+student.save_dtype = "float32"
+[[step]]
+use = "residuals"
+[[step]]
+use = "procrustes"
+tie = "all"
+[[step]]
+id = "wider"
+use = "basis-fold"
+mode = "widen"
+[[step]]
+use = "soups"
+method = "lora"
+ingredients = ["{folder}/lora"]
+replay_folds = ["wider"]
+require_improvement = false
+"""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_the_narrow_student_goes_through_a_widening(
+    tmp_path: Path, tied: bool
+) -> None:
+    narrow = pico_model(tmp_path / "narrow", tie_word_embeddings=tied)
+    steps = WIDENED.format(folder=tmp_path)
+    path = write_recipe(tmp_path, steps, narrow, hidden_size=48)
+    wide = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
+    assert wide.weights.width == 48
+    lora = read_lora(tmp_path / "lora", narrow.weights)
+    wanted = logits(lora.applied_to(narrow.weights), LAYOUT)
+    torch.testing.assert_close(logits(wide.weights, LAYOUT), wanted, rtol=0, atol=1e-4)
+
+
+TWO_FOLDS = """
+student.save_dtype = "float32"
+[[step]]
+use = "residuals"
+[[step]]
+use = "random-rotation"
+[[step]]
+id = "turn"
+use = "basis-fold"
+{between}
+[[step]]
+use = "soups"
+method = "lora"
+ingredients = ["{folder}/lora"]
+replay_folds = ["turn"]
+require_improvement = false
+"""
+
+
+def test_a_cut_behind_a_replayed_fold_is_refused(tmp_path: Path, student: Model) -> None:
+    cut = '[[step]]\nuse = "chop"\nlayers = [0]'
+    steps = TWO_FOLDS.format(folder=tmp_path, between=cut)
+    message = 'names "turn", and a step behind it changed the student: layers was 2 and is 1'
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(write_recipe(tmp_path, steps, student))
+
+
+@pytest.fixture
+def two_folds(tmp_path: Path, student: Model) -> tuple[Weights, Any]:
+    """Return a student behind two folds, and a step's output whose ledger has them."""
+    view, records = student.weights, []
+    for step, seed in (("first", 3), ("second", 4)):
+        _, planted = scramble(view, seed, invertible=True)
+        view = view.fold(planted)
+        assert view.undo
+        tensors = {name: tensor.contiguous() for name, tensor in view.undo.tensors().items()}
+        save_file(tensors, tmp_path / step)
+        result = WeightsRef(
+            config=view.config, depths=(0, 1, 2), basis=None, tensors={"x": ("", "x")}, undo=step
+        )
+        records.append(SimpleNamespace(id=step, result=result))
+    store = SimpleNamespace(root=tmp_path)
+    return view, SimpleNamespace(store=store, earlier_steps=lambda: iter(records[::-1]))
+
+
+@pytest.mark.parametrize("named", [["first", "second"], ["second", "first"]])
+def test_folds_are_replayed_in_the_order_in_which_they_were_made(
+    tmp_path: Path, student: Model, two_folds: tuple[Weights, Any], named: list[str]
+) -> None:
+    view, out = two_folds
+    lora = read_lora(write_adapter(tmp_path / "lora", student.weights, 1), student.weights)
+    wanted = logits(lora.applied_to(student.weights), LAYOUT)
+    for fold in recorded_folds(named, view, student, out):
+        lora = transform_lora(lora, fold.undo, view.adapter.expand(view.config))
+    torch.testing.assert_close(logits(lora.applied_to(view), LAYOUT), wanted, rtol=0, atol=1e-9)
+
+
+def test_a_fold_behind_a_replayed_one_may_not_be_left_out(
+    student: Model, two_folds: tuple[Weights, Any]
+) -> None:
+    view, out = two_folds
+    with pytest.raises(RecipeError, match='names "first" and leaves out "second", an exact fold'):
+        recorded_folds(["first"], view, student, out)
+    assert [fold.step for fold in recorded_folds(["second"], view, student, out)] == ["second"]
 
 
 def test_a_recipe_has_to_name_the_folds_of_an_adapter(recipe: Callable[[str], Path]) -> None:

@@ -230,7 +230,7 @@ def unfold_error(
     if after is None:
         raise CheckFailed(f'step "{record.id}" has a certificate but stored no weights.')
     before = _weights_before(record, ledger, student, root)
-    back = after.unfold(restore_undo(root / _undo_file(record), before))
+    back = after.unfold(restore_undo(root / _undo_file(record), before.config, before.adapter))
     errors = []
     for name in before.entries:
         one, two = back[name].double(), before[name].double()

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from rotdistill_core.architecture.table import Config
 from rotdistill_core.checkpoint.adapter_config import read_adapter_config
 from rotdistill_core.checkpoint.lora import Lora, read_lora, transform_lora
 from rotdistill_core.checkpoint.models import Model
@@ -151,13 +152,16 @@ def replayed_loras(
         opened: the ingredients.
         base: the student, in the form that the ingredients have.
         replay_folds: ids of the exact folds since the adapters were trained; they are applied to
-            the adapters in this order. None where the recipe does not name any.
+            the adapters in the order in which they were made. None where the recipe does not name
+            any.
         out: the step's output, whose ledger has the folds.
         ignore_basis: accept an adapter that was trained on weights far from the student's.
 
     Raises:
-        RecipeError: an adapter was trained on another model; or the student's basis has changed,
-            and the recipe does not say whether before or after the adapters were trained.
+        RecipeError: an adapter was trained on another model; the student's basis has changed, and
+            the recipe does not say whether before or after the adapters were trained; or the folds
+            that it names do not lead from there to the student.
+        SetupError: an adapter is torn, or does not fit the model before the folds.
     """
     if opened.adapters and replay_folds is None and opened.weights.lineage.basis is not None:
         first = next(iter(opened.adapters))
@@ -166,9 +170,12 @@ def replayed_loras(
             "one basis only. Name the folds that it is to be carried through, "
             'replay_folds = ["fold"], or none if it was trained after them, replay_folds = [].'
         )
-    trained_on = opened.weights if base.tied else opened.weights.untie()
+    recorded = recorded_folds(replay_folds or (), opened.weights, opened.student, out)
+    trained_on = _before_folds(opened.weights, recorded)
+    if not base.tied:
+        trained_on = trained_on.untie()
     table = base.adapter.expand(base.config)
-    folds = [recorded_fold(step, out, opened.weights) for step in replay_folds or ()]
+    folds = [fold.undo for fold in recorded]
     if base.undo:
         folds.append(base.undo)
     loras: dict[str, Lora] = {}
@@ -183,19 +190,83 @@ def replayed_loras(
     return loras
 
 
-def recorded_fold(step: str, out: StepOutput, weights: Weights) -> Undo:
-    """Return the record of an exact step that led to the student as it is.
+@dataclass(frozen=True)
+class RecordedFold:
+    """An exact step before this one, from its record in the ledger."""
+
+    step: str
+    """Its id in the recipe."""
+    undo: Undo
+    config_after: Config
+    """The student's config behind it."""
+
+
+def recorded_folds(
+    steps: Sequence[str], weights: Weights, student: Model, out: StepOutput
+) -> list[RecordedFold]:
+    """Return exact steps that led to the student as it is, in the order in which they were made.
+
+    Args:
+        steps: their ids, in any order.
+        weights: the student as it is.
+        student: the student as it was opened.
+        out: the step's output, whose ledger has the records.
 
     Raises:
-        RecipeError: no such step did.
+        RecipeError: a name is that of no exact step, or an exact step behind a named one is left
+            out.
     """
-    for record in out.earlier_steps():
-        if record.id == step and isinstance(record.result, WeightsRef) and record.result.undo:
-            return restore_undo(out.store.root / record.result.undo, weights)
-    raise RecipeError(
-        f'soups: replay_folds names "{step}", which is no exact fold that stands before this step; '
-        "name the id of a basis-fold."
-    )
+    edits = [each for each in out.earlier_steps() if isinstance(each.result, WeightsRef)]
+    edits.reverse()
+    found: list[RecordedFold] = []
+    config: Config = student.weights.config
+    for record in edits:
+        result = record.result
+        assert isinstance(result, WeightsRef)
+        if result.undo and record.id in steps:
+            undo = restore_undo(out.store.root / result.undo, config, weights.adapter)
+            found.append(RecordedFold(record.id, undo, result.config))
+        elif result.undo and found:
+            raise RecipeError(
+                f'soups: replay_folds names "{found[-1].step}" and leaves out "{record.id}", an '
+                "exact fold behind it. An adapter that is carried through the first goes through "
+                "the second too; name both."
+            )
+        config = result.config
+    missing = [step for step in steps if step not in {fold.step for fold in found}]
+    if missing:
+        raise RecipeError(
+            f'soups: replay_folds names "{missing[0]}", which is no exact fold that stands before '
+            "this step; name the id of a basis-fold."
+        )
+    return found
+
+
+def _before_folds(weights: Weights, folds: Sequence[RecordedFold]) -> Weights:
+    """Return the student with the folds taken back: the shape and basis that it had before them.
+
+    Edits that were made behind a fold stay in it.
+
+    Raises:
+        RecipeError: a step behind a fold has changed the student's shape.
+    """
+    for fold in reversed(folds):
+        shape, recorded = _shape(weights, weights.config), _shape(weights, fold.config_after)
+        if shape != recorded:
+            size = next(key for key in recorded | shape if shape.get(key) != recorded.get(key))
+            raise RecipeError(
+                f'soups: replay_folds names "{fold.step}", and a step behind it changed the '
+                f"student: {size} was {recorded.get(size)} and is {shape.get(size)}. An adapter "
+                "cannot be carried through the fold of another shape; put the cut before the "
+                "fold, or the soup before the cut."
+            )
+        weights = weights.unfold(fold.undo)
+    return weights
+
+
+def _shape(weights: Weights, config: Config) -> dict[str, int]:
+    """Return the depth and the size of every space, by name."""
+    return {"layers": weights.adapter.depth(config), **weights.adapter.sizes(config)}
 
 
 def with_lora(lora: Lora, base: Weights, name: str) -> Ingredient:

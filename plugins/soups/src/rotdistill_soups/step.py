@@ -66,7 +66,7 @@ class Soups:
     exact."""
     replay_folds: tuple[str, ...] | None = None
     """Ids of the exact folds that changed the student's basis after the LoRAs were trained; the
-    LoRAs are transformed the same way. `[]` if there are none."""
+    LoRAs are transformed the same way, in the order of the steps. `[]` if there are none."""
     same_basis: Literal["require", "align", "ignore"] = "require"
     """`"require"`: ingredients in another basis than the student's are refused. `"align"`: they are
     brought to it first, from weights alone. `"ignore"`: they are merged all the same."""
