@@ -6,8 +6,9 @@ Carries out a pico recipe once for each case, each time in a folder of its own. 
 of processes, with "moments" for a recipe of sums in place of rows, or with "cut moments" for the
 recipe of rows with sums in their place, or it is one of `KILLS`: a
 process of two is killed there, and three processes carry the recipe out again. Prints one JSON
-document: for each case the exit codes, what was committed before the last start and at the end, and
-the hashes of all files but the ledger. Seconds that were measured are left out of the results.
+document: for each case the exit codes, what was committed before the last start and at the end, at
+which layers forward passes went on in the last start, and the hashes of all files but the ledger.
+Seconds that were measured are left out of the results.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rotdistill_residuals import _method
 from torch import Tensor
 
 from rotdistill_core.execution.executor import Executor
+from rotdistill_core.forward.layerwise import LayerwiseForward
 from rotdistill_core.forward.ranks import start_ranks
 from rotdistill_core.linalg.moments import Moments
 from rotdistill_core.recipe.load import load_recipe
@@ -42,6 +44,8 @@ from rotdistill_core.testing.pico import WORDS
 from rotdistill_core.testing.runs import SilentObserver, run_recipe
 from tests.warm import keep_to_one_thread, warm_up
 
+STARTS = "starts"
+"""File of the layers at which the first process took up a forward pass; see `note_starts`."""
 TEXTS = 240
 """About eight batches."""
 FEW_TEXTS = 24
@@ -128,6 +132,18 @@ def die_before_a_line(name: str) -> None:
     Ledger.append = append  # type: ignore[method-assign]
 
 
+def note_starts(path: Path) -> None:
+    """Add a line to a file for each forward pass that goes on from saved states: its layer."""
+    plain = LayerwiseForward.start_at
+
+    def start_at(forward: LayerwiseForward, boundary: int, states: Any) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{boundary}\n")
+        plain(forward, boundary, states)
+
+    LayerwiseForward.start_at = start_at  # type: ignore[method-assign]
+
+
 BATCHES_BEFORE_THE_KILL = 12
 SUMS_BEFORE_THE_KILL = 3
 KILLS: Mapping[str, tuple[int, Callable[[], None]]] = {
@@ -147,6 +163,8 @@ def carry_out(
     """Carry out a recipe as one of several processes."""
     if plant:
         plant()
+    if number == 0:
+        note_starts(recipe.parent / STARTS)
     os.environ |= {
         "RANK": str(number),
         "WORLD_SIZE": str(count),
@@ -181,6 +199,12 @@ def committed(folder: Path) -> list[str]:
         record for path in ledger_paths(folder / "runs") for record in Ledger(path.parent).files
     ]
     return [record.path for record in lines]
+
+
+def starts(folder: Path) -> list[int]:
+    """Return the layers that `note_starts` noted, in order."""
+    path = folder / STARTS
+    return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def hashes(folder: Path) -> Mapping[str, str]:
@@ -234,11 +258,13 @@ def main() -> None:
         recipe = make_recipe(work / case, steps, model, student)
         codes = [run_in(2, recipe, case)] if case in KILLS else []
         before = committed(recipe.parent)
+        (recipe.parent / STARTS).unlink(missing_ok=True)
         codes.append(run_in(3 if case in KILLS else int(case.split()[0]), recipe))
         outcomes[case] = {
             "codes": codes,
             "before": before,
             "committed": committed(recipe.parent),
+            "starts": starts(recipe.parent),
             "files": hashes(recipe.parent),
         }
     print(json.dumps(outcomes))

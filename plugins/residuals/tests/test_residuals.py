@@ -236,11 +236,13 @@ def test_a_baked_prompt_pairs_rows_with_those_of_the_teacher_that_reads_it(
     assert out.notes["paired rows"] == f"{samples.layout.rows} of {samples.layout.rows}"
 
 
+@pytest.mark.parametrize("wider", [0, 16])
 def test_a_student_in_another_basis_is_refused(
-    pair: Pair, samples: Samples, tmp_path: Path
+    pair: Pair, samples: Samples, tmp_path: Path, wider: int
 ) -> None:
-    turned = {"residual": Rotation(random_rotation(pair.student.width))}
-    folded = pair.student.weights.fold(turned)
+    width = pair.student.width
+    rows = random_rotation(width + wider)[:width]
+    folded = pair.student.weights.fold({"residual": Rotation(rows)})
     with pytest.raises(RecipeError, match="put the capture before basis-fold"):
         captured(pair, samples, tmp_path / "runs", weights=folded)
 

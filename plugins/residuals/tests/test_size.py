@@ -157,6 +157,27 @@ def test_states_that_are_saved_take_disk_and_are_gathered(pair: Pair) -> None:
     )
 
 
+def test_states_saved_beside_shards_of_another_dtype_take_disk(pair: Pair) -> None:
+    step = Residuals(dtype="bfloat16")
+    here = context(pair, texts(400))
+
+    def deeper(side: str) -> CostContext:
+        return replace(here, **{side: getattr(here, side).changed(num_hidden_layers=9)})  # type: ignore[arg-type]
+
+    teacher, student = (step.cost(deeper(side)) for side in ("teacher", "student"))
+    flat = step.cost(here)
+    # Its shards are no states to go on from, so those of all rows are saved in float32.
+    saved = here.texts.total * 32 * 4
+    assert teacher.disk_bytes - flat.disk_bytes == saved
+    # The student has seven more shards of two bytes, and reads no held-out texts.
+    rows = here.texts.rows_of(Split.FIT, Split.VALIDATION)
+    assert student.disk_bytes - flat.disk_bytes == rows * 32 * (4 + 7 * 2)
+    # What is gathered is as it was computed, whatever the shards' dtype.
+    for cost in (teacher, student):
+        plain = Residuals().cost(deeper("teacher" if cost is teacher else "student"))
+        assert [each.size for each in cost.gathered] == [each.size for each in plain.gathered]
+
+
 def test_what_was_begun_is_stated_where_it_is_committed(pair: Pair) -> None:
     step = Residuals(store="moments")
     few, many = (step.cost(context(pair, texts(count))).disk_bytes for count in (600, 700))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rotdistill_core.data.batching import BATCH_TOKENS, BLOCK_TEXTS
@@ -34,7 +34,7 @@ FEW_TEXTS = 48
 CLEARLY_LESS = 0.8
 """Share of a capture's disk below which another one is named in its place."""
 SAVED_LAYERS = 4
-"""After so many layers all states are saved: `SAVED_LAYERS`, in a module that needs torch."""
+"""After so many layers the states of all rows are saved, where shards do not hold them."""
 TEMPORARIES = 5
 """Copies of the largest product while it is added to its sum."""
 
@@ -81,30 +81,58 @@ def _captured(step: Residuals, context: CostContext) -> Cost:
     teacher_shards += (read.total - inner_rows) * teacher.width * teacher_number
     student_shards = shard_bytes(student, rows, student_number)
     control_shards = teacher_shards if step.control != "none" else 0
-    # Shards that do not hold all states have these beside them while a capture is not finished.
-    saved_times = 0 if inner_rows == read.total else (teacher.depth - 1) // SAVED_LAYERS
-    saved = read.total * teacher.width * context.teacher_bytes if saved_times else 0
-    saved_beside = (read.total - inner_rows) * teacher.width * context.teacher_bytes
+    theirs = _Stream(teacher, read.total, inner_rows, context.teacher_bytes, teacher_number)
+    streams = [theirs, _Stream(student, rows, rows, context.student_bytes, student_number)]
     shared: dict[Hashable, float] = {
         ("teacher states", step.dtype, read.total, inner_rows): teacher_shards
     }
-    anchor_shards = 0
     if context.anchor:
+        anchor = _Stream(context.anchor, rows, rows, context.student_bytes, student_number)
         anchor_shards = shard_bytes(context.anchor, rows, student_number)
         shared["anchor states", step.dtype, rows] = anchor_shards
+        streams.append(anchor)
     return replace(
         capture_cost(context, student_rows=rows).dealt(),
         gathered=tuple(
-            Gathered(size, -(-count // BATCH_TOKENS))
-            for size, count in (
-                (teacher_shards + saved_times * saved_beside, read.total),
-                (student_shards, rows),
-                (anchor_shards, rows),
-            )
+            Gathered(stream.gathered_bytes, -(-stream.rows // BATCH_TOKENS)) for stream in streams
         ),
-        disk_bytes=student_shards + control_shards + saved,
+        # One stream is captured after the other, and what it saved is emptied at its end.
+        disk_bytes=student_shards + control_shards + max(each.saved_bytes for each in streams),
         shared_files=shared,
     )
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One model's part of a capture."""
+
+    shape: ModelShape
+    rows: int
+    inner_rows: int
+    """Rows that shards before the last boundary hold."""
+    computed: int
+    """Bytes of a number as it is computed."""
+    stored: int
+    """Bytes of a number in the shards."""
+
+    @property
+    def saved_times(self) -> int:
+        """How often the states of all rows are saved, because shards do not hold them."""
+        if self.inner_rows == self.rows and self.stored == self.computed:
+            return 0
+        return (self.shape.depth - 1) // SAVED_LAYERS
+
+    @property
+    def saved_bytes(self) -> int:
+        """Disk that saved states take while the stream is captured."""
+        return self.rows * self.shape.width * self.computed if self.saved_times else 0
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What the first process gathers: the rows of shards, and all rows where they are saved."""
+        whole = 1 + self.saved_times
+        rows = whole * self.rows + (self.shape.depth + 1 - whole) * self.inner_rows
+        return rows * self.shape.width * self.computed
 
 
 def _inner_rows(step: Residuals, texts: TextCounts) -> int:

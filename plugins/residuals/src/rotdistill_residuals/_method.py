@@ -31,6 +31,7 @@ from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
 from rotdistill_residuals._control import replace_teacher_rows
+from rotdistill_residuals._cost import SAVED_LAYERS
 from rotdistill_residuals._finite import require_finite_states
 from rotdistill_residuals._layer_map import match_layers
 from rotdistill_residuals._spans import PairedRows, pair_rows
@@ -39,8 +40,6 @@ from rotdistill_residuals._sums import Reading, SumCapture, Walker
 if TYPE_CHECKING:
     from rotdistill_residuals.step import Residuals
 
-SAVED_LAYERS = 4
-"""After so many layers the states of all rows are saved, where shards do not hold them."""
 BOUNDARY = "boundary"
 STATES = "states"
 
@@ -347,7 +346,7 @@ class Stream:
 
 def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
     # A student that `chop` made narrower has a basis too, that of the narrow stream.
-    if weights.lineage.basis is not None and weights.width == pair.student.width:
+    if weights.lineage.basis is not None and weights.width >= pair.student.width:
         raise RecipeError(
             "residuals: the student is in another basis already; put the capture before basis-fold."
         )
