@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--general-from", nargs="+", default=["texts"])
     parser.add_argument("--sources", nargs="+", default=["questions"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--figures", type=Path, default=Path("runs/lesson_curve.jsonl"))
     parser.add_argument("--only-table", action="store_true")

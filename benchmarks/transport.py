@@ -78,7 +78,8 @@ def main() -> None:
     parser.add_argument("--no-train", action="store_true", help="leave out the trained LoRA")
     parser.add_argument(
         "--set",
-        nargs="*",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="overrides with TOML values, of the source, and of what is carried and trained",

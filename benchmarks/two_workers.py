@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/depth_cut.toml"))
     parser.add_argument("--limit", type=int, default=60, help="blurbs; 0 for all")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     settings = ["samples.own_answers=0", *options.set]
     if options.limit:
