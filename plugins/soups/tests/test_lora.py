@@ -351,11 +351,24 @@ def test_a_fold_behind_a_replayed_one_may_not_be_left_out(
 
 
 def test_a_recipe_has_to_name_the_folds_of_an_adapter(recipe: Callable[[str], Path]) -> None:
-    message = r'folded into another basis, and .*/lora is a LoRA.* replay_folds = \["fold"\]'
+    message = r'folded into another basis, and .*/lora is a LoRA.* replay_folds = \["turn"\]'
     with pytest.raises(RecipeError, match=message):
         run_recipe(recipe(""))
     with pytest.raises(RecipeError, match='replay_folds names "turm"'):
         run_recipe(recipe('replay_folds = ["turm"]'))
+
+
+def test_a_fold_of_heads_and_neurons_alone_has_to_be_named_too(
+    tmp_path: Path, student: Model
+) -> None:
+    """The stream keeps its basis, and the adapter's neurons are in another order."""
+    turn, permute = 'use = "random-rotation"', 'use = "hungarian-permute"'
+    steps = STEPS.format(folder=tmp_path, more='replay_folds = ["turn"]').replace(turn, permute)
+    path = write_recipe(tmp_path, steps, student)
+    assert_run_adds_the_adapter(path, student)
+    path.write_text(path.read_text().replace('replay_folds = ["turn"]', ""), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r'is a LoRA.* replay_folds = \["turn"\]'):
+        run_recipe(path)
 
 
 def test_the_fold_is_that_of_the_same_variant(recipe: Callable[[str], Path]) -> None:

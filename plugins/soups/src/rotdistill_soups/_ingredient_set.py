@@ -163,13 +163,8 @@ def replayed_loras(
             that it names do not lead from there to the student.
         SetupError: an adapter is torn, or does not fit the model before the folds.
     """
-    if opened.adapters and replay_folds is None and opened.weights.lineage.basis is not None:
-        first = next(iter(opened.adapters))
-        raise RecipeError(
-            f"soups: the student was folded into another basis, and {first} is a LoRA, which fits "
-            "one basis only. Name the folds that it is to be carried through, "
-            'replay_folds = ["fold"], or none if it was trained after them, replay_folds = [].'
-        )
+    if opened.adapters and replay_folds is None:
+        _require_first_basis(opened, out)
     recorded = recorded_folds(replay_folds or (), opened.weights, opened.student, out)
     trained_on = _before_folds(opened.weights, recorded)
     if not base.tied:
@@ -188,6 +183,27 @@ def replayed_loras(
             lora = transform_lora(lora, fold, table)
         loras[name] = lora
     return loras
+
+
+def _require_first_basis(opened: OpenIngredients, out: StepOutput) -> None:
+    """Refuse adapters for a student that some step has folded: nobody said on which side they are.
+
+    A fold of heads or neurons leaves the stream's basis as it is, and their order is another one.
+    """
+    folds = [
+        record.id
+        for record in out.earlier_steps()
+        if isinstance(record.result, WeightsRef) and record.result.undo
+    ]
+    if not folds and opened.weights.lineage.basis is None:
+        return
+    first = next(iter(opened.adapters))
+    names = ", ".join(f'"{name}"' for name in reversed(folds)) or '"fold"'
+    raise RecipeError(
+        f"soups: the student was folded into another basis, and {first} is a LoRA, which fits one "
+        f"basis only. Name the folds that it is to be carried through, replay_folds = [{names}], "
+        "or none if it was trained after them, replay_folds = []."
+    )
 
 
 @dataclass(frozen=True)
