@@ -1,6 +1,6 @@
 """λ of each refitted writer by generalised cross-validation, beside the choice on validation texts.
 
-    python benchmarks/gcv.py [RECIPE] [--set ID.FIELD=VALUE ...]
+    python benchmarks/gcv.py [RECIPE] [--set ID.FIELD=VALUE]...
 
 Carries out a recipe with a `writer-refit` (default: the depth cut) once for each way to choose λ,
 in an empty folder of runs, and prints a table. `validation` is what the step does: the candidates
@@ -129,6 +129,8 @@ def row_of(way: str, outcome: RunResult, refit: str) -> str:
     overall = {
         row.metric: row.value for row in outcome.rows if row.variant == variant and row.is_overall
     }
+    if result.report.refused:  # held-out and guard KL are then those of the student without it
+        way += ", refused"
     strengths = [float(each["ridge"]) for each in result.notes["layers"].values()]
     return (
         f"| {way} | {min(strengths):.2g} to {max(strengths):.2g} | "
