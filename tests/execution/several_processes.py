@@ -7,8 +7,8 @@ of processes, with "moments" for a recipe of sums in place of rows, or with "cut
 recipe of rows with sums in their place, or it is one of `KILLS`: a
 process of two is killed there, and three processes carry the recipe out again. Prints one JSON
 document: for each case the exit codes, what was committed before the last start and at the end, at
-which layers forward passes went on in the last start, and the hashes of all files but the ledger.
-Seconds that were measured are left out of the results.
+which boundaries forward passes were taken up in the last start, and the hashes of all files but the
+ledger. Seconds that were measured are left out of the results.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rotdistill_core.testing.runs import SilentObserver, run_recipe
 from tests.warm import keep_to_one_thread, warm_up
 
 STARTS = "starts"
-"""File of the layers at which the first process took up a forward pass; see `note_starts`."""
+"""File of the boundaries at which the first process took up a forward pass; see `note_starts`."""
 TEXTS = 240
 """About eight batches."""
 FEW_TEXTS = 24
@@ -133,7 +133,7 @@ def die_before_a_line(name: str) -> None:
 
 
 def note_starts(path: Path) -> None:
-    """Add a line to a file for each forward pass that goes on from saved states: its layer."""
+    """Add a line to a file for each forward pass that is taken up from states: its boundary."""
     plain = LayerwiseForward.start_at
 
     def start_at(forward: LayerwiseForward, boundary: int, states: Any) -> None:
@@ -202,7 +202,7 @@ def committed(folder: Path) -> list[str]:
 
 
 def starts(folder: Path) -> list[int]:
-    """Return the layers that `note_starts` noted, in order."""
+    """Return the boundaries that `note_starts` noted, in order."""
     path = folder / STARTS
     return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 

@@ -26,6 +26,7 @@ from rotdistill_core.store.hashing import sha256_of
 from rotdistill_core.store.ledger import ArtifactStore, Ledger
 from rotdistill_core.store.output import StepOutput
 from rotdistill_core.testing import (
+    PicoWorkspace,
     final_states,
     parametrize_with_checks,
     pico_baked,
@@ -245,6 +246,37 @@ def test_a_student_in_another_basis_is_refused(
     folded = pair.student.weights.fold({"residual": Rotation(rows)})
     with pytest.raises(RecipeError, match="put the capture before basis-fold"):
         captured(pair, samples, tmp_path / "runs", weights=folded)
+
+
+NARROW_AND_FOLDED = """
+[[step]]
+use = "chop"
+width = 24
+[[step]]
+use = "residuals"
+[[step]]
+use = "random-rotation"
+[[step]]
+use = "basis-fold"
+mode = "canonical"
+[[step]]
+id = "again"
+use = "residuals"
+"""
+
+
+def test_a_student_that_was_cut_narrower_and_then_folded_is_refused(tmp_path: Path) -> None:
+    workspace = PicoWorkspace(tmp_path)
+    workspace.texts()
+    workspace.model()
+    path = workspace.recipe(NARROW_AND_FOLDED)
+    with pytest.raises(RecipeError, match="put the capture before basis-fold"):
+        workspace.run(path)
+    fold = '[[step]]\nuse = "basis-fold"\nmode = "canonical"\n'
+    # Without the fold the second capture is one of the narrow stream.
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(fold, ""), encoding="utf-8")
+    workspace.run(path)
 
 
 def test_nan_in_the_student_is_refused_by_tensor(

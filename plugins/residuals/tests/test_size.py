@@ -172,6 +172,11 @@ def test_states_saved_beside_shards_of_another_dtype_take_disk(pair: Pair) -> No
     # The student has seven more shards of two bytes, and reads no held-out texts.
     rows = here.texts.rows_of(Split.FIT, Split.VALIDATION)
     assert student.disk_bytes - flat.disk_bytes == rows * 32 * (4 + 7 * 2)
+    # One stream after the other is captured, so the larger of two saved states counts.
+    deep = step.cost(replace(deeper("teacher"), student=deeper("student").student))
+    assert deep.disk_bytes - student.disk_bytes == saved - rows * 32 * 4
+    anchored = replace(here, anchor=deeper("student").student)
+    assert step.cost(anchored).disk_bytes - flat.disk_bytes == rows * 32 * 4
     # What is gathered is as it was computed, whatever the shards' dtype.
     for cost in (teacher, student):
         plain = Residuals().cost(deeper("teacher" if cost is teacher else "student"))

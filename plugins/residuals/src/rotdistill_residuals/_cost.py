@@ -34,7 +34,8 @@ FEW_TEXTS = 48
 CLEARLY_LESS = 0.8
 """Share of a capture's disk below which another one is named in its place."""
 SAVED_LAYERS = 4
-"""After so many layers the states of all rows are saved, where shards do not hold them."""
+"""After so many layers the states of all rows are saved, where shards do not hold them as they
+were computed."""
 TEMPORARIES = 5
 """Copies of the largest product while it is added to its sum."""
 
@@ -117,7 +118,10 @@ class _Stream:
 
     @property
     def saved_times(self) -> int:
-        """How often the states of all rows are saved, because shards do not hold them."""
+        """How often the states of all rows are saved, because shards do not hold them as computed.
+
+        Two dtypes of one size pass for one here: a float16 model with shards in bfloat16.
+        """
         if self.inner_rows == self.rows and self.stored == self.computed:
             return 0
         return (self.shape.depth - 1) // SAVED_LAYERS

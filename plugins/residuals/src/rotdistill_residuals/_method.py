@@ -30,6 +30,7 @@ from rotdistill_core.forward.ranks import ALONE, Ranks
 from rotdistill_core.plugin.source_code import package_digest
 from rotdistill_core.store.layout import RunLayout
 from rotdistill_core.store.output import StepOutput
+from rotdistill_core.store.records import WeightsRef
 from rotdistill_residuals._control import replace_teacher_rows
 from rotdistill_residuals._cost import SAVED_LAYERS
 from rotdistill_residuals._finite import require_finite_states
@@ -68,7 +69,7 @@ def capture(
         RecipeError: the options do not go with these models or texts.
         RotdistillError: a state is NaN or Inf.
     """
-    _check_options(step, pair, weights)
+    _check_options(step, pair, weights, out)
     texts = samples.layout.select(Split.FIT, Split.VALIDATION, limit=step.student_texts)
     if step.store == "rows":
         return _capture_rows(step, pair, weights, samples, texts, out, progress, ranks)
@@ -344,9 +345,14 @@ class Stream:
         return boundary, self.out.relative(path)
 
 
-def _check_options(step: Residuals, pair: Pair, weights: Weights) -> None:
+def _check_options(step: Residuals, pair: Pair, weights: Weights, out: StepOutput) -> None:
     # A student that `chop` made narrower has a basis too, that of the narrow stream.
-    if weights.lineage.basis is not None and weights.width >= pair.student.width:
+    is_folded = any(
+        isinstance(record.result, WeightsRef) and record.result.undo and record.result.basis
+        for record in out.earlier_steps()
+    )
+    is_narrower = weights.width < pair.student.width
+    if weights.lineage.basis is not None and (is_folded or not is_narrower):
         raise RecipeError(
             "residuals: the student is in another basis already; put the capture before basis-fold."
         )
