@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rotdistill_soups._ingredient_set import recorded_folds
+from rotdistill_soups._align import fold_norms
+from rotdistill_soups._replay import Edit, replay_of
 from rotdistill_soups.step import Soups
 from safetensors.torch import load_file, save_file
 
@@ -20,13 +21,14 @@ from rotdistill_core.checkpoint.models import Model, Pair
 from rotdistill_core.checkpoint.open import open_model
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError, SetupError
+from rotdistill_core.linalg.maps import Permutation, Rotation
 from rotdistill_core.recipe.document import ModelRef
-from rotdistill_core.store.records import WeightsRef
 from rotdistill_core.testing import (
     PicoWorkspace,
     logits,
     pico_model,
     pico_samples,
+    random_rotation,
     reopen,
     run_recipe,
     save_folder,
@@ -303,51 +305,186 @@ require_improvement = false
 """
 
 
-def test_a_cut_behind_a_replayed_fold_is_refused(tmp_path: Path, student: Model) -> None:
+def test_a_cut_after_a_replayed_fold_is_refused(tmp_path: Path, student: Model) -> None:
     cut = '[[step]]\nuse = "chop"\nlayers = [0]'
     steps = TWO_FOLDS.format(folder=tmp_path, between=cut)
-    message = 'names "turn", and a step behind it changed the student: layers was 2 and is 1'
+    message = '"turn", and step "chop" after it changed the student: layers was 2 and is 1'
     with pytest.raises(RecipeError, match=message):
         run_recipe(write_recipe(tmp_path, steps, student))
 
 
+def adapter_of_what(steps: str, tmp_path: Path, student: Model) -> tuple[Model, Path]:
+    """Carry out steps; return the student after them, and a LoRA that names that checkpoint."""
+    path = write_recipe(tmp_path, f'student.save_dtype = "float32"\n{steps}', student)
+    made = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
+    base = str(made.folder)
+    adapter = write_adapter(tmp_path / "late", made.weights, 3, base_model_name_or_path=base)
+    return made, adapter
+
+
+SOUP = """
+[[step]]
+use = "soups"
+method = "lora"
+ingredients = ["{adapter}"]
+require_improvement = false
+replay_folds = {folds}
+"""
+CUT = """
+[[step]]
+use = "chop"
+neurons = 32
+"""
+TURN = """
+[[step]]
+use = "residuals"
+[[step]]
+use = "random-rotation"
+[[step]]
+id = "turn"
+use = "basis-fold"
+"""
+
+
+@pytest.mark.parametrize(
+    ("trained_after", "then", "folds"),
+    [(CUT, TURN, '["turn"]'), (TURN, "", "[]"), (CUT + TURN, "", "[]")],
+    ids=["a cut, then a fold", "a fold", "a cut and a fold"],
+)
+def test_an_adapter_belongs_to_the_checkpoint_that_it_names(
+    tmp_path: Path, student: Model, trained_after: str, then: str, folds: str
+) -> None:
+    made, adapter = adapter_of_what(trained_after, tmp_path, student)
+    steps = trained_after + then + SOUP.format(adapter=adapter, folds=folds)
+    path = write_recipe(tmp_path, f'student.save_dtype = "float32"\n{steps}', student)
+    found = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
+    wanted = logits(read_lora(adapter, made.weights).applied_to(made.weights), LAYOUT)
+    torch.testing.assert_close(logits(found.weights, LAYOUT), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (CUT, r"of another shape .*neurons.*: 48 and 32"),
+        ('[[step]]\nuse = "chop"\nlayers = [0]', r"of another shape .*layers: 2 and 1"),
+        (TURN, "another model than the student, or in another basis"),
+    ],
+    ids=["neurons", "layers", "basis"],
+)
+def test_an_adapter_of_the_student_before_a_cut_or_fold_is_refused(
+    tmp_path: Path, student: Model, before: str, message: str
+) -> None:
+    modules = ["model.layers.0.self_attn.q_proj"]
+    base = str(student.folder)
+    adapter = write_adapter(
+        tmp_path / "old", student.weights, 1, modules=modules, base_model_name_or_path=base
+    )
+    steps = before + SOUP.format(adapter=adapter, folds="[]")
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(write_recipe(tmp_path, steps, student))
+
+
+def test_a_copy_of_a_refitted_head_is_that_of_the_model_before_the_fold(
+    tmp_path: Path, student: Model
+) -> None:
+    """peft writes the head beside a LoRA of it: the one that the adapter was trained on."""
+    untied = student.weights.untie()
+    head = untied["lm_head.weight"] + 0.3
+    refitted = untied.edit({"lm_head.weight": head})
+    turned = refitted.fold({"residual": Rotation(random_rotation(refitted.width))})
+    adapter = write_adapter(tmp_path / "lora", refitted, 1, modules=["lm_head"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({**load_file(path), f"{PREFIX}lm_head.base_layer.weight": head}, path)
+    edits = [edit_to(student.weights, refitted, "head", "head"), edit_to(refitted, turned, "fold")]
+    replay = replay_of(["fold"], edits, turned, student)
+    lora = read_lora(adapter, replay.trained_on, replay.earlier)
+    carried = transform_lora(lora, replay.folds[0], turned.adapter.expand(turned.config))
+    wanted = logits(lora.applied_to(refitted), LAYOUT)
+    torch.testing.assert_close(
+        logits(carried.applied_to(turned), LAYOUT), wanted, rtol=0, atol=1e-9
+    )
+
+
+def test_blocks_that_were_turned_cannot_be_replayed(tmp_path: Path, student: Model) -> None:
+    block = STEPS.replace('use = "basis-fold"', 'use = "basis-fold"\nmode = "block"')
+    path = write_recipe(tmp_path, block.format(folder=tmp_path, more=""), student)
+    with pytest.raises(
+        RecipeError, match='"turn" changed the student\'s basis in a way that cannot'
+    ):
+        run_recipe(path)
+    named = block.format(folder=tmp_path, more='replay_folds = ["turn"]')
+    with pytest.raises(RecipeError, match=r'"turn", which is not exact \(mode = "block"\)'):
+        run_recipe(write_recipe(tmp_path, named, student))
+
+
+def edit_to(view: Weights, after: Weights, step: str, use: str = "basis-fold") -> Edit:
+    """Return the record of an edit from one view to another."""
+    is_based = after.lineage.basis is not None
+    return Edit(step, use, view, after.config, after.undo, is_based)
+
+
 @pytest.fixture
-def two_folds(tmp_path: Path, student: Model) -> tuple[Weights, Any]:
-    """Return a student behind two folds, and a step's output whose ledger has them."""
-    view, records = student.weights, []
+def two_folds(student: Model) -> tuple[Weights, list[Edit]]:
+    """Return a student after two folds, and these."""
+    view, edits = student.weights, []
     for step, seed in (("first", 3), ("second", 4)):
         _, planted = scramble(view, seed, invertible=True)
-        view = view.fold(planted)
-        assert view.undo
-        tensors = {name: tensor.contiguous() for name, tensor in view.undo.tensors().items()}
-        save_file(tensors, tmp_path / step)
-        result = WeightsRef(
-            config=view.config, depths=(0, 1, 2), basis=None, tensors={"x": ("", "x")}, undo=step
-        )
-        records.append(SimpleNamespace(id=step, result=result))
-    store = SimpleNamespace(root=tmp_path)
-    return view, SimpleNamespace(store=store, earlier_steps=lambda: iter(records[::-1]))
+        folded = view.fold(planted)
+        edits.append(edit_to(view, folded, step))
+        view = folded
+    return view, edits
 
 
 @pytest.mark.parametrize("named", [["first", "second"], ["second", "first"]])
 def test_folds_are_replayed_in_the_order_in_which_they_were_made(
-    tmp_path: Path, student: Model, two_folds: tuple[Weights, Any], named: list[str]
+    tmp_path: Path, student: Model, two_folds: tuple[Weights, list[Edit]], named: list[str]
 ) -> None:
-    view, out = two_folds
-    lora = read_lora(write_adapter(tmp_path / "lora", student.weights, 1), student.weights)
+    view, edits = two_folds
+    replay = replay_of(named, edits, view, student)
+    assert replay.trained_on is student.weights
+    lora = read_lora(write_adapter(tmp_path / "lora", student.weights, 1), replay.trained_on)
     wanted = logits(lora.applied_to(student.weights), LAYOUT)
-    for fold in recorded_folds(named, view, student, out):
-        lora = transform_lora(lora, fold.undo, view.adapter.expand(view.config))
+    for fold in replay.folds:
+        lora = transform_lora(lora, fold, view.adapter.expand(view.config))
     torch.testing.assert_close(logits(lora.applied_to(view), LAYOUT), wanted, rtol=0, atol=1e-9)
 
 
-def test_a_fold_behind_a_replayed_one_may_not_be_left_out(
-    student: Model, two_folds: tuple[Weights, Any]
+def test_a_fold_after_a_replayed_one_may_not_be_left_out(
+    student: Model, two_folds: tuple[Weights, list[Edit]]
 ) -> None:
-    view, out = two_folds
+    view, edits = two_folds
     with pytest.raises(RecipeError, match='names "first" and leaves out "second", an exact fold'):
-        recorded_folds(["first"], view, student, out)
-    assert [fold.step for fold in recorded_folds(["second"], view, student, out)] == ["second"]
+        replay_of(["first"], edits, view, student)
+    late = replay_of(["second"], edits, view, student)
+    assert len(late.folds) == 1
+    assert late.trained_on is edits[1].before
+    none = replay_of([], edits, view, student)
+    assert not none.folds
+    assert none.trained_on is view
+
+
+def test_norms_that_a_soup_folded_after_a_fold_of_neurons_cannot_be_replayed(
+    student: Model,
+) -> None:
+    """It stores no way back, and readers have absorbed gains that the adapter does not know."""
+    view = student.weights
+    turned = view.fold({"neurons.0": Permutation(torch.randperm(48), 48)})
+    normed = fold_norms(turned)
+    edits = [
+        edit_to(view, turned, "fold"),
+        replace(edit_to(turned, normed, "soup", "soups"), undo=None),
+    ]
+    with pytest.raises(RecipeError, match='"soup" after it changed the student\'s basis in a way'):
+        replay_of(["fold"], edits, normed, student)
+    assert replay_of([], edits, normed, student).trained_on is normed
+
+
+def test_a_refit_after_a_fold_leaves_an_adapter_as_it_is(student: Model) -> None:
+    view = student.weights
+    turned = view.fold({"neurons.0": Permutation(torch.randperm(48), 48)})
+    refitted = turned.edit({"model.norm.weight": turned["model.norm.weight"] + 1})
+    edits = [edit_to(view, turned, "fold"), edit_to(turned, refitted, "refit", "writer-refit")]
+    assert len(replay_of(["fold"], edits, refitted, student).folds) == 1
 
 
 def test_a_recipe_has_to_name_the_folds_of_an_adapter(recipe: Callable[[str], Path]) -> None:

@@ -19,7 +19,7 @@ from rotdistill_core.checkpoint.references import content_digest, is_adapter, re
 from rotdistill_core.checkpoint.weights import Weights
 from rotdistill_core.errors import RecipeError
 from rotdistill_core.store.output import StepOutput
-from rotdistill_soups._adapter_base import compare_base
+from rotdistill_soups._adapter_base import check_base
 from rotdistill_soups._merge import STUDENT
 from rotdistill_soups._vocabulary import match_tokens
 
@@ -82,7 +82,7 @@ def open_ingredients(
     )
 
 
-def check_ingredients(references: Sequence[str], pair: Pair, ignore_basis: bool) -> None:
+def check_ingredients(references: Sequence[str], pair: Pair) -> None:
     """Check what can be checked before the run's first work, from headers and configs.
 
     Shapes are compared later: steps before may cut the student.
@@ -90,7 +90,6 @@ def check_ingredients(references: Sequence[str], pair: Pair, ignore_basis: bool)
     Args:
         references: as the recipe names them.
         pair: the models of the recipe.
-        ignore_basis: see `compare_base`.
 
     Raises:
         RecipeError: an ingredient of another architecture or config than the student.
@@ -102,7 +101,7 @@ def check_ingredients(references: Sequence[str], pair: Pair, ignore_basis: bool)
             continue
         folder = locate_model(reference_of(reference))
         if is_adapter(folder):
-            compare_base(read_adapter_config(folder), student, ignore_basis)
+            check_base(read_adapter_config(folder), student)
             continue
         model = open_model(reference_of(reference))
         _require_student_architecture(reference, model, student.config)

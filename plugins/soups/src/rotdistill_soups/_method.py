@@ -27,11 +27,11 @@ from rotdistill_soups._fisher import FisherSettings, fisher_information
 from rotdistill_soups._ingredient_set import (
     IngredientSet,
     bring_together,
-    replayed_loras,
     with_lora,
 )
 from rotdistill_soups._ingredients import OpenIngredients, open_ingredients
 from rotdistill_soups._merge import MergeOptions, merge
+from rotdistill_soups._replay import replayed_loras
 
 if TYPE_CHECKING:
     from rotdistill_soups.step import Soups

@@ -47,7 +47,7 @@ class InterpolationBarrier:
         from rotdistill_soups._ingredients import check_ingredients
 
         ends = [end for end in self.between if end != CURVE_OF_VARIANT]
-        check_ingredients(ends, pair, ignore_basis=True)
+        check_ingredients(ends, pair)
 
     def cost(self, context: CostContext) -> Cost:
         """A pass for each end and each point between two of them, on the texts of the split."""

@@ -152,7 +152,7 @@ class Soups:
                 "projections, whose gradients are not taken here. Choose another method than "
                 '"fisher".'
             )
-        check_ingredients(self.ingredients, pair, self.same_basis == "ignore")
+        check_ingredients(self.ingredients, pair)
 
     def cost(self, context: CostContext) -> Cost:
         """Every parameter of all parts, out of core, and the passes that score merged models."""
