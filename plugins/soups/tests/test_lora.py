@@ -195,8 +195,13 @@ def test_an_adapter_goes_through_a_fold_and_back(tmp_path: Path, model_type: str
     assert max(float((unfolded[n] - wanted[n]).abs().max()) for n in wanted.entries) < 1e-6
 
 
-STEPS = """
-student.save_dtype = "float32"
+FLOAT32 = 'student.save_dtype = "float32"'
+CUT = """
+[[step]]
+use = "chop"
+neurons = 32
+"""
+TURN = """
 [[step]]
 use = "residuals"
 [[step]]
@@ -204,13 +209,20 @@ use = "random-rotation"
 [[step]]
 id = "turn"
 use = "basis-fold"
+"""
+SOUP = """
 [[step]]
 use = "soups"
 method = "lora"
-ingredients = ["{folder}/lora"]
+ingredients = ["{adapter}"]
 require_improvement = false
 {more}
 """
+
+
+def soup(adapter: Path, more: str = "") -> str:
+    """Return the step that adds an adapter, with further options."""
+    return SOUP.format(adapter=adapter, more=more)
 
 
 def write_recipe(tmp_path: Path, steps: str, student: Model, **of_teacher: Any) -> Path:
@@ -228,7 +240,7 @@ def recipe(tmp_path: Path, student: Model) -> Callable[[str], Path]:
     """Return a function that writes a recipe which folds the student and then adds a LoRA."""
 
     def write(more: str) -> Path:
-        return write_recipe(tmp_path, STEPS.format(folder=tmp_path, more=more), student)
+        return write_recipe(tmp_path, FLOAT32 + TURN + soup(tmp_path / "lora", more), student)
 
     return write
 
@@ -252,32 +264,15 @@ def test_a_recipe_carries_an_adapter_through_its_folds(
     assert_run_adds_the_adapter(path, student)
 
 
-WIDENED = """
-student.save_dtype = "float32"
-[[step]]
-use = "residuals"
-[[step]]
-use = "procrustes"
-tie = "all"
-[[step]]
-id = "wider"
-use = "basis-fold"
-mode = "widen"
-[[step]]
-use = "soups"
-method = "lora"
-ingredients = ["{folder}/lora"]
-replay_folds = ["wider"]
-require_improvement = false
-"""
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_of_the_narrow_student_goes_through_a_widening(
     tmp_path: Path, tied: bool
 ) -> None:
     narrow = pico_model(tmp_path / "narrow", tie_word_embeddings=tied)
-    steps = WIDENED.format(folder=tmp_path)
+    rotation, widening = 'use = "procrustes"\ntie = "all"', 'use = "basis-fold"\nmode = "widen"'
+    turn = TURN.replace('use = "random-rotation"', rotation)
+    turn = turn.replace('use = "basis-fold"', widening)
+    steps = FLOAT32 + turn + soup(tmp_path / "lora", 'replay_folds = ["turn"]')
     path = write_recipe(tmp_path, steps, narrow, hidden_size=48)
     wide = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
     assert wide.weights.width == 48
@@ -286,28 +281,9 @@ def test_an_adapter_of_the_narrow_student_goes_through_a_widening(
     torch.testing.assert_close(logits(wide.weights, LAYOUT), wanted, rtol=0, atol=1e-4)
 
 
-TWO_FOLDS = """
-student.save_dtype = "float32"
-[[step]]
-use = "residuals"
-[[step]]
-use = "random-rotation"
-[[step]]
-id = "turn"
-use = "basis-fold"
-{between}
-[[step]]
-use = "soups"
-method = "lora"
-ingredients = ["{folder}/lora"]
-replay_folds = ["turn"]
-require_improvement = false
-"""
-
-
 def test_a_cut_after_a_replayed_fold_is_refused(tmp_path: Path, student: Model) -> None:
-    cut = '[[step]]\nuse = "chop"\nlayers = [0]'
-    steps = TWO_FOLDS.format(folder=tmp_path, between=cut)
+    cut = '[[step]]\nuse = "chop"\nlayers = [0]\n'
+    steps = TURN + cut + soup(tmp_path / "lora", 'replay_folds = ["turn"]')
     message = '"turn", and step "chop" after it changed the student: layers was 2 and is 1'
     with pytest.raises(RecipeError, match=message):
         run_recipe(write_recipe(tmp_path, steps, student))
@@ -315,48 +291,24 @@ def test_a_cut_after_a_replayed_fold_is_refused(tmp_path: Path, student: Model) 
 
 def adapter_of_what(steps: str, tmp_path: Path, student: Model) -> tuple[Model, Path]:
     """Carry out steps; return the student after them, and a LoRA that names that checkpoint."""
-    path = write_recipe(tmp_path, f'student.save_dtype = "float32"\n{steps}', student)
+    path = write_recipe(tmp_path, FLOAT32 + steps, student)
     made = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
     base = str(made.folder)
     adapter = write_adapter(tmp_path / "late", made.weights, 3, base_model_name_or_path=base)
     return made, adapter
 
 
-SOUP = """
-[[step]]
-use = "soups"
-method = "lora"
-ingredients = ["{adapter}"]
-require_improvement = false
-replay_folds = {folds}
-"""
-CUT = """
-[[step]]
-use = "chop"
-neurons = 32
-"""
-TURN = """
-[[step]]
-use = "residuals"
-[[step]]
-use = "random-rotation"
-[[step]]
-id = "turn"
-use = "basis-fold"
-"""
-
-
 @pytest.mark.parametrize(
-    ("trained_after", "then", "folds"),
-    [(CUT, TURN, '["turn"]'), (TURN, "", "[]"), (CUT + TURN, "", "[]")],
+    ("trained_after", "then", "named"),
+    [(CUT, TURN, '"turn"'), (TURN, "", ""), (CUT + TURN, "", "")],
     ids=["a cut, then a fold", "a fold", "a cut and a fold"],
 )
 def test_an_adapter_belongs_to_the_checkpoint_that_it_names(
-    tmp_path: Path, student: Model, trained_after: str, then: str, folds: str
+    tmp_path: Path, student: Model, trained_after: str, then: str, named: str
 ) -> None:
     made, adapter = adapter_of_what(trained_after, tmp_path, student)
-    steps = trained_after + then + SOUP.format(adapter=adapter, folds=folds)
-    path = write_recipe(tmp_path, f'student.save_dtype = "float32"\n{steps}', student)
+    steps = FLOAT32 + trained_after + then + soup(adapter, f"replay_folds = [{named}]")
+    path = write_recipe(tmp_path, steps, student)
     found = open_model(ModelRef(model=str(run_recipe(path).checkpoints["full"])))
     wanted = logits(read_lora(adapter, made.weights).applied_to(made.weights), LAYOUT)
     torch.testing.assert_close(logits(found.weights, LAYOUT), wanted, rtol=0, atol=1e-4)
@@ -379,7 +331,7 @@ def test_an_adapter_of_the_student_before_a_cut_or_fold_is_refused(
     adapter = write_adapter(
         tmp_path / "old", student.weights, 1, modules=modules, base_model_name_or_path=base
     )
-    steps = before + SOUP.format(adapter=adapter, folds="[]")
+    steps = before + soup(adapter, "replay_folds = []")
     with pytest.raises(RecipeError, match=message):
         run_recipe(write_recipe(tmp_path, steps, student))
 
@@ -406,13 +358,13 @@ def test_a_copy_of_a_refitted_head_is_that_of_the_model_before_the_fold(
 
 
 def test_blocks_that_were_turned_cannot_be_replayed(tmp_path: Path, student: Model) -> None:
-    block = STEPS.replace('use = "basis-fold"', 'use = "basis-fold"\nmode = "block"')
-    path = write_recipe(tmp_path, block.format(folder=tmp_path, more=""), student)
+    block = TURN.replace('use = "basis-fold"', 'use = "basis-fold"\nmode = "block"')
+    path = write_recipe(tmp_path, block + soup(tmp_path / "lora"), student)
     with pytest.raises(
         RecipeError, match='"turn" changed the student\'s basis in a way that cannot'
     ):
         run_recipe(path)
-    named = block.format(folder=tmp_path, more='replay_folds = ["turn"]')
+    named = block + soup(tmp_path / "lora", 'replay_folds = ["turn"]')
     with pytest.raises(RecipeError, match=r'"turn", which is not exact \(mode = "block"\)'):
         run_recipe(write_recipe(tmp_path, named, student))
 
@@ -500,7 +452,8 @@ def test_a_fold_of_heads_and_neurons_alone_has_to_be_named_too(
 ) -> None:
     """The stream keeps its basis, and the adapter's neurons are in another order."""
     turn, permute = 'use = "random-rotation"', 'use = "hungarian-permute"'
-    steps = STEPS.format(folder=tmp_path, more='replay_folds = ["turn"]').replace(turn, permute)
+    steps = FLOAT32 + TURN.replace(turn, permute)
+    steps += soup(tmp_path / "lora", 'replay_folds = ["turn"]')
     path = write_recipe(tmp_path, steps, student)
     assert_run_adds_the_adapter(path, student)
     path.write_text(path.read_text().replace('replay_folds = ["turn"]', ""), encoding="utf-8")
